@@ -1,0 +1,73 @@
+# Each target does its own set-up: a virtual environment in .venv, installed once and again when pyproject.toml or
+# constraints.txt change. Only Python 3.11 or newer, pip, make and a C compiler have to be there. See `make help`.
+
+VENV ?= .venv
+EXTRAS := deepspeed,dev,qlora,report
+JOBS ?= 2
+
+# The first interpreter that is new enough. 3.11 comes first: constraints.txt was recorded with it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+
+# As in an activated environment: what a test or script starts by name (torchrun, ninja) is the environment's own.
+# Nothing here needs the model hub. Two test processes with one thread each use two cores; more threads only compete.
+RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+.PHONY: help setup demo test check proof gpu format wheel clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP) ## make the virtual environment, if it is missing or out of date
+	@echo "$(VENV) is up to date"
+
+$(STAMP):
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Give one with: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@echo "== set-up in $(VENV): a few minutes the first time, at once after that"
+# Some systems ship Python without ensurepip; there the pip outside fills the virtual environment.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv --clear $(VENV) \
+		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+# DS_BUILD_OPS=0: DeepSpeed compiles its operators when they are first used, not here.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --use-pep517 -c constraints.txt -e ".[$(EXTRAS)]"
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP) ## train a reward model, then PPO against it, on a small real model
+	@echo "== demo 1/2: reward model"
+	$(RUN) scripts/reward.py
+	@echo "== demo 2/2: PPO"
+	$(RUN) scripts/ppo.py
+
+test: $(STAMP) ## run the tests, all but the tiers proof and gpu; ARGS="-k gae" goes to pytest
+	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+check: $(STAMP) ## format, lint, types, layers and house rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -q tests/test_layers.py tests/test_house.py
+
+proof: $(STAMP) ## run the slow numerical proofs and show what they measured
+	$(PYTEST) -m proof -s $(ARGS)
+
+gpu: $(STAMP) ## run the tests that need a CUDA device
+	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)
+
+format: $(STAMP) ## rewrite the files the way `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(STAMP) ## build the package into dist/
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+clean: ## remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,55 @@
+"""What every test shares: no network, no GPU unless asked for, fixed seeds, one thread, tiny models."""
+
+import os
+
+
+# Before any import below: these libraries read their environment once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork do not go together
+if os.environ.get("TRL_EXT_GPU") != "1":  # set by `make gpu`; elsewhere every machine runs what a CPU machine runs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+from transformers import set_seed
+
+import tiny
+
+
+# Models this small lose time to threads, and pytest-xdist already fills the cores. It also fixes the order of sums.
+torch.set_num_threads(1)
+
+TIERS = {"unit", "integration", "distributed", "gpu", "proof"}
+
+
+def pytest_collection_modifyitems(items):
+    """A test that names no tier is a unit test."""
+    for item in items:
+        if not TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("unit")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    """Python, NumPy and torch start every test from the same state."""
+    set_seed(0)
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_actor():
+    return tiny.tiny_actor()
+
+
+@pytest.fixture
+def tiny_reward_model():
+    return tiny.tiny_reward_model()
+
+
+@pytest.fixture
+def tiny_prompts():
+    return tiny.tiny_prompts()

@@ -1,0 +1,238 @@
+"""The layers of docs/architecture.md, read from the imports: which file may import what.
+
+The rules look at the syntax tree alone, so an import inside a function or under `TYPE_CHECKING` counts too.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The mathematics: torch, the standard library and each other, nothing else. torch.distributed is left out as well:
+# a collective enters these files as an argument.
+PURE = ["masked.py", "ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py"]
+PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path in PURE}
+
+# All that a script may know of the package.
+PUBLIC_MODULES = {"trl_ext", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
+
+# What stands above the trainers: they run, or look at, what the trainers do.
+ABOVE_THE_TRAINERS = {"trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
+
+
+class Import(NamedTuple):
+    module: str  # absolute: "trl_ext.ppo.kl"
+    name: str  # what is taken from it; "" for `import module`
+    line: int
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.module}{'.' if self.name else ''}{self.name}"
+
+    def is_from(self, package: str) -> bool:
+        return self.module == package or self.module.startswith(package + ".")
+
+
+def read_imports(path: Path, root: Path = ROOT) -> list[Import]:
+    """Every import of a file, relative ones resolved; `from package import module` counts as importing the module."""
+    package = list(path.relative_to(root).with_suffix("").parts[:-1])
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, "", node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(parents + ([node.module] if node.module else []))
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                is_module = _exists(root, inner)
+                found.append(Import(inner, "", node.lineno) if is_module else Import(module, alias.name, node.lineno))
+    return found
+
+
+def _exists(root: Path, module: str) -> bool:
+    path = root.joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def impure(path: Path, root: Path = ROOT) -> list[Import]:
+    """Imports that a pure file may not have."""
+
+    def allowed(imported: Import) -> bool:
+        top = imported.module.split(".")[0]
+        is_torch = top == "torch" and "distributed" not in f"{imported.module}.{imported.name}".split(".")
+        return is_torch or top in sys.stdlib_module_names or imported.module in PURE_MODULES
+
+    return [imported for imported in read_imports(path, root) if not allowed(imported)]
+
+
+def private_trl(path: Path, root: Path = ROOT) -> list[Import]:
+    """Imports and uses of TRL beyond the public names of its top level: a module inside it, or a name with a _."""
+    found = [
+        imported
+        for imported in read_imports(path, root)
+        if imported.module.startswith("trl.")
+        or (imported.module == "trl" and imported.name and not _is_public_trl_name(imported.name))
+    ]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trl":
+            if not _is_public_trl_name(node.attr):
+                found.append(Import("trl", node.attr, node.lineno))
+    return found
+
+
+def _is_public_trl_name(name: str) -> bool:
+    """TRL's public names are classes and functions; modules that its top level shows, such as `models`, are not."""
+    import trl
+
+    folder = Path(trl.__file__).parent
+    return not _is_private(name) and not (folder / name).is_dir() and not (folder / f"{name}.py").is_file()
+
+
+def beyond_public(path: Path, root: Path = ROOT) -> list[Import]:
+    """Imports of `trl_ext` that a script may not have."""
+    return [
+        imported
+        for imported in read_imports(path, root)
+        if imported.is_from("trl_ext") and (imported.module not in PUBLIC_MODULES or _is_private(imported.name))
+    ]
+
+
+def trainers(path: Path, root: Path = ROOT) -> list[Import]:
+    """Imports of a trainer, or of what only trainers need."""
+    return [
+        imported
+        for imported in read_imports(path, root)
+        if imported.is_from("trl")
+        or imported.module == "trl_ext._trl"
+        or imported.module.endswith("trainer")
+        or re.search(r"Trainer(X)?$", imported.name)
+    ]
+
+
+def above_the_trainers(path: Path, root: Path = ROOT) -> list[Import]:
+    """Imports that would point from a trainer's room up to what uses it."""
+    return [
+        imported
+        for imported in read_imports(path, root)
+        if any(imported.is_from(module) for module in ABOVE_THE_TRAINERS)
+    ]
+
+
+def import_cycles(root: Path = ROOT) -> list[str]:
+    """Cycles among the modules of `trl_ext`, each written as "a -> b -> a"; each is found at least once."""
+    graph = {}
+    for path in python_files("trl_ext", root):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = {i.module for i in read_imports(path, root) if i.is_from("trl_ext")} - {module}
+
+    done: set[str] = set()
+
+    def walk(module: str, trail: list[str]) -> Iterator[str]:
+        if module in trail:
+            yield " -> ".join([*trail[trail.index(module) :], module])
+        elif module not in done:
+            for imported in sorted(graph.get(module, ())):
+                yield from walk(imported, [*trail, module])
+            done.add(module)
+
+    return [cycle for module in sorted(graph) for cycle in walk(module, [])]
+
+
+def python_files(folder: str, root: Path = ROOT) -> list[Path]:
+    return sorted((root / folder).rglob("*.py"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+@pytest.mark.parametrize("path", PURE)
+def test_pure_file_imports_torch_and_pure_files_only(path):
+    assert impure(ROOT / "trl_ext" / path) == []
+
+
+@pytest.mark.parametrize("path", names([*python_files("trl_ext"), *python_files("scripts")]))
+def test_trl_private_names_stay_in_one_file(path):
+    if path != "trl_ext/_trl.py":
+        assert private_trl(ROOT / path) == []
+
+
+@pytest.mark.parametrize("path", names(python_files("scripts")))
+def test_script_imports_public_names_only(path):
+    assert beyond_public(ROOT / path) == []
+
+
+@pytest.mark.parametrize("path", names(python_files("trl_ext/report")))
+def test_report_imports_no_trainer(path):
+    assert trainers(ROOT / path) == []
+
+
+@pytest.mark.parametrize("path", names(python_files("trl_ext/ppo")))
+def test_trainer_room_imports_nothing_above_it(path):
+    assert above_the_trainers(ROOT / path) == []
+
+
+def test_imports_have_no_cycle():
+    assert import_cycles() == []
+
+
+def test_the_rooms_are_where_the_rules_look():
+    """A renamed folder would leave the tests above with nothing to check."""
+    assert (ROOT / "trl_ext" / "_trl.py").is_file()
+    for folder in ("trl_ext/ppo", "trl_ext/report", "scripts"):
+        assert python_files(folder), f"no Python file under {folder}"
+
+
+# The control: a file that breaks each rule is caught, and its lawful neighbour is not.
+@pytest.mark.parametrize(
+    "rule, path, lawful, violation",
+    [
+        (impure, "trl_ext/ppo/kl.py", "from ..masked import masked_mean", "from transformers import Trainer"),
+        (impure, "trl_ext/ppo/kl.py", "import math, torch.nn.functional", "import numpy as np"),
+        (impure, "trl_ext/ppo/kl.py", "from torch import nn", "from torch import distributed"),
+        (impure, "trl_ext/ppo/kl.py", "from .losses import clip_objective", "from .trainer import PPOTrainerX"),
+        (impure, "trl_ext/masked.py", "from collections import abc", "def f():\n    from trl_ext import cli"),
+        (private_trl, "trl_ext/ppo/trainer.py", "from trl import GRPOTrainer", "from trl.trainer.utils import pad"),
+        (private_trl, "trl_ext/ppo/trainer.py", "import trl\ntrl.GRPOTrainer", "import trl\ntrl.trainer.utils.pad"),
+        (private_trl, "trl_ext/ppo/trainer.py", "from trl import __version__", "from trl import _compat"),
+        (private_trl, "trl_ext/ppo/trainer.py", "from .._trl import pad", "from trl import data_utils"),
+        (private_trl, "trl_ext/ppo/trainer.py", "import trl", "import trl.models"),
+        (beyond_public, "scripts/ppo.py", "from trl_ext import PPOTrainerX", "from trl_ext.ppo import PPOTrainerX"),
+        (beyond_public, "scripts/ppo.py", "from trl_ext import cli", "from trl_ext import ppo"),
+        (beyond_public, "scripts/ppo.py", "from trl_ext.cli import parse", "from trl_ext.cli import _parse"),
+        (trainers, "trl_ext/report/tables.py", "import json", "from trl_ext import PPOTrainerX"),
+        (trainers, "trl_ext/report/tables.py", "from ..masked import masked_mean", "from ..ppo import trainer"),
+        (above_the_trainers, "trl_ext/ppo/trainer.py", "from . import kl", "from ..report import tables"),
+    ],
+)
+def test_control_a_violation_is_caught(tmp_path, rule, path, lawful, violation):
+    modules = "__init__ cli masked ppo/__init__ ppo/kl ppo/trainer report/__init__ report/tables"
+    for module in modules.split():
+        stub = tmp_path / "trl_ext" / f"{module}.py"
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text("", encoding="utf-8")
+    file = tmp_path / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    file.write_text(lawful, encoding="utf-8")
+    assert rule(file, tmp_path) == []
+    file.write_text(f"{lawful}\n{violation}", encoding="utf-8")
+    assert len(rule(file, tmp_path)) == 1
+
+
+def test_control_a_cycle_is_caught(tmp_path):
+    (tmp_path / "trl_ext").mkdir()
+    (tmp_path / "trl_ext" / "a.py").write_text("from .b import x", encoding="utf-8")
+    (tmp_path / "trl_ext" / "b.py").write_text("def f():\n    from trl_ext import a", encoding="utf-8")
+    assert import_cycles(tmp_path) == ["trl_ext.a -> trl_ext.b -> trl_ext.a"]

@@ -1,0 +1,28 @@
+"""
+trl_ext: actor-critic PPO for Hugging Face TRL, on today's TRL, with every loss term of the source documents named.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .ppo.config import PPOConfigX
+    from .ppo.trainer import PPOTrainerX
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["PPOConfigX", "PPOTrainerX"]
+
+# Public name -> its module, imported on first use: the mathematics loads without TRL.
+_HOMES = {"PPOConfigX": ".ppo.config", "PPOTrainerX": ".ppo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

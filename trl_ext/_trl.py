@@ -1,0 +1,104 @@
+"""
+The only file that imports TRL's private names, and the range of TRL versions they were checked with.
+
+When a new TRL release changes one of them, this file and its test (`tests/test_trl_seams.py`) are the place to mend.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    pad,
+    use_adapter,
+)
+
+
+__all__ = [
+    "add_fused_lm_head",
+    "create_model_from_path",
+    "disable_dropout",
+    "disable_gradient_checkpointing",
+    "exclude_from_weight_sync",
+    "fused_head_logits",
+    "get_callable_name",
+    "get_config_model_id",
+    "is_async_callable",
+    "pad",
+    "prepare_frozen",
+    "use_adapter",
+]
+
+SUPPORTED = (Version("1.16"), Version("1.17"))
+
+if not SUPPORTED[0] <= Version(Version(trl.__version__).base_version) < SUPPORTED[1]:
+    raise ImportError(
+        f"trl_ext works with trl>={SUPPORTED[0]},<{SUPPORTED[1]}; version {trl.__version__} is installed. "
+        f"Install a supported one with `pip install 'trl>={SUPPORTED[0]},<{SUPPORTED[1]}'`."
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns dropout off, also where a layer keeps its probability as a number, such as Llama's `attention_dropout`."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def fused_head_logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    The map from trunk states (n, H) to logits (n, V), float32 and divided by the temperature, that TRL's fused head
+    of `model` scores with: the architecture's logit scale and soft cap included.
+    """
+    nonlocals = inspect.getclosurevars(model.forward.__func__).nonlocals
+    temperature, scale = nonlocals["temperature"], nonlocals["logit_scale"]
+    softcap = nonlocals["final_logit_softcapping"]
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        head = model.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            scaled = head(states).float() * scale
+        if softcap is not None:
+            scaled = softcap * torch.tanh(scaled / softcap)
+        return scaled / temperature
+
+    return logits
+
+
+def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+    """Places a model that is only read: ZeRO-3 or FSDP partitions it, everything else puts it on the device."""
+    model.requires_grad_(False)
+    model.eval()
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        return prepare_deepspeed(model, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
+
+
+def exclude_from_weight_sync(vllm_generation: Any, submodule: str) -> None:
+    """Leaves the parameters of `submodule` out of what is sent to vLLM, which does not know them."""
+    iterate = vllm_generation._iter_named_params
+
+    def _iter_named_params() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in iterate():
+            if not name.startswith(f"{submodule}."):
+                yield name, parameter
+
+    vllm_generation._iter_named_params = _iter_named_params

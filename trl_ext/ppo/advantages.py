@@ -1,0 +1,124 @@
+"""Rewards-to-go, TD errors, n-step and generalised advantages: how much better an action was than expected.
+
+Symbols: B sequences, T response tokens; `rewards`, `values`, `mask` are (B, T), `mask` bool, True = counts. Masks are
+ragged and may have holes (tokens the policy did not write, such as a tool's answer): the token after t is the next one
+that counts. An episode ends with its last counted token, and the value after it is 0. Results are 0 where `mask` is
+False. Rewards, values and advantages are in units of the score.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..masked import require_shape, zero_masked
+
+
+NAMED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Discounted sum of the rewards from here to the end of the episode (S1 §2.5, with the index inside its sum).
+
+    G_t = r_t + gamma · G_{t+1}: the generalised advantage of a critic that says 0 everywhere, with lam = 1.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+
+
+def td_error(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """One-step surprise of the critic (S1 §2.9).
+
+    δ_t = r_t + gamma · V_{t+1} − V_t
+    """
+    require_shape(mask, rewards=rewards, values=values)
+    return _without_holes(lambda r, v: r + gamma * _shift_left(v, 1) - v, mask, rewards, values)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (S1 §2.9 and §3.1; Schulman 2015, arXiv:1506.02438, eq. 16).
+
+    Â_t = δ_t + gamma · lam · Â_{t+1}
+
+    lam = 0 is the TD error, lam = 1 is rewards-to-go minus value. S1 §3.2 gives the latter for every lam: it holds for
+    1.
+    """
+    deltas = td_error(rewards, values, mask, gamma)
+    return _without_holes(lambda delta: _discounted_sums(delta, gamma * lam), mask, deltas)
+
+
+def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
+    """n rewards, then the critic (S1 §2.9, the three lines before GAE).
+
+    Â_t = r_t + … + gamma^(n−1) · r_{t+n−1} + gamma^n · V_{t+n} − V_t = Σ_{k<n} gamma^k · δ_{t+k}
+
+    n = 1 is the TD error; n of the episode's length or more is rewards-to-go minus value.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; an n-step advantage needs at least one reward: choose n >= 1.")
+    deltas = td_error(rewards, values, mask, gamma)
+    steps = range(min(n, mask.shape[1]))
+    return _without_holes(
+        lambda delta: sum((gamma**k * _shift_left(delta, k) for k in steps), torch.zeros_like(delta)), mask, deltas
+    )
+
+
+def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
+    """What the critic is trained to predict (S1 §4.2.2).
+
+    V_target = Â + V_old, per token
+    """
+    return advantages + old_values
+
+
+def estimate_advantages(
+    estimator: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages, and the returns that the critic is trained on, by a named estimator.
+
+    - `gae`: generalised advantages;
+    - `<n>_step`, such as `1_step` or `3_step`: n rewards, then the critic. `lam` is not used;
+    - `reinforce`: rewards-to-go, not centred by a critic (S1 §2.5). `values` and `lam` are not used;
+    - `reinforce_baseline`: rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. `lam` is not used.
+
+    Returns (advantages, returns), both (B, T); returns = advantages + values, which for `reinforce` are rewards-to-go.
+    """
+    validate_estimator(estimator)
+    if estimator == "reinforce":
+        values = torch.zeros_like(rewards)
+    if estimator.endswith("_step"):
+        advantages = n_step_advantages(rewards, values, mask, gamma, n=int(estimator.removesuffix("_step")))
+    else:
+        advantages = gae(rewards, values, mask, gamma, lam if estimator == "gae" else 1.0)
+    return advantages, zero_masked(value_targets(advantages, values), mask)
+
+
+def validate_estimator(estimator: str) -> None:
+    """Raise unless `estimator` names one that `estimate_advantages` knows."""
+    if estimator not in NAMED_ESTIMATORS and not re.fullmatch(r"[1-9]\d*_step", estimator):
+        raise ValueError(
+            f"The advantage estimator is {estimator!r}; choose one of {', '.join(NAMED_ESTIMATORS)} or "
+            "<n>_step, with n a whole number of at least 1, for example '3_step'."
+        )
+
+
+def _without_holes(function: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
+    """Move the counted tokens to the front, zeros after them, apply `function`, and move its results back."""
+    order = torch.argsort((~mask).int(), dim=1, stable=True)
+    result = function(*(zero_masked(tensor, mask).gather(1, order) for tensor in tensors))
+    return torch.zeros_like(result).scatter(1, order, result)
+
+
+def _shift_left(sequence: Tensor, steps: int) -> Tensor:
+    """x_{t+steps} at t, and 0 past the end. (B, T) to (B, T)."""
+    return torch.nn.functional.pad(sequence[:, steps:], (0, steps))
+
+
+def _discounted_sums(sequence: Tensor, discount: float) -> Tensor:
+    """s_t = x_t + discount · s_{t+1}, with 0 past the end. (B, T) to (B, T)."""
+    sums = torch.zeros_like(sequence)
+    running = sequence.new_zeros(len(sequence))
+    for t in reversed(range(sequence.shape[1])):
+        running = sequence[:, t] + discount * running
+        sums[:, t] = running
+    return sums

@@ -1,0 +1,86 @@
+"""What stops a run: rewards, losses and gradients that are not finite, and a reference that is not the start."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses import PPOTerms
+from .rollout import Rollout
+
+
+def require_finite_rewards(
+    rewards: Tensor, is_model: list[bool], names: list[str], samples: list[tuple[Any, Any]], first: int, step: int
+) -> None:
+    """
+    Raises `FloatingPointError` for a reward model that said NaN, or any source that said ±inf. NaN from a function is
+    its `None`.
+
+    Args:
+        rewards: (all samples, sources), gathered from all ranks.
+        samples: prompt and response of this rank's samples, which begin at row `first`.
+    """
+    bad = rewards.isinf() | (rewards.isnan() & torch.tensor(is_model, device=rewards.device))
+    if not bad.any():
+        return
+    row, source = bad.nonzero()[0].tolist()
+    local = row - first
+    of_rank = (
+        f"prompt {samples[local][0]!r}, response {samples[local][1]!r}" if 0 <= local < len(samples) else f"row {row}"
+    )
+    raise FloatingPointError(
+        f"The reward {names[source]!r} is {rewards[row, source].item()} at step {step} for {of_rank}. A score must be "
+        "finite; look at what the reward model does with this text."
+    )
+
+
+def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
+    """Raises `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
+    if torch.isfinite(terms.total):
+        return
+    named = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name not in ("total", "ratio_max")}
+    bad_terms = [name for name, value in named.items() if value is not None and not torch.isfinite(value)]
+    rows = [
+        row
+        for value in per_token.values()
+        if value is not None
+        for row in (~torch.isfinite(value) & rollout.mask).any(dim=1).nonzero().flatten().tolist()
+    ]
+    sample = f" First in the response with token ids {rollout.response_ids[min(rows)].tolist()}." if rows else ""
+    raise FloatingPointError(
+        f"The loss is {terms.total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
+        "Nothing was updated. Lower the learning rate, or look at the data and the dtype."
+    )
+
+
+def require_finite_gradient(
+    norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int
+) -> None:
+    """Raises `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite."""
+    value = torch.as_tensor(0.0 if norm is None else norm)
+    if torch.isfinite(value):
+        return
+    bad = [name for name, p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()]
+    raise FloatingPointError(
+        f"The gradient norm is {value.item()} at step {step}; not finite in {', '.join(bad[:3]) or 'no local shard'}. "
+        "Nothing was updated. Lower the learning rate, or look at the data and the dtype."
+    )
+
+
+def require_same_policy(logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float) -> None:
+    """
+    Raises `ValueError` when a reference made from the actor differs from it before the first step.
+
+    Args:
+        logps, ref_logps: (b, T) nats.
+        tolerance: largest difference of a token's log-probability that rounding explains.
+    """
+    difference = (logps - ref_logps).masked_fill(~mask, 0).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"KL(actor ‖ reference) must be 0 before the first step, but log-probabilities differ by {difference:.3g} "
+            "nats. The adapter's initial weights change the model (for example `init_lora_weights='pissa'`), or the "
+            "model is not deterministic. Pass the starting policy as `ref_model`."
+        )

@@ -1,0 +1,173 @@
+"""The critic V(s): built, attached to the actor as a submodule, split off when the actor is saved, restored."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .._trl import create_model_from_path, disable_dropout
+
+
+ATTRIBUTE = "critic"
+FOLDER = "critic"
+
+
+class ValueHead(nn.Module):
+    """
+    A linear map from the actor's trunk states (N, H) to state values (N,), in float32 and 0 at the start.
+
+    S0 "Critic Model": "在最后一层增加 Value Head". Sharing the trunk is S1 §7.3.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1, dtype=dtype)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        weight, bias = self.score.weight.float(), self.score.bias.float()
+        return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
+        save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME)
+        (Path(folder) / "config.json").write_text(json.dumps({"hidden_size": self.score.in_features}))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ValueHead":
+        """Loads what `save_pretrained` wrote; raises `FileNotFoundError` when the folder holds no value head."""
+        tensors = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        head = cls(**json.loads((Path(folder) / "config.json").read_text()), dtype=tensors["score.weight"].dtype)
+        head.load_state_dict(tensors)
+        return head
+
+
+class ValueModel(nn.Module):
+    """
+    A critic of its own: a sequence classification model with one label, read at every position.
+
+    Args:
+        model: e.g. `LlamaForSequenceClassification`; its trunk and its `score` head are used as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the trunk takes; returns state values (B, L)."""
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        states = trunk(*args, use_cache=False, **kwargs).last_hidden_state
+        return self.model.score(states).float().squeeze(-1)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes a folder that `AutoModelForSequenceClassification` loads."""
+        prefix = "model."
+        if state_dict is not None:
+            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        self.model.save_pretrained(folder, state_dict=state_dict)
+
+
+def check_value_model(model: PreTrainedModel) -> None:
+    """Raises `ValueError` unless `model` is a sequence classification model with one label."""
+    if not isinstance(getattr(model, "score", None), nn.Module):
+        raise ValueError(
+            f"The value model is a {type(model).__name__}, which has no `score` head. Pass a sequence "
+            "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
+        )
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"The value model has {model.config.num_labels} labels; a state has one value. Load it with "
+            "`num_labels=1`."
+        )
+
+
+def build_critic(
+    kind: str,
+    actor: PreTrainedModel,
+    value_model: Any,
+    reward_model: PreTrainedModel | None,
+    init_kwargs: dict[str, Any],
+) -> nn.Module:
+    """
+    Makes the critic of a run.
+
+    Args:
+        kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else
+            a copy of the actor's trunk with a new head.
+        actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
+        reward_model: the reward model, if it reads the actor's token ids, else `None`.
+        init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
+    """
+    if kind == "head":
+        return ValueHead(actor.config.get_text_config().hidden_size, dtype=_float_dtype(actor))
+    if isinstance(value_model, str):
+        value_model = create_model_from_path(
+            value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
+        )
+    elif value_model is None and reward_model is not None:
+        value_model = copy.deepcopy(reward_model)
+    elif value_model is None:
+        value_model = _copy_of_trunk(actor)
+    check_value_model(value_model)
+    value_model.requires_grad_(True)
+    disable_dropout(value_model)
+    return ValueModel(value_model)
+
+
+def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
+    if getattr(actor, "is_quantized", False) or getattr(actor, "is_loaded_in_4bit", False):
+        raise ValueError(
+            "`critic='model'` would copy the actor's trunk, which is quantized and cannot be trained. Pass a "
+            "`value_model`, or `critic='head'` for a value head on the actor's trunk."
+        )
+    if hasattr(actor, "merge_and_unload"):
+        actor = copy.deepcopy(actor).merge_and_unload()
+    config = copy.deepcopy(actor.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=actor.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no sequence classification model for {type(actor).__name__}, so the critic cannot copy "
+            "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
+        ) from error
+    model.base_model.load_state_dict(actor.base_model.state_dict())
+    nn.init.zeros_(model.score.weight)
+    return model
+
+
+def _float_dtype(model: PreTrainedModel) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def attach(critic: nn.Module, actor: PreTrainedModel) -> None:
+    """Makes `critic` a submodule of `actor`, on its device: one engine, one optimizer for both."""
+    actor.add_module(ATTRIBUTE, critic.to(actor.device))
+
+
+def split_state_dict(
+    model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The actor's tensors under their names, and the critic's under its own names."""
+    prefix = next(name for name, module in model.named_modules() if module is critic) + "."
+    actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith(prefix)}
+    of_critic = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    return actor, of_critic
+
+
+def restore(critic: nn.Module, folder: str | Path) -> None:
+    """Loads into `critic` what was saved to `folder`."""
+    if isinstance(critic, ValueHead):
+        critic.load_state_dict(ValueHead.from_pretrained(folder).state_dict())
+        return
+    model: Any = critic.model
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())

@@ -1,0 +1,95 @@
+"""What a run shows people: its plan, sample completions, and its section of the model card."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from .._trl import get_config_model_id
+from .config import PPOConfigX
+from .rollout import Rollout
+
+
+OPTIONS_ON_THE_CARD = (
+    *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
+    *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
+    *("cliprange", "cliprange_value", "vf_coef", "ent_coef"),
+    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
+)
+
+
+def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
+    """
+    The arithmetic of a run, in words.
+
+    Args:
+        args: the loop's config.
+        num_prompts: size of the training set; `None` for a stream.
+    """
+    if args.max_steps > 0:
+        steps = args.max_steps
+    else:  # an epoch has whole rollouts only
+        rollouts_per_epoch = (num_prompts or 0) // args.batch_size
+        steps = math.ceil(args.num_train_epochs * rollouts_per_epoch * args.optimizer_steps_per_rollout)
+    rollouts = math.ceil(steps / args.optimizer_steps_per_rollout)
+    return (
+        f"PPO plan: {args.batch_size} prompts per rollout ({args.local_batch_size} × {args.world_size} process(es)), "
+        f"{args.num_mini_batches} mini-batch(es) of {args.mini_batch_size}, micro-batches of "
+        f"{args.per_device_train_batch_size} per process, {args.num_ppo_epochs} epoch(s); {steps} optimizer steps, "
+        f"{args.optimizer_steps_per_rollout} per rollout; {rollouts} rollouts, {rollouts * args.batch_size} episodes."
+    )
+
+
+def print_samples(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, step: int, rows: int = 5
+) -> None:
+    """Prints a table of the first prompts with their responses and scores, on the main process."""
+    prompts = [ids[kept].tolist() for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    responses = [ids[kept].tolist() for ids, kept in zip(rollout.response_ids, rollout.attended, strict=True)]
+    samples = list(
+        zip(
+            tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            tokenizer.batch_decode(responses),
+            rollout.scores.tolist(),
+            strict=True,
+        )
+    )
+    samples = gather_object(samples)
+    if not accelerator.is_main_process:
+        return
+    table = Table(title=f"Samples at step {step}", show_lines=True)
+    for column in ("prompt", "response", "score"):
+        table.add_column(column)
+    for prompt, response, score in samples[:rows]:
+        table.add_row(Text(prompt), Text(response), f"{score:.3f}")  # as Text: "[/INST]" is no markup
+    Console().print(table)
+
+
+def append_training_section(trainer: Any) -> None:
+    """Adds to the model card in a trainer's output folder what was trained, and how."""
+    card = Path(trainer.args.output_dir) / "README.md"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _training_facts(trainer).items())
+    card.write_text(
+        card.read_text()
+        + "\n\n## What was trained, and how\n\n"
+        + "Trained by `trl_ext.PPOTrainerX`. The optimizer minimised\n\n"
+        + "`−clip_objective + kl_coef·kl + vf_coef·value_loss − ent_coef·entropy + old_kl_coef·old_kl`\n\n"
+        + f"| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def _training_facts(trainer: Any) -> dict[str, Any]:
+    facts = {
+        "actor": get_config_model_id(trainer.model.config) or type(trainer.model).__name__,
+        "critic": f"{trainer.args.critic} ({type(trainer.critic).__name__})",
+        "rewards": ", ".join(trainer.reward_func_names),
+        "optimizer steps": trainer.state.global_step,
+        "prompts per rollout": trainer.args.batch_size,
+    }
+    return facts | {name: getattr(trainer.args, name) for name in OPTIONS_ON_THE_CARD}

@@ -1,0 +1,68 @@
+"""From the scores of a rollout to its advantages and returns, and what the log says about both."""
+
+from torch import Tensor
+
+from ..masked import AllReduce, explained_variance, masked_moments, masked_sum, masked_whiten
+from .advantages import estimate_advantages
+from .config import PPOConfigX
+from .kl import estimate_kl
+from .rewards import RunningMoments, clip_scores, missing_eos, normalize_scores, token_rewards
+from .rollout import Rollout
+
+
+def estimate_returns(
+    rollout: Rollout, args: PPOConfigX, kl_coef: float, moments: RunningMoments, all_reduce: AllReduce
+) -> Tensor:
+    """
+    Fills in `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
+
+    Args:
+        rollout: with `old_values`, and with `old_logps` and `ref_logps` if the KL is in the reward.
+        kl_coef: coefficient of the KL in the reward, unused when it is in the loss.
+        moments: running moments of the scores, updated if `normalize_rewards`.
+
+    Returns:
+        (B,) sum of each response's per-token rewards, before whitening.
+    """
+    mask = rollout.mask
+    kl = None
+    if args.needs_reference and args.kl_placement == "reward":
+        kl = estimate_kl(args.kl_estimator, rollout.old_logps, rollout.ref_logps, mask)
+    rewards = token_rewards(_shaped_scores(rollout, args, moments, all_reduce), mask, kl, kl_coef)
+    total = masked_sum(rewards, mask, dim=1)
+    if args.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
+    rollout.advantages, rollout.returns = estimate_advantages(
+        args.advantage_estimator, rewards, rollout.old_values, mask, args.gamma, args.lam
+    )
+    if args.whiten_advantages:
+        rollout.advantages = masked_whiten(rollout.advantages, mask, all_reduce=all_reduce)
+    return total
+
+
+def _shaped_scores(rollout: Rollout, args: PPOConfigX, moments: RunningMoments, all_reduce: AllReduce) -> Tensor:
+    """(B,) scores, normalised, clipped and lowered where the end token is missing, in this order, as asked for."""
+    scores = rollout.scores
+    if args.normalize_rewards:
+        moments.update(scores, rollout.scored, all_reduce=all_reduce)
+        scores = normalize_scores(scores, moments)
+    if args.reward_clip is not None:
+        scores = clip_scores(scores, args.reward_clip)
+    if args.missing_eos_penalty is not None:
+        scores = missing_eos(scores, rollout.has_eos, args.missing_eos_penalty)
+    return scores
+
+
+def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:
+    """Log entries of a rollout, over all ranks. `total` is what `estimate_returns` returned."""
+    _, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
+    _, reward, _ = masked_moments(total, rollout.scored, all_reduce)
+    _, mean, variance = masked_moments(rollout.advantages, rollout.mask, all_reduce)
+    explained = explained_variance(rollout.old_values, rollout.returns, rollout.mask, all_reduce)
+    return {
+        "reward/score": score.item(),
+        "reward/total": reward.item(),
+        "advantage/mean": mean.item(),
+        "advantage/std": variance.sqrt().item(),
+        "value/explained_variance": explained.item(),
+    }

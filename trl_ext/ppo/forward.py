@@ -1,0 +1,155 @@
+"""
+One call of the actor gives everything PPO reads at the response positions: log-probabilities, entropy, state values,
+the exact KL to the reference, the trunk's states.
+
+The call goes through the wrapped model (DDP, DeepSpeed, PEFT), so gradients are synchronised and parameters gathered
+as in any forward. Only positions with a label are projected to the vocabulary.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .._trl import fused_head_logits
+from .critic import ValueHead
+from .kl import full_kl
+
+
+LogitsHead = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class ActorCriticOutput(ModelOutput):
+    """
+    What was asked for in `ppo_outputs`; the rest is `None`. Per-token fields have shape (B, L - 1), where position j
+    belongs to the choice of token j + 1, and are 0 where token j + 1 has no label.
+
+    Args:
+        log_probs: log-probability of each label under the temperature-scaled policy, nats.
+        entropy: −Σ p log p over the vocabulary, nats.
+        state_values: V of the state in which token j + 1 is chosen.
+        ref_kl: KL(π_θ ‖ π_ref) over the vocabulary, nats.
+        trunk_states: (B, L - 1, H) last hidden states.
+        aux_loss: load-balancing loss of a mixture of experts, a scalar.
+    """
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    state_values: Tensor | None = None
+    ref_kl: Tensor | None = None
+    trunk_states: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
+    """
+    Extends `model.forward` with `ppo_outputs`, a tuple of the field names of [`ActorCriticOutput`] wanted; without it
+    the forward is the original one, so generation is unchanged. State values come from `model.critic`. The forward
+    then also takes `labels` (−100 where nothing is read), `train_actor` (off: no gradient reaches the actor) and, for
+    `ref_kl`, `ref_states` (B, T, H) of the last T positions with the `ref_head` that maps them to logits.
+
+    Args:
+        model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if
+            entropy will be asked for.
+
+    Returns:
+        The model's map from trunk states to temperature-scaled logits.
+    """
+    fused_forward = model.forward
+    logits_head = fused_head_logits(model)
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self, *args, ppo_outputs=None, labels=None, ref_states=None, ref_head=None, train_actor=True, **kwargs
+    ):
+        if ppo_outputs is None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return fused_forward(*args, **kwargs)
+
+        wanted = set(ppo_outputs)
+        positions = _scored_positions(labels)
+        output = ActorCriticOutput()
+        states = None
+        with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
+            if wanted & {"log_probs", "entropy"}:
+                with _compact_trunk_output(self.base_model, positions) as compact:
+                    head = fused_forward(
+                        *args, shift_labels=labels[:, 1:][positions][None], fused_lm_head=True, **kwargs
+                    )
+                (states,) = compact
+                output.log_probs = _scatter(head.log_probs[0], positions)
+                output.entropy = None if head.entropy is None else _scatter(head.entropy[0], positions)
+                output.aux_loss = head.aux_loss
+            elif wanted & {"trunk_states", "ref_kl"} or _reads_trunk(self, wanted):
+                trunk = self.base_model(*args, use_cache=False, **kwargs)
+                states = trunk.last_hidden_state[:, :-1][positions]
+            if "ref_kl" in wanted:
+                of_reference = ref_states[positions[:, -ref_states.size(1) :]]
+                exact = full_kl(states, logits_head, of_reference, ref_head)
+                output.ref_kl = _scatter(exact, positions)
+        if "trunk_states" in wanted:
+            output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))
+            output.trunk_states[positions] = states
+        if _reads_trunk(self, wanted):
+            output.state_values = _scatter(self.critic(states), positions)
+        elif "state_values" in wanted:
+            kwargs.pop("output_router_logits", None)
+            output.state_values = self.critic(*args, **kwargs)[:, :-1].masked_fill(~positions, 0)
+        return output
+
+    model.forward = types.MethodType(forward, model)
+    return logits_head
+
+
+def accepts_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the architecture takes explicit positions; with left-padded prompts they matter for absolute ones."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _reads_trunk(model: nn.Module, wanted: set[str]) -> bool:
+    return "state_values" in wanted and isinstance(model.critic, ValueHead)
+
+
+def _scored_positions(labels: Tensor) -> Tensor:
+    """(B, L - 1) True where the next token has a label; one response position when none has, to keep the graph."""
+    positions = labels[:, 1:] != -100
+    if not positions.any():
+        positions[0, -1] = True
+    return positions
+
+
+def _scatter(compact: Tensor, positions: Tensor) -> Tensor:
+    """(N,) values of the True positions -> (B, L - 1), 0 elsewhere."""
+    return compact.new_zeros(positions.shape).masked_scatter(positions, compact)
+
+
+@contextmanager
+def _compact_trunk_output(trunk: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
+    """
+    Within the context, `trunk` returns its last hidden states at the True positions only, as one row (1, N, H); they
+    are also put, as (N, H), into the list that the context yields.
+
+    Off CUDA TRL's fused head scores every position that it is given, so it is given those that are read.
+    """
+    kept: list[Tensor] = []
+
+    def compact(module, args, output):
+        states = output.last_hidden_state[:, :-1][positions]
+        kept.append(states)
+        output.last_hidden_state = states[None]
+        return output
+
+    handle = trunk.register_forward_hook(compact)
+    try:
+        yield kept
+    finally:
+        handle.remove()

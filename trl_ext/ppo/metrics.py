@@ -1,0 +1,96 @@
+"""`LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..masked import AllReduce
+from .losses import PPOCoefficients, PPOTerms
+
+
+# Term of the loss -> name of its coefficient in the log. The clipped objective has coefficient −1.
+COEFFICIENT_OF = {"kl": "kl", "value_loss": "vf", "entropy": "entropy", "old_kl": "old_kl", "aux_loss": "aux"}
+
+# Statistic -> log key. All are means over the tokens of the optimizer batch but the maximum.
+STATISTICS = {
+    "ratio_mean": "policy/ratio_mean",
+    "clip_fraction": "policy/clip_fraction",
+    "old_kl": "policy/approx_kl",
+    "value_clip_fraction": "value/clip_fraction",
+}
+
+
+class LossLedger:
+    """
+    Keeps the books of the loss: `loss = −clip_objective + Σ coef/x · x` holds for every log line, because a window's
+    `coef/x` is mean(coef · x) / mean(x) over the optimizer steps taken.
+    """
+
+    def __init__(self) -> None:
+        self._micro_batches: list[PPOTerms] = []
+        self._window: list[dict[str, float]] = []
+        self._coefficients: list[dict[str, float]] = []
+
+    def add(self, terms: PPOTerms) -> None:
+        """Enters one micro-batch. The terms are shares of the optimizer batch's mean, so they add up."""
+        self._micro_batches.append(terms)
+
+    def close_step(
+        self, coef: PPOCoefficients, all_reduce: AllReduce, max_over_ranks: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Sums the micro-batches of an optimizer step over all ranks; returns the step's terms and statistics."""
+        names = [name for name in _ADDITIVE if getattr(self._micro_batches[0], name) is not None]
+        sums = [sum(getattr(terms, name).detach() for terms in self._micro_batches) for name in names]
+        ratio_max = torch.stack([terms.ratio_max for terms in self._micro_batches]).max()
+        step = dict(zip(names, all_reduce(torch.stack(sums)).tolist(), strict=True))
+        step["ratio_max"] = max_over_ranks(ratio_max).item()
+        self._micro_batches.clear()
+        self._window.append(step)
+        self._coefficients.append({name: getattr(coef, name) for name in COEFFICIENT_OF.values()})
+        return step
+
+    def pop_window(self) -> dict[str, float]:
+        """The log line of the optimizer steps since the last call; empty when none was taken."""
+        steps, coefficients = self._window, self._coefficients
+        self._window, self._coefficients = [], []
+        if not steps:
+            return {}
+        line = {"loss": 0.0, "terms/clip_objective": _mean([step["clip_objective"] for step in steps])}
+        for term, name in COEFFICIENT_OF.items():
+            weights = [coefficient[name] for coefficient in coefficients]
+            if term in steps[0]:
+                values = [step[term] for step in steps]
+                line[f"terms/{term}"] = _mean(values)
+                line[f"coef/{name}"] = _weighted_coefficient(weights, values)
+            elif name != "aux":
+                line[f"coef/{name}"] = _mean(weights)
+        # In double precision from the terms, so that the line holds for a loss of any size.
+        line["loss"] = -line["terms/clip_objective"] + sum(
+            _SIGN.get(term, 1) * line[f"coef/{name}"] * line[f"terms/{term}"]
+            for term, name in COEFFICIENT_OF.items()
+            if f"terms/{term}" in line
+        )
+        line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
+        line["policy/ratio_max"] = max(step["ratio_max"] for step in steps)
+        return line
+
+
+_SIGN = {"entropy": -1}
+_ADDITIVE = (
+    "clip_objective",
+    *COEFFICIENT_OF,
+    "ratio_mean",
+    "clip_fraction",
+    "value_clip_fraction",
+)
+
+
+def _weighted_coefficient(weights: list[float], values: list[float]) -> float:
+    """mean(coef · x) / mean(x), so that the product with the window's mean(x) is exact."""
+    total = sum(values)
+    return sum(w * x for w, x in zip(weights, values, strict=True)) / total if total else _mean(weights)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,227 @@
+"""The four models of a run: checked before any is loaded, then loaded: actor, reference, reward, critic."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
+from .config import PPOConfigX
+from .critic import build_critic, check_value_model
+from .scorers import TokenScorer, check_single_label, checked, find_tokenizer, load_reward_model, reads_actor_ids
+
+
+logger = logging.get_logger(__name__)
+
+Model: TypeAlias = PreTrainedModel | PeftModel | str
+
+
+@dataclass
+class Roles:
+    """
+    The models of a run, as GRPO takes them.
+
+    Args:
+        actor: the policy, before `peft_config` wraps it.
+        reference: a frozen model, or `None`: an adapter of the actor, or no reference at all.
+        reward_funcs, reward_processing_classes: the reward sources, the reward model first.
+        critic: the value model or value head.
+    """
+
+    actor: PreTrainedModel
+    reference: PreTrainedModel | None
+    reward_funcs: list[Any]
+    reward_processing_classes: list[Any]
+    critic: nn.Module
+
+
+def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
+    """`args`, or the defaults with an output folder named after the model."""
+    if args is None:
+        path = model if isinstance(model, str) else "" if model is None else get_config_model_id(model.config)
+        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO")
+    if not isinstance(args, PPOConfigX):
+        raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainerX needs a `PPOConfigX`.")
+    return args
+
+
+def check_roles(
+    args: PPOConfigX,
+    model: Model | None,
+    ref_model: Model | None,
+    reward_model: Model | None,
+    value_model: Model | None,
+    has_other_reward: bool,
+    peft_config: PeftConfig | None,
+) -> None:
+    """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
+    if model is None:
+        raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
+    if reward_model is None and not has_other_reward:
+        raise ValueError(
+            "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
+            "environment has a `get_reward`, or set `reward_model_path`."
+        )
+    if not isinstance(model, str):
+        if ref_model is model:
+            raise ValueError(
+                "`ref_model` is the `model` object itself, so the reference would move with the actor. Pass a copy, "
+                "or `None` for a frozen copy."
+            )
+        if value_model is model:
+            raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
+    if value_model is not None and args.critic == "head":
+        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
+    if value_model is not None and value_model is reward_model and not isinstance(value_model, str):
+        raise ValueError(
+            "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
+        )
+    for role in (value_model, reward_model):
+        if isinstance(role, PreTrainedModel):
+            check = check_value_model if role is value_model else _check_reward_model
+            check(role)
+    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(peft_config).__name__} learns virtual tokens, which shift every position; use LoRA.")
+    if args.ref_adapter_name is not None and not is_peft_model(model):
+        raise ValueError("`ref_adapter_name` names an adapter of the actor; pass a `PeftModel` that holds it.")
+
+
+def _check_reward_model(model: PreTrainedModel) -> None:
+    check_single_label(model.config.num_labels, get_config_model_id(model.config) or type(model).__name__)
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, model: Model, args: PPOConfigX
+) -> PreTrainedTokenizerBase:
+    """The actor's tokenizer, padding on the left; raises `ValueError` when it cannot serve PPO."""
+    if processing_class is None:
+        path = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        processing_class = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=args.trust_remote_code, truncation_side="left"
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}; PPO reads text only. Pass its tokenizer."
+        )
+    if processing_class.eos_token_id is None:
+        raise ValueError("The tokenizer has no eos token, so no response could end. Set `processing_class.eos_token`.")
+    processing_class.padding_side = "left"
+    return processing_class
+
+
+def model_config(model: Model, args: PPOConfigX) -> Any:
+    """The actor's text config, without loading its weights."""
+    if not isinstance(model, str):
+        return model.config.get_text_config()
+    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
+
+
+def load_roles(
+    args: PPOConfigX,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    ref_model: Model | None,
+    reward_model: Model | None,
+    value_model: Model | None,
+    reward_funcs: list[Any],
+    reward_processing_classes: list[Any] | None,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+) -> Roles:
+    """Loads what came as a path, and makes what did not come: reference and critic."""
+    init_kwargs = _init_kwargs(args)
+    actor_kwargs = init_kwargs | ({"quantization_config": quantization_config} if quantization_config else {})
+    actor = create_model_from_path(model, **actor_kwargs) if isinstance(model, str) else model
+
+    has_adapter = peft_config is not None or is_peft_model(actor)
+    reference = None
+    if args.needs_reference and not (ref_model is None and has_adapter):
+        reference = _load_reference(ref_model, model, actor, actor_kwargs)
+
+    sources = ([] if reward_model is None else [reward_model]) + reward_funcs
+    tokenizers = _align(reward_processing_classes, sources)
+    functions, shared = [], None
+    for i, source in enumerate(sources):
+        function, tokenizers[i], reads_ids = _reward_source(
+            source, tokenizers[i], tokenizer, actor.config.get_text_config().vocab_size, args, init_kwargs
+        )
+        functions.append(function)
+        if i == 0 and reward_model is not None and reads_ids:
+            shared = function.model
+
+    critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
+    return Roles(actor, reference, functions, tokenizers, critic)
+
+
+def _init_kwargs(args: PPOConfigX) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for every model of the run, as GRPO chooses them."""
+    kwargs = dict(args.model_init_kwargs or {})
+    # Distributed training needs device_map=None.
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return kwargs
+
+
+def _load_reference(
+    ref_model: Model | None, model: Model, actor: PreTrainedModel, init_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    if ref_model is None and isinstance(model, str):
+        ref_model = model
+    if isinstance(ref_model, str):
+        reference = create_model_from_path(ref_model, **init_kwargs)
+    else:
+        reference = copy.deepcopy(actor) if ref_model is None else ref_model
+    disable_dropout(reference)
+    return reference.requires_grad_(False).eval()
+
+
+def _align(processing_classes: list[Any] | Any | None, sources: list[Any]) -> list[Any]:
+    """One processing class, or `None`, per reward source."""
+    if processing_classes is None:
+        return [None] * len(sources)
+    given = processing_classes if isinstance(processing_classes, list) else [processing_classes]
+    if len(given) != len(sources):
+        raise ValueError(
+            f"There are {len(given)} `reward_processing_classes` for {len(sources)} reward sources (the reward model "
+            "first, then `reward_funcs`). Give one for each, `None` for a function."
+        )
+    return list(given)
+
+
+def _reward_source(
+    source: Any, own_tokenizer: Any, tokenizer: Any, args: PPOConfigX, init_kwargs: dict[str, Any]
+) -> tuple[Any, Any, bool]:
+    """(what GRPO calls, its tokenizer, whether it is a model that reads the actor's ids)."""
+    if isinstance(source, str):
+        source = load_reward_model(source, init_kwargs)
+    if not isinstance(source, nn.Module):
+        return checked(source, get_callable_name(source)), None, False
+    _check_reward_model(source)
+    disable_dropout(source)
+    own_tokenizer = own_tokenizer or find_tokenizer(source, args.trust_remote_code)
+    if not reads_actor_ids(source, own_tokenizer, tokenizer):
+        return source, own_tokenizer, False
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    source.config.get_text_config().pad_token_id = pad_token_id
+    name = (get_config_model_id(source.config) or "reward_model").rstrip("/").split("/")[-1]
+    scorer = TokenScorer(source, name, pad_token_id, args.local_rollout_forward_batch_size)
+    return scorer, None, True
+
+
+def copy_adapter(model: Any, name: str, copy_name: str) -> None:
+    """Adds a frozen copy of the adapter `name` to a `PeftModel`."""
+    model.add_adapter(copy_name, model.peft_config[name])
+    for parameter_name, parameter in list(model.named_parameters()):
+        if f".{name}." in parameter_name:
+            twin = model.get_parameter(parameter_name.replace(f".{name}.", f".{copy_name}."))
+            twin.data.copy_(parameter.data)
+            twin.requires_grad_(False)

@@ -1,0 +1,148 @@
+"""`Rollout`: the tensors of one batch of experience on one rank, with their shapes."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    """
+    One batch of experience. B sequences, P prompt tokens (padded on the left), T response tokens (padded on the
+    right), L = P + T, H the reference trunk's width. `None` where a run does not read it.
+
+    Args:
+        prompt_ids, prompt_mask: (B, P).
+        response_ids: (B, T).
+        attended: (B, T) bool, True at real tokens.
+        mask: (B, T) bool, True at tokens that the actor chose and that count: no padding, no tool output, no sample
+            without a score.
+        scores: (B,) float, what the reward sources said, weighted and summed; 0 where nothing was said.
+        scored: (B,) bool, False where every reward source said `None`.
+        has_eos: (B,) bool, True where the response holds an end token.
+        old_logps: (B, T) log-probabilities under the policy that sampled, nats.
+        ref_logps: (B, T) log-probabilities under the reference, nats.
+        ref_states: (B, T, H) trunk states of the reference, for the exact KL.
+        old_values: (B, T) state values before learning.
+        advantages, returns: (B, T).
+        importance_sampling_ratio: (B, T) or (B, 1), training over sampling probability, when vLLM samples.
+        first_logps: (B, T) `old_logps` in the making, when the first learning pass gives them.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    attended: Tensor
+    mask: Tensor
+    scores: Tensor
+    scored: Tensor
+    has_eos: Tensor
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_states: Tensor | None = None
+    old_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    importance_sampling_ratio: Tensor | None = None
+    first_logps: Tensor | None = None
+
+    @classmethod
+    def from_ids(cls, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, attended: Tensor) -> "Rollout":
+        """Responses without scores, as they are when only log-probabilities are wanted."""
+        rows = response_ids.new_zeros(len(response_ids))
+        return cls(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask.bool(),
+            response_ids=response_ids,
+            attended=attended,
+            mask=attended,
+            scores=rows.float(),
+            scored=rows.bool(),
+            has_eos=rows.bool(),
+        )
+
+    @classmethod
+    def from_grpo(cls, batch: dict, scores: Tensor, end_ids: list[int]) -> "Rollout":
+        """
+        Takes over what `GRPOTrainer._generate_and_score_completions` returns.
+
+        Args:
+            batch: GRPO's dictionary of tensors; `tool_mask` is 0 at tokens that a tool wrote.
+            scores: (B,) float, NaN where every reward source said `None`.
+            end_ids: ids of the tokens that end a response.
+        """
+        ids, attended = batch["completion_ids"], batch["completion_mask"].bool()
+        scored = ~scores.isnan()
+        mask = attended & scored.unsqueeze(1)
+        if "tool_mask" in batch:
+            mask = mask & batch["tool_mask"].bool()
+        is_end = torch.isin(ids, torch.tensor(end_ids, device=ids.device)) & attended
+        return cls(
+            prompt_ids=batch["prompt_ids"],
+            prompt_mask=batch["prompt_mask"].bool(),
+            response_ids=ids,
+            attended=attended,
+            mask=mask,
+            scores=scores.nan_to_num(nan=0.0),
+            scored=scored,
+            has_eos=is_end.any(dim=1),
+            old_logps=batch.get("old_per_token_logps"),
+            importance_sampling_ratio=batch.get("importance_sampling_ratio"),
+        )
+
+    def __len__(self) -> int:
+        return self.response_ids.size(0)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The sequences at the indices `rows`."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[rows] for name, t in chosen.items() if t is not None})
+
+    def split(self, size: int) -> list["Rollout"]:
+        """Consecutive parts of at most `size` sequences."""
+        rows = torch.arange(len(self), device=self.response_ids.device)
+        return [self.select(part) for part in rows.split(size)]
+
+    def keep_first_logps(self, rows: Tensor, logps: Tensor) -> None:
+        """Notes the log-probabilities (b, T) that the first learning pass found for the sequences at `rows`."""
+        if self.first_logps is None:
+            self.first_logps = logps.new_zeros(self.response_ids.shape)
+        self.first_logps[rows] = logps
+
+    def model_inputs(self, position_ids: bool) -> dict[str, Tensor]:
+        """
+        What a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count) and, if
+        the architecture has them, positions that count real tokens only.
+        """
+        attention_mask = torch.cat([self.prompt_mask, self.attended], dim=1)
+        labels = torch.cat(
+            [torch.full_like(self.prompt_ids, -100), self.response_ids.masked_fill(~self.mask, -100)], dim=1
+        )
+        inputs = {
+            "input_ids": torch.cat([self.prompt_ids, self.response_ids], dim=1),
+            "attention_mask": attention_mask.long(),
+            "labels": labels,
+        }
+        if position_ids:
+            inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+
+@dataclass
+class MicroBatch:
+    """
+    The part of a rollout that one forward and backward pass learns from.
+
+    Args:
+        rollout: the whole rollout on this rank.
+        rows: (b,) indices of the sequences of this micro-batch.
+        num_tokens: tokens that count in the whole optimizer batch: all its micro-batches, all ranks.
+        share: this micro-batch's share of the optimizer batch's micro-batches over all ranks, for terms that are means
+            over micro-batches.
+    """
+
+    rollout: Rollout
+    rows: Tensor
+    num_tokens: float
+    share: float

@@ -1,0 +1,166 @@
+"""Where scores come from: reward models, on token ids or on text, and Python functions, checked as they answer."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .._trl import create_model_from_path, get_config_model_id, is_async_callable
+
+
+logger = logging.get_logger(__name__)
+
+# Text on which two tokenizers with one vocabulary would still differ: case, accents, digits, spaces, other scripts.
+PROBE = "Hello, World!  naïve café\n\t1234.5 don't 长城 <|x|> émile"
+
+
+class TokenScorer:
+    """
+    A reward model that reads the actor's token ids: prompt and response as they were sampled, end token included.
+
+    GRPO calls it as a reward function; the ids reach it as `prompt_ids` and `completion_ids`.
+    """
+
+    def __init__(self, model: nn.Module, name: str, pad_token_id: int, batch_size: int):
+        self.model = model
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        self.__name__ = name
+
+    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Scores, one per response."""
+        sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(sequences), self.batch_size):
+            scores += self._score(sequences[start : start + self.batch_size]).tolist()
+        return scores
+
+    @torch.no_grad()
+    def _score(self, sequences: list[list[int]]) -> Tensor:
+        device = next(self.model.parameters()).device
+        rows = [torch.tensor(ids) for ids in sequences]
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+
+
+def token_scorer(reward_func: Any) -> TokenScorer | None:
+    """The [`TokenScorer`] that GRPO calls, or `None` for another kind of reward."""
+    return reward_func if isinstance(reward_func, TokenScorer) else None
+
+
+def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=init_kwargs.get("trust_remote_code", False))
+    architecture = (config.architectures or ["an unknown architecture"])[0]
+    if "ForSequenceClassification" not in architecture:
+        raise ValueError(
+            f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train a reward "
+            "model first, for example with `python scripts/reward.py`."
+        )
+    check_single_label(config.num_labels, path)
+    return create_model_from_path(path, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
+
+
+def check_single_label(num_labels: int, name: str) -> None:
+    if num_labels != 1:
+        raise ValueError(
+            f"The reward model {name!r} has {num_labels} labels; a response gets one score. Use a model trained with "
+            "`num_labels=1`, or wrap it in a function for `reward_funcs`."
+        )
+
+
+def find_tokenizer(model: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside the reward model, or `None`."""
+    path = get_config_model_id(model.config)
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, size: int | None = None) -> bool:
+    """
+    Whether two tokenizers turn text into the same ids and ids into the same text. Ids from `size` on do not count, nor
+    does a pad token that only one of them has: scripts for TRL 1.12 add one, and padding is never read.
+    """
+    if one is other:
+        return True
+    differences = one.get_vocab().items() ^ other.get_vocab().items()
+    differing = {token for token, id_ in differences if size is None or id_ < size}
+    return differing <= {one.pad_token, other.pad_token} and one(PROBE)["input_ids"] == other(PROBE)["input_ids"]
+
+
+def reads_actor_ids(
+    reward_model: PreTrainedModel,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    actor_tokenizer: PreTrainedTokenizerBase,
+    actor_vocabulary: int,
+) -> bool:
+    """
+    Whether the reward model shares the actor's tokenizer. A model with no tokenizer of its own to be found, made in
+    memory as in scripts for TRL 1.12, must have a vocabulary that holds every id of the actor's.
+
+    Args:
+        actor_vocabulary: rows of the actor's embedding; it can sample no id beyond.
+    """
+    vocabulary = reward_model.config.get_text_config().vocab_size
+    needed = min(len(actor_tokenizer), actor_vocabulary)
+    if reward_tokenizer is not None:
+        return vocabulary >= needed and same_tokenizer(reward_tokenizer, actor_tokenizer, actor_vocabulary)
+    if vocabulary < needed:
+        raise ValueError(
+            f"The reward model knows {vocabulary} tokens and the actor's tokenizer {needed}, and no tokenizer is saved "
+            "beside the reward model. Pass its tokenizer as `reward_processing_classes`."
+        )
+    logger.info("No tokenizer is saved beside the reward model: it reads the actor's token ids.")
+    return True
+
+
+def checked(function: Callable, name: str) -> Callable:
+    """
+    The reward function, refusing NaN and ±inf with its name and the sample. `None` still means "does not apply".
+    """
+    if is_async_callable(function):
+
+        @functools.wraps(function)
+        async def checked_async(*args, **kwargs):
+            return _check_scores(await function(*args, **kwargs), name, kwargs)
+
+        checked_async.__name__ = name  # what GRPO logs it under
+        return checked_async
+
+    @functools.wraps(function)
+    def checked_sync(*args, **kwargs):
+        return _check_scores(function(*args, **kwargs), name, kwargs)
+
+    checked_sync.__name__ = name
+    return checked_sync
+
+
+def _check_scores(scores: list[float | None], name: str, inputs: dict[str, Any]) -> list[float | None]:
+    for row, score in enumerate(scores):
+        if score is not None and not math.isfinite(score):
+            prompts, completions = inputs.get("prompts"), inputs.get("completions")
+            sample = (
+                f"prompt {prompts[row]!r}, response {completions[row]!r}" if prompts and completions else f"row {row}"
+            )
+            step = getattr(inputs.get("trainer_state"), "global_step", "?")
+            raise FloatingPointError(
+                f"The reward {name!r} is {score} at step {step} for {sample}. Return a finite number, or `None` where "
+                "it does not apply."
+            )
+    return scores

@@ -1,0 +1,683 @@
+"""
+`PPOTrainerX`: TRL's `GRPOTrainer` with the critic put back.
+
+Where it differs from TRL 1.12's `PPOTrainer`:
+
+1. `num_ppo_epochs × num_mini_batches` optimizer steps are taken per rollout, as the options say (trl#5645).
+2. The loss is the documents': the KL to the reference stands in the loss by default, with its own coefficient, beside
+   the clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
+3. Every term is a mean over the tokens of the whole optimizer batch, so micro-batches and ranks do not change it.
+4. Whitening and every logged metric are over all ranks and real tokens.
+5. The score stands on the last real token of a response, and the episode ends there.
+6. A response ends at an end token unless told otherwise.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model, set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from .. import _trl
+from ..masked import masked_mean, masked_moments, masked_sum
+from . import critic as critic_module
+from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
+from .config import PPOConfigX
+from .display import append_training_section, batch_plan, print_samples
+from .experience import estimate_returns, rollout_metrics
+from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward
+from .kl import estimate_kl
+from .losses import PPOCoefficients, ppo_terms
+from .metrics import LossLedger
+from .prompts import TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
+from .rewards import RunningMoments
+from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, model_config, resolve_args
+from .rollout import MicroBatch, Rollout
+from .scorers import token_scorer
+
+
+class PPOTrainerX(GRPOTrainer):
+    """
+    Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
+
+    Generation (transformers, vLLM, tools, environments), reward functions, PEFT, quantisation, distribution, logging
+    of completions and the loop itself are inherited. Overridden, in the order in which data flows: `_prepare_inputs`
+    (one rollout, mini-batches redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`,
+    `_generate`, `_calculate_rewards`, `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities),
+    `training_step`, `_compute_loss`, `_get_grad_norm`, `create_optimizer`, `prediction_step`, `evaluation_loop`,
+    `log`, `_save`, `_load_best_model`, `create_model_card`.
+
+    Args:
+        args ([`PPOConfigX`], *optional*): configuration.
+        processing_class: the actor's tokenizer; loaded from the model's path if not given.
+        model (`str`, `PreTrainedModel` or `PeftModel`): the actor, any causal language model.
+        ref_model: the reference. Not given: a frozen copy of the actor; with `peft_config`, the actor with its adapter
+            switched off; for a `PeftModel`, a frozen copy of its adapter.
+        reward_model: a sequence classification model with one label. It reads token ids if it shares the actor's
+            tokenizer, text if it has its own.
+        train_dataset: prompts in a column `prompt` (text or conversation), or tokenised in `input_ids`.
+        value_model: the critic. Not given: a copy of the reward model if that shares the actor's tokenizer, else a
+            copy of the actor's trunk with a new head. Not with `critic="head"`.
+        data_collator: collates tokenised prompts, as in TRL 1.12.
+        eval_dataset: held-out prompts.
+        optimizers, callbacks, peft_config: as in `transformers.Trainer` and `GRPOTrainer`.
+        reward_funcs: reward functions, models or paths, as in `GRPOTrainer`; they follow `reward_model` in
+            `reward_weights` and in the log.
+        reward_processing_classes: tokenizers of the reward sources, in that order.
+        quantization_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
+
+    Raises:
+        ValueError: when the models, data and options cannot make a run; before weights are loaded where that can be
+            known.
+        FloatingPointError: during training, for a reward, loss or gradient that is not finite.
+    """
+
+    _tag_names: ClassVar = ["trl", "ppo", "trl-ext"]
+    _name = "PPO"
+    _paper: ClassVar = {
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": (
+            "@article{schulman2017proximal,\n"
+            "    title   = {{Proximal Policy Optimization Algorithms}},\n"
+            "    author  = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},\n"
+            "    year    = 2017,\n"
+            "    eprint  = {arXiv:1707.06347}\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self,
+        args: PPOConfigX | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model: Model | None = None,
+        ref_model: Model | None = None,
+        reward_model: Model | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        value_model: Model | None = None,
+        data_collator: Callable | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        # less commonly used
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        quantization_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
+    ):
+        # 1. What was asked for, checked before anything is loaded
+        args = resolve_args(args, model)
+        model = args.sft_model_path if model is None else model
+        reward_funcs = (
+            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        )
+        if reward_model is None and not reward_funcs and environment_factory is None:
+            reward_model = args.reward_model_path
+        has_other_reward = bool(reward_funcs) or environment_factory is not None
+        check_roles(args, model, ref_model, reward_model, value_model, has_other_reward, peft_config)
+        tokenizer = load_tokenizer(processing_class, model, args)
+        context = getattr(model_config(model, args), "max_position_embeddings", None)
+        check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
+
+        # 2. The four models
+        set_seed(args.seed)
+        roles = load_roles(
+            args,
+            tokenizer,
+            model,
+            ref_model,
+            reward_model,
+            value_model,
+            reward_funcs,
+            reward_processing_classes,
+            quantization_config,
+            peft_config,
+        )
+        loop_args = args.for_trainer_loop()
+        loop_args.model_init_kwargs = None  # every model is loaded
+        super().__init__(
+            model=roles.actor,
+            reward_funcs=roles.reward_funcs,
+            args=loop_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            reward_processing_classes=roles.reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        self.prompt_collator = data_collator
+        self._set_stop_token()
+        self._set_up_models(roles)
+        self._set_up_reference_adapter(starts_from_adapter=peft_config is None, ref_model=ref_model)
+
+        # 3. The state of a run
+        self._kl_controller, self._old_kl_controller = self.args.build_kl_controllers()
+        self._last_kl: float | None = None
+        self._last_old_kls: list[float] = []
+        self._reward_moments = RunningMoments()
+        self._ledger = LossLedger()
+        self._rollout: Rollout | None = None
+        self._micro_batches: list[MicroBatch] = []
+        self._scores: Tensor | None = None
+        self._stop_learning = False
+        self._left_out_steps = 0
+        self._eval_scores: list[Tensor] = []
+        self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
+
+    # ---- Set-up ----
+
+    def _set_stop_token(self) -> None:
+        """Narrows what ends a response from every declared end token to the one that was asked for."""
+        if self.args.stop_token is None and self.args.stop_token_id is None:
+            return
+        stop = self._tokenizer.eos_token_id if self.args.stop_token == "eos" else self.args.stop_token_id
+        self.eos_token_ids = [stop]
+        if self.use_vllm:
+            options = self.vllm_generation.generation_kwargs or {}
+            self.vllm_generation.generation_kwargs = {**options, "stop_token_ids": [stop]}
+        else:
+            self.generation_kwargs["eos_token_id"] = [stop]
+            self.generation_config.eos_token_id = [stop]
+
+    def _set_up_models(self, roles: Roles) -> None:
+        """Attaches the critic, extends the forward of actor and reference, places the frozen models."""
+        if self.args.model_adapter_name is not None:
+            self.model.set_adapter(self.args.model_adapter_name)
+        actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self.critic = roles.critic
+        critic_module.attach(self.critic, actor)
+        self._ref_logits = add_actor_critic_forward(actor)
+        self._position_ids = accepts_position_ids(actor)
+        if self.use_vllm:
+            _trl.exclude_from_weight_sync(self.vllm_generation, critic_module.ATTRIBUTE)
+
+        if roles.reference is not None:
+            _trl.add_fused_lm_head(
+                roles.reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+            )
+            self._ref_logits = add_actor_critic_forward(roles.reference)
+            self.ref_model = _trl.prepare_frozen(roles.reference, self.accelerator)
+        for scorer in map(token_scorer, self.reward_funcs):
+            if scorer is not None:
+                scorer.model = _trl.prepare_frozen(scorer.model, self.accelerator)
+
+    def _set_up_reference_adapter(self, starts_from_adapter: bool, ref_model: Model | None) -> None:
+        """
+        Chooses the adapter that is the reference, if one is. Training that starts from an adapter is held to a frozen
+        copy of that adapter, not to the base model.
+        """
+        self._ref_adapter = self.args.ref_adapter_name
+        self._reference_is_start = self.args.needs_reference and ref_model is None and self._ref_adapter is None
+        if self._reference_is_start and starts_from_adapter and is_peft_model(self.model):
+            self._ref_adapter = "ref"
+            copy_adapter(self.model, self.model.active_adapter, self._ref_adapter)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
+        optimizer = super().create_optimizer(model)
+        if self.args.critic_learning_rate is None:
+            return optimizer
+        of_critic = {id(parameter) for parameter in self.critic.parameters()}
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in of_critic]
+            if mine:
+                group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+                options = {name: value for name, value in group.items() if name != "params"}
+                optimizer.add_param_group(options | {"params": mine, "lr": self.args.critic_learning_rate})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            raise ValueError(
+                "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments "
+                "are not in a checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
+            )
+        num_prompts = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        self.accelerator.print(batch_plan(self.args, num_prompts))
+        return super().train(**kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [
+            name for name in ("input_ids", "attention_mask") if name not in self._signature_columns
+        ]
+
+    # ---- 1. Collect a rollout ----
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> MicroBatch | Rollout:
+        """A rollout every `num_ppo_epochs` passes over it; its mini-batches are redrawn for every pass."""
+        if not self.model.training:
+            return self._collect_held_out(rows)
+        step_of_pass = self._step % self.args.steps_per_generation
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self._rollout = self._collect_rollout(rows)
+        if step_of_pass == 0:
+            self._micro_batches = self._draw_micro_batches(self._rollout)
+        return self._micro_batches[step_of_pass]
+
+    def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
+        start = time.perf_counter()
+        # 1. What the last rollout taught the controllers
+        self._update_controllers()
+        self._show_samples()
+        # 2. Responses and their scores
+        rollout = self._generate_and_score_completions(rows)
+        # 3. What the other three models say about them
+        self._score_with_models(rollout)
+        self._check_reference(rollout)
+        # 4. Per-token rewards, advantages, returns
+        total = estimate_returns(
+            rollout, self.args, self._kl_controller.coef, self._reward_moments, self._sum_over_ranks
+        )
+        self._log_rollout(rollout, total)
+        if rollout.old_logps is not None:
+            self._measure_kl(rollout)
+        self._stop_learning = False
+        self._log_seconds(rollout, time.perf_counter() - start)
+        return rollout
+
+    def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
+        if is_tokenised(rows[0]):
+            rows = with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator)
+        batch = super()._generate_and_score_completions(rows)
+        # Means and advantages over groups of one say nothing.
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            metrics.pop(name, None)
+        return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if isinstance(prompts[0], TokenisedPrompt):
+            return [prompt.input_ids for prompt in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _generate(self, prompts: list[Any]) -> tuple:
+        start = time.perf_counter()
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(prompts)
+        # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
+        extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
+        if self.model.training:
+            self._seconds["generate"] = time.perf_counter() - start
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> Tensor:
+        """GRPO's rewards (all samples, sources); keeps this rank's weighted sums, NaN where no source applies."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        start = self.accelerator.process_index * len(prompts)
+        is_model = [isinstance(source, nn.Module) for source in self.reward_funcs]
+        samples = list(zip(prompts, completions, strict=True))
+        require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        scores[rewards.isnan().all(dim=1)] = torch.nan
+        self._scores = scores[start : start + len(prompts)]
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
+    ) -> tuple[Tensor | None, None, None]:
+        """
+        GRPO asks here for the log-probabilities before learning. Only its correction for vLLM's probabilities reads
+        them there; everything else is scored in `_score_with_models`, once and if it is read.
+        """
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return None, None, None
+        size = kwargs.get("batch_size") or len(input_ids)
+        ids, attended = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:].bool()
+        rollout = Rollout.from_ids(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep], ids, attended)
+        logps = [self._forward(model, part, ("log_probs",)).log_probs for part in rollout.split(size)]
+        return torch.cat(logps), None, None
+
+    # ---- 2. Score it ----
+
+    @torch.no_grad()
+    def _score_with_models(self, rollout: Rollout) -> None:
+        """Fills in what is read before learning: state values, reference and, if needed, old log-probabilities."""
+        size = self.args.local_rollout_forward_batch_size
+        outputs: tuple[str, ...] = ("state_values",) if self.model.training else ()
+        if rollout.old_logps is None and self._reads_old_logps_early:
+            outputs = ("log_probs", *outputs)
+        with _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            parts = [self._forward(self.model, part, outputs) for part in rollout.split(size)]
+        if "state_values" in outputs:
+            rollout.old_values = torch.cat([part.state_values for part in parts])
+        if "log_probs" in outputs:
+            rollout.old_logps = torch.cat([part.log_probs for part in parts])
+        if self.args.needs_reference:
+            self._score_with_reference(rollout, size)
+
+    def _score_with_reference(self, rollout: Rollout, size: int) -> None:
+        outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
+        parts = [self._reference_forward(part, outputs) for part in rollout.split(size)]
+        rollout.ref_logps = torch.cat([part.log_probs for part in parts])
+        if "trunk_states" in outputs:
+            rollout.ref_states = torch.cat([part.trunk_states for part in parts])
+
+    def _check_reference(self, rollout: Rollout) -> None:
+        """Before the first step, a reference made from the actor must be the actor."""
+        if not self._reference_is_start:
+            return
+        self._reference_is_start = False
+        part = rollout.split(self.args.per_device_train_batch_size)[0]
+        with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps = self._forward(self.model, part, ("log_probs",)).log_probs
+        exact = logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16
+        require_same_policy(logps, part.ref_logps, part.mask, tolerance=1e-3 if exact else 0.1)
+
+    @property
+    def _reads_old_logps_early(self) -> bool:
+        """
+        Whether old log-probabilities are read before the first learning pass gives them: by the KL in the reward, or
+        by a second mini-batch, which the first one's optimizer step has made old.
+        """
+        in_reward = self.args.needs_reference and self.args.kl_placement == "reward"
+        return in_reward or self.args.num_mini_batches > 1 or not self.model.training
+
+    def _forward(self, model: nn.Module, part: Rollout, outputs: tuple[str, ...], **kwargs: Any) -> ActorCriticOutput:
+        """Outputs at the response tokens, (b, T) each."""
+        if not outputs:
+            return ActorCriticOutput()
+        with self.accelerator.autocast():
+            output = model(**part.model_inputs(self._position_ids), ppo_outputs=outputs, **kwargs)
+        length = part.response_ids.size(1)
+        for name in ("log_probs", "entropy", "state_values", "ref_kl", "trunk_states"):
+            if getattr(output, name) is not None:
+                setattr(output, name, getattr(output, name)[:, -length:])
+        return output
+
+    def _reference_forward(self, part: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:
+        if self.ref_model is not None:
+            return self._forward(self.ref_model, part, outputs)
+        actor = self.accelerator.unwrap_model(self.model)
+        with (
+            _trl.use_adapter(actor, adapter_name=self._ref_adapter),
+            _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            return self._forward(self.model, part, outputs)
+
+    # ---- 3. What it was worth ----
+
+    def _log_rollout(self, rollout: Rollout, total: Tensor) -> None:
+        for name, value in rollout_metrics(rollout, total, self._sum_over_ranks).items():
+            self._metrics["train"][name].append(value)
+        # GRPO's table of completions shows advantages: of a response, the mean over its tokens.
+        per_response = masked_mean(rollout.advantages, rollout.mask, dim=1)
+        shown = self.accelerator.gather(per_response).tolist()
+        for _ in shown:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(shown)
+
+    def _measure_kl(self, rollout: Rollout) -> float | None:
+        """KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
+        if not self.args.needs_reference:
+            return None
+        per_token = estimate_kl("k1", rollout.old_logps, rollout.ref_logps, rollout.mask)
+        _, kl, _ = masked_moments(masked_sum(per_token, rollout.mask, dim=1), rollout.scored, self._sum_over_ranks)
+        self._metrics["train" if self.model.training else "eval"]["kl/ref"].append(kl.item())
+        if self.model.training:
+            self._last_kl = kl.item()
+        return kl.item()
+
+    def _update_controllers(self) -> None:
+        """Once per rollout: the KL coefficients follow what the last one measured."""
+        if self._last_kl is not None:
+            self._kl_controller.update(self._last_kl, episodes=self.args.batch_size)
+        if self._last_old_kls:
+            of_last_pass = self._last_old_kls[-self.args.num_mini_batches :]
+            self._old_kl_controller.update(sum(of_last_pass) / len(of_last_pass), episodes=self.args.batch_size)
+        self._last_kl, self._last_old_kls = None, []
+
+    def _draw_micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
+        """A fresh permutation of the rollout, cut into mini-batches and those into micro-batches."""
+        args, device = self.args, rollout.mask.device
+        rows = torch.randperm(len(rollout)).to(device)
+        tokens = rollout.mask.sum(dim=1)[rows].view(args.num_mini_batches, -1).sum(dim=1)
+        num_tokens = self._sum_over_ranks(tokens.float()).tolist()
+        per_step = args.gradient_accumulation_steps
+        share = 1 / (per_step * self.accelerator.num_processes)
+        return [
+            MicroBatch(rollout, part, num_tokens[i // per_step], share)
+            for i, part in enumerate(rows.split(args.per_device_train_batch_size))
+        ]
+
+    # ---- 4. Learn ----
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._is_left_out():
+            self._step += 1
+            self._left_out_steps += self.accelerator.sync_gradients
+            return torch.zeros((), device=self.accelerator.device)
+        start, collected = time.perf_counter(), self._seconds["collect"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._close_optimizer_step()
+        self._seconds["learn"] += time.perf_counter() - start - (self._seconds["collect"] - collected)
+        return loss
+
+    def _is_left_out(self) -> bool:
+        """Whether an early stop has ended the learning from this rollout."""
+        return self._stop_learning and self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        args, rollout = self.args, inputs.rollout.select(inputs.rows)
+        warming_up = self.state.global_step < args.critic_warmup_steps
+        # 1. One forward pass of actor and critic
+        outputs = ["log_probs", "entropy", "state_values"]
+        kwargs: dict[str, Any] = {"train_actor": not warming_up}
+        if args.needs_reference and args.kl_placement == "loss" and args.kl_estimator == "full":
+            outputs.append("ref_kl")
+            kwargs |= {"ref_states": rollout.ref_states, "ref_head": self._ref_logits}
+        if self.aux_loss_enabled:
+            kwargs["output_router_logits"] = True
+        output = self._forward(model, rollout, tuple(outputs), **kwargs)
+        # 2. In the first pass, the policy is still the one that sampled
+        old_logps = rollout.old_logps
+        if old_logps is None:
+            old_logps = output.log_probs.detach()
+            inputs.rollout.keep_first_logps(inputs.rows, old_logps)
+        # 3. The terms
+        terms = ppo_terms(
+            logps=output.log_probs,
+            old_logps=old_logps,
+            advantages=rollout.advantages,
+            mask=rollout.mask,
+            num_tokens=inputs.num_tokens,
+            coef=self._coefficients,
+            cliprange=args.cliprange,
+            entropy=output.entropy,
+            values=output.state_values,
+            old_values=rollout.old_values,
+            returns=rollout.returns,
+            cliprange_value=args.cliprange_value,
+            kl=self._loss_kl(output, rollout),
+            importance_sampling_ratio=rollout.importance_sampling_ratio,
+            aux_loss=output.aux_loss if self.aux_loss_enabled else None,
+            aux_weight=inputs.share,
+        )
+        require_finite_terms(
+            terms, {"log_probs": output.log_probs, "values": output.state_values}, rollout, self.state.global_step
+        )
+        self._ledger.add(terms)
+        # Gradients are averaged over ranks, and the terms are shares of a sum.
+        return terms.total * self.accelerator.num_processes
+
+    def _loss_kl(self, output: ActorCriticOutput, rollout: Rollout) -> Tensor | None:
+        """(b, T) estimate of KL(π_θ ‖ π_ref) that trains the actor; `None` when it is in the reward or off."""
+        if not self.args.needs_reference or self.args.kl_placement == "reward":
+            return None
+        if self.args.kl_estimator == "full":
+            return output.ref_kl
+        return estimate_kl(self.args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)
+
+    @property
+    def _coefficients(self) -> PPOCoefficients:
+        return PPOCoefficients(
+            kl=self._kl_controller.coef,
+            vf=self.args.vf_coef,
+            entropy=self.args.ent_coef,
+            old_kl=self._old_kl_controller.coef,
+            aux=self.router_aux_loss_coef,
+        )
+
+    def _close_optimizer_step(self) -> None:
+        step = self._ledger.close_step(self._coefficients, self._sum_over_ranks, self._max_over_ranks)
+        self._last_old_kls.append(step["old_kl"])
+        if self._rollout.old_logps is None:
+            self._rollout.old_logps = self._rollout.first_logps
+            self._measure_kl(self._rollout)
+        if self.state.global_step < self.args.critic_warmup_steps:
+            self._drop_actor_gradients()
+        # The same number on every rank, so every rank decides alike.
+        self._stop_learning = self.args.target_kl is not None and step["old_kl"] > self.args.target_kl
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # loss scaling expects overflows
+            require_finite_gradient(grad_norm, self.model.named_parameters(), self.state.global_step)
+        return grad_norm
+
+    def _drop_actor_gradients(self) -> None:
+        """Absent gradients leave a parameter alone; zero ones would still decay it."""
+        of_critic = {id(parameter) for parameter in self.critic.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in of_critic:
+                parameter.grad = None
+
+    # ---- 5. Evaluate ----
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Held-out prompts are answered and scored; PPO has no held-out loss."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
+        rollout = self._generate_and_score_completions(rows)
+        scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
+        self._eval_scores.append(self.accelerator.gather_for_metrics(scores))
+        if self.args.needs_reference:
+            self._score_with_models(rollout)
+            self._measure_kl(rollout)
+        return rollout
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._eval_scores = []
+        output = super().evaluation_loop(*args, **kwargs)
+        scores = torch.cat(self._eval_scores)
+        scores = scores[~scores.isnan()]
+        if len(scores):
+            self._metrics["eval"]["reward/score"] = [scores.mean().item()]
+        if len(scores) > 1:
+            half_width = 1.96 * scores.std().item() / math.sqrt(len(scores))
+            self._metrics["eval"]["reward/score_ci95"] = [half_width]
+        return output
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """
+        Prints responses to the prompts of `eval_dataset` with their scores, as TRL 1.12 did.
+
+        Args:
+            sampling: answer the first batch only.
+        """
+        if self.eval_dataset is None:
+            return
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        was_training, logged = self.model.training, copy.deepcopy(self._metrics["eval"])
+        self.model.eval()
+        try:
+            for dataset in datasets.values():
+                for rows in self.get_eval_dataloader(dataset):
+                    rollout = self._generate_and_score_completions(rows)
+                    print_samples(rollout, self._tokenizer, self.accelerator, self.state.global_step)
+                    if sampling:
+                        break
+        finally:
+            self.model.train(was_training)
+            self._metrics["eval"] = logged
+
+    def _show_samples(self) -> None:
+        """Prints sample completions `num_sample_generations` times in a run, before a rollout."""
+        if self.args.num_sample_generations == 0 or self.eval_dataset is None:
+            return
+        rollouts = math.ceil(self.state.max_steps / self.args.optimizer_steps_per_rollout)
+        every = max(1, rollouts // self.args.num_sample_generations)
+        if self.state.global_step // self.args.optimizer_steps_per_rollout % every == 0:
+            self.generate_completions(sampling=True)
+
+    # ---- Log ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            # The Trainer's mean counts steps that an early stop has left out.
+            del logs["loss"]
+            logs.update(self._ledger.pop_window())
+            if self.args.target_kl is not None:
+                logs["policy/steps_left_out"] = self._left_out_steps
+            self._left_out_steps = 0
+        super().log(logs, start_time)
+
+    def _log_seconds(self, rollout: Rollout, seconds: float) -> None:
+        """Seconds of this rollout's phases; of learning, those of the rollout before."""
+        metrics, spent = self._metrics["train"], self._seconds
+        spent["collect"] += seconds
+        metrics["time/generate"].append(spent["generate"])
+        metrics["time/score"].append(seconds - spent["generate"])
+        if spent["learn"]:
+            metrics["time/learn"].append(spent["learn"])
+        tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
+        metrics["tokens_per_second"].append(tokens / (seconds + spent["learn"]))
+        spent["learn"] = 0.0
+
+    # ---- Save ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The actor's files hold the actor; the critic gets the folder `critic/`."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if state_dict is None:
+            state_dict = self.model.state_dict()
+        actor, critic = critic_module.split_state_dict(self.model, self.critic, state_dict)
+        super()._save(output_dir, actor)
+        if self.args.should_save and critic:
+            self.critic.save_pretrained(Path(output_dir) / critic_module.FOLDER, critic)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The critic is not in the actor's files, by design."""
+        missing = [name for name in load_result.missing_keys if f"{critic_module.ATTRIBUTE}." not in name]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, with what was trained and how."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            append_training_section(self)
+
+    # ---- Over all ranks ----
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _max_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.gather(tensor).max()
