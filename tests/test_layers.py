@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = ["masked.py", "ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py"]
 PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path in PURE}
 
-# All that a script may know of the package.
-PUBLIC_MODULES = {"trl_ext", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
+# All that a script may know of the package. The mathematics is public as it stands, by module.
+PUBLIC_MODULES = {"trl_ext", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"} | PURE_MODULES
 
 # What stands above the trainers: they run, or look at, what the trainers do.
 ABOVE_THE_TRAINERS = {"trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
