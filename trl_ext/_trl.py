@@ -6,6 +6,7 @@ When a new TRL release changes one of them, this file and its test (`tests/test_
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -40,6 +42,7 @@ __all__ = [
     "is_async_callable",
     "pad",
     "prepare_frozen",
+    "scoring_head",
     "use_adapter",
 ]
 
@@ -102,3 +105,38 @@ def exclude_from_weight_sync(vllm_generation: Any, submodule: str) -> None:
                 yield name, parameter
 
     vllm_generation._iter_named_params = _iter_named_params
+
+
+@contextmanager
+def scoring_head(log_probs: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """
+    Within the context, TRL's fused head scores with `log_probs(states, weight, targets, scale)` where that is enough:
+    a plain float32 head on CPU. Everywhere else it stays TRL's.
+    """
+    original = trl_utils._ChunkedLogProbFunction
+
+    class Chosen:
+        @staticmethod
+        def apply(
+            states: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            targets: torch.Tensor,
+            temperature: float,
+            chunk_size: int,
+            softcap: float | None,
+            scale: float,
+            outputs: tuple[str, ...],
+        ) -> tuple[torch.Tensor | None, ...]:
+            plain = states.device.type == "cpu" and states.dtype == weight.dtype == torch.float32
+            plain = plain and bias is None and softcap is None and not hasattr(weight, "ds_id")
+            if not plain or torch.is_autocast_enabled("cpu") or not set(outputs) <= {"log_probs", "entropy"}:
+                return original.apply(states, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
+            logps, entropy = log_probs(states, weight, targets, scale / temperature)
+            return logps, entropy if "entropy" in outputs else None, None, None, None
+
+    trl_utils._ChunkedLogProbFunction = Chosen
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original

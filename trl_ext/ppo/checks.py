@@ -62,9 +62,12 @@ def require_finite_gradient(
     value = torch.as_tensor(0.0 if norm is None else norm)
     if torch.isfinite(value):
         return
-    bad = [name for name, p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()]
+    gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
+    bad = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    # Clipping by a norm of nan makes every gradient nan.
+    where = "every parameter" if len(bad) == len(gradients) else ", ".join(bad[:3])
     raise FloatingPointError(
-        f"The gradient norm is {value.item()} at step {step}; not finite in {', '.join(bad[:3]) or 'no local shard'}. "
+        f"The gradient norm is {value.item()} at step {step}; not finite in {where if bad else 'no local shard'}. "
         "Nothing was updated. Lower the learning rate, or look at the data and the dtype."
     )
 

@@ -154,6 +154,19 @@ def attach(critic: nn.Module, actor: PreTrainedModel) -> None:
     actor.add_module(ATTRIBUTE, critic.to(actor.device))
 
 
+def check_optimizer(critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises `ValueError` for a user's optimizer that would leave the critic as it is."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) not in held for parameter in critic.parameters()):
+        raise ValueError(
+            "The optimizer in `optimizers` does not hold the critic's parameters, so the critic would never learn. "
+            "Pass the critic as `value_model` and give the optimizer its parameters too, or leave the optimizer to "
+            "the trainer (`learning_rate`, `critic_learning_rate`)."
+        )
+
+
 def split_state_dict(
     model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

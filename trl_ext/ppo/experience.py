@@ -56,7 +56,7 @@ def _shaped_scores(rollout: Rollout, args: PPOConfigX, moments: RunningMoments, 
 def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:
     """Log entries of a rollout, over all ranks. `total` is what `estimate_returns` returned."""
     _, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
-    _, reward, _ = masked_moments(total, rollout.scored, all_reduce)
+    _, reward, _ = masked_moments(total, rollout.mask.any(dim=1), all_reduce)
     _, mean, variance = masked_moments(rollout.advantages, rollout.mask, all_reduce)
     explained = explained_variance(rollout.old_values, rollout.returns, rollout.mask, all_reduce)
     return {

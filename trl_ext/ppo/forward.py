@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._trl import fused_head_logits
+from .._trl import fused_head_logits, scoring_head
+from .cpu_head import TokenLogProbs
 from .critic import ValueHead
 from .kl import full_kl
 
@@ -81,7 +82,7 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
         states = None
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
             if wanted & {"log_probs", "entropy"}:
-                with _compact_trunk_output(self.base_model, positions) as compact:
+                with _compact_trunk_output(self.base_model, positions) as compact, scoring_head(_on_cpu):
                     head = fused_forward(
                         *args, shift_labels=labels[:, 1:][positions][None], fused_lm_head=True, **kwargs
                     )
@@ -108,6 +109,23 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
 
     model.forward = types.MethodType(forward, model)
     return logits_head
+
+
+@contextmanager
+def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context, a mixture of experts does not return its router logits: transformers 5 would compute their
+    auxiliary loss for each generated token with the attention mask of the whole sequence, and fail.
+    """
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def accepts_position_ids(model: PreTrainedModel) -> bool:
@@ -153,3 +171,7 @@ def _compact_trunk_output(trunk: nn.Module, positions: Tensor) -> Iterator[list[
         yield kept
     finally:
         handle.remove()
+
+
+def _on_cpu(states: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return TokenLogProbs.apply(states, weight, targets, scale, torch.is_grad_enabled())

@@ -72,7 +72,7 @@ class LossLedger:
             if f"terms/{term}" in line
         )
         line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
-        line["policy/ratio_max"] = max(step["ratio_max"] for step in steps)
+        line["policy/ratio_max"] = max(0.0, *(step["ratio_max"] for step in steps))  # of a step without tokens, 0
         return line
 
 

@@ -10,6 +10,12 @@ from trl import is_conversational
 from .config import PPOConfigX
 
 
+NO_IDS_TO_COLLATE = (
+    "`data_collator` collates tokenised prompts, and {name} has no column `input_ids` but {columns}. Remove the "
+    "collator: the trainer tokenises and pads `prompt` itself."
+)
+
+
 class TokenisedPrompt(str):
     """
     The text of a prompt that came as token ids (TRL 1.12's `input_ids`), together with those ids, which are used as
@@ -64,6 +70,8 @@ def check_datasets(
     args: PPOConfigX,
 ) -> None:
     """Checks every map-style dataset's prompts; a stream is checked by whoever streams it."""
+    if train_dataset is None:
+        raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     datasets = {"train_dataset": train_dataset}
     datasets |= {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
@@ -71,10 +79,7 @@ def check_datasets(
         if not isinstance(dataset, Dataset):
             continue
         if collator is not None and "input_ids" not in dataset.column_names:
-            raise ValueError(
-                f"`data_collator` collates tokenised prompts, and `{name}` has no column `input_ids` but "
-                f"{dataset.column_names}. Remove the collator: the trainer tokenises and pads `prompt` itself."
-            )
+            raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         check_prompts(
             dataset, name, tokenizer, context, args.response_length, args.dataset_num_proc, args.chat_template_kwargs
         )

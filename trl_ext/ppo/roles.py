@@ -1,7 +1,6 @@
 """The four models of a run: checked before any is loaded, then loaded: actor, reference, reward, critic."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -88,8 +87,12 @@ def check_roles(
             check(role)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(f"{type(peft_config).__name__} learns virtual tokens, which shift every position; use LoRA.")
-    if args.ref_adapter_name is not None and not is_peft_model(model):
-        raise ValueError("`ref_adapter_name` names an adapter of the actor; pass a `PeftModel` that holds it.")
+    adapters = model.peft_config if isinstance(model, PeftModel) else {}
+    if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
+        raise ValueError(
+            f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "
+            f"{list(adapters) or 'none'}; pass a `PeftModel` that holds it."
+        )
 
 
 def _check_reward_model(model: PreTrainedModel) -> None:
@@ -113,6 +116,11 @@ def load_tokenizer(
     if processing_class.eos_token_id is None:
         raise ValueError("The tokenizer has no eos token, so no response could end. Set `processing_class.eos_token`.")
     processing_class.padding_side = "left"
+    vocabulary = model_config(model, args).vocab_size
+    if processing_class.pad_token_id is not None and processing_class.pad_token_id >= vocabulary:
+        # Scripts for TRL 1.12 add a pad token without a row in the embedding. Any id may stand at a masked position.
+        processing_class = copy.deepcopy(processing_class)
+        processing_class.pad_token = processing_class.eos_token
     return processing_class
 
 
@@ -198,7 +206,7 @@ def _align(processing_classes: list[Any] | Any | None, sources: list[Any]) -> li
 
 
 def _reward_source(
-    source: Any, own_tokenizer: Any, tokenizer: Any, args: PPOConfigX, init_kwargs: dict[str, Any]
+    source: Any, own_tokenizer: Any, tokenizer: Any, vocabulary: int, args: PPOConfigX, init_kwargs: dict[str, Any]
 ) -> tuple[Any, Any, bool]:
     """(what GRPO calls, its tokenizer, whether it is a model that reads the actor's ids)."""
     if isinstance(source, str):
@@ -208,11 +216,12 @@ def _reward_source(
     _check_reward_model(source)
     disable_dropout(source)
     own_tokenizer = own_tokenizer or find_tokenizer(source, args.trust_remote_code)
-    if not reads_actor_ids(source, own_tokenizer, tokenizer):
+    if not reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary):
         return source, own_tokenizer, False
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    source.config.get_text_config().pad_token_id = pad_token_id
-    name = (get_config_model_id(source.config) or "reward_model").rstrip("/").split("/")[-1]
+    config: Any = source.config
+    config.get_text_config().pad_token_id = pad_token_id
+    name = (get_config_model_id(config) or "reward_model").rstrip("/").split("/")[-1]
     scorer = TokenScorer(source, name, pad_token_id, args.local_rollout_forward_batch_size)
     return scorer, None, True
 

@@ -92,16 +92,18 @@ def find_tokenizer(model: PreTrainedModel, trust_remote_code: bool = False) -> P
         return None
 
 
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, size: int | None = None) -> bool:
+def same_tokenizer(actors: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, actor_vocabulary: int) -> bool:
     """
-    Whether two tokenizers turn text into the same ids and ids into the same text. Ids from `size` on do not count, nor
-    does a pad token that only one of them has: scripts for TRL 1.12 add one, and padding is never read.
+    Whether two tokenizers turn text into the same ids and ids into the same text. What does not count: ids of the
+    actor's tokenizer that the actor does not have, and a pad token that only one of the two has, which is never read
+    (scripts for TRL 1.12 add one).
     """
-    if one is other:
+    if actors is other:
         return True
-    differences = one.get_vocab().items() ^ other.get_vocab().items()
-    differing = {token for token, id_ in differences if size is None or id_ < size}
-    return differing <= {one.pad_token, other.pad_token} and one(PROBE)["input_ids"] == other(PROBE)["input_ids"]
+    mine, its = actors.get_vocab().items(), other.get_vocab().items()
+    differing = {token for token, _ in its - mine} | {token for token, id_ in mine - its if id_ < actor_vocabulary}
+    same_vocabulary = differing <= {actors.pad_token, other.pad_token}
+    return same_vocabulary and actors(PROBE)["input_ids"] == other(PROBE)["input_ids"]
 
 
 def reads_actor_ids(
@@ -120,11 +122,11 @@ def reads_actor_ids(
     vocabulary = reward_model.config.get_text_config().vocab_size
     needed = min(len(actor_tokenizer), actor_vocabulary)
     if reward_tokenizer is not None:
-        return vocabulary >= needed and same_tokenizer(reward_tokenizer, actor_tokenizer, actor_vocabulary)
+        return vocabulary >= needed and same_tokenizer(actor_tokenizer, reward_tokenizer, actor_vocabulary)
     if vocabulary < needed:
         raise ValueError(
-            f"The reward model knows {vocabulary} tokens and the actor's tokenizer {needed}, and no tokenizer is saved "
-            "beside the reward model. Pass its tokenizer as `reward_processing_classes`."
+            f"The reward model knows {vocabulary} tokens and the actor's tokenizer {needed}, and no tokenizer is "
+            "saved beside the reward model. Pass its tokenizer as `reward_processing_classes`."
         )
     logger.info("No tokenizer is saved beside the reward model: it reads the actor's token ids.")
     return True

@@ -34,15 +34,15 @@ from .checks import require_finite_gradient, require_finite_rewards, require_fin
 from .config import PPOConfigX
 from .display import append_training_section, batch_plan, print_samples
 from .experience import estimate_returns, rollout_metrics
-from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward
+from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
 from .losses import PPOCoefficients, ppo_terms
 from .metrics import LossLedger
-from .prompts import TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
+from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
 from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, model_config, resolve_args
 from .rollout import MicroBatch, Rollout
-from .scorers import token_scorer
+from .scorers import checked, token_scorer
 
 
 class PPOTrainerX(GRPOTrainer):
@@ -54,7 +54,7 @@ class PPOTrainerX(GRPOTrainer):
     (one rollout, mini-batches redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`,
     `_generate`, `_calculate_rewards`, `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities),
     `training_step`, `_compute_loss`, `_get_grad_norm`, `create_optimizer`, `prediction_step`, `evaluation_loop`,
-    `log`, `_save`, `_load_best_model`, `create_model_card`.
+    `log`, `_save`, `save_model`, `_load_best_model`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -131,7 +131,8 @@ class PPOTrainerX(GRPOTrainer):
         check_roles(args, model, ref_model, reward_model, value_model, has_other_reward, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(model_config(model, args), "max_position_embeddings", None)
-        check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
+        if environment_factory is None:  # an environment may make its prompts itself
+            check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
 
         # 2. The four models
         set_seed(args.seed)
@@ -147,6 +148,7 @@ class PPOTrainerX(GRPOTrainer):
             quantization_config,
             peft_config,
         )
+        num_sources = len(roles.reward_funcs)
         loop_args = args.for_trainer_loop()
         loop_args.model_init_kwargs = None  # every model is loaded
         super().__init__(
@@ -165,9 +167,11 @@ class PPOTrainerX(GRPOTrainer):
             environment_factory=environment_factory,
         )
         self.prompt_collator = data_collator
+        self._set_up_rewards(num_sources)
         self._set_stop_token()
+        # Before the critic joins the actor: a new adapter goes into every module whose name fits.
+        self._set_up_adapters(starts_from_adapter=peft_config is None, ref_model=ref_model)
         self._set_up_models(roles)
-        self._set_up_reference_adapter(starts_from_adapter=peft_config is None, ref_model=ref_model)
 
         # 3. The state of a run
         self._kl_controller, self._old_kl_controller = self.args.build_kl_controllers()
@@ -185,6 +189,12 @@ class PPOTrainerX(GRPOTrainer):
 
     # ---- Set-up ----
 
+    def _set_up_rewards(self, num_sources: int) -> None:
+        """Names every reward source, and checks the answers of those that an environment has added."""
+        self.reward_func_names[:] = [name or "reward_model" for name in self.reward_func_names]
+        for i in range(num_sources, len(self.reward_funcs)):
+            self.reward_funcs[i] = checked(self.reward_funcs[i], self.reward_func_names[i])
+
     def _set_stop_token(self) -> None:
         """Narrows what ends a response from every declared end token to the one that was asked for."""
         if self.args.stop_token is None and self.args.stop_token_id is None:
@@ -200,11 +210,11 @@ class PPOTrainerX(GRPOTrainer):
 
     def _set_up_models(self, roles: Roles) -> None:
         """Attaches the critic, extends the forward of actor and reference, places the frozen models."""
-        if self.args.model_adapter_name is not None:
-            self.model.set_adapter(self.args.model_adapter_name)
         actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self.critic = roles.critic
+        self.critic: Any = roles.critic
         critic_module.attach(self.critic, actor)
+        critic_module.check_optimizer(self.critic, self.optimizer)
+        _trl.disable_dropout(self.model)
         self._ref_logits = add_actor_critic_forward(actor)
         self._position_ids = accepts_position_ids(actor)
         if self.use_vllm:
@@ -220,11 +230,13 @@ class PPOTrainerX(GRPOTrainer):
             if scorer is not None:
                 scorer.model = _trl.prepare_frozen(scorer.model, self.accelerator)
 
-    def _set_up_reference_adapter(self, starts_from_adapter: bool, ref_model: Model | None) -> None:
+    def _set_up_adapters(self, starts_from_adapter: bool, ref_model: Model | None) -> None:
         """
-        Chooses the adapter that is the reference, if one is. Training that starts from an adapter is held to a frozen
-        copy of that adapter, not to the base model.
+        Chooses the adapter to train and the adapter that is the reference, if one is. Training that starts from an
+        adapter is held to a frozen copy of that adapter, not to the base model.
         """
+        if self.args.model_adapter_name is not None:
+            self.model.set_adapter(self.args.model_adapter_name)
         self._ref_adapter = self.args.ref_adapter_name
         self._reference_is_start = self.args.needs_reference and ref_model is None and self._ref_adapter is None
         if self._reference_is_start and starts_from_adapter and is_peft_model(self.model):
@@ -275,10 +287,10 @@ class PPOTrainerX(GRPOTrainer):
         return self._micro_batches[step_of_pass]
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
-        start = time.perf_counter()
         # 1. What the last rollout taught the controllers
         self._update_controllers()
         self._show_samples()
+        start = time.perf_counter()
         # 2. Responses and their scores
         rollout = self._generate_and_score_completions(rows)
         # 3. What the other three models say about them
@@ -298,6 +310,8 @@ class PPOTrainerX(GRPOTrainer):
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
         if is_tokenised(rows[0]):
             rows = with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator)
+        elif self.prompt_collator is not None:
+            raise ValueError(NO_IDS_TO_COLLATE.format(name="the stream", columns=list(rows[0])))
         batch = super()._generate_and_score_completions(rows)
         # Means and advantages over groups of one say nothing.
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -312,7 +326,10 @@ class PPOTrainerX(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple:
         start = time.perf_counter()
-        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(prompts)
+        with without_router_logits(self.model):
+            prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
+                prompts
+            )
         # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         if self.model.training:
@@ -325,7 +342,7 @@ class PPOTrainerX(GRPOTrainer):
         """GRPO's rewards (all samples, sources); keeps this rank's weighted sums, NaN where no source applies."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         start = self.accelerator.process_index * len(prompts)
-        is_model = [isinstance(source, nn.Module) for source in self.reward_funcs]
+        is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
         require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -431,8 +448,11 @@ class PPOTrainerX(GRPOTrainer):
         """KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
         if not self.args.needs_reference:
             return None
-        per_token = estimate_kl("k1", rollout.old_logps, rollout.ref_logps, rollout.mask)
-        _, kl, _ = masked_moments(masked_sum(per_token, rollout.mask, dim=1), rollout.scored, self._sum_over_ranks)
+        mask = rollout.mask
+        per_sequence = masked_sum(estimate_kl("k1", rollout.old_logps, rollout.ref_logps, mask), mask, dim=1)
+        count, kl, _ = masked_moments(per_sequence, mask.any(dim=1), self._sum_over_ranks)
+        if count == 0:
+            return None
         self._metrics["train" if self.model.training else "eval"]["kl/ref"].append(kl.item())
         if self.model.training:
             self._last_kl = kl.item()
@@ -621,7 +641,9 @@ class PPOTrainerX(GRPOTrainer):
         rollouts = math.ceil(self.state.max_steps / self.args.optimizer_steps_per_rollout)
         every = max(1, rollouts // self.args.num_sample_generations)
         if self.state.global_step // self.args.optimizer_steps_per_rollout % every == 0:
+            start = time.perf_counter()
             self.generate_completions(sampling=True)
+            self._seconds["collect"] += time.perf_counter() - start
 
     # ---- Log ----
 
@@ -658,6 +680,12 @@ class PPOTrainerX(GRPOTrainer):
         super()._save(output_dir, actor)
         if self.args.should_save and critic:
             self.critic.save_pretrained(Path(output_dir) / critic_module.FOLDER, critic)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
+        if not _internal_call and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+            self.create_model_card()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -1,0 +1,334 @@
+"""What is refused before anything is loaded, and what stops a run."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    ProcessorMixin,
+    TrainingArguments,
+)
+
+import tiny
+from ppo_runs import changed, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
+from trl_ext import PPOTrainerX
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Configs and tokenizers of actor, reward model and a classifier with two labels. There are no weights."""
+    folders = {}
+    models = {
+        "actor": (tiny.tiny_config(), "LlamaForCausalLM"),
+        "reward_model": (tiny.tiny_config(num_labels=1), "LlamaForSequenceClassification"),
+        "two_labels": (tiny.tiny_config(num_labels=2), "LlamaForSequenceClassification"),
+    }
+    for name, (config, architecture) in models.items():
+        folder = tmp_path_factory.mktemp(name)
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
+        tiny.tiny_tokenizer().save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+def without_eos():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+class TextAndImages(ProcessorMixin):
+    """A processor without parts: what is refused is its type."""
+
+    def __init__(self):
+        pass
+
+
+def prompts(**columns):
+    return Dataset.from_dict(columns)
+
+
+LONG = "cat " * 123  # with a response of 6 tokens, one more than the 128 of the tiny models
+BEFORE_LOADING = {
+    "no model": ({"model": None}, "no model to train: pass `model`, or set `sft_model_path`"),
+    "no reward": ({"reward_model": None}, "no reward at all: pass `reward_model`, `reward_funcs`"),
+    "tokenizer without eos": ({"processing_class": without_eos()}, "no eos token.* Set `processing_class.eos_token`"),
+    "processor": ({"processing_class": TextAndImages()}, "TextAndImages; PPO reads text only"),
+    "image column": ({"train_dataset": prompts(prompt=["cat"] * 4, image=[0] * 4)}, "column `image`; PPO reads text"),
+    "no dataset": ({"train_dataset": None}, "There are no prompts: pass `train_dataset`"),
+    "no prompts": ({"train_dataset": prompts(text=["cat"] * 4)}, r"columns \['text'\]; PPO needs `prompt`"),
+    "empty prompt": (
+        {"train_dataset": prompts(prompt=["cat", "", "a", "b"])},
+        "Row 1 of `train_dataset`",
+    ),
+    "empty conversation": (
+        {"train_dataset": prompts(prompt=[[{"role": "user", "content": ""}]] * 4)},
+        "Row 0 of `train_dataset` has an empty prompt",
+    ),
+    "empty ids": ({"train_dataset": prompts(input_ids=[[7], [7], [], [7]])}, "Row 2 of `train_dataset`"),
+    "long prompt": (
+        {"train_dataset": prompts(prompt=["cat", "cat", "cat", LONG])},
+        "row 3 of `train_dataset` has 123 tokens; with response_length=6 it does not fit .* 128",
+    ),
+    "long held-out prompt": ({"eval_dataset": prompts(prompt=[LONG])}, "row 0 of `eval_dataset` has 123 tokens"),
+    "empty held-out prompt": (
+        {"eval_dataset": {"a": prompts(prompt=["cat"]), "b": prompts(prompt=[""])}},
+        r"Row 0 of `eval_dataset\['b'\]`",
+    ),
+    "few prompts": ({"train_dataset": tiny.tiny_prompts(3)}, "has 3 prompts and a rollout takes 4"),
+    "collator": (
+        {"data_collator": DataCollatorWithPadding(tiny.tiny_tokenizer())},
+        "`data_collator` collates tokenised prompts, and `train_dataset` has no column `input_ids`",
+    ),
+    "prompt tuning": (
+        {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
+        "PromptTuningConfig learns virtual tokens.* use LoRA",
+    ),
+    "critic twice": ({"value_model": "somewhere", "critic": "head"}, "`critic='head'` .* remove `value_model`"),
+    "adapter of no adapter": (
+        {"ref_adapter_name": "sft"},
+        "`ref_adapter_name=.sft.` must be an adapter of .* has none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_LOADING)
+def test_error_comes_before_any_weights_are_loaded(tmp_path, paths, case):
+    """The folders hold no weights: loading them would fail with another error."""
+    arguments, message = BEFORE_LOADING[case]
+    arguments = {"model": paths["actor"], "reward_model": paths["reward_model"]} | arguments
+    options = {name: arguments.pop(name) for name in ("critic", "ref_adapter_name") if name in arguments}
+    with pytest.raises(ValueError, match=message):
+        ppo_trainer(tmp_path, arguments, **options)
+
+
+def test_control_folders_without_weights_pass_the_checks_and_fail_to_load(tmp_path, paths):
+    with pytest.raises(OSError, match="no file named"):
+        ppo_trainer(tmp_path, {"model": paths["actor"], "reward_model": paths["reward_model"]})
+
+
+@pytest.mark.parametrize("role", ["reward_model", "reward_funcs"])
+def test_reward_model_with_two_labels_is_refused_before_its_weights_load(tmp_path, paths, role):
+    arguments = {"reward_model": None, role: paths["two_labels"]}
+    with pytest.raises(ValueError, match=r"two_labels.* has 2 labels; .*num_labels=1"):
+        ppo_trainer(tmp_path, arguments)
+
+
+def test_reward_model_without_a_trained_score_is_refused(tmp_path, paths):
+    with pytest.raises(ValueError, match="holds a LlamaForCausalLM, whose score head would be untrained"):
+        ppo_trainer(tmp_path, {"reward_model": paths["actor"]})
+
+
+def test_longest_prompt_that_fits_is_accepted(tmp_path):
+    ppo_trainer(tmp_path, {"train_dataset": prompts(prompt=["cat " * 122] * 4)})
+
+
+def test_model_that_plays_two_roles_is_refused(tmp_path):
+    actor, reward_model = tiny.tiny_actor(), tiny.tiny_reward_model()
+    with pytest.raises(ValueError, match="`ref_model` is the `model` object itself"):
+        ppo_trainer(tmp_path, {"model": actor, "ref_model": actor})
+    with pytest.raises(ValueError, match="`value_model` is the `model` object itself"):
+        ppo_trainer(tmp_path, {"model": actor, "value_model": actor})
+    with pytest.raises(ValueError, match="`value_model` is the `reward_model` object itself"):
+        ppo_trainer(tmp_path, {"reward_model": reward_model, "value_model": reward_model})
+
+
+@pytest.mark.parametrize(
+    "role, labels, message",
+    [
+        ("reward_model", 2, "reward model .* has 2 labels"),
+        ("value_model", 3, "value model has 3 labels; a state has one value"),
+    ],
+)
+def test_model_object_with_several_labels_is_refused(tmp_path, role, labels, message):
+    classifier = AutoModelForSequenceClassification.from_config(tiny.tiny_config(num_labels=labels))
+    with pytest.raises(ValueError, match=message):
+        ppo_trainer(tmp_path, {role: classifier})
+
+
+def test_value_model_without_a_score_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which has no `score` head"):
+        ppo_trainer(tmp_path, {"value_model": tiny.tiny_actor(1)})
+
+
+def test_optimizer_without_the_critic_is_refused(tmp_path):
+    actor = tiny.tiny_actor()
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="does not hold the critic's parameters"):
+        ppo_trainer(tmp_path, {"model": actor, "optimizers": (optimizer, None)})
+
+
+def test_peft_config_for_a_peft_model_is_refused(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`PeftModel` instance together with a `peft_config`"):
+        ppo_trainer(tmp_path, {"model": get_peft_model(tiny.tiny_actor(), lora), "peft_config": lora})
+
+
+def test_config_of_another_trainer_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="`args` is a TrainingArguments; PPOTrainerX needs a `PPOConfigX`"):
+        PPOTrainerX(TrainingArguments(tmp_path, report_to="none"), model=tiny.tiny_actor())
+
+
+def test_reward_processing_classes_must_match_the_sources(tmp_path):
+    with pytest.raises(ValueError, match="1 `reward_processing_classes` for 2 reward sources"):
+        ppo_trainer(tmp_path, {"reward_funcs": [response_lengths], "reward_processing_classes": [None]})
+
+
+def test_resuming_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is not supported"):
+        ppo_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+# --- at run time
+
+
+def judge(value):
+    def judge(completions, **kwargs):
+        return [0.5] + [value] * (len(completions) - 1)
+
+    return judge
+
+
+async def async_judge(completions, **kwargs):
+    return [math.nan] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "function, name, value",
+    [
+        (judge(math.nan), "judge", "nan"),
+        (judge(math.inf), "judge", "inf"),
+        (judge(-math.inf), "judge", "-inf"),
+        (async_judge, "async_judge", "nan"),
+    ],
+)
+def test_reward_function_that_is_not_finite_stops_the_run_and_is_named(tmp_path, function, name, value):
+    trainer = ppo_trainer(tmp_path, {"reward_model": None, "reward_funcs": [response_lengths, function]})
+    with pytest.raises(FloatingPointError, match=rf"The reward '{name}' is {value} at step 0 for prompt '.+', resp"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reward_model_that_is_not_finite_stops_the_run_and_is_named(tmp_path, own_tokenizer, value):
+    reward_model = tiny.tiny_reward_model(vocab_size=80)
+    reward_model.config._name_or_path = "hub/cracked"
+    tokenizer = tiny.tiny_tokenizer()
+    if own_tokenizer:
+        tokenizer.add_tokens(["zebra"])
+    reward_model.score.register_forward_hook(lambda module, args, output: output * value)
+    trainer = ppo_trainer(
+        tmp_path, {"reward_model": reward_model, "reward_processing_classes": [tokenizer]}, critic="head"
+    )
+    with pytest.raises(FloatingPointError, match=r"'cracked' is -?(nan|inf) at step 0 for prompt '.+', response"):
+        trainer.train()
+
+
+def at_step(trainer, step):
+    """Whether the trainer is learning from the optimizer step with this index."""
+    return torch.is_grad_enabled() and trainer.model.training and trainer.state.global_step == step
+
+
+def assert_only_the_first_checkpoint_is_there(folder):
+    assert {path.name for path in folder.iterdir()} == {"README.md", "checkpoint-1"}
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoint-1")
+    AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-1" / "critic")
+
+
+def stopped(trainer):
+    """Runs until the error; returns it, with the parameters as they were after the first optimizer step."""
+    kept = {}
+    step = trainer._save_checkpoint
+
+    def keep(*args, **kwargs):
+        kept.update(snapshot(trainer.model))
+        step(*args, **kwargs)
+
+    trainer._save_checkpoint = keep
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    return str(error.value), kept
+
+
+def test_value_loss_that_is_not_finite_stops_the_run_with_step_term_and_sample(tmp_path):
+    trainer = ppo_trainer(tmp_path, save_strategy="steps", save_steps=1)
+
+    def poison(module, args, output):
+        return output * math.nan if at_step(trainer, 1) else output
+
+    trainer.critic.model.score.register_forward_hook(poison)
+    message, kept = stopped(trainer)
+    assert "The loss is nan at step 1; not finite: value_loss. First in the response with token ids [" in message
+    assert changed(trainer.model, kept) == set()
+    assert_only_the_first_checkpoint_is_there(tmp_path)
+
+
+def test_policy_loss_that_is_not_finite_names_the_sample_that_did_it(tmp_path):
+    trainer = ppo_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    poisoned = []
+
+    def poison(module, args, output):
+        if not at_step(trainer, 1) or poisoned:
+            return output
+        rollout = trainer._rollout
+        batch = trainer._micro_batches[trainer._step % trainer.args.steps_per_generation]
+        poisoned.append(rollout.response_ids[batch.rows[1]].tolist())
+        output[1] = math.nan
+        return output
+
+    trainer.model.model.norm.register_forward_hook(poison)
+    message, kept = stopped(trainer)
+    assert "at step 1; not finite: clip_objective, kl, entropy, old_kl" in message
+    assert f"First in the response with token ids {poisoned[0]}." in message
+    assert changed(trainer.model, kept) == set()
+    assert_only_the_first_checkpoint_is_there(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, max_grad_norm, where",
+    [
+        (math.nan, 1.0, "every parameter"),  # scaling by a norm of nan spreads it
+        (math.nan, 0.0, "every parameter"),  # also when gradients are not clipped
+        (math.inf, 1.0, "critic.model.score.weight"),
+    ],
+)
+def test_gradient_that_is_not_finite_stops_the_run(tmp_path, value, max_grad_norm, where):
+    trainer = ppo_trainer(tmp_path, save_strategy="steps", save_steps=1, max_grad_norm=max_grad_norm)
+
+    def poison(gradient):
+        return torch.full_like(gradient, value) if trainer.state.global_step == 1 else gradient
+
+    trainer.critic.model.score.weight.register_hook(poison)
+    message, kept = stopped(trainer)
+    assert f"The gradient norm is {value} at step 1; not finite in {where}. Nothing was updated." in message
+    assert changed(trainer.model, kept) == set()
+    assert_only_the_first_checkpoint_is_there(tmp_path)
+
+
+def test_critic_of_an_infinite_loss_is_named_in_a_run_without_checkpoints(tmp_path):
+    trainer = ppo_trainer(
+        tmp_path, {"reward_model": None, "reward_funcs": lambda completions, **_: [1e30] * len(completions)}
+    )
+    with pytest.raises(FloatingPointError, match="The loss is inf at step 0; not finite: value_loss"):
+        trainer.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_run_with_finite_rewards_is_not_stopped(tmp_path):
+    trainer = ppo_run(tmp_path, {"reward_funcs": [response_lengths, judge(None)]}, max_steps=2)
+    assert trainer.state.global_step == 2
+
+
+def test_config_is_checked_again_by_nothing_in_the_trainer(tmp_path):
+    """The trainer leaves the user's config as it was written."""
+    args = ppo_config(tmp_path, num_mini_batches=2)
+    written = args.to_dict()
+    PPOTrainerX(args, tiny.tiny_tokenizer(), tiny.tiny_actor(), None, tiny.tiny_reward_model(), tiny.tiny_prompts(8))
+    assert args.to_dict() == written
+    assert args.steps_per_generation is None

@@ -1,0 +1,535 @@
+"""Equality: the policy term is GRPO's, loss and gradient are those of a slow oracle, the first step is exact.
+
+The oracle is written here, from the formulas: one sequence at a time, without padding, from full logits, one token
+after the other. It shares no mathematics with trl_ext. Every comparison has controls: mistakes that it must notice.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from trl import GRPOConfig, GRPOTrainer
+
+import oracles
+import ppo_runs
+import tiny
+from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext.ppo import advantages as advantages_module
+from trl_ext.ppo import experience, losses
+from trl_ext.ppo import trainer as trainer_module
+from trl_ext.ppo.rollout import MicroBatch, Rollout
+
+
+TEMPERATURE, CLIPRANGE, CLIPRANGE_VALUE = 0.7, 0.2, 0.3
+COEF = {"kl_coef": 0.3, "vf_coef": 0.7, "ent_coef": 0.02, "old_kl_coef": 0.4}
+ONLY_POLICY = {"kl_coef": 0.0, "vf_coef": 0.0, "ent_coef": 0.0}
+
+# What the tool wrote is marked 0: holes in the middle, at the start and at the end; lengths from 1 to 7.
+ENV_MASK = [
+    [1, 1, 1, 1, 1, 1, 1],
+    [1, 1, 0, 0, 1, 1],
+    [0, 1, 1],
+    [1],
+    [1, 0, 1, 0, 0, 1, 0],
+    [1, 1, 1, 1],
+]
+
+
+def make_trainer(tmp_path, **options):
+    """A trainer on tiny models, all with different weights; `options` are those of the config or of the trainer."""
+    models = {
+        "model": tiny.tiny_actor(0),
+        "ref_model": tiny.tiny_actor(5) if options.get("kl_coef", 1) else None,
+        "reward_model": tiny.tiny_reward_model(1),
+        "value_model": None if options.get("critic") == "head" else tiny.tiny_reward_model(7),
+        "train_dataset": tiny.tiny_prompts(16),
+    }
+    models |= {name: options.pop(name) for name in [*models, "rollout_func", "callbacks"] if name in options}
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "response_length": 7,
+        "temperature": TEMPERATURE,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    trainer = PPOTrainerX(PPOConfigX(**(settings | options)), tiny.tiny_tokenizer(), **models)
+    trainer.model.train()
+    if options.get("critic") == "head":  # 0 at the start: move it, so that it has something to say
+        nn.init.normal_(trainer.critic.score.weight, std=0.5)
+    return trainer
+
+
+def random_responses(generator, lengths):
+    return [torch.randint(7, len(tiny.VOCABULARY), (length,), generator=generator).tolist() for length in lengths]
+
+
+def ragged_rollout(seed=0):
+    """Left-padded prompts, right-padded responses with holes, and random numbers for what collecting would fill in."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = random_responses(generator, [5, 1, 3, 4, 2, 5])
+    responses = random_responses(generator, [len(row) for row in ENV_MASK])
+    width, length = max(map(len, prompts)), max(map(len, responses))
+
+    def right(rows):
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+    rollout = Rollout.from_ids(
+        prompt_ids=torch.tensor([[0] * (width - len(row)) + row for row in prompts]),
+        prompt_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts]),
+        response_ids=right(responses),
+        attended=right([[1] * len(row) for row in responses]).bool(),
+    )
+    rollout.mask = right(ENV_MASK).bool()
+    rollout.advantages = torch.randn(rollout.mask.shape, generator=generator)
+    rollout.returns = torch.randn(rollout.mask.shape, generator=generator)
+    return rollout
+
+
+def make_old(trainer, rollout, seed=1):
+    """Fills in what the models say, then moves old policy and old values away, to both sides of the clip ranges."""
+    generator = torch.Generator().manual_seed(seed)
+    trainer._score_with_models(rollout)
+    with torch.no_grad():
+        logps = trainer._forward(trainer.model, rollout, ("log_probs",)).log_probs
+    rollout.old_logps = logps + 0.4 * torch.randn(logps.shape, generator=generator)
+    rollout.old_values = rollout.old_values + 0.5 * torch.randn(logps.shape, generator=generator)
+
+
+def loss_and_gradients(trainer, rollout):
+    """Of the whole rollout as one micro-batch, which is one optimizer batch."""
+    trainer.model.zero_grad()
+    whole = MicroBatch(rollout, torch.arange(len(rollout)), rollout.mask.sum().item(), share=1.0)
+    loss = trainer._compute_loss(trainer.model, whole)
+    loss.backward()
+    return loss.item(), gradients(trainer.model)
+
+
+def gradients(*models):
+    """Gradients by name, absent ones as 0."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for model in models
+        for name, p in model.named_parameters()
+    }
+
+
+def difference(one, other):
+    """The largest relative difference of two (loss, gradients): of the loss, and of each tensor by its norm."""
+    assert one[1].keys() == other[1].keys()
+    largest = abs(one[0] - other[0]) / abs(other[0])
+    for name, gradient in other[1].items():
+        scale = max(gradient.norm().item(), 1e-4)
+        largest = max(largest, (one[1][name] - gradient).norm().item() / scale)
+    return largest
+
+
+# The policy term is GRPO's
+
+
+def grpo_trainer(tmp_path):
+    options = {
+        "loss_type": "bnpo",
+        "beta": 0.0,
+        "epsilon": CLIPRANGE,
+        "temperature": TEMPERATURE,
+        "num_generations": 2,
+    }
+    settings = {"per_device_train_batch_size": 6, "bf16": False, "use_cpu": True, "report_to": "none"}
+    trainer = GRPOTrainer(
+        tiny.tiny_actor(0),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(str(tmp_path), **options, **settings),
+        train_dataset=tiny.tiny_prompts(16),
+        processing_class=tiny.tiny_tokenizer(),
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def grpo_loss_and_gradients(trainer, rollout):
+    inputs = {
+        "prompt_ids": rollout.prompt_ids,
+        "prompt_mask": rollout.prompt_mask.long(),
+        "completion_ids": rollout.response_ids,
+        "completion_mask": rollout.attended.long(),
+        "tool_mask": rollout.mask.long(),
+        "advantages": rollout.advantages,
+        "old_per_token_logps": rollout.old_logps,
+    }
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.item(), gradients(trainer.model)
+
+
+def policy_rollout(trainer):
+    """With old log-probabilities that put tokens on both flat sides of the clipped objective."""
+    rollout = ragged_rollout()
+    make_old(trainer, rollout)
+    with torch.no_grad():
+        logps = trainer._forward(trainer.model, rollout, ("log_probs",)).log_probs
+    ratio, positive = (logps - rollout.old_logps).exp(), rollout.advantages > 0
+    for flat in (positive & (ratio > 1 + CLIPRANGE), ~positive & (ratio < 1 - CLIPRANGE)):
+        assert (flat & rollout.mask).sum() >= 2, "the rollout does not clip on both sides"
+    return rollout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_policy_term_equals_grpo(tmp_path, critic):
+    """GRPO's `_compute_loss` reads (B, T) advantages: loss and gradient are ours when the other coefficients are 0."""
+    trainer, grpo = make_trainer(tmp_path, critic=critic, **ONLY_POLICY), grpo_trainer(tmp_path)
+    rollout = policy_rollout(trainer)
+    loss, by_name = loss_and_gradients(trainer, rollout)
+    of_critic = {name: by_name.pop(name) for name in list(by_name) if name.startswith("critic.")}
+    assert difference((loss, by_name), grpo_loss_and_gradients(grpo, rollout)) < 1e-5
+    assert of_critic
+    assert not any(gradient.any() for gradient in of_critic.values())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("mistake", ["other range", "shifted advantages", "tool tokens count", "one-sided clip"])
+def test_control_another_policy_term_is_not_grpo(tmp_path, monkeypatch, mistake):
+    trainer, grpo = make_trainer(tmp_path, critic="head", **ONLY_POLICY), grpo_trainer(tmp_path)
+    rollout = policy_rollout(trainer)
+    expected = grpo_loss_and_gradients(grpo, rollout)
+    if mistake == "other range":
+        trainer.args.cliprange = 0.25
+    elif mistake == "shifted advantages":
+        rollout.advantages = rollout.advantages.roll(1, dims=1)
+    elif mistake == "tool tokens count":
+        rollout.mask = rollout.attended
+    elif mistake == "one-sided clip":
+        monkeypatch.setattr(losses, "clip_objective", lambda ratio, advantages, e: ratio.clamp(max=1 + e) * advantages)
+    loss, by_name = loss_and_gradients(trainer, rollout)
+    by_name = {name: gradient for name, gradient in by_name.items() if not name.startswith("critic.")}
+    assert difference((loss, by_name), expected) > 1e-2
+
+
+# The whole loss is the oracle's
+
+
+def sequences(rollout):
+    """Per sequence: its row, its real ids, and of each token that counts the place t in the response, k in the ids."""
+    for row in range(len(rollout)):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+        attended, counts = rollout.attended[row].tolist(), rollout.mask[row].tolist()
+        response = [token for token, real in zip(rollout.response_ids[row].tolist(), attended, strict=True) if real]
+        places = [(t, len(prompt) + t) for t in range(len(response)) if counts[t]]
+        yield row, prompt + response, places
+
+
+class PlainModels:
+    """Copies of the four models, untouched by TRL, and what they say of one sequence of ids."""
+
+    def __init__(self, critic):
+        self.actor, self.reference, self.reward = tiny.tiny_actor(0), tiny.tiny_actor(5), tiny.tiny_reward_model(1)
+        self.value_model = tiny.tiny_reward_model(7) if critic == "model" else None
+        self.head = nn.Linear(16, 1) if critic == "head" else None
+
+    @classmethod
+    def of(cls, trainer):
+        plain = cls(trainer.args.critic)
+        if plain.head is not None:
+            plain.head.load_state_dict(trainer.critic.score.state_dict())
+        return plain
+
+    def probabilities(self, model, ids):
+        """(L, V): row k − 1 holds the probabilities from which token k was drawn. Straight from the definition."""
+        weights = (model(input_ids=torch.tensor([ids])).logits[0] / TEMPERATURE).exp()
+        return weights / weights.sum(1, keepdim=True)
+
+    def values(self, ids):
+        """V of the states before tokens 1 to L: the state before token k is read at token k − 1."""
+        if self.head is not None:
+            return self.head(self.actor.model(input_ids=torch.tensor([ids])).last_hidden_state[0])[:, 0]
+        return self.value_model.score(self.value_model.model(input_ids=torch.tensor([ids])).last_hidden_state[0])[:, 0]
+
+    def gradients(self):
+        """Under the names that the trainer's model has for them."""
+        own = gradients(self.actor)
+        if self.head is not None:
+            return own | {f"critic.score.{name}": gradient for name, gradient in gradients(self.head).items()}
+        return own | {f"critic.model.{name}": gradient for name, gradient in gradients(self.value_model).items()}
+
+
+def slow_loss(plain, rollout, args):
+    """−L^CLIP + α KL + c1 L^VF − c2 entropy + β KL_old, added up token by token, over the number of tokens."""
+    total, count = 0.0, 0
+    for row, ids, places in sequences(rollout):
+        policy, values = plain.probabilities(plain.actor, ids), plain.values(ids)
+        with torch.no_grad():
+            reference = plain.probabilities(plain.reference, ids)
+        for t, k in places:
+            p, q, token = policy[k - 1], reference[k - 1], ids[k]
+            ratio = p[token] / math.exp(rollout.old_logps[row, t])
+            advantage = rollout.advantages[row, t].item()
+            if advantage >= 0:  # a good token earns no more than 1 + ε, a bad one no less than 1 − ε
+                objective = advantage * (ratio if ratio < 1 + args.cliprange else 1 + args.cliprange)
+            else:
+                objective = advantage * (ratio if ratio > 1 - args.cliprange else 1 - args.cliprange)
+            if args.kl_estimator == "k2":
+                leash = (p[token] / q[token]).log() ** 2 / 2
+            elif args.kl_estimator == "k3":
+                leash = q[token] / p[token] - 1 - (q[token] / p[token]).log()
+            else:
+                leash = sum(p[v] * (p[v] / q[v]).log() for v in range(len(p)))
+            value, target, old = values[k - 1], rollout.returns[row, t].item(), rollout.old_values[row, t].item()
+            error = (value - target) ** 2
+            if args.cliprange_value is not None:
+                held = old + min(max(value - old, -args.cliprange_value), args.cliprange_value)
+                error = max(error, (held - target) ** 2)
+            entropy = -(p * p.log()).sum()
+            total = total - objective + args.kl_coef * leash + args.vf_coef * error / 2
+            total = total - args.ent_coef * entropy + args.old_kl_coef * (ratio - 1 - ratio.log())
+            count += 1
+    return total / count
+
+
+def slow_loss_and_gradients(trainer, rollout):
+    plain = PlainModels.of(trainer)
+    loss = slow_loss(plain, rollout, trainer.args)
+    loss.backward()
+    return loss.item(), plain.gradients()
+
+
+def old_rollout(trainer):
+    rollout = ragged_rollout()
+    make_old(trainer, rollout)
+    return rollout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("old_kl_coef", [0.4, 0.0])
+@pytest.mark.parametrize("cliprange_value", [CLIPRANGE_VALUE, None])
+@pytest.mark.parametrize("kl_estimator", ["k2", "k3", "full"])
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_loss_and_gradient_equal_the_slow_oracle(tmp_path, critic, kl_estimator, cliprange_value, old_kl_coef):
+    options = {"kl_estimator": kl_estimator, "cliprange_value": cliprange_value}
+    trainer = make_trainer(tmp_path, critic=critic, **(COEF | options | {"old_kl_coef": old_kl_coef}))
+    rollout = old_rollout(trainer)
+    assert difference(loss_and_gradients(trainer, rollout), slow_loss_and_gradients(trainer, rollout)) < 1e-5
+
+
+def shifted(function):
+    """A forward pass whose outputs are one position late."""
+
+    def late(*args, **kwargs):
+        output = function(*args, **kwargs)
+        output.state_values = output.state_values.roll(1, dims=1)
+        return output
+
+    return late
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "tool tokens count",
+        "one token too many",
+        "values late",
+        "k3 for k2",
+        "no value clip",
+        "KL of the actor",
+        "entropy sign",
+    ],
+)
+def test_control_the_slow_oracle_notices(tmp_path, monkeypatch, mistake):
+    trainer = make_trainer(tmp_path, critic="model", kl_estimator="k2", cliprange_value=CLIPRANGE_VALUE, **COEF)
+    rollout = old_rollout(trainer)
+    expected = slow_loss_and_gradients(trainer, rollout)
+    if mistake == "tool tokens count":
+        rollout.mask = rollout.attended
+    elif mistake == "one token too many":
+        monkeypatch.setattr(
+            trainer_module, "ppo_terms", lambda **k: losses.ppo_terms(**(k | {"num_tokens": k["num_tokens"] + 1}))
+        )
+    elif mistake == "values late":
+        monkeypatch.setattr(trainer, "_forward", shifted(trainer._forward))
+    elif mistake == "k3 for k2":
+        trainer.args.kl_estimator = "k3"
+    elif mistake == "no value clip":
+        trainer.args.cliprange_value = None
+    elif mistake == "KL of the actor":
+        rollout.ref_logps = rollout.old_logps
+    elif mistake == "entropy sign":
+        trainer.args.ent_coef = -trainer.args.ent_coef
+    assert difference(loss_and_gradients(trainer, rollout), expected) > 1e-3
+
+
+# Collecting a rollout: tool tokens are holes, which GAE steps over
+
+
+def play_tools(prompts, trainer):
+    """Answers with random words; what the tool wrote is marked in `env_mask`."""
+    generator = torch.Generator().manual_seed(len(prompts))
+    masks = [ENV_MASK[i % len(ENV_MASK)] for i in range(len(prompts))]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": random_responses(generator, [len(row) for row in masks]),
+        "logprobs": None,
+        "env_mask": masks,
+    }
+
+
+def collect_with_tools(tmp_path, monkeypatch, **options):
+    """One rollout of eight, learned from with learning rate 0."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` warns that it is experimental
+    run = {"total_episodes": 8, "num_ppo_epochs": 1, "learning_rate": 0.0, "gamma": 0.9, "lam": 0.8}
+    options = {"kl_coef": 0.3, "whiten_advantages": False, "rollout_func": play_tools} | options
+    trainer = make_trainer(tmp_path, **run, **options)
+    trainer.train()
+    rollout = trainer._rollout
+    assert (rollout.attended & ~rollout.mask).any(), "the rollout has no holes"
+    return trainer, rollout
+
+
+@torch.no_grad()
+def slow_advantages(trainer, rollout):
+    """Score at the last token that counts, KL at each, then GAE over the tokens that count: one sequence at a time."""
+    plain, args = PlainModels.of(trainer), trainer.args
+    advantages, values = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape)
+    for row, ids, places in sequences(rollout):
+        score = plain.reward(input_ids=torch.tensor([ids])).logits[0, 0].item()
+        policy, reference = plain.probabilities(plain.actor, ids), plain.probabilities(plain.reference, ids)
+        leash = [math.log(policy[k - 1, ids[k]] / reference[k - 1, ids[k]]) for _, k in places]
+        own_values = [plain.values(ids)[k - 1].item() for _, k in places]
+        rewards = oracles.token_rewards(score, leash, args.kl_coef if args.kl_placement == "reward" else 0.0)
+        estimates = oracles.gae(rewards, own_values, args.gamma, args.lam)
+        for (t, _), estimate, value in zip(places, estimates, own_values, strict=True):
+            advantages[row, t], values[row, t] = estimate, value
+    return advantages, advantages + values
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("whiten_advantages", [False, True])
+@pytest.mark.parametrize("kl_placement, critic", [("loss", "model"), ("reward", "head")])
+def test_rollout_with_tool_tokens_has_the_advantages_of_the_slow_oracle(
+    tmp_path, monkeypatch, kl_placement, critic, whiten_advantages
+):
+    """Whitened or not, the returns are those of the advantages before whitening."""
+    options = {"kl_placement": kl_placement, "critic": critic, "whiten_advantages": whiten_advantages}
+    trainer, rollout = collect_with_tools(tmp_path, monkeypatch, **options)
+    advantages, returns = slow_advantages(trainer, rollout)
+    if whiten_advantages:
+        _, mean, variance = oracles.moments(oracles.counted(advantages, rollout.mask))
+        advantages = ((advantages - mean) / variance**0.5).masked_fill(~rollout.mask, 0)
+    torch.testing.assert_close(rollout.advantages, advantages, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.returns, returns, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.integration
+def test_control_gae_that_visits_tool_tokens_is_noticed(tmp_path, monkeypatch):
+    """The mistake: values of tool tokens stand in the recursion, with rewards of 0."""
+
+    def visit_holes(estimator, rewards, values, mask, gamma, lam):
+        last = mask.flip(1).cumsum(1).flip(1) > 0  # from the first token to the last that counts
+        return advantages_module.estimate_advantages(estimator, rewards, values, last, gamma, lam)
+
+    monkeypatch.setattr(experience, "estimate_advantages", visit_holes)
+    trainer, rollout = collect_with_tools(tmp_path, monkeypatch, kl_placement="loss")
+    advantages, _ = slow_advantages(trainer, rollout)
+    assert (rollout.advantages - advantages).masked_fill(~rollout.mask, 0).abs().max() > 1e-2
+
+
+# The first step
+
+
+def first_log_line(tmp_path, **options):
+    """Of an actor whose config asks for dropout; every forward pass has four sequences."""
+    sizes = {"per_device_train_batch_size": 4, "local_rollout_forward_batch_size": 4, "total_episodes": 8}
+    models = {"model": tiny.tiny_actor(0, attention_dropout=0.5)}
+    return ppo_runs.log_lines(ppo_runs.ppo_run(tmp_path, models, **(sizes | {"kl_coef": 0.1} | options)))[0]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("num_mini_batches", [1, 2])
+@pytest.mark.parametrize(
+    "leash",
+    [
+        {"kl_estimator": "k2"},
+        {"kl_estimator": "k3"},
+        {"kl_estimator": "full", "critic": "head"},
+        {"kl_placement": "reward", "critic": "head"},
+    ],
+    ids=["k2", "k3", "full-head", "reward-head"],
+)
+def test_first_step_has_ratio_exactly_1_and_kl_exactly_0(tmp_path, leash, num_mini_batches):
+    """With two mini-batches the old log-probabilities come from a pass of their own, else from the learning pass."""
+    line = first_log_line(tmp_path, num_mini_batches=num_mini_batches, **leash)
+    assert line["policy/ratio_max"] == line["policy/ratio_mean"] == 1.0
+    assert line["policy/clip_fraction"] == line["terms/old_kl"] == line["kl/ref"] == 0.0
+    assert line.get("terms/kl", 0.0) == 0.0
+
+
+@pytest.mark.integration
+def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module._trl, "disable_dropout", lambda model: None)
+    monkeypatch.setattr(PPOTrainerX, "_check_reference", lambda self, rollout: None)  # it stops such a run
+    line = first_log_line(tmp_path, num_mini_batches=2)
+    assert line["policy/ratio_max"] > 1.1
+    assert line["terms/old_kl"] > 0.01
+    assert line["terms/kl"] > 0.01
+
+
+# Old log-probabilities that the first learning pass gives
+
+
+def trajectory(tmp_path, monkeypatch, **options):
+    """
+    Three rollouts of three epochs with plain gradient descent, in which rounding errors stay small. Returns the final
+    parameters, and how often the policy was asked for log-probabilities without a gradient.
+    """
+    asked = []
+    forward = PPOTrainerX._forward
+
+    def spy(self, model, part, outputs, **kwargs):
+        before_learning = model is self.model and "log_probs" in outputs and not torch.is_grad_enabled()
+        asked.extend([1] * (before_learning and not self._reference_is_start))
+        return forward(self, model, part, outputs, **kwargs)
+
+    monkeypatch.setattr(PPOTrainerX, "_forward", spy)
+    settings = {"total_episodes": 12, "num_ppo_epochs": 3, "optim": "sgd", "learning_rate": 0.1, "kl_coef": 0.1}
+    # A reference of its own: nothing has to check that it is the start, which would ask for log-probabilities too.
+    trainer = ppo_runs.ppo_run(tmp_path, {"ref_model": tiny.tiny_actor(5)}, **(settings | options))
+    monkeypatch.setattr(PPOTrainerX, "_forward", forward)
+    return ppo_runs.snapshot(trainer.model), len(asked)
+
+
+def largest_difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_old_logps_of_the_first_pass_give_the_trajectory_of_those_before_learning(tmp_path, monkeypatch, critic):
+    lazy, asked_by_lazy = trajectory(tmp_path, monkeypatch, critic=critic)
+    monkeypatch.setattr(PPOTrainerX, "_reads_old_logps_early", True)
+    early, asked_by_early = trajectory(tmp_path, monkeypatch, critic=critic)
+    assert asked_by_lazy == 0, "log-probabilities were computed before learning"
+    assert asked_by_early == 3, "one pass per rollout"
+    assert largest_difference(lazy, early) < 1e-5
+
+
+@pytest.mark.integration
+def test_control_old_logps_in_the_order_of_learning_give_another_trajectory(tmp_path, monkeypatch):
+    """The mistake: forgetting that the micro-batches are a permutation of the rollout."""
+    correct, _ = trajectory(tmp_path, monkeypatch)
+    keep = Rollout.keep_first_logps
+
+    def keep_in_order(self, rows, logps):
+        first = getattr(self, "kept", 0)
+        self.kept = first + len(rows)
+        keep(self, torch.arange(first, self.kept), logps)
+
+    monkeypatch.setattr(Rollout, "keep_first_logps", keep_in_order)
+    mistaken, _ = trajectory(tmp_path, monkeypatch)
+    assert largest_difference(correct, mistaken) > 1e-3

@@ -1,0 +1,255 @@
+"""Invariance: loss and gradient do not depend on how a batch is cut; steps are taken, or left out, as the options say.
+
+What is compared is every optimizer step's gradient, every logged number and the parameters at the end, of runs on the
+same responses (`layouts.py`), whose lengths differ so much that a mean per micro-batch would be another loss.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import ppo_runs
+from ppo import layouts
+from trl_ext import PPOTrainerX
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_of_rollout_func(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def difference(one, other):
+    """The largest relative difference of two measurements: of gradients and parameters by the norm, of logged numbers.
+
+    What is nearly 0, such as the mean of whitened advantages, counts as 0.1: there float32 has digits after the point,
+    not significant ones.
+    """
+    tensors = zip([*one["gradients"], one["parameters"]], [*other["gradients"], other["parameters"]], strict=True)
+    largest = 0.0
+    for mine, theirs in tensors:
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            largest = max(largest, (mine[name] - tensor).norm().item() / max(tensor.norm().item(), 0.1))
+    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, number in theirs.items():
+            largest = max(largest, abs(mine[key] - number) / max(abs(number), 0.1))
+    return largest
+
+
+# Micro-batches
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("num_mini_batches", [1, 2])
+@pytest.mark.parametrize("case", ["loss", "loss-full-head", "reward-scaled"])
+def test_micro_batches_change_nothing(case, num_mini_batches):
+    options = layouts.CASES[case] | {"num_mini_batches": num_mini_batches}
+    whole = layouts.run(8, 1, **options)
+    assert len(whole["gradients"]) == 4 * num_mini_batches
+    assert difference(layouts.run(4, 2, **options), whole) < TOLERANCE
+    assert difference(layouts.run(1, 8, **options), whole) < TOLERANCE
+
+
+@pytest.mark.integration
+def test_control_a_mean_per_micro_batch_depends_on_them():
+    with layouts.mean_per_micro_batch():
+        assert (
+            difference(layouts.run(1, 8, **layouts.CASES["loss"]), layouts.run(8, 1, **layouts.CASES["loss"])) > 1e-2
+        )
+
+
+# Processes
+
+
+def two_processes(path):
+    """What two processes have measured: one launch for all, which imports the libraries twice."""
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    settings = {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launch, str(ROOT / "tests" / "ppo" / "layouts.py"), str(path)],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = torch.load(path, weights_only=True)
+    assert measured.pop("processes") == 2
+    return measured
+
+
+@pytest.mark.distributed
+def test_two_processes_change_nothing(tmp_path):
+    """The same run on one process and on two, of one and of four micro-batches each; the mistakes do show."""
+    measured = two_processes(tmp_path / "measured.pt")
+    alone = {case: layouts.run(8, 1, **options) for case, options in layouts.CASES.items()}
+    differences = {name: difference(result, alone.get(name, alone["loss"])) for name, result in measured.items()}
+    mistaken = {name: differences.pop(name) for name in layouts.MISTAKES}
+    assert differences.keys() == {*layouts.CASES, "1 x 4"}
+    assert max(differences.values()) < TOLERANCE, differences
+    assert min(mistaken.values()) > 1e-2, mistaken
+
+
+# Steps, as the options say
+
+
+class KeepParameters(TrainerCallback):
+    """The parameters before training and after every optimizer step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.after.append(ppo_runs.snapshot(model))
+
+    on_step_end = on_train_begin
+
+    def moved(self, step, of_critic):
+        """Names of the parameters of actor or critic that are not bitwise what they were before the step."""
+        before, after = self.after[step], self.after[step + 1]
+        names = [name for name in after if name.startswith("critic.") == of_critic]
+        return {name for name in names if not torch.equal(before[name], after[name])}
+
+
+def kept_run(tmp_path, trainer_class=PPOTrainerX, **options):
+    keep = KeepParameters()
+    trainer = ppo_runs.ppo_trainer(tmp_path, {"callbacks": [keep]}, **options)
+    trainer.__class__ = trainer_class
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == len(keep.after) - 1
+    return trainer, keep
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("epochs, mini_batches", [(1, 1), (3, 1), (1, 4), (3, 2)])
+def test_rollout_is_learned_from_in_epochs_times_mini_batches_steps(tmp_path, monkeypatch, epochs, mini_batches):
+    rollouts = []
+    collect = PPOTrainerX._collect_rollout
+    monkeypatch.setattr(PPOTrainerX, "_collect_rollout", lambda *a: rollouts.append(collect(*a)) or rollouts[-1])
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "total_episodes": 16}
+    _, keep = kept_run(tmp_path, num_ppo_epochs=epochs, num_mini_batches=mini_batches, **sizes)
+    assert len(rollouts) == 2
+    assert len(keep.after) - 1 == 2 * epochs * mini_batches
+    for step in range(2 * epochs * mini_batches):
+        assert keep.moved(step, of_critic=False), f"optimizer step {step} moved nothing"
+
+
+@pytest.mark.integration
+def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
+    """
+    Each epoch shows every sequence once, and which ones share an optimizer step differs from epoch to epoch. A micro-
+    batch knows the tokens of its mini-batch.
+    """
+    drawn = []
+    draw = PPOTrainerX._draw_micro_batches
+
+    def spy(self, rollout):
+        drawn.append(draw(self, rollout))
+        return drawn[-1]
+
+    monkeypatch.setattr(PPOTrainerX, "_draw_micro_batches", spy)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "total_episodes": 16}
+    models = {"rollout_func": layouts.answer, "train_dataset": layouts.PROMPTS}
+    ppo_runs.ppo_run(tmp_path, models, num_ppo_epochs=4, num_mini_batches=2, response_length=9, **sizes)
+    first_mini_batches = set()
+    for epoch in drawn:
+        rows = [part.rows.tolist() for part in epoch]
+        assert [len(part) for part in rows] == [2, 2, 2, 2]
+        assert sorted(itertools.chain.from_iterable(rows)) == list(range(8))
+        first_mini_batches.add(frozenset(rows[0] + rows[1]))
+        for i, part in enumerate(epoch):
+            of_mini_batch = rows[i // 2 * 2] + rows[i // 2 * 2 + 1]
+            assert part.num_tokens == part.rollout.mask[of_mini_batch].sum()
+    assert len(drawn) == 2 * 4
+    assert len(first_mini_batches) > 4
+
+
+# Critic warm-up
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kl_placement", ["loss", "reward"])
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_warmup_leaves_the_actor_bitwise_for_exactly_its_steps(tmp_path, critic, kl_placement):
+    """Three steps: the warm-up ends inside the second rollout. Weight decay would move even a gradient of zero."""
+    _, keep = kept_run(
+        tmp_path, critic=critic, kl_placement=kl_placement, critic_warmup_steps=3, weight_decay=0.1, total_episodes=12
+    )
+    for step in range(6):
+        assert bool(keep.moved(step, of_critic=False)) == (step >= 3), f"optimizer step {step}"
+        assert keep.moved(step, of_critic=True)
+    # The trunk is the actor's, with a value head on it too.
+    assert "model.layers.0.mlp.up_proj.weight" in keep.moved(3, of_critic=False)
+
+
+@pytest.mark.integration
+def test_control_a_zero_gradient_in_the_warmup_moves_the_actor(tmp_path, monkeypatch):
+    def zero(self):
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(PPOTrainerX, "_drop_actor_gradients", zero)
+    _, keep = kept_run(tmp_path, critic_warmup_steps=2, weight_decay=0.1)
+    assert keep.moved(0, of_critic=False)
+
+
+# Early stop
+
+
+STOPPING = {"target_kl": 1e-6, "num_ppo_epochs": 4, "weight_decay": 0.1, "learning_rate": 1e-2}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("critic", ["model", "head"])
+@pytest.mark.parametrize("num_mini_batches", [1, 2])
+def test_target_kl_leaves_every_parameter_bitwise_while_steps_count(tmp_path, critic, num_mini_batches):
+    """
+    The first optimizer step has the policy that sampled, KL 0. The second sees how far that went, still takes its own
+    step, and is the last to learn; so in both rollouts.
+    """
+    trainer, keep = kept_run(tmp_path, critic=critic, num_mini_batches=num_mini_batches, **STOPPING)
+    per_rollout = 4 * num_mini_batches
+    assert trainer.state.global_step == 2 * per_rollout
+    for step in range(2 * per_rollout):
+        learned = step % per_rollout < 2
+        assert bool(keep.moved(step, of_critic=False)) == learned, f"optimizer step {step}"
+        assert bool(keep.moved(step, of_critic=True)) == learned, f"optimizer step {step}"
+    left_out = [line["policy/steps_left_out"] for line in trainer.state.log_history if "policy/steps_left_out" in line]
+    assert sum(left_out) == 2 * (per_rollout - 2)
+
+
+class ZeroGradients(PPOTrainerX):
+    """The mistake: a step that is left out has gradients of 0 instead of none."""
+
+    def training_step(self, *args, **kwargs):
+        left_out = self._is_left_out()
+        loss = super().training_step(*args, **kwargs)
+        if left_out:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        return loss
+
+
+@pytest.mark.integration
+def test_control_a_zero_gradient_moves_the_parameters_in_a_step_left_out(tmp_path):
+    _, keep = kept_run(tmp_path, ZeroGradients, **STOPPING)
+    assert keep.moved(2, of_critic=False)
+
+
+@pytest.mark.integration
+def test_target_kl_that_is_not_reached_leaves_nothing_out(tmp_path):
+    trainer, keep = kept_run(tmp_path, **(STOPPING | {"target_kl": 1e3}))
+    assert all(keep.moved(step, of_critic=False) for step in range(8))
+    assert all(line["policy/steps_left_out"] == 0 for line in ppo_runs.log_lines(trainer))

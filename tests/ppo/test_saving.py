@@ -1,0 +1,240 @@
+"""What a run leaves behind: the actor alone, the critic in `critic/`, a model card; and the best checkpoint."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tiny
+from ppo_runs import changed, log_lines, ppo_run, ppo_trainer, snapshot
+from trl_ext.ppo.critic import ValueHead
+
+
+def lora():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def of_actor(model):
+    """The parameters of a trained model without the critic's."""
+    return {name: tensor for name, tensor in snapshot(model).items() if not name.startswith("critic.")}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run of the whole model, saved as a script does at its end, with checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("full")
+    trainer = ppo_run(folder, save_strategy="steps", save_steps=2)
+    trainer.save_model(str(folder))
+    return trainer, folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    trainer = ppo_run(folder, {"peft_config": lora()}, learning_rate=1e-2)
+    trainer.save_model(str(folder))
+    return trainer, folder
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("head")
+    trainer = ppo_run(folder, critic="head", learning_rate=1e-2)
+    trainer.save_model(str(folder))
+    return trainer, folder
+
+
+# --- the actor
+
+
+@pytest.mark.parametrize("subfolder", ["", "checkpoint-4"])
+def test_output_loads_as_a_causal_lm_with_no_unexpected_key(full, subfolder):
+    trainer, folder = full
+    model, loading = AutoModelForCausalLM.from_pretrained(folder / subfolder, output_loading_info=True)
+    assert not any(loading.values())
+    assert type(model) is type(tiny.tiny_actor())
+    assert changed(model, of_actor(trainer.model)) == set()
+    assert changed(model, snapshot(tiny.tiny_actor())) == set(snapshot(model))
+    assert AutoTokenizer.from_pretrained(folder / subfolder).get_vocab() == tiny.tiny_tokenizer().get_vocab()
+
+
+def test_files_of_the_actor_hold_no_critic(full, head):
+    for _, folder in (full, head):
+        names = load_file(folder / "model.safetensors").keys()
+        assert set(names) == set(tiny.tiny_actor().state_dict())
+
+
+def test_tied_embeddings_are_saved_once(tmp_path):
+    trainer = ppo_run(tmp_path, {"model": tiny.tiny_actor(tie_word_embeddings=True)}, max_steps=1)
+    trainer.save_model()
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert changed(model, of_actor(trainer.model)) == set()
+
+
+def test_adapter_loads_on_the_base_model(adapter):
+    trainer, folder = adapter
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert names
+    assert all("lora_" in name for name in names)
+    model = PeftModel.from_pretrained(tiny.tiny_actor(), folder).eval()
+    ids = torch.randint(7, 60, (2, 9))
+    with torch.no_grad():
+        trained, base = trainer.model.eval()(ids).logits, tiny.tiny_actor()(ids).logits
+        assert torch.equal(model(ids).logits, trained)
+    assert (trained - base).abs().max() > 1e-3
+
+
+# --- the critic
+
+
+@pytest.mark.parametrize("subfolder", ["", "checkpoint-4"])
+def test_critic_model_loads_on_its_own(full, subfolder):
+    trainer, folder = full
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        folder / subfolder / "critic", output_loading_info=True
+    )
+    assert not any(loading.values())
+    assert model.config.num_labels == 1
+    assert changed(model, snapshot(trainer.critic.model)) == set()
+    assert changed(model, snapshot(tiny.tiny_reward_model()))
+
+
+def test_critic_of_an_adapter_run_loads_on_its_own(adapter):
+    trainer, folder = adapter
+    model, loading = AutoModelForSequenceClassification.from_pretrained(folder / "critic", output_loading_info=True)
+    assert not any(loading.values())
+    assert changed(model, snapshot(trainer.critic.model)) == set()
+
+
+def test_value_head_loads_on_its_own(head):
+    trainer, folder = head
+    loaded = ValueHead.from_pretrained(folder / "critic")
+    assert changed(loaded, snapshot(trainer.critic)) == set()
+    assert loaded.score.weight.any()  # it starts at 0
+    states = torch.randn(5, 16)
+    torch.testing.assert_close(loaded(states), states @ loaded.score.weight[0] + loaded.score.bias)
+    assert json.loads((folder / "critic" / "config.json").read_text()) == {"hidden_size": 16}
+
+
+def test_saved_critic_continues_as_value_model(full, tmp_path):
+    """The new run's first value loss is that of the saved critic, not of a copy of the reward model."""
+    trainer, folder = full
+    again = ppo_trainer(tmp_path, {"model": str(folder), "value_model": str(folder / "critic")})
+    assert changed(again.critic, snapshot(trainer.critic)) == set()
+    assert changed(again.critic.model, snapshot(tiny.tiny_reward_model()))
+
+
+def test_folder_without_a_value_head_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ValueHead.from_pretrained(tmp_path)
+
+
+def test_saving_elsewhere_leaves_the_output_folder_alone(tmp_path):
+    trainer = ppo_run(tmp_path / "run", max_steps=1)
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert not (tmp_path / "run" / "README.md").exists()
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere", output_loading_info=True)
+    assert not any(loading.values())
+    assert (tmp_path / "elsewhere" / "critic" / "model.safetensors").is_file()
+
+
+# --- the best checkpoint
+
+
+def fewer_with_time(completions, trainer_state, **kwargs):
+    """Scores that are best after two steps."""
+    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "head"])
+def test_best_checkpoint_by_held_out_score_is_loaded_at_the_end(tmp_path, kind):
+    models = {"reward_model": None, "reward_funcs": fewer_with_time, "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    if kind == "adapter":
+        models["peft_config"] = lora()
+    trainer = ppo_trainer(
+        tmp_path,
+        models,
+        critic="head" if kind == "head" else "model",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        total_episodes=12,
+        per_device_eval_batch_size=2,
+        metric_for_best_model="eval_reward/score",
+        load_best_model_at_end=True,
+        num_sample_generations=0,
+        learning_rate=1e-2,
+    )
+    kept = {}
+    save = trainer._save_checkpoint
+
+    def keep(*args, **kwargs):
+        kept[trainer.state.global_step] = snapshot(trainer.model)
+        save(*args, **kwargs)
+
+    trainer._save_checkpoint = keep
+    trainer.train()
+    assert list(kept) == [2, 4, 6]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert trainer.state.best_metric == 0.0
+    assert changed(trainer.model, kept[2]) == set()  # actor and critic
+    of_critic = {name for name in kept[2] if "critic." in name}
+    assert of_critic
+    assert all(not torch.equal(kept[2][name], kept[6][name]) for name in of_critic if "score" in name)
+
+
+# --- the model card
+
+
+def table_of(card):
+    rows = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def test_model_card_says_what_was_trained_and_how(full):
+    _, folder = full
+    card = (folder / "README.md").read_text()
+    assert "Proximal Policy Optimization" in card
+    assert "1707.06347" in card
+    assert card.count("## What was trained, and how") == 1
+    facts = table_of(folder / "README.md")
+    expected = {
+        "actor": "LlamaForCausalLM",
+        "critic": "model (ValueModel)",
+        "rewards": "reward_model",
+        "optimizer steps": "4",
+        "prompts per rollout": "4",
+        "num_ppo_epochs": "2",
+        "kl_coef": "0.05",
+        "kl_placement": "loss",
+        "kl_estimator": "k2",
+        "cliprange": "0.2",
+        "vf_coef": "0.5",
+        "ent_coef": "0.01",
+        "gamma": "1.0",
+        "lam": "0.95",
+        "learning_rate": "0.001",
+        "response_length": "6",
+        "seed": "42",
+    }
+    assert expected.items() <= facts.items()
+
+
+def test_model_card_of_an_adapter_says_so_too(adapter):
+    _, folder = adapter
+    assert table_of(folder / "README.md")["optimizer steps"] == "4"
+
+
+def test_checkpoint_holds_a_state_that_json_can_read(full):
+    trainer, folder = full
+    state = json.loads(
+        (folder / "checkpoint-4" / "trainer_state.json").read_text(),
+        parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"),
+    )
+    assert [line for line in state["log_history"] if "loss" in line] == log_lines(trainer)

@@ -1,0 +1,90 @@
+"""Short PPO runs on tiny models, for the tests of the trainer: 4 optimizer steps take about half a second."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tiny
+from trl_ext import PPOConfigX, PPOTrainerX
+
+
+# The Trainer collects garbage when training starts, which would go through every object of every library each time.
+gc.collect()
+gc.freeze()
+
+
+def ppo_config(output_dir: str | Path, **options: Any) -> PPOConfigX:
+    """Rollouts of 4 prompts in micro-batches of 2, 2 epochs, 2 rollouts; `options` override."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if not options.keys() & {"total_episodes", "max_steps", "num_train_epochs"}:
+        defaults["total_episodes"] = 8
+    return PPOConfigX(**(defaults | options))
+
+
+def ppo_trainer(output_dir: str | Path, models: dict[str, Any] | None = None, **options: Any) -> PPOTrainerX:
+    """A trainer with a tiny actor, reward model, tokenizer and 16 prompts; `models`: arguments of the constructor."""
+    arguments = {
+        "processing_class": tiny.tiny_tokenizer(),
+        "model": tiny.tiny_actor(),
+        "reward_model": tiny.tiny_reward_model(),
+        "train_dataset": tiny.tiny_prompts(16),
+    }
+    return PPOTrainerX(ppo_config(output_dir, **options), **(arguments | (models or {})))
+
+
+def ppo_run(output_dir: str | Path, models: dict[str, Any] | None = None, **options: Any) -> PPOTrainerX:
+    """`ppo_trainer`, trained."""
+    trainer = ppo_trainer(output_dir, models, **options)
+    trainer.train()
+    return trainer
+
+
+def log_lines(trainer: PPOTrainerX) -> list[dict[str, float]]:
+    """The log lines of optimizer steps."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def logged(trainer: PPOTrainerX, key: str) -> list[float]:
+    """The values of `key`, in order."""
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def sum_of_terms(line: dict[str, float]) -> float:
+    """The right side of the equation that every log line keeps."""
+    return (
+        -line["terms/clip_objective"]
+        + line["coef/kl"] * line.get("terms/kl", 0.0)
+        + line["coef/vf"] * line["terms/value_loss"]
+        - line["coef/entropy"] * line["terms/entropy"]
+        + line["coef/old_kl"] * line["terms/old_kl"]
+        + line.get("coef/aux", 0.0) * line.get("terms/aux_loss", 0.0)
+    )
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that differ from a snapshot."""
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def response_lengths(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward function: a tenth of the number of words."""
+    return [len(completion.split()) / 10 for completion in completions]

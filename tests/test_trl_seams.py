@@ -1,0 +1,214 @@
+"""The seams to TRL: the supported range, the private names, and what is assumed about them."""
+
+import inspect
+import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trl
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from trl import GRPOTrainer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+
+import tiny
+from ppo_runs import ppo_trainer, snapshot
+from trl_ext import PPOTrainerX, _trl
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+USUAL = IDS | SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
+
+ACTORS = {
+    "llama": tiny.tiny_actor,
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **IDS)),
+    "gemma2, soft cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, **USUAL)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**USUAL)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **USUAL)),
+    "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(logit_scale=0.25, **USUAL)),
+    "granite, logits scaling": lambda: GraniteForCausalLM(GraniteConfig(logits_scaling=4.0, **USUAL)),
+}
+
+
+# --- the range
+
+
+@pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.0.dev0"])
+def test_supported_version_is_accepted(monkeypatch, version):
+    monkeypatch.setattr(trl, "__version__", version)
+    assert "fused_head_logits" in runpy.run_path(str(ROOT / "trl_ext" / "_trl.py"))
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.12.0", "1.17.0", "1.17.0.dev0", "2.0.0"])
+def test_other_version_is_refused_with_the_way_out(monkeypatch, version):
+    monkeypatch.setattr(trl, "__version__", version)
+    message = f"trl>=1.16,<1.17; version {version} is installed. .*pip install 'trl>=1.16,<1.17'"
+    with pytest.raises(ImportError, match=message):
+        runpy.run_path(str(ROOT / "trl_ext" / "_trl.py"))
+
+
+def test_range_is_the_one_that_the_package_declares():
+    (declared,) = re.findall(r'"trl>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert tuple(map(str, _trl.SUPPORTED)) == declared
+
+
+# --- the hooks
+
+
+def test_documented_hooks_are_what_is_overridden_and_exist_in_grpo():
+    """A hook that TRL renames would silently be called no more."""
+    documented = set(re.findall(r"`(\w+)`", re.search(r"Overridden.*?\.\n\n", PPOTrainerX.__doc__, re.DOTALL)[0]))
+    overridden = {
+        name
+        for name, member in vars(PPOTrainerX).items()
+        if inspect.isfunction(member) and any(name in vars(base) for base in GRPOTrainer.__mro__)
+    }
+    assert documented <= overridden
+    undocumented = {"__init__", "train", "_set_signature_columns_if_needed", "_issue_warnings_after_load"}
+    assert overridden - documented == undocumented
+
+
+@pytest.mark.parametrize(
+    "name", ["_tokenize_prompts", "_generate", "_calculate_rewards", "_generate_and_score_completions", "_save"]
+)
+def test_hook_takes_what_its_parent_takes(name):
+    mine, its = (inspect.signature(getattr(owner, name)).parameters for owner in (PPOTrainerX, GRPOTrainer))
+    assert len(mine) == len(its)
+
+
+# --- the fused head
+
+
+@pytest.mark.parametrize("name", ACTORS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_of_the_fused_head_are_the_models_own(name, temperature):
+    torch.manual_seed(0)
+    model = ACTORS[name]().eval()
+    ids = torch.randint(7, 60, (2, 11))
+    with torch.no_grad():
+        own = model(ids).logits / temperature
+        states = model.base_model(ids).last_hidden_state
+        _trl.add_fused_lm_head(model, temperature=temperature)
+        logits = _trl.fused_head_logits(model)(states.flatten(0, 1)).view_as(own)
+    torch.testing.assert_close(logits, own, rtol=1e-5, atol=1e-5)
+    assert own.std() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma2, soft cap", "cohere, logit scale", "granite, logits scaling"])
+def test_control_plain_head_gives_other_logits(name):
+    torch.manual_seed(0)
+    model = ACTORS[name]().eval()
+    ids = torch.randint(7, 60, (2, 11))
+    with torch.no_grad():
+        plain = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        assert (plain - model(ids).logits).abs().max() > 1e-2
+
+
+# --- vLLM's weight sync
+
+
+def vllm_generation(model):
+    """TRL's own object without the vLLM engine: what walks over the parameters."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model = model
+    generation._dist = DistributedBackend(Accelerator(cpu=True))
+    return generation
+
+
+@pytest.mark.parametrize("critic", ["model", "head"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_critic_is_left_out_of_what_is_sent_to_vllm(tmp_path, critic, peft):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = ppo_trainer(tmp_path, {"peft_config": lora} if peft else {}, critic=critic)
+    generation = vllm_generation(trainer.model)
+    with_critic = dict(generation._iter_named_params())
+    assert any(name.startswith("critic.") for name in with_critic)  # the control
+    _trl.exclude_from_weight_sync(generation, "critic")
+    sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
+    expected = snapshot(tiny.tiny_actor())
+    assert sent.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(sent[name], tensor)
+
+
+def test_merged_adapter_is_what_is_sent(tmp_path):
+    """The exclusion leaves TRL's merging and unmerging of the adapter as it is."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny.tiny_actor(), lora)
+    trainer = ppo_trainer(tmp_path, {"model": model})
+    generation = vllm_generation(trainer.model)
+    _trl.exclude_from_weight_sync(generation, "critic")
+    before = snapshot(trainer.model)
+    sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
+    merged = snapshot(get_peft_model(tiny.tiny_actor(), lora).unload())
+    assert sent.keys() == merged.keys()
+    assert not torch.equal(
+        sent["model.layers.0.self_attn.q_proj.weight"], merged["model.layers.0.self_attn.q_proj.weight"]
+    )
+    for name, tensor in before.items():
+        torch.testing.assert_close(trainer.model.get_parameter(name), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_named_submodule_is_left_out():
+    names = ["critic.score.weight", "model.critic.weight", "criticism.weight", "critic", "lm_head.weight"]
+    generation = SimpleNamespace(_iter_named_params=lambda: ((name, torch.zeros(1)) for name in names))
+    _trl.exclude_from_weight_sync(generation, "critic")
+    assert [name for name, _ in generation._iter_named_params()] == names[1:]
+
+
+# --- dropout and frozen models
+
+
+class Layer(nn.Module):
+    """Dropout in every form that transformers has."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Dropout(0.1)
+        self.attention_dropout = 0.2  # Llama, Mistral, Qwen
+        self.dropout = 0.3  # OPT
+        self.hidden_dropout_prob = 0.4
+        self.layerdrop = 0.5  # OPT
+        self.dropped_tokens = 6
+        self.scaling = 0.7
+
+
+def test_dropout_is_turned_off_in_every_form():
+    layer = nn.Sequential(Layer())
+    _trl.disable_dropout(layer)
+    inner = layer[0]
+    assert inner.module.p == 0
+    assert inner.attention_dropout == inner.dropout == inner.hidden_dropout_prob == inner.layerdrop == 0
+    assert (inner.dropped_tokens, inner.scaling) == (6, 0.7)
+
+
+def test_frozen_model_is_in_evaluation_mode_without_gradients():
+    model = tiny.tiny_actor().train()
+    frozen = _trl.prepare_frozen(model, Accelerator(cpu=True))
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
