@@ -1,0 +1,439 @@
+"""What a run logs: the equation of every line, each value against an independent one, and docs/metrics.md."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+
+import oracles
+import tiny
+from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, response_lengths, sum_of_terms
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny_mixtral(**options):
+    """A mixture of experts that returns its router logits."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = MixtralConfig(num_key_value_heads=2, max_position_embeddings=64, **sizes, **experts, **ids)
+    config.output_router_logits = options.get("output_router_logits", True)
+    return MixtralForCausalLM(config)
+
+
+def thousand(completions, **kwargs):
+    return [1e3] * len(completions)
+
+
+# --- the equation
+
+VARIANTS = {
+    "default": {},
+    "window of three steps, moving coefficients": {
+        "logging_steps": 3,
+        "total_episodes": 24,
+        "learning_rate": 1e-2,
+        "kl_controller": "band",
+        "kl_band": [1e-6, 1e-5],
+        "old_kl_coef": 0.5,
+        "old_kl_target": 1e-7,
+        "kl_coef": 0.3,
+    },
+    "proportional": {"kl_controller": "proportional", "kl_target": 0.1, "kl_horizon": 10, "learning_rate": 1e-2},
+    "exact KL": {"kl_estimator": "full", "learning_rate": 1e-2},
+    "k3": {"kl_estimator": "k3", "learning_rate": 1e-2},
+    "KL in the reward": {"kl_placement": "reward", "learning_rate": 1e-2},
+    "no KL": {"kl_coef": 0.0},
+    "value head, mini-batches": {"critic": "head", "num_mini_batches": 2},
+    "warm-up": {"critic_warmup_steps": 2, "learning_rate": 1e-2},
+    "early stop": {"target_kl": 1e-4, "num_ppo_epochs": 4, "learning_rate": 1e-2, "logging_steps": 3},
+    "no value clipping": {"cliprange_value": None, "vf_coef": 2.0, "ent_coef": 0.0},
+    "large scores": {"models": lambda: {"reward_model": None, "reward_funcs": thousand}},
+    "experts": {"models": lambda: {"model": tiny_mixtral()}},
+}
+
+
+def run_with_losses(tmp_path, variant):
+    """A run, and the loss that the optimizer saw in each step."""
+    options = dict(VARIANTS[variant])
+    trainer = ppo_trainer(tmp_path, options.pop("models", dict)(), **options)
+    losses = {}
+    compute = trainer._compute_loss
+
+    def keep(model, inputs):
+        loss = compute(model, inputs)
+        step = trainer.state.global_step
+        losses[step] = losses.get(step, 0.0) + loss.item()
+        return loss
+
+    trainer._compute_loss = keep
+    trainer.train()
+    return trainer, losses
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_line_holds_and_its_loss_is_the_one_that_was_optimised(tmp_path, variant):
+    trainer, losses = run_with_losses(tmp_path, variant)
+    lines, first = log_lines(trainer), 0
+    assert lines
+    for line in lines:
+        in_window = [losses[step] for step in range(first, line["step"]) if step in losses]
+        first = line["step"]
+        mean = sum(in_window) / len(in_window)
+        assert line["loss"] == pytest.approx(sum_of_terms(line), abs=1e-5)
+        # The optimizer's own number is float32.
+        assert line["loss"] == pytest.approx(mean, abs=1e-5, rel=1e-6)
+
+
+def test_control_a_line_with_a_missing_term_does_not_hold(tmp_path):
+    trainer, _ = run_with_losses(tmp_path, "experts")
+    for line in log_lines(trainer):
+        assert abs(sum_of_terms(line | {"coef/aux": 0.0}) - line["loss"]) > 1e-2
+        assert abs(sum_of_terms(line | {"coef/entropy": -line["coef/entropy"]}) - line["loss"]) > 1e-2
+
+
+def test_window_holds_means_over_its_steps_and_weighted_coefficients(tmp_path):
+    moving = VARIANTS["window of three steps, moving coefficients"]
+    each = log_lines(ppo_run(tmp_path / "each", **(moving | {"logging_steps": 1})))
+    windows = log_lines(ppo_run(tmp_path / "windows", **moving))
+    assert len({line["coef/kl"] for line in each}) > 1
+    assert len({line["coef/old_kl"] for line in each}) > 1
+    for k, window in enumerate(windows):
+        steps = each[3 * k : 3 * k + 3]
+        for key in window:
+            values = [step[key] for step in steps if key in step]
+            if key == "loss" or key.startswith("terms/") or key in ("policy/ratio_mean", "policy/clip_fraction"):
+                assert window[key] == pytest.approx(sum(values) / 3, rel=1e-4, abs=1e-7)
+        assert window["policy/ratio_max"] == pytest.approx(max(step["policy/ratio_max"] for step in steps), rel=1e-4)
+        for coefficient, term in {"kl": "kl", "old_kl": "old_kl", "vf": "value_loss", "entropy": "entropy"}.items():
+            weighted = sum(step[f"coef/{coefficient}"] * step[f"terms/{term}"] for step in steps)
+            total = sum(step[f"terms/{term}"] for step in steps)
+            assert window[f"coef/{coefficient}"] == pytest.approx(weighted / total, rel=1e-3)
+
+
+def test_window_counts_the_steps_that_an_early_stop_has_left(tmp_path):
+    options = {"target_kl": 1e-4, "num_ppo_epochs": 4, "learning_rate": 1e-2}
+    each = log_lines(ppo_run(tmp_path / "each", **options))
+    trainer = ppo_run(tmp_path / "windows", **options, logging_steps=4)
+    lines = [line for line in trainer.state.log_history if "learning_rate" in line]
+    taken = [[line for line in each if 4 * k < line["step"] <= 4 * k + 4] for k in range(2)]
+    for line, steps in zip(lines, taken, strict=True):
+        assert len(steps) < 4
+        assert line["policy/steps_left_out"] == 4 - len(steps)
+        assert line["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps), rel=1e-5)
+
+
+def test_line_of_steps_that_were_all_left_out_has_no_loss(tmp_path):
+    trainer = ppo_run(tmp_path, target_kl=1e-4, num_ppo_epochs=4, learning_rate=1e-2)
+    left_out = [line for line in trainer.state.log_history if line.get("policy/steps_left_out") == 1]
+    assert left_out
+    assert all("loss" not in line and "terms/kl" not in line for line in left_out)
+
+
+def test_kl_in_the_reward_has_no_term_and_its_coefficient_is_logged(tmp_path):
+    for line in log_lines(ppo_run(tmp_path, kl_placement="reward", kl_coef=0.07)):
+        assert "terms/kl" not in line
+        assert line["coef/kl"] == 0.07
+
+
+def test_router_loss_is_one_more_term(tmp_path):
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral()}))
+    assert all(line["terms/aux_loss"] > 0 and line["coef/aux"] == 0.1 for line in lines)
+    # It is asked for while learning, whatever the config says, and can be switched off.
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral(output_router_logits=False)}, max_steps=1))
+    assert "terms/aux_loss" in lines[0]
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral()}, max_steps=1, router_aux_loss_coef=0.0))
+    assert "terms/aux_loss" not in lines[0]
+
+
+def test_coefficients_change_between_rollouts_only(tmp_path):
+    """The band doubles a coefficient above it: once per rollout, whatever the number of steps."""
+    options = {"kl_controller": "band", "kl_band": [1e-9, 1e-8], "kl_coef": 0.01, "learning_rate": 1e-2}
+    models = {"ref_model": tiny.tiny_actor(5)}
+    trainer = ppo_run(tmp_path, models, total_episodes=12, num_ppo_epochs=2, num_mini_batches=2, **options)
+    assert logged(trainer, "coef/kl") == pytest.approx([0.01] * 4 + [0.02] * 4 + [0.04] * 4)
+
+
+# --- every value against an independent one
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One rollout, two steps with a learning rate that leaves the clip ranges; actor and critic at both steps."""
+    models = {"model": tiny.tiny_actor(), "ref_model": tiny.tiny_actor(5), "value_model": tiny.tiny_reward_model(7)}
+    states = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    trainer = ppo_run(
+        tmp_path_factory.mktemp("measured"),
+        models | {"callbacks": [Keep()]},
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        total_episodes=8,
+        response_length=20,
+        learning_rate=2e-2,
+        whiten_advantages=False,
+        gamma=0.9,
+        kl_coef=0.3,
+        cliprange=0.1,
+        cliprange_value=0.05,
+        temperature=0.8,
+        max_grad_norm=0.0,
+    )
+    actors = [tiny.tiny_actor() for _ in range(2)]
+    critics = [tiny.tiny_reward_model(7) for _ in range(2)]
+    actors[1].load_state_dict({n: t for n, t in states[0].items() if not n.startswith("critic.")})
+    of_critic = {n.removeprefix("critic.model."): t for n, t in states[0].items() if n.startswith("critic.")}
+    critics[1].load_state_dict(of_critic)
+    return SimpleNamespace(
+        trainer=trainer, rollout=trainer._rollout, lines=log_lines(trainer), actors=actors, critics=critics
+    )
+
+
+@torch.no_grad()
+def read(model, rollout, temperature=0.8):
+    """Per token of every response, as lists per sequence, from plain forward passes without padding."""
+    result = SimpleNamespace(logps=[], entropy=[], values=[])
+    for row in range(len(rollout)):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        response = rollout.response_ids[row][rollout.attended[row]]
+        ids = torch.cat([prompt, response])[None]
+        if hasattr(model, "score"):
+            states = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+            result.values.append(model.score(states)[:, 0].tolist())
+            continue
+        logps = (model(ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        result.logps.append(logps.gather(1, response[:, None])[:, 0].tolist())
+        result.entropy.append(-(logps.exp() * logps).sum(-1))
+        result.entropy[-1] = result.entropy[-1].tolist()
+    return result
+
+
+def flat(nested):
+    return [x for row in nested for x in row]
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+@pytest.fixture(scope="module")
+def expected(measured):
+    """Everything from plain models and the slow loops of `oracles`, sequence by sequence."""
+    rollout = measured.rollout
+    old, new = (read(actor, rollout) for actor in measured.actors)
+    reference = read(tiny.tiny_actor(5), rollout)
+    old_values, new_values = (read(critic, rollout).values for critic in measured.critics)
+    scores = rollout.scores.tolist()
+    advantages, returns = [], []
+    for score, values in zip(scores, old_values, strict=True):
+        rewards = [0.0] * (len(values) - 1) + [score]
+        advantages.append(oracles.gae(rewards, values, gamma=0.9, lam=0.95))
+        returns.append([a + v for a, v in zip(advantages[-1], values, strict=True)])
+    return SimpleNamespace(
+        old=old,
+        new=new,
+        reference=reference,
+        scores=scores,
+        advantages=flat(advantages),
+        returns=flat(returns),
+        old_values=flat(old_values),
+        new_values=flat(new_values),
+        ratios=[math.exp(a - b) for a, b in zip(flat(new.logps), flat(old.logps), strict=True)],
+    )
+
+
+def close(value):
+    return pytest.approx(value, rel=2e-4, abs=2e-6)
+
+
+def test_rollout_values_are_measured_on_real_tokens(measured, expected):
+    line = measured.lines[0]
+    per_sequence = [
+        sum(a - b for a, b in zip(mine, its, strict=True))
+        for mine, its in zip(expected.old.logps, expected.reference.logps, strict=True)
+    ]
+    _, average, variance = oracles.moments(expected.advantages)
+    assert line["kl/ref"] == close(mean(per_sequence))
+    assert line["reward/score"] == close(mean(expected.scores))
+    assert line["reward/total"] == close(mean(expected.scores))
+    assert line["advantage/mean"] == close(average)
+    assert line["advantage/std"] == close(variance**0.5)
+    assert line["value/explained_variance"] == close(oracles.explained_variance(expected.old_values, expected.returns))
+
+
+def test_first_step_is_on_policy(measured, expected):
+    line = measured.lines[0]
+    differences = [a - b for a, b in zip(flat(expected.old.logps), flat(expected.reference.logps), strict=True)]
+    assert line["terms/clip_objective"] == close(mean(expected.advantages))
+    assert line["terms/kl"] == close(mean([0.5 * d * d for d in differences]))
+    assert line["terms/entropy"] == close(mean(flat(expected.old.entropy)))
+    errors = [0.5 * (v - r) ** 2 for v, r in zip(expected.old_values, expected.returns, strict=True)]
+    assert line["terms/value_loss"] == close(mean(errors))
+    assert line["terms/old_kl"] == line["policy/clip_fraction"] == line["value/clip_fraction"] == 0
+    assert line["policy/ratio_mean"] == line["policy/ratio_max"] == 1
+
+
+def test_second_step_is_measured_against_the_policy_that_sampled(measured, expected):
+    line, ratios = measured.lines[1], expected.ratios
+    pairs = list(zip(ratios, expected.advantages, strict=True))
+    assert line["terms/clip_objective"] == close(mean([oracles.clip_objective(r, a, 0.1) for r, a in pairs]))
+    assert line["terms/old_kl"] == close(mean([r - 1 - math.log(r) for r in ratios]))
+    assert line["policy/ratio_mean"] == close(mean(ratios))
+    assert line["policy/ratio_max"] == close(max(ratios))
+    clipped = mean([oracles.is_clipped(r, a, 0.1) for r, a in pairs])
+    assert 0.05 < clipped < 0.95
+    assert line["policy/clip_fraction"] == close(clipped)
+    assert line["terms/entropy"] == close(mean(flat(expected.new.entropy)))
+    values = list(zip(expected.new_values, expected.old_values, expected.returns, strict=True))
+    losses = [oracles.clipped_value_loss(v, old, target, 0.05) for v, old, target in values]
+    assert line["terms/value_loss"] == close(mean(losses))
+    where = [loss > (v - target) ** 2 / 2 for loss, (v, _, target) in zip(losses, values, strict=True)]
+    assert 0.05 < mean(where) < 0.95
+    assert line["value/clip_fraction"] == close(mean(where))
+
+
+def test_approximate_kl_is_the_old_kl(measured):
+    for line in measured.lines:
+        assert line["policy/approx_kl"] == line["terms/old_kl"]
+
+
+def test_total_reward_holds_the_kl_in_the_reward(tmp_path):
+    models = {"ref_model": tiny.tiny_actor(5)}
+    trainer = ppo_run(tmp_path, models, kl_placement="reward", kl_coef=0.3, max_steps=1)
+    (line,) = log_lines(trainer)
+    assert line["kl/ref"] > 0.5
+    assert line["reward/total"] == pytest.approx(line["reward/score"] - 0.3 * line["kl/ref"], rel=1e-5)
+
+
+def test_whitened_advantages_have_mean_zero_and_deviation_one(tmp_path):
+    (line,) = log_lines(ppo_run(tmp_path, max_steps=1))
+    assert line["advantage/mean"] == pytest.approx(0, abs=1e-6)
+    assert line["advantage/std"] == pytest.approx(1, abs=1e-4)
+
+
+def test_completion_statistics_are_logged(measured):
+    line, rollout = measured.lines[0], measured.rollout
+    lengths = rollout.attended.sum(dim=1).tolist()
+    ended = [length for length, has_eos in zip(lengths, rollout.has_eos.tolist(), strict=True) if has_eos]
+    assert 0 < len(ended) < 8
+    assert line["completions/mean_length"] == close(mean(lengths))
+    assert (line["completions/min_length"], line["completions/max_length"]) == (min(lengths), max(lengths))
+    assert line["completions/clipped_ratio"] == close(1 - len(ended) / 8)
+    assert line["completions/mean_terminated_length"] == close(mean(ended))
+    assert line["num_tokens"] == rollout.prompt_mask.sum() + sum(lengths)
+
+
+# --- time
+
+
+def test_speed_is_response_tokens_by_the_seconds_of_a_cycle(measured):
+    line = measured.lines[0]
+    seconds = line["time/generate"] + line["time/score"]  # nothing was learned before the first rollout
+    assert line["tokens_per_second"] * seconds == pytest.approx(measured.rollout.attended.sum().item(), rel=1e-6)
+    assert "time/learn" not in line
+
+
+def test_time_of_learning_is_logged_with_the_next_rollout(tmp_path):
+    trainer = ppo_run(tmp_path)
+    assert [line["step"] for line in log_lines(trainer) if "time/learn" in line] == [3]
+    assert [line["step"] for line in log_lines(trainer) if "time/generate" in line] == [1, 3]
+
+
+def test_sample_completions_count_for_no_phase(tmp_path, monkeypatch):
+    """A clock that ticks once per look; showing samples takes a thousand ticks."""
+    clock = [0.0]
+
+    def look():
+        clock[0] += 1
+        return clock[0]
+
+    def show(sampling):
+        clock[0] += 1000
+
+    monkeypatch.setattr("trl_ext.ppo.trainer.time", SimpleNamespace(perf_counter=look))
+    trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(2, seed=3)}, total_episodes=12)
+    trainer.generate_completions = show
+    trainer.train()
+    assert clock[0] > 3000
+    times = [value for line in log_lines(trainer) for key, value in line.items() if key.startswith("time/")]
+    assert len(times) == 8
+    assert 0 < min(times) <= max(times) < 100
+
+
+# --- the table of completions
+
+
+def test_table_of_completions_shows_scores_and_mean_advantages(tmp_path):
+    trainer = ppo_run(tmp_path, {"reward_funcs": [response_lengths]}, max_steps=1, log_completions=True)
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    rollout = trainer._rollout
+    advantages = [a[m].mean().item() for a, m in zip(rollout.advantages, rollout.mask, strict=True)]
+    assert table["advantage"].tolist() == pytest.approx(advantages, rel=1e-5)
+    both = table["reward_model"] + table["response_lengths"]
+    assert both.tolist() == pytest.approx(rollout.scores.tolist(), rel=1e-5)
+
+
+# --- docs/metrics.md
+
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
+FROM_THE_TRAINER = {
+    *("grad_norm", "learning_rate", "epoch", "step", "total_flos", "train_loss"),
+    *(f"{when}_{what}" for when in ("train", "eval") for what in SPEED),
+}
+ONLY_WITH_VLLM = {
+    *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
+    *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "mean", "max")),
+}
+ONLY_WITH_TOOLS = {"tools/call_frequency", "tools/failure_frequency"}
+
+
+def documented():
+    """The keys that open a row of a table."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+
+
+def appearing(tmp_path):
+    """The keys of runs that between them log everything, with the names of reward sources left open."""
+    held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    runs = [
+        ppo_run(tmp_path, held_out, target_kl=1.0, num_sample_generations=0, **evaluation),
+        ppo_run(tmp_path, {"model": tiny_mixtral()}, max_steps=1),
+    ]
+    keys = {key for trainer in runs for line in trainer.state.log_history for key in line}
+    return {re.sub(r"rewards/\w+/", "rewards/<source>/", key) for key in keys}
+
+
+def test_every_key_of_a_run_is_documented_and_every_documented_key_is_logged(tmp_path):
+    keys = appearing(tmp_path) - FROM_THE_TRAINER
+    # A held-out metric has the name of its training twin, unless it has a row of its own.
+    rows = documented()
+    assert len(rows) == len(set(rows))
+    held_out = {key for key in keys if key.startswith("eval_")}
+    without_row = {key for key in held_out if key not in rows}
+    assert {key.removeprefix("eval_") for key in without_row} <= set(rows)
+    assert keys - without_row == set(rows) - ONLY_WITH_VLLM - ONLY_WITH_TOOLS
+
+
+def test_what_the_issue_asks_to_be_logged_is_logged(tmp_path):
+    asked = """
+        loss terms/clip_objective terms/kl terms/value_loss terms/entropy terms/old_kl coef/kl coef/vf coef/entropy
+        coef/old_kl policy/ratio_mean policy/ratio_max policy/clip_fraction policy/approx_kl value/explained_variance
+        value/clip_fraction kl/ref reward/score reward/total advantage/mean advantage/std time/generate time/score
+        time/learn tokens_per_second completions/mean_length
+    """.split()
+    trainer = ppo_run(tmp_path)
+    assert set(asked) <= {key for line in trainer.state.log_history for key in line}
