@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,7 +16,8 @@ from transformers import (
 
 import tiny
 from ppo_runs import changed, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
-from trl_ext import PPOTrainerX
+from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext.ppo.prompts import check_prompts
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_value_model_without_a_score_head_is_refused(tmp_path):
 def test_optimizer_without_the_critic_is_refused(tmp_path):
     actor = tiny.tiny_actor()
     optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="does not hold the critic's parameters"):
+    with pytest.raises(ValueError, match="does not hold all of the critic's parameters"):
         ppo_trainer(tmp_path, {"model": actor, "optimizers": (optimizer, None)})
 
 
@@ -332,3 +333,23 @@ def test_config_is_checked_again_by_nothing_in_the_trainer(tmp_path):
     PPOTrainerX(args, tiny.tiny_tokenizer(), tiny.tiny_actor(), None, tiny.tiny_reward_model(), tiny.tiny_prompts(8))
     assert args.to_dict() == written
     assert args.steps_per_generation is None
+
+
+def test_conversation_with_an_image_part_is_refused_by_name(tmp_path):
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    with pytest.raises(ValueError, match="part of type 'image'; PPO reads text only"):
+        check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), 128, 8)
+
+
+def test_adapter_that_is_loaded_frozen_is_an_error(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.tiny_actor(), config).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny.tiny_actor(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        PPOTrainerX(
+            PPOConfigX(str(tmp_path / "out"), use_cpu=True, report_to="none", per_device_train_batch_size=2),
+            tiny.tiny_tokenizer(),
+            model,
+            reward_model=tiny.tiny_reward_model(),
+            train_dataset=tiny.tiny_prompts(),
+        )

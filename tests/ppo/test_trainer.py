@@ -479,7 +479,8 @@ def test_several_held_out_sets_are_evaluated_one_by_one(tmp_path):
         eval_steps=2,
         per_device_eval_batch_size=2,
     )
-    assert logged(trainer, "eval_reward/score") == [3.0, 7.0]
+    assert logged(trainer, "eval_short_reward/score") == [3.0]
+    assert logged(trainer, "eval_long_reward/score") == [7.0]
 
 
 def test_evaluation_leaves_the_training_metrics_alone(tmp_path):
@@ -578,7 +579,7 @@ def test_rollout_takes_over_grpos_masks():
     assert rollout.attended.int().tolist() == batch["completion_mask"].tolist()
     assert rollout.scored.tolist() == [True, True, False]
     assert rollout.scores.tolist() == [1.0, 2.0, 0.0]
-    assert rollout.has_eos.tolist() == [True, True, False]
+    assert rollout.has_eos.tolist() == [True, False, False]  # in the second, an earlier turn ended
     inputs = rollout.model_inputs(position_ids=True)
     assert inputs["labels"].tolist()[0] == [-100, -100, 10, -100, 2, -100]
     assert inputs["attention_mask"].tolist()[0] == [0, 1, 1, 1, 1, 0]
@@ -821,3 +822,20 @@ def test_prompts_are_checked_in_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Dataset, "map", note)
     ppo_trainer(tmp_path, dataset_num_proc=2)
     assert seen == [2]
+
+
+def test_second_training_starts_with_a_rollout_of_its_own(tmp_path):
+    trainer = ppo_trainer(tmp_path, max_steps=3, num_ppo_epochs=2, logging_steps=2)
+    trainer.train()
+    assert trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0, "not in mid-rollout"
+    trainer.train()
+    first_lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert first_lines[0]["policy/ratio_max"] >= 1.0
+    assert "reward/score" in first_lines[0]
+
+
+def test_adapter_as_reward_model_gives_a_merged_critic(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    trainer = ppo_trainer(tmp_path, {"reward_model": get_peft_model(tiny.tiny_reward_model(), config)}, max_steps=1)
+    trainer.train()
+    assert not any("lora" in name for name, _ in trainer.critic.named_parameters())

@@ -137,7 +137,7 @@ class PPOConfigX(GRPOConfig):
 
     # Reward
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a response without an end token. Positive."}
+        default=None, metadata={"help": "Subtracted from the score of a response without an end token. >= 0."}
     )
     normalize_rewards: bool = field(
         default=False,
@@ -283,6 +283,7 @@ class PPOConfigX(GRPOConfig):
         for name, grpo_name in GRPO_NAMES.items():
             value, grpo_value = getattr(self, name), getattr(self, grpo_name)
             if grpo_value is None or grpo_value == value:
+                setattr(self, grpo_name, None)
                 continue
             if value != _default(type(self), name):
                 raise ValueError(
@@ -290,6 +291,7 @@ class PPOConfigX(GRPOConfig):
                     f"Keep `{name}` and remove `{grpo_name}`."
                 )
             setattr(self, name, grpo_value)
+            setattr(self, grpo_name, None)
 
     def _refuse_meaningless_options(self) -> None:
         for name, instead in MEANINGLESS_IN_PPO.items():
@@ -307,9 +309,11 @@ class PPOConfigX(GRPOConfig):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("gamma", "lam"):
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("kl_coef", "vf_coef", "ent_coef", "old_kl_coef", "critic_warmup_steps", "num_sample_generations"):
+        names = ("kl_coef", "vf_coef", "ent_coef", "old_kl_coef", "critic_warmup_steps", "num_sample_generations")
+        for name in names:
             self._require(name, getattr(self, name) >= 0, "0 or above")
-        for name in ("missing_eos_penalty", "reward_clip", "cliprange_value", "target_kl", "total_episodes"):
+        self._require("missing_eos_penalty", (self.missing_eos_penalty or 0) >= 0, "0 or above, or unset")
+        for name in ("reward_clip", "cliprange_value", "target_kl", "total_episodes"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0, or unset")
         for name, choices in (("critic", ("model", "head")), ("stop_token", (None, "eos"))):

@@ -71,8 +71,7 @@ class TokenLogProbs(torch.autograd.Function):
             grad_states.addmm_(grad, rows)
             if grad_weight is not None:
                 torch.mm(grad.t(), scaled, out=grad_weight[start : start + width])
-        ctx.buffer = None  # the graph outlives this call
-        ctx.buffer = None  # not needed any more, and the embedding's gradient is about to need the room
+        ctx.buffer = None  # the graph outlives this call, and the embedding's gradient is about to need the room
         of_targets = grad_logps.unsqueeze(-1)
         if grad_weight is not None:
             grad_weight.index_add_(0, targets, of_targets * scaled)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -117,6 +118,8 @@ def build_critic(
         value_model = copy.deepcopy(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)
+    if is_peft_model(value_model):
+        value_model = value_model.merge_and_unload()
     check_value_model(value_model)
     value_model.requires_grad_(True)
     disable_dropout(value_model)
@@ -154,17 +157,28 @@ def attach(critic: nn.Module, actor: PreTrainedModel) -> None:
     actor.add_module(ATTRIBUTE, critic.to(actor.device))
 
 
-def check_optimizer(critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises `ValueError` for a user's optimizer that would leave the critic as it is."""
+def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """
+    Raises `ValueError` for an actor with nothing to train, and for a user's optimizer that would leave the actor or
+    the critic as it is. `actor` holds `critic` as a submodule.
+    """
+    of_critic = {id(parameter) for parameter in critic.parameters()}
+    of_actor = {id(p) for p in actor.parameters() if p.requires_grad} - of_critic
+    if not of_actor:
+        raise ValueError(
+            "No parameter of the actor requires a gradient, so it would never learn. Load an adapter to train on with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or unfreeze the model."
+        )
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if any(id(parameter) not in held for parameter in critic.parameters()):
-        raise ValueError(
-            "The optimizer in `optimizers` does not hold the critic's parameters, so the critic would never learn. "
-            "Pass the critic as `value_model` and give the optimizer its parameters too, or leave the optimizer to "
-            "the trainer (`learning_rate`, `critic_learning_rate`)."
-        )
+    for role, parameters in (("actor", of_actor), ("critic", of_critic)):
+        if not parameters <= held:
+            raise ValueError(
+                f"The optimizer in `optimizers` does not hold all of the {role}'s parameters, so the {role} would not "
+                "learn. Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the "
+                "trainer (`learning_rate`, `critic_learning_rate`)."
+            )
 
 
 def split_state_dict(

@@ -13,7 +13,15 @@ from transformers.utils import logging
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
 from .config import PPOConfigX
 from .critic import build_critic, check_value_model
-from .scorers import TokenScorer, check_single_label, checked, find_tokenizer, load_reward_model, reads_actor_ids
+from .scorers import (
+    TokenScorer,
+    check_reward_checkpoint,
+    check_single_label,
+    checked,
+    find_tokenizer,
+    load_reward_model,
+    reads_actor_ids,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -81,10 +89,12 @@ def check_roles(
         raise ValueError(
             "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
         )
-    for role in (value_model, reward_model):
-        if isinstance(role, PreTrainedModel):
-            check = check_value_model if role is value_model else _check_reward_model
-            check(role)
+    if isinstance(value_model, PreTrainedModel):
+        check_value_model(value_model)
+    if isinstance(reward_model, PreTrainedModel | PeftModel):
+        _check_reward_model(reward_model)
+    elif isinstance(reward_model, str):
+        check_reward_checkpoint(reward_model, args.trust_remote_code)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(f"{type(peft_config).__name__} learns virtual tokens, which shift every position; use LoRA.")
     adapters = model.peft_config if isinstance(model, PeftModel) else {}

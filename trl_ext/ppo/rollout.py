@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .rewards import last_token
+
 
 @dataclass
 class Rollout:
@@ -20,7 +22,7 @@ class Rollout:
             without a score.
         scores: (B,) float, what the reward sources said, weighted and summed; 0 where nothing was said.
         scored: (B,) bool, False where every reward source said `None`.
-        has_eos: (B,) bool, True where the response holds an end token.
+        has_eos: (B,) bool, True where the response ends with an end token.
         old_logps: (B, T) log-probabilities under the policy that sampled, nats.
         ref_logps: (B, T) log-probabilities under the reference, nats.
         ref_states: (B, T, H) trunk states of the reference, for the exact KL.
@@ -77,7 +79,7 @@ class Rollout:
         mask = attended & scored.unsqueeze(1)
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
-        is_end = torch.isin(ids, torch.tensor(end_ids, device=ids.device)) & attended
+        is_end = torch.isin(ids, torch.tensor(end_ids, device=ids.device))
         return cls(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"].bool(),
@@ -86,7 +88,7 @@ class Rollout:
             mask=mask,
             scores=scores.nan_to_num(nan=0.0),
             scored=scored,
-            has_eos=is_end.any(dim=1),
+            has_eos=(is_end & last_token(attended)).any(dim=1),
             old_logps=batch.get("old_per_token_logps"),
             importance_sampling_ratio=batch.get("importance_sampling_ratio"),
         )

@@ -27,7 +27,10 @@ PROBE = "Hello, World!  naïve café\n\t1234.5 don't 长城 <|x|> émile"
 
 class TokenScorer:
     """
-    A reward model that reads the actor's token ids: prompt and response as they were sampled, end token included.
+    A reward model that reads the actor's token ids: prompt and response as they were sampled.
+
+    The model reads its score at the last id that is not the pad token, as transformers' classifiers do. So where the
+    end token is also the pad token it is not read, neither here nor when the model was trained.
 
     GRPO calls it as a reward function; the ids reach it as `prompt_ids` and `completion_ids`.
     """
@@ -60,9 +63,9 @@ def token_scorer(reward_func: Any) -> TokenScorer | None:
     return reward_func if isinstance(reward_func, TokenScorer) else None
 
 
-def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=init_kwargs.get("trust_remote_code", False))
+def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
+    """Raises `ValueError`, from the config alone, for a checkpoint without a trained score of one label."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if "ForSequenceClassification" not in architecture:
         raise ValueError(
@@ -70,6 +73,11 @@ def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel
             "model first, for example with `python scripts/reward.py`."
         )
     check_single_label(config.num_labels, path)
+
+
+def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
+    check_reward_checkpoint(path, init_kwargs.get("trust_remote_code", False))
     return create_model_from_path(path, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
 
 

@@ -174,6 +174,14 @@ class PPOTrainerX(GRPOTrainer):
         self._set_up_models(roles)
 
         # 3. The state of a run
+        self._eval_scores: list[Tensor] = []
+        self._start_run()
+
+    # ---- Set-up ----
+
+    def _start_run(self) -> None:
+        """Everything that a run changes, as it is before the first rollout."""
+        self._step = 0
         self._kl_controller, self._old_kl_controller = self.args.build_kl_controllers()
         self._last_kl: float | None = None
         self._last_old_kls: list[float] = []
@@ -184,10 +192,7 @@ class PPOTrainerX(GRPOTrainer):
         self._scores: Tensor | None = None
         self._stop_learning = False
         self._left_out_steps = 0
-        self._eval_scores: list[Tensor] = []
         self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
-
-    # ---- Set-up ----
 
     def _set_up_rewards(self, num_sources: int) -> None:
         """Names every reward source, and checks the answers of those that an environment has added."""
@@ -213,7 +218,7 @@ class PPOTrainerX(GRPOTrainer):
         actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.critic: Any = roles.critic
         critic_module.attach(self.critic, actor)
-        critic_module.check_optimizer(self.critic, self.optimizer)
+        critic_module.check_trained(self.model, self.critic, self.optimizer)
         _trl.disable_dropout(self.model)
         self._ref_logits = add_actor_critic_forward(actor)
         self._position_ids = accepts_position_ids(actor)
@@ -263,6 +268,11 @@ class PPOTrainerX(GRPOTrainer):
                 "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments "
                 "are not in a checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
             )
+        if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
+            raise ValueError(
+                "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
+            )
+        self._start_run()
         num_prompts = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         self.accelerator.print(batch_plan(self.args, num_prompts))
         return super().train(**kwargs)
@@ -609,6 +619,11 @@ class PPOTrainerX(GRPOTrainer):
         if len(scores) > 1:
             half_width = 1.96 * scores.std().item() / math.sqrt(len(scores))
             self._metrics["eval"]["reward/score_ci95"] = [half_width]
+        # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
+        name = kwargs.get("metric_key_prefix", "eval").removeprefix("eval").removeprefix("_")
+        if name:
+            for key in list(self._metrics["eval"]):
+                self._metrics["eval"][f"{name}_{key}"] = self._metrics["eval"].pop(key)
         return output
 
     def generate_completions(self, sampling: bool = False) -> None:
