@@ -1,0 +1,118 @@
+"""
+One run of `bench_ppo.py`, in a process of its own: TRL 1.12's `PPOTrainer` or `PPOTrainerX` takes a few updates, and
+the seconds of each by phase and the peak memory of the process are written as JSON.
+
+It runs in either environment: `python bench_ppo_worker.py '{"trainer": "head", "batch": 16, ...}'`.
+"""
+
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+
+class UpdateClock(TrainerCallback):
+    """
+    Seconds of each update, from the end of the one before it, and of its phases: generate, score (all else before
+    learning) and learn.
+
+    Args:
+        steps_per_update: the steps that the trainer counts in one update.
+    """
+
+    def __init__(self, steps_per_update: int):
+        self.steps_per_update = steps_per_update
+        self.updates: list[dict[str, float]] = []
+        self.generate = 0.0
+        self.learning_since: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps_per_update:
+            return
+        now = time.perf_counter()
+        seconds = {"generate": self.generate, "learn": now - self.learning_since, "total": now - self.start}
+        seconds["score"] = seconds["total"] - seconds["generate"] - seconds["learn"]
+        self.updates.append(seconds)
+        self.start, self.generate, self.learning_since = now, 0.0, None
+
+    def generating(self, function: Callable) -> Callable:
+        """`function`, whose seconds count as generation."""
+
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.generate += time.perf_counter() - start
+            return result
+
+        return call
+
+    def learning(self, function: Callable) -> Callable:
+        """`function`, with which learning begins when it is first called with gradients on."""
+
+        def call(*args, **kwargs):
+            if torch.is_grad_enabled() and self.learning_since is None:
+                self.learning_since = time.perf_counter()
+            return function(*args, **kwargs)
+
+        return call
+
+
+def options(job: dict[str, Any]) -> dict[str, Any]:
+    """What both trainers are told: one mini-batch and one micro-batch, float32, no gradient checkpointing."""
+    sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1, "num_mini_batches": 1}
+    sizes |= {"num_ppo_epochs": job["epochs"], "response_length": job["response"]}
+    sizes |= {"total_episodes": job["batch"] * job["updates"], "output_dir": job["output_dir"]}
+    mathematics = {"kl_coef": 0.05, "temperature": 1.0, "learning_rate": 3e-6, "seed": 0}
+    machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    quiet = {"num_sample_generations": 0, "logging_steps": job["epochs"], "save_strategy": "no", "report_to": "none"}
+    return sizes | mathematics | machine | quiet | {"disable_tqdm": True}
+
+
+def build(job: dict[str, Any], clock: UpdateClock) -> Any:
+    """The trainer of the job on models from files, with the clock at its phases."""
+    folder = Path(job["models"])
+    size = (job["batch"] * job["updates"], job["prompt"])
+    ids = torch.randint(job["vocabulary"], size, generator=torch.Generator().manual_seed(0))
+    roles = {
+        "processing_class": AutoTokenizer.from_pretrained(folder / "actor", padding_side="left"),
+        "model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
+        "ref_model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
+        "reward_model": AutoModelForSequenceClassification.from_pretrained(folder / "reward"),
+        "train_dataset": Dataset.from_dict({"input_ids": ids.tolist()}),
+    }
+    if job["trainer"] != "head":
+        roles["value_model"] = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    if job["trainer"] == "trl-1.12":
+        # Not an import statement: those of TRL's private names belong in trl_ext/_trl.py, for the supported version.
+        module = importlib.import_module("trl.experimental.ppo.ppo_trainer")
+        module.batch_generation = clock.generating(module.batch_generation)
+        module.forward = clock.learning(module.forward)
+        return module.PPOTrainer(module.PPOConfig(**options(job)), callbacks=[clock], **roles)
+    from trl_ext import PPOConfigX, PPOTrainerX
+
+    trainer = PPOTrainerX(PPOConfigX(**options(job), critic=job["trainer"]), callbacks=[clock], **roles)
+    trainer._generate = clock.generating(trainer._generate)
+    trainer._compute_loss = clock.learning(trainer._compute_loss)
+    return trainer
+
+
+def main(job: dict[str, Any]) -> None:
+    clock = UpdateClock(steps_per_update=1 if job["trainer"] == "trl-1.12" else job["epochs"])
+    build(job, clock).train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    Path(job["result"]).write_text(json.dumps({"updates": clock.updates, "peak_gb": peak}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

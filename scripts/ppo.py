@@ -1,0 +1,112 @@
+"""
+PPO with four models: actor, critic, frozen reward model, frozen reference.
+
+    python scripts/reward.py && python scripts/ppo.py           # the embedded demo
+    python scripts/ppo.py --critic head                         # a value head on the actor's trunk
+    python scripts/ppo.py --config configs/ppo/documents.yaml   # the documents' loss to the letter
+    python scripts/ppo.py --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
+
+The data have a column `prompt`, text or conversation. Held-out prompts are answered and scored before and after. The
+output folder gets the actor and its tokenizer, the critic in critic/, metrics.json, curves.png, and samples.md with
+completions before and after.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from trl import get_peft_config, get_quantization_config
+
+from trl_ext import PPOConfigX, PPOTrainerX, embedded
+from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.report import (
+    PPO_LINE,
+    pair_samples,
+    ppo_curves,
+    print_samples,
+    rise,
+    samples_markdown,
+    use_brief_progress,
+)
+
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "ppo" / "demo.yaml"
+# Before and after need an evaluation at the start, and the completions that TRL writes down, not those it prints.
+DEFAULTS = {
+    "eval_on_start": True,
+    "log_completions": True,
+    "num_completions_to_print": 0,
+    "num_sample_generations": 0,
+}
+
+
+@dataclass
+class PPOArguments(DataArguments):
+    prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
+    prompts_seed: int = field(default=0, metadata={"help": "Seed of the embedded split: reward.py's `pairs_seed`."})
+    samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
+
+
+def load(data: PPOArguments) -> DatasetDict:
+    def openings(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.prompts(data.prompt_words, train_size, test_size, seed=data.prompts_seed)
+
+    return load_splits(data, openings)
+
+
+def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:
+    path = model.model_name_or_path or args.sft_model_path or str(embedded.smollm2())
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    return PPOTrainerX(
+        args,
+        model=path,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+
+
+def evaluations(trainer: PPOTrainerX) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last evaluation in the log."""
+    held_out = [line for line in trainer.state.log_history if "eval_reward/score" in line]
+    if not held_out or held_out[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+        held_out = [line for line in trainer.state.log_history if "eval_reward/score" in line]
+    return held_out[0], held_out[-1]
+
+
+def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
+    """Before and after on the terminal and in metrics.json; curves.png; samples.md."""
+    output, args = Path(trainer.args.output_dir), trainer.args
+    change = rise(before, after)
+    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after, **change}, indent=2) + "\n")
+    ppo_curves(trainer.state.log_history, output / "curves.png", f"PPO, critic={args.critic}", args.kl_band)
+    if args.log_completions:
+        samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
+        (output / "samples.md").write_text(samples_markdown(samples))
+        print_samples(samples)
+    print(
+        f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
+        f"by {change['rise']:.3f} ± {change['rise_ci95']:.3f} (95%). KL to the reference: "
+        f"{after.get('eval_kl/ref', float('nan')):.2f} nats per sequence.\nModel, metrics and curves are in {output}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    data, model, args = parse((PPOArguments, ModelArguments, PPOConfigX), __doc__, DEMO, argv, DEFAULTS)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, PPO_LINE)
+    trainer.train()
+    before, after = evaluations(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, before, after, data.samples)
+
+
+if __name__ == "__main__":
+    main()

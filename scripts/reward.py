@@ -1,0 +1,87 @@
+"""
+Train a reward model on preference pairs: Bradley-Terry, with TRL's RewardTrainer.
+
+    python scripts/reward.py                                        # the embedded demo
+    python scripts/reward.py --config my.yaml --learning_rate 2e-5  # any option of the recipe as a flag
+    python scripts/reward.py --model Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir out
+
+The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`. The output folder
+gets the model and its tokenizer (for `AutoModelForSequenceClassification`), metrics.json with the accuracy on held-out
+pairs, and curves.png.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer, set_seed
+from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+
+from trl_ext import embedded
+from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.report import REWARD_LINE, reward_curves, use_brief_progress, wilson_interval
+
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "reward" / "demo.yaml"
+
+
+@dataclass
+class RewardArguments(DataArguments):
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
+    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
+
+
+def load(data: RewardArguments) -> DatasetDict:
+    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+
+    return load_splits(data, pairs)
+
+
+def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
+    path = model.model_name_or_path or str(embedded.smollm2())
+    model.lora_task_type = "SEQ_CLS"
+    if model.use_peft and model.lora_modules_to_save is None:
+        model.lora_modules_to_save = ["score"]  # the new head is trained in full
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    return RewardTrainer(
+        path,
+        args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        processing_class=AutoTokenizer.from_pretrained(path, revision=model.model_revision),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+
+
+def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
+    """Accuracy with its interval on the terminal and in metrics.json; curves.png."""
+    # RewardTrainer averages over batches, so the count of right pairs is exact where batches are of one size.
+    count, accuracy = len(trainer.eval_dataset), metrics["eval_accuracy"]
+    low, high = wilson_interval(accuracy * count, count)
+    print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
+    facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
+    output = Path(trainer.args.output_dir)
+    (output / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+    picture = reward_curves(trainer.state.log_history, output / "curves.png", "Reward model")
+    print(f"Model, metrics.json and {picture.name} are in {output}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    data, model, args = parse((RewardArguments, ModelArguments, RewardConfig), __doc__, DEMO, argv)
+    set_seed(args.seed)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, REWARD_LINE)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, metrics)
+
+
+if __name__ == "__main__":
+    main()

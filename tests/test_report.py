@@ -1,0 +1,154 @@
+"""Pictures and tables of a run: what they compute, against independent arithmetic, and that they are written."""
+
+import json
+import math
+import struct
+import sys
+
+import pytest
+from datasets import Dataset
+
+from trl_ext.report import (
+    PPO_LINE,
+    Sample,
+    pair_samples,
+    ppo_curves,
+    print_samples,
+    reward_curves,
+    rise,
+    samples_markdown,
+    wilson_interval,
+)
+from trl_ext.report.curves import contributions, read_log, series
+from trl_ext.report.progress import brief_line
+
+
+PPO_LOG = [
+    {"step": 0, "eval_reward/score": 0.0, "eval_reward/score_ci95": 0.3, "eval_kl/ref": 0.0},
+    {
+        "step": 1,
+        "loss": -0.4 + 0.2 * 0.5 + 0.5 * 2.0 - 0.01 * 3.0,
+        "terms/clip_objective": 0.4,
+        "terms/kl": 0.5,
+        "coef/kl": 0.2,
+        "terms/value_loss": 2.0,
+        "coef/vf": 0.5,
+        "terms/entropy": 3.0,
+        "coef/entropy": 0.01,
+        "terms/old_kl": 0.1,
+        "coef/old_kl": 0.0,
+        "reward/score": 0.1,
+        "kl/ref": 0.2,
+    },
+    {
+        "step": 2,
+        "loss": -0.1 + 0.4 * 0.25 + 0.5 * 1.0 - 0.01 * 2.0,
+        "terms/clip_objective": 0.1,
+        "terms/kl": 0.25,
+        "coef/kl": 0.4,
+        "terms/value_loss": 1.0,
+        "coef/vf": 0.5,
+        "terms/entropy": 2.0,
+        "coef/entropy": 0.01,
+        "terms/old_kl": 0.2,
+        "coef/old_kl": 0.0,
+    },
+    {"step": 2, "eval_reward/score": 1.0, "eval_reward/score_ci95": 0.4, "eval_kl/ref": 0.9},
+    {"step": 2, "train_runtime": 1.0},
+]
+
+
+def png_size(path):
+    """Width and height from the file's header."""
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", header[16:24])
+
+
+def test_contributions_add_up_to_the_loss():
+    curves = contributions(PPO_LOG)
+    assert set(curves) == {"−clip_objective", "kl_coef · kl", "vf_coef · value_loss", "−ent_coef · entropy"}
+    for i, line in enumerate(line for line in PPO_LOG if "loss" in line):
+        assert sum(values[i] for _, values in curves.values()) == pytest.approx(line["loss"])
+
+
+def test_series_skips_lines_without_the_key_and_takes_the_last_of_a_step():
+    log = [{"step": 1, "a": 1.0}, {"step": 2}, {"step": 3, "a": None}, {"step": 4, "a": 2.0}, {"step": 4, "a": 3.0}]
+    assert series(log, "a") == ([1, 4], [1.0, 3.0])
+
+
+def test_ppo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
+    assert png_size(ppo_curves(PPO_LOG, tmp_path / "new" / "curves.png", "PPO")) == (960, 1140)
+    no_kl = [{key: value for key, value in line.items() if "kl" not in key} for line in PPO_LOG]
+    assert png_size(ppo_curves(no_kl, tmp_path / "a.png", kl_band=None)) == (960, 1140)
+    assert png_size(ppo_curves([], tmp_path / "b.png")) == (960, 1140)
+
+
+def test_reward_curves_are_a_picture(tmp_path):
+    log = [{"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 1, "eval_loss": 0.6, "eval_accuracy": 0.7}]
+    assert png_size(reward_curves(log, tmp_path / "curves.png", "Reward model")) == (960, 720)
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'trl-ext\[report\]'"):
+        ppo_curves(PPO_LOG, tmp_path / "curves.png")
+
+
+def test_a_log_is_read_from_a_trainer_state(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": PPO_LOG}))
+    assert read_log(tmp_path) == read_log(tmp_path / "trainer_state.json") == PPO_LOG
+
+
+@pytest.mark.parametrize("right, count", [(0, 10), (3, 10), (250, 300), (300, 300)])
+def test_wilson_interval_holds_the_proportions_that_the_data_do_not_reject(right, count):
+    """At both ends the observed proportion is z standard errors away, the standard error being the end's own."""
+    for end in wilson_interval(right, count):
+        distance = abs(right / count - end)
+        assert distance == pytest.approx(1.96 * math.sqrt(max(end * (1 - end), 0) / count), abs=1e-7)
+    low, high = wilson_interval(right, count)
+    assert -1e-12 <= low <= right / count <= high + 1e-12 <= 1 + 1e-9
+
+
+def test_wilson_interval_needs_cases():
+    with pytest.raises(ValueError, match="evaluate on at least one"):
+        wilson_interval(0, 0)
+
+
+def test_rise_adds_the_intervals_in_squares():
+    change = rise(PPO_LOG[0], PPO_LOG[3])
+    assert change == {"rise": 1.0, "rise_ci95": pytest.approx(0.5)}
+
+
+def write_completions(folder, step, rows):
+    columns = ["prompt", "completion", "score", "advantage"]
+    table = {name: [row[i] for row in rows] for i, name in enumerate(columns)} | {"step": [step] * len(rows)}
+    Dataset.from_dict(table).to_parquet(str(folder / f"completions_{step:05d}.parquet"))
+
+
+def test_samples_pair_the_prompts_of_both_steps(tmp_path):
+    write_completions(tmp_path, 0, [("a", "x", 0.5, 9.0), ("b", "y", -1.0, 9.0), ("only before", "z", 0.0, 9.0)])
+    write_completions(tmp_path, 12, [("b", "trained on", 7.0, 9.0), ("a", "xx", 1.5, 9.0), ("b", "yy", 2.0, 9.0)])
+    assert pair_samples(tmp_path, 0, 12) == [Sample("a", "x", "xx", 0.5, 1.5), Sample("b", "y", "yy", -1.0, 2.0)]
+
+
+def test_samples_of_conversations_show_the_last_message(tmp_path):
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
+    for step, answer in ((0, "no"), (1, "yes")):
+        write_completions(tmp_path, step, [(prompt, [{"role": "assistant", "content": answer}], 1.0, 0.0)])
+    assert pair_samples(tmp_path, 0, 1) == [Sample("hello", "no", "yes", 1.0, 1.0)]
+
+
+def test_tables_keep_what_models_write_out_of_their_markup(capsys):
+    sample = Sample("a | b", "<b>one\ntwo [/red] [bold]", "fine", -0.25, 1.0)
+    rows = samples_markdown([sample]).splitlines()
+    assert rows[-1] == r"| a \| b | &lt;b>one ⏎ two [/red] [bold] | -0.25 | fine | +1.00 |"
+    print_samples([sample])
+    printed = capsys.readouterr().out
+    assert "[bold]" in printed
+    assert "+1.00" in printed
+
+
+def test_brief_line_shows_what_the_log_has():
+    assert brief_line(PPO_LOG[1], PPO_LINE) == "reward +0.100  KL 0.200  kl_coef 0.2  loss +0.6700"
+    assert brief_line({"reward/score": None, "other": 1}, PPO_LINE) == ""

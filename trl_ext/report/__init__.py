@@ -1,0 +1,20 @@
+"""Pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
+
+from .curves import ppo_curves, reward_curves
+from .progress import PPO_LINE, REWARD_LINE, use_brief_progress
+from .tables import Sample, pair_samples, print_samples, rise, samples_markdown, wilson_interval
+
+
+__all__ = [
+    "PPO_LINE",
+    "REWARD_LINE",
+    "Sample",
+    "pair_samples",
+    "ppo_curves",
+    "print_samples",
+    "reward_curves",
+    "rise",
+    "samples_markdown",
+    "use_brief_progress",
+    "wilson_interval",
+]

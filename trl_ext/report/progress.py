@@ -1,0 +1,52 @@
+"""A progress bar that writes one short line per log, instead of a dictionary of forty metrics."""
+
+from typing import Any
+
+from transformers.trainer_callback import ProgressCallback
+
+
+# Log key -> what the line calls it, and its format. A line shows those it has.
+PPO_LINE = {
+    "reward/score": ("reward", "+.3f"),
+    "eval_reward/score": ("held-out reward", "+.3f"),
+    "eval_reward/score_ci95": ("±", ".3f"),
+    "kl/ref": ("KL", ".3f"),
+    "eval_kl/ref": ("KL", ".3f"),
+    "coef/kl": ("kl_coef", ".3g"),
+    "loss": ("loss", "+.4f"),
+    "value/explained_variance": ("explained variance", ".2f"),
+    "completions/mean_length": ("tokens", ".1f"),
+}
+REWARD_LINE = {
+    "loss": ("loss", ".4f"),
+    "accuracy": ("accuracy", ".3f"),
+    "margin": ("margin", ".3f"),
+    "eval_loss": ("held-out loss", ".4f"),
+    "eval_accuracy": ("held-out accuracy", ".3f"),
+}
+
+
+class BriefProgress(ProgressCallback):
+    """The Trainer's progress bar; of each log it writes the chosen metrics. All of them are still in the log."""
+
+    def __init__(self, line: dict[str, tuple[str, str]]):
+        super().__init__()
+        self.line = line
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        text = brief_line(logs or {}, self.line)
+        if state.is_world_process_zero and text:
+            text = f"step {state.global_step}/{state.max_steps}  {text}"
+            print(text, flush=True) if self.training_bar is None else self.training_bar.write(text)
+
+
+def brief_line(logs: dict[str, Any], line: dict[str, tuple[str, str]]) -> str:
+    """The chosen metrics of a log line, as text."""
+    known = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+    return "  ".join(f"{name} {known[key]:{form}}" for key, (name, form) in line.items() if key in known)
+
+
+def use_brief_progress(trainer: Any, line: dict[str, tuple[str, str]]) -> None:
+    """Puts [`BriefProgress`] in the place of the Trainer's own bar; does nothing where bars are switched off."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(BriefProgress(line))
