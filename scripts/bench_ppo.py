@@ -6,7 +6,8 @@ Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, on the sa
 
 TRL 1.12 gets an environment of its own at first use, in which all but TRL is as in constraints.txt. The models are
 random, made from a config. The trainers take turns, every run in a fresh process whose first update is left out.
-Printed are medians over the runs' updates: seconds by phase, peak memory of the process, and how they compare.
+Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed (`cpu`),
+peak memory of the process, and how TRL 1.12 compares. On a busy machine `--threads 1` and `cpu` say more than `total`.
 docs/measurements.md says what was measured, and what is the same for both.
 """
 
@@ -26,10 +27,10 @@ from trl_ext.embedded import cache_dir
 
 
 LABELS = {BASELINE: "TRL 1.12 `PPOTrainer`", "model": '`critic="model"`', "head": '`critic="head"`'}
-PHASES = ("generate", "score", "learn", "total")
+SECONDS = ("generate", "score", "learn", "total", "cpu")
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# "updates": seconds by phase of each; "peak_gb"; "load": the machine's load as the run began.
+# "updates": seconds of each, by phase, in total, and of all threads; "peak_gb"; "load": the machine's.
 Run = dict[str, Any]
 
 
@@ -47,22 +48,26 @@ def measure(python: str, job: dict[str, Any], folder: Path) -> Run:
 def summarise(runs: list[Run]) -> dict[str, float]:
     """Medians over the updates of all runs, without each run's first; the highest peak."""
     updates = [update for run in runs for update in run["updates"][1:]]
-    medians = {phase: statistics.median(update[phase] for update in updates) for phase in PHASES}
+    medians = {phase: statistics.median(update[phase] for update in updates) for phase in SECONDS}
     return medians | {"peak_gb": max(run["peak_gb"] for run in runs)}
 
 
 def table(runs: dict[str, list[Run]]) -> str:
     """
-    Markdown, a row per trainer. `speed` is the baseline's seconds over the row's: above 1 is faster. `memory` is the
-    row's peak over the baseline's: below 1 is less.
+    Markdown, a row per trainer. `speed` is the baseline's total over the row's: above 1 is faster; in brackets the
+    same of `cpu`. `memory` is the row's peak over the baseline's: below 1 is less.
     """
     summaries = {trainer: summarise(of_trainer) for trainer, of_trainer in runs.items()}
     base = summaries[BASELINE]
-    lines = [f"| trainer | {' | '.join(PHASES)} | peak GB | speed | memory |", "|---" + "|---:" * 7 + "|"]
+    lines = [
+        f"| trainer | {' | '.join(SECONDS)} | peak GB | speed | memory |",
+        "|---" + "|---:" * (len(SECONDS) + 3) + "|",
+    ]
     for trainer, row in summaries.items():
-        numbers = [*(row[phase] for phase in PHASES), row["peak_gb"]]
-        numbers += [base["total"] / row["total"], row["peak_gb"] / base["peak_gb"]]
-        lines.append(f"| {LABELS[trainer]} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+        cells = [f"{row[name]:.1f}" for name in (*SECONDS, "peak_gb")]
+        cells.append(f"{base['total'] / row['total']:.2f} ({base['cpu'] / row['cpu']:.2f})")
+        cells.append(f"{row['peak_gb'] / base['peak_gb']:.2f}")
+        lines.append(f"| {LABELS[trainer]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -71,12 +76,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deep", "wide"])
     parser.add_argument("--runs", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--updates", type=int, default=3, help="updates in a run, at least 2; the first is left out")
+    parser.add_argument("--threads", type=int, help="threads of a run; unset: torch's default, the cores")
     parser.add_argument("--env", type=Path, default=cache_dir() / "bench-trl-1.12", help="TRL 1.12's environment")
     parser.add_argument("--output", type=Path, help="JSON file for every update of every run")
     args = parser.parse_args()
     if args.updates < 2:
         parser.error(f"--updates is {args.updates}; the first is left out, so it must be at least 2.")
 
+    if args.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
     pythons = {BASELINE: baseline_python(args.env)}
     results: dict[str, dict[str, list[Run]]] = {}
     for name in args.shapes:

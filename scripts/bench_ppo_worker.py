@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 class UpdateClock(TrainerCallback):
     """
     Seconds of each update, from the end of the one before it, and of its phases: generate, score (all else before
-    learning) and learn.
+    learning) and learn; and `cpu`, the seconds that all threads of the process computed.
 
     Args:
         steps_per_update: the steps that the trainer counts in one update.
@@ -35,16 +35,16 @@ class UpdateClock(TrainerCallback):
         self.learning_since: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_per_update:
             return
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         seconds = {"generate": self.generate, "learn": now - self.learning_since, "total": now - self.start}
         seconds["score"] = seconds["total"] - seconds["generate"] - seconds["learn"]
-        self.updates.append(seconds)
-        self.start, self.generate, self.learning_since = now, 0.0, None
+        self.updates.append(seconds | {"cpu": cpu - self.cpu_start})
+        self.start, self.cpu_start, self.generate, self.learning_since = now, cpu, 0.0, None
 
     def generating(self, function: Callable) -> Callable:
         """`function`, whose seconds count as generation."""

@@ -26,7 +26,6 @@ from trl_ext.report import (
     pair_samples,
     ppo_curves,
     print_samples,
-    rise,
     samples_markdown,
     use_brief_progress,
 )
@@ -82,17 +81,19 @@ def evaluations(trainer: PPOTrainerX) -> tuple[dict[str, Any], dict[str, Any]]:
 def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
     """Before and after on the terminal and in metrics.json; curves.png; samples.md."""
     output, args = Path(trainer.args.output_dir), trainer.args
-    change = rise(before, after)
-    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after, **change}, indent=2) + "\n")
+    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     ppo_curves(trainer.state.log_history, output / "curves.png", f"PPO, critic={args.critic}", args.kl_band)
     if args.log_completions:
         samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
         (output / "samples.md").write_text(samples_markdown(samples))
         print_samples(samples)
+    rise, half_width, kl = (
+        after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
+    )
     print(
         f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
-        f"by {change['rise']:.3f} ± {change['rise_ci95']:.3f} (95%). KL to the reference: "
-        f"{after.get('eval_kl/ref', float('nan')):.2f} nats per sequence.\nModel, metrics and curves are in {output}"
+        f"by {rise:.3f} ± {half_width:.3f} (95%). KL to the reference: {kl:.2f} nats per sequence.\n"
+        f"Model, metrics and curves are in {output}"
     )
 
 

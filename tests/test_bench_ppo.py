@@ -29,23 +29,24 @@ def script(monkeypatch):
 
 
 def run(*totals, peak):
-    """A run whose updates took these seconds: half to generate, a quarter each to score and to learn."""
-    updates = [{"generate": t / 2, "score": t / 4, "learn": t / 4, "total": t} for t in totals]
+    """A run whose updates took these seconds on two threads: 1/2 to generate, 1/4 to score, 1/4 to learn."""
+    updates = [{"generate": t / 2, "score": t / 4, "learn": t / 4, "total": t, "cpu": 2 * t} for t in totals]
     return {"updates": updates, "peak_gb": peak, "load": 0.0}
 
 
 def test_summary_leaves_out_first_updates_and_takes_medians_over_runs(script):
     summary = script("bench_ppo").summarise([run(100, 4, 8, peak=2.0), run(100, 12, 20, peak=3.0)])
-    assert summary == {"generate": 5.0, "score": 2.5, "learn": 2.5, "total": 10.0, "peak_gb": 3.0}
+    assert summary == {"generate": 5.0, "score": 2.5, "learn": 2.5, "total": 10.0, "cpu": 20.0, "peak_gb": 3.0}
 
 
 def test_table_compares_with_the_baseline(script):
     bench = script("bench_ppo")
     slow, fast = [run(0, 30, peak=8.0)], [run(0, 12, peak=6.0)]
+    fast[0]["updates"][1]["cpu"] = 15
     lines = bench.table({bench.BASELINE: slow, "head": fast}).splitlines()
     assert lines[2:] == [
-        "| TRL 1.12 `PPOTrainer` | 15.00 | 7.50 | 7.50 | 30.00 | 8.00 | 1.00 | 1.00 |",
-        '| `critic="head"` | 6.00 | 3.00 | 3.00 | 12.00 | 6.00 | 2.50 | 0.75 |',
+        "| TRL 1.12 `PPOTrainer` | 15.0 | 7.5 | 7.5 | 30.0 | 60.0 | 8.0 | 1.00 (1.00) | 1.00 |",
+        '| `critic="head"` | 6.0 | 3.0 | 3.0 | 12.0 | 15.0 | 6.0 | 2.50 (4.00) | 0.75 |',
     ]
     assert len({line.count("|") for line in lines}) == 1
 
@@ -70,7 +71,7 @@ def test_trainers_take_turns_and_every_run_is_kept(script, monkeypatch, tmp_path
     assert {trainer: len(runs) for trainer, runs in json.loads(output.read_text())["tiny"].items()} == dict.fromkeys(
         ("trl-1.12", "model", "head"), 2
     )
-    assert "| 2.00 | 1.00 | 1.00 | 1.00 |" in capsys.readouterr().out
+    assert "| 2.0 | 4.0 | 1.0 | 1.00 (1.00) | 1.00 |" in capsys.readouterr().out
 
 
 def test_one_update_is_refused(script, monkeypatch):
@@ -96,6 +97,7 @@ def test_clock_splits_an_update_into_its_phases(script, monkeypatch):
         return result
 
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(worker.time, "process_time", lambda: 1.5 * now)
     clock = worker.UpdateClock(steps_per_update=2)
     generate, learn = clock.generating(spend), clock.learning(spend)
     clock.on_train_begin(None, None, None)
@@ -107,7 +109,7 @@ def test_clock_splits_an_update_into_its_phases(script, monkeypatch):
         for step, seconds in enumerate((4, 5)):
             learn(seconds)
             clock.on_step_end(None, SimpleNamespace(global_step=2 * update + step + 1), None)
-    assert clock.updates == [{"generate": 2, "learn": 9, "total": 15, "score": 4}] * 2
+    assert clock.updates == [{"generate": 2, "learn": 9, "total": 15, "score": 4, "cpu": 22.5}] * 2
 
 
 def _job(script, trainer):

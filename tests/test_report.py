@@ -15,7 +15,6 @@ from trl_ext.report import (
     ppo_curves,
     print_samples,
     reward_curves,
-    rise,
     samples_markdown,
     wilson_interval,
 )
@@ -113,11 +112,6 @@ def test_wilson_interval_holds_the_proportions_that_the_data_do_not_reject(right
 def test_wilson_interval_needs_cases():
     with pytest.raises(ValueError, match="evaluate on at least one"):
         wilson_interval(0, 0)
-
-
-def test_rise_adds_the_intervals_in_squares():
-    change = rise(PPO_LOG[0], PPO_LOG[3])
-    assert change == {"rise": 1.0, "rise_ci95": pytest.approx(0.5)}
 
 
 def write_completions(folder, step, rows):

@@ -1,6 +1,7 @@
 """`PPOTrainerX`: its steps and batches, actor and critic, evaluation, tools; and that no option is dead."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -42,6 +43,7 @@ from ppo_runs import (
 )
 from trl_ext import PPOConfigX, PPOTrainerX
 from trl_ext.ppo.critic import ValueHead
+from trl_ext.ppo.metrics import held_out_score
 from trl_ext.ppo.rollout import Rollout
 
 
@@ -483,12 +485,43 @@ def test_several_held_out_sets_are_evaluated_one_by_one(tmp_path):
     assert logged(trainer, "eval_long_reward/score") == [7.0]
 
 
-def test_evaluation_leaves_the_training_metrics_alone(tmp_path):
+def test_evaluation_leaves_training_alone(tmp_path):
     models = {"eval_dataset": tiny.tiny_prompts(2, seed=3)}
     trainer = ppo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, num_sample_generations=0)
     plain = ppo_run(tmp_path)
-    assert len(logged(trainer, "reward/score")) == len(logged(plain, "reward/score")) == 2
-    assert logged(trainer, "reward/score")[0] == logged(plain, "reward/score")[0]
+    assert len(logged(plain, "reward/score")) == 2
+    for key in ("reward/score", "loss", "kl/ref"):
+        assert logged(trainer, key) == logged(plain, key)
+
+
+def test_evaluations_of_one_policy_give_the_same_responses(tmp_path):
+    """So an evaluation differs from the one before it by what was learnt, and by nothing else."""
+    seen = []
+
+    def grade(completions, **kwargs):
+        seen.append(completions)
+        return [float(len(completion)) for completion in completions]
+
+    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": tiny.tiny_prompts(6, seed=3)}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=3)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert seen[:2] == seen[2:]
+    assert seen[0] != seen[1]
+    assert "eval_reward/rise" not in first
+    assert (second["eval_reward/rise"], second["eval_reward/rise_ci95"]) == (0, 0)
+
+
+def test_rise_is_paired_by_prompt_and_skips_what_no_reward_scores():
+    nan = math.nan
+    first, scores = torch.tensor([0.0, 1.0, 2.0, 3.0, nan]), torch.tensor([1.0, 1.0, 5.0, nan, 9.0])
+    line = held_out_score(scores, first)
+    differences = torch.tensor([1.0, 0.0, 3.0])
+    assert line["score"] == pytest.approx(4.0)
+    assert line["score_ci95"] == pytest.approx(1.96 * torch.tensor([1.0, 1.0, 5.0, 9.0]).std().item() / 2)
+    assert line["rise"] == pytest.approx(4 / 3)
+    assert line["rise_ci95"] == pytest.approx(1.96 * differences.std().item() / math.sqrt(3))
+    assert "rise" not in held_out_score(scores, first[:4])
+    assert held_out_score(torch.full((2,), nan)) == {}
 
 
 def test_sample_completions_are_printed_with_their_scores(tmp_path, capsys):

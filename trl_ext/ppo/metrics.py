@@ -1,5 +1,9 @@
-"""`LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window."""
+"""
+`LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window.
+`held_out_score`: what an evaluation says about the score, and about how far it rose.
+"""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -94,3 +98,27 @@ def _weighted_coefficient(weights: list[float], values: list[float]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, float]:
+    """
+    The mean score of an evaluation and how far it rose since the first one, each with the half-width of its 95%
+    interval, 1.96 · std / √n. The rise is paired: of every prompt's score, the difference to its first.
+
+    Args:
+        scores (N,): a score for every held-out prompt, NaN where no reward applies.
+        first (N,): those of the run's first evaluation; `None`, or of another length, for no comparison.
+
+    Returns:
+        `score`, `score_ci95`, `rise`, `rise_ci95`; what cannot be said is left out.
+    """
+    paired = first is not None and len(first) == len(scores)
+    columns = {"score": scores} | ({"rise": scores - first} if paired else {})
+    line = {}
+    for name, column in columns.items():
+        known = column[~column.isnan()]
+        if len(known):
+            line[name] = known.mean().item()
+        if len(known) > 1:
+            line[f"{name}_ci95"] = 1.96 * known.std().item() / math.sqrt(len(known))
+    return line

@@ -37,7 +37,7 @@ from .experience import estimate_returns, rollout_metrics
 from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
 from .losses import PPOCoefficients, ppo_terms
-from .metrics import LossLedger
+from .metrics import LossLedger, held_out_score
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
 from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, model_config, resolve_args
@@ -186,6 +186,7 @@ class PPOTrainerX(GRPOTrainer):
         self._last_kl: float | None = None
         self._last_old_kls: list[float] = []
         self._reward_moments = RunningMoments()
+        self._first_eval_scores: dict[str, Tensor] = {}
         self._ledger = LossLedger()
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
@@ -601,6 +602,9 @@ class PPOTrainerX(GRPOTrainer):
         return None, None, None
 
     def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
+        # Every evaluation draws the same random numbers: what differs between two of them is the policy.
+        batch = len(self._eval_scores) * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(self.args.seed + batch)
         rollout = self._generate_and_score_completions(rows)
         scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
         self._eval_scores.append(self.accelerator.gather_for_metrics(scores))
@@ -611,16 +615,18 @@ class PPOTrainerX(GRPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._eval_scores = []
-        output = super().evaluation_loop(*args, **kwargs)
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
         scores = torch.cat(self._eval_scores)
-        scores = scores[~scores.isnan()]
-        if len(scores):
-            self._metrics["eval"]["reward/score"] = [scores.mean().item()]
-        if len(scores) > 1:
-            half_width = 1.96 * scores.std().item() / math.sqrt(len(scores))
-            self._metrics["eval"]["reward/score_ci95"] = [half_width]
+        self._metrics["eval"] |= {
+            f"reward/{key}": [value]
+            for key, value in held_out_score(scores, self._first_eval_scores.get(prefix)).items()
+        }
+        self._first_eval_scores.setdefault(prefix, scores)
         # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
-        name = kwargs.get("metric_key_prefix", "eval").removeprefix("eval").removeprefix("_")
+        name = prefix.removeprefix("eval").removeprefix("_")
         if name:
             for key in list(self._metrics["eval"]):
                 self._metrics["eval"][f"{name}_{key}"] = self._metrics["eval"].pop(key)

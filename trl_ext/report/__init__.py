@@ -2,7 +2,7 @@
 
 from .curves import ppo_curves, reward_curves
 from .progress import PPO_LINE, REWARD_LINE, use_brief_progress
-from .tables import Sample, pair_samples, print_samples, rise, samples_markdown, wilson_interval
+from .tables import Sample, pair_samples, print_samples, samples_markdown, wilson_interval
 
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "ppo_curves",
     "print_samples",
     "reward_curves",
-    "rise",
     "samples_markdown",
     "use_brief_progress",
     "wilson_interval",

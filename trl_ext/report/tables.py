@@ -35,17 +35,6 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
     return center - half, center + half
 
 
-def rise(before: dict[str, Any], after: dict[str, Any], key: str = "eval_reward/score") -> dict[str, float]:
-    """
-    How much a metric rose between two evaluations, and the half-width of the 95% interval of the rise.
-
-    The intervals of both means (`<key>_ci95`) add in squares, as for independent samples: conservative, since both
-    evaluations answer the same prompts.
-    """
-    half_width = math.hypot(before[f"{key}_ci95"], after[f"{key}_ci95"])
-    return {"rise": after[key] - before[key], "rise_ci95": half_width}
-
-
 def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sample]:
     """
     The prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
