@@ -20,7 +20,8 @@ from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_c
 
 from trl_ext import embedded
 from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
-from trl_ext.report import REWARD_LINE, reward_curves, use_brief_progress, wilson_interval
+from trl_ext.intervals import wilson_interval
+from trl_ext.report import REWARD_LINE, reward_curves, use_brief_progress
 
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "reward" / "demo.yaml"

@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The mathematics: torch, the standard library and each other, nothing else. torch.distributed is left out as well:
 # a collective enters these files as an argument.
-PURE = ["masked.py", "ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py"]
+PURE = [
+    *("intervals.py", "masked.py"),
+    *("dpo/losses.py", "dpo/metrics.py", "dpo/prefix_sharing.py"),
+    *("ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py"),
+]
 PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path in PURE}
 
 # All that a script may know of the package. The mathematics is public as it stands, by module.
@@ -25,6 +29,7 @@ PUBLIC_MODULES = {"trl_ext", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"
 
 # What stands above the trainers: they run, or look at, what the trainers do.
 ABOVE_THE_TRAINERS = {"trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
+ROOMS = {"trl_ext/ppo": "trl_ext.dpo", "trl_ext/dpo": "trl_ext.ppo"}  # a trainer's room -> the other one
 
 
 class Import(NamedTuple):
@@ -178,9 +183,16 @@ def test_report_imports_no_trainer(path):
     assert trainers(ROOT / path) == []
 
 
-@pytest.mark.parametrize("path", names(python_files("trl_ext/ppo")))
+@pytest.mark.parametrize("path", names([path for room in ROOMS for path in python_files(room)]))
 def test_trainer_room_imports_nothing_above_it(path):
     assert above_the_trainers(ROOT / path) == []
+
+
+@pytest.mark.parametrize("room, other", ROOMS.items())
+def test_trainers_rooms_do_not_import_each_other(room, other):
+    imports = [imported for path in python_files(room) for imported in read_imports(path)]
+    assert not [imported for imported in imports if imported.is_from(other)]
+    assert imports
 
 
 def test_imports_have_no_cycle():
@@ -190,7 +202,7 @@ def test_imports_have_no_cycle():
 def test_the_rooms_are_where_the_rules_look():
     """A renamed folder would leave the tests above with nothing to check."""
     assert (ROOT / "trl_ext" / "_trl.py").is_file()
-    for folder in ("trl_ext/ppo", "trl_ext/report", "scripts"):
+    for folder in ("trl_ext/dpo", "trl_ext/ppo", "trl_ext/report", "scripts"):
         assert python_files(folder), f"no Python file under {folder}"
 
 

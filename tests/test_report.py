@@ -1,7 +1,6 @@
 """Pictures and tables of a run: what they compute, against independent arithmetic, and that they are written."""
 
 import json
-import math
 import struct
 import sys
 
@@ -16,7 +15,6 @@ from trl_ext.report import (
     print_samples,
     reward_curves,
     samples_markdown,
-    wilson_interval,
 )
 from trl_ext.report.curves import contributions, read_log, series
 from trl_ext.report.progress import brief_line
@@ -97,21 +95,6 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
 def test_a_log_is_read_from_a_trainer_state(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": PPO_LOG}))
     assert read_log(tmp_path) == read_log(tmp_path / "trainer_state.json") == PPO_LOG
-
-
-@pytest.mark.parametrize("right, count", [(0, 10), (3, 10), (250, 300), (300, 300)])
-def test_wilson_interval_holds_the_proportions_that_the_data_do_not_reject(right, count):
-    """At both ends the observed proportion is z standard errors away, the standard error being the end's own."""
-    for end in wilson_interval(right, count):
-        distance = abs(right / count - end)
-        assert distance == pytest.approx(1.96 * math.sqrt(max(end * (1 - end), 0) / count), abs=1e-7)
-    low, high = wilson_interval(right, count)
-    assert -1e-12 <= low <= right / count <= high + 1e-12 <= 1 + 1e-9
-
-
-def test_wilson_interval_needs_cases():
-    with pytest.raises(ValueError, match="evaluate on at least one"):
-        wilson_interval(0, 0)
 
 
 def write_completions(folder, step, rows):

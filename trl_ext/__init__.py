@@ -1,5 +1,5 @@
 """
-trl_ext: actor-critic PPO for Hugging Face TRL, on today's TRL, with every loss term of the source documents named.
+trl_ext: PPO with a critic and faster DPO for Hugging Face TRL, with every loss term of the source documents named.
 """
 
 from importlib import import_module
@@ -7,15 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .dpo.config import DPOConfigX
+    from .dpo.implicit_reward import ImplicitReward
+    from .dpo.trainer import DPOTrainerX
     from .ppo.config import PPOConfigX
     from .ppo.trainer import PPOTrainerX
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["PPOConfigX", "PPOTrainerX"]
+__all__ = ["DPOConfigX", "DPOTrainerX", "ImplicitReward", "PPOConfigX", "PPOTrainerX"]
 
 # Public name -> its module, imported on first use: the mathematics loads without TRL.
-_HOMES = {"PPOConfigX": ".ppo.config", "PPOTrainerX": ".ppo.trainer"}
+_HOMES = {
+    "DPOConfigX": ".dpo.config",
+    "DPOTrainerX": ".dpo.trainer",
+    "ImplicitReward": ".dpo.implicit_reward",
+    "PPOConfigX": ".ppo.config",
+    "PPOTrainerX": ".ppo.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

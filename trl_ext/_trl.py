@@ -14,7 +14,7 @@ import trl
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (
@@ -43,6 +43,7 @@ __all__ = [
     "pad",
     "prepare_frozen",
     "scoring_head",
+    "unwrap_model_for_generation",
     "use_adapter",
 ]
 
@@ -108,10 +109,10 @@ def exclude_from_weight_sync(vllm_generation: Any, submodule: str) -> None:
 
 
 @contextmanager
-def scoring_head(log_probs: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
     """
-    Within the context, TRL's fused head scores with `log_probs(states, weight, targets, scale)` where that is enough:
-    a plain float32 head on CPU. Everywhere else it stays TRL's.
+    Within the context, TRL's fused head scores with `cpu_head` where that is enough: a plain float32 head on CPU.
+    Everywhere else it stays TRL's.
     """
     original = trl_utils._ChunkedLogProbFunction
 
@@ -130,10 +131,10 @@ def scoring_head(log_probs: Callable[..., tuple[torch.Tensor, torch.Tensor]]) ->
         ) -> tuple[torch.Tensor | None, ...]:
             plain = states.device.type == "cpu" and states.dtype == weight.dtype == torch.float32
             plain = plain and bias is None and softcap is None and not hasattr(weight, "ds_id")
-            if not plain or torch.is_autocast_enabled("cpu") or not set(outputs) <= {"log_probs", "entropy"}:
+            if not plain or torch.is_autocast_enabled("cpu"):
                 return original.apply(states, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
-            logps, entropy = log_probs(states, weight, targets, scale / temperature)
-            return logps, entropy if "entropy" in outputs else None, None, None, None
+            with_grad = torch.is_grad_enabled()
+            return cpu_head.apply(states, weight, targets, scale / temperature, outputs, with_grad)
 
     trl_utils._ChunkedLogProbFunction = Chosen
     try:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._trl import fused_head_logits, scoring_head
-from .cpu_head import TokenLogProbs
+from .._trl import fused_head_logits
+from ..scoring import score_only
 from .critic import ValueHead
 from .kl import full_kl
 
@@ -82,7 +82,7 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
         states = None
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
             if wanted & {"log_probs", "entropy"}:
-                with _compact_trunk_output(self.base_model, positions) as compact, scoring_head(_on_cpu):
+                with score_only(self.base_model, lambda states: states[:, :-1][positions]) as compact:
                     head = fused_forward(
                         *args, shift_labels=labels[:, 1:][positions][None], fused_lm_head=True, **kwargs
                     )
@@ -148,30 +148,3 @@ def _scored_positions(labels: Tensor) -> Tensor:
 def _scatter(compact: Tensor, positions: Tensor) -> Tensor:
     """(N,) values of the True positions -> (B, L - 1), 0 elsewhere."""
     return compact.new_zeros(positions.shape).masked_scatter(positions, compact)
-
-
-@contextmanager
-def _compact_trunk_output(trunk: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
-    """
-    Within the context, `trunk` returns its last hidden states at the True positions only, as one row (1, N, H); they
-    are also put, as (N, H), into the list that the context yields.
-
-    Off CUDA TRL's fused head scores every position that it is given, so it is given those that are read.
-    """
-    kept: list[Tensor] = []
-
-    def compact(module, args, output):
-        states = output.last_hidden_state[:, :-1][positions]
-        kept.append(states)
-        output.last_hidden_state = states[None]
-        return output
-
-    handle = trunk.register_forward_hook(compact)
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-def _on_cpu(states: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return TokenLogProbs.apply(states, weight, targets, scale, torch.is_grad_enabled())

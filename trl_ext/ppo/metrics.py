@@ -3,12 +3,12 @@
 `held_out_score`: what an evaluation says about the score, and about how far it rose.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..intervals import half_width
 from ..masked import AllReduce
 from .losses import PPOCoefficients, PPOTerms
 
@@ -112,13 +112,14 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
     Returns:
         `score`, `score_ci95`, `rise`, `rise_ci95`; what cannot be said is left out.
     """
-    paired = first is not None and len(first) == len(scores)
-    columns = {"score": scores} | ({"rise": scores - first} if paired else {})
+    columns = {"score": scores}
+    if first is not None and len(first) == len(scores):
+        columns["rise"] = scores - first
     line = {}
     for name, column in columns.items():
         known = column[~column.isnan()]
         if len(known):
             line[name] = known.mean().item()
         if len(known) > 1:
-            line[f"{name}_ci95"] = 1.96 * known.std().item() / math.sqrt(len(known))
+            line[f"{name}_ci95"] = half_width(known)
     return line

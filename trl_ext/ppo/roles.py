@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
+from ..pretrained import text_config
 from .config import PPOConfigX
 from .critic import build_critic, check_value_model
 from .scorers import (
@@ -126,20 +127,12 @@ def load_tokenizer(
     if processing_class.eos_token_id is None:
         raise ValueError("The tokenizer has no eos token, so no response could end. Set `processing_class.eos_token`.")
     processing_class.padding_side = "left"
-    vocabulary = model_config(model, args).vocab_size
+    vocabulary = text_config(model, args).vocab_size
     if processing_class.pad_token_id is not None and processing_class.pad_token_id >= vocabulary:
         # Scripts for TRL 1.12 add a pad token without a row in the embedding. Any id may stand at a masked position.
         processing_class = copy.deepcopy(processing_class)
         processing_class.pad_token = processing_class.eos_token
     return processing_class
-
-
-def model_config(model: Model, args: PPOConfigX) -> Any:
-    """The actor's text config, without loading its weights."""
-    if not isinstance(model, str):
-        return model.config.get_text_config()
-    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
 
 
 def load_roles(

@@ -29,6 +29,7 @@ from trl import GRPOTrainer
 
 from .. import _trl
 from ..masked import masked_mean, masked_moments, masked_sum
+from ..pretrained import text_config
 from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
@@ -40,7 +41,7 @@ from .losses import PPOCoefficients, ppo_terms
 from .metrics import LossLedger, held_out_score
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
-from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, model_config, resolve_args
+from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, resolve_args
 from .rollout import MicroBatch, Rollout
 from .scorers import checked, token_scorer
 
@@ -130,7 +131,7 @@ class PPOTrainerX(GRPOTrainer):
         has_other_reward = bool(reward_funcs) or environment_factory is not None
         check_roles(args, model, ref_model, reward_model, value_model, has_other_reward, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args)
-        context = getattr(model_config(model, args), "max_position_embeddings", None)
+        context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
 

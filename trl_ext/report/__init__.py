@@ -2,7 +2,7 @@
 
 from .curves import ppo_curves, reward_curves
 from .progress import PPO_LINE, REWARD_LINE, use_brief_progress
-from .tables import Sample, pair_samples, print_samples, samples_markdown, wilson_interval
+from .tables import Sample, pair_samples, print_samples, samples_markdown
 
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "reward_curves",
     "samples_markdown",
     "use_brief_progress",
-    "wilson_interval",
 ]

@@ -1,6 +1,5 @@
-"""Tables of a run: sample completions before and after with their rewards, and the interval of a proportion."""
+"""Tables of a run: sample completions before and after with their rewards."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +18,6 @@ class Sample:
     after: str
     score_before: float
     score_after: float
-
-
-def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """
-    95% interval of a proportion (Wilson 1927), which stays within 0 and 1 also near the ends.
-
-    center ± half = (p + z²/2n) / (1 + z²/n) ± z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
-    """
-    if count <= 0:
-        raise ValueError(f"A proportion of {count} cases has no interval; evaluate on at least one.")
-    p, n = successes / count, count
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return center - half, center + half
 
 
 def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sample]:

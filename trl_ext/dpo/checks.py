@@ -1,0 +1,47 @@
+"""What must hold of a DPO run's models and losses."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_vocabularies(actor: Any, reference: Any) -> None:
+    """
+    Args:
+        actor, reference: the text configs of both models.
+
+    Raises:
+        ValueError: when they do not share a vocabulary: the log-probabilities of one token would not be comparable.
+    """
+    if actor.vocab_size != reference.vocab_size:
+        raise ValueError(
+            f"The actor has a vocabulary of {actor.vocab_size} tokens and `ref_model` one of {reference.vocab_size}. "
+            "The implicit reward compares the probabilities of the same tokens: give a reference of the actor's "
+            "family, or leave `ref_model` out to take a copy of the actor."
+        )
+
+
+def require_finite(loss: Tensor, logratios: Tensor, input_ids: Tensor, tokenizer: Any, step: int) -> None:
+    """
+    Args:
+        loss: of the batch, a scalar.
+        logratios (2B,): log π_θ/π_ref, chosen then rejected.
+        input_ids (2B, L).
+        step: optimizer steps taken so far.
+
+    Raises:
+        FloatingPointError: when the loss is NaN or infinite, with the step and the pair it comes from.
+    """
+    if torch.isfinite(loss):
+        return
+    chosen, rejected = logratios.chunk(2)
+    margins = chosen - rejected
+    broken = (~torch.isfinite(margins)).nonzero().flatten().tolist()
+    pair = broken[0] if broken else int(margins.abs().argmax())
+    raise FloatingPointError(
+        f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has log-ratios of "
+        f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected) to the reference; its chosen "
+        f"sequence begins {tokenizer.decode(input_ids[pair][:64])!r}. Nothing of this batch was learnt. A lower "
+        "learning rate, or bfloat16 instead of float16, is the usual cure."
+    )

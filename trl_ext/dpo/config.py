@@ -1,0 +1,65 @@
+"""`DPOConfigX`: TRL's `DPOConfig`, with shared prefixes and a label smoothing that works."""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+
+# Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
+SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+@dataclass
+class DPOConfigX(DPOConfig):
+    """
+    Options of [`DPOTrainerX`]: all of TRL's `DPOConfig`, with the same names and meanings, and those below.
+
+    `label_smoothing` also holds for `loss_type="sigmoid"` (conservative DPO), as in TRL up to 0.24.
+    """
+
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what a pair's two sequences have in common once. Where that is not exact, TRL's way is "
+            "taken, and the log says why."
+        },
+    )
+    pack_pairs: bool = field(
+        default=True,
+        metadata={"help": "With shared prefixes: put all pairs of a batch into one row, without padding."},
+    )
+    generate_during_eval: bool = field(
+        default=False,
+        metadata={"help": "Show completions of actor and reference side by side at every evaluation."},
+    )
+    num_eval_samples: int = field(
+        default=4, metadata={"help": "With `generate_during_eval`: held-out prompts to complete, from the first on."}
+    )
+    eval_max_new_tokens: int = field(
+        default=64, metadata={"help": "With `generate_during_eval`: tokens in a completion, at most."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(
+                f"`beta` is {self.beta}; the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}; the share of flipped labels must be in [0, 0.5): at 0.5"
+                " the labels say nothing."
+            )
+        if self.label_smoothing > 0 and not SMOOTHED & set(self.loss_type):
+            raise ValueError(
+                f"`label_smoothing={self.label_smoothing}` changes nothing with `loss_type={self.loss_type}`; it is "
+                f"read by {sorted(SMOOTHED)}. Leave it at 0."
+            )
+        if self.label_smoothing > 0 and "sigmoid" in self.loss_type and self.use_weighting:
+            raise ValueError(
+                "`label_smoothing` with `loss_type='sigmoid'` is not defined together with `use_weighting=True`: "
+                "switch one of them off."
+            )
+        for name in ("num_eval_samples", "eval_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")

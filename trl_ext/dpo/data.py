@@ -1,0 +1,135 @@
+"""What a dataset of pairs must hold, what is dropped from it, and the `source` column's way into a batch."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+logger = logging.getLogger(__name__)
+
+NEEDED = ("chosen", "rejected")
+OPTIONAL = ("prompt",)
+SOURCE = "source"
+
+
+def check_columns(train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: for a dataset without the columns of a preference pair, or with other things in them than text,
+            token ids or messages.
+    """
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **held_out}.items():
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"`{name}` has no rows.")
+        if isinstance(dataset, Dataset | IterableDataset):
+            _check_row(name, next(iter(dataset)))
+
+
+def _check_row(name: str, row: dict[str, Any]) -> None:
+    missing = [column for column in NEEDED if column not in row]
+    if missing:
+        raise ValueError(
+            f"`{name}` has no column {' and '.join(map(repr, missing))}; its columns are {sorted(row)}. DPO needs "
+            "'chosen' and 'rejected', and 'prompt' where they do not begin with it. Rename what you have, for example "
+            "`dataset.rename_columns({'question': 'prompt', 'good': 'chosen', 'bad': 'rejected'})`."
+        )
+    for column in (*OPTIONAL, *NEEDED):
+        value = row.get(column, "")
+        if not isinstance(value, str) and not _is_conversation(value):
+            raise ValueError(
+                f"The column {column!r} of `{name}` holds {type(value).__name__} ({value!r:.60}); it must hold text, "
+                "or a conversation: a list of messages with 'role' and 'content'."
+            )
+    kinds = {column: isinstance(row[column], str) for column in (*OPTIONAL, *NEEDED) if column in row}
+    if len(set(kinds.values())) > 1:
+        text, conversations = ([c for c, is_text in kinds.items() if is_text is wanted] for wanted in (True, False))
+        raise ValueError(f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind.")
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def drop_equal_pairs(dataset: Any, name: str) -> Any:
+    """The dataset without rows whose completions are equal: there is nothing to prefer. Says how many."""
+    kept = dataset.filter(_differs)
+    if isinstance(dataset, Dataset):
+        dropped = len(dataset) - len(kept)
+        if len(kept) == 0:
+            raise ValueError(f"In all {dropped} rows of the {name} dataset `chosen` equals `rejected`.")
+        if dropped:
+            logger.warning(
+                "Dropped %d of %d rows of the %s dataset: `chosen` equals `rejected`.", dropped, len(dataset), name
+            )
+    return kept
+
+
+def _differs(row: dict[str, Any]) -> bool:
+    return row["chosen"] != row["rejected"]
+
+
+def check_tokenised(
+    dataset: Any, name: str, rows_before: int | None, max_length: int | None, context: int | None
+) -> None:
+    """
+    Args:
+        dataset: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        rows_before: rows before TRL dropped those whose prompt fills `max_length`; `None` for a stream.
+        max_length: tokens a sequence is cut to.
+        context: tokens the model can take.
+
+    Raises:
+        ValueError: for completions of no tokens, sequences beyond the model's context, or no rows left.
+    """
+    if not isinstance(dataset, Dataset) or rows_before is None:
+        return
+    dropped = rows_before - len(dataset)
+    if len(dataset) == 0:
+        raise ValueError(
+            f"The prompts of all {dropped} rows of the {name} dataset have at least `max_length={max_length}` tokens, "
+            "so that no completion is left. Raise `max_length` or shorten the prompts."
+        )
+    if dropped:
+        logger.warning(
+            "Dropped %d of %d rows of the %s dataset: their prompts fill `max_length=%s`.",
+            dropped,
+            rows_before,
+            name,
+            max_length,
+        )
+    lengths = _lengths(dataset)
+    empty = [i for i, (_, chosen, rejected) in enumerate(lengths) if chosen == 0 or rejected == 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(dataset)} rows of the {name} dataset have a completion of no tokens, the first is "
+            f"row {empty[0]}. Drop them, or write out the completion."
+        )
+    limit = max_length or float("inf")
+    if context is not None and context < limit:
+        long = sum(prompt + max(chosen, rejected) > context for prompt, chosen, rejected in lengths)
+        if long:
+            raise ValueError(
+                f"{long} of {len(dataset)} rows of the {name} dataset are longer than the model's context of "
+                f"{context} tokens. Set `max_length` to at most {context}; it is {max_length}."
+            )
+
+
+def _lengths(dataset: Dataset) -> list[tuple[int, int, int]]:
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return list(zip(*([len(ids) for ids in dataset[column]] for column in columns), strict=True))
+
+
+class SourceCollator:
+    """Collates as `collator` does, and adds the rows' `source` as a list of names."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        if SOURCE in rows[0]:
+            batch[SOURCE] = [str(row[SOURCE]) for row in rows]
+        return batch

@@ -1,0 +1,178 @@
+"""
+The forward of a model that scores pairs: TRL's call with TRL's result, computed over shared rows where that is exact.
+
+TRL asks `model(input_ids, attention_mask, labels, fused_lm_head=True)` for a batch of B chosen and B rejected
+sequences. The answer keeps TRL's (2B, L - 1) layout, so that every loss and metric downstream is TRL's own. The change
+sits inside the base model's forward: DDP, DeepSpeed, PEFT, the adapter-off reference, precomputing and evaluation all
+go through it.
+"""
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..scoring import score_only
+from . import attention
+from .exactness import is_partitioned, length_limit, why_not_model
+from .prefix_sharing import SharedRows, attention_mask_of, share_prefixes
+
+
+# The largest mean difference of the probe's log-probabilities, in nats, that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+TOLERANCE_16_BIT = 0.1
+
+
+class PairForward:
+    """
+    Scores pairs with `model`, whose forward TRL's `add_fused_lm_head` has patched; replaces that forward.
+
+    Args:
+        model: the base causal LM.
+        pack_pairs: all pairs of a batch in one row, where attention can go piece by piece; otherwise a row each.
+
+    Attributes:
+        sharing: whether rows are shared. Off until `share` finds it exact.
+        limit: sequences longer than this many tokens are computed as TRL does: a sliding window or a long-context
+            rotary embedding would tell the layouts apart.
+        outputs: while a list, every scored batch's output is added to it.
+    """
+
+    def __init__(self, model: PreTrainedModel, pack_pairs: bool = True):
+        self.model = model
+        self.pack_pairs = pack_pairs
+        self.sharing = False
+        self.limit = length_limit(model)
+        self.outputs: list[ModelOutput] | None = None
+        self._fused_forward = fused_forward = model.forward
+
+        @functools.wraps(type(model).forward)
+        def forward(_: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+            if not fused_lm_head:
+                return fused_forward(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+            output = self._score(*args, labels=labels, **kwargs)
+            if self.outputs is not None:
+                self.outputs.append(output)
+            return output
+
+        model.forward = types.MethodType(forward, model)
+
+    def share(self) -> str | None:
+        """
+        Switches sharing on where random pairs have the same log-probabilities both ways.
+
+        Returns:
+            Why rows are not shared; `None` where they are.
+        """
+        reason = why_not_model(self.model)
+        if reason is None:
+            attention.use(self.model)
+            reason = None if is_partitioned(self.model) else self._probe()
+        if reason is not None:
+            attention.stop_using(self.model)
+        self.sharing = reason is None
+        return reason
+
+    def _score(self, *args: Any, labels: Tensor, **kwargs: Any) -> ModelOutput:
+        # Anything else, such as images, embeddings or router logits, goes TRL's way.
+        if args or set(kwargs) != {"input_ids", "attention_mask", "use_cache"}:
+            return self._fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        if self.sharing and len(ids) % 2 == 0 and _is_padded_right(mask):
+            shared = self._share(ids, mask)
+            if self.limit is None or shared.longest <= self.limit:
+                return self._score_shared(shared, labels)
+        scored = labels[:, 1:] != -100
+        with score_only(self.model.base_model, lambda states: states[:, :-1][scored]):
+            output = self._fused_forward(shift_labels=labels[:, 1:][scored][None], fused_lm_head=True, **kwargs)
+        return _scatter(output, scored)
+
+    def _share(self, ids: Tensor, mask: Tensor) -> SharedRows:
+        # With a mask over the whole row, pairs side by side would pay for scores between them.
+        packed = self.pack_pairs and attention.in_use(self.model)
+        return share_prefixes(ids, mask, pairs_per_row=None if packed else 1)
+
+    def _score_shared(self, shared: SharedRows, labels: Tensor) -> ModelOutput:
+        scored = labels[:, 1:] != -100
+        predicts = shared.packed_index[:, :-1][scored]
+        if attention.in_use(self.model):
+            # A mask of four dimensions is passed on as it is; the attention function reads the rows instead.
+            who_sees_whom = {"attention_mask": predicts.new_ones(1, 1, 1, 1).bool(), "shared_rows": shared}
+        else:
+            visible = attention_mask_of(shared)
+            dtype = self.model.dtype
+            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            who_sees_whom = {"attention_mask": hidden.masked_fill_(~visible, torch.finfo(dtype).min)}
+        with score_only(self.model.base_model, lambda states: states.flatten(0, 1)[predicts]):
+            output = self._fused_forward(
+                input_ids=shared.input_ids,
+                position_ids=shared.position_ids,
+                shift_labels=labels[:, 1:][scored][None],
+                fused_lm_head=True,
+                **who_sees_whom,
+            )
+        return _scatter(output, scored)
+
+    @torch.no_grad()
+    def _probe(self) -> str | None:
+        """Two random pairs both ways; what differs, in words."""
+        parameter = next(self.model.parameters())
+        vocabulary = self.model.config.get_text_config().vocab_size
+        length = min(12, self.limit or 12)
+        prompt = length // 2
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (4, length), generator=generator)
+        ids[2:, :prompt] = ids[:2, :prompt]
+        mask = torch.ones_like(ids)
+        mask[1, length - 2 :] = mask[2, length - 1 :] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :prompt] = -100
+        ids, mask, labels = (x.to(parameter.device) for x in (ids, mask, labels))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            expected = self._fused_forward(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            got = self._score_shared(self._share(ids, mask), labels)
+        except Exception as error:  # whatever it is, it is a reason
+            return f"{type(self.model).__name__} cannot be run on shared rows ({type(error).__name__}: {error})"
+        finally:
+            self.model.train(was_training)
+        scored = labels[:, 1:] != -100
+        difference = (got.log_probs - expected.log_probs)[scored].abs().mean().item()
+        if difference <= TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT):
+            return None
+        return f"{type(self.model).__name__} gives other log-probabilities on shared rows ({difference:.2g} nats)"
+
+
+def _scatter(output: ModelOutput, scored: Tensor) -> ModelOutput:
+    """The fields of the N scored positions, (1, N) -> (2B, L - 1), 0 elsewhere."""
+    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+        values = getattr(output, name)
+        if values is not None:
+            # The scatter stays connected to the model when nothing is scored.
+            setattr(output, name, values.new_zeros(scored.shape).masked_scatter(scored, values[0]))
+    output.label_mask = scored
+    return output
+
+
+def _is_padded_right(mask: Tensor) -> bool:
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+@contextmanager
+def recorded(forwards: list[PairForward]) -> Iterator[list[ModelOutput]]:
+    """Within the context, the outputs of all scored batches, in order, in the list that it yields."""
+    outputs: list[ModelOutput] = []
+    for forward in forwards:
+        forward.outputs = outputs
+    try:
+        yield outputs
+    finally:
+        for forward in forwards:
+            forward.outputs = None

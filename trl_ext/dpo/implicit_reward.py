@@ -1,0 +1,103 @@
+"""`ImplicitReward`: a policy trained by DPO as a reward function."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import maybe_apply_chat_template
+
+from .._trl import use_adapter
+from .losses import implicit_reward
+
+
+Text = str | list[dict[str, Any]]
+
+
+class ImplicitReward:
+    """
+    r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), in nats times β (Rafailov et al. 2023 eq. 5; S0, S3): what DPO has learnt
+    of people's preferences, up to a constant per prompt. Takes and gives what a TRL reward function does, so that
+    `PPOTrainerX(reward_funcs=ImplicitReward(...))` works; also ranks answers and scores pairs.
+
+    Args:
+        policy: the trained model, or a `PeftModel`.
+        reference: what it started from; `None` for a `PeftModel`: itself without its adapter (or with its adapter
+            "ref", where it has one).
+        tokenizer: of both models; its chat template renders conversations.
+        beta: the β of the training.
+        batch_size: sequences in a forward pass.
+
+    Raises:
+        ValueError: for no reference, one with another vocabulary, or a β that is not above 0.
+    """
+
+    __name__ = "implicit_reward"
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        tokenizer: PreTrainedTokenizerBase,
+        beta: float = 0.1,
+        batch_size: int = 16,
+    ):
+        if not beta > 0:
+            raise ValueError(f"`beta` is {beta}; give the β > 0 that the policy was trained with.")
+        if reference is None and not is_peft_model(policy):
+            raise ValueError(
+                "`reference` is None and the policy has no adapter to switch off: give the model DPO started from."
+            )
+        self.policy = policy.eval()
+        self.reference = None if reference is None else reference.eval()
+        self.tokenizer = tokenizer
+        self.beta = beta
+        self.batch_size = batch_size
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **kwargs: Any) -> list[float]:
+        """A reward for each completion, text or conversation."""
+        rows = [self._tokenise(*row) for row in zip(prompts, completions, strict=True)]
+        rewards: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            rewards += self._score(rows[start : start + self.batch_size]).tolist()
+        return rewards
+
+    def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
+        """The indices of the completions, the best first."""
+        rewards = self([prompt] * len(completions), completions)
+        return sorted(range(len(rewards)), key=lambda i: -rewards[i])
+
+    def _tokenise(self, prompt: Text, completion: Text) -> tuple[list[int], int]:
+        """The ids of prompt and completion, and how many belong to the prompt, as in DPO's training."""
+        row = maybe_apply_chat_template({"prompt": prompt, "completion": completion}, self.tokenizer)
+        whole = row["prompt"] + row["completion"]
+        if isinstance(prompt, str) and self.tokenizer.eos_token and not whole.endswith(self.tokenizer.eos_token):
+            whole += self.tokenizer.eos_token
+        ids, of_prompt = (self.tokenizer(text)["input_ids"] for text in (whole, row["prompt"]))
+        common = next((i for i, (a, b) in enumerate(zip(ids, of_prompt, strict=False)) if a != b), len(of_prompt))
+        return ids, min(common, len(ids) - 1)
+
+    @torch.no_grad()
+    def _score(self, rows: list[tuple[list[int], int]]) -> Tensor:
+        batch = self.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt")
+        starts = torch.tensor([start for _, start in rows])
+        logps = self._completion_logps(self.policy, batch, starts)
+        if self.reference is not None:
+            ref_logps = self._completion_logps(self.reference, batch, starts)
+        else:
+            adapters: Any = self.policy.peft_config
+            with use_adapter(self.policy, "ref" if "ref" in adapters else None):
+                ref_logps = self._completion_logps(self.policy, batch, starts)
+        return implicit_reward(logps, ref_logps, self.beta)
+
+    @staticmethod
+    def _completion_logps(model: nn.Module, batch: Any, starts: Tensor) -> Tensor:
+        device = next(model.parameters()).device
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        position = torch.arange(1, ids.size(1), device=device)
+        read = (position >= starts.to(device).unsqueeze(1)) & mask[:, 1:].bool()
+        return (logps * read).sum(dim=1).cpu()

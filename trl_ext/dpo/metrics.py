@@ -1,0 +1,100 @@
+"""`PreferenceLedger`: pairs of a logging window or of an evaluation, over all ranks, and what they say together."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..intervals import wilson_interval
+from .losses import gradient_weight, preference_probability
+
+
+# (N,) for each pair: implicit rewards, log-ratios to the reference in nats, and tokens of both completions.
+COLUMNS = (
+    *("chosen_rewards", "rejected_rewards", "chosen_logratios", "rejected_logratios"),
+    *("chosen_lengths", "rejected_lengths"),
+)
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+CALIBRATION_BINS = 10
+
+
+class PreferenceLedger:
+    """Collects pairs; `pop` says what they show, and forgets them."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+        self._sources: list[str] = []
+
+    def add(self, pairs: Tensor, sources: list[str] | None = None) -> None:
+        """
+        Args:
+            pairs (N, 6): the columns of `COLUMNS`, of all ranks.
+            sources: the value of the data's `source` column for each pair.
+        """
+        self._batches.append(pairs.float().cpu())
+        self._sources += sources or []
+
+    def pop(self) -> dict[str, float]:
+        """The metrics of docs/metrics.md; empty when there were no pairs."""
+        batches, sources = self._batches, self._sources
+        self._batches, self._sources = [], []
+        if not batches:
+            return {}
+        return preference_metrics(dict(zip(COLUMNS, torch.cat(batches).unbind(1), strict=True)), sources)
+
+
+def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) -> dict[str, float]:
+    """
+    Args:
+        pairs: a tensor (N,) for each of `COLUMNS`.
+        sources: N names, or none.
+    """
+    chosen, rejected = pairs["chosen_rewards"], pairs["rejected_rewards"]
+    margins = chosen - rejected
+    right = margins > 0
+    low, high = wilson_interval(right.sum().item(), len(right))
+    metrics = {
+        "preference/accuracy": right.float().mean().item(),
+        "preference/accuracy_low": low,
+        "preference/accuracy_high": high,
+        "preference/pairs": float(len(right)),
+        "preference/gradient_weight": gradient_weight(chosen, rejected).mean().item(),
+        "preference/calibration_error": calibration_error(preference_probability(chosen, rejected)),
+    }
+    for side, rewards in (("chosen", chosen), ("rejected", rejected)):
+        metrics[f"rewards/{side}_std"] = rewards.std(correction=0).item()
+        metrics[f"rewards/{side}_below_zero"] = (rewards < 0).float().mean().item()
+        metrics[f"logps/{side}_drift"] = pairs[f"{side}_logratios"].mean().item()
+    metrics |= {f"rewards/margins_{name}": margins.quantile(level).item() for name, level in QUANTILES.items()}
+    logratios = torch.cat([pairs["chosen_logratios"], pairs["rejected_logratios"]])
+    metrics["kl/ref"] = (logratios.square() / 2).mean().item()
+    correlation = _correlation(margins, pairs["chosen_lengths"] - pairs["rejected_lengths"])
+    if correlation is not None:
+        metrics["preference/length_correlation"] = correlation
+    for source in sorted(set(sources)):
+        of_source = torch.tensor([name == source for name in sources])
+        metrics[f"preference/accuracy/{source}"] = right[of_source].float().mean().item()
+    return metrics
+
+
+def calibration_error(probabilities: Tensor) -> float:
+    """
+    Expected calibration error of Bradley-Terry: the mean distance, over bins of the confidence max(p, 1 − p), between
+    the confidence and the share of pairs in which people agreed (Guo et al. 2017 eq. 3).
+
+    Args:
+        probabilities (N,): P(chosen ≻ rejected) under the policy.
+    """
+    confidence = torch.maximum(probabilities, 1 - probabilities)
+    right = (probabilities > 0.5).float()
+    bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    counts = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, torch.ones_like(confidence))
+    gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - right)
+    return (gaps.abs().sum() / counts.sum()).item()
+
+
+def _correlation(x: Tensor, y: Tensor) -> float | None:
+    """Pearson's; `None` where one of them does not vary."""
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return None
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

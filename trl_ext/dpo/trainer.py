@@ -1,0 +1,249 @@
+"""`DPOTrainerX`: TRL's `DPOTrainer`, faster by shared prefixes, with the implicit reward in the open."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+
+from .._trl import unwrap_model_for_generation, use_adapter
+from ..pretrained import text_config
+from .checks import check_vocabularies, require_finite
+from .config import DPOConfigX
+from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs
+from .display import show_completions, write_completions
+from .exactness import why_not_run
+from .forward import PairForward, recorded
+from .losses import divergence_score, implicit_reward, smoothing_term
+from .metrics import PreferenceLedger
+
+
+logger = logging.getLogger(__name__)
+
+
+class DPOTrainerX(DPOTrainer):
+    """
+    Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
+    reference log-probabilities, vision data (which goes TRL's way untouched).
+
+    - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
+    - `label_smoothing` works with `loss_type="sigmoid"`.
+    - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
+      column `source` in the data, the accuracy of each source.
+    - Pairs whose completions are equal are dropped, with a warning.
+
+    Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
+    `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
+
+    Args:
+        As `trl.DPOTrainer`; `args` is a [`DPOConfigX`].
+
+    Raises:
+        ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
+        FloatingPointError: when a loss is not finite.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfigX | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
+        elif not isinstance(args, DPOConfigX):
+            raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
+        check_columns(train_dataset, eval_dataset)
+        config = text_config(model, args)
+        if ref_model is not None and not isinstance(ref_model, str):
+            check_vocabularies(config, ref_model.config.get_text_config())
+        has_adapters = kwargs.get("peft_config") is not None or is_peft_model(model)
+        if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
+            raise ValueError(
+                "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "
+                "reference is kept. Switch one of them off."
+            )
+        self._context = getattr(config, "max_position_embeddings", None)
+        self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
+        self._forwards: list[PairForward] = []
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **kwargs,
+        )
+        self._score_pairs()
+        if data_collator is None and not self._is_vision_dataset:
+            self.data_collator = SourceCollator(self.data_collator)
+
+    # ---- Set-up ----
+
+    def _score_pairs(self) -> None:
+        """Replaces the forward of actor and reference, once; says whether prefixes are shared, and why not."""
+        if self._forwards:
+            return
+        actor = self.accelerator.unwrap_model(self.model)
+        models = [actor.get_base_model() if is_peft_model(actor) else actor]
+        if self.ref_model is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        self._forwards = [PairForward(model, self.args.pack_pairs) for model in models]
+        if not self.args.prefix_sharing or self._is_vision_dataset:
+            return
+        of_run = why_not_run(self.args, actor, self.aux_loss_enabled)
+        for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
+            reason = of_run or forward.share()
+            if reason is not None:
+                logger.warning("Prefixes are not shared (%s): %s.", role, reason)
+            elif forward.limit is not None and (self.args.max_length or forward.limit + 1) > forward.limit:
+                logger.warning(
+                    "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: beyond that a "
+                    "sliding window, an attention chunk or the rotary embedding would see the difference.",
+                    role,
+                    forward.limit,
+                )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
+        dataset = drop_equal_pairs(dataset, dataset_name)
+        rows = len(dataset) if isinstance(dataset, Dataset) else None
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SOURCE not in self._signature_columns:
+            self._signature_columns.append(SOURCE)
+
+    # ---- 1. The reference ----
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+        self._score_pairs()
+        return super()._precompute_ref_logps(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != SOURCE})
+
+    # ---- 2. The loss ----
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        sources = inputs.get(SOURCE)
+        inputs = {key: value for key, value in inputs.items() if key != SOURCE}
+        with recorded(self._forwards) as outputs:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        loss, *rest = result if return_outputs else (result,)
+        # 1. Log-ratios to the reference, of chosen and rejected completions
+        mask = inputs["completion_mask"][:, 1:]
+        logps, *of_reference = (self._completion_logps(output.log_probs, mask) for output in outputs)
+        ref_logps = of_reference[0] if of_reference else self._precomputed_logps(inputs)
+        logratios = logps - ref_logps
+        # 2. What TRL's sigmoid loss leaves out
+        if self.label_smoothing:
+            loss = loss + self._smoothing(logratios)
+        require_finite(loss, logratios.detach(), inputs["input_ids"], self._tokenizer, self.state.global_step)
+        # 3. For the log
+        self._record(logratios.detach(), mask, sources)
+        return (loss, *rest) if return_outputs else loss
+
+    def _completion_logps(self, per_token: Tensor, mask: Tensor) -> Tensor:
+        """Sums over the completions' tokens; with `ld_alpha`, the tokens beyond the shorter of the two count less."""
+        per_token = per_token[:, -mask.size(1) :]  # without a prompt's virtual tokens
+        if self.ld_alpha is None:
+            return per_token.sum(dim=1)
+        shorter = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)
+        beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
+        return (per_token * torch.where(beyond, self.ld_alpha, 1.0)).sum(dim=1)
+
+    @staticmethod
+    def _precomputed_logps(inputs: dict[str, Any]) -> Tensor:
+        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+
+    def _smoothing(self, logratios: Tensor) -> Tensor:
+        scores = divergence_score(logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
+        chosen, rejected = scores.chunk(2)
+        of_sigmoid = sum(
+            weight for kind, weight in zip(self.loss_types, self.loss_weights, strict=True) if kind == "sigmoid"
+        )
+        return of_sigmoid * smoothing_term(self.beta * (chosen - rejected), self.label_smoothing).mean()
+
+    # ---- 3. Log ----
+
+    def _record(self, logratios: Tensor, mask: Tensor, sources: list[str] | None) -> None:
+        """Enters the batch's pairs, of all ranks, into the ledger."""
+        rewards = implicit_reward(logratios, torch.zeros_like(logratios), self.beta)
+        columns = [half.float() for values in (rewards, logratios, mask.sum(dim=1)) for half in values.chunk(2)]
+        pairs = torch.stack(columns, dim=1)
+        gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
+        mode = "train" if self.model.training else "eval"
+        if sources is not None and self.accelerator.num_processes > 1:
+            sources = gather_object(sources)
+        pairs = gather(pairs)
+        self._ledgers[mode].add(pairs, None if sources is None else sources[: len(pairs)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for key, value in self._ledgers[mode].pop().items():
+            self._metrics[mode][key] = [value]
+        super().log(logs, start_time)
+
+    # ---- 4. Evaluate ----
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.generate_during_eval and isinstance(held_out, Dataset):
+            self._complete_prompts(held_out)
+        return metrics
+
+    def _complete_prompts(self, held_out: Dataset) -> None:
+        """Shows and writes down what actor and reference make of the first held-out prompts."""
+        if "prompt_ids" not in held_out.column_names:
+            held_out = self._prepare_dataset(held_out, self.processing_class, self.args, "eval")
+        prompts = held_out[: self.args.num_eval_samples]["prompt_ids"]
+        actor = self._complete(self.model, prompts)
+        with self._as_reference() as reference:
+            of_reference = self._complete(reference, prompts)
+        if self.is_world_process_zero():
+            texts = self._tokenizer.batch_decode(prompts)
+            show_completions(texts, actor, of_reference, self.state.global_step)
+            write_completions(self.args.output_dir, texts, actor, of_reference, self.state.global_step)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
+        """The reference, ready to generate: a model of its own, or the actor without its adapter."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        actor = self.accelerator.unwrap_model(self.model)
+        with use_adapter(actor, adapter_name="ref" if "ref" in actor.peft_config else None):
+            yield self.model
+
+    @torch.no_grad()
+    def _complete(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
+        batch = self._tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
+        batch = batch.to(self.accelerator.device)
+        training = model.training
+        model.eval()
+        with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
+            output = unwrapped.generate(
+                **batch, max_new_tokens=self.args.eval_max_new_tokens, do_sample=False, use_cache=True
+            )
+        model.train(training)
+        return self._tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)

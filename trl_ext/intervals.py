@@ -1,0 +1,24 @@
+"""95% confidence intervals of a proportion and of a mean. Pure: torch only."""
+
+import math
+
+from torch import Tensor
+
+
+def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """
+    95% interval of a proportion (Wilson 1927), which stays within 0 and 1 also near the ends.
+
+    center ± half = (p + z²/2n) / (1 + z²/n) ± z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
+    """
+    if count <= 0:
+        raise ValueError(f"A proportion of {count} cases has no interval; evaluate on at least one.")
+    p, n = successes / count, count
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return center - half, center + half
+
+
+def half_width(values: Tensor, z: float = 1.96) -> float:
+    """Half the width of the 95% interval of the mean of `values` (N,), N > 1: z · std / √N."""
+    return z * values.std().item() / math.sqrt(len(values))

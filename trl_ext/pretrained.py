@@ -1,0 +1,19 @@
+"""What can be known of a model before its weights are loaded."""
+
+from typing import Any
+
+from transformers import AutoConfig
+
+
+def text_config(model: Any, args: Any) -> Any:
+    """
+    The text part of a model's config.
+
+    Args:
+        model: a path or hub name, or a model.
+        args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
+    """
+    if not isinstance(model, str):
+        return model.config.get_text_config()
+    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
