@@ -200,6 +200,99 @@ def token_rewards(score, kl, kl_coef):
     return rewards
 
 
+# Pairs of sequences that begin alike. A sequence is a list of token ids.
+
+
+def common_beginning(chosen, rejected):
+    """How many tokens both begin with."""
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    return count
+
+
+def shared_row(pairs):
+    """
+    One row of (chosen, rejected) pairs: what both begin with, the rest of the chosen one, that of the rejected one.
+
+    Each token as (id, position in its own sequence, the sequences it is part of), a sequence being (pair, side).
+    """
+    row = []
+    for k, (chosen, rejected) in enumerate(pairs):
+        common = common_beginning(chosen, rejected)
+        row += [(token, t, {(k, 0), (k, 1)}) for t, token in enumerate(chosen[:common])]
+        row += [(token, common + t, {(k, 0)}) for t, token in enumerate(chosen[common:])]
+        row += [(token, common + t, {(k, 1)}) for t, token in enumerate(rejected[common:])]
+    return row
+
+
+def sees(one, other):
+    """Whether a token of a shared row sees another: it is part of all its sequences, and not after it in them."""
+    return one[2] <= other[2] and other[1] <= one[1]
+
+
+# Preferences: lists of numbers, one for each pair.
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def preference_metrics(rows):
+    """Of rows of six numbers: the rewards, the log-ratios and the tokens of the chosen and the rejected completion."""
+    chosen, rejected, of_chosen, of_rejected, chosen_tokens, rejected_tokens = (
+        list(column) for column in zip(*rows, strict=True)
+    )
+    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    count, right = len(rows), sum(m > 0 for m in margins)
+    # Wilson's interval: the p for which (right/count − p)² = z² p (1 − p) / count.
+    z2 = 1.96**2
+    a, b, c = 1 + z2 / count, -(2 * right / count + z2 / count), (right / count) ** 2
+    root = math.sqrt(b * b - 4 * a * c)
+    metrics = {
+        "preference/accuracy": right / count,
+        "preference/accuracy_low": (-b - root) / (2 * a),
+        "preference/accuracy_high": (-b + root) / (2 * a),
+        "preference/pairs": count,
+        "preference/gradient_weight": statistics.fmean(sigmoid(-m) for m in margins),
+        "preference/calibration_error": calibration_error([sigmoid(m) for m in margins]),
+        "kl/ref": statistics.fmean(x * x / 2 for x in of_chosen + of_rejected),
+        "logps/chosen_drift": statistics.fmean(of_chosen),
+        "logps/rejected_drift": statistics.fmean(of_rejected),
+    }
+    for side, rewards in (("chosen", chosen), ("rejected", rejected)):
+        metrics[f"rewards/{side}_std"] = statistics.pstdev(rewards)
+        metrics[f"rewards/{side}_below_zero"] = sum(r < 0 for r in rewards) / count
+    for name, level in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9)):
+        metrics[f"rewards/margins_{name}"] = quantile(margins, level)
+    gaps = [good - bad for good, bad in zip(chosen_tokens, rejected_tokens, strict=True)]
+    if len(set(gaps)) > 1 and len(set(margins)) > 1:
+        metrics["preference/length_correlation"] = statistics.correlation(margins, gaps)
+    return metrics
+
+
+def quantile(numbers, level):
+    """Between the two neighbours, in proportion to the distance."""
+    place = level * (len(numbers) - 1)
+    below, ordered = math.floor(place), sorted(numbers)
+    above = min(below + 1, len(numbers) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def calibration_error(probabilities):
+    """Ten bins of the confidence from 0.5 to 1: Σ_bins share of pairs · |mean confidence − share that was right|."""
+    bins = [[] for _ in range(10)]
+    for p in probabilities:
+        confidence = max(p, 1 - p)
+        bins[min(int((confidence - 0.5) / 0.05), 9)].append((confidence, p > 0.5))
+    total = 0.0
+    for members in bins:
+        if members:
+            confidence, right = (statistics.fmean(column) for column in zip(*members, strict=True))
+            total += len(members) / len(probabilities) * abs(confidence - right)
+    return total
+
+
 # Ranks.
 
 

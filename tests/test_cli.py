@@ -1,5 +1,6 @@
 """The scripts' command line: which of default, recipe and flag holds, and what an unknown option does."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from trl import RewardConfig
 
-from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.cli import DataArguments, ModelArguments, load_rows, load_splits, parse
 
 
 @dataclass
@@ -130,7 +131,7 @@ def rows():
 def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     getattr(rows, f"to_{kind.removesuffix('l')}")(str(path))
-    splits = load_splits(DataArguments(str(path)), no_embedded)
+    splits = load_splits(DataArguments(dataset_name=str(path)), no_embedded)
     assert (len(splits["train"]), len(splits["test"])) == (18, 2)
     assert sorted([*splits["train"]["prompt"], *splits["test"]["prompt"]]) == sorted(rows["prompt"])
 
@@ -138,15 +139,15 @@ def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
 def test_a_saved_folder_is_loaded_with_its_splits(rows, tmp_path):
     DatasetDict(train=rows, test=rows.select([3])).save_to_disk(str(tmp_path / "both"))
     rows.save_to_disk(str(tmp_path / "one"))
-    both = load_splits(DataArguments(str(tmp_path / "both"), train_size=5, test_size=99), no_embedded)
+    both = load_splits(DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99), no_embedded)
     assert (both["train"]["prompt"], both["test"]["prompt"]) == ([f"p{i}" for i in range(5)], ["p3"])
-    assert len(load_splits(DataArguments(str(tmp_path / "one")), no_embedded)["test"]) == 2
+    assert len(load_splits(DataArguments(dataset_name=str(tmp_path / "one")), no_embedded)["test"]) == 2
 
 
 def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
     DatasetDict(training=rows).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"no split 'train' but \['training'\]"):
-        load_splits(DataArguments(str(tmp_path / "rows")), no_embedded)
+        load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded)
 
 
 def test_embedded_data_get_the_sizes(rows):
@@ -157,12 +158,52 @@ def test_embedded_data_get_the_sizes(rows):
     assert (len(splits["train"]), len(splits["test"])) == (3, 2)
 
 
+def test_a_stream_holds_out_its_first_rows(rows, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    rows.to_json(path)
+    args = DataArguments(dataset_name=path, dataset_streaming=True, test_size=2, train_size=3)
+    splits = load_splits(args, no_embedded)
+    assert [row["prompt"] for row in splits["test"]] == ["p0", "p1"]
+    assert [row["prompt"] for row in splits["train"]] == ["p2", "p3", "p4"]
+    with pytest.raises(ValueError, match=r"no split 'test' was found: give `--test_size`"):
+        load_splits(DataArguments(dataset_name=path, streaming=True), no_embedded)
+
+
+def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, demo):
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    for file in files:
+        rows.to_json(file)
+    lines = "".join(f"  - {{path: json, data_files: {file}}}\n" for file in files)
+    _, data, *_ = run(["--config", recipe(f"datasets:\n{lines}test_split_size: 0.25\n")], demo)
+    splits = load_splits(data, no_embedded)
+    assert (len(splits["train"]), len(splits["test"])) == (30, 10)
+    again = load_splits(data, no_embedded)
+    assert splits["test"]["prompt"] == again["test"]["prompt"]  # as on another rank
+    assert run(["--datasets", "mine"], demo)[3].output_dir != "from-demo"
+
+
+def test_rows_to_score_are_those_of_the_test_split_or_all(rows, tmp_path):
+    rows.to_json(str(tmp_path / "rows.jsonl"))
+    DatasetDict(train=rows, test=rows.select([3, 4])).save_to_disk(str(tmp_path / "both"))
+    assert len(load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))) == 20
+    assert load_rows(DataArguments(dataset_name=str(tmp_path / "both"), test_size=1))["prompt"] == ["p3"]
+    with pytest.raises(ValueError, match=r"no split 'held' but \['train', 'test'\]"):
+        load_rows(
+            DataArguments(dataset_name=str(tmp_path / "both"), dataset_test_split="held", dataset_train_split="t")
+        )
+
+
+def test_a_recipe_sets_the_environment(recipe, demo, monkeypatch):
+    monkeypatch.setenv("TRL_EXT_TEST", "before")
+    run(["--config", recipe("env: {TRL_EXT_TEST: 3}\nsize: 2\n")], demo)
+    assert os.environ["TRL_EXT_TEST"] == "3"
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
-RECIPES = sorted(Path(__file__).parents[1].glob("configs/reward/*.yaml")) + sorted(
-    Path(__file__).parents[1].glob("configs/ppo/*.yaml")
-)
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = [path for name in ("reward", "ppo", "dpo") for path in sorted((CONFIGS / name).glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")

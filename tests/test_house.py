@@ -177,7 +177,9 @@ def test_documented_make_target_exists(path):
     assert named <= existing
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/dpo.md"]
+)
 def test_linked_file_exists(path):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", read(path)):
         assert ((ROOT / path).parent / target).exists(), f"{path} links to {target}"

@@ -8,15 +8,19 @@ import pytest
 from datasets import Dataset
 
 from trl_ext.report import (
+    DPO_LINE,
     PPO_LINE,
     Sample,
+    accuracy_text,
+    dpo_curves,
     pair_samples,
     ppo_curves,
+    preference_table,
     print_samples,
     reward_curves,
     samples_markdown,
 )
-from trl_ext.report.curves import contributions, read_log, series
+from trl_ext.report.curves import contributions, is_tie, read_log, series
 from trl_ext.report.progress import brief_line
 
 
@@ -55,6 +59,39 @@ PPO_LOG = [
 ]
 
 
+def dpo_line(step, prefix="", margin=1.0, **others):
+    """A log line of DPO: every pair has the margin `margin`, half of it from each side."""
+    metrics = {
+        "loss": 0.5,
+        "preference/accuracy": 0.75 if margin else 0.0,
+        "preference/accuracy_low": 0.5,
+        "preference/accuracy_high": 0.875,
+        "preference/pairs": 8.0,
+        "preference/accuracy/a|b": 0.5,
+        "preference/calibration_error": 0.25,
+        "rewards/chosen": margin / 2,
+        "rewards/rejected": -margin / 2,
+        "rewards/chosen_std": 0.125,
+        "rewards/rejected_std": 0.25,
+        "rewards/margins": margin,
+        "rewards/margins_p10": margin,
+        "rewards/margins_p50": margin,
+        "rewards/margins_p90": margin,
+        "logps/chosen_drift": margin * 5,
+        "logps/rejected_drift": -margin * 5,
+    }
+    return {"step": step} | {prefix + key: value for key, value in (metrics | others).items()}
+
+
+DPO_LOG = [
+    dpo_line(0, "eval_", 0.0),
+    dpo_line(1, margin=0.0),
+    dpo_line(2),
+    dpo_line(2, "eval_"),
+    {"step": 2, "x": 1.0},
+]
+
+
 def png_size(path):
     """Width and height from the file's header."""
     header = path.read_bytes()[:24]
@@ -84,6 +121,38 @@ def test_ppo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
 def test_reward_curves_are_a_picture(tmp_path):
     log = [{"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 1, "eval_loss": 0.6, "eval_accuracy": 0.7}]
     assert png_size(reward_curves(log, tmp_path / "curves.png", "Reward model")) == (960, 720)
+
+
+def test_dpo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
+    assert png_size(dpo_curves(DPO_LOG, tmp_path / "curves.png", "DPO")) == (960, 1680)
+    assert png_size(dpo_curves([{"step": 1, "loss": 0.7}], tmp_path / "a.png")) == (960, 1680)
+    assert png_size(dpo_curves([], tmp_path / "b.png")) == (960, 1680)
+
+
+def test_ties_are_lines_whose_margins_are_all_zero():
+    assert [is_tie(line) for line in DPO_LOG] == [True, True, False, False, False]
+    assert is_tie(dpo_line(1, margin=5e-6))  # rounding
+    assert not is_tie(dpo_line(1, margin=0.0) | {"rewards/margins_p90": 0.1})
+
+
+def test_preference_table_shows_each_evaluation_in_a_column():
+    rows = preference_table({"before": DPO_LOG[0], "after": DPO_LOG[3]}).splitlines()
+    assert rows == [
+        "| held-out pairs | before | after |",
+        "|---|---:|---:|",
+        "| preference accuracy (95% interval) | all ties | 75.0% (50.0% to 87.5%) |",
+        r"| accuracy, a\|b |  | 50.0% |",
+        "| pairs | 8 | 8 |",
+        "| loss, nats | 0.5000 | 0.5000 |",
+        "| implicit reward of chosen, mean ± std | +0.000 ± 0.125 | +0.500 ± 0.125 |",
+        "| implicit reward of rejected, mean ± std | -0.000 ± 0.250 | -0.500 ± 0.250 |",
+        "| margin, mean | +0.000 | +1.000 |",
+        "| margin, 10%, 50%, 90% of pairs | +0.000, +0.000, +0.000 | +1.000, +1.000, +1.000 |",
+        "| Bradley-Terry calibration error |  | 0.250 |",
+        "| log π_θ − log π_ref of chosen, nats | +0.00 | +5.00 |",
+        "| log π_θ − log π_ref of rejected, nats | -0.00 | -5.00 |",
+    ]
+    assert accuracy_text(DPO_LOG[2]) == accuracy_text(DPO_LOG[3])  # with `eval_` and without
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
@@ -128,4 +197,7 @@ def test_tables_keep_what_models_write_out_of_their_markup(capsys):
 
 def test_brief_line_shows_what_the_log_has():
     assert brief_line(PPO_LOG[1], PPO_LINE) == "reward +0.100  KL 0.200  kl_coef 0.2  loss +0.6700"
+    assert brief_line(DPO_LOG[2], DPO_LINE) == (
+        "loss 0.5000  accuracy 0.750  margin +1.000  chosen drift +5.00  rejected drift -5.00"
+    )
     assert brief_line({"reward/score": None, "other": 1}, PPO_LINE) == ""

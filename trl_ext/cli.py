@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -11,8 +12,8 @@ from typing import Any, get_type_hints
 
 import torch
 import yaml
-from datasets import DatasetDict, load_dataset, load_from_disk
-from trl import ModelConfig, TrlParser
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset
 
 
 # Options of the trainers' base classes that most runs touch; `--help` shows these, `--help_all` every option.
@@ -52,8 +53,8 @@ class ModelArguments(ModelConfig):
 
 
 @dataclass
-class DataArguments:
-    """Which rows to train on and which to hold out."""
+class DataArguments(DatasetMixtureConfig):
+    """Which rows to train on and which to hold out. `datasets` is TRL's mixture; it goes before `dataset_name`."""
 
     dataset_name: str | None = field(
         default=None,
@@ -65,7 +66,12 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on; 10% of the training rows if there is none."}
+        default="test",
+        metadata={"help": "Split to evaluate on; 10% of the training rows (`test_split_size`) if there is none."},
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the rows while training. Needs `max_steps`, and a test split or `test_size`."},
     )
     train_size: int | None = field(default=None, metadata={"help": "Rows to train on, at most. Unset: all."})
     test_size: int | None = field(default=None, metadata={"help": "Rows to evaluate on, at most. Unset: all."})
@@ -84,7 +90,7 @@ def computes_in_bf16(use_cpu: bool = False) -> bool:
 def parse(
     dataclasses: Iterable[type],
     description: str,
-    demo: Path,
+    demo: Path | None,
     argv: list[str] | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> tuple:
@@ -92,7 +98,8 @@ def parse(
     Instances of `dataclasses` from, in rising order: their own defaults, `defaults`, the YAML recipe, the flags.
 
     The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is `demo`,
-    whose settings fit the embedded data. An unknown key or flag is a `ValueError`.
+    whose settings fit the embedded data. An unknown key or flag is a `ValueError`. A recipe's `env` is put into the
+    environment, as TRL does.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclasses, description=description, allow_abbrev=False)
@@ -102,12 +109,14 @@ def parse(
         argv.append("--help")
     options = [flag for flag in argv if flag not in ("-h", "--help")]
     known, _ = parser.parse_known_args(options)
-    if known.config is not None or known.dataset_name is None:
-        _apply_recipe(parser, Path(known.config or demo))
+    own_data = known.dataset_name is not None or known.datasets
+    recipe = known.config or (None if own_data else demo)
+    if recipe is not None:
+        _apply_recipe(parser, Path(recipe))
     known, _ = parser.parse_known_args(options)
     if known.use_cpu or not torch.cuda.is_available():
         parser.set_defaults(dataloader_pin_memory=False)  # there is no GPU to pin it for
-    if known.bf16 is None:  # TRL would take bfloat16, on a CPU too
+    if getattr(known, "bf16", False) is None:  # TRL would take bfloat16, on a CPU too
         parser.set_defaults(bf16=not known.fp16 and computes_in_bf16(known.use_cpu))
     parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     return parsed[: len(parser.dataclass_types)]  # behind them comes a namespace with --config
@@ -119,6 +128,7 @@ def _apply_recipe(parser: "_Parser", path: Path) -> None:
     recipe = yaml.safe_load(path.read_text()) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
+    os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     unknown = [key for key in recipe if f"--{key}" not in options]
     if unknown:
@@ -188,10 +198,10 @@ class _Parser(TrlParser):
 
 
 def load_splits(args: DataArguments, embedded: Callable[[int | None, int | None], DatasetDict]) -> DatasetDict:
-    """The splits `train` and `test`; without a dataset name, what `embedded(train_size, test_size)` makes."""
-    if args.dataset_name is None:
+    """The splits `train` and `test`; without data of the user's own, what `embedded(train_size, test_size)` makes."""
+    if args.dataset_name is None and not args.datasets:
         return embedded(args.train_size, args.test_size)
-    splits = _load(args.dataset_name, args.dataset_config)
+    splits = _load(args)
     if args.dataset_train_split not in splits:
         raise ValueError(
             f"{args.dataset_name} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
@@ -201,20 +211,50 @@ def load_splits(args: DataArguments, embedded: Callable[[int | None, int | None]
     if args.dataset_test_split in splits:
         test = splits[args.dataset_test_split]
     else:
-        parts = train.train_test_split(test_size=0.1, seed=0)
-        train, test = parts["train"], parts["test"]
+        train, test = _hold_out(train, args)
     return DatasetDict(train=_first(train, args.train_size), test=_first(test, args.test_size))
 
 
-def _load(name: str, config: str | None) -> DatasetDict:
+def load_rows(args: DataArguments) -> Dataset:
+    """All rows of the test split, or of the training split where there is no other; at most `test_size`."""
+    splits = _load(args)
+    for name in (args.dataset_test_split, args.dataset_train_split):
+        if name in splits:
+            return _first(splits[name], args.test_size)
+    raise ValueError(
+        f"{args.dataset_name} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
+        "`--dataset_test_split`."
+    )
+
+
+def _load(args: DataArguments) -> DatasetDict:
+    if args.datasets:
+        # The rows that `test_split_size` holds out are drawn below, by a seed: on every rank the same.
+        return get_dataset(DatasetMixtureConfig(args.datasets, args.streaming or args.dataset_streaming))
+    name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
     if path.is_file() and path.suffix in BUILDERS:
-        return load_dataset(BUILDERS[path.suffix], data_files=str(path))
+        return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    return load_dataset(name, config)
+    return load_dataset(name, args.dataset_config, streaming=streaming)
 
 
-def _first(dataset: Any, size: int | None) -> Any:
-    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
+    """Rows to train on and rows to evaluate on, of a dataset with one split."""
+    if not isinstance(rows, IterableDataset):
+        parts = rows.train_test_split(test_size=args.test_split_size or 0.1, seed=0)
+        return parts["train"], parts["test"]
+    if args.test_size is None:
+        raise ValueError(
+            f"A stream has no length to hold out a share of, and no split {args.dataset_test_split!r} was found: give "
+            "`--test_size`, the number of rows to hold out, or `--dataset_test_split`."
+        )
+    return rows.skip(args.test_size), rows.take(args.test_size)
+
+
+def _first(rows: Any, size: int | None) -> Any:
+    if size is None:
+        return rows
+    return rows.take(size) if isinstance(rows, IterableDataset) else rows.select(range(min(size, len(rows))))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -62,7 +63,7 @@ def _row(query: Tensor, key: Tensor, value: Tensor, spans: tuple, scaling: float
         if span.rejected:
             keys = torch.cat([k[first][:, :, : span.common], k[second]], dim=2)
             values = torch.cat([v[first][:, :, : span.common], v[second]], dim=2)
-            sees = torch.ones(span.rejected, keys.size(2), dtype=torch.bool, device=query.device).tril(span.common)
+            sees = causal_lower_right(span.rejected, keys.size(2))
             outputs.append(F.scaled_dot_product_attention(q[second], keys, values, attn_mask=sees, scale=scaling))
     outputs.append(torch.zeros_like(value[:, :1, :1]).expand(-1, query.size(1), padding, -1))
     return torch.cat(outputs, dim=2)

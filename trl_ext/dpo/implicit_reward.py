@@ -50,6 +50,13 @@ class ImplicitReward:
             raise ValueError(
                 "`reference` is None and the policy has no adapter to switch off: give the model DPO started from."
             )
+        if reference is not None:
+            own, given = (model.config.get_text_config().vocab_size for model in (policy, reference))
+            if own != given:
+                raise ValueError(
+                    f"The policy has a vocabulary of {own} tokens and `reference` one of {given}: their probabilities "
+                    "cannot be compared. Give the model DPO started from."
+                )
         self.policy = policy.eval()
         self.reference = None if reference is None else reference.eval()
         self.tokenizer = tokenizer
@@ -96,8 +103,10 @@ class ImplicitReward:
     def _completion_logps(model: nn.Module, batch: Any, starts: Tensor) -> Tensor:
         device = next(model.parameters()).device
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        position = torch.arange(1, ids.size(1), device=device)
-        read = (position >= starts.to(device).unsqueeze(1)) & mask[:, 1:].bool()
+        first = max(int(starts.min()), 1)  # the first token of which a probability is read
+        kept = ids.size(1) - first + 1
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
+        position = torch.arange(first, ids.size(1), device=device)
+        read = (position >= starts.to(device).unsqueeze(1)) & mask[:, first:].bool()
         return (logps * read).sum(dim=1).cpu()

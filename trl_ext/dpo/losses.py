@@ -3,6 +3,8 @@ The mathematics of DPO: implicit reward, Bradley-Terry, the loss and how strongl
 S0, S3, S4 of the source documents). Pure: torch only. Per pair; means are the caller's.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +67,7 @@ def divergence_score(logratios: Tensor, f_divergence: str, alpha: float = 0.5) -
     if f_divergence == "forward_kl":
         return 1 - torch.exp(-logratios)
     if f_divergence == "js_divergence":
-        return F.logsigmoid(logratios) + torch.log(torch.tensor(2.0))
+        return F.logsigmoid(logratios) + math.log(2)
     if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
         # 80: the largest exponent that float32 and bfloat16 can hold.
         return torch.expm1(((alpha - 1) * logratios).clamp(max=80)) / (alpha - 1)

@@ -71,7 +71,7 @@ class DPOTrainerX(DPOTrainer):
         config = text_config(model, args)
         if ref_model is not None and not isinstance(ref_model, str):
             check_vocabularies(config, ref_model.config.get_text_config())
-        has_adapters = kwargs.get("peft_config") is not None or is_peft_model(model)
+        has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
             raise ValueError(
                 "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "
@@ -208,6 +208,8 @@ class DPOTrainerX(DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(held_out, dict):
+            held_out = next(iter(held_out.values()))
         if self.args.generate_during_eval and isinstance(held_out, Dataset):
             self._complete_prompts(held_out)
         return metrics

@@ -4,7 +4,7 @@ PNGs of a run's curves, from the `log_history` of its Trainer alone (also from a
 matplotlib is an extra: `pip install 'trl-ext[report]'`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ CONTRIBUTIONS = {
     "−ent_coef · entropy": (("coef/entropy", "terms/entropy"), -1, "tab:purple"),
     "old_kl_coef · old_kl": (("coef/old_kl", "terms/old_kl"), 1, "tab:brown"),
 }
+TIE = 1e-4  # in β · nats; what rounding makes of two equal models is smaller
+# Completion of a pair -> its colour.
+SIDES = {"chosen": "tab:blue", "rejected": "tab:red"}
 
 
 def read_log(checkpoint: str | Path) -> list[dict[str, Any]]:
@@ -51,6 +54,13 @@ def contributions(log: Log) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
+def is_tie(metrics: Mapping[str, Any]) -> bool:
+    """Whether a log line of DPO says that all margins are 0, up to rounding: the policy is the reference."""
+    ends = [metrics.get(f"{prefix}rewards/margins_{end}") for prefix in ("", "eval_") for end in ("p10", "p90")]
+    known = [abs(margin) for margin in ends if margin is not None]
+    return bool(known) and max(known) < TIE
+
+
 def ppo_curves(log: Log, path: str | Path, title: str = "", kl_band: Sequence[float] | None = (0.5, 2.0)) -> Path:
     """
     Three panels over optimizer steps: reward (rollouts, and held out with its 95% interval), KL to the reference in
@@ -78,6 +88,65 @@ def reward_curves(log: Log, path: str | Path, title: str = "") -> Path:
     axes[1].set_ylim(top=1.02)
     axes[1].set_xlabel("optimizer step")
     return _save(figure, path, title)
+
+
+def dpo_curves(log: Log, path: str | Path, title: str = "") -> Path:
+    """
+    Five panels over optimizer steps, training and held out: loss; preference accuracy with its 95% interval; implicit
+    rewards of chosen and rejected; their margin with its quantiles; how far both log-probabilities have moved.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(5, 1, figsize=(8, 14), sharex=True, layout="constrained")
+    _both(axes[0], log, "loss", "tab:blue", "training", "held out")
+    axes[0].axhline(0.6931, color="grey", linewidth=0.8, linestyle="--", label="log 2: policy = reference")
+    axes[0].set_ylabel("loss (nats)")
+    _accuracy_panel(axes[1], log)
+    for name, colour in SIDES.items():
+        _both(axes[2], log, f"rewards/{name}", colour, name, f"{name}, held out")
+        _both(axes[4], log, f"logps/{name}_drift", colour, name, f"{name}, held out")
+    axes[2].set_ylabel("implicit reward\n(β · nats)")
+    _margin_panel(axes[3], log)
+    axes[4].set_ylabel("log π_θ − log π_ref\n(nats per sequence)")
+    axes[4].set_xlabel("optimizer step")
+    for axis in axes[2:]:
+        axis.axhline(0, color="grey", linewidth=0.8)
+    for axis in axes:
+        _finish(axis)
+    return _save(figure, path, title)
+
+
+def _both(axis: Any, log: Log, key: str, colour: str, training: str, held_out: str) -> None:
+    """A metric of the training batches as a line, of the held-out pairs as diamonds; with a label for each."""
+    axis.plot(*series(log, key), color=colour, alpha=0.8, marker=".", label=training)
+    style = {"marker": "D", "markeredgecolor": "black", "linestyle": ":"}
+    axis.plot(*series(log, f"eval_{key}"), color=colour, label=held_out, **style)
+
+
+def _accuracy_panel(axis: Any, log: Log) -> None:
+    log = [line for line in log if not is_tie(line)]  # before the first step no pair is right or wrong
+    for prefix, colour, label in (("", "tab:blue", "training"), ("eval_", "black", "held out")):
+        steps, accuracy = series(log, f"{prefix}preference/accuracy")
+        ends = [series(log, f"{prefix}preference/accuracy_{end}")[1] for end in ("low", "high")]
+        if prefix:
+            below = [a - low for a, low in zip(accuracy, ends[0], strict=True)]
+            above = [high - a for a, high in zip(accuracy, ends[1], strict=True)]
+            style = {"marker": "D", "capsize": 5, "linestyle": ":"}
+            axis.errorbar(steps, accuracy, yerr=[below, above], color=colour, label=f"{label}, 95%", **style)
+        else:
+            axis.plot(steps, accuracy, color=colour, marker=".", label=f"{label}, 95%")
+            axis.fill_between(steps, *ends, color=colour, alpha=0.15)
+    axis.axhline(0.5, color="grey", linewidth=0.8, linestyle="--", label="chance")
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_ylabel("preference accuracy")
+
+
+def _margin_panel(axis: Any, log: Log) -> None:
+    _both(axis, log, "rewards/margins", "tab:green", "mean", "mean, held out")
+    steps, median = series(log, "rewards/margins_p50")
+    axis.plot(steps, median, color="tab:olive", linewidth=1, label="median")
+    ends = [series(log, f"rewards/margins_{name}")[1] for name in ("p10", "p90")]
+    axis.fill_between(steps, *ends, color="tab:green", alpha=0.15, label="10% to 90% of pairs")
+    axis.set_ylabel("margin, chosen − rejected\n(β · nats)")
 
 
 def _reward_panel(axis: Any, log: Log) -> None:

@@ -17,6 +17,16 @@ PPO_LINE = {
     "value/explained_variance": ("explained variance", ".2f"),
     "completions/mean_length": ("tokens", ".1f"),
 }
+DPO_LINE = {
+    "loss": ("loss", ".4f"),
+    "preference/accuracy": ("accuracy", ".3f"),
+    "rewards/margins": ("margin", "+.3f"),
+    "logps/chosen_drift": ("chosen drift", "+.2f"),
+    "logps/rejected_drift": ("rejected drift", "+.2f"),
+    "eval_loss": ("held-out loss", ".4f"),
+    "eval_preference/accuracy": ("held-out accuracy", ".3f"),
+    "eval_rewards/margins": ("margin", "+.3f"),
+}
 REWARD_LINE = {
     "loss": ("loss", ".4f"),
     "accuracy": ("accuracy", ".3f"),

@@ -1,0 +1,105 @@
+"""
+DPO: teach a model what people prefer, from pairs of answers.
+
+    python scripts/dpo.py                                       # the embedded demo
+    python scripts/dpo.py --config configs/dpo/documents.yaml   # the documents' numbers
+    python scripts/dpo.py --model my-sft --dataset_name pairs.jsonl --output_dir out
+
+The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`; with a column
+`source`, each source gets an accuracy of its own. All flags of `trl dpo` are known. Held-out pairs are scored before
+and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json, curves.png, and
+the implicit rewards before and after in table.md.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from trl import get_peft_config, get_quantization_config
+
+from trl_ext import DPOConfigX, DPOTrainerX, embedded
+from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.report import DPO_LINE, accuracy_text, dpo_curves, preference_table, use_brief_progress
+
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "dpo" / "demo.yaml"
+DEFAULTS = {"eval_on_start": True}
+
+
+@dataclass
+class DPOArguments(DataArguments):
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
+    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
+    ignore_bias_buffers: bool = field(
+        default=False,
+        metadata={"help": "Keep boolean buffers out of DDP, which cannot broadcast those of old models."},
+    )
+
+
+def load(data: DPOArguments) -> DatasetDict:
+    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+
+    return load_splits(data, pairs)
+
+
+def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    trainer = DPOTrainerX(
+        model.model_name_or_path or str(embedded.smollm2()),
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    if data.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
+    return trainer
+
+
+def evaluations(trainer: DPOTrainerX) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last evaluation in the log."""
+
+    def held_out() -> list[dict[str, Any]]:
+        return [line for line in trainer.state.log_history if "eval_preference/accuracy" in line]
+
+    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    return held_out()[0], held_out()[-1]
+
+
+def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Accuracy on the terminal; metrics.json, curves.png, table.md."""
+    output = Path(trainer.args.output_dir)
+    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    (output / "table.md").write_text(preference_table({"before": before, "after": after}))
+    dpo_curves(trainer.state.log_history, output / "curves.png", f"DPO, β = {trainer.args.beta:g}")
+    print(
+        f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
+        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}, KL to the reference "
+        f"{after['eval_kl/ref']:.2f} nats per sequence.\nModel, metrics, curves and table are in {output}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    data, model, args = parse((DPOArguments, ModelArguments, DPOConfigX), __doc__, DEMO, argv, DEFAULTS)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, DPO_LINE)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    before, after = evaluations(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, before, after)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Two processes give the losses, the parameters and the ledger's metrics of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo import dpo_layouts
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOLERANCE = 1e-4  # of numbers near 0.1 and above, after four steps in float32
+
+
+def difference(one, other):
+    """The largest relative difference of logged numbers and, by norm, of parameters; what is near 0 counts as 0.1."""
+    largest = (0.0, "")
+    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, number in theirs.items():
+            largest = max(largest, (abs(mine[key] - number) / max(abs(number), 0.1), key))
+    assert one["parameters"].keys() == other["parameters"].keys()
+    for name, tensor in other["parameters"].items():
+        apart = (one["parameters"][name] - tensor).norm().item()
+        largest = max(largest, (apart / max(tensor.norm().item(), 0.1), name))
+    return largest
+
+
+def two_processes(path):
+    """What two processes have measured: one launch for all, which imports the libraries twice."""
+    for name, data in dpo_layouts.DATA.items():
+        data.save_to_disk(str(path.parent / name))
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    settings = {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launch, str(ROOT / "tests" / "dpo" / "dpo_layouts.py"), str(path)],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = torch.load(path, weights_only=True)
+    assert measured.pop("processes") == 2
+    return measured
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_one_does(tmp_path):
+    """The same run on one process and on two, of one and of two micro-batches each; a ledger per rank does show."""
+    measured = two_processes(tmp_path / "measured.pt")
+    alone = {case: dpo_layouts.run(8, 1, **options) for case, options in dpo_layouts.CASES.items()}
+    assert alone["sigmoid"]["lines"][-1]["eval_preference/pairs"] == 11
+    assert alone["sigmoid"]["lines"][0]["preference/pairs"] == 16
+    differences = {name: difference(result, alone.get(name, alone["sigmoid"])) for name, result in measured.items()}
+    assert differences.pop("ledger per rank")[0] > 1e-2
+    assert differences.keys() == {*dpo_layouts.CASES, "2 x 2"}
+    assert max(differences.values())[0] < TOLERANCE, differences
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", dpo_layouts.CASES)
+def test_micro_batches_change_nothing(case):
+    """Four micro-batches of two pairs are one batch of eight."""
+    options = dpo_layouts.CASES[case]
+    assert difference(dpo_layouts.run(2, 4, **options), dpo_layouts.run(8, 1, **options))[0] < TOLERANCE

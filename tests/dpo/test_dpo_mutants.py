@@ -1,0 +1,262 @@
+"""The tests of DPO's mathematics, layout and metrics can fail: each entry is a mistake that one of them catches.
+
+A mutant is a module built from its own source with one piece of text replaced. While it stands in for the real module,
+the test, taken as it is from its file, must fail.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import types
+from pathlib import Path
+
+import pytest
+from transformers import AttentionInterface
+
+from trl_ext.dpo import attention
+
+
+FILES = {
+    "losses": "test_dpo_losses",
+    "prefix_sharing": "test_prefix_sharing",
+    "attention": "test_shared_attention",
+    "metrics": "test_dpo_metrics",
+    "implicit_reward": "test_implicit_reward",
+    "exactness": "test_pair_forward",
+    "forward": "test_pair_forward",
+}
+
+ALL_IN_ONE = {"case": "all", "per_row": None}
+ALL_BY_TWO = {"case": "all", "per_row": 2}
+PIECES = {"case": "all", "per_row": 2, "heads": (4, 2), "scaling": 0.7}
+REWARD = {"rows": None, "batch_size": 4}  # `rows` is filled in from the test's own module
+
+# (module, text in its source, what a mistake would have written, test that must notice, its parameters)
+MUTANTS = [
+    # losses.py
+    ("losses", "beta * (logps - ref_logps)", "beta * (ref_logps - logps)", "implicit_reward_is_beta", {}),
+    ("losses", "beta * (logps - ref_logps)", "(logps - ref_logps)", "implicit_reward_is_beta", {}),
+    (
+        "losses",
+        "torch.sigmoid(chosen_rewards - rejected_rewards)",
+        "torch.sigmoid(chosen_rewards) - torch.sigmoid(rejected_rewards)",
+        "preference_probability_is",
+        {},
+    ),
+    ("losses", "-F.logsigmoid(margins) +", "F.logsigmoid(margins) +", "dpo_loss_is_the", {"label_smoothing": 0.0}),
+    ("losses", "-F.logsigmoid(margins) +", "torch.log1p(torch.exp(-margins)) +", "dpo_loss_and_weight_stay", {}),
+    (
+        "losses",
+        "return label_smoothing * margins",
+        "return -label_smoothing * margins",
+        "dpo_loss_is_the",
+        {"label_smoothing": 0.1},
+    ),
+    (
+        "losses",
+        "margins = chosen_rewards - rejected_rewards",
+        "margins = rejected_rewards - chosen_rewards",
+        "dpo_loss_of_both",
+        {},
+    ),
+    (
+        "losses",
+        "sigmoid(rejected_rewards - chosen_rewards)",
+        "sigmoid(chosen_rewards - rejected_rewards)",
+        "gradient_weight_is_minus",
+        {"label_smoothing": 0.0},
+    ),
+    ("losses", " - label_smoothing", "", "gradient_weight_is_minus", {"label_smoothing": 0.1}),
+    (
+        "losses",
+        "1 - torch.exp(-logratios)",
+        "1 - torch.exp(logratios)",
+        "divergence_score_is_the",
+        {"name": "forward_kl", "alpha": 0.5},
+    ),
+    (
+        "losses",
+        "F.logsigmoid(logratios) + math.log(2)",
+        "F.logsigmoid(logratios)",
+        "divergence_score_has",
+        {"name": "js_divergence", "alpha": 0.5},
+    ),
+    (
+        "losses",
+        "((alpha - 1) * logratios)",
+        "(alpha * logratios)",
+        "divergence_score_is_the",
+        {"name": "alpha_divergence", "alpha": 0.5},
+    ),
+    (
+        "losses",
+        " / (alpha - 1)",
+        "",
+        "divergence_score_is_the",
+        {"name": "alpha_divergence", "alpha": 0.5},
+    ),
+    ("losses", ".clamp(max=80)", "", "divergence_score_stays", {}),
+    # prefix_sharing.py
+    ("prefix_sharing", "cumprod(1).sum(1)", "sum(1)", "layout_names", {"case": "alike again later", "per_row": 1}),
+    (
+        "prefix_sharing",
+        " & real[:size] & real[size:]",
+        "",
+        "layout_does_not",
+        {"pad": 21, "per_row": None},
+    ),
+    (
+        "prefix_sharing",
+        "(rejected + span.common, span.rejected)]",
+        "(rejected, span.rejected)]",
+        "layout_holds",
+        ALL_IN_ONE,
+    ),
+    ("prefix_sharing", "(start + whole, span.rejected)]", "(start, span.rejected)]", "layout_holds", ALL_IN_ONE),
+    ("prefix_sharing", "source_index % length", "source_index % (length + 1)", "layout_holds", ALL_BY_TWO),
+    ("prefix_sharing", "= source_index % length", "= target_index % width", "layout_holds", ALL_BY_TWO),
+    ("prefix_sharing", "spans[pair - place : pair])", "spans[:pair])", "layout_holds", ALL_BY_TWO),
+    ("prefix_sharing", "start = row * width +", "start = row +", "layout_holds", ALL_BY_TWO),
+    (
+        "prefix_sharing",
+        "packed_index[1] = torch.where(same.long().cumprod(1).bool(), packed_index[0], packed_index[1])",
+        "pass",
+        "layout_finds",
+        ALL_IN_ONE,
+    ),
+    (
+        "prefix_sharing",
+        "torch.where(same.long().cumprod(1).bool(), packed",
+        "torch.where(same, packed",
+        "layout_finds",
+        {"case": "alike again later", "per_row": 1},
+    ),
+    ("prefix_sharing", "max(span.chosen, span.rejected)", "span.chosen", "layout_names", ALL_IN_ONE),
+    ("prefix_sharing", "& ((tail == -1) | (tail[:, None] == tail))", "", "mask_says", ALL_IN_ONE),
+    ("prefix_sharing", "(pair[:, None] == pair) & ", "", "mask_says", ALL_IN_ONE),
+    ("prefix_sharing", "(tail == -1) | ", "", "mask_lets", {"case": "plain"}),
+    (
+        "prefix_sharing",
+        "tail[start + span.common : whole], tail[whole",
+        "tail[start + span.common + 1 : whole], tail[whole",
+        "mask_lets",
+        {"case": "plain"},
+    ),
+    ("prefix_sharing", ".tril().bool())", ".bool())", "mask_lets", {"case": "plain"}),
+    # attention.py
+    (
+        "attention",
+        "causal_lower_right(span.rejected, keys.size(2))",
+        "torch.ones(span.rejected, keys.size(2)).bool()",
+        "pieces_equal",
+        PIECES,
+    ),
+    ("attention", "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", "pieces_equal", PIECES),
+    (
+        "attention",
+        "[:, :, : span.common]",
+        "[:, :, : span.common + span.chosen]",
+        "pieces_equal",
+        PIECES,
+    ),
+    ("attention", "is_causal=True, scale=scaling", "is_causal=False, scale=scaling", "pieces_equal", PIECES),
+    ("attention", "attn_mask=sees, scale=scaling", "attn_mask=sees", "pieces_equal", PIECES),
+    ("attention", "key, value = repeat_kv(key, groups)", "key, value = key.repeat(1, groups, 1, 1)", "pieces", PIECES),
+    # metrics.py
+    ("metrics", "right = margins > 0", "right = margins >= 0", "margin_of_0", {}),
+    ("metrics", "margins = chosen - rejected", "margins = rejected - chosen", "metrics_equal", {"size": 40}),
+    ("metrics", "(rewards < 0)", "(rewards > 0)", "metrics_equal", {"size": 40}),
+    (
+        "metrics",
+        '[f"{side}_logratios"].mean().item()',
+        '[f"{side}_logratios"].mean().neg().item()',
+        "metrics_equal",
+        {"size": 40},
+    ),
+    ("metrics", "logratios.square() / 2", "logratios.square()", "metrics_equal", {"size": 40}),
+    (
+        "metrics",
+        "gradient_weight(chosen, rejected)",
+        "gradient_weight(rejected, chosen)",
+        "metrics_equal",
+        {"size": 7},
+    ),
+    ("metrics", "std(correction=0)", "std()", "metrics_equal", {"size": 7}),
+    ("metrics", "x.std() == 0 or y.std() == 0", "False", "metrics_leave_out", {}),
+    (
+        "metrics",
+        'pairs["chosen_lengths"] - pairs["rejected_lengths"]',
+        'pairs["chosen_lengths"]',
+        "metrics_equal",
+        {"size": 40},
+    ),
+    ("metrics", "name == source for", "name != source for", "accuracy_of_each", {}),
+    ("metrics", "torch.maximum(probabilities, 1 - probabilities)", "probabilities", "calibration_error_by", {}),
+    ("metrics", "(confidence - 0.5) * 2", "confidence", "calibration_error_equals", {"size": 1000}),
+    ("metrics", "gaps.abs().sum()", "gaps.sum().abs()", "calibration_error_equals", {"size": 1000}),
+    ("metrics", "self._batches, self._sources = [], []", "pass", "ledger_speaks", {}),
+    ("metrics", "self._sources += sources or []", "self._sources = sources or []", "ledger_speaks", {}),
+    # implicit_reward.py
+    ("implicit_reward", "(position >= starts", "(position > starts", "reward_equals", REWARD),
+    ("implicit_reward", " & mask[:, first:].bool()", "", "reward_equals", REWARD),
+    ("implicit_reward", "logits[:, :-1]", "logits[:, 1:]", "reward_equals", REWARD),
+    ("implicit_reward", "whole += self.tokenizer.eos_token", "pass", "reward_equals", REWARD),
+    ("implicit_reward", '"ref" if "ref" in adapters else None', "None", "reward_of_an", {"adapter": "ref"}),
+    ("implicit_reward", "key=lambda i: -rewards[i]", "key=lambda i: rewards[i]", "ranking", {}),
+    # forward.py, exactness.py
+    ("forward", "packed_index[:, :-1][scored]", "packed_index[:, 1:][scored]", "shared_rows_give_way", {}),
+    ("forward", "self.limit is None or shared.longest <= self.limit", "True", "shared_rows_give_way", {}),
+    ("forward", "position_ids=shared.position_ids,", "", "shared_rows_give_way", {}),
+    (
+        "exactness",
+        '"sliding_attention" in kinds',
+        "False",
+        "length_limit",
+        {"name": "gemma2", "overrides": {}, "limit": 64},
+    ),
+]
+
+
+def mutate(module, text, mistake):
+    """The module that results from writing `mistake` for `text`, which its source must hold."""
+    source = inspect.getsource(module)
+    assert text in source, f"{text!r} is no longer in {module.__name__}: bring the table up to date."
+    mutant = types.ModuleType(module.__name__)
+    mutant.__package__ = module.__package__
+    exec(compile(source.replace(text, mistake), f"mutant of {module.__file__}", "exec"), mutant.__dict__)
+    return mutant
+
+
+def find_test(module_name, beginning):
+    """The one test of the module whose name begins like this, imported anew, and its module."""
+    path = Path(__file__).parent / f"{FILES[module_name]}.py"
+    spec = importlib.util.spec_from_file_location(f"mutated_{path.stem}", path)
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    (test,) = (function for name, function in vars(tests).items() if name.startswith(f"test_{beginning}"))
+    return test, tests
+
+
+def name(mutant):
+    module, text, mistake, *_ = mutant
+    return f"{module}: {text.strip()} -> {mistake}"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+def test_dpo_mutant_is_caught(mutant, monkeypatch):
+    module_name, text, mistake, beginning, parameters = mutant
+    # A mutant of attention.py registers its attention: afterwards the name is the real one's again.
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, attention.shared_attention)
+    module = importlib.import_module(f"trl_ext.dpo.{module_name}")
+    test, tests = find_test(module_name, beginning)
+    if "rows" in parameters:
+        parameters = parameters | {"rows": tests.texts}
+    test(**parameters)
+    for attribute, value in vars(mutate(module, text, mistake)).items():
+        if not attribute.startswith("__"):
+            # Also where the test's file has imported it by name.
+            if attribute in vars(tests) and getattr(tests, attribute) is getattr(module, attribute):
+                monkeypatch.setattr(tests, attribute, value)
+            monkeypatch.setattr(module, attribute, value)
+    with pytest.raises((AssertionError, pytest.fail.Exception, IndexError, RuntimeError)):
+        test(**parameters)

@@ -1,0 +1,618 @@
+"""`DPOTrainerX` from end to end: label smoothing, what it logs, evaluates and writes, and when it refuses to go on."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from transformers import TrainerCallback
+from trl import DPOConfig
+
+import dpo_runs
+import oracles
+import tiny
+from trl_ext import DPOTrainerX
+from trl_ext.dpo import trainer as trainer_module
+from trl_ext.dpo.data import check_tokenised
+
+
+pytestmark = pytest.mark.integration
+
+STAND_STILL = {"learning_rate": 0.0, "logging_steps": 1}
+
+
+def losses(trainer):
+    return [line["loss"] for line in dpo_runs.lines(trainer)]
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("trl_ext.dpo")]
+
+
+@pytest.fixture
+def caplog(caplog):
+    """transformers keeps its own handlers; the project's loggers propagate."""
+    caplog.set_level(logging.WARNING, logger="trl_ext")
+    return caplog
+
+
+# Label smoothing
+
+
+def slow_smoothed_loss(rows, beta, epsilon, score):
+    """−(1 − ε) log σ(m) − ε log σ(−m), m = β (score of the chosen − score of the rejected), the mean over pairs."""
+    total = 0.0
+    for _, _, chosen, rejected, *_ in rows:
+        p = oracles.sigmoid(beta * (score(chosen) - score(rejected)))
+        total += -(1 - epsilon) * math.log(p) - epsilon * math.log(1 - p)
+    return total / len(rows)
+
+
+SCORES = {
+    "reverse_kl": lambda x: x,
+    "forward_kl": lambda x: 1 - math.exp(-x),
+    "js_divergence": lambda x: math.log(2 * math.exp(x) / (math.exp(x) + 1)),
+    "alpha_divergence": lambda x: (math.exp(x * (0.5 - 1)) - 1) / (0.5 - 1),
+}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("divergence", SCORES)
+def test_label_smoothing_is_conservative_dpo(tmp_path, divergence, label_smoothing):
+    options = {"label_smoothing": label_smoothing, "f_divergence_type": divergence, "max_steps": 1}
+    trainer = dpo_runs.dpo_run(tmp_path, per_device_train_batch_size=8, **options, **STAND_STILL)
+    rows = dpo_runs.slow_rows(trainer, trainer.train_dataset, dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1))
+    expected = slow_smoothed_loss(rows, 0.1, label_smoothing, SCORES[divergence])
+    # The log rounds nothing: float32 sums of some ten terms.
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_label_smoothing_weighs_with_the_sigmoid_loss(tmp_path):
+    """Of two losses only the sigmoid one is smoothed here, by its weight."""
+    mixed = {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.5, 3.0], "max_steps": 1} | STAND_STILL
+    plain = losses(dpo_runs.dpo_run(tmp_path, **mixed))[0]
+    smoothed = losses(dpo_runs.dpo_run(tmp_path, **mixed, label_smoothing=0.1))[0]
+    alone = [losses(dpo_runs.dpo_run(tmp_path, max_steps=1, label_smoothing=e, **STAND_STILL))[0] for e in (0.0, 0.1)]
+    assert smoothed - plain == pytest.approx(3 * (alone[1] - alone[0]), rel=1e-4)
+
+
+def test_label_smoothing_changes_the_gradient_as_the_weight_says(tmp_path):
+    """At the reference every pair pulls with 1/2 − ε: the gradient shrinks by 1 − 2ε."""
+    gradients = []
+    for epsilon in (0.0, 0.1):
+        keep = dpo_runs.KeepGradients()
+        models = {"ref_model": dpo_runs.tiny_model(), "callbacks": [keep]}
+        dpo_runs.dpo_run(tmp_path, models, label_smoothing=epsilon, max_steps=1, max_grad_norm=1e6)
+        gradients.append(keep.steps[0])
+    shrunk = {name: 0.8 * gradient for name, gradient in gradients[0].items()}
+    assert dpo_runs.gradient_difference(gradients[1], shrunk) < 1e-5
+
+
+# When things are wrong: the config
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"beta": 0.0}, r"`beta` is 0.0; .* needs a β > 0"),
+        ({"beta": -0.1}, r"`beta` is -0.1"),
+        ({"beta": float("nan")}, r"`beta` is nan"),
+        ({"label_smoothing": 0.5}, r"`label_smoothing` is 0.5; .* in \[0, 0.5\)"),
+        ({"label_smoothing": -0.1}, r"`label_smoothing` is -0.1"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, r"changes nothing with `loss_type=\['hinge'\]`"),
+        ({"label_smoothing": 0.1, "use_weighting": True}, r"not defined together with `use_weighting=True`"),
+        ({"num_eval_samples": 0}, r"`num_eval_samples` is 0; it must be at least 1"),
+        ({"eval_max_new_tokens": 0}, r"`eval_max_new_tokens` is 0"),
+    ],
+    ids=str,
+)
+def test_config_error_says_what_was_given_and_what_is_needed(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        dpo_runs.dpo_config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"])
+def test_label_smoothing_is_taken_by_every_loss_that_reads_it(tmp_path, loss_type):
+    assert dpo_runs.dpo_config(tmp_path, loss_type=loss_type, label_smoothing=0.49).label_smoothing == 0.49
+
+
+def test_config_of_trl_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match="`args` is a DPOConfig; DPOTrainerX needs a `DPOConfigX`"):
+        dpo_runs.dpo_trainer(tmp_path, side=(DPOTrainerX, DPOConfig))
+
+
+def test_no_config_names_the_folder_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = dpo_runs.tiny_model()
+    model.config._name_or_path = "somewhere/tiny/"
+    # TRL's defaults ask for a GPU.
+    monkeypatch.setattr(trainer_module, "DPOConfigX", dpo_runs.dpo_config)
+    arguments = {"processing_class": tiny.tiny_tokenizer(), "train_dataset": dpo_runs.tiny_pairs()}
+    trainer = DPOTrainerX(model, dpo_runs.tiny_model(seed=1), **arguments)
+    assert trainer.args.output_dir == "tiny-DPO"
+
+
+def test_different_vocabularies_are_refused_with_both_sizes(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary of 64 tokens and `ref_model` one of 70") as error:
+        dpo_runs.dpo_trainer(tmp_path, {"ref_model": dpo_runs.tiny_model(vocab_size=70)})
+    assert "leave `ref_model` out" in str(error.value)
+
+
+def test_generation_needs_a_reference_that_is_kept(tmp_path):
+    with pytest.raises(ValueError, match=r"with `precompute_ref_log_probs` no\s+reference is kept"):
+        dpo_runs.dpo_trainer(tmp_path, {"ref_model": None}, generate_during_eval=True, precompute_ref_log_probs=True)
+
+
+# When things are wrong: the data
+
+
+def pairs_with(**columns):
+    """Eight good rows, in which columns are replaced; `None` removes one."""
+    rows = [row | columns for row in dpo_runs.tiny_pairs().to_list()]
+    return Dataset.from_list([{key: value for key, value in row.items() if value is not None} for row in rows])
+
+
+@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"rejected": None, "bad": "cat"}, r"has no column 'rejected'; its columns are \['bad', 'chosen', 'prompt'\]"),
+        ({"rejected": None, "chosen": None, "text": "cat"}, r"has no column 'chosen' and 'rejected'"),
+        ({"chosen": 3}, r"The column 'chosen' of .* holds int \(3\); it must hold text, or a conversation"),
+        ({"prompt": ["the", "cat"]}, r"The column 'prompt' of .* holds list \(\['the', 'cat'\]\)"),
+        (
+            {"prompt": [{"role": "user", "content": "the cat"}]},
+            r"\['chosen', 'rejected'\] hold text and \['prompt'\] conversations; they must be of one kind",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_column_error_names_what_was_found_and_needed(tmp_path, split, columns, message):
+    with pytest.raises(ValueError, match=message) as error:
+        dpo_runs.dpo_trainer(tmp_path, {split: pairs_with(**columns)})
+    assert f"`{split}`" in str(error.value)
+    if "has no column" in message:
+        assert "rename_columns({'question': 'prompt', 'good': 'chosen', 'bad': 'rejected'})" in str(error.value)
+
+
+def test_column_error_comes_before_a_model_is_loaded(tmp_path):
+    """The folder does not exist; the data is what is complained of. In a dict, the split is named."""
+    with pytest.raises(ValueError, match="`held out` has no column 'chosen'"):
+        dpo_runs.dpo_trainer(
+            tmp_path, {"model": "no/such/folder", "eval_dataset": {"held out": pairs_with(chosen=None)}}
+        )
+
+
+def test_dataset_of_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` has no rows"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": dpo_runs.tiny_pairs().select([])})
+
+
+def test_equal_pairs_are_counted_dropped_and_never_trained_on(tmp_path, caplog):
+    rows = dpo_runs.tiny_pairs().to_list()
+    for i in (0, 5):
+        rows[i]["rejected"] = rows[i]["chosen"]
+    models = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[5:])}
+    trainer = dpo_runs.dpo_trainer(tmp_path, models)
+    assert len(trainer.train_dataset) == 6
+    assert len(trainer.eval_dataset) == 2
+    assert rows[0]["prompt"] not in trainer.train_dataset["prompt"]
+    said = warnings_of(caplog)
+    assert "Dropped 2 of 8 rows of the train dataset: `chosen` equals `rejected`." in said
+    assert "Dropped 1 of 3 rows of the eval dataset: `chosen` equals `rejected`." in said
+
+
+def test_equal_conversations_are_dropped(tmp_path):
+    def row(chosen, rejected):
+        turns = ({"role": "assistant", "content": text} for text in (chosen, rejected))
+        return {"prompt": [{"role": "user", "content": "the cat"}]} | dict(
+            zip(("chosen", "rejected"), ([turn] for turn in turns), strict=True)
+        )
+
+    data = Dataset.from_list([row("good", "bad"), row("good", "good"), row("bad", "good"), row("dog", "cat")])
+    assert len(dpo_runs.dpo_trainer(tmp_path, {"train_dataset": data}).train_dataset) == 3
+
+
+def test_equal_pairs_of_a_stream_are_never_trained_on(tmp_path):
+    rows = dpo_runs.tiny_pairs().to_list()
+    equal = [row | {"rejected": row["chosen"]} for row in rows]
+    mixed = Dataset.from_list([row for pair in zip(rows, equal, strict=True) for row in pair])
+    streams = [data.to_iterable_dataset() for data in (mixed, Dataset.from_list(rows))]
+    first, second = (losses(dpo_runs.dpo_run(tmp_path, {"train_dataset": stream})) for stream in streams)
+    assert first == second
+
+
+def test_dataset_of_equal_pairs_alone_is_refused(tmp_path):
+    data = pairs_with(chosen="cat", rejected="cat")
+    with pytest.raises(ValueError, match="In all 8 rows of the train dataset `chosen` equals `rejected`"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": data})
+
+
+def test_completion_of_no_tokens_is_refused_and_counted(tmp_path):
+    """With a template that renders no eos, an empty answer leaves nothing to score."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    rows = []
+    for i, row in enumerate(dpo_runs.tiny_pairs().to_list()):
+        rejected = "" if i in (4, 6) else row["rejected"]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
+    with pytest.raises(ValueError, match=r"2 of 8 rows of the train dataset have a completion of no tokens, .* row 4"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer})
+
+
+def test_prompts_that_fill_the_length_are_counted_and_dropped(tmp_path, caplog):
+    rows = dpo_runs.tiny_pairs(prompt=(2, 4)).to_list()
+    for i in (1, 6, 7):
+        rows[i]["prompt"] = "the cat and the dog of the old house "
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)}, max_length=8)
+    assert len(trainer.train_dataset) == 5
+    assert "Dropped 3 of 8 rows of the train dataset: their prompts fill `max_length=8`." in warnings_of(caplog)
+    with pytest.raises(ValueError, match=r"prompts of all 8 rows .* at least `max_length=2` tokens"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)}, max_length=2)
+
+
+def test_sequences_beyond_the_context_are_counted_before_training(tmp_path):
+    data = dpo_runs.tiny_pairs()
+    models = {"model": dpo_runs.tiny_model(max_position_embeddings=12), "train_dataset": data}
+    tokenizer = tiny.tiny_tokenizer()
+    too_long = sum(
+        len(tokenizer(row["prompt"])["input_ids"])
+        + 1
+        + max(len(tokenizer(row[side].removesuffix("<eos>"))["input_ids"]) for side in ("chosen", "rejected"))
+        > 12
+        for row in data
+    )
+    assert 0 < too_long < 8
+    with pytest.raises(ValueError, match=rf"{too_long} of 8 rows .* context of\s+12 tokens. Set `max_length`"):
+        dpo_runs.dpo_trainer(tmp_path, models)
+    assert dpo_runs.dpo_trainer(
+        tmp_path, models | {"model": dpo_runs.tiny_model(max_position_embeddings=12)}, max_length=12
+    )
+
+
+def test_check_of_tokens_lets_a_stream_pass():
+    assert check_tokenised(dpo_runs.tiny_pairs().to_iterable_dataset(), "train", None, 8, 128) is None
+
+
+def test_pad_that_is_the_eos_changes_no_loss(tmp_path):
+    """The eos after a completion counts, the same id as padding does not."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    distinct = dpo_runs.dpo_run(tmp_path, {"processing_class": tiny.tiny_tokenizer()})
+    same = dpo_runs.dpo_run(tmp_path, {"processing_class": tokenizer})
+    assert same.data_collator.collator.pad_token_id == tokenizer.eos_token_id == 2
+    assert losses(same) == pytest.approx(losses(distinct), rel=1e-6)
+    assert dpo_runs.lines(same)[0]["logps/chosen"] == pytest.approx(dpo_runs.lines(distinct)[0]["logps/chosen"])
+
+
+class Break(TrainerCallback):
+    """Sets the actor's embedding of a word to NaN before a step."""
+
+    def __init__(self, word, step):
+        self.token, self.step = tiny.VOCABULARY.index(word), step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.get_input_embeddings().weight.data[self.token] = math.nan
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_pair(tmp_path):
+    """One pair of the batch holds the word whose embedding breaks. Of what it broke, nothing is saved."""
+    rows = [{"prompt": f"the {word} ", "chosen": "good", "rejected": "bad"} for word in ("cat", "dog", "bird", "fish")]
+    models = {"train_dataset": Dataset.from_list(rows), "callbacks": [Break("bird", 2)]}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": "sequential"}
+    with pytest.raises(FloatingPointError, match="loss is nan after 2 optimizer steps") as error:
+        dpo_runs.dpo_run(tmp_path, models, **options)
+    assert "Pair 2 of the batch" in str(error.value)
+    assert "'the bird good" in str(error.value)
+    assert {path.name for path in Path(tmp_path).glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert not list(Path(tmp_path).glob("*.safetensors"))
+
+
+# Why prefixes are not shared: one line each, and TRL's numbers
+
+
+def dropout_model():
+    return dpo_runs.tiny_model(attention_dropout=0.3)
+
+
+REASONS = {
+    "dropout": (
+        {"model": dropout_model},
+        {"disable_dropout": False},
+        r"Prefixes are not shared \(actor\): dropout is active \(`disable_dropout=False`\)",
+    ),
+    "prompt tuning": (
+        {"ref_model": None, "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+        {},
+        r"Prefixes are not shared \(actor\): PROMPT_TUNING puts virtual tokens before every row",
+    ),
+    "experts": (
+        {"model": lambda: dpo_runs.tiny_model("mixtral", router_aux_loss_coef=0.1)},
+        {},
+        r"Prefixes are not shared \(actor\): the load-balancing loss counts the tokens",
+    ),
+    "alibi": (
+        {"model": lambda: dpo_runs.tiny_model("bloom")},
+        {},
+        r"Prefixes are not shared \(actor\): BloomForCausalLM ",
+    ),
+    "window": (
+        {"model": lambda: dpo_runs.tiny_model("mistral_short_window")},
+        {},
+        r"Prefixes are shared \(actor\) in batches whose sequences have at most 6 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_log_says_why_prefixes_are_not_shared_and_the_numbers_are_trls(tmp_path, case, caplog):
+    models, options, reason = REASONS[case]
+    results = []
+    for side in (dpo_runs.OURS, dpo_runs.TRLS):
+        made = {key: value() if callable(value) else value for key, value in models.items()}
+        trainer = dpo_runs.dpo_trainer(tmp_path, made, side, **options)
+        trainer.train()
+        results.append(losses(trainer))
+    assert len([line for line in warnings_of(caplog) if re.match(reason, line)]) == 1, warnings_of(caplog)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_log_says_nothing_where_all_is_shared(tmp_path, caplog):
+    dpo_runs.dpo_trainer(tmp_path)
+    assert not warnings_of(caplog)
+
+
+def test_options_of_sharing_change_the_path_and_no_number(tmp_path):
+    """Rows and tokens that went through the actor, batch by batch."""
+    results, shapes = {}, {}
+    for options in ({}, {"pack_pairs": False}, {"prefix_sharing": False}):
+        trainer = dpo_runs.dpo_trainer(tmp_path, **options)
+        seen = shapes[str(options)] = []
+        trainer.model.model.embed_tokens.register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append(args[0].shape)
+        )
+        trainer.train()
+        results[str(options)] = [
+            {key: value for key, value in line.items() if "_per_second" not in key and "runtime" not in key}
+            for line in dpo_runs.lines(trainer)
+        ]
+    packed, rows, plain = shapes.values()
+    assert {shape[0] for shape in packed} == {1}
+    assert {shape[0] for shape in rows} == {4}
+    assert {shape[0] for shape in plain} == {8}
+    assert all(p.numel() < r.numel() < q.numel() for p, r, q in zip(packed, rows, plain, strict=True))
+    first, *others = results.values()
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+# What is logged
+
+
+def assert_ledger(line, expected, prefix=""):
+    got = {key: line[prefix + key] for key in expected}
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("ref", ["given", "precomputed", "adapter off"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_metrics_of_a_logging_window_speak_of_all_its_pairs(tmp_path, ref, accumulation):
+    """Eight pairs in four micro-batches, logged once; and ten held-out ones, the last batch with two."""
+    models = {"eval_dataset": dpo_runs.tiny_pairs(10, seed=4)}
+    actor, reference = dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1)
+    options = {"precompute_ref_log_probs": ref == "precomputed"}
+    if ref == "adapter off":
+        reference = actor
+        lora = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+        models |= {"ref_model": None, "peft_config": lora}
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    sizes |= {"max_steps": 4 // accumulation, "logging_steps": 4 // accumulation, "learning_rate": 0.0}
+    trainer = dpo_runs.dpo_trainer(tmp_path, models, **sizes, **options)
+    trainer.train()
+    trainer.evaluate()
+    if ref == "adapter off":
+        actor = trainer.model
+    (line,), (held_out,) = dpo_runs.lines(trainer), dpo_runs.lines(trainer, "eval_loss")
+    actor.eval()
+    expected = [
+        dpo_runs.slow_rows(trainer, data, actor, reference) for data in (trainer.train_dataset, trainer.eval_dataset)
+    ]
+    if ref == "adapter off":  # the base model of the adapter is the reference: `actor` without it
+        plain = dpo_runs.tiny_model()
+        expected = [
+            dpo_runs.slow_rows(trainer, data, actor, plain) for data in (trainer.train_dataset, trainer.eval_dataset)
+        ]
+    assert any(row[0] != row[1] for row in expected[0])
+    assert_ledger(line, oracles.preference_metrics(expected[0]))
+    assert_ledger(held_out, oracles.preference_metrics(expected[1]), "eval_")
+    assert line["preference/pairs"] == 8
+    assert held_out["eval_preference/pairs"] == 10
+
+
+def test_metrics_with_ld_alpha_are_those_of_the_loss(tmp_path):
+    """Tokens beyond the shorter completion count α in the log-ratios too, as in TRL's rewards."""
+    trainer = dpo_runs.dpo_run(tmp_path, ld_alpha=0.3, **STAND_STILL)
+    for line in dpo_runs.lines(trainer):
+        assert line["logps/chosen_drift"] == pytest.approx(line["rewards/chosen"] / trainer.beta, rel=1e-5)
+        assert line["logps/rejected_drift"] == pytest.approx(line["rewards/rejected"] / trainer.beta, rel=1e-5)
+
+
+def test_metrics_agree_with_trls_means(tmp_path):
+    trainer = dpo_runs.dpo_run(tmp_path, max_steps=4, logging_steps=2)
+    for line in dpo_runs.lines(trainer):
+        assert line["preference/accuracy"] == pytest.approx(line["rewards/accuracies"])
+        assert trainer.beta * line["logps/chosen_drift"] == pytest.approx(line["rewards/chosen"], abs=1e-6)
+        assert trainer.beta * line["logps/rejected_drift"] == pytest.approx(line["rewards/rejected"], abs=1e-6)
+        assert line["preference/pairs"] == 8
+
+
+def test_first_line_of_a_copied_reference_stands_at_the_start(tmp_path):
+    """Nothing learnt: every pair pulls with 1/2, nothing has drifted, no pair is right."""
+    line = dpo_runs.lines(dpo_runs.dpo_run(tmp_path, {"ref_model": dpo_runs.tiny_model()}, max_steps=1))[0]
+    assert line["loss"] == pytest.approx(math.log(2))
+    assert line["preference/gradient_weight"] == 0.5
+    assert line["kl/ref"] == line["logps/chosen_drift"] == line["preference/accuracy"] == 0
+    assert "preference/length_correlation" not in line
+
+
+def with_sources(data):
+    return data.add_column("source", [("books", "films")[i % 3 == 0] for i in range(len(data))])
+
+
+def test_accuracy_is_logged_for_each_source(tmp_path):
+    train, held_out = with_sources(dpo_runs.tiny_pairs()), with_sources(dpo_runs.tiny_pairs(10, seed=4))
+    models = {"train_dataset": train, "eval_dataset": held_out}
+    trainer = dpo_runs.dpo_run(tmp_path, models, learning_rate=0.0, logging_steps=2)
+    trainer.evaluate()
+    actor, reference = dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1)
+    found = dpo_runs.lines(trainer)[0], dpo_runs.lines(trainer, "eval_loss")[0]
+    for line, prefix, data in zip(found, ("", "eval_"), (trainer.train_dataset, trainer.eval_dataset), strict=True):
+        rows = dpo_runs.slow_rows(trainer, data, actor, reference)
+        for source in ("books", "films"):
+            own = [good > bad for (good, bad, *_), name in zip(rows, data["source"], strict=True) if name == source]
+            assert line[f"{prefix}preference/accuracy/{source}"] == pytest.approx(sum(own) / len(own))
+
+
+def test_source_column_works_with_precomputed_references_and_shared_rows(tmp_path):
+    models = {"train_dataset": with_sources(dpo_runs.tiny_pairs())}
+    one = dpo_runs.dpo_run(tmp_path, models, precompute_ref_log_probs=True)
+    other = dpo_runs.dpo_run(tmp_path, models)
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    assert "preference/accuracy/books" in dpo_runs.lines(one)[0]
+
+
+# Evaluation
+
+
+def test_best_model_by_accuracy_is_kept(tmp_path):
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_rewards/accuracies",
+        "learning_rate": 0.5,
+        "max_steps": 4,
+    }
+    trainer = dpo_runs.dpo_run(tmp_path, {"eval_dataset": dpo_runs.tiny_pairs(12, seed=4)}, **options)
+    accuracies = [line["eval_rewards/accuracies"] for line in dpo_runs.lines(trainer, "eval_loss")]
+    assert len(accuracies) == 4
+    assert trainer.state.best_metric == max(accuracies)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{1 + accuracies.index(max(accuracies))}")
+
+
+def greedy(model, prompt, tokens):
+    """The most probable continuation, token by token, without a cache."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == 2:
+            break
+    return tiny.tiny_tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("reference", ["given", "adapter off", "adapter ref"])
+def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference, capsys):
+    held_out = dpo_runs.tiny_pairs(5, seed=4)
+    models, of_reference = {"eval_dataset": held_out}, dpo_runs.tiny_model(seed=1)
+    if reference == "adapter off":
+        lora = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+        models |= {"ref_model": None, "peft_config": lora}
+        of_reference = dpo_runs.tiny_model()
+    elif reference == "adapter ref":
+        models |= {"ref_model": None, "model": dpo_runs.with_adapter(dpo_runs.tiny_model())}
+        of_reference = dpo_runs.with_adapter(dpo_runs.tiny_model())
+    options = {"generate_during_eval": True, "num_eval_samples": 3, "eval_max_new_tokens": 6, "learning_rate": 0.5}
+    trainer = dpo_runs.dpo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, **options)
+    files = sorted((tmp_path / "completions").glob("*.jsonl"))
+    assert [path.name for path in files] == ["step_00001.jsonl", "step_00002.jsonl"]
+    rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    prompts = trainer.eval_dataset["prompt_ids"][:3]
+    actor = trainer.model.eval()
+    assert [row["prompt"] for row in rows] == [row["prompt"].strip() for row in held_out.to_list()[:3]]
+    assert [row["reference"] for row in rows] == [greedy(of_reference.eval(), prompt, 6) for prompt in prompts]
+    assert [row["actor"] for row in rows] == [greedy(actor, prompt, 6) for prompt in prompts]
+    assert rows[0]["actor"] != rows[0]["reference"]
+    assert "held-out prompts, actor and reference" in capsys.readouterr().out
+
+
+def test_several_held_out_sets_are_evaluated_each_and_the_first_is_completed(tmp_path):
+    held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "two": dpo_runs.tiny_pairs(6, seed=5)}
+    options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 1}
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out}, **options)
+    metrics = trainer.evaluate()
+    assert {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
+    lines = [dpo_runs.lines(trainer, f"eval_{name}_loss")[0] for name in held_out]
+    assert [line["eval_preference/pairs"] for line in lines] == [5, 6]
+    (row,) = (tmp_path / "completions" / "step_00000.jsonl").read_text().splitlines()
+    assert json.loads(row)["prompt"] == held_out["one"][0]["prompt"].strip()
+
+
+def test_dataset_given_to_evaluate_is_prepared_and_completed(tmp_path):
+    options = {"generate_during_eval": True, "eval_max_new_tokens": 2}
+    trainer = dpo_runs.dpo_trainer(tmp_path, **options)
+    metrics = trainer.evaluate(dpo_runs.tiny_pairs(5, seed=4))
+    assert metrics["eval_preference/pairs"] == 5
+    assert (tmp_path / "completions" / "step_00000.jsonl").exists()
+
+
+def test_evaluation_does_not_mix_with_the_logging_window(tmp_path):
+    """Three steps a line, an evaluation after each step."""
+    models = {"eval_dataset": dpo_runs.tiny_pairs(6, seed=4)}
+    options = {"max_steps": 3, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = dpo_runs.dpo_run(tmp_path, models, **options)
+    assert [line["preference/pairs"] for line in dpo_runs.lines(trainer)] == [12]
+    assert [line["eval_preference/pairs"] for line in dpo_runs.lines(trainer, "eval_loss")] == [6] * 3
+
+
+# Streams and interruptions
+
+
+def test_stream_is_trained_on_as_trl_does(tmp_path):
+    results = []
+    for side in (dpo_runs.OURS, dpo_runs.TRLS):
+        stream = with_sources(dpo_runs.tiny_pairs()).to_iterable_dataset()
+        trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": stream, "eval_dataset": stream}, side)
+        trainer.train()
+        trainer.evaluate()
+        results.append([*losses(trainer), dpo_runs.lines(trainer, "eval_loss")[0]["eval_loss"]])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, adapter):
+    def models():
+        if adapter:
+            return {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)}
+        return {}
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = dpo_runs.dpo_run(tmp_path / "whole", models(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        dpo_runs.dpo_run(tmp_path / "cut", models() | {"callbacks": [Interrupt()]}, **options)
+    resumed = dpo_runs.dpo_trainer(tmp_path / "cut", models(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    for key in ("loss", "rewards/margins", "preference/gradient_weight", "logps/chosen_drift", "grad_norm"):
+        expected = [line[key] for line in dpo_runs.lines(whole)]
+        assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)

@@ -1,0 +1,260 @@
+"""Pairs scored over shared rows equal TRL's fused forward, field by field and in the gradient, by architecture."""
+
+import re
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+import dpo_runs
+from trl_ext._trl import add_fused_lm_head
+from trl_ext.dpo import attention, forward
+from trl_ext.dpo.exactness import length_limit
+from trl_ext.dpo.forward import PairForward, recorded
+
+
+FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+SHARED = ["llama", "qwen2", "qwen3", "mistral", "mistral_short_window", "gemma2", "gpt2", "opt", "mixtral"]
+REFUSED = {
+    "bloom": "takes no `position_ids`|ALiBi",
+    "falcon_alibi": "biases attention by the distance in the row",
+    "mamba": "takes no `position_ids`|state-space",
+    "qwen3_next": "is recurrent .*linear_attention",
+}
+
+
+def scored(model, batch, checkpointing=None):
+    """What TRL reads of a batch, and the gradient of a loss of log-probabilities and entropies."""
+    model.zero_grad()
+    output = model(**batch, use_cache=False, fused_lm_head=True)
+    weights = torch.randn(output.log_probs.shape, generator=torch.Generator().manual_seed(2))
+    ((output.log_probs * weights).sum() + (output.entropy * weights.roll(1, 0)).sum()).backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(got, expected, tolerance=1e-5):
+    (output, gradients), (wanted, wanted_gradients) = got, expected
+    for name in FIELDS:
+        mine, theirs = getattr(output, name).float(), getattr(wanted, name).float()
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= tolerance * theirs.norm(), name
+    assert (output.label_mask == wanted.label_mask).all()
+    assert dpo_runs.gradient_difference(gradients, wanted_gradients) < tolerance
+
+
+def both(name, pack_pairs=True, **overrides):
+    """The same model twice: with TRL's forward, and scored by a `PairForward`."""
+    theirs, ours = dpo_runs.tiny_model(name, **overrides), dpo_runs.tiny_model(name, **overrides)
+    for model in (theirs, ours):
+        add_fused_lm_head(model, outputs=FIELDS)
+    return theirs, ours, PairForward(ours, pack_pairs)
+
+
+def spy_on_rows(monkeypatch):
+    """The rows of all shared batches from here on."""
+    rows, share = [], forward.share_prefixes
+
+    def keep(*args, **kwargs):
+        rows.append(share(*args, **kwargs))
+        return rows[-1]
+
+    monkeypatch.setattr(forward, "share_prefixes", keep)
+    return rows
+
+
+@pytest.mark.parametrize("pack_pairs", [True, False])
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_rows_score_what_trl_scores(name, pack_pairs, monkeypatch):
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    theirs, ours, pairs = both(name, pack_pairs)
+    assert pairs.share() is None
+    assert pairs.sharing
+    rows, fused = spy_on_rows(monkeypatch), pairs._fused_forward
+    shapes = []
+    pairs._fused_forward = lambda **kwargs: shapes.append(kwargs["input_ids"].shape) or fused(**kwargs)
+    assert_equal(scored(ours, batch), scored(theirs, batch))
+    shared = name != "mistral_short_window"  # its window of 6 is shorter than the sequences: TRL's layout
+    assert shapes == [rows[0].input_ids.shape if shared else batch["input_ids"].shape]
+    assert rows[0].input_ids.size(0) == (1 if pack_pairs and name != "gemma2" else 4)
+
+
+def test_shared_rows_give_way_only_in_batches_beyond_the_window():
+    """The sequences of this batch have at most 6 tokens; one more and TRL's layout is taken."""
+    theirs, ours, pairs = both("mistral_short_window")
+    assert pairs.share() is None
+    assert pairs.limit == 6
+    calls, fused = [], pairs._fused_forward
+    pairs._fused_forward = lambda **kwargs: calls.append("position_ids" in kwargs) or fused(**kwargs)
+    for length, shared in ((6, True), (7, False)):
+        ids = list(range(10, 10 + length))
+        batch = dpo_runs.batch_of([(ids, [*ids[:3], 50], 3), (ids[:4], [*ids[:2], 51], 2)])
+        assert_equal(scored(ours, batch), scored(theirs, batch))
+        assert calls.pop() is shared
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_without_sharing_the_completions_alone_are_scored_and_nothing_changes(name):
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    theirs, ours, _ = both(name)
+    assert_equal(scored(ours, batch), scored(theirs, batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_batch_with_padding_to_a_multiple_or_on_the_left_is_scored_as_trl_does(name):
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    wider = {key: torch.nn.functional.pad(v, (0, 5), value=-100 * (key == "labels")) for key, v in batch.items()}
+    left = {key: value.flip(1) for key, value in wider.items()}  # then tokens stand behind their padding
+    theirs, ours, pairs = both(name)
+    pairs.share()
+    assert_equal(scored(ours, wider), scored(theirs, wider))
+    assert_equal(scored(ours, left), scored(theirs, left))
+
+
+def test_a_batch_of_which_nothing_is_scored_stays_connected():
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    _, ours, pairs = both("llama")
+    pairs.share()
+    output, gradients = scored(ours, batch)
+    assert (output.log_probs == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    theirs, ours, pairs = both(name)
+    pairs.share()
+    ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        ours.enable_input_require_grads()
+    assert_equal(scored(ours.train(), batch), scored(theirs, batch))
+
+
+def test_no_labels_and_no_fused_head_is_the_model_as_it_was():
+    """Logits, and the loss of a language model."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = dpo_runs.tiny_model()
+    _, ours, pairs = both("llama")
+    pairs.share()
+    expected = plain(input_ids=ids, labels=ids)
+    got = ours(input_ids=ids, labels=ids)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=0)
+    assert got.loss == expected.loss
+
+
+def test_outputs_are_recorded_in_order_and_only_within_the_context():
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    one, other = both("llama"), both("qwen2")
+    with recorded([one[2], other[2]]) as outputs:
+        for model in (other[1], one[1]):
+            model(**batch, use_cache=False, fused_lm_head=True)
+    one[1](**batch, use_cache=False, fused_lm_head=True)
+    assert len(outputs) == 2
+    torch.testing.assert_close(outputs[0].log_probs, scored(other[0], batch)[0].log_probs)
+    torch.testing.assert_close(outputs[1].log_probs, scored(one[0], batch)[0].log_probs)
+
+
+# What is refused, by name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_model_that_no_mask_can_mend_is_refused_by_name_and_scored_as_trl_does(name):
+    theirs, ours, pairs = both(name)
+    reason = pairs.share()
+    assert not pairs.sharing
+    assert type(ours).__name__ in reason
+    assert re.search(REFUSED[name], reason), reason
+    assert not attention.in_use(ours)
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    assert_equal(scored(ours, batch), scored(theirs, batch))
+
+
+def test_other_attention_is_refused_by_name():
+    _, ours, pairs = both("llama")
+    ours.config._attn_implementation = "flash_attention_2"
+    assert "this model's is `flash_attention_2`" in pairs.share()
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon_alibi"])
+def test_probe_alone_would_refuse_what_the_list_explains(name, monkeypatch):
+    """The list explains, the probe decides: without the list it finds the difference, or cannot run."""
+    monkeypatch.setattr(forward, "why_not_model", lambda model: None)
+    _, _, pairs = both(name)
+    assert pairs.share() is not None
+
+
+def test_probe_refuses_an_attention_that_lets_the_rejected_tokens_see_the_chosen_ones(monkeypatch):
+    def leaky(module, query, key, value, attention_mask, scaling=None, shared_rows=None, **kwargs):
+        visible = torch.ones(query.size(2), query.size(2)).tril().bool()
+        return attention.sdpa_attention_forward(module, query, key, value, visible, scaling=scaling)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaky)
+    _, ours, pairs = both("llama")
+    assert "gives other log-probabilities on shared rows" in pairs.share()
+    assert not pairs.sharing
+    assert ours.config._attn_implementation == "sdpa"
+
+
+def test_probe_refuses_wrong_positions(monkeypatch):
+    """A row numbered from end to end, as a model does that ignores `position_ids`."""
+    share = forward.share_prefixes
+
+    def numbered(*args, **kwargs):
+        shared = share(*args, **kwargs)
+        positions = torch.arange(shared.input_ids.size(1)).expand_as(shared.input_ids)
+        return type(shared)(shared.input_ids, positions, shared.rows, shared.packed_index)
+
+    monkeypatch.setattr(forward, "share_prefixes", numbered)
+    _, _, pairs = both("gpt2")
+    assert "gives other log-probabilities" in pairs.share()
+
+
+def test_probe_takes_an_exception_as_a_reason(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    _, ours, pairs = both("llama")
+    assert "cannot be run on shared rows (RuntimeError: no such kernel)" in pairs.share()
+    assert ours.config._attn_implementation == "sdpa"
+
+
+def test_probe_leaves_mode_and_generator_as_they_were():
+    _, ours, pairs = both("llama")
+    ours.train()
+    state = torch.get_rng_state()
+    pairs.share()
+    assert ours.training
+    assert (torch.get_rng_state() == state).all()
+
+
+def test_probe_passes_in_bfloat16():
+    theirs, ours, _ = both("llama")
+    for model in (theirs, ours):
+        model.to(torch.bfloat16)
+    pairs = PairForward(ours)
+    assert pairs.share() is None
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    assert_equal(scored(ours, batch), scored(theirs, batch), tolerance=3e-2)
+
+
+@pytest.mark.parametrize(
+    "name, overrides, limit",
+    [
+        ("llama", {}, None),
+        ("mistral", {}, 64),
+        ("mistral", {"sliding_window": None}, None),
+        ("gemma2", {}, 64),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, None),
+        ("qwen2", {}, None),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            128,
+        ),
+    ],
+)
+def test_length_limit_is_the_window_or_the_length_a_rotary_embedding_was_made_for(name, overrides, limit):
+    assert length_limit(dpo_runs.tiny_model(name, **overrides)) == limit

@@ -1,0 +1,60 @@
+"""docs/metrics.md names every key that DPOTrainerX logs beyond TRL's, and docs/dpo.md every option."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+import tiny
+from trl_ext import DPOConfigX, DPOTrainerX
+
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of TRL and transformers, on the way through a run.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def read(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def documented():
+    """The keys that open a row of the section on DPO."""
+    return re.findall(r"^\| `([^`]+)` \|", read("metrics.md").split("\n## DPO\n")[1], flags=re.MULTILINE)
+
+
+def keys_of_a_run(trainer_class, config_class, folder, model):
+    texts = tiny.tiny_prompts(8)["prompt"]
+    rows = [
+        {"prompt": "the", "chosen": f" good {text}", "rejected": " bad film" * (1 + i % 3), "source": "ab"[i % 2]}
+        for i, text in enumerate(texts)
+    ]
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
+    args = config_class(str(folder), **options, bf16=False, eval_strategy="steps", eval_steps=1, save_strategy="no")
+    trainer = trainer_class(
+        model, args=args, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows)
+    )
+    trainer.train()
+    return {key for line in trainer.state.log_history for key in line}
+
+
+def test_every_key_beyond_trls_is_documented_and_every_documented_key_is_logged(tmp_path):
+    model = tiny.save_tiny(tmp_path)["actor"]
+    ours = keys_of_a_run(DPOTrainerX, DPOConfigX, tmp_path / "ours", model)
+    of_trl = keys_of_a_run(DPOTrainer, DPOConfig, tmp_path / "trl", model)
+    assert of_trl <= ours
+    added = {re.sub(r"(preference/accuracy)/\w+", r"\1/<source>", key) for key in ours - of_trl}
+    rows = documented()
+    assert len(rows) == len(set(rows))
+    assert {key for key in added if not key.startswith("eval_")} == set(rows)
+    assert {key.removeprefix("eval_") for key in added if key.startswith("eval_")} == set(rows)
+
+
+def test_every_option_beyond_trls_is_on_the_page():
+    of_trl = {field.name for field in dataclasses.fields(DPOConfig)}
+    added = {field.name for field in dataclasses.fields(DPOConfigX)} - of_trl
+    rows = set(re.findall(r"^\| `([^`]+)` \|", read("dpo.md"), flags=re.MULTILINE))
+    assert rows == added | {"label_smoothing"}
