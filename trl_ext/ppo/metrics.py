@@ -112,8 +112,9 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
     Returns:
         `score`, `score_ci95`, `rise`, `rise_ci95`; what cannot be said is left out.
     """
-    paired = first is not None and len(first) == len(scores)
-    columns = {"score": scores} | ({"rise": scores - first} if paired else {})
+    columns = {"score": scores}
+    if first is not None and len(first) == len(scores):
+        columns["rise"] = scores - first
     line = {}
     for name, column in columns.items():
         known = column[~column.isnan()]
