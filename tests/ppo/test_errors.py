@@ -153,6 +153,14 @@ def test_model_object_with_several_labels_is_refused(tmp_path, role, labels, mes
         ppo_trainer(tmp_path, {role: classifier})
 
 
+def test_value_checkpoint_with_several_labels_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    classifier = AutoModelForSequenceClassification.from_config(tiny.tiny_config(num_labels=3))
+    classifier.save_pretrained(tmp_path / "value")
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    with pytest.raises(ValueError, match="value model has 3 labels; a state has one value"):
+        ppo_trainer(tmp_path, {"value_model": str(tmp_path / "value")})
+
+
 def test_value_model_without_a_score_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM, which has no `score` head"):
         ppo_trainer(tmp_path, {"value_model": tiny.tiny_actor(1)})

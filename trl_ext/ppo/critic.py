@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path, disable_dropout
@@ -84,10 +84,23 @@ def check_value_model(model: PreTrainedModel) -> None:
             f"The value model is a {type(model).__name__}, which has no `score` head. Pass a sequence "
             "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
         )
-    if model.config.num_labels != 1:
+    _check_single_value(model.config.num_labels)
+
+
+def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
+    """
+    Raises `ValueError`, from the config alone, for a checkpoint whose score head has several labels. One without a
+    score head is fine: it gets a new one.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if "ForSequenceClassification" in (config.architectures or [""])[0]:
+        _check_single_value(config.num_labels)
+
+
+def _check_single_value(num_labels: int) -> None:
+    if num_labels != 1:
         raise ValueError(
-            f"The value model has {model.config.num_labels} labels; a state has one value. Load it with "
-            "`num_labels=1`."
+            f"The value model has {num_labels} labels; a state has one value. Load it with `num_labels=1`."
         )
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
 from ..pretrained import text_config
 from .config import PPOConfigX
-from .critic import build_critic, check_value_model
+from .critic import build_critic, check_value_checkpoint, check_value_model
 from .scorers import (
     TokenScorer,
     check_reward_checkpoint,
@@ -92,6 +92,8 @@ def check_roles(
         )
     if isinstance(value_model, PreTrainedModel):
         check_value_model(value_model)
+    elif isinstance(value_model, str):
+        check_value_checkpoint(value_model, args.trust_remote_code)
     if isinstance(reward_model, PreTrainedModel | PeftModel):
         _check_reward_model(reward_model)
     elif isinstance(reward_model, str):
