@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 
-def check_vocabularies(actor: Any, reference: Any) -> None:
+def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> None:
     """
     Args:
-        actor, reference: the text configs of both models.
+        policy, reference: the text configs of both models.
+        name: the argument that the reference was given as.
 
     Raises:
         ValueError: when they do not share a vocabulary: the log-probabilities of one token would not be comparable.
     """
-    if actor.vocab_size != reference.vocab_size:
+    if policy.vocab_size != reference.vocab_size:
         raise ValueError(
-            f"The actor has a vocabulary of {actor.vocab_size} tokens and `ref_model` one of {reference.vocab_size}. "
-            "The implicit reward compares the probabilities of the same tokens: give a reference of the actor's "
-            "family, or leave `ref_model` out to take a copy of the actor."
+            f"The policy has a vocabulary of {policy.vocab_size} tokens and `{name}` one of {reference.vocab_size}. "
+            "The implicit reward compares the probabilities of the same tokens: give the model that the policy starts "
+            f"from, or leave `{name}` out."
         )
 
 

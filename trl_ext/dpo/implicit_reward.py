@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import maybe_apply_chat_template
 
 from .._trl import use_adapter
+from .checks import check_vocabularies
 from .losses import implicit_reward
 
 
@@ -38,8 +40,8 @@ class ImplicitReward:
 
     def __init__(
         self,
-        policy: nn.Module,
-        reference: nn.Module | None,
+        policy: PreTrainedModel | PeftModel,
+        reference: PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase,
         beta: float = 0.1,
         batch_size: int = 16,
@@ -51,12 +53,7 @@ class ImplicitReward:
                 "`reference` is None and the policy has no adapter to switch off: give the model DPO started from."
             )
         if reference is not None:
-            own, given = (model.config.get_text_config().vocab_size for model in (policy, reference))
-            if own != given:
-                raise ValueError(
-                    f"The policy has a vocabulary of {own} tokens and `reference` one of {given}: their probabilities "
-                    "cannot be compared. Give the model DPO started from."
-                )
+            check_vocabularies(policy.config.get_text_config(), reference.config.get_text_config(), "reference")
         self.policy = policy.eval()
         self.reference = None if reference is None else reference.eval()
         self.tokenizer = tokenizer

@@ -98,7 +98,7 @@ def share_prefixes(input_ids: Tensor, attention_mask: Tensor, pairs_per_row: int
 def attention_mask_of(shared: SharedRows) -> Tensor:
     """
     Who sees whom, as a mask (R, 1, T, T), True for yes: a token sees those before it in its own sequence, and itself;
-    padding sees itself, since a softmax over nothing is NaN.
+    padding sees padding, since a softmax over nothing is NaN.
     """
     width = shared.input_ids.size(1)
     # Sequences of a row: 2k and 2k + 1 are the tails of pair k, −1 its common part, which both of them see.
@@ -112,7 +112,7 @@ def attention_mask_of(shared: SharedRows) -> Tensor:
             tail[start + span.common : whole], tail[whole : start + span.size] = 0, 1
             start += span.size
         sees = (pair[:, None] == pair) & ((tail == -1) | (tail[:, None] == tail))
-        masks.append((sees & torch.ones(width, width).tril().bool()) | torch.eye(width).bool())
+        masks.append(sees & torch.ones(width, width).tril().bool())
     return torch.stack(masks).unsqueeze(1).to(shared.input_ids.device)
 
 
