@@ -1,5 +1,6 @@
 """What can be known of a model before its weights are loaded."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -17,3 +18,16 @@ def text_config(model: Any, args: Any) -> Any:
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
+
+
+def check_no_adapter(path: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: when the folder holds an adapter alone: a role is a whole model.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError(
+            f"The folder {path} ({name}) holds an adapter without its base model. Pass "
+            "`AutoPeftModelForCausalLM.from_pretrained(...)` to train it further, or save the whole model with "
+            "`merge_and_unload().save_pretrained(...)` and give that folder."
+        )

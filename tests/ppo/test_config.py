@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from transformers import HfArgumentParser
@@ -334,6 +335,11 @@ def test_command_line_sets_every_kind_of_option():
         ({"temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
         ({"cliprange": 0.0}, "`cliprange` is 0.0"),
         ({"cliprange_value": 0.0}, "`cliprange_value` is 0.0; it must be above 0, or unset"),
+        ({"num_ppo_epochs": 1.5}, "`num_ppo_epochs` is 1.5; it must be an integer of at least 1"),
+        ({"vf_coef": math.inf}, "`vf_coef` is inf; it must be 0 or above, and finite"),
+        ({"critic_learning_rate": -1.0}, "`critic_learning_rate` is -1.0; it must be above 0, or unset"),
+        ({"kl_controller": "proportional", "kl_target": -1.0}, "`kl_target` is -1.0; it must be above 0"),
+        ({"generation_kwargs": {"temperature": 0.5}}, r"`generation_kwargs` holds \['temperature'\], which"),
         ({"gamma": 1.1}, "`gamma` is 1.1; it must be from 0 to 1"),
         ({"lam": -0.1}, "`lam` is -0.1"),
         ({"kl_coef": -0.1}, "`kl_coef` is -0.1"),

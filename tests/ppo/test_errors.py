@@ -82,6 +82,12 @@ BEFORE_LOADING = {
         {"eval_dataset": {"a": prompts(prompt=["cat"]), "b": prompts(prompt=[""])}},
         r"Row 0 of `eval_dataset\['b'\]`",
     ),
+    "no rows": ({"train_dataset": prompts(prompt=[])}, "`train_dataset` has no rows"),
+    "no held-out rows": ({"eval_dataset": prompts(prompt=[])}, "`eval_dataset` has no rows"),
+    "stream without prompts": (
+        {"train_dataset": prompts(text=["cat"] * 4).to_iterable_dataset()},
+        r"`train_dataset` has the columns \['text'\]; PPO needs `prompt`",
+    ),
     "few prompts": ({"train_dataset": tiny.tiny_prompts(3)}, "has 3 prompts and a rollout takes 4"),
     "collator": (
         {"data_collator": DataCollatorWithPadding(tiny.tiny_tokenizer())},
@@ -116,8 +122,17 @@ def test_control_folders_without_weights_pass_the_checks_and_fail_to_load(tmp_pa
 
 @pytest.mark.parametrize("role", ["reward_model", "reward_funcs"])
 def test_reward_model_with_two_labels_is_refused_before_its_weights_load(tmp_path, paths, role):
-    arguments = {"reward_model": None, role: paths["two_labels"]}
+    arguments = {"model": paths["actor"], "reward_model": None, role: paths["two_labels"]}
     with pytest.raises(ValueError, match=r"two_labels.* has 2 labels; .*num_labels=1"):
+        ppo_trainer(tmp_path, arguments)
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model", "value_model", "reward_model", "reward_funcs"])
+def test_folder_with_an_adapter_alone_is_refused_with_a_way_out(tmp_path, paths, role):
+    folder = tmp_path / "adapter"
+    get_peft_model(tiny.tiny_actor(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    arguments = {"model": paths["actor"], "reward_model": paths["reward_model"]} | {role: str(folder)}
+    with pytest.raises(ValueError, match=r"holds an adapter without its base model.*merge_and_unload"):
         ppo_trainer(tmp_path, arguments)
 
 

@@ -511,6 +511,39 @@ def test_evaluations_of_one_policy_give_the_same_responses(tmp_path):
     assert (second["eval_reward/rise"], second["eval_reward/rise_ci95"]) == (0, 0)
 
 
+def test_held_out_kl_is_the_mean_over_prompts_with_a_last_batch_of_another_size(tmp_path):
+    """A mean of batch means would weigh the last prompt like the two of each batch before."""
+    data = tiny.tiny_prompts(5, seed=3)
+    kept = []
+    trainer = ppo_trainer(
+        tmp_path, {"ref_model": tiny.tiny_actor(5), "eval_dataset": data}, per_device_eval_batch_size=2
+    )
+    measure = trainer._collect_held_out
+
+    def keep(rows):
+        kept.append(measure(rows))
+        return kept[-1]
+
+    trainer._collect_held_out = keep
+    metrics = trainer.evaluate()
+    sums = [
+        sum((r.old_logps[i, t] - r.ref_logps[i, t]).item() for t in range(r.mask.size(1)) if r.mask[i, t])
+        for r in kept
+        for i in range(len(r.mask))
+    ]
+    assert len(sums) == 5
+    assert metrics["eval_kl/ref"] == pytest.approx(sum(sums) / 5, rel=1e-5)
+
+
+def test_rise_is_measured_on_the_same_prompts_only(tmp_path):
+    first, other = tiny.tiny_prompts(3, seed=3), tiny.tiny_prompts(3, seed=4)
+    trainer = ppo_trainer(tmp_path, {"eval_dataset": first})
+    trainer.evaluate()
+    assert "eval_reward/rise" not in trainer.evaluate(other)
+    assert trainer.evaluate()["eval_reward/rise"] == 0
+    assert trainer.evaluate(other)["eval_reward/rise"] == 0
+
+
 def test_rise_is_paired_by_prompt_and_skips_what_no_reward_scores():
     nan = math.nan
     first, scores = torch.tensor([0.0, 1.0, 2.0, 3.0, nan]), torch.tensor([1.0, 1.0, 5.0, nan, 9.0])

@@ -304,22 +304,31 @@ class PPOConfigX(GRPOConfig):
         self.kl_band = [float(end) for end in self.kl_band]
         validate_estimator(self.advantage_estimator)
         for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size"):
-            self._require(name, getattr(self, name) >= 1, "an integer of at least 1")
+            value = getattr(self, name)
+            self._require(name, value == int(value) and value >= 1, "an integer of at least 1")
         for name in ("cliprange", "temperature"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("gamma", "lam"):
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         names = ("kl_coef", "vf_coef", "ent_coef", "old_kl_coef", "critic_warmup_steps", "num_sample_generations")
         for name in names:
-            self._require(name, getattr(self, name) >= 0, "0 or above")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or above, and finite")
         self._require("missing_eos_penalty", (self.missing_eos_penalty or 0) >= 0, "0 or above, or unset")
-        for name in ("reward_clip", "cliprange_value", "target_kl", "total_episodes"):
+        of_kl = ("target_kl", "kl_target", "kl_horizon", "old_kl_target")
+        for name in ("reward_clip", "cliprange_value", "total_episodes", "critic_learning_rate", *of_kl):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0, or unset")
         for name, choices in (("critic", ("model", "head")), ("stop_token", (None, "eos"))):
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
+        others = {"temperature", "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample"}
+        twice = sorted(others & set(self.generation_kwargs or {}))
+        if twice:
+            raise ValueError(
+                f"`generation_kwargs` holds {twice}, which `temperature`, `response_length` and `stop_token_id` say "
+                "already, or which PPO fixes. Remove them."
+            )
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(
                 f"`total_episodes={self.total_episodes}` sets the number of optimizer steps, and so does "

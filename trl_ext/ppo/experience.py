@@ -1,5 +1,6 @@
 """From the scores of a rollout to its advantages and returns, and what the log says about both."""
 
+import torch
 from torch import Tensor
 
 from ..masked import AllReduce, explained_variance, masked_moments, masked_sum, masked_whiten
@@ -51,6 +52,12 @@ def _shaped_scores(rollout: Rollout, args: PPOConfigX, moments: RunningMoments, 
     if args.missing_eos_penalty is not None:
         scores = missing_eos(scores, rollout.has_eos, args.missing_eos_penalty)
     return scores
+
+
+def sequence_kl(rollout: Rollout) -> Tensor:
+    """(B,) KL(π_old ‖ π_ref) of each response, k1 summed over its tokens, nats; NaN where no token counts."""
+    per_token = estimate_kl("k1", rollout.old_logps, rollout.ref_logps, rollout.mask)
+    return masked_sum(per_token, rollout.mask, dim=1).masked_fill(~rollout.mask.any(dim=1), torch.nan)
 
 
 def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:

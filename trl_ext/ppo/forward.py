@@ -24,6 +24,9 @@ from .critic import ValueHead
 from .kl import full_kl
 
 
+# Logits of one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
+CHUNK = 2**24
+
 LogitsHead = Callable[[Tensor], Tensor]
 
 
@@ -94,8 +97,9 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
                 trunk = self.base_model(*args, use_cache=False, **kwargs)
                 states = trunk.last_hidden_state[:, :-1][positions]
             if "ref_kl" in wanted:
+                chunk_size = max(1, CHUNK // self.config.get_text_config().vocab_size)
                 of_reference = ref_states[positions[:, -ref_states.size(1) :]]
-                exact = full_kl(states, logits_head, of_reference, ref_head)
+                exact = full_kl(states, logits_head, of_reference, ref_head, chunk_size)
                 output.ref_kl = _scatter(exact, positions)
         if "trunk_states" in wanted:
             output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
@@ -69,15 +69,20 @@ def check_datasets(
     context: int | None,
     args: PPOConfigX,
 ) -> None:
-    """Checks every map-style dataset's prompts; a stream is checked by whoever streams it."""
+    """Checks every map-style dataset's prompts, and the columns of a stream's first row."""
     if train_dataset is None:
         raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     datasets = {"train_dataset": train_dataset}
     datasets |= {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
     for name, dataset in datasets.items():
+        if isinstance(dataset, IterableDataset):
+            first = next(iter(dataset), None)
+            check_columns([] if first is None else list(first), name)
         if not isinstance(dataset, Dataset):
             continue
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         check_prompts(
@@ -109,14 +114,7 @@ def check_prompts(
         response_length: tokens that a response may have.
         template_kwargs: keyword arguments of the chat template.
     """
-    if not {"prompt", "input_ids"} & set(dataset.column_names):
-        raise ValueError(
-            f"`{name}` has the columns {dataset.column_names}; PPO needs `prompt` (text or conversation) or "
-            "`input_ids` (token ids). Rename the column that holds the prompts."
-        )
-    images = {"image", "images"} & set(dataset.column_names)
-    if images:
-        raise ValueError(f"`{name}` has the column `{images.pop()}`; PPO reads text only. Remove the column.")
+    check_columns(dataset.column_names, name)
 
     def length(row: dict[str, Any]) -> dict[str, int]:
         return {"length": len(_prompt_ids(row, tokenizer, template_kwargs or {}))}
@@ -132,6 +130,18 @@ def check_prompts(
                 f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
                 f"does not fit the model's context of {longest}. Shorten or remove it, or lower `response_length`."
             )
+
+
+def check_columns(columns: list[str], name: str) -> None:
+    """Raises `ValueError` unless `columns` hold prompts of text or token ids."""
+    if not {"prompt", "input_ids"} & set(columns):
+        raise ValueError(
+            f"`{name}` has the columns {columns}; PPO needs `prompt` (text or conversation) or `input_ids` (token "
+            "ids). Rename the column that holds the prompts."
+        )
+    images = {"image", "images"} & set(columns)
+    if images:
+        raise ValueError(f"`{name}` has the column `{images.pop()}`; PPO reads text only. Remove the column.")
 
 
 def _prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:

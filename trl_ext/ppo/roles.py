@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
-from ..pretrained import text_config
+from ..pretrained import check_no_adapter, text_config
 from .config import PPOConfigX
 from .critic import build_critic, check_value_checkpoint, check_value_model
 from .scorers import (
@@ -65,6 +65,7 @@ def check_roles(
     ref_model: Model | None,
     reward_model: Model | None,
     value_model: Model | None,
+    reward_funcs: list[Any],
     has_other_reward: bool,
     peft_config: PeftConfig | None,
 ) -> None:
@@ -90,14 +91,19 @@ def check_roles(
         raise ValueError(
             "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
         )
+    for name, path in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+        if isinstance(path, str):
+            check_no_adapter(path, name)
     if isinstance(value_model, PreTrainedModel):
         check_value_model(value_model)
     elif isinstance(value_model, str):
         check_value_checkpoint(value_model, args.trust_remote_code)
-    if isinstance(reward_model, PreTrainedModel | PeftModel):
-        _check_reward_model(reward_model)
-    elif isinstance(reward_model, str):
-        check_reward_checkpoint(reward_model, args.trust_remote_code)
+    for source in [reward_model, *reward_funcs]:
+        if isinstance(source, PreTrainedModel | PeftModel):
+            _check_reward_model(source)
+        elif isinstance(source, str):
+            check_no_adapter(source, "reward model")
+            check_reward_checkpoint(source, args.trust_remote_code)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(f"{type(peft_config).__name__} learns virtual tokens, which shift every position; use LoRA.")
     adapters = model.peft_config if isinstance(model, PeftModel) else {}

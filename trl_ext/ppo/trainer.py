@@ -28,13 +28,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
 from .. import _trl
-from ..masked import masked_mean, masked_moments, masked_sum
+from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
 from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
 from .display import append_training_section, batch_plan, print_samples
-from .experience import estimate_returns, rollout_metrics
+from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
 from .losses import PPOCoefficients, ppo_terms
@@ -129,7 +129,7 @@ class PPOTrainerX(GRPOTrainer):
         if reward_model is None and not reward_funcs and environment_factory is None:
             reward_model = args.reward_model_path
         has_other_reward = bool(reward_funcs) or environment_factory is not None
-        check_roles(args, model, ref_model, reward_model, value_model, has_other_reward, peft_config)
+        check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
@@ -176,6 +176,8 @@ class PPOTrainerX(GRPOTrainer):
 
         # 3. The state of a run
         self._eval_scores: list[Tensor] = []
+        self._eval_kls: list[Tensor] = []
+        self._eval_prompts: list[str] = []
         self._start_run()
 
     # ---- Set-up ----
@@ -187,7 +189,7 @@ class PPOTrainerX(GRPOTrainer):
         self._last_kl: float | None = None
         self._last_old_kls: list[float] = []
         self._reward_moments = RunningMoments()
-        self._first_eval_scores: dict[str, Tensor] = {}
+        self._first_eval_scores: dict[tuple[str, int], Tensor] = {}
         self._ledger = LossLedger()
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
@@ -460,14 +462,12 @@ class PPOTrainerX(GRPOTrainer):
         """KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
         if not self.args.needs_reference:
             return None
-        mask = rollout.mask
-        per_sequence = masked_sum(estimate_kl("k1", rollout.old_logps, rollout.ref_logps, mask), mask, dim=1)
-        count, kl, _ = masked_moments(per_sequence, mask.any(dim=1), self._sum_over_ranks)
+        per_sequence = sequence_kl(rollout)
+        count, kl, _ = masked_moments(per_sequence.nan_to_num(), ~per_sequence.isnan(), self._sum_over_ranks)
         if count == 0:
             return None
-        self._metrics["train" if self.model.training else "eval"]["kl/ref"].append(kl.item())
-        if self.model.training:
-            self._last_kl = kl.item()
+        self._metrics["train"]["kl/ref"].append(kl.item())
+        self._last_kl = kl.item()
         return kl.item()
 
     def _update_controllers(self) -> None:
@@ -609,23 +609,25 @@ class PPOTrainerX(GRPOTrainer):
         rollout = self._generate_and_score_completions(rows)
         scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
         self._eval_scores.append(self.accelerator.gather_for_metrics(scores))
+        self._eval_prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
         if self.args.needs_reference:
             self._score_with_models(rollout)
-            self._measure_kl(rollout)
+            self._eval_kls.append(self.accelerator.gather_for_metrics(sequence_kl(rollout)))
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._eval_scores = []
+        self._eval_scores, self._eval_kls, self._eval_prompts = [], [], []
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        scores = torch.cat(self._eval_scores)
-        self._metrics["eval"] |= {
-            f"reward/{key}": [value]
-            for key, value in held_out_score(scores, self._first_eval_scores.get(prefix)).items()
-        }
-        self._first_eval_scores.setdefault(prefix, scores)
+        scores, same_prompts = torch.cat(self._eval_scores), (prefix, hash(tuple(self._eval_prompts)))
+        line = held_out_score(scores, self._first_eval_scores.get(same_prompts))
+        self._first_eval_scores.setdefault(same_prompts, scores)
+        self._metrics["eval"] |= {f"reward/{key}": [value] for key, value in line.items()}
+        if self._eval_kls:
+            kls = torch.cat(self._eval_kls)
+            self._metrics["eval"]["kl/ref"] = [kls[~kls.isnan()].mean().item()]
         # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
         name = prefix.removeprefix("eval").removeprefix("_")
         if name:
