@@ -37,7 +37,7 @@ def run(script: str, output: Path, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def reward_run(tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("demo") / "reward"
-    return output, run("reward.py", output)
+    return output, run("reward.py", output, "--test_size", "250")
 
 
 def known_words(texts: list[str], vocabulary: set[str]) -> float:
@@ -61,7 +61,9 @@ def test_reward_model_orders_held_out_pairs_as_people_did(reward_run):
 def test_ppo_raises_the_held_out_score_within_the_band(reward_run, critic):
     reward_model, _ = reward_run
     output = reward_model.with_name(f"ppo-{critic[0]}")
-    metrics = run("ppo.py", output, "--reward_model_path", str(reward_model), "--critic", *critic)
+    metrics = run(
+        "ppo.py", output, "--reward_model_path", str(reward_model), "--test_size", "288", "--critic", *critic
+    )
     before, after = metrics["before"], metrics["after"]
     rise, half_width, kl = (after[f"eval_{key}"] for key in ("reward/rise", "reward/rise_ci95", "kl/ref"))
     vocabulary = set(re.findall(r"[a-z']+", " ".join(embedded.movie_reviews()["text"]).lower()))

@@ -262,15 +262,6 @@ def controllers():
 
 
 @pytest.mark.parametrize("controller", controllers())
-def test_controller_resumes_where_it_was_saved(controller):
-    controller.update(100.0, episodes=100)
-    (fresh,) = (other for other in controllers() if type(other) is type(controller))
-    fresh.load_state_dict(controller.state_dict())
-    assert fresh == controller
-    assert moved(fresh, 100.0) == moved(controller, 100.0)
-
-
-@pytest.mark.parametrize("controller", controllers())
 @pytest.mark.parametrize("measured", [math.nan, math.inf, -math.inf])
 def test_controller_refuses_a_kl_that_is_no_number(controller, measured):
     with pytest.raises(ValueError, match="a finite number is needed"):

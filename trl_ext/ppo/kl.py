@@ -109,18 +109,12 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class KLController(Protocol):
-    """What the trainer asks of a controller: a coefficient, moved once per rollout, that a checkpoint can hold."""
+    """What the trainer asks of a controller: a coefficient, moved once per rollout."""
 
     coef: float
 
     def update(self, kl: float, episodes: int) -> None:
         """Move `coef` after a rollout of `episodes` sequences whose measured KL was `kl`."""
-
-    def state_dict(self) -> dict[str, float]:
-        """What training has changed; targets come from the config."""
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up where `state_dict` left off."""
 
 
 @dataclass
@@ -137,12 +131,6 @@ class FixedController:
     def update(self, kl: float, episodes: int) -> None:
         """Only check that the KL is a number."""
         _require_finite(kl)
-
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
 
 
 @dataclass
@@ -176,12 +164,6 @@ class ProportionalController:
         )
         self.coef *= factor
 
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
-
 
 @dataclass
 class BandController:
@@ -203,12 +185,6 @@ class BandController:
         _require_finite(kl)
         self.coef *= _halve_or_double(kl, self.low, self.high)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
-
 
 @dataclass
 class SchulmanController:
@@ -229,12 +205,6 @@ class SchulmanController:
         """Halve, double or leave `coef`."""
         _require_finite(kl)
         self.coef *= _halve_or_double(kl, self.target / 1.5, self.target * 1.5)
-
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
 
 
 def _halve_or_double(kl: float, low: float, high: float) -> float:

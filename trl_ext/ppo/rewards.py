@@ -86,11 +86,3 @@ class RunningMoments:
         delta = mean - self.mean
         squares = self.count * self.variance + count * variance + delta**2 * self.count * count / total
         self.count, self.mean, self.variance = total, self.mean + delta * count / total, squares / total
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint holds."""
-        return {"count": self.count, "mean": self.mean, "variance": self.variance}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up where `state_dict` left off."""
-        self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]
