@@ -15,6 +15,8 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset
 
+from .device import computes_in_bf16
+
 
 # Options of the trainers' base classes that most runs touch; `--help` shows these, `--help_all` every option.
 COMMON = (
@@ -75,13 +77,6 @@ class DataArguments(DatasetMixtureConfig):
     )
     train_size: int | None = field(default=None, metadata={"help": "Rows to train on, at most. Unset: all."})
     test_size: int | None = field(default=None, metadata={"help": "Rows to evaluate on, at most. Unset: all."})
-
-
-def computes_in_bf16(use_cpu: bool = False) -> bool:
-    """
-    Whether the device is a GPU that computes in bfloat16. A CPU is about four times slower in it than in float32.
-    """
-    return torch.cuda.is_available() and not use_cpu and torch.cuda.is_bf16_supported()
 
 
 # -------------------------------------------------------------------------------------------------------------- parse

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from ..device import computes_in_bf16
+
 
 # Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
@@ -13,6 +15,8 @@ SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 class DPOConfigX(DPOConfig):
     """
     Options of [`DPOTrainerX`]: all of TRL's `DPOConfig`, with the same names and meanings, and those below.
+
+    Without `bf16`, the device decides: bfloat16 on a GPU that has it, float32 on a CPU.
 
     `label_smoothing` also holds for `loss_type="sigmoid"` (conservative DPO), as in TRL up to 0.24.
     """
@@ -40,6 +44,8 @@ class DPOConfigX(DPOConfig):
     )
 
     def __post_init__(self):
+        if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
+            self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         if not self.beta > 0:
             raise ValueError(

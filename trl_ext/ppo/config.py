@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
+from ..device import computes_in_bf16
 from .advantages import validate_estimator
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 
@@ -271,9 +271,8 @@ class PPOConfigX(GRPOConfig):
         self._refuse_meaningless_options()
         self._validate_ranges()
         self._validate_kl()
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
         if getattr(self, "bf16", None) is None:
-            self.bf16: bool | None = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
 
     # ---- Validation ----
