@@ -45,7 +45,7 @@ def run(example: str, placeholders: dict[str, str], known: dict | None = None) -
 def test_example_of_the_readme_trains(workplace):
     (example,) = examples("README.md")
     trainer = run(example, workplace)["trainer"]
-    assert any("terms/clip_objective" in line for line in trainer.state.log_history) or trainer.state.global_step > 0
+    assert trainer.state.global_step > 0
 
 
 def test_first_example_of_the_dpo_page_trains(workplace):
