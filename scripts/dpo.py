@@ -21,7 +21,7 @@ from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import DPOConfigX, DPOTrainerX, embedded
-from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
 from trl_ext.report import DPO_LINE, accuracy_text, dpo_curves, preference_table, use_brief_progress
 
 
@@ -63,17 +63,6 @@ def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTra
     return trainer
 
 
-def evaluations(trainer: DPOTrainerX) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last evaluation in the log."""
-
-    def held_out() -> list[dict[str, Any]]:
-        return [line for line in trainer.state.log_history if "eval_preference/accuracy" in line]
-
-    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
-    return held_out()[0], held_out()[-1]
-
-
 def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Accuracy on the terminal; metrics.json, curves.png, table.md."""
     output = Path(trainer.args.output_dir)
@@ -82,8 +71,9 @@ def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) 
     dpo_curves(trainer.state.log_history, output / "curves.png", f"DPO, β = {trainer.args.beta:g}")
     print(
         f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
-        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}, KL to the reference "
-        f"{after['eval_kl/ref']:.2f} nats per sequence.\nModel, metrics, curves and table are in {output}"
+        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
+        f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
+        f"completions.\nModel, metrics, curves and table are in {output}"
     )
 
 
@@ -92,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    before, after = evaluations(trainer)
+    before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

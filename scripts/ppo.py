@@ -20,7 +20,7 @@ from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import PPOConfigX, PPOTrainerX, embedded
-from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
 from trl_ext.report import (
     PPO_LINE,
     pair_samples,
@@ -69,15 +69,6 @@ def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTra
     )
 
 
-def evaluations(trainer: PPOTrainerX) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last evaluation in the log."""
-    held_out = [line for line in trainer.state.log_history if "eval_reward/score" in line]
-    if not held_out or held_out[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
-        held_out = [line for line in trainer.state.log_history if "eval_reward/score" in line]
-    return held_out[0], held_out[-1]
-
-
 def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
     """Before and after on the terminal and in metrics.json; curves.png; samples.md."""
     output, args = Path(trainer.args.output_dir), trainer.args
@@ -102,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
     trainer.train()
-    before, after = evaluations(trainer)
+    before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

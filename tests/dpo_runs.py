@@ -241,10 +241,11 @@ def slow_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> fl
 
 
 def slow_rows(trainer: Any, dataset: Dataset, actor: nn.Module, reference: nn.Module) -> list[tuple[float, ...]]:
-    """What the ledger is told of each prepared row: both rewards, both log-ratios, both lengths, one row at a time."""
+    """What the ledger is told of each prepared row: rewards, log-ratios, log-probs, lengths, one row at a time."""
     rows = []
     for row in dataset:
         sides = row["chosen_ids"], row["rejected_ids"]
-        ratios = [slow_logps(actor, row["prompt_ids"], y) - slow_logps(reference, row["prompt_ids"], y) for y in sides]
-        rows.append((*(trainer.beta * ratio for ratio in ratios), *ratios, *map(len, sides)))
+        logps = [slow_logps(actor, row["prompt_ids"], y) for y in sides]
+        ratios = [own - slow_logps(reference, row["prompt_ids"], y) for own, y in zip(logps, sides, strict=True)]
+        rows.append((*(trainer.beta * ratio for ratio in ratios), *ratios, *logps, *map(len, sides)))
     return rows

@@ -239,8 +239,11 @@ def sigmoid(x):
 
 
 def preference_metrics(rows):
-    """Of rows of six numbers: the rewards, the log-ratios and the tokens of the chosen and the rejected completion."""
-    chosen, rejected, of_chosen, of_rejected, chosen_tokens, rejected_tokens = (
+    """
+    Of rows of eight numbers: the rewards, the log-ratios, the log-probabilities and the tokens of the chosen and the
+    rejected completion.
+    """
+    chosen, rejected, of_chosen, of_rejected, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens = (
         list(column) for column in zip(*rows, strict=True)
     )
     margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
@@ -254,6 +257,7 @@ def preference_metrics(rows):
         "preference/accuracy_low": (-b - root) / (2 * a),
         "preference/accuracy_high": (-b + root) / (2 * a),
         "preference/pairs": count,
+        "preference/ranking_accuracy": sum(a > b for a, b in zip(chosen_logps, rejected_logps, strict=True)) / count,
         "preference/gradient_weight": statistics.fmean(sigmoid(-m) for m in margins),
         "preference/calibration_error": calibration_error([sigmoid(m) for m in margins]),
         "kl/ref": statistics.fmean(x * x / 2 for x in of_chosen + of_rejected),

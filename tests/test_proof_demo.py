@@ -1,7 +1,8 @@
 """What docs/demo.md claims, by the README's own commands, on the real model and the human ratings.
 
 The reward model orders held-out pairs as people did; PPO raises the held-out score by more than its 95% interval, at a
-distance from the reference of 0.5 to 2 nats per sequence, and the text stays English. `make proof` prints the figures.
+distance from the reference of 0.5 to 2 nats per sequence, and the text stays English; DPO's implicit reward orders
+held-out pairs as people did. `make proof` prints the figures.
 """
 
 import json
@@ -74,3 +75,16 @@ def test_ppo_raises_the_held_out_score_within_the_band(reward_run, critic):
     assert rise > half_width
     assert 0.5 <= kl <= 2
     assert english[1] > max(0.9, english[0] - 0.05)
+
+
+def test_dpo_orders_held_out_pairs_as_people_did(tmp_path):
+    metrics = run("dpo.py", tmp_path / "dpo")
+    before, after = metrics["before"], metrics["after"]
+    print(
+        f"{after['eval_preference/accuracy']:.1%} of {after['eval_preference/pairs']:.0f} held-out pairs in the right "
+        f"order; chosen likelier in {before['eval_preference/ranking_accuracy']:.1%} before and "
+        f"{after['eval_preference/ranking_accuracy']:.1%} after"
+    )
+    assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert after["eval_preference/accuracy"] > 0.75
+    assert after["eval_preference/ranking_accuracy"] > before["eval_preference/ranking_accuracy"]

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from transformers import Trainer
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset
 
 from .device import computes_in_bf16
@@ -253,3 +254,14 @@ def _first(rows: Any, size: int | None) -> Any:
     if size is None:
         return rows
     return rows.take(size) if isinstance(rows, IterableDataset) else rows.select(range(min(size, len(rows))))
+
+
+def first_and_last_evaluation(trainer: Trainer, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last log line with the metric `key`; evaluates where the last one is not of the last step."""
+
+    def held_out() -> list[dict[str, Any]]:
+        return [line for line in trainer.state.log_history if key in line]
+
+    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    return held_out()[0], held_out()[-1]

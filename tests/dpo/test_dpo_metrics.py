@@ -10,12 +10,13 @@ from trl_ext.dpo import metrics
 
 
 def rows(size=40, seed=0):
-    """Random pairs, as six numbers each."""
+    """Random pairs, as eight numbers each."""
     rng = random.Random(seed)
     return [
         (
             *(rng.gauss(0.2, 1) for _ in range(2)),
             *(rng.gauss(0.5, 2) for _ in range(2)),
+            *(rng.gauss(-40, 9) for _ in range(2)),
             *rng.choices(range(1, 30), k=2),
         )
         for _ in range(size)
@@ -34,7 +35,7 @@ def test_metrics_equal_the_slow_loops(size):
 
 
 def test_metrics_leave_out_a_correlation_where_nothing_varies():
-    same_lengths = [(*row[:4], 5, 5) for row in rows(10)]
+    same_lengths = [(*row[:6], 5, 5) for row in rows(10)]
     assert "preference/length_correlation" not in metrics.preference_metrics(columns(same_lengths))
     one = metrics.preference_metrics(columns(rows(1)))
     assert "preference/length_correlation" not in one
@@ -42,7 +43,7 @@ def test_metrics_leave_out_a_correlation_where_nothing_varies():
 
 def test_margin_of_0_is_not_right():
     """As in TRL's rewards/accuracies: before training the accuracy is 0, not a half."""
-    pairs = columns([(0.3, 0.3, 3.0, 3.0, 4, 5)] * 4)
+    pairs = columns([(0.3, 0.3, 3.0, 3.0, -9.0, -8.0, 4, 5)] * 4)
     assert metrics.preference_metrics(pairs)["preference/accuracy"] == 0
 
 

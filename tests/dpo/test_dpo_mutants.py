@@ -1,18 +1,12 @@
-"""The tests of DPO's mathematics, layout and metrics can fail: each entry is a mistake that one of them catches.
-
-A mutant is a module built from its own source with one piece of text replaced. While it stands in for the real module,
-the test, taken as it is from its file, must fail.
-"""
+"""The tests of DPO's mathematics, layout and metrics can fail: each entry is a mistake that one of them catches."""
 
 import importlib
-import importlib.util
-import inspect
-import types
 from pathlib import Path
 
 import pytest
 from transformers import AttentionInterface
 
+import mutants
 from trl_ext.dpo import attention
 
 
@@ -20,6 +14,7 @@ FILES = {
     "losses": "test_dpo_losses",
     "prefix_sharing": "test_prefix_sharing",
     "attention": "test_shared_attention",
+    "flex": "test_flex",
     "metrics": "test_dpo_metrics",
     "implicit_reward": "test_implicit_reward",
     "exactness": "test_pair_forward",
@@ -132,17 +127,17 @@ MUTANTS = [
         {"case": "alike again later", "per_row": 1},
     ),
     ("prefix_sharing", "max(span.chosen, span.rejected)", "span.chosen", "layout_names", ALL_IN_ONE),
-    ("prefix_sharing", "& ((tail == -1) | (tail[:, None] == tail))", "", "mask_says", ALL_IN_ONE),
-    ("prefix_sharing", "(pair[:, None] == pair) & ", "", "mask_says", ALL_IN_ONE),
-    ("prefix_sharing", "(tail == -1) | ", "", "mask_lets", {"case": "plain"}),
+    ("prefix_sharing", " & in_sequence", "", "mask_says", ALL_IN_ONE),
+    ("prefix_sharing", "(pair[:, :, None] == pair[:, None, :]) & ", "", "mask_says", ALL_IN_ONE),
+    ("prefix_sharing", "(tail[:, None, :] == -1) | ", "", "mask_lets", {"case": "plain"}),
     (
         "prefix_sharing",
-        "tail[start + span.common : whole], tail[whole",
-        "tail[start + span.common + 1 : whole], tail[whole",
+        "tail[r, start + span.common : whole], tail[r, whole",
+        "tail[r, start + span.common + 1 : whole], tail[r, whole",
         "mask_lets",
         {"case": "plain"},
     ),
-    ("prefix_sharing", ".tril().bool())", ".bool())", "mask_lets", {"case": "plain"}),
+    ("prefix_sharing", "sees.tril()", "sees", "mask_lets", {"case": "plain"}),
     # attention.py
     (
         "attention",
@@ -162,9 +157,23 @@ MUTANTS = [
     ("attention", "is_causal=True, scale=scaling", "is_causal=False, scale=scaling", "pieces_equal", PIECES),
     ("attention", "attn_mask=sees, scale=scaling", "attn_mask=sees", "pieces_equal", PIECES),
     ("attention", "key, value = repeat_kv(key, groups)", "key, value = key.repeat(1, groups, 1, 1)", "pieces", PIECES),
+    # flex.py
+    ("flex", "(query >= key) & ", "", "blocks_are", {"case": "small", "per_row": None}),
+    ("flex", "(tail[row, key] == -1) | ", "", "blocks_are", {"case": "small", "per_row": None}),
+    ("flex", "lower[inner, inner].tril(-1)", "lower[inner, inner]", "blocks_are", {"case": "long", "per_row": 1}),
+    (
+        "flex",
+        "touched[_covering(tail, end)",
+        "touched[_inside(tail, end)",
+        "blocks_are",
+        {"case": "long", "per_row": 1},
+    ),
+    ("flex", "slice(-(-first // BLOCK),", "slice(first // BLOCK,", "blocks_are", {"case": "long", "per_row": 1}),
+    ("flex", "torch.stack(touched) & ~torch.stack(whole)", "torch.stack(touched)", "blocks_spare", {}),
     # metrics.py
     ("metrics", "right = margins > 0", "right = margins >= 0", "margin_of_0", {}),
     ("metrics", "margins = chosen - rejected", "margins = rejected - chosen", "metrics_equal", {"size": 40}),
+    ("metrics", 'pairs["chosen_logps"] >', 'pairs["chosen_logratios"] >', "metrics_equal", {"size": 40}),
     ("metrics", "(rewards < 0)", "(rewards > 0)", "metrics_equal", {"size": 40}),
     (
         "metrics",
@@ -217,46 +226,13 @@ MUTANTS = [
 ]
 
 
-def mutate(module, text, mistake):
-    """The module that results from writing `mistake` for `text`, which its source must hold."""
-    source = inspect.getsource(module)
-    assert text in source, f"{text!r} is no longer in {module.__name__}: bring the table up to date."
-    mutant = types.ModuleType(module.__name__)
-    mutant.__package__ = module.__package__
-    exec(compile(source.replace(text, mistake), f"mutant of {module.__file__}", "exec"), mutant.__dict__)
-    return mutant
-
-
-def find_test(module_name, beginning):
-    """The one test of the module whose name begins like this, imported anew, and its module."""
-    path = Path(__file__).parent / f"{FILES[module_name]}.py"
-    spec = importlib.util.spec_from_file_location(f"mutated_{path.stem}", path)
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    (test,) = (function for name, function in vars(tests).items() if name.startswith(f"test_{beginning}"))
-    return test, tests
-
-
-def name(mutant):
-    module, text, mistake, *_ = mutant
-    return f"{module}: {text.strip()} -> {mistake}"
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=mutants.name)
 def test_dpo_mutant_is_caught(mutant, monkeypatch):
     module_name, text, mistake, beginning, parameters = mutant
     # A mutant of attention.py registers its attention: afterwards the name is the real one's again.
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, attention.shared_attention)
     module = importlib.import_module(f"trl_ext.dpo.{module_name}")
-    test, tests = find_test(module_name, beginning)
+    test, tests = mutants.find_test(Path(__file__).with_name(f"{FILES[module_name]}.py"), beginning)
     if "rows" in parameters:
         parameters = parameters | {"rows": tests.texts}
-    test(**parameters)
-    for attribute, value in vars(mutate(module, text, mistake)).items():
-        if not attribute.startswith("__"):
-            # Also where the test's file has imported it by name.
-            if attribute in vars(tests) and getattr(tests, attribute) is getattr(module, attribute):
-                monkeypatch.setattr(tests, attribute, value)
-            monkeypatch.setattr(module, attribute, value)
-    with pytest.raises((AssertionError, pytest.fail.Exception, IndexError, RuntimeError)):
-        test(**parameters)
+    mutants.assert_caught(module, text, mistake, test, tests, parameters, monkeypatch)

@@ -140,7 +140,7 @@ def test_no_config_names_the_folder_after_the_model(tmp_path, monkeypatch):
 def test_different_vocabularies_are_refused_with_both_sizes(tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 64 tokens and `ref_model` one of 70") as error:
         dpo_runs.dpo_trainer(tmp_path, {"ref_model": dpo_runs.tiny_model(vocab_size=70)})
-    assert "leave `ref_model` out" in str(error.value)
+    assert "give the model that the policy started from" in str(error.value)
 
 
 def test_generation_needs_a_reference_that_is_kept(tmp_path):
@@ -205,6 +205,15 @@ def test_equal_pairs_are_counted_dropped_and_never_trained_on(tmp_path, caplog):
     said = warnings_of(caplog)
     assert "Dropped 2 of 8 rows of the train dataset: `chosen` equals `rejected`." in said
     assert "Dropped 1 of 3 rows of the eval dataset: `chosen` equals `rejected`." in said
+
+
+def test_equal_pairs_of_a_stream_are_dropped_and_it_says_so(tmp_path, caplog):
+    rows = dpo_runs.tiny_pairs().to_list()
+    rows[1]["rejected"] = rows[1]["chosen"]
+    with caplog.at_level("INFO", logger="trl_ext"):
+        trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows).to_iterable_dataset()})
+    assert len(list(trainer.train_dataset)) == 7
+    assert "Rows of the train dataset whose `chosen` equals `rejected` are dropped as they come." in caplog.text
 
 
 def test_equal_conversations_are_dropped(tmp_path):
@@ -540,7 +549,7 @@ def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference
     options = {"generate_during_eval": True, "num_eval_samples": 3, "eval_max_new_tokens": 6, "learning_rate": 0.5}
     trainer = dpo_runs.dpo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, **options)
     files = sorted((tmp_path / "completions").glob("*.jsonl"))
-    assert [path.name for path in files] == ["step_00001.jsonl", "step_00002.jsonl"]
+    assert [path.name for path in files] == ["eval_step_00001.jsonl", "eval_step_00002.jsonl"]
     rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
     prompts = trainer.eval_dataset["prompt_ids"][:3]
     actor = trainer.model.eval()
@@ -551,7 +560,7 @@ def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference
     assert "held-out prompts, actor and reference" in capsys.readouterr().out
 
 
-def test_several_held_out_sets_are_evaluated_each_and_the_first_is_completed(tmp_path):
+def test_several_held_out_sets_are_evaluated_and_completed_each(tmp_path):
     held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "two": dpo_runs.tiny_pairs(6, seed=5)}
     options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 1}
     trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out}, **options)
@@ -559,8 +568,10 @@ def test_several_held_out_sets_are_evaluated_each_and_the_first_is_completed(tmp
     assert {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
     lines = [dpo_runs.lines(trainer, f"eval_{name}_loss")[0] for name in held_out]
     assert [line["eval_preference/pairs"] for line in lines] == [5, 6]
-    (row,) = (tmp_path / "completions" / "step_00000.jsonl").read_text().splitlines()
-    assert json.loads(row)["prompt"] == held_out["one"][0]["prompt"].strip()
+    assert len(list((tmp_path / "completions").iterdir())) == 2
+    for name, pairs in held_out.items():
+        (row,) = (tmp_path / "completions" / f"eval_{name}_step_00000.jsonl").read_text().splitlines()
+        assert json.loads(row)["prompt"] == pairs[0]["prompt"].strip()
 
 
 def test_dataset_given_to_evaluate_is_prepared_and_completed(tmp_path):
@@ -568,7 +579,7 @@ def test_dataset_given_to_evaluate_is_prepared_and_completed(tmp_path):
     trainer = dpo_runs.dpo_trainer(tmp_path, **options)
     metrics = trainer.evaluate(dpo_runs.tiny_pairs(5, seed=4))
     assert metrics["eval_preference/pairs"] == 5
-    assert (tmp_path / "completions" / "step_00000.jsonl").exists()
+    assert (tmp_path / "completions" / "eval_step_00000.jsonl").exists()
 
 
 def test_evaluation_does_not_mix_with_the_logging_window(tmp_path):

@@ -1,17 +1,11 @@
-"""The tests of the mathematics are known to be able to fail: each entry here is a mistake that one of them catches.
-
-A mutant is a module built from its own source with one piece of text replaced. While it stands in for the real module,
-the test, taken as it is from its file, must fail.
-"""
+"""The tests of the mathematics can fail: each entry is a mistake that one of them catches."""
 
 import importlib
-import importlib.util
-import inspect
-import types
 from pathlib import Path
 
 import pytest
 
+import mutants
 import oracles
 
 
@@ -169,40 +163,11 @@ MUTANTS = [
 ]
 
 
-def mutate(module, text, mistake):
-    """The module that results from writing `mistake` for `text`, which its source must hold."""
-    source = inspect.getsource(module)
-    assert text in source, f"{text!r} is no longer in {module.__name__}: bring the table up to date."
-    mutant = types.ModuleType(module.__name__)
-    mutant.__package__ = module.__package__
-    exec(compile(source.replace(text, mistake), f"mutant of {module.__file__}", "exec"), mutant.__dict__)
-    return mutant
-
-
-def find_test(module_name, beginning):
-    """The one test of the module whose name begins like this."""
-    here = Path(__file__).parent
-    path = (here.parent if module_name == "masked" else here) / f"test_{module_name}.py"
-    spec = importlib.util.spec_from_file_location(f"mutated_{path.stem}", path)
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    (test,) = (function for name, function in vars(tests).items() if name.startswith(f"test_{beginning}"))
-    return test
-
-
-def name(mutant):
-    module, text, mistake, *_ = mutant
-    return f"{module}: {text.strip()} -> {mistake}"
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=mutants.name)
 def test_mutant_is_caught(mutant, monkeypatch):
     module_name, text, mistake, beginning, parameters = mutant
-    module = importlib.import_module("trl_ext.masked" if module_name == "masked" else f"trl_ext.ppo.{module_name}")
-    test = find_test(module_name, beginning)
-    test(**parameters)
-    for attribute, value in vars(mutate(module, text, mistake)).items():
-        if not attribute.startswith("__"):
-            monkeypatch.setattr(module, attribute, value)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        test(**parameters)
+    here = Path(__file__).parent
+    shared = module_name == "masked"
+    module = importlib.import_module("trl_ext.masked" if shared else f"trl_ext.ppo.{module_name}")
+    test, tests = mutants.find_test((here.parent if shared else here) / f"test_{module_name}.py", beginning)
+    mutants.assert_caught(module, text, mistake, test, tests, parameters, monkeypatch)

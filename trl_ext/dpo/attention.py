@@ -1,5 +1,6 @@
 """
-Attention over shared rows, piece by piece: no score is computed between tokens that do not see each other.
+Attention over shared rows: no score is computed between tokens that do not see each other. On CUDA one kernel does
+it where FlexAttention works (`flex`), elsewhere SDPA does it piece by piece.
 
 It stands in for SDPA, under a name of its own in transformers' registry of attention functions, and is SDPA wherever
 no shared rows are given (generation, ordinary rows).
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from . import flex
 from .prefix_sharing import SharedRows
 
 
@@ -29,26 +32,34 @@ def shared_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     shared_rows: SharedRows | None = None,
+    shared_blocks: BlockMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
     Args:
         query (R, heads, T, D), key, value (R, key-value heads, T, D).
         attention_mask: not read where `shared_rows` says who sees whom.
+        shared_blocks: the same for FlexAttention, if that is to be used.
         scaling: what the scores are multiplied by; `None`: 1/√D.
 
     Returns:
-        The attention's output (R, T, heads, D), 0 at padding, and no weights.
+        The attention's output (R, T, heads, D), and no weights.
     """
     if shared_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if shared_blocks is not None:
+        return flex.attend(query, key, value, shared_blocks, scaling), None
+    return pieces(query, key, value, shared_rows, scaling), None
+
+
+def pieces(query: Tensor, key: Tensor, value: Tensor, shared: SharedRows, scaling: float | None = None) -> Tensor:
+    """Attention by SDPA, shapes as in `shared_attention`; 0 at padding."""
     groups = query.size(1) // key.size(1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = [
-        _row(query[r : r + 1], key[r : r + 1], value[r : r + 1], spans, scaling)
-        for r, spans in enumerate(shared_rows.rows)
+        _row(query[r : r + 1], key[r : r + 1], value[r : r + 1], spans, scaling) for r, spans in enumerate(shared.rows)
     ]
-    return torch.cat(outputs).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs).transpose(1, 2).contiguous()
 
 
 def _row(query: Tensor, key: Tensor, value: Tensor, spans: tuple, scaling: float | None) -> Tensor:

@@ -18,8 +18,8 @@ def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> 
     if policy.vocab_size != reference.vocab_size:
         raise ValueError(
             f"The policy has a vocabulary of {policy.vocab_size} tokens and `{name}` one of {reference.vocab_size}. "
-            "The implicit reward compares the probabilities of the same tokens: give the model that the policy starts "
-            f"from, or leave `{name}` out."
+            "The implicit reward compares the probabilities of the same tokens: give the model that the policy "
+            "started from."
         )
 
 

@@ -55,8 +55,10 @@ def _is_conversation(value: Any) -> bool:
 
 def drop_equal_pairs(dataset: Any, name: str) -> Any:
     """The dataset without rows whose completions are equal: there is nothing to prefer. Says how many."""
-    kept = dataset.filter(_differs)
-    if isinstance(dataset, Dataset):
+    kept = dataset.filter(_differs, input_columns=list(NEEDED))  # images stay undecoded
+    if isinstance(dataset, IterableDataset):
+        logger.info("Rows of the %s dataset whose `chosen` equals `rejected` are dropped as they come.", name)
+    else:
         dropped = len(dataset) - len(kept)
         if len(kept) == 0:
             raise ValueError(f"In all {dropped} rows of the {name} dataset `chosen` equals `rejected`.")
@@ -67,8 +69,8 @@ def drop_equal_pairs(dataset: Any, name: str) -> Any:
     return kept
 
 
-def _differs(row: dict[str, Any]) -> bool:
-    return row["chosen"] != row["rejected"]
+def _differs(chosen: Any, rejected: Any) -> bool:
+    return chosen != rejected
 
 
 def check_tokenised(

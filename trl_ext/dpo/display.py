@@ -13,9 +13,9 @@ from rich.text import Text
 FOLDER = "completions"
 
 
-def show_completions(prompts: Sequence[str], actor: Sequence[str], reference: Sequence[str], step: int) -> None:
+def show_completions(prompts: Sequence[str], actor: Sequence[str], reference: Sequence[str], label: str) -> None:
     """A table on the terminal."""
-    table = Table(title=f"Step {step}: held-out prompts, actor and reference", show_lines=True)
+    table = Table(title=f"{label}: held-out prompts, actor and reference", show_lines=True)
     for column in ("prompt", "actor", "reference"):
         table.add_column(column, overflow="fold")
     for row in zip(prompts, actor, reference, strict=True):
@@ -24,10 +24,10 @@ def show_completions(prompts: Sequence[str], actor: Sequence[str], reference: Se
 
 
 def write_completions(
-    output_dir: str, prompts: Sequence[str], actor: Sequence[str], reference: Sequence[str], step: int
+    output_dir: str, prompts: Sequence[str], actor: Sequence[str], reference: Sequence[str], label: str
 ) -> Path:
-    """The same as JSON lines, in `<output_dir>/completions/step_<step>.jsonl`."""
-    path = Path(output_dir) / FOLDER / f"step_{step:05d}.jsonl"
+    """The same as JSON lines, in `<output_dir>/completions/<label>.jsonl`."""
+    path = Path(output_dir) / FOLDER / f"{label}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [
         {"prompt": p, "actor": a, "reference": r} for p, a, r in zip(prompts, actor, reference, strict=True)

@@ -8,6 +8,7 @@ go through it.
 """
 
 import functools
+import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..scoring import score_only
-from . import attention
+from . import attention, flex
 from .exactness import is_partitioned, length_limit, why_not_model
 from .prefix_sharing import SharedRows, attention_mask_of, share_prefixes
 
+
+logger = logging.getLogger(__name__)
 
 # The largest mean difference of the probe's log-probabilities, in nats, that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -39,6 +42,8 @@ class PairForward:
 
     Attributes:
         sharing: whether rows are shared. Off until `share` finds it exact.
+        one_kernel: whether FlexAttention reads shared rows, not SDPA piece by piece; decided by the first rows on
+            CUDA.
         limit: sequences longer than this many tokens are computed as TRL does: a sliding window or a long-context
             rotary embedding would tell the layouts apart.
         outputs: while a list, every scored batch's output is added to it.
@@ -48,6 +53,7 @@ class PairForward:
         self.model = model
         self.pack_pairs = pack_pairs
         self.sharing = False
+        self.one_kernel: bool | None = None
         self.limit = length_limit(model)
         self.outputs: list[ModelOutput] | None = None
         self._fused_forward = fused_forward = model.forward
@@ -104,6 +110,8 @@ class PairForward:
         if attention.in_use(self.model):
             # A mask of four dimensions is passed on as it is; the attention function reads the rows instead.
             who_sees_whom = {"attention_mask": predicts.new_ones(1, 1, 1, 1).bool(), "shared_rows": shared}
+            if self._uses_flex(shared):
+                who_sees_whom["shared_blocks"] = flex.block_mask_of(shared)
         else:
             visible = attention_mask_of(shared)
             dtype = self.model.dtype
@@ -118,6 +126,15 @@ class PairForward:
                 **who_sees_whom,
             )
         return _scatter(output, scored)
+
+    def _uses_flex(self, shared: SharedRows) -> bool:
+        """Whether to attend by FlexAttention: on CUDA, if it gives what the pieces give."""
+        if self.one_kernel is None and shared.input_ids.is_cuda:
+            reason = flex.why_not(self.model, shared.input_ids.device, attention.pieces)
+            if reason is not None:
+                logger.warning("FlexAttention is not used; attention goes piece by piece (%s).", reason)
+            self.one_kernel = reason is None
+        return bool(self.one_kernel)
 
     @torch.no_grad()
     def _probe(self) -> str | None:

@@ -9,10 +9,11 @@ from ..intervals import wilson_interval
 from .losses import gradient_weight, preference_probability
 
 
-# (N,) for each pair: implicit rewards, log-ratios to the reference in nats, and tokens of both completions.
+# (N,) for each pair: of both completions the implicit reward, the log-ratio to the reference and the log-probability
+# under the policy, both in nats, and the tokens.
 COLUMNS = (
     *("chosen_rewards", "rejected_rewards", "chosen_logratios", "rejected_logratios"),
-    *("chosen_lengths", "rejected_lengths"),
+    *("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths"),
 )
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 CALIBRATION_BINS = 10
@@ -28,7 +29,7 @@ class PreferenceLedger:
     def add(self, pairs: Tensor, sources: list[str] | None = None) -> None:
         """
         Args:
-            pairs (N, 6): the columns of `COLUMNS`, of all ranks.
+            pairs (N, 8): the columns of `COLUMNS`, of all ranks.
             sources: the value of the data's `source` column for each pair.
         """
         self._batches.append(pairs.float().cpu())
@@ -58,6 +59,7 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
         "preference/accuracy_low": low,
         "preference/accuracy_high": high,
         "preference/pairs": float(len(right)),
+        "preference/ranking_accuracy": (pairs["chosen_logps"] > pairs["rejected_logps"]).float().mean().item(),
         "preference/gradient_weight": gradient_weight(chosen, rejected).mean().item(),
         "preference/calibration_error": calibration_error(preference_probability(chosen, rejected)),
     }

@@ -95,25 +95,31 @@ def share_prefixes(input_ids: Tensor, attention_mask: Tensor, pairs_per_row: int
     return SharedRows(packed_ids.view(shape), position_ids.view(shape), rows, packed_index.flatten(0, 1))
 
 
+def membership(shared: SharedRows) -> tuple[Tensor, Tensor]:
+    """
+    For every token of the rows, (R, T) each: the number of its pair in the row, −1 for padding; and which sequence of
+    the pair it belongs to, 0 for the chosen one, 1 for the rejected one, −1 for both.
+    """
+    pair, tail = torch.full((2, *shared.input_ids.shape), -1, dtype=torch.long)
+    for r, row in enumerate(shared.rows):
+        start = 0
+        for k, span in enumerate(row):
+            whole, end = start + span.common + span.chosen, start + span.size
+            pair[r, start:end] = k
+            tail[r, start + span.common : whole], tail[r, whole:end] = 0, 1
+            start = end
+    return pair.to(shared.input_ids.device), tail.to(shared.input_ids.device)
+
+
 def attention_mask_of(shared: SharedRows) -> Tensor:
     """
     Who sees whom, as a mask (R, 1, T, T), True for yes: a token sees those before it in its own sequence, and itself;
     padding sees padding, since a softmax over nothing is NaN.
     """
-    width = shared.input_ids.size(1)
-    # Sequences of a row: 2k and 2k + 1 are the tails of pair k, −1 its common part, which both of them see.
-    masks = []
-    for row in shared.rows:
-        pair, tail = torch.full((2, width), -1, dtype=torch.long)
-        start = 0
-        for k, span in enumerate(row):
-            whole = start + span.common + span.chosen
-            pair[start : start + span.size] = k
-            tail[start + span.common : whole], tail[whole : start + span.size] = 0, 1
-            start += span.size
-        sees = (pair[:, None] == pair) & ((tail == -1) | (tail[:, None] == tail))
-        masks.append(sees & torch.ones(width, width).tril().bool())
-    return torch.stack(masks).unsqueeze(1).to(shared.input_ids.device)
+    pair, tail = membership(shared)
+    in_sequence = (tail[:, None, :] == -1) | (tail[:, :, None] == tail[:, None, :])
+    sees = (pair[:, :, None] == pair[:, None, :]) & in_sequence
+    return sees.tril().unsqueeze(1)
 
 
 def _ranges(pieces: list[tuple[int, int]]) -> Tensor:

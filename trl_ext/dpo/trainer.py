@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
+from ..device import keep_4_bit_differentiable
 from ..pretrained import text_config
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
@@ -101,6 +103,7 @@ class DPOTrainerX(DPOTrainer):
         if self._forwards:
             return
         actor = self.accelerator.unwrap_model(self.model)
+        keep_4_bit_differentiable(actor)
         models = [actor.get_base_model() if is_peft_model(actor) else actor]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
@@ -121,7 +124,8 @@ class DPOTrainerX(DPOTrainer):
                 )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
-        dataset = drop_equal_pairs(dataset, dataset_name)
+        with PartialState().main_process_first():  # the others read its cache
+            dataset = drop_equal_pairs(dataset, dataset_name)
         rows = len(dataset) if isinstance(dataset, Dataset) else None
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)
@@ -159,7 +163,7 @@ class DPOTrainerX(DPOTrainer):
             loss = loss + self._smoothing(logratios)
         require_finite(loss, logratios.detach(), inputs["input_ids"], self._tokenizer, self.state.global_step)
         # 3. For the log
-        self._record(logratios.detach(), mask, sources)
+        self._record(logps.detach(), logratios.detach(), mask, sources)
         return (loss, *rest) if return_outputs else loss
 
     def _completion_logps(self, per_token: Tensor, mask: Tensor) -> Tensor:
@@ -185,11 +189,11 @@ class DPOTrainerX(DPOTrainer):
 
     # ---- 3. Log ----
 
-    def _record(self, logratios: Tensor, mask: Tensor, sources: list[str] | None) -> None:
+    def _record(self, logps: Tensor, logratios: Tensor, mask: Tensor, sources: list[str] | None) -> None:
         """Enters the batch's pairs, of all ranks, into the ledger."""
         rewards = implicit_reward(logratios, torch.zeros_like(logratios), self.beta)
-        columns = [half.float() for values in (rewards, logratios, mask.sum(dim=1)) for half in values.chunk(2)]
-        pairs = torch.stack(columns, dim=1)
+        of_both = (rewards, logratios, logps, mask.sum(dim=1))
+        pairs = torch.stack([half.float() for values in of_both for half in values.chunk(2)], dim=1)
         gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
         mode = "train" if self.model.training else "eval"
         if sources is not None and self.accelerator.num_processes > 1:
@@ -205,17 +209,19 @@ class DPOTrainerX(DPOTrainer):
 
     # ---- 4. Evaluate ----
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(held_out, dict):
-            held_out = next(iter(held_out.values()))
+        if isinstance(held_out, str):  # one of several, by its name; the Trainer comes back for each of them
+            held_out = self.eval_dataset[held_out]
         if self.args.generate_during_eval and isinstance(held_out, Dataset):
-            self._complete_prompts(held_out)
+            self._complete_prompts(held_out, metric_key_prefix)
         return metrics
 
-    def _complete_prompts(self, held_out: Dataset) -> None:
-        """Shows and writes down what actor and reference make of the first held-out prompts."""
+    def _complete_prompts(self, held_out: Dataset, name: str) -> None:
+        """Shows and writes down what actor and reference make of the first prompts of the held-out set `name`."""
         if "prompt_ids" not in held_out.column_names:
             held_out = self._prepare_dataset(held_out, self.processing_class, self.args, "eval")
         prompts = held_out[: self.args.num_eval_samples]["prompt_ids"]
@@ -224,8 +230,9 @@ class DPOTrainerX(DPOTrainer):
             of_reference = self._complete(reference, prompts)
         if self.is_world_process_zero():
             texts = self._tokenizer.batch_decode(prompts)
-            show_completions(texts, actor, of_reference, self.state.global_step)
-            write_completions(self.args.output_dir, texts, actor, of_reference, self.state.global_step)
+            label = f"{name}_step_{self.state.global_step:05d}"
+            show_completions(texts, actor, of_reference, label)
+            write_completions(self.args.output_dir, texts, actor, of_reference, label)
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:

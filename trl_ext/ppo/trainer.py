@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
 from .. import _trl
+from ..device import keep_4_bit_differentiable
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
 from . import critic as critic_module
@@ -220,6 +221,7 @@ class PPOTrainerX(GRPOTrainer):
     def _set_up_models(self, roles: Roles) -> None:
         """Attaches the critic, extends the forward of actor and reference, places the frozen models."""
         actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        keep_4_bit_differentiable(actor)
         self.critic: Any = roles.critic
         critic_module.attach(self.critic, actor)
         critic_module.check_trained(self.model, self.critic, self.optimizer)

@@ -14,6 +14,7 @@ from .curves import is_tie
 # Row of a preference table -> the metrics it shows, and their format.
 PREFERENCE_ROWS = {
     "pairs": (("preference/pairs",), "{:.0f}"),
+    "chosen is the likelier completion": (("preference/ranking_accuracy",), "{:.1%}"),
     "loss, nats": (("loss",), "{:.4f}"),
     "implicit reward of chosen, mean ± std": (("rewards/chosen", "rewards/chosen_std"), "{:+.3f} ± {:.3f}"),
     "implicit reward of rejected, mean ± std": (("rewards/rejected", "rewards/rejected_std"), "{:+.3f} ± {:.3f}"),
@@ -26,7 +27,7 @@ PREFERENCE_ROWS = {
     ),
     "gradient weight, mean": (("preference/gradient_weight",), "{:.3f}"),
     "Bradley-Terry calibration error": (("preference/calibration_error",), "{:.3f}"),
-    "KL to the reference, estimate, nats per sequence": (("kl/ref",), "{:.2f}"),
+    "½ (log π_θ − log π_ref)², near the reference its KL": (("kl/ref",), "{:.2f}"),
     "log π_θ − log π_ref of chosen, nats": (("logps/chosen_drift",), "{:+.2f}"),
     "log π_θ − log π_ref of rejected, nats": (("logps/rejected_drift",), "{:+.2f}"),
     "correlation of margin and length difference": (("preference/length_correlation",), "{:+.2f}"),
