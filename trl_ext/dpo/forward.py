@@ -86,7 +86,9 @@ class PairForward:
         return reason
 
     def _score(self, *args: Any, labels: Tensor, **kwargs: Any) -> ModelOutput:
-        # Anything else, such as images, embeddings or router logits, goes TRL's way.
+        # What PEFT names without passing it is not there; anything else, such as images, embeddings or router logits,
+        # goes TRL's way.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if args or set(kwargs) != {"input_ids", "attention_mask", "use_cache"}:
             return self._fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
