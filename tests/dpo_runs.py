@@ -58,6 +58,7 @@ ARCHITECTURES = {
             "attn_implementation": "eager",
         },
     ),
+    "stablelm": ("StableLm", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     "gpt2": (
         "GPT2",
         {

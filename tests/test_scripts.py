@@ -256,7 +256,8 @@ def test_dpo_trains_an_adapter_that_is_scored_without_a_reference(paths, dpo_run
 def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkeypatch):
     from trl_ext import embedded
 
-    rows = [{"text": f"good film {i} and bird and cat", "rating": i % 5 - 2.0, "source": str(i)} for i in range(200)]
+    texts = [f"{tiny.WORDS[i % 50]} film {tiny.WORDS[i // 50]}" for i in range(200)]
+    rows = [{"text": text, "rating": i % 5 - 2.0, "source": str(i)} for i, text in enumerate(texts)]
     monkeypatch.setattr(embedded, "movie_reviews", lambda: Dataset.from_list(rows))
     monkeypatch.setattr(embedded, "smollm2", lambda: paths["actor"])
     output, scores = paths["folder"] / "demo-dpo", paths["folder"] / "demo.jsonl"

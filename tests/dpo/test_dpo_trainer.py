@@ -188,6 +188,20 @@ def test_column_error_comes_before_a_model_is_loaded(tmp_path):
         )
 
 
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_empty_cells_are_refused_with_their_row(tmp_path, column):
+    rows = dpo_runs.tiny_pairs().to_list()
+    rows[5][column] = rows[7][column] = None
+    with pytest.raises(ValueError, match=f"The column '{column}' .* is empty in 2 of 8 rows, the first is row 5"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)})
+
+
+def test_a_conversation_of_no_messages_is_refused(tmp_path):
+    rows = [{"chosen": [{"role": "assistant", "content": "good"}], "rejected": []}] * 2
+    with pytest.raises(ValueError, match="The column 'rejected' of `train_dataset` holds list"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)})
+
+
 def test_dataset_of_no_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` has no rows"):
         dpo_runs.dpo_trainer(tmp_path, {"train_dataset": dpo_runs.tiny_pairs().select([])})
@@ -205,6 +219,33 @@ def test_equal_pairs_are_counted_dropped_and_never_trained_on(tmp_path, caplog):
     said = warnings_of(caplog)
     assert "Dropped 2 of 8 rows of the train dataset: `chosen` equals `rejected`." in said
     assert "Dropped 1 of 3 rows of the eval dataset: `chosen` equals `rejected`." in said
+
+
+def test_pairs_that_tokenise_alike_are_dropped(tmp_path, caplog):
+    rows = dpo_runs.tiny_pairs().to_list()
+    rows[4] |= {"chosen": "good", "rejected": "good <eos>"}
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)})
+    assert len(trainer.train_dataset) == 7
+    assert rows[4]["prompt"] not in trainer.train_dataset["prompt"]
+    begins = "Dropped 1 of 8 rows of the train dataset: `chosen` and `rejected` have the same tokens"
+    assert any(said.startswith(begins) for said in warnings_of(caplog))
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_pairs_that_are_cut_before_they_differ_are_dropped(tmp_path, caplog, mode):
+    common = "the cat is good and the dog is"
+    rows = [
+        {"prompt": "why ", "chosen": f"{common} bad", "rejected": f"{common} funny"},
+        {"prompt": "why ", "chosen": f"good {common} {common}", "rejected": f"bad {common} {common}"},
+    ]
+    options = {"max_length": 8, "truncation_mode": mode}
+    kept, dropped = rows[::-1] if mode == "keep_start" else rows
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)}, **options)
+    assert [text.removesuffix("<eos>") for text in trainer.train_dataset["chosen"]] == [kept["chosen"]]
+    assert any("the same tokens within `max_length=8`" in said for said in warnings_of(caplog))
+    with pytest.raises(ValueError, match=r"In all 1 rows .* the same tokens within .* Raise `max_length`"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list([dropped])}, **options)
 
 
 def test_equal_pairs_of_a_stream_are_dropped_and_it_says_so(tmp_path, caplog):
@@ -265,7 +306,7 @@ def test_prompts_that_fill_the_length_are_counted_and_dropped(tmp_path, caplog):
     for i in (1, 6, 7):
         rows[i]["prompt"] = "the cat and the dog of the old house "
     trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)}, max_length=8)
-    assert len(trainer.train_dataset) == 5
+    assert len(trainer.train_dataset) == 4  # and one is cut before its completions differ
     assert "Dropped 3 of 8 rows of the train dataset: their prompts fill `max_length=8`." in warnings_of(caplog)
     with pytest.raises(ValueError, match=r"prompts of all 8 rows .* at least `max_length=2` tokens"):
         dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)}, max_length=2)
@@ -566,12 +607,48 @@ def test_several_held_out_sets_are_evaluated_and_completed_each(tmp_path):
     trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out}, **options)
     metrics = trainer.evaluate()
     assert {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
-    lines = [dpo_runs.lines(trainer, f"eval_{name}_loss")[0] for name in held_out]
-    assert [line["eval_preference/pairs"] for line in lines] == [5, 6]
+    assert [metrics[f"eval_{name}_preference/pairs"] for name in held_out] == [5, 6]
     assert len(list((tmp_path / "completions").iterdir())) == 2
     for name, pairs in held_out.items():
         (row,) = (tmp_path / "completions" / f"eval_{name}_step_00000.jsonl").read_text().splitlines()
         assert json.loads(row)["prompt"] == pairs[0]["prompt"].strip()
+
+
+def test_metrics_of_several_held_out_sets_bear_their_names(tmp_path):
+    """TRL has one name for all of them."""
+    held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "b/c": dpo_runs.tiny_pairs(6, seed=5)}
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out})
+    metrics = trainer.evaluate()
+    assert "eval_rewards/accuracies" not in metrics
+    for name, size in (("one", 5), ("b/c", 6)):
+        alone = trainer.evaluate(held_out[name])
+        assert metrics[f"eval_{name}_preference/pairs"] == size
+        for key in ("rewards/accuracies", "preference/accuracy", "kl/ref", "loss"):
+            assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"])
+
+
+def test_pairs_without_a_prompt_are_left_out_of_the_completions(tmp_path, caplog):
+    rows = dpo_runs.tiny_pairs(6, seed=4).to_list()
+    rows[0]["prompt"] = ""
+    models = {"eval_dataset": Dataset.from_list(rows)}
+    options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 2}
+    dpo_runs.dpo_trainer(tmp_path, models, **options).evaluate()
+    lines = (tmp_path / "completions" / "eval_step_00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == [row["prompt"].strip() for row in rows[1:3]]
+    models["eval_dataset"] = Dataset.from_list([row | {"prompt": ""} for row in rows])
+    dpo_runs.dpo_trainer(tmp_path / "none", models, **options).evaluate()
+    assert any("No held-out pair has a prompt" in said for said in warnings_of(caplog))
+
+
+def test_a_model_of_another_trainer_is_shared_again(tmp_path):
+    model, reference = dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1)
+    runs = []
+    for i in range(2):
+        trainer = dpo_runs.dpo_trainer(tmp_path / str(i), {"model": model, "ref_model": reference}, learning_rate=0.0)
+        assert all(forward.sharing for forward in trainer._forwards)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
 
 
 def test_dataset_given_to_evaluate_is_prepared_and_completed(tmp_path):

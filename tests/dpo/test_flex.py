@@ -150,3 +150,15 @@ def test_a_run_by_flex_equals_one_piece_by_piece_on_cuda(tmp_path, monkeypatch):
         assert trainer._forwards[0].one_kernel == (name == "flex")
         runs.append([line["loss"] for line in dpo_runs.lines(trainer)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_rows_of_many_lengths_stay_in_the_kernel_on_cuda():
+    """More lengths than torch compiles for one by one; a matrix of all scores would not fit under the limit."""
+    for width in range(4096, 4096 + 12 * 77, 77):
+        shared = share_prefixes(*(x.cuda() for x in batch([(width, 1024, 1024)])))
+        size = shared.input_ids.size(1)
+        leaves = [torch.randn(1, 8, size, 64, device="cuda").requires_grad_() for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        flex.attend(*leaves, flex.block_mask_of(shared)).sum().backward()
+        assert torch.cuda.max_memory_allocated() < 8 * size**2 * 4

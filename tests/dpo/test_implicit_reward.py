@@ -53,6 +53,14 @@ def test_reward_equals_the_slow_oracle(rows, batch_size):
     assert max(expected) - min(expected) > 0.1
 
 
+def test_reward_needs_no_pad_token():
+    policy, reference = dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1)
+    expected = ImplicitReward(policy, reference, tiny.tiny_tokenizer(), BETA)(*texts())
+    without = tiny.tiny_tokenizer()
+    without.pad_token = None
+    assert ImplicitReward(policy, reference, without, BETA)(*texts()) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("adapter", ["off", "ref"])
 def test_reward_of_an_adapter_takes_its_start_as_the_reference(adapter):
     """Without its adapter, or with the adapter "ref" that `DPOTrainerX` left."""

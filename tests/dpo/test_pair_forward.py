@@ -192,6 +192,12 @@ def test_probe_refuses_an_attention_that_lets_the_rejected_tokens_see_the_chosen
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaky)
     _, ours, pairs = both("llama")
+    assert pairs.share() is None  # with a mask over the row instead
+    assert ours.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(
+        forward, "attention_mask_of", lambda shared: torch.ones(1, 1, *2 * shared.input_ids.shape[1:]) > 0
+    )
+    _, ours, pairs = both("llama")
     assert "gives other log-probabilities on shared rows" in pairs.share()
     assert not pairs.sharing
     assert ours.config._attn_implementation == "sdpa"
@@ -211,11 +217,26 @@ def test_probe_refuses_wrong_positions(monkeypatch):
     assert "gives other log-probabilities" in pairs.share()
 
 
+def test_a_model_with_an_attention_of_its_own_is_shared_with_a_mask():
+    """StableLM calls SDPA itself: it does not go piece by piece, but reads a mask."""
+    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
+    theirs, ours, pairs = both("stablelm", attn_implementation="sdpa")
+    assert pairs.share() is None
+    assert not attention.in_use(ours)
+    assert_equal(scored(ours, batch), scored(theirs, batch))
+
+
+def test_probe_says_when_the_model_itself_is_broken():
+    _, ours, pairs = both("llama")
+    ours.model.norm.weight.data.fill_(float("nan"))
+    assert "log-probabilities that are not finite" in pairs.share()
+
+
 def test_probe_takes_an_exception_as_a_reason(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    monkeypatch.setattr(forward, "share_prefixes", broken)
     _, ours, pairs = both("llama")
     assert "cannot be run on shared rows (RuntimeError: no such kernel)" in pairs.share()
     assert ours.config._attn_implementation == "sdpa"

@@ -23,12 +23,14 @@ def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> 
         )
 
 
-def require_finite(loss: Tensor, logratios: Tensor, input_ids: Tensor, tokenizer: Any, step: int) -> None:
+def require_finite(
+    loss: Tensor, logratios: Tensor, input_ids: Tensor, attention_mask: Tensor, tokenizer: Any, step: int
+) -> None:
     """
     Args:
         loss: of the batch, a scalar.
         logratios (2B,): log π_θ/π_ref, chosen then rejected.
-        input_ids (2B, L).
+        input_ids, attention_mask (2B, L).
         step: optimizer steps taken so far.
 
     Raises:
@@ -40,9 +42,11 @@ def require_finite(loss: Tensor, logratios: Tensor, input_ids: Tensor, tokenizer
     margins = chosen - rejected
     broken = (~torch.isfinite(margins)).nonzero().flatten().tolist()
     pair = broken[0] if broken else int(margins.abs().argmax())
+    text = tokenizer.decode(input_ids[pair][attention_mask[pair].bool()][:64])
     raise FloatingPointError(
         f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has log-ratios of "
         f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected) to the reference; its chosen "
-        f"sequence begins {tokenizer.decode(input_ids[pair][:64])!r}. Nothing of this batch was learnt. A lower "
-        "learning rate, or bfloat16 instead of float16, is the usual cure."
+        f"sequence begins {text!r}. Nothing of this batch was learnt. A lower "
+        "learning rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the weights "
+        "that were loaded."
     )

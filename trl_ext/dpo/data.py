@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -26,6 +27,8 @@ def check_columns(train_dataset: Any, eval_dataset: Any) -> None:
             raise ValueError(f"`{name}` has no rows.")
         if isinstance(dataset, Dataset | IterableDataset):
             _check_row(name, next(iter(dataset)))
+        if isinstance(dataset, Dataset):
+            _check_cells(name, dataset)
 
 
 def _check_row(name: str, row: dict[str, Any]) -> None:
@@ -49,8 +52,24 @@ def _check_row(name: str, row: dict[str, Any]) -> None:
         raise ValueError(f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind.")
 
 
+def _check_cells(name: str, dataset: Dataset) -> None:
+    """Raises `ValueError` for cells that hold nothing: TRL would stumble over them somewhere in the tokenisation."""
+    for column in (*OPTIONAL, *NEEDED):
+        if column in dataset.column_names:
+            empty = [i for i, value in enumerate(dataset[column]) if value is None or value == []]
+            if empty:
+                raise ValueError(
+                    f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(dataset)} rows, the first is "
+                    f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
+                )
+
+
 def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and "role" in message for message in value)
+    )
 
 
 def drop_equal_pairs(dataset: Any, name: str) -> Any:
@@ -71,6 +90,32 @@ def drop_equal_pairs(dataset: Any, name: str) -> Any:
 
 def _differs(chosen: Any, rejected: Any) -> bool:
     return chosen != rejected
+
+
+def drop_equal_tokens(dataset: Any, name: str, max_length: int | None, truncation_mode: str) -> Any:
+    """
+    The dataset, tokenised, without rows whose completions are equal as the model sees them: written differently and
+    tokenised alike, or cut to `max_length` before they differ. Says how many.
+    """
+    keep = partial(_differs_cut, max_length=max_length, from_end=truncation_mode == "keep_end")
+    kept = dataset.filter(keep, input_columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    dropped = len(dataset) - len(kept) if isinstance(dataset, Dataset) else 0
+    what = f"`chosen` and `rejected` have the same tokens within `max_length={max_length}`"
+    if dropped and len(kept) == 0:
+        raise ValueError(f"In all {dropped} rows of the {name} dataset {what}. Raise `max_length`.")
+    if dropped:
+        logger.warning("Dropped %d of %d rows of the %s dataset: %s.", dropped, len(dataset), name, what)
+    return kept
+
+
+def _differs_cut(
+    prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None, from_end: bool
+) -> bool:
+    if max_length is None:
+        return chosen != rejected
+    if from_end:
+        return (prompt + chosen)[-max_length:] != (prompt + rejected)[-max_length:]
+    return chosen[: max_length - len(prompt)] != rejected[: max_length - len(prompt)]
 
 
 def check_tokenised(

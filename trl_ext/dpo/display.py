@@ -27,7 +27,7 @@ def write_completions(
     output_dir: str, prompts: Sequence[str], actor: Sequence[str], reference: Sequence[str], label: str
 ) -> Path:
     """The same as JSON lines, in `<output_dir>/completions/<label>.jsonl`."""
-    path = Path(output_dir) / FOLDER / f"{label}.jsonl"
+    path = Path(output_dir) / FOLDER / f"{label.replace('/', '_')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [
         {"prompt": p, "actor": a, "reference": r} for p, a, r in zip(prompts, actor, reference, strict=True)

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import attention
+
 
 # Layers that read every token before them in the row, whatever a mask says; the names of `config.layer_types`.
 RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid"}
@@ -39,7 +41,7 @@ def why_not_model(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return f"{type(model).__name__} takes no `position_ids`"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", attention.NAME):
         return f"rows are shared with the attention `sdpa` or `eager`; this model's is `{config._attn_implementation}`"
     return explanation(model)
 

@@ -85,7 +85,11 @@ class ImplicitReward:
 
     @torch.no_grad()
     def _score(self, rows: list[tuple[list[int], int]]) -> Tensor:
-        batch = self.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt")
+        sequences = [torch.tensor(ids) for ids, _ in rows]  # a masked token may be any, so 0 will do
+        batch = {
+            "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
+        }
         starts = torch.tensor([start for _, start in rows])
         logps = self._completion_logps(self.policy, batch, starts)
         if self.reference is not None:

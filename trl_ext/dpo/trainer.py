@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..device import keep_4_bit_differentiable
 from ..pretrained import text_config
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
-from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs
+from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
 from .display import show_completions, write_completions
 from .exactness import why_not_run
 from .forward import PairForward, recorded
@@ -82,6 +83,7 @@ class DPOTrainerX(DPOTrainer):
         self._context = getattr(config, "max_position_embeddings", None)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
+        self._eval_prefix = "eval"
         super().__init__(
             model,
             ref_model,
@@ -129,7 +131,8 @@ class DPOTrainerX(DPOTrainer):
         rows = len(dataset) if isinstance(dataset, Dataset) else None
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)
-        return dataset
+        with PartialState().main_process_first():
+            return drop_equal_tokens(dataset, dataset_name, args.max_length, args.truncation_mode)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -161,7 +164,8 @@ class DPOTrainerX(DPOTrainer):
         # 2. What TRL's sigmoid loss leaves out
         if self.label_smoothing:
             loss = loss + self._smoothing(logratios)
-        require_finite(loss, logratios.detach(), inputs["input_ids"], self._tokenizer, self.state.global_step)
+        ids, attended = inputs["input_ids"], inputs["attention_mask"]
+        require_finite(loss, logratios.detach(), ids, attended, self._tokenizer, self.state.global_step)
         # 3. For the log
         self._record(logps.detach(), logratios.detach(), mask, sources)
         return (loss, *rest) if return_outputs else loss
@@ -205,6 +209,10 @@ class DPOTrainerX(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         for key, value in self._ledgers[mode].pop().items():
             self._metrics[mode][key] = [value]
+        if mode == "eval" and self._eval_prefix != "eval":  # one of several sets: TRL has one name for all of them
+            collected = self._metrics[mode]
+            logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
+            collected.clear()
         super().log(logs, start_time)
 
     # ---- 4. Evaluate ----
@@ -212,6 +220,7 @@ class DPOTrainerX(DPOTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
+        self._eval_prefix = metric_key_prefix
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(held_out, str):  # one of several, by its name; the Trainer comes back for each of them
@@ -224,7 +233,10 @@ class DPOTrainerX(DPOTrainer):
         """Shows and writes down what actor and reference make of the first prompts of the held-out set `name`."""
         if "prompt_ids" not in held_out.column_names:
             held_out = self._prepare_dataset(held_out, self.processing_class, self.args, "eval")
-        prompts = held_out[: self.args.num_eval_samples]["prompt_ids"]
+        prompts = list(islice(filter(None, held_out["prompt_ids"]), self.args.num_eval_samples))
+        if not prompts:  # pairs that have nothing in common: there is nothing to go on from
+            logger.warning("No held-out pair has a prompt, so `generate_during_eval` has nothing to complete.")
+            return
         actor = self._complete(self.model, prompts)
         with self._as_reference() as reference:
             of_reference = self._complete(reference, prompts)
