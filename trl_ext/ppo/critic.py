@@ -84,6 +84,11 @@ def check_value_model(model: PreTrainedModel) -> None:
             f"The value model is a {type(model).__name__}, which has no `score` head. Pass a sequence "
             "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
         )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "The critic would be a quantised model, which cannot be trained. Pass a `value_model` in full precision, "
+            "or `critic='head'` for a value head on the actor's trunk."
+        )
     _check_single_value(model.config.num_labels)
 
 
@@ -128,6 +133,7 @@ def build_critic(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
         )
     elif value_model is None and reward_model is not None:
+        check_value_model(reward_model)
         value_model = copy.deepcopy(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)
