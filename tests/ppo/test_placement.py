@@ -1,10 +1,11 @@
 """Frozen models between the phases: where their weights are, that nothing changes by it, and what cannot be moved."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import tiny
 from ppo_runs import log_lines, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
@@ -222,25 +223,22 @@ def test_without_the_option_nothing_moves(tmp_path, host_plays_device):
 # --- what is refused
 
 
-def zero3():
-    return HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}})
-
-
 @pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "FSDP"])
 def test_partitioned_models_are_not_moved(tmp_path, monkeypatch, engine):
     args = ppo_config(tmp_path, offload_frozen_models=True)
-    keep = zero3() if engine != "FSDP" else monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if engine == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(ValueError, match=rf"`offload_frozen_models` does not go together with {engine}"):
         placement.check_placement(args, "actor", None, "reward", [], has_adapter=False)
-    del keep
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_models_that_deepspeed_does_not_partition_may_be_moved(tmp_path, stage):
     args = ppo_config(tmp_path, offload_frozen_models=True)
-    keep = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": stage}})
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
     placement.check_placement(args, "actor", None, "reward", [], has_adapter=False)
-    del keep
 
 
 @pytest.mark.parametrize("option", ["reward_model_quantization", "ref_model_quantization"])

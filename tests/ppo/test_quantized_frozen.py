@@ -1,6 +1,7 @@
-"""Reward model and reference in 4 or 8 bits: real bitsandbytes, which runs on CPU too. And when no reference is loaded."""
+"""Reward model and reference in 4 or 8 bits, with real bitsandbytes on the CPU; and when no reference is loaded."""
 
 import gc
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -15,7 +16,6 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import tiny
 from ppo_runs import changed, log_lines, logged, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
@@ -232,7 +232,7 @@ def test_quantisation_without_a_model_to_load_is_refused_before_loading(tmp_path
 def test_checkpoint_that_is_quantised_already_is_refused(tmp_path, paths):
     model = AutoModelForSequenceClassification.from_pretrained(paths["reward_model"], quantization_config=NF4)
     model.save_pretrained(tmp_path / "quantised")
-    with pytest.raises(ValueError, match="is quantised already. Leave `reward_model_quantization` out"):
+    with pytest.raises(ValueError, match=r"is quantised already\. Leave `reward_model_quantization` out"):
         ppo_trainer(tmp_path, {"reward_model": str(tmp_path / "quantised")}, reward_model_quantization="4bit")
 
 
@@ -245,10 +245,10 @@ def test_quantised_reward_model_in_memory_is_not_copied_into_a_critic(tmp_path, 
 
 def test_partitioned_models_are_not_quantised(tmp_path, paths, monkeypatch):
     args = ppo_config(tmp_path, reward_model_quantization="4bit")
-    keep = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(ValueError, match="does not go together with DeepSpeed ZeRO-3"):
         placement.check_placement(args, paths["actor"], None, paths["reward_model"], [], has_adapter=False)
-    del keep
+    args.deepspeed_plugin = None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="does not go together with FSDP"):
         placement.check_placement(args, paths["actor"], None, paths["reward_model"], [], has_adapter=False)

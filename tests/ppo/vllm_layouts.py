@@ -1,0 +1,101 @@
+"""
+Two processes that train with the stand-in for vLLM, and what reached it. Each writes nothing; the first one writes what
+all have measured:
+
+    PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/ppo/vllm_layouts.py MEASURED.pt FOLDER [zero3]
+
+`FOLDER` holds the models of `tiny.save_tiny`.
+"""
+
+import os
+import sys
+import tempfile
+
+import torch
+from accelerate.state import DistributedType, PartialState
+from accelerate.utils import gather_object
+from peft import LoraConfig
+
+import ppo_runs
+from fake_vllm import vllm
+
+
+DIFFERENCE = "sampling/sampling_logp_difference/max"
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+CASES = {
+    (mode, kind): {"vllm_mode": mode, "vllm_enable_sleep_mode": mode == "colocate", "peft": kind == "lora"}
+    for mode in ("colocate", "server")
+    for kind in ("full", "lora")
+}
+
+
+def run(paths, peft, **options):
+    """
+    Three rollouts with a critic of its own.
+
+    Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
+    rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
+    """
+    models = {name: path for name, path in paths.items()}
+    if peft:
+        models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder, vllm() as sampler:
+        trainer = ppo_runs.ppo_trainer(
+            folder,
+            models,
+            use_vllm=True,
+            use_cpu=True,
+            kl_coef=0.0,
+            learning_rate=1e-2,
+            total_episodes=24,
+            num_ppo_epochs=1,
+            num_sample_generations=0,
+            **options,
+        )
+        gathered = gathered_for_vllm(trainer)
+        trainer.train()
+    of_critic = {id(parameter) for parameter in trainer.critic.parameters()}
+    loads = sampler.calls.count("load")
+    return {
+        "differences": ppo_runs.logged(trainer, DIFFERENCE),
+        "loads": gather_object([loads]),
+        "critic was gathered": any(gather_object([bool(gathered & of_critic)])),
+        "partitioned": any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()),
+        "gathered": len(gathered),
+    }
+
+
+def gathered_for_vllm(trainer):
+    """A set that fills with the ids of the parameters that are gathered for vLLM."""
+    backend = trainer.vllm_generation._dist
+    gather, seen = backend.gather_params, set()
+
+    def note(parameters):
+        seen.update(map(id, parameters))
+        return gather(parameters)
+
+    backend.gather_params = note
+    return seen
+
+
+def main(path, folder, engine="ddp"):
+    torch.set_num_threads(1)
+    paths = {"model": os.path.join(folder, "actor"), "reward_model": os.path.join(folder, "reward_model")}
+    options = {}
+    if engine == "zero3":  # on the CPU accelerate would count one process, and DeepSpeed two
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+        options["deepspeed"] = ZERO3
+    measured = {"/".join(case): run(paths, **CASES[case], **options) for case in CASES}
+    if torch.distributed.get_rank() == 0:
+        torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
