@@ -1,6 +1,5 @@
 """
-Two processes that train with the stand-in for vLLM, and what reached it. Each writes nothing; the first one writes what
-all have measured:
+Two processes that train with the stand-in for vLLM, and what reached it. The first one writes what all have measured:
 
     PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/ppo/vllm_layouts.py MEASURED.pt FOLDER [zero3]
 
@@ -41,7 +40,7 @@ def run(paths, peft, **options):
     Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
     rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
     """
-    models = {name: path for name, path in paths.items()}
+    models = dict(paths)
     if peft:
         models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder, vllm() as sampler:
