@@ -100,18 +100,18 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 
-def exclude_from_weight_sync(vllm_generation: Any, owner: nn.Module, name: str) -> None:
+def exclude_from_weight_sync(vllm_generation: Any, owner: nn.Module, *names: str) -> None:
     """
-    Leaves the submodule `name` of `owner` out of what is sent to vLLM, which does not know it.
+    Leaves the submodules `names` of `owner` out of what is sent to vLLM, which does not know them.
 
-    It is off the model while TRL walks the parameters. So under ZeRO-3 it is not gathered either, which with PEFT
-    would happen for all parameters at once, and no prefix of a wrapper can hide its name.
+    They are off the model while TRL walks the parameters. So under ZeRO-3 they are not gathered either, which with
+    PEFT would happen for all parameters at once, and no prefix of a wrapper can hide their names.
     """
     iterate = vllm_generation._iter_named_params
 
     def _iter_named_params() -> Iterator[tuple[str, torch.Tensor]]:
         modules = owner._modules
-        owner._modules = {key: module for key, module in modules.items() if key != name}
+        owner._modules = {name: module for name, module in modules.items() if name not in names}
         try:
             yield from iterate()
         finally:

@@ -11,6 +11,8 @@ import tiny
 from dpo_runs import dpo_config, dpo_run, dpo_trainer, lines, slow_logps, tiny_model
 
 
+# bitsandbytes' kernels for some CPUs want layers in multiples of 64.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 LAYERS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
 BY_HAND = {
     "4bit": BitsAndBytesConfig(
@@ -28,7 +30,7 @@ def paths(tmp_path_factory):
     """Folders of a policy and of another model that can be its reference."""
     folder = tmp_path_factory.mktemp("models")
     for name, seed in {"policy": 0, "reference": 1}.items():
-        tiny_model(seed=seed).save_pretrained(folder / name)
+        tiny_model(seed=seed, **SIZES).save_pretrained(folder / name)
         tiny.tiny_tokenizer().save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("policy", "reference")}
 
@@ -40,7 +42,7 @@ def layers_of(model):
 @pytest.mark.integration
 def test_reference_given_by_path_is_the_model_in_that_folder(tmp_path, paths):
     by_path = dpo_run(tmp_path / "path", {"ref_model": paths["reference"]})
-    in_memory = dpo_run(tmp_path / "memory", {"ref_model": tiny_model(seed=1)})
+    in_memory = dpo_run(tmp_path / "memory", {"ref_model": tiny_model(seed=1, **SIZES)})
     for one, other in zip(lines(by_path), lines(in_memory), strict=True):
         assert one["loss"] == other["loss"]
         assert one["logps/chosen"] == other["logps/chosen"]
@@ -54,7 +56,7 @@ def test_rewards_are_against_the_reference_in_fewer_bits(tmp_path, paths, bits, 
     trainer = dpo_run(tmp_path, models, ref_model_quantization=bits, max_steps=1, per_device_train_batch_size=8)
     assert layers_of(trainer.ref_model) == {LAYERS[bits], "Linear"}
     assert layers_of(trainer.model) == {"Linear"}
-    policy = tiny_model()
+    policy = tiny_model(**SIZES)
     reference = AutoModelForCausalLM.from_pretrained(
         paths["reference" if given else "policy"], dtype=torch.float32, quantization_config=BY_HAND[bits]
     ).eval()

@@ -30,13 +30,20 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.float32,
 )
+# bitsandbytes' kernels for some CPUs want layers in multiples of 64.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 LAYERS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
 BY_HAND = {"4bit": NF4, "8bit": BitsAndBytesConfig(load_in_8bit=True)}
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return tiny.save_tiny(tmp_path_factory.mktemp("models"))
+    folder = tmp_path_factory.mktemp("models")
+    models = {"model": tiny.tiny_actor(**SIZES), "reward_model": tiny.tiny_reward_model(**SIZES)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tiny.tiny_tokenizer().save_pretrained(folder / name)
+    return {name: str(folder / name) for name in models}
 
 
 def layers_of(model):
@@ -80,7 +87,7 @@ def test_scores_are_those_of_the_checkpoint_in_fewer_bits(tmp_path, paths, bits)
 def test_critic_made_from_the_reward_model_is_the_checkpoint_in_full_precision(tmp_path, paths, bits):
     trainer = ppo_trainer(tmp_path, {"reward_model": paths["reward_model"]}, reward_model_quantization=bits)
     assert layers_of(trainer.critic) == {"Linear"}
-    assert changed(trainer.critic.model, snapshot(tiny.tiny_reward_model())) == set()
+    assert changed(trainer.critic.model, snapshot(tiny.tiny_reward_model(**SIZES))) == set()
     before = snapshot(trainer.model)
     trainer.train()
     assert any(name.startswith("critic.") for name in changed(trainer.model, before))
@@ -117,21 +124,21 @@ def test_4_bits_take_an_eighth_of_the_memory(paths):
 @pytest.mark.parametrize("given", [True, False], ids=["given", "copy of the actor"])
 @pytest.mark.parametrize("bits", LAYERS)
 def test_kl_is_to_the_reference_in_fewer_bits(tmp_path, paths, bits, given):
-    models = {"model": paths["actor"]}
+    models = {"model": paths["model"]}
     if given:
-        tiny.tiny_actor(5).save_pretrained(tmp_path / "reference")
+        tiny.tiny_actor(5, **SIZES).save_pretrained(tmp_path / "reference")
         models["ref_model"] = str(tmp_path / "reference")
     trainer = ppo_run(tmp_path / "run", models, ref_model_quantization=bits, max_steps=1)
     assert layers_of(trainer.ref_model) == {LAYERS[bits], "Linear"}
     assert layers_of(trainer.model) == {"Linear"}
-    path = models.get("ref_model", paths["actor"])
+    path = models.get("ref_model", paths["model"])
     reference = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, quantization_config=BY_HAND[bits]
     ).eval()
     kls = []
     for prompt, response in sequences(trainer._rollout):
         sums = []
-        for model in (tiny.tiny_actor(), reference):
+        for model in (tiny.tiny_actor(**SIZES), reference):
             with torch.no_grad():
                 logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].float()
             sums.append(logits.log_softmax(-1).gather(1, response[:, None]).sum().item())
@@ -160,7 +167,7 @@ def test_constants_and_dtype_are_those_of_qlora_in_the_dtype_of_the_run(tmp_path
 @pytest.mark.integration
 def test_4_bit_weights_wait_with_their_constants(paths, monkeypatch):
     monkeypatch.setattr(placement, "on_host", lambda tensor: False)
-    model = AutoModelForCausalLM.from_pretrained(paths["actor"], dtype=torch.float32, quantization_config=NF4)
+    model = AutoModelForCausalLM.from_pretrained(paths["model"], dtype=torch.float32, quantization_config=NF4)
     weights = [module.weight for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert weights
 
@@ -225,7 +232,7 @@ def test_quantisation_without_a_model_to_load_is_refused_before_loading(tmp_path
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     models, options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        ppo_trainer(tmp_path, {"model": paths["actor"], "reward_model": paths["reward_model"]} | models, **options)
+        ppo_trainer(tmp_path, paths | models, **options)
 
 
 @pytest.mark.integration
@@ -247,18 +254,18 @@ def test_partitioned_models_are_not_quantised(tmp_path, paths, monkeypatch):
     args = ppo_config(tmp_path, reward_model_quantization="4bit")
     args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(ValueError, match="does not go together with DeepSpeed ZeRO-3"):
-        placement.check_placement(args, paths["actor"], None, paths["reward_model"], [], has_adapter=False)
+        placement.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
     args.deepspeed_plugin = None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="does not go together with FSDP"):
-        placement.check_placement(args, paths["actor"], None, paths["reward_model"], [], has_adapter=False)
+        placement.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
 
 
 def test_missing_bitsandbytes_is_named(tmp_path, paths, monkeypatch):
     args = ppo_config(tmp_path, reward_model_quantization="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'trl-ext\[qlora\]'"):
-        placement.check_placement(args, paths["actor"], None, paths["reward_model"], [], has_adapter=False)
+        placement.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
 
 
 @pytest.mark.parametrize("name", ["reward_model_quantization", "ref_model_quantization"])
@@ -305,7 +312,7 @@ def causal_models_alive():
 @pytest.mark.parametrize("case", WITHOUT_KL)
 @pytest.mark.parametrize("given", [False, True], ids=["copy of the actor", "given by path"])
 def test_reference_is_never_loaded_without_a_kl_term(tmp_path, paths, monkeypatch, case, given):
-    models = paths | ({"ref_model": paths["actor"]} if given else {}) | {"eval_dataset": tiny.tiny_prompts(4)}
+    models = paths | ({"ref_model": paths["model"]} if given else {}) | {"eval_dataset": tiny.tiny_prompts(4)}
     loaded, before = models_loaded(monkeypatch), causal_models_alive()
     trainer = ppo_run(tmp_path, models, kl_coef=0.0, max_steps=2, **WITHOUT_KL[case])
     metrics = trainer.evaluate()
