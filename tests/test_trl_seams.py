@@ -196,13 +196,14 @@ def test_only_the_named_submodule_is_left_out_and_only_while_parameters_are_walk
 
 
 def test_submodule_is_back_when_sending_breaks_off():
-    owner = nn.Sequential(nn.Linear(1, 1))
-    generation = SimpleNamespace(_iter_named_params=lambda: iter([("weight", owner[0].weight)]))
-    _trl.exclude_from_weight_sync(generation, owner, "0")
+    owner = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    generation = SimpleNamespace(_iter_named_params=owner.named_parameters)
+    _trl.exclude_from_weight_sync(generation, owner, "1")
     walk = generation._iter_named_params()
     next(walk)
-    walk.close()
     assert len(owner) == 1
+    walk.close()
+    assert len(owner) == 2
 
 
 # --- dropout and frozen models

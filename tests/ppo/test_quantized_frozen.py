@@ -151,13 +151,10 @@ def test_kl_is_to_the_reference_in_fewer_bits(tmp_path, paths, bits, given):
 # --- what both are made of
 
 
-def test_constants_and_dtype_are_those_of_qlora_in_the_dtype_of_the_run(tmp_path):
-    by_run = {
-        torch.float32: ppo_config(tmp_path, bf16=False),
-        torch.bfloat16: ppo_config(tmp_path, bf16=True),
-        torch.float16: ppo_config(tmp_path, bf16=False, fp16=True),
-    }
-    for dtype, args in by_run.items():
+def test_constants_and_dtype_are_those_of_qlora_in_the_dtype_of_the_run():
+    runs = {torch.float32: (False, False), torch.bfloat16: (True, False), torch.float16: (False, True)}
+    for dtype, (bf16, fp16) in runs.items():
+        args = SimpleNamespace(bf16=bf16, fp16=fp16)
         config = quantization("4bit", args)
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == dtype

@@ -40,7 +40,7 @@ def run(paths, peft, **options):
     Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
     rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
     """
-    models = dict(paths)
+    models = paths | {"value_model": paths["reward_model"]}
     if peft:
         models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder, vllm() as sampler:
