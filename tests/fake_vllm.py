@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from trl.generation import vllm_generation
 
 import tiny
@@ -27,14 +28,15 @@ class Sampler:
     Args:
         noise: standard deviation of what its log-probabilities are off by, as kernels of their own would have it.
         unavailable: every so many tokens the log-probability is NaN; 0 for never.
+        model: of the actor's shape, to be filled; made here if not given.
     """
 
-    def __init__(self, noise: float = 0.0, unavailable: int = 0):
+    def __init__(self, noise: float = 0.0, unavailable: int = 0, model: nn.Module | None = None):
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []  # the sampling options of each generation
         self.errors: list[list[float]] = []  # of each response: reported minus true log-probability, per token
         self.noise, self.unavailable = noise, unavailable
-        self.model = tiny.tiny_actor(9).requires_grad_(False).eval()
+        self.model = (model or tiny.tiny_actor(9)).requires_grad_(False).eval()
         self.forget()
 
     def forget(self) -> None:

@@ -44,7 +44,8 @@ def two_processes(folder, engine):
 def test_actor_is_sent_whole_and_the_critic_is_neither_sent_nor_gathered(tmp_path, engine):
     """The engine's log-probabilities are the trainer's in each of three rollouts, colocated and as a server."""
     measured = two_processes(tmp_path, engine)
-    assert measured.keys() == {"colocate/full", "colocate/lora", "server/full", "server/lora"}
+    more = {"colocate/lora", "server/full"} if engine == "zero3" else set()
+    assert measured.keys() == {"colocate/full", "server/lora"} | more
     for case, result in measured.items():
         assert len(result["differences"]) == 3, case
         assert max(result["differences"]) < 1e-4, case

@@ -14,8 +14,10 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import ppo_runs
+import tiny
 from fake_vllm import vllm
 
 
@@ -33,17 +35,18 @@ CASES = {
 }
 
 
-def run(paths, peft, **options):
+def run(paths, inside, peft, **options):
     """
-    Three rollouts with a critic of its own.
+    Three rollouts with a critic of its own, answered by vLLM with the model `inside` it.
 
     Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
     rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
     """
+    unset_hf_deepspeed_config()  # of the run before
     models = paths | {"value_model": paths["reward_model"]}
     if peft:
         models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    with tempfile.TemporaryDirectory() as folder, vllm() as sampler:
+    with tempfile.TemporaryDirectory() as folder, vllm(model=inside) as sampler:
         trainer = ppo_runs.ppo_trainer(
             folder,
             models,
@@ -85,11 +88,12 @@ def gathered_for_vllm(trainer):
 def main(path, folder, engine="ddp"):
     torch.set_num_threads(1)
     paths = {"model": os.path.join(folder, "actor"), "reward_model": os.path.join(folder, "reward_model")}
-    options = {}
+    options, cases = {}, [("colocate", "full"), ("server", "lora")]
     if engine == "zero3":  # on the CPU accelerate would count one process, and DeepSpeed two
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
-        options["deepspeed"] = ZERO3
-    measured = {"/".join(case): run(paths, **CASES[case], **options) for case in CASES}
+        options["deepspeed"], cases = ZERO3, list(CASES)
+    inside = {case: tiny.tiny_actor() for case in cases}
+    measured = {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}
     if torch.distributed.get_rank() == 0:
         torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
     torch.distributed.barrier()

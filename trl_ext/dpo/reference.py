@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import create_model_from_path, get_config_model_id
@@ -46,7 +45,7 @@ def load_reference(
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:  # as TRL: these need device_map=None
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str):
         kwargs.setdefault("dtype", model.dtype)
         kwargs.setdefault("attn_implementation", model.config._attn_implementation)
     if args.ref_model_quantization is not None:
