@@ -100,22 +100,26 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 
-def exclude_from_weight_sync(vllm_generation: Any, owner: nn.Module, *names: str) -> None:
+def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:
     """
-    Leaves the submodules `names` of `owner` out of what is sent to vLLM, which does not know them.
+    Leaves submodules of the actor out of what is sent to vLLM, which does not know them.
 
     They are off the model while TRL walks the parameters. So under ZeRO-3 they are not gathered either, which with
-    PEFT would happen for all parameters at once, and no prefix of a wrapper can hide their names.
+    PEFT would happen for all parameters at once, and no prefix of a wrapper can hide them.
     """
     iterate = vllm_generation._iter_named_params
 
     def _iter_named_params() -> Iterator[tuple[str, torch.Tensor]]:
-        modules = owner._modules
-        owner._modules = {name: module for name, module in modules.items() if name not in names}
+        left_out = set(submodules)
+        owners = [module for module in vllm_generation.model.modules() if left_out & set(module._modules.values())]
+        whole = [owner._modules for owner in owners]
+        for owner in owners:
+            owner._modules = {name: each for name, each in owner._modules.items() if each not in left_out}
         try:
             yield from iterate()
         finally:
-            owner._modules = modules
+            for owner, modules in zip(owners, whole, strict=True):
+                owner._modules = modules
 
     vllm_generation._iter_named_params = _iter_named_params
 

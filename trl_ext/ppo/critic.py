@@ -133,7 +133,6 @@ def build_critic(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
         )
     elif value_model is None and reward_model is not None:
-        check_value_model(reward_model)
         value_model = copy.deepcopy(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)

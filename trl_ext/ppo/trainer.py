@@ -234,7 +234,7 @@ class PPOTrainerX(GRPOTrainer):
         self._ref_logits = add_actor_critic_forward(actor)
         self._position_ids = accepts_position_ids(actor)
         if self.use_vllm:
-            _trl.exclude_from_weight_sync(self.vllm_generation, actor, critic_module.ATTRIBUTE)
+            _trl.exclude_from_weight_sync(self.vllm_generation, self.critic)
 
         if roles.reference is not None:
             _trl.add_fused_lm_head(
