@@ -1,7 +1,8 @@
 """
 Two processes that train with the stand-in for vLLM, and what reached it. The first one writes what all have measured:
 
-    PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/ppo/vllm_layouts.py MEASURED.pt FOLDER [zero3]
+    PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/two_processes.py \
+        tests/ppo/vllm_layouts.py MEASURED.pt FOLDER [zero3]
 
 `FOLDER` holds the models of `tiny.save_tiny`.
 """
@@ -10,14 +11,13 @@ import os
 import sys
 import tempfile
 
-import torch
-from accelerate.state import DistributedType, PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import ppo_runs
 import tiny
+import two_processes
 from fake_vllm import vllm
 
 
@@ -86,18 +86,13 @@ def gathered_for_vllm(trainer):
 
 
 def main(path, folder, engine="ddp"):
-    torch.set_num_threads(1)
     paths = {"model": os.path.join(folder, "actor"), "reward_model": os.path.join(folder, "reward_model")}
     options, cases = {}, [("colocate", "full"), ("server", "lora")]
-    if engine == "zero3":  # on the CPU accelerate would count one process, and DeepSpeed two
-        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    if engine == "zero3":
         options["deepspeed"], cases = ZERO3, list(CASES)
     inside = {case: tiny.tiny_actor() for case in cases}
     measured = {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}
-    if torch.distributed.get_rank() == 0:
-        torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    two_processes.write(measured, path)
 
 
 if __name__ == "__main__":
