@@ -35,11 +35,12 @@ from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
 from .display import append_training_section, batch_plan, print_samples
+from .evaluation import HeldOut
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
 from .losses import PPOCoefficients, ppo_terms
-from .metrics import LossLedger, held_out_score
+from .metrics import LossLedger
 from .placement import WaitingWeights, check_placement, placement_line, without_models_of
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
@@ -180,9 +181,6 @@ class PPOTrainerX(GRPOTrainer):
         self._set_up_placement()
 
         # 3. The state of a run
-        self._eval_scores: list[Tensor] = []
-        self._eval_kls: list[Tensor] = []
-        self._eval_prompts: list[str] = []
         self._start_run()
 
     # ---- Set-up ----
@@ -195,7 +193,7 @@ class PPOTrainerX(GRPOTrainer):
         self._last_kl: float | None = None
         self._last_old_kls: list[float] = []
         self._reward_moments = RunningMoments()
-        self._first_eval_scores: dict[tuple[str, int], Tensor] = {}
+        self._held_out = HeldOut(self.accelerator.gather_for_metrics)
         self._ledger = LossLedger()
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
@@ -629,30 +627,21 @@ class PPOTrainerX(GRPOTrainer):
 
     def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
         # Every evaluation draws the same random numbers: what differs between two of them is the policy.
-        batch = len(self._eval_scores) * self.accelerator.num_processes + self.accelerator.process_index
+        batch = self._held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(self.args.seed + batch)
         rollout = self._generate_and_score_completions(rows)
-        scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
-        self._eval_scores.append(self.accelerator.gather_for_metrics(scores))
-        self._eval_prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
         if self.args.needs_reference:
             self._score_with_models(rollout)
-            self._eval_kls.append(self.accelerator.gather_for_metrics(sequence_kl(rollout)))
+        self._held_out.add(rollout, rows)
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._eval_scores, self._eval_kls, self._eval_prompts = [], [], []
+        self._held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        scores, same_prompts = torch.cat(self._eval_scores), (prefix, hash(tuple(self._eval_prompts)))
-        line = held_out_score(scores, self._first_eval_scores.get(same_prompts))
-        self._first_eval_scores.setdefault(same_prompts, scores)
-        self._metrics["eval"] |= {f"reward/{key}": [value] for key, value in line.items()}
-        if self._eval_kls:
-            kls = torch.cat(self._eval_kls)
-            self._metrics["eval"]["kl/ref"] = [kls[~kls.isnan()].mean().item()]
+        self._metrics["eval"] |= self._held_out.metrics(prefix)
         # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
         name = prefix.removeprefix("eval").removeprefix("_")
         if name:
