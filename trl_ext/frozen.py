@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def check_quantizable(option: str, model: str | nn.Module, argument: str, args: 
         args: the trainer's config.
 
     Raises:
-        ValueError: for a model that is not loaded here, is quantised already, or that ZeRO-3 or FSDP partitions.
+        ValueError: for a model that is not loaded here, is an adapter or quantised already, or that ZeRO-3 or FSDP
+            partitions.
         ImportError: without bitsandbytes.
     """
     asked = f"`{option}={getattr(args, option)!r}`"
@@ -51,6 +53,11 @@ def check_quantizable(option: str, model: str | nn.Module, argument: str, args: 
         raise ValueError(
             f"{asked} quantises a model while it is loaded, and `{argument}` is a {type(model).__name__} in memory. "
             f"Pass its path, or load it with a `quantization_config` yourself and leave `{option}` out."
+        )
+    if (Path(model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{asked} has nothing to quantise in {model!r}, which holds an adapter: `quantization_config` quantises "
+            f"the base that it stands on. Leave `{option}` out."
         )
     if spread_by(args) is not None:
         raise ValueError(

@@ -258,6 +258,13 @@ def test_partitioned_models_are_not_quantised(tmp_path, paths, monkeypatch):
         placement.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
 
 
+def test_adapter_is_not_quantised(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    args = ppo_config(tmp_path, reward_model_quantization="4bit")
+    with pytest.raises(ValueError, match="which holds an adapter: `quantization_config` quantises the base"):
+        placement.check_placement(args, "actor", None, str(tmp_path), [], has_adapter=True)
+
+
 def test_missing_bitsandbytes_is_named(tmp_path, paths, monkeypatch):
     args = ppo_config(tmp_path, reward_model_quantization="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
