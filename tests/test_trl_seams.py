@@ -147,7 +147,7 @@ def test_critic_is_left_out_of_what_is_sent_to_vllm(tmp_path, critic, peft):
     generation = vllm_generation(trainer.model)
     with_critic = dict(generation._iter_named_params())
     assert any(name.startswith("critic.") for name in with_critic)  # the control
-    _trl.exclude_from_weight_sync(generation, "critic")
+    _trl.exclude_from_weight_sync(generation, trainer.critic)
     sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
     expected = snapshot(tiny.tiny_actor())
     assert sent.keys() == expected.keys()
@@ -162,7 +162,7 @@ def test_merged_adapter_is_what_is_sent(tmp_path):
     model = get_peft_model(tiny.tiny_actor(), lora)
     trainer = ppo_trainer(tmp_path, {"model": model})
     generation = vllm_generation(trainer.model)
-    _trl.exclude_from_weight_sync(generation, "critic")
+    _trl.exclude_from_weight_sync(generation, trainer.critic)
     before = snapshot(trainer.model)
     sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
     merged = snapshot(get_peft_model(tiny.tiny_actor(), lora).unload())
@@ -174,11 +174,34 @@ def test_merged_adapter_is_what_is_sent(tmp_path):
         torch.testing.assert_close(trainer.model.get_parameter(name), tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_named_submodule_is_left_out():
-    names = ["critic.score.weight", "model.critic.weight", "criticism.weight", "critic", "lm_head.weight"]
-    generation = SimpleNamespace(_iter_named_params=lambda: ((name, torch.zeros(1)) for name in names))
-    _trl.exclude_from_weight_sync(generation, "critic")
-    assert [name for name, _ in generation._iter_named_params()] == names[1:]
+def test_only_the_given_submodules_are_left_out_and_only_while_parameters_are_walked():
+    def linear(**children):
+        module = nn.Linear(1, 1, bias=False)
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    reward = linear()
+    owner = linear(critic=linear(), criticism=linear(), trunk=linear(critic=linear(), reward=reward))
+    generation = SimpleNamespace(model=owner, _iter_named_params=owner.named_parameters)
+    _trl.exclude_from_weight_sync(generation, owner.critic, reward)
+    walk = generation._iter_named_params()
+    next(walk)
+    assert "critic" not in dict(owner.named_children())
+    assert [name for name, _ in walk] == ["criticism.weight", "trunk.weight", "trunk.critic.weight"]
+    assert list(dict(owner.named_children())) == ["critic", "criticism", "trunk"]
+    assert owner.trunk.reward is reward
+
+
+def test_submodule_is_back_when_sending_breaks_off():
+    owner = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    generation = SimpleNamespace(model=owner, _iter_named_params=owner.named_parameters)
+    _trl.exclude_from_weight_sync(generation, owner[1])
+    walk = generation._iter_named_params()
+    next(walk)
+    assert len(owner) == 1
+    walk.close()
+    assert len(owner) == 2
 
 
 # --- dropout and frozen models

@@ -86,24 +86,40 @@ def fused_head_logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """Places a model that is only read: ZeRO-3 or FSDP partitions it, everything else puts it on the device."""
+    """
+    Places a model that is only read: ZeRO-3 or FSDP partitions it, everything else puts it on the device. One that is
+    quantised stays as bitsandbytes has made it: DeepSpeed would cast what is not quantised in it.
+    """
     model.requires_grad_(False)
     model.eval()
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+    quantised = getattr(model, "is_quantized", False)
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None and not quantised:
         return prepare_deepspeed(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None and not quantised:
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 
-def exclude_from_weight_sync(vllm_generation: Any, submodule: str) -> None:
-    """Leaves the parameters of `submodule` out of what is sent to vLLM, which does not know them."""
+def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:
+    """
+    Leaves submodules of the actor out of what is sent to vLLM, which does not know them.
+
+    They are off the model while TRL walks the parameters. So under ZeRO-3 they are not gathered either, which with
+    PEFT would happen for all parameters at once, and no prefix of a wrapper can hide them.
+    """
     iterate = vllm_generation._iter_named_params
 
     def _iter_named_params() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in iterate():
-            if not name.startswith(f"{submodule}."):
-                yield name, parameter
+        left_out = set(submodules)
+        owners = [module for module in vllm_generation.model.modules() if left_out & set(module._modules.values())]
+        whole = [owner._modules for owner in owners]
+        for owner in owners:
+            owner._modules = {name: each for name, each in owner._modules.items() if each not in left_out}
+        try:
+            yield from iterate()
+        finally:
+            for owner, modules in zip(owners, whole, strict=True):
+                owner._modules = modules
 
     vllm_generation._iter_named_params = _iter_named_params
 

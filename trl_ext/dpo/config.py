@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from ..device import computes_in_bf16
+from ..frozen import QUANTIZATIONS
 
 
 # Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
@@ -31,6 +32,15 @@ class DPOConfigX(DPOConfig):
     pack_pairs: bool = field(
         default=True,
         metadata={"help": "With shared prefixes: put all pairs of a batch into one row, without padding."},
+    )
+    ref_model_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the reference in fewer bits, with bitsandbytes: '8bit' or '4bit' (NF4). For a `ref_model` "
+            "given by path, or the copy of a policy that comes from a path. The margins are then not 0 before the "
+            "first step.",
+            "choices": ["8bit", "4bit"],
+        },
     )
     generate_during_eval: bool = field(
         default=False,
@@ -65,6 +75,15 @@ class DPOConfigX(DPOConfig):
             raise ValueError(
                 "`label_smoothing` with `loss_type='sigmoid'` is not defined together with `use_weighting=True`: "
                 "switch one of them off."
+            )
+        if self.ref_model_quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"`ref_model_quantization` is {self.ref_model_quantization!r}; it must be one of {QUANTIZATIONS}."
+            )
+        if self.ref_model_quantization is not None and self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model` copies the policy's weights into the reference, and `ref_model_quantization` leaves "
+                "it weights of another form: switch one of them off."
             )
         for name in ("num_eval_samples", "eval_max_new_tokens"):
             if getattr(self, name) < 1:

@@ -16,7 +16,7 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
-from ..pretrained import text_config
+from ..pretrained import check_no_adapter, text_config
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
 from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
@@ -25,6 +25,7 @@ from .exactness import why_not_run
 from .forward import PairForward, recorded
 from .losses import divergence_score, implicit_reward, smoothing_term
 from .metrics import PreferenceLedger
+from .reference import check_quantized_reference, load_reference
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class DPOTrainerX(DPOTrainer):
     `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
 
     Args:
-        As `trl.DPOTrainer`; `args` is a [`DPOConfigX`].
+        As `trl.DPOTrainer`; `args` is a [`DPOConfigX`], and `ref_model` may be a path.
 
     Raises:
         ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
@@ -57,7 +58,7 @@ class DPOTrainerX(DPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: DPOConfigX | None = None,
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -72,14 +73,20 @@ class DPOTrainerX(DPOTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
         check_columns(train_dataset, eval_dataset)
         config = text_config(model, args)
-        if ref_model is not None and not isinstance(ref_model, str):
-            check_vocabularies(config, ref_model.config.get_text_config())
+        if isinstance(ref_model, str):
+            check_no_adapter(ref_model, "ref_model")
+        if ref_model is not None:
+            check_vocabularies(config, text_config(ref_model, args))
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
             raise ValueError(
                 "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "
                 "reference is kept. Switch one of them off."
             )
+        if args.ref_model_quantization is not None:
+            check_quantized_reference(args, model, ref_model, has_adapters)
+        if args.ref_model_quantization is not None or isinstance(ref_model, str):
+            ref_model = load_reference(args, model, ref_model, kwargs.get("quantization_config"))
         self._context = getattr(config, "max_position_embeddings", None)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []

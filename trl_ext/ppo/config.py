@@ -12,6 +12,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..device import computes_in_bf16
+from ..frozen import QUANTIZATIONS
 from .advantages import validate_estimator
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 
@@ -119,6 +120,31 @@ class PPOConfigX(GRPOConfig):
     )
     ref_adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the actor's adapter that is the reference model."}
+    )
+
+    # Frozen models
+    offload_frozen_models: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the weights of reference and reward models in host memory, and on the device only while "
+            "they score. Not with ZeRO-3 or FSDP, which partition them."
+        },
+    )
+    reward_model_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the reward models that are given by path in fewer bits, with bitsandbytes: '8bit' or '4bit' "
+            "(NF4). A critic made from the reward model stays in full precision.",
+            "choices": ["8bit", "4bit"],
+        },
+    )
+    ref_model_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the reference in fewer bits: '8bit' or '4bit' (NF4). For a `ref_model` given by path, or "
+            "the copy of an actor given by path. The KL is then not 0 before the first step.",
+            "choices": ["8bit", "4bit"],
+        },
     )
 
     # Responses
@@ -271,6 +297,7 @@ class PPOConfigX(GRPOConfig):
         self._refuse_meaningless_options()
         self._validate_ranges()
         self._validate_kl()
+        self._validate_frozen()
         if getattr(self, "bf16", None) is None:
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
@@ -317,11 +344,13 @@ class PPOConfigX(GRPOConfig):
         for name in ("reward_clip", "cliprange_value", "total_episodes", "critic_learning_rate", *of_kl):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0, or unset")
-        for name, choices in (("critic", ("model", "head")), ("stop_token", (None, "eos"))):
+        quantised = {f"{role}_model_quantization": QUANTIZATIONS for role in ("reward", "ref")}
+        for name, choices in ({"critic": ("model", "head"), "stop_token": (None, "eos")} | quantised).items():
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
         others = {"temperature", "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample"}
+        others |= {"max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"}  # vLLM's names
         twice = sorted(others & set(self.generation_kwargs or {}))
         if twice:
             raise ValueError(
@@ -335,6 +364,19 @@ class PPOConfigX(GRPOConfig):
             )
         if self.target_kl is not None and self.fp16:
             raise ValueError("`target_kl` leaves out optimizer steps, which fp16 loss scaling cannot do; use bf16.")
+
+    def _validate_frozen(self) -> None:
+        if self.ref_model_quantization is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"`ref_model_quantization={self.ref_model_quantization!r}` with `kl_coef=0`: no reference is loaded. "
+                "Remove it."
+            )
+        for name in ("reward_model_quantization", "ref_model_quantization"):
+            if self.offload_frozen_models and getattr(self, name) == "8bit":
+                raise ValueError(
+                    f"`offload_frozen_models` cannot move what `{name}='8bit'` makes: an 8-bit layer of bitsandbytes "
+                    "keeps its weights outside its parameters once it has run. Use '4bit', or switch one of them off."
+                )
 
     def _validate_kl(self) -> None:
         self._require("kl_placement", self.kl_placement in ("loss", "reward"), "'loss' or 'reward'")

@@ -84,6 +84,11 @@ def check_value_model(model: PreTrainedModel) -> None:
             f"The value model is a {type(model).__name__}, which has no `score` head. Pass a sequence "
             "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
         )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "The critic would be a quantised model, which cannot be trained. Pass a `value_model` in full precision, "
+            "or `critic='head'` for a value head on the actor's trunk."
+        )
     _check_single_value(model.config.num_labels)
 
 

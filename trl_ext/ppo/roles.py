@@ -14,6 +14,7 @@ from .._trl import create_model_from_path, disable_dropout, get_callable_name, g
 from ..pretrained import check_no_adapter, text_config
 from .config import PPOConfigX
 from .critic import build_critic, check_value_checkpoint, check_value_model
+from .placement import frozen_kwargs
 from .scorers import (
     TokenScorer,
     check_reward_checkpoint,
@@ -163,19 +164,24 @@ def load_roles(
     has_adapter = peft_config is not None or is_peft_model(actor)
     reference = None
     if args.needs_reference and not (ref_model is None and has_adapter):
-        reference = _load_reference(ref_model, model, actor, actor_kwargs)
+        reference = _load_reference(
+            ref_model, model, actor, frozen_kwargs(args, actor_kwargs, args.ref_model_quantization)
+        )
 
     sources = ([] if reward_model is None else [reward_model]) + reward_funcs
     tokenizers = _align(reward_processing_classes, sources)
     functions, shared = [], None
+    reward_kwargs = frozen_kwargs(args, init_kwargs, args.reward_model_quantization)
     for i, source in enumerate(sources):
         function, tokenizers[i], reads_ids = _reward_source(
-            source, tokenizers[i], tokenizer, actor.config.get_text_config().vocab_size, args, init_kwargs
+            source, tokenizers[i], tokenizer, actor.config.get_text_config().vocab_size, args, reward_kwargs
         )
         functions.append(function)
         if i == 0 and reward_model is not None and reads_ids:
             shared = function.model
 
+    if value_model is None and shared is not None and args.reward_model_quantization is not None:
+        value_model = reward_model  # the critic is trained: the same checkpoint, in full precision
     critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
     return Roles(actor, reference, functions, tokenizers, critic)
 

@@ -35,11 +35,13 @@ from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
 from .display import append_training_section, batch_plan, print_samples
+from .evaluation import HeldOut
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
 from .losses import PPOCoefficients, ppo_terms
-from .metrics import LossLedger, held_out_score
+from .metrics import LossLedger
+from .placement import WaitingWeights, check_placement, placement_line, without_models_of
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
 from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, resolve_args
@@ -131,6 +133,8 @@ class PPOTrainerX(GRPOTrainer):
             reward_model = args.reward_model_path
         has_other_reward = bool(reward_funcs) or environment_factory is not None
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
+        has_adapter = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        check_placement(args, model, ref_model, reward_model, reward_funcs, has_adapter)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
@@ -174,11 +178,9 @@ class PPOTrainerX(GRPOTrainer):
         # Before the critic joins the actor: a new adapter goes into every module whose name fits.
         self._set_up_adapters(starts_from_adapter=peft_config is None, ref_model=ref_model)
         self._set_up_models(roles)
+        self._set_up_placement()
 
         # 3. The state of a run
-        self._eval_scores: list[Tensor] = []
-        self._eval_kls: list[Tensor] = []
-        self._eval_prompts: list[str] = []
         self._start_run()
 
     # ---- Set-up ----
@@ -186,11 +188,12 @@ class PPOTrainerX(GRPOTrainer):
     def _start_run(self) -> None:
         """Everything that a run changes, as it is before the first rollout."""
         self._step = 0
+        self._last_loaded_step = -1  # what vLLM has is of another run
         self._kl_controller, self._old_kl_controller = self.args.build_kl_controllers()
         self._last_kl: float | None = None
         self._last_old_kls: list[float] = []
         self._reward_moments = RunningMoments()
-        self._first_eval_scores: dict[tuple[str, int], Tensor] = {}
+        self._held_out = HeldOut(self.accelerator.gather_for_metrics)
         self._ledger = LossLedger()
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
@@ -207,16 +210,16 @@ class PPOTrainerX(GRPOTrainer):
 
     def _set_stop_token(self) -> None:
         """Narrows what ends a response from every declared end token to the one that was asked for."""
-        if self.args.stop_token is None and self.args.stop_token_id is None:
-            return
-        stop = self._tokenizer.eos_token_id if self.args.stop_token == "eos" else self.args.stop_token_id
-        self.eos_token_ids = [stop]
+        if self.args.stop_token is not None or self.args.stop_token_id is not None:
+            stop = self._tokenizer.eos_token_id if self.args.stop_token == "eos" else self.args.stop_token_id
+            self.eos_token_ids = [stop]
         if self.use_vllm:
-            options = self.vllm_generation.generation_kwargs or {}
-            self.vllm_generation.generation_kwargs = {**options, "stop_token_ids": [stop]}
+            # vLLM would add, or be content with, the end tokens of the folder that it has loaded.
+            stops = {"stop_token_ids": list(self.eos_token_ids), "ignore_eos": True}
+            self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:
-            self.generation_kwargs["eos_token_id"] = [stop]
-            self.generation_config.eos_token_id = [stop]
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
 
     def _set_up_models(self, roles: Roles) -> None:
         """Attaches the critic, extends the forward of actor and reference, places the frozen models."""
@@ -229,7 +232,7 @@ class PPOTrainerX(GRPOTrainer):
         self._ref_logits = add_actor_critic_forward(actor)
         self._position_ids = accepts_position_ids(actor)
         if self.use_vllm:
-            _trl.exclude_from_weight_sync(self.vllm_generation, critic_module.ATTRIBUTE)
+            _trl.exclude_from_weight_sync(self.vllm_generation, self.critic)
 
         if roles.reference is not None:
             _trl.add_fused_lm_head(
@@ -241,6 +244,21 @@ class PPOTrainerX(GRPOTrainer):
             if scorer is not None:
                 scorer.model = _trl.prepare_frozen(scorer.model, self.accelerator)
 
+    def _set_up_placement(self) -> None:
+        """With `offload_frozen_models`, the weights of reference and reward models wait in host memory."""
+        references, rewards, stays = [], [], []
+        if self.args.offload_frozen_models:
+            references = [] if self.ref_model is None else [self.ref_model]
+            sources = [getattr(token_scorer(source), "model", source) for source in self.reward_funcs]
+            rewards = without_models_of(self.model, [source for source in sources if isinstance(source, nn.Module)])
+            if self.args.kl_estimator == "full":  # the exact KL reads the reference's head while learning
+                stays = [self.accelerator.unwrap_model(model).get_output_embeddings() for model in references]
+        self._reference_weights = WaitingWeights(without_models_of(self.model, references), stays)
+        self._reward_weights = WaitingWeights(rewards)
+        if self.args.offload_frozen_models:
+            line = placement_line(self._reference_weights, self._reward_weights, self.accelerator.device)
+            self.accelerator.print(line)
+
     def _set_up_adapters(self, starts_from_adapter: bool, ref_model: Model | None) -> None:
         """
         Chooses the adapter to train and the adapter that is the reference, if one is. Training that starts from an
@@ -249,7 +267,8 @@ class PPOTrainerX(GRPOTrainer):
         if self.args.model_adapter_name is not None:
             self.model.set_adapter(self.args.model_adapter_name)
         self._ref_adapter = self.args.ref_adapter_name
-        self._reference_is_start = self.args.needs_reference and ref_model is None and self._ref_adapter is None
+        is_start = ref_model is None and self._ref_adapter is None and self.args.ref_model_quantization is None
+        self._reference_is_start = self.args.needs_reference and is_start
         if self._reference_is_start and starts_from_adapter and is_peft_model(self.model):
             self._ref_adapter = "ref"
             copy_adapter(self.model, self.model.active_adapter, self._ref_adapter)
@@ -356,7 +375,8 @@ class PPOTrainerX(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         """GRPO's rewards (all samples, sources); keeps this rank's weighted sums, NaN where no source applies."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._reward_weights.on_device():
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         start = self.accelerator.process_index * len(prompts)
         is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
@@ -401,7 +421,8 @@ class PPOTrainerX(GRPOTrainer):
 
     def _score_with_reference(self, rollout: Rollout, size: int) -> None:
         outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
-        parts = [self._reference_forward(part, outputs) for part in rollout.split(size)]
+        with self._reference_weights.on_device():
+            parts = [self._reference_forward(part, outputs) for part in rollout.split(size)]
         rollout.ref_logps = torch.cat([part.log_probs for part in parts])
         if "trunk_states" in outputs:
             rollout.ref_states = torch.cat([part.trunk_states for part in parts])
@@ -606,30 +627,21 @@ class PPOTrainerX(GRPOTrainer):
 
     def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
         # Every evaluation draws the same random numbers: what differs between two of them is the policy.
-        batch = len(self._eval_scores) * self.accelerator.num_processes + self.accelerator.process_index
+        batch = self._held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(self.args.seed + batch)
         rollout = self._generate_and_score_completions(rows)
-        scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
-        self._eval_scores.append(self.accelerator.gather_for_metrics(scores))
-        self._eval_prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
         if self.args.needs_reference:
             self._score_with_models(rollout)
-            self._eval_kls.append(self.accelerator.gather_for_metrics(sequence_kl(rollout)))
+        self._held_out.add(rollout, rows)
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._eval_scores, self._eval_kls, self._eval_prompts = [], [], []
+        self._held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        scores, same_prompts = torch.cat(self._eval_scores), (prefix, hash(tuple(self._eval_prompts)))
-        line = held_out_score(scores, self._first_eval_scores.get(same_prompts))
-        self._first_eval_scores.setdefault(same_prompts, scores)
-        self._metrics["eval"] |= {f"reward/{key}": [value] for key, value in line.items()}
-        if self._eval_kls:
-            kls = torch.cat(self._eval_kls)
-            self._metrics["eval"]["kl/ref"] = [kls[~kls.isnan()].mean().item()]
+        self._metrics["eval"] |= self._held_out.metrics(prefix)
         # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
         name = prefix.removeprefix("eval").removeprefix("_")
         if name:
@@ -716,6 +728,7 @@ class PPOTrainerX(GRPOTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
+        self._last_loaded_step = -1  # vLLM has the last weights, not the best
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The critic is not in the actor's files, by design."""

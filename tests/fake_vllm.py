@@ -1,0 +1,173 @@
+"""
+Stand-ins for vLLM, the program outside: a colocated engine and the client of a server. They keep a tiny actor of their
+own, made of nothing but the weights that they are sent, sample from it, and note every call.
+
+They are as strict as vLLM: an unknown parameter is an error, and so is a call in the wrong state of sleep. In sleep of
+level 2 the weights are lost. TRL's code between trainer and vLLM is the real one.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from trl.generation import vllm_generation
+
+import tiny
+
+
+class Sampler:
+    """
+    The model inside vLLM.
+
+    Args:
+        noise: standard deviation of what its log-probabilities are off by, as kernels of their own would have it.
+        unavailable: every so many tokens the log-probability is NaN; 0 for never.
+        model: of the actor's shape, to be filled; made here if not given.
+    """
+
+    def __init__(self, noise: float = 0.0, unavailable: int = 0, model: nn.Module | None = None):
+        self.calls: list[str] = []
+        self.requests: list[dict[str, Any]] = []  # the sampling options of each generation
+        self.errors: list[list[float]] = []  # of each response: reported minus true log-probability, per token
+        self.noise, self.unavailable = noise, unavailable
+        self.model = (model or tiny.tiny_actor(9)).requires_grad_(False).eval()
+        self.forget()
+
+    def forget(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.fill_(torch.nan)
+
+    def load(self, named: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+        """Takes weights by name; an unknown name or another shape is an error, as in vLLM."""
+        mine, taken = dict(self.model.named_parameters()), []
+        for name, tensor in named:
+            assert mine[name].shape == tensor.shape
+            mine[name].copy_(tensor)
+            taken.append(name)
+        return taken
+
+    def sample(self, prompts: list[list[int]], **options: Any) -> list[tuple[list[int], list[float]]]:
+        """A response to each prompt, and its log-probabilities after temperature."""
+        assert not any(parameter.isnan().any() for parameter in self.model.parameters()), "weights are missing"
+        self.requests.append(options)
+        generator = torch.Generator().manual_seed(len(self.requests))
+        return [self._respond(prompt, generator, **options) for prompt in prompts]
+
+    def _respond(
+        self,
+        prompt: list[int],
+        generator: torch.Generator,
+        *,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: list[int] = (),
+        ignore_eos: bool = False,
+        **others: Any,
+    ) -> tuple[list[int], list[float]]:
+        stops = {*stop_token_ids, *([] if ignore_eos else [self.model.config.eos_token_id])}
+        ids, logps, errors = list(prompt), [], []
+        while len(logps) < max_tokens and not (logps and ids[-1] in stops):
+            logits = self.model(torch.tensor([ids])).logits[0, -1] / temperature
+            ids.append(torch.multinomial(logits.softmax(0), 1, generator=generator).item())
+            errors.append(self.noise * torch.randn((), generator=generator).item())
+            missing = self.unavailable and len(logps) % self.unavailable == 0
+            logps.append(math.nan if missing else logits.log_softmax(0)[ids[-1]].item() + errors[-1])
+        self.errors.append(errors)
+        return ids[len(prompt) :], logps
+
+
+class Engine:
+    """Plays `vllm.LLM`."""
+
+    def __init__(self, sampler: Sampler, **options: Any):
+        self.sampler, self.options = sampler, options
+        self.asleep: set[str] = set()
+        runner = SimpleNamespace(model=self)
+        worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+        self.llm_engine = SimpleNamespace(model_executor=worker, model_config=SimpleNamespace(max_model_len=128))
+        sampler.calls.append("start")
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        assert "weights" not in self.asleep
+        self.sampler.load(iter(named))
+        if self.sampler.calls[-1] != "load":
+            self.sampler.calls.append("load")
+
+    def reset_prefix_cache(self) -> None:
+        self.sampler.calls.append("reset")
+
+    def wake_up(self, tags: list[str]) -> None:
+        assert set(tags) <= self.asleep, f"{tags} are awake"
+        self.asleep -= set(tags)
+        self.sampler.calls.append(f"wake {tags[0]}")
+
+    def sleep(self, level: int) -> None:
+        assert level == 2
+        self.asleep = {"weights", "kv_cache"}
+        self.sampler.forget()
+        self.sampler.calls.append("sleep")
+
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool) -> list[Any]:
+        assert not self.asleep
+        self.sampler.calls.append("generate")
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        answers = self.sampler.sample(ids, **vars(sampling_params))
+        return [self._output(prompt, *answer) for prompt, answer in zip(ids, answers, strict=True)]
+
+    @staticmethod
+    def _output(prompt: list[int], ids: list[int], logps: list[float]) -> Any:
+        per_token = [{token: SimpleNamespace(logprob=logp, rank=1)} for token, logp in zip(ids, logps, strict=True)]
+        return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=ids, logprobs=per_token)])
+
+
+class Client:
+    """Plays `trl.generation.vllm_client.VLLMClient`, hence a server with `--logprobs-mode processed_logprobs`."""
+
+    def __init__(self, sampler: Sampler, **options: Any):
+        self.sampler, self.options = sampler, options
+        sampler.calls.append("connect")
+
+    def init_communicator(self, device: Any) -> None:
+        self.sampler.calls.append("join")
+
+    def get_server_info(self) -> dict[str, Any]:
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def update_named_params(self, metadata: list[tuple], named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.sampler.calls.append("load")
+        assert self.sampler.load(named_params) == [name for name, _, _ in metadata]
+
+    def reset_prefix_cache(self) -> None:
+        self.sampler.calls.append("reset")
+
+    def generate(self, prompts: list[list[int]], features: Any, n: int, generation_kwargs: dict, **options: Any):
+        self.sampler.calls.append("generate")
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        answers = self.sampler.sample(repeated, **(options | generation_kwargs))
+        return {
+            "prompt_ids": prompts,
+            "completion_ids": [ids for ids, _ in answers],
+            # A server writes JSON, which has no NaN.
+            "logprobs": [[[None if math.isnan(logp) else logp] for logp in logps] for _, logps in answers],
+        }
+
+
+@contextmanager
+def vllm(**options: Any) -> Iterator[Sampler]:
+    """Within the context, TRL finds vLLM installed: the stand-ins above, around the sampler that it yields."""
+    sampler = Sampler(**options)
+    names = {
+        "is_vllm_available": lambda: True,
+        "LLM": lambda **kwargs: Engine(sampler, **kwargs),
+        "SamplingParams": SimpleNamespace,
+        "VLLMClient": lambda **kwargs: Client(sampler, **kwargs),
+    }
+    # TRL sets RANK and others for vLLM; outside of the context they are as before.
+    with mock.patch.multiple(vllm_generation, create=True, **names), mock.patch.dict(os.environ):
+        yield sampler

@@ -1,0 +1,293 @@
+"""
+Generation with vLLM, without vLLM: TRL's own code between the trainer and a stand-in for the program outside, which
+samples from the weights that it is sent and nothing else (tests/fake_vllm.py).
+"""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+import tiny
+from fake_vllm import vllm
+from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, snapshot
+from trl_ext.ppo.rollout import MicroBatch
+
+
+pytestmark = pytest.mark.integration
+
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+# Bounds between which some ratios of the noisy engine lie and some do not, for tokens and for sequences.
+BOUNDS = {"max": (None, 1.1), "min": (0.9, None), "both": (0.9, 1.1)}
+DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+def lora():
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+# --- the weights
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("critic", ["model", "head"])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_responses_are_sampled_from_the_actor_as_it_is_then(tmp_path, mode, critic, peft):
+    """In each rollout vLLM's log-probabilities are the trainer's, so what it was sent is the actor, adapter merged."""
+    with vllm() as sampler:
+        models = {"peft_config": lora()} if peft else {}
+        trainer = ppo_trainer(
+            tmp_path, models, use_vllm=True, vllm_mode=mode, critic=critic, learning_rate=1e-2, total_episodes=12
+        )
+        before = snapshot(trainer.model)
+        trainer.train()
+    assert max(logged(trainer, f"{DIFFERENCE}/max")) < 1e-4
+    assert any("critic" not in name for name in changed(trainer.model, before))
+    assert (sampler.calls.count("load"), sampler.calls.count("generate")) == (3, 3)
+    assert {type(module).__name__ for module in trainer.model.modules()} & {"ValueHead", "ValueModel"}  # it is back
+
+
+def test_control_an_actor_that_was_not_sent_shows(tmp_path):
+    with vllm():
+        trainer = ppo_trainer(tmp_path, use_vllm=True, learning_rate=1e-2)
+        sync = trainer.vllm_generation.sync_weights
+        trainer.vllm_generation.sync_weights = lambda: sync() if trainer.state.global_step == 0 else None
+        trainer.train()
+    first, second = logged(trainer, f"{DIFFERENCE}/max")
+    assert first < 1e-4 < 1e-2 < second
+
+
+def test_second_run_and_best_model_are_sent_anew(tmp_path):
+    """Both begin at a step that vLLM has weights of, but other weights."""
+    with vllm() as sampler:
+        trainer = ppo_trainer(tmp_path, use_vllm=True, learning_rate=1e-2, total_episodes=4)
+        trainer.train()
+        trainer.train()
+        assert sampler.calls.count("load") == 2
+        assert max(logged(trainer, f"{DIFFERENCE}/max")) < 1e-4
+        trainer.save_model(str(tmp_path / "best"))
+        trainer.state.best_model_checkpoint = str(tmp_path / "best")
+        trainer.state.global_step = trainer._last_loaded_step
+        trainer._load_best_model()
+        trainer._generate([tiny.tiny_prompts(1)["prompt"][0]])
+        assert sampler.calls.count("load") == 3
+
+
+# --- sleep
+
+
+def test_colocated_engine_sleeps_while_models_score_and_learn(tmp_path):
+    states = []
+    with vllm() as sampler:
+        trainer = ppo_trainer(tmp_path, use_vllm=True, vllm_enable_sleep_mode=True)
+        engine = trainer.vllm_generation.llm
+        trainer.model.register_forward_pre_hook(lambda *_: states.append(set(engine.asleep)))
+        trainer.train()
+    wake = ["wake weights", "load", "reset", "wake kv_cache"]
+    assert sampler.calls == ["start", "sleep", *wake, "generate", "sleep", *wake, "generate", "sleep"]
+    assert states
+    assert all(state == {"weights", "kv_cache"} for state in states)
+
+
+def test_without_sleep_mode_the_engine_stays_awake(tmp_path):
+    with vllm() as sampler:
+        ppo_run(tmp_path, use_vllm=True)
+    assert sampler.calls == ["start", "load", "reset", "generate", "load", "reset", "generate"]
+
+
+# --- what ends a response
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_declared_end_tokens_are_the_engines(tmp_path, mode):
+    """The tokenizer's end token too, which vLLM would not know from the model's folder."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.eos_token = "cat"
+    with vllm() as sampler:
+        trainer = ppo_run(tmp_path, {"processing_class": tokenizer}, use_vllm=True, vllm_mode=mode, max_steps=1)
+    (request,) = sampler.requests
+    declared = {tiny.VOCABULARY.index("<eos>"), tiny.VOCABULARY.index("cat")}
+    assert set(request["stop_token_ids"]) == set(trainer.eos_token_ids) == declared
+    assert request["ignore_eos"]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("options", [{"stop_token": "eos"}, {"stop_token_id": 30}], ids=["eos", "id"])
+def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
+    stop = options.get("stop_token_id", tiny.VOCABULARY.index("<eos>"))
+    with vllm() as sampler:
+        trainer = ppo_run(
+            tmp_path, use_vllm=True, vllm_mode=mode, response_length=60, max_steps=1, temperature=2.0, **options
+        )
+    assert [request["stop_token_ids"] for request in sampler.requests] == [[stop]]
+    rollout = trainer._rollout
+    responses = [ids[real].tolist() for ids, real in zip(rollout.response_ids, rollout.attended, strict=True)]
+    assert any(response[-1] == stop for response in responses)
+    assert all(stop not in response[:-1] for response in responses)
+    assert rollout.has_eos.tolist() == [response[-1] == stop for response in responses]
+    assert all(response[-1] == stop or len(response) == 60 for response in responses)
+    if stop == 30:  # the end token is a token like others
+        assert any(tiny.VOCABULARY.index("<eos>") in response for response in responses)
+
+
+def test_sampling_options_reach_the_engine(tmp_path):
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
+    with vllm() as sampler:
+        ppo_run(tmp_path, use_vllm=True, max_steps=1, generation_kwargs={"frequency_penalty": 0.1}, **options)
+    (request,) = sampler.requests
+    assert options.items() <= request.items()
+    assert (request["max_tokens"], request["n"], request["frequency_penalty"]) == (6, 1, 0.1)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"])
+def test_option_of_vllm_that_another_option_sets_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"`generation_kwargs` holds \['{name}'\]"):
+        ppo_trainer(tmp_path, use_vllm=True, generation_kwargs={name: 3})
+
+
+# --- the mismatch between vLLM's probabilities and the trainer's
+
+
+def correction(mode, bounds):
+    low, high = BOUNDS[bounds]
+    return {
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high,
+    }
+
+
+def rows():
+    """Prompts in pairs, as GRPO has them with two generations."""
+    return [{"prompt": prompt} for prompt in tiny.tiny_prompts(2)["prompt"] for _ in range(2)]
+
+
+def ppo_with_vllm(folder, **options):
+    terms = {"kl_coef": 0.0, "vf_coef": 0.0, "ent_coef": 0.0, "num_sample_generations": 0}
+    trainer = ppo_trainer(folder, use_vllm=True, **(terms | options))
+    trainer.model.train()
+    return trainer
+
+
+def grpo_with_vllm(folder, **options):
+    args = GRPOConfig(
+        str(folder),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        num_iterations=2,
+        max_completion_length=6,
+        use_vllm=True,
+        vllm_mode="colocate",
+        loss_type="bnpo",
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        **options,
+    )
+    trainer = GRPOTrainer(
+        tiny.tiny_actor(),
+        response_lengths,
+        args=args,
+        train_dataset=tiny.tiny_prompts(4),
+        processing_class=tiny.tiny_tokenizer(),
+    )
+    trainer.model.train()
+    return trainer
+
+
+def ratio_by_hand(errors, mode, low, high):
+    """The ratio of each token of a response, from what the engine's log-probabilities are off by."""
+    if mode.startswith("sequence"):
+        errors = [sum(errors)] * len(errors)
+    ratios = [math.exp(-error) for error in errors]
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if mode.endswith("mask"):
+        return [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+    return [min(max(ratio, low), high) for ratio in ratios]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_correction_is_grpos_on_the_same_tensors(tmp_path, mode, bounds):
+    """Ratio, loss and gradient equal those of GRPO's own code; the ratio also those of a calculation by hand."""
+    options = correction(mode, bounds)
+    # 1. The same responses of the same engine
+    with vllm(noise=0.1) as sampler:
+        trainer = ppo_with_vllm(tmp_path / "ppo", **options)
+        rollout = trainer._generate_and_score_completions(rows())
+    with vllm(noise=0.1):
+        grpo = grpo_with_vllm(tmp_path / "grpo", **options)
+        batch = grpo._generate_and_score_completions(rows())
+    assert torch.equal(rollout.response_ids, batch["completion_ids"])
+    # 2. The ratio
+    mask = rollout.mask
+    ratio = rollout.importance_sampling_ratio
+    torch.testing.assert_close(ratio, batch["importance_sampling_ratio"])
+    for row, errors in enumerate(sampler.errors):
+        expected = torch.tensor(ratio_by_hand(errors, mode, *BOUNDS[bounds]))
+        torch.testing.assert_close(ratio.expand_as(mask)[row][mask[row]], expected, rtol=1e-4, atol=1e-5)
+    bounded = ratio[mask] if mode.startswith("token") else ratio
+    assert not torch.allclose(bounded, torch.ones(()), atol=1e-2)
+    # 3. The loss, for advantages per token and a policy that has moved since it sampled
+    torch.manual_seed(0)
+    advantages = torch.randn(mask.shape) + 0.5
+    old_logps = rollout.old_logps - 0.3 * torch.rand(mask.shape)
+    batch |= {"advantages": advantages, "old_per_token_logps": old_logps}
+    rollout.advantages, rollout.old_logps = advantages, old_logps
+    rollout.old_values = rollout.returns = torch.zeros(mask.shape)
+    grpo.current_gradient_accumulation_steps = 1
+    theirs = grpo._compute_loss(grpo.model, batch)
+    theirs.backward()
+    part = MicroBatch(rollout, torch.arange(len(rollout)), num_tokens=mask.sum().item(), share=1.0)
+    mine = trainer._compute_loss(trainer.model, part)
+    mine.backward()
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    gradients = dict(trainer.model.named_parameters())
+    for name, parameter in grpo.model.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert abs(theirs.item()) > 1e-2
+
+
+def test_correction_scales_the_objective_alone(tmp_path):
+    """Value loss, entropy and the KL to the reference are those of a rollout without a correction."""
+    options = {"kl_coef": 0.1, "vf_coef": 0.5, "ent_coef": 0.01, "max_steps": 1, "num_ppo_epochs": 1}
+    lines = []
+    for corrected in (True, False):
+        with vllm(noise=0.1):
+            trainer = ppo_run(
+                tmp_path,
+                {"ref_model": tiny.tiny_actor(5)},
+                use_vllm=True,
+                vllm_importance_sampling_correction=corrected,
+                vllm_importance_sampling_mode="token_truncate",
+                **options,
+            )
+        lines.append(trainer.state.log_history[0])
+    with_it, without = lines
+    for name in ("terms/value_loss", "terms/entropy", "terms/kl", "reward/score"):
+        assert with_it[name] == pytest.approx(without[name], rel=1e-5)
+    assert with_it["terms/clip_objective"] != pytest.approx(without["terms/clip_objective"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", ["colocate", "server"])
+def test_probability_that_vllm_does_not_give_is_not_corrected(tmp_path, mode, engine):
+    """vLLM may answer NaN for a token; its ratio is 1, and the run goes on."""
+    with vllm(noise=0.1, unavailable=1):
+        trainer = ppo_run(tmp_path, use_vllm=True, vllm_mode=engine, vllm_importance_sampling_mode=mode, max_steps=1)
+    ratio = trainer._rollout.importance_sampling_ratio.expand_as(trainer._rollout.mask)
+    assert torch.equal(ratio[trainer._rollout.mask], torch.ones_like(ratio[trainer._rollout.mask]))
+    assert math.isfinite(logged(trainer, "loss")[0])
+
+
+def test_held_out_prompts_are_answered_by_vllm_too(tmp_path):
+    with vllm() as sampler:
+        trainer = ppo_trainer(
+            tmp_path, {"eval_dataset": tiny.tiny_prompts(4, seed=3)}, use_vllm=True, vllm_enable_sleep_mode=True
+        )
+        metrics = trainer.evaluate()
+        assert math.isfinite(metrics["eval_reward/score"])
+        assert sampler.calls[-1] == "sleep"
+        assert "generate" in sampler.calls

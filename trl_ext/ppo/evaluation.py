@@ -1,0 +1,54 @@
+"""Evaluation: what held-out prompts score, how far that is from their first scores in the run, and the KL."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .experience import sequence_kl
+from .metrics import held_out_score
+from .rollout import Rollout
+
+
+class HeldOut:
+    """
+    The evaluations of a run: each collects its batches, and is compared with the first of the same prompts.
+
+    Args:
+        gather: from this rank's (b,) to those of all ranks, without the rows that fill up the last batch.
+    """
+
+    def __init__(self, gather: Callable[[Tensor], Tensor]):
+        self._gather = gather
+        self._first_scores: dict[tuple[str, int], Tensor] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Begins an evaluation."""
+        self._scores: list[Tensor] = []
+        self._kls: list[Tensor] = []
+        self._prompts: list[str] = []
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of this evaluation that this rank has answered."""
+        return len(self._scores)
+
+    def add(self, rollout: Rollout, rows: list[dict[str, Any]]) -> None:
+        """Takes in a batch; its KL too where the reference has scored it."""
+        self._scores.append(self._gather(rollout.scores.masked_fill(~rollout.scored, torch.nan)))
+        self._prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
+        if rollout.ref_logps is not None:
+            self._kls.append(self._gather(sequence_kl(rollout)))
+
+    def metrics(self, prefix: str) -> dict[str, list[float]]:
+        """Log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
+        scores, same_prompts = torch.cat(self._scores), (prefix, hash(tuple(self._prompts)))
+        line = held_out_score(scores, self._first_scores.get(same_prompts))
+        self._first_scores.setdefault(same_prompts, scores)
+        metrics = {f"reward/{key}": [value] for key, value in line.items()}
+        if self._kls:
+            kls = torch.cat(self._kls)
+            metrics["kl/ref"] = [kls[~kls.isnan()].mean().item()]
+        return metrics
