@@ -63,8 +63,8 @@ def test_every_formula_of_the_theory_stands_beside_its_function_and_its_test():
     found = formulas(read(ROOT / "docs" / "theory.md"))
     assert len(found) >= 20
     for formula, text in found:
-        code = re.search(r"^Code:(.*?)(?=^Test:)^Test:(.*?)(?:\n\n|\Z)", text, flags=re.MULTILINE | re.DOTALL)
-        assert code, f"no `Code:` and `Test:` after\n{formula}"
+        code = re.search(r"^- Code:(.*?)^- Test:(.*?)(?:\n\n|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+        assert code, f"no `- Code:` and `- Test:` after\n{formula}"
         tests = named(code.group(2))
         assert tests, f"no test beside\n{formula}"
         assert all(file.startswith("tests/") for file, _ in tests)
