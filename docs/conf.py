@@ -8,6 +8,8 @@ import inspect
 import re
 from typing import Any
 
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
 from transformers import TrainingArguments
 
 import trl_ext
@@ -17,7 +19,7 @@ project = "trl_ext"
 author = "The trl_ext authors"
 release = version = trl_ext.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 default_role = "code"
@@ -32,6 +34,7 @@ autodoc_default_options = {"members": True}
 html_theme = "furo"
 html_title = "trl_ext"
 html_show_copyright = False
+html_math_renderer = "mathml"  # below: browsers show it by themselves, so that the site also reads offline
 
 
 def describe_options(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
@@ -60,6 +63,18 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
+def write_inline_formula(writer: Any, node: Any) -> None:
+    writer.body.append(tex2mathml(node.astext()))
+    raise SkipNode
+
+
+def write_formula(writer: Any, node: Any) -> None:
+    formula = tex2mathml(node.astext().strip(), as_block=True)
+    writer.body.append(f'<div style="overflow-x: auto; overflow-y: hidden; padding: 0.3em 0">{formula}</div>')
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (write_inline_formula, None), (write_formula, None))
     app.connect("autodoc-process-docstring", describe_options)
     app.connect("autodoc-process-signature", drop_signature)

@@ -45,7 +45,7 @@ class DPOTrainerX(DPOTrainer):
     `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
 
     Args:
-        As `trl.DPOTrainer`; `args` is a [`DPOConfigX`].
+        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`.
 
     Raises:
         ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
