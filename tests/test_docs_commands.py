@@ -7,11 +7,13 @@ follow its own.
 import gc
 import importlib.util
 import json
+import math
 import random
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -52,6 +54,14 @@ SHORTER_PYTHON = {
     "total_episodes=10_000": "total_episodes=4",
     "per_device_train_batch_size=16": "per_device_train_batch_size=4",
     "train_size=64, test_size=32": "train_size=8, test_size=4",
+}
+SHORTER_NOTEBOOKS = {
+    "train_size=640, test_size=256": "train_size=8, test_size=4",
+    "train_size=192, test_size=128": "train_size=8, test_size=4",
+    "test_size=192": "test_size=4",
+    "total_episodes=896": "total_episodes=8",
+    "gradient_accumulation_steps=4": "gradient_accumulation_steps=1",
+    "response_length=12": "response_length=3",
 }
 
 
@@ -110,7 +120,7 @@ def run_script(command):
 
 
 def run_python(code, names):
-    for long, short in SHORTER_PYTHON.items():
+    for long, short in (SHORTER_PYTHON | SHORTER_NOTEBOOKS).items():
         code = code.replace(long, short)
     exec(compile(code, "block", "exec"), names)
 
@@ -155,6 +165,30 @@ def test_tutorial_runs_from_top_to_bottom(workplace):
     assert "| accuracy, gap above 2 |" in (workplace / "outputs/dpo/table.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_notebook_runs_from_top_to_bottom(workplace, monkeypatch, name):
+    """All cells, as they stand but shorter; what would be shown in the notebook is only made."""
+    shown = []
+    display = SimpleNamespace(Image=lambda path: shown.append(Path(path).stat().st_size), Markdown=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert all(re.fullmatch(r"[\w-]+", cell["id"]) for cell in notebook["cells"])
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # measured figures are on the demo's page
+            run_python("".join(cell["source"]), names)
+    table, picture = shown
+    assert picture > 10_000
+    assert len(table.splitlines()) > 4
+    assert names["trainer"].state.global_step > 0
+    if name == "dpo":
+        assert names["after"]["eval_preference/pairs"] == 4
+    else:
+        assert math.isfinite(names["after"]["eval_reward/rise"])
+
+
 def test_migration_page_makes_a_config_like_trl112(workplace):
     args = walk("docs/migration.md")["args"]
     assert (args.kl_placement, args.vf_coef, args.ent_coef, args.temperature) == ("reward", 0.1, 0.0, 0.7)
@@ -177,4 +211,6 @@ def test_walked_pages_are_all_that_have_commands():
 
 def test_every_shortening_is_used():
     code = "".join(text for path in (ROOT / "docs").glob("*.md") for _, text in steps(f"docs/{path.name}"))
+    cells = "".join(path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb"))
     assert [long for long in SHORTER_PYTHON if long not in code] == []
+    assert [long for long in SHORTER_NOTEBOOKS if long not in cells] == []
