@@ -2,7 +2,7 @@
 # constraints.txt change. Only Python 3.11 or newer, pip, make and a C compiler have to be there. See `make help`.
 
 VENV ?= .venv
-EXTRAS := deepspeed,dev,qlora,report
+EXTRAS := deepspeed,dev,docs,qlora,report
 JOBS ?= 2
 
 # The first interpreter that is new enough. 3.11 comes first: constraints.txt was recorded with it.
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: help setup demo test check proof gpu format wheel clean
+.PHONY: help setup demo test check proof gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,9 @@ proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 
 gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)
+
+docs: $(STAMP) ## build the documentation site into build/docs; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -b html docs build/docs
 
 format: $(STAMP) ## rewrite the files the way `make check` wants them
 	$(BIN)/ruff format .

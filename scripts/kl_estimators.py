@@ -1,32 +1,21 @@
 """Where does the policy end up with each KL estimator in the loss? An experiment without noise.
 
-A bandit: one state, eight answers of one token, a reward for each, a reference π_ref. The goal of PPO with a KL
-penalty, E[r] − β KL(π_θ ‖ π_ref), is highest at π* ∝ π_ref · exp(r / β). Every expectation is a sum over the eight
-answers under the current policy: what is left is what the estimator's gradient does.
+The bandit is that of bandit.py: one state, eight answers of one token, a reward for each. Every expectation is a sum
+over the eight answers under the current policy: what is left is what the estimator's gradient does.
 
     python scripts/kl_estimators.py    # under a minute on one CPU core; needs matplotlib
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bandit import REF_LOGPS, REWARDS, Estimator, exact_kl, optimum, train_ppo
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trl_ext.ppo.kl import full_kl, k1, k2, k3
-from trl_ext.ppo.losses import clip_objective, policy_ratio
-
-
-Estimator = Callable[[Tensor, Tensor], Tensor]
-REWARDS = torch.tensor([-0.6, -0.3, 0.0, 0.2, 0.4, 0.6, 0.9, 1.2], dtype=torch.float64)
-REF_LOGPS = torch.tensor([0.18, 0.22, 0.20, 0.14, 0.10, 0.08, 0.05, 0.03], dtype=torch.float64).log()
-
-
-def exact_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KL(π_θ ‖ π_ref), one number; log-probabilities serve as hidden states, and the head passes them through."""
-    return full_kl(logps[None], lambda x: x, ref_logps[None], lambda x: x)
+from trl_ext.ppo.kl import k1, k2, k3
+from trl_ext.ppo.losses import policy_ratio
 
 
 def weighted(estimator: Estimator) -> Estimator:
@@ -37,20 +26,6 @@ def weighted(estimator: Estimator) -> Estimator:
 KL_IN_LOSS = {"full": exact_kl, "k2": k2, "ratio · k1": weighted(k1), "ratio · k3": weighted(k3), "k3": k3, "k1": k1}
 
 
-def expected_loss(logits: Tensor, kl: Estimator, beta: float) -> Tensor:
-    """E[−clip_objective + β · kl] over answers drawn from the current policy, which as a sampler has no gradient."""
-    logps = logits.log_softmax(-1)
-    sampler = logps.detach().exp()
-    advantages = REWARDS - sampler @ REWARDS
-    objective = clip_objective(policy_ratio(logps, logps.detach()), advantages, cliprange=0.2)
-    return (sampler * (beta * kl(logps, REF_LOGPS) - objective)).sum()
-
-
-def optimum(beta: float) -> Tensor:
-    """log π* with π* ∝ π_ref · exp(r / β): the maximum of E[r] − β KL(π_θ ‖ π_ref)."""
-    return (REF_LOGPS + REWARDS / beta).log_softmax(-1)
-
-
 def reverse_optimum(beta: float) -> Tensor:
     """The maximum of E[r] − β KL(π_ref ‖ π_θ): π = β π_ref / (λ − r), with λ > max r such that it sums to 1."""
     low, high = REWARDS.max(), REWARDS.max() + beta
@@ -59,16 +34,6 @@ def reverse_optimum(beta: float) -> Tensor:
         mass = (beta * REF_LOGPS.exp() / (middle - REWARDS)).sum()
         low, high = (middle, high) if mass > 1 else (low, middle)
     return (beta * REF_LOGPS.exp() / (high - REWARDS)).log()
-
-
-def train(kl: Estimator, beta: float, steps: int, learning_rate: float) -> list[Tensor]:
-    """Log-probabilities before every step of gradient descent from π_ref, and after the last."""
-    logits, history = REF_LOGPS.clone().requires_grad_(), []
-    for _ in range(steps):
-        (gradient,) = torch.autograd.grad(expected_loss(logits, kl, beta), logits)
-        history.append(logits.detach().log_softmax(-1))
-        logits = (logits.detach() - learning_rate * gradient).requires_grad_()
-    return [*history, logits.detach().log_softmax(-1)]
 
 
 def table(ends: dict[str, Tensor], beta: float) -> str:
@@ -89,7 +54,7 @@ def draw(histories: dict[str, list[Tensor]], beta: float, path: Path) -> None:
     for index, (name, logps) in enumerate(shown.items()):
         positions = torch.arange(len(REWARDS)) + (index - 3.5) * 0.105
         style = {"label": name, "color": {"π_ref": "lightgrey", "π*": "black"}.get(name, f"C{index - 2}")}
-        bars.bar(positions, logps.exp(), width=0.1, **style)
+        bars.bar(positions.numpy(), logps.exp().numpy(), width=0.1, **style)
         if name in histories:
             distances = [max(exact_kl(step, optimum(beta)).item(), 1e-13) for step in histories[name]]
             # Thinner from line to line, because four of them coincide.
@@ -109,7 +74,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3.0, help="of gradient descent on logits (default 3)")
     parser.add_argument("--output", type=Path, default=Path("docs/images/kl_estimators.png"), help="the picture")
     args = parser.parse_args()
-    histories = {name: train(kl, args.beta, args.steps, args.learning_rate) for name, kl in KL_IN_LOSS.items()}
+    histories = {name: train_ppo(kl, args.beta, args.steps, args.learning_rate) for name, kl in KL_IN_LOSS.items()}
     ends = {name: history[-1] for name, history in histories.items()}
     print(table(ends | {"(π_rev itself)": reverse_optimum(args.beta)}, args.beta))
     draw(histories, args.beta, args.output)

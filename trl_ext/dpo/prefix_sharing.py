@@ -22,6 +22,7 @@ class Span:
 
     @property
     def size(self) -> int:
+        """Number of tokens."""
         return self.common + self.chosen + self.rejected
 
 

@@ -46,7 +46,7 @@ class DPOTrainerX(DPOTrainer):
     `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
 
     Args:
-        As `trl.DPOTrainer`; `args` is a [`DPOConfigX`], and `ref_model` may be a path.
+        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
 
     Raises:
         ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.

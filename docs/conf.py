@@ -1,0 +1,80 @@
+"""The documentation site: `make docs` builds it with Sphinx, from the Markdown pages and the docstrings.
+
+Docstrings are plain text with names in single backticks; `default_role` shows those as code.
+"""
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+from transformers import TrainingArguments
+
+import trl_ext
+
+
+project = "trl_ext"
+author = "The trl_ext authors"
+release = version = trl_ext.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # links to headings, as GitHub makes them
+default_role = "code"
+highlight_language = "none"  # a block without a language is output or a formula
+
+autodoc_inherit_docstrings = False  # those of TRL and transformers are Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True}
+
+html_theme = "furo"
+html_title = "trl_ext"
+html_show_copyright = False
+html_math_renderer = "mathml"  # below: browsers show it by themselves, so that the site also reads offline
+
+
+def describe_options(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Adds to a config class the options that it declares itself, with their help and default."""
+    lines[:] = [re.sub(r"\[(`\w+`)\]", r"\1", line) for line in lines]  # links in the style of Hugging Face
+    if not is_config(value):
+        return
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    lines += ["", "Options:", ""]
+    for option in inspect.get_annotations(value):
+        help_text, default = fields[option].metadata.get("help", ""), _default(fields[option])
+        lines += [f"- ``{option}`` (default ``{default!r}``): {help_text}"]
+    lines += [""]
+
+
+def drop_signature(app: Any, what: str, name: str, value: Any, *rest: Any) -> tuple[str, None] | None:
+    """Of a config class with its two hundred inherited options; those of its own are listed."""
+    return ("", None) if is_config(value) else None
+
+
+def is_config(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, TrainingArguments)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def write_inline_formula(writer: Any, node: Any) -> None:
+    writer.body.append(tex2mathml(node.astext()))
+    raise SkipNode
+
+
+def write_formula(writer: Any, node: Any) -> None:
+    formula = tex2mathml(node.astext().strip(), as_block=True)
+    writer.body.append(f'<div style="overflow-x: auto; overflow-y: hidden; padding: 0.3em 0">{formula}</div>')
+    raise SkipNode
+
+
+def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (write_inline_formula, None), (write_formula, None))
+    app.connect("autodoc-process-docstring", describe_options)
+    app.connect("autodoc-process-signature", drop_signature)

@@ -1,0 +1,216 @@
+"""Every fenced command and Python block of the walked pages runs, in the order of the page and in one folder.
+
+The model is a narrow one with the tests' tokenizer, the ratings are made up, and every run is cut short by flags that
+follow its own.
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+import tiny
+from trl_ext import embedded
+
+
+# The Trainer collects garbage when training starts, which would go through every object of every library each time.
+gc.collect()
+gc.freeze()
+
+# Of TRL, transformers and torch themselves, on the way through whole scripts.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parents[1]
+
+# What is not run here, and why not.
+ELSEWHERE = {
+    "make setup": "tests/test_house.py checks that the target exists",
+    "make demo": "tests/test_proof_demo.py runs what it runs, in full",
+    "make test": "runs this test",
+    "source .venv/bin/activate": "the tests run in an environment",
+    "pip install .": "the tests run on an installed package",
+}
+
+# What cuts a run short, by script.
+BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --report_to none"
+SHORT = {
+    "reward": f"--max_steps 2 {BATCH} --train_size 8 --test_size 4",
+    "dpo": f"--max_steps 2 --warmup_steps 0 {BATCH} --train_size 8 --test_size 4",
+    "ppo": f"--total_episodes 4 --gradient_accumulation_steps 1 --num_ppo_epochs 1 {BATCH} --response_length 3 "
+    "--test_size 4",
+    "score": "--test_size 4",
+    "equivalence": "--steps 20",
+}
+SHORTER_PYTHON = {
+    "total_episodes=128": "total_episodes=4",
+    "total_episodes=10_000": "total_episodes=4",
+    "per_device_train_batch_size=16": "per_device_train_batch_size=4",
+    "train_size=64, test_size=32": "train_size=8, test_size=4",
+}
+SHORTER_NOTEBOOKS = {
+    "train_size=640, test_size=256": "train_size=8, test_size=4",
+    "train_size=192, test_size=128": "train_size=8, test_size=4",
+    "test_size=192": "test_size=4",
+    "total_episodes=896": "total_episodes=8",
+    "gradient_accumulation_steps=4": "gradient_accumulation_steps=1",
+    "response_length=12": "response_length=3",
+}
+
+
+def steps(page):
+    """(language, text) of every fenced command and Python block, in order."""
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for language, block in blocks:
+        if language == "python":
+            yield language, block
+        else:
+            lines = (line.split("#")[0].strip() for line in block.splitlines())
+            yield from (("bash", line) for line in lines if line)
+
+
+def made_up_ratings():
+    """600 different sentences of 4 to 11 words of the tests' vocabulary."""
+    rng = random.Random(0)
+    texts = {" ".join(rng.choices(tiny.WORDS[:50], k=rng.randint(4, 11))) for _ in range(600)}
+    return Dataset.from_list(
+        [{"text": text, "rating": rng.uniform(-4, 4), "source": f"row/{i}"} for i, text in enumerate(sorted(texts))]
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder like a checkout, with the files that the pages call theirs, as current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for folder in ("configs", "scripts"):
+        Path(folder).symlink_to(ROOT / folder)
+    Path("docs/images").mkdir(parents=True)
+    paths = tiny.save_tiny(tmp_path)
+    # NF4 on CPU needs such widths.
+    tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained("my-sft")
+    tiny.tiny_tokenizer().save_pretrained("my-sft")
+    rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
+    write_lines("prompts.jsonl", rows)
+    write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
+    monkeypatch.setattr(embedded, "smollm2", lambda: paths["actor"])
+    monkeypatch.setattr(embedded, "movie_reviews", made_up_ratings)
+    return tmp_path
+
+
+def write_lines(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_script(command):
+    """`python scripts/x.py …` by the script's own `main`, cut short."""
+    name = re.fullmatch(r"python scripts/(\w+)\.py(?: .*)?", command).group(1)
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    module.main(shlex.split(command)[2:] + SHORT[name].split())
+
+
+def run_python(code, names):
+    for long, short in (SHORTER_PYTHON | SHORTER_NOTEBOOKS).items():
+        code = code.replace(long, short)
+    exec(compile(code, "block", "exec"), names)
+
+
+def walk(page, python=True):
+    """Runs a page from top to bottom; returns the names that its Python has left."""
+    names: dict = {}
+    for language, text in steps(page):
+        if language == "python" and python:
+            run_python(text, names)
+        elif language == "bash" and text not in ELSEWHERE:
+            run_script(text)
+    return names
+
+
+def test_quick_start_runs_from_top_to_bottom(workplace):
+    trainer = walk("docs/quickstart.md")["trainer"]
+    assert trainer.state.global_step > 0
+    folders = ("outputs/dpo-demo", "outputs/reward-demo", "outputs/ppo-demo", "outputs/ppo-head", "out/dpo", "out/ppo")
+    for folder in folders:
+        assert (workplace / folder / "metrics.json").is_file(), folder
+    assert (workplace / "outputs/ppo-head/critic").is_dir()
+    assert len((workplace / "out/scores.jsonl").read_text().splitlines()) == 4
+
+
+def test_tutorial_runs_from_top_to_bottom(workplace):
+    names = walk("docs/tutorial.md")
+    for folder in ("reward", "dpo", "ppo", "dpo-then-ppo"):
+        assert (workplace / "outputs" / folder / "metrics.json").is_file(), folder
+    assert names["trainer"].state.global_step > 0
+    ratings = {row["text"]: row["rating"] for row in made_up_ratings()}
+    gaps = [ratings[row["chosen"]] - ratings[row["rejected"]] for row in names["pairs"]]
+    assert min(gaps) > 1
+    assert len(gaps) > 50
+    assert [row["source"] for row in names["pairs"]] == ["gap above 2" if g > 2 else "gap 1 to 2" for g in gaps]
+    # A prompt opens no sentence of the pairs.
+    texts = [row[side] for row in names["pairs"] for side in ("chosen", "rejected")]
+    openings = [prompt.removeprefix(embedded.CUE) for prompt in names["prompts"]["prompt"]]
+    assert len(openings) > 50
+    assert not [opening for opening in openings if any(text.startswith(f"{opening} ") for text in texts)]
+    # The source of a pair reaches the table of the DPO run.
+    assert "| accuracy, gap above 2 |" in (workplace / "outputs/dpo/table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_notebook_runs_from_top_to_bottom(workplace, monkeypatch, name):
+    """All cells, as they stand but shorter; what would be shown in the notebook is only made."""
+    shown = []
+    display = SimpleNamespace(Image=lambda path: shown.append(Path(path).stat().st_size), Markdown=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert all(re.fullmatch(r"[\w-]+", cell["id"]) for cell in notebook["cells"])
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # measured figures are on the demo's page
+            run_python("".join(cell["source"]), names)
+    table, picture = shown
+    assert picture > 10_000
+    assert len(table.splitlines()) > 4
+    assert names["trainer"].state.global_step > 0
+    if name == "dpo":
+        assert names["after"]["eval_preference/pairs"] == 4
+    else:
+        assert math.isfinite(names["after"]["eval_reward/rise"])
+
+
+def test_migration_page_makes_a_config_like_trl112(workplace):
+    args = walk("docs/migration.md")["args"]
+    assert (args.kl_placement, args.vf_coef, args.ent_coef, args.temperature) == ("reward", 0.1, 0.0, 0.7)
+    assert args.for_trainer_loop().kl_estimator == "k1"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/theory.md"])
+def test_commands_of_the_page_run(workplace, page):
+    """Its Python examples, where it has some, are those of tests/test_examples.py."""
+    assert any(text.startswith("python scripts/") for _, text in steps(page))
+    walk(page, python=False)
+
+
+def test_walked_pages_are_all_that_have_commands():
+    walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/quickstart.md", "docs/theory.md"}
+    walked |= {"docs/tutorial.md"}
+    pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+    assert {page for page in pages if any(language == "bash" for language, _ in steps(page))} == walked
+
+
+def test_every_shortening_is_used():
+    code = "".join(text for path in (ROOT / "docs").glob("*.md") for _, text in steps(f"docs/{path.name}"))
+    cells = "".join(path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert [long for long in SHORTER_PYTHON if long not in code] == []
+    assert [long for long in SHORTER_NOTEBOOKS if long not in cells] == []
