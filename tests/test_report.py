@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from datasets import Dataset
+from trl_ext.report.curves import contributions, is_tie, read_log, series
 
 from trl_ext.report import (
     DPO_LINE,
@@ -20,7 +21,6 @@ from trl_ext.report import (
     reward_curves,
     samples_markdown,
 )
-from trl_ext.report.curves import contributions, is_tie, read_log, series
 from trl_ext.report.progress import brief_line
 
 

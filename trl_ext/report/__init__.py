@@ -1,7 +1,9 @@
-"""Pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
+"""Pages, pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
 
-from .curves import dpo_curves, ppo_curves, reward_curves
+from .page import write_report
+from .pictures import dpo_curves, ppo_curves, reward_curves, write_picture
 from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
+from .run import Run, read_run
 from .tables import Sample, accuracy_text, pair_samples, preference_table, print_samples, samples_markdown
 
 
@@ -9,6 +11,7 @@ __all__ = [
     "DPO_LINE",
     "PPO_LINE",
     "REWARD_LINE",
+    "Run",
     "Sample",
     "accuracy_text",
     "dpo_curves",
@@ -16,7 +19,10 @@ __all__ = [
     "ppo_curves",
     "preference_table",
     "print_samples",
+    "read_run",
     "reward_curves",
     "samples_markdown",
     "use_brief_progress",
+    "write_picture",
+    "write_report",
 ]
