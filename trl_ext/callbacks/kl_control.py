@@ -84,8 +84,8 @@ def check_trainer(trainer: Any) -> None:
     config = type(getattr(trainer, "args", None)).__name__
     if hasattr(getattr(trainer, "args", None), "kl_controller"):
         raise ValueError(
-            f"{type(trainer).__name__} has KL controllers of its own: set `kl_controller`, `kl_target` or `kl_band` in "
-            "its config, and leave `controller` away."
+            f"{type(trainer).__name__} has KL controllers of its own: set `kl_controller`, `kl_target` or "
+            "`kl_band` in its config, and leave `controller` away."
         )
     if not hasattr(trainer, "beta") or not hasattr(trainer, "num_generations"):
         raise ValueError(
