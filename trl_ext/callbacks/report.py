@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 class ReportCallback(TrainerCallback):
     """
-    Writes `report.html` and `report.png` into the run's folder, at the end and, while it runs, at most every `seconds`
-    seconds; the page loads itself again until the run is done. With them `run.json`, what is trained on what, and
-    `trainer_state.json`, the log so far, from which `scripts/report.py` makes the same page, or one of several runs.
+    Writes `report.html` into the run's folder, at the end and, while it runs, at most every `seconds` seconds; the
+    page loads itself again until the run is done. At the end also `report.png`. With them `run.json`, what is trained
+    on what, and `trainer_state.json`, the log so far, from which `scripts/report.py` makes the same page, or one of
+    several runs.
 
-    Drawing takes a few seconds of the main process. A page that cannot be written is a warning, not the end of the
+    Drawing takes a second or two of the main process. A page that cannot be written is a warning, not the end of the
     run.
 
     Args:
@@ -56,17 +58,17 @@ class ReportCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seconds and time.monotonic() - self._last >= self.seconds:
-            self._write(args, state)
+            self._write(args, state, finished=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(args, state)
+        self._write(args, state, finished=True)
 
-    def _write(self, args: Any, state: Any) -> None:
+    def _write(self, args: Any, state: Any, finished: bool) -> None:
         if not state.is_world_process_zero:
             return
         try:
             state.save_to_json(str(Path(args.output_dir) / STATE))
-            write_report([args.output_dir], refresh=round(self.seconds))
+            write_report([args.output_dir], refresh=0 if finished else math.ceil(self.seconds), picture=finished)
         except Exception as error:  # a full disk or an odd log line must not cost a run of days
             logger.warning("The report was not written, and training goes on: %s: %s", type(error).__name__, error)
         self._last = time.monotonic()

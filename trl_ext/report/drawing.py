@@ -68,7 +68,7 @@ def matplotlib() -> Any:
 
 def figure(width: float, height: float) -> Any:
     """An empty figure, in inches."""
-    return matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+    return matplotlib().figure.Figure(figsize=(width, height))
 
 
 def thin(points: Series, most: int = MOST_POINTS) -> Series:
@@ -129,15 +129,41 @@ def band(axis: Any, low: float, high: float, label: str = "") -> None:
 
 
 def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
-    """Labels, and below the axes a legend where something has a name."""
+    """Labels, below the axes a legend where something has a name, and the axes in the room that is left."""
     axis.set_ylabel(ylabel)
     axis.set_xlabel(xlabel)
     if xlabel == "optimizer step":
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axis.get_legend_handles_labels()
+    rows = 0
     if labels:
-        columns = max(1, min(len(labels), 56 // (max(map(len, labels)) + 8)))  # letters in a panel's width
-        axis.figure.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.2, borderpad=0.2)
+        columns = max(1, min(len(labels), 58 // (max(map(len, labels)) + 8)))  # letters in a panel's width
+        rows = -(-len(labels) // columns)
+        style = {"columnspacing": 1.2, "borderpad": 0.1, "borderaxespad": 0.2}
+        axis.figure.legend(handles, labels, loc="lower left", ncols=columns, **style)
+    # Margins in inches, as the texts have one size: a layout engine would draw everything several times.
+    room = axis.figure
+    width, height = room.bbox.width / room.dpi, room.bbox.height / room.dpi
+    left, right, top, bottom = 0.72, 0.1, 0.1, 0.5 + 0.19 * rows
+    axis.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
+
+
+def pixels(drawn: Any, dpi: int = 120) -> Any:
+    """A figure as an array (height, width, 3) of bytes."""
+    import numpy
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn.set_dpi(dpi)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def text_line(text: str, width: float, height: float, dpi: int = 120, size: float = 11, colour: str = "ink") -> Any:
+    """A line of text as pixels; width and height in inches."""
+    strip = matplotlib().figure.Figure(figsize=(width, height))
+    strip.text(0.09 / width, 0.5, text, fontsize=size, fontweight="bold", color=COLOURS[colour], va="center")
+    return pixels(strip, dpi)
 
 
 def inline_svg(drawn: Any, name: str) -> str:

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..history import held_out_accuracy, reference_kl, scores, series
-from .drawing import COLOURS, OF_RUNS, STYLE, figure, inline_svg, matplotlib
-from .pictures import WIDTH, heading, panels_of, write_picture
+from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
+from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run
 from .tables import preference_rows, score_text
 
@@ -25,16 +24,9 @@ SHOWN_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A drawn panel: heading, caption, and its `<svg>`."""
-
-    title: str
-    caption: str
-    svg: str
-
-
-def write_report(folders: Sequence[str | Path], path: str | Path | None = None, refresh: int = 0) -> Path:
+def write_report(
+    folders: Sequence[str | Path], path: str | Path | None = None, refresh: int = 0, picture: bool = True
+) -> Path:
     """
     Reads runs and writes the page, and a PNG of the same name beside it.
 
@@ -42,6 +34,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path | None = None, 
         folders: output folders of runs.
         path: where the page goes; by default `report.html` in the folder of the one run, or here for several.
         refresh: seconds after which a page about an unfinished run loads itself again; 0: never.
+        picture: whether to write the PNG.
 
     Returns:
         The path of the page.
@@ -53,15 +46,17 @@ def write_report(folders: Sequence[str | Path], path: str | Path | None = None, 
     page = Path(path) if path is not None else (places[0] if len(places) == 1 else Path()) / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     title = " · ".join(run.name for run in runs)
-    write_picture(runs, page.with_suffix(".png"), title)
+    drawn = draw(runs)
+    if picture:
+        write_picture(drawn, runs, page.with_suffix(".png"), title)
     # Whole or not at all: a browser may be reading it.
     unfinished = page.with_name(page.name + ".part")
-    unfinished.write_text(render(runs, title, refresh), encoding="utf-8")
+    unfinished.write_text(render(runs, title, drawn, refresh), encoding="utf-8")
     return unfinished.replace(page)
 
 
-def render(runs: Sequence[Run], title: str, refresh: int = 0) -> str:
-    """The page as text."""
+def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int = 0) -> str:
+    """The page as text, with its drawn panels."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -74,22 +69,19 @@ def render(runs: Sequence[Run], title: str, refresh: int = 0) -> str:
         light=COLOURS,
         refresh=refresh if running else 0,
         facts=_rows({run.name: _facts(run) for run in runs}),
-        figures=figures(runs),
+        figures=_figures(drawn),
         results=[(run, result_rows(run)) for run in runs],
         options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
         score_text=score_text,
     )
 
 
-def figures(runs: Sequence[Run]) -> list[Figure]:
-    """The panels of the runs, drawn."""
-    drawn = []
+def _figures(drawn: Sequence[Drawn]) -> list[dict[str, str]]:
     with matplotlib().rc_context(STYLE):
-        for i, (panel, of_panel) in enumerate(panels_of(runs)):
-            canvas = figure(WIDTH, panel.height)
-            panel.draw(canvas, of_panel)
-            drawn.append(Figure(heading(panel, of_panel, runs), panel.caption, inline_svg(canvas, f"panel-{i}")))
-    return drawn
+        return [
+            {"title": d.heading, "caption": d.panel.caption, "svg": inline_svg(d.figure, f"panel-{i}")}
+            for i, d in enumerate(drawn)
+        ]
 
 
 def result_rows(run: Run) -> list[list[str]]:

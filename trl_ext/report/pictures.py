@@ -1,10 +1,12 @@
 """Which panels a run has, and PNGs of them."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .drawing import COLOURS, OF_RUNS, STYLE, figure, matplotlib
+from .drawing import OF_RUNS, STYLE, figure, matplotlib, pixels, text_line
 from .panel import LEARNING, Panel, Runs, lines
 from .policy_panels import POLICY
 from .preference_panels import PREFERENCE
@@ -38,45 +40,72 @@ def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:
     return found
 
 
-def write_picture(
-    runs: Runs, path: str | Path, title: str = "", columns: int = 3, panels: Sequence[Panel] | None = None
-) -> Path:
+@dataclass(frozen=True)
+class Drawn:
+    """A panel on a figure of its own, with its heading."""
+
+    heading: str
+    panel: Panel
+    figure: Any
+
+
+def draw(runs: Runs, panels: Sequence[Panel] | None = None) -> list[Drawn]:
     """
-    One PNG of the panels that the runs have something for; returns its path. Several runs are named in their colours.
+    The panels that the runs have something for.
 
     Args:
-        columns: panels beside each other.
         panels: those to choose from; by default all.
     """
-    shown = [(panel, of_panel) for panel, of_panel in panels_of(runs) if panels is None or panel in panels]
-    columns = min(columns, max(len(shown), 1))
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)] or [[]]
-    heights = [max((panel.height for panel, _ in row), default=1.0) + 0.4 for row in rows]
+    found = []
     with matplotlib().rc_context(STYLE):
-        whole = figure(WIDTH * columns, sum(heights) + 0.5)
-        grid = whole.subfigures(1 + len(rows), columns, height_ratios=[0.5, *heights], squeeze=False)
-        _write_head(grid[0][0], runs, title)
-        for cells, row in zip(grid[1:], rows, strict=True):
-            for cell, (panel, of_panel) in zip(cells, row, strict=False):
-                cell.suptitle(heading(panel, of_panel, runs), x=0.02, ha="left", fontsize=11, fontweight="bold")
-                panel.draw(cell, of_panel)
+        for panel, of_panel in panels_of(runs):
+            if panels is None or panel in panels:
+                canvas = figure(WIDTH, panel.height)
+                panel.draw(canvas, of_panel)
+                suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
+                found.append(Drawn(panel.title + suffix, panel, canvas))
+    return found
+
+
+def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: str = "", columns: int = 3) -> Path:
+    """One PNG of drawn panels, `columns` of them beside each other; several runs are named in their colours."""
+    import numpy
+
+    columns = min(columns, max(len(drawn), 1))
+    with matplotlib().rc_context(STYLE):
+        strips = [text_line(title, WIDTH * columns, 0.4, size=13)] if title else []
+        if len(runs) > 1:
+            names = zip(runs, itertools.cycle(OF_RUNS), strict=False)
+            strips += [text_line(f"● {run.name}", WIDTH * columns, 0.25, size=10, colour=c) for run, c in names]
+        cells = [[text_line(d.heading, WIDTH, 0.35), pixels(d.figure)] for d in drawn]
+        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] or [[[text_line("", WIDTH, 1.0)]]]
+        picture = _stack(strips + [_beside([_stack(cell) for cell in row]) for row in rows])
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.savefig(path, dpi=120)
+        matplotlib().image.imsave(path, numpy.ascontiguousarray(picture))
     return path
 
 
-def heading(panel: Panel, of_panel: Runs, runs: Runs) -> str:
-    """A panel's title; with the run's name where only one of several runs is drawn."""
-    return f"{panel.title}: {of_panel[0].name}" if panel.per_run and len(runs) > 1 else panel.title
+def _stack(images: Sequence[Any]) -> Any:
+    """Images under each other, white where one is narrower."""
+    import numpy
+
+    width = max(image.shape[1] for image in images)
+    fill = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
+    return numpy.vstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
 
 
-def _write_head(head: Any, runs: Runs, title: str) -> None:
-    head.text(0.02, 0.75, title, fontsize=13, fontweight="bold", va="center")
-    if len(runs) > 1:
-        for i, run in enumerate(runs):
-            colour = COLOURS[OF_RUNS[i % len(OF_RUNS)]]
-            head.text(0.02 + i / len(runs), 0.25, f"● {run.name}", color=colour, va="center")
+def _beside(images: Sequence[Any]) -> Any:
+    """Images beside each other, white where one is lower."""
+    import numpy
+
+    height = max(image.shape[0] for image in images)
+    fill = [((0, height - image.shape[0]), (0, 0), (0, 0)) for image in images]
+    return numpy.hstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
+
+
+def _curves(run: Run, path: str | Path, title: str, panels: Sequence[Panel]) -> Path:
+    return write_picture(draw([run], panels), [run], path, title, columns=2)
 
 
 def ppo_curves(
@@ -84,14 +113,14 @@ def ppo_curves(
 ) -> Path:
     """Reward, reward against KL, KL with its band and coefficient, and what each term adds to the loss."""
     run = Run("", log, options={"kl_band": kl_band})
-    return write_picture([run], path, title, columns=2, panels=POLICY[:4])
+    return _curves(run, path, title, POLICY[:4])
 
 
 def dpo_curves(log: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
     """Loss, preference accuracy, implicit rewards, their margin, the drift of both log-probabilities, calibration."""
-    return write_picture([Run("", log)], path, title, columns=2, panels=PREFERENCE[:6])
+    return _curves(Run("", log), path, title, PREFERENCE[:6])
 
 
 def reward_curves(log: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
     """A reward model's training: Bradley-Terry loss and pair accuracy, training and held out."""
-    return write_picture([Run("", log)], path, title, columns=2, panels=PREFERENCE[:2])
+    return _curves(Run("", log), path, title, PREFERENCE[:2])

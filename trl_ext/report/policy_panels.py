@@ -187,7 +187,7 @@ POLICY = (
                 ylabel="share of tokens clipped",
                 evaluations=False,
             ),
-            lines(("policy/approx_kl", ""), ylabel="KL[π_old ‖ π_θ], nats per token", evaluations=False),
+            lines(("policy/approx_kl", ""), ylabel="KL of the update, nats", evaluations=False),
         ),
         ("policy/clip_fraction", "clip_ratio/region_mean"),
         "0 in the first step of a rollout, 0.02 to 0.2 later; above 0.3 lower the learning rate or the epochs.",
