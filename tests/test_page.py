@@ -306,7 +306,7 @@ def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, ca
 
 
 def test_script_says_what_is_wrong(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: .* holds no log of a run"):
+    with pytest.raises(SystemExit, match=r"error: .* holds no log of a run"):
         script().main([str(tmp_path)])
     with pytest.raises(SystemExit):
         script().main([str(tmp_path), "--watch", "-1"])

@@ -85,9 +85,10 @@ def policy_terms(figure: Any, runs: Runs) -> None:
     """The same without the value loss, which dwarfs them: what the actor learns from."""
     (run,) = runs
     axis = figure.subplots()
+    curves = contributions(run.log)
     for i, term in enumerate(CONTRIBUTIONS):
-        if term != "vf_coef · value_loss" and term in contributions(run.log):
-            curve(axis, contributions(run.log)[term], OF_RUNS[i])
+        if term != "vf_coef · value_loss" and term in curves:
+            curve(axis, curves[term], OF_RUNS[i])
     level(axis, 0)
     finish(axis, "those of the actor")
 
