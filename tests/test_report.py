@@ -10,16 +10,15 @@ from trl_ext.history import contributions, is_tie, series
 from trl_ext.report import (
     DPO_LINE,
     PPO_LINE,
+    Run,
     Sample,
     accuracy_text,
-    dpo_curves,
     pair_samples,
-    ppo_curves,
     preference_table,
     print_samples,
-    reward_curves,
     samples_markdown,
 )
+from trl_ext.report.pictures import WIDTH, draw, write_picture
 from trl_ext.report.progress import brief_line
 
 
@@ -110,23 +109,19 @@ def test_series_skips_lines_without_the_key_and_takes_the_last_of_a_step():
     assert series(log, "a") == ([1, 4], [1.0, 3.0])
 
 
-def test_ppo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
-    assert png_size(ppo_curves(PPO_LOG, tmp_path / "new" / "curves.png", "PPO"))[0] == 1032
-    no_kl = [{key: value for key, value in line.items() if "kl" not in key} for line in PPO_LOG]
-    assert png_size(ppo_curves(no_kl, tmp_path / "a.png"))[0] == 1032  # two panels beside each other
-    assert png_size(ppo_curves([], tmp_path / "b.png"))[0] == 516
+@pytest.mark.parametrize("log", [PPO_LOG, DPO_LOG, [{"step": 1, "loss": 0.7, "accuracy": 0.5}]])
+def test_picture_shows_the_panels_of_a_log_three_beside_each_other(tmp_path, log):
+    run = Run("a", log)
+    drawn = draw([run])
+    width, height = png_size(write_picture(drawn, [run], tmp_path / "new" / "report.png", "a"))
+    columns = min(3, len(drawn))
+    tallest = [max(d.panel.height for d in drawn[i : i + columns]) for i in range(0, len(drawn), columns)]
+    assert width == columns * round(WIDTH * 120)
+    assert height == pytest.approx(120 * (0.4 + sum(tallest) + 0.35 * len(tallest)), abs=len(tallest) * 2 + 2)
 
 
-def test_reward_curves_are_a_picture(tmp_path):
-    log = [{"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 1, "eval_loss": 0.6, "eval_accuracy": 0.7}]
-    assert png_size(reward_curves(log, tmp_path / "curves.png", "Reward model"))[0] == 1032
-
-
-def test_dpo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
-    size = png_size(dpo_curves(DPO_LOG, tmp_path / "curves.png", "DPO"))
-    assert size[0] == 1032
-    assert png_size(dpo_curves(DPO_LOG[:1], tmp_path / "a.png"))[1] <= size[1]
-    assert png_size(dpo_curves([], tmp_path / "b.png"))[0] == 516
+def test_picture_of_an_empty_log_is_a_picture(tmp_path):
+    assert png_size(write_picture(draw([Run("a", [])]), [Run("a", [])], tmp_path / "report.png"))[0] == 516
 
 
 def test_ties_are_lines_whose_margins_are_all_zero():
@@ -155,10 +150,10 @@ def test_preference_table_shows_each_evaluation_in_a_column():
     assert accuracy_text(DPO_LOG[2]) == accuracy_text(DPO_LOG[3])  # with `eval_` and without
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'trl-ext\[report\]'"):
-        ppo_curves(PPO_LOG, tmp_path / "curves.png")
+        draw([Run("a", PPO_LOG)])
 
 
 def write_completions(folder, step, rows):

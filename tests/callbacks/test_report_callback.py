@@ -94,6 +94,14 @@ def test_report_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatc
     assert "OSError: disk full" in caplog.text
 
 
+def test_an_evaluation_after_the_training_is_on_the_page(tmp_path):
+    trainer = with_report(trl_runs.reward_trainer(tmp_path, eval_strategy="no"), seconds=0)
+    assert "held-out accuracy" not in (tmp_path / "report.html").read_text()
+    trainer.evaluate()
+    assert "held-out accuracy" in (tmp_path / "report.html").read_text()
+    assert read_run(tmp_path).log == trainer.state.log_history
+
+
 def test_seconds_below_0_are_refused():
     with pytest.raises(ValueError, match="`seconds` is -1"):
         ReportCallback(seconds=-1)

@@ -46,8 +46,10 @@ class ReportCallback(TrainerCallback):
         self.seconds = seconds
         self.facts = dict(facts or {})
         self._last = 0.0
+        self._has_ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = False
         if not state.is_world_process_zero:
             return
         known = {"facts": run_facts(args, **kwargs) | self.facts, "options": changed_options(args)}
@@ -57,11 +59,16 @@ class ReportCallback(TrainerCallback):
         self._last = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.seconds and time.monotonic() - self._last >= self.seconds:
+        if not self._has_ended and self.seconds and time.monotonic() - self._last >= self.seconds:
             self._write(args, state, finished=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
         self._write(args, state, finished=True)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._has_ended:  # the last evaluation of a script belongs to its report
+            self._write(args, state, finished=True)
 
     def _write(self, args: Any, state: Any, finished: bool) -> None:
         if not state.is_world_process_zero:

@@ -1,7 +1,6 @@
 """Pages, pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
 
 from .page import write_report
-from .pictures import dpo_curves, ppo_curves, reward_curves
 from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
 from .run import Run, read_run
 from .tables import Sample, accuracy_text, pair_samples, preference_table, print_samples, samples_markdown
@@ -14,13 +13,10 @@ __all__ = [
     "Run",
     "Sample",
     "accuracy_text",
-    "dpo_curves",
     "pair_samples",
-    "ppo_curves",
     "preference_table",
     "print_samples",
     "read_run",
-    "reward_curves",
     "samples_markdown",
     "use_brief_progress",
     "write_report",

@@ -1,4 +1,4 @@
-"""Which panels a run has, and PNGs of them."""
+"""Which panels a run has, drawn; and a PNG of them."""
 
 import itertools
 from collections.abc import Sequence
@@ -102,25 +102,3 @@ def _beside(images: Sequence[Any]) -> Any:
     height = max(image.shape[0] for image in images)
     fill = [((0, height - image.shape[0]), (0, 0), (0, 0)) for image in images]
     return numpy.hstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
-
-
-def _curves(run: Run, path: str | Path, title: str, panels: Sequence[Panel]) -> Path:
-    return write_picture(draw([run], panels), [run], path, title, columns=2)
-
-
-def ppo_curves(
-    log: list[dict[str, Any]], path: str | Path, title: str = "", kl_band: Sequence[float] = (0.5, 2.0)
-) -> Path:
-    """Reward, reward against KL, KL with its band and coefficient, and what each term adds to the loss."""
-    run = Run("", log, options={"kl_band": kl_band})
-    return _curves(run, path, title, POLICY[:4])
-
-
-def dpo_curves(log: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
-    """Loss, preference accuracy, implicit rewards, their margin, the drift of both log-probabilities, calibration."""
-    return _curves(Run("", log), path, title, PREFERENCE[:6])
-
-
-def reward_curves(log: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
-    """A reward model's training: Bradley-Terry loss and pair accuracy, training and held out."""
-    return _curves(Run("", log), path, title, PREFERENCE[:2])
