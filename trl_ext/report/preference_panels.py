@@ -28,6 +28,8 @@ def accuracy(figure: Any, runs: Runs) -> None:
         ends = [series(log, f"eval_{key}_{end}") for end in ("low", "high")]
         label = "held out, 95% interval" if ends[0][1] else "held out"
         held_out(axis, series(log, f"eval_{key}"), shade, name(runs, run, label), (ends[0], ends[1]))
+        if len(runs) == 1:
+            curve(axis, series(run.log, "preference/ranking_accuracy"), "purple", "without the reference", dashed=True)
     level(axis, 0.75, "75%, asked for by the documents")
     axis.set_ylim(-0.02, 1.02)
     finish(axis, "share of pairs")
