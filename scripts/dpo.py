@@ -7,8 +7,8 @@ DPO: teach a model what people prefer, from pairs of answers.
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`; with a column
 `source`, each source gets an accuracy of its own. All flags of `trl dpo` are known. Held-out pairs are scored before
-and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json, curves.png, and
-the implicit rewards before and after in table.md.
+and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json, report.html
+with its picture, and the implicit rewards before and after in table.md.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
-from trl_ext import DPOConfigX, DPOTrainerX, embedded
+from trl_ext import DPOConfigX, DPOTrainerX, ReportCallback, embedded
 from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
-from trl_ext.report import DPO_LINE, accuracy_text, dpo_curves, preference_table, use_brief_progress
+from trl_ext.report import DPO_LINE, accuracy_text, preference_table, use_brief_progress
 
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "dpo" / "demo.yaml"
@@ -64,16 +64,15 @@ def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTra
 
 
 def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Accuracy on the terminal; metrics.json, curves.png, table.md."""
+    """Accuracy on the terminal; metrics.json, table.md."""
     output = Path(trainer.args.output_dir)
     (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     (output / "table.md").write_text(preference_table({"before": before, "after": after}))
-    dpo_curves(trainer.state.log_history, output / "curves.png", f"DPO, β = {trainer.args.beta:g}")
     print(
         f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
         f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
         f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
-        f"completions.\nModel, metrics, curves and table are in {output}"
+        f"completions.\nModel, metrics and table are in {output}; open {output / 'report.html'}"
     )
 
 
@@ -81,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     data, model, args = parse((DPOArguments, ModelArguments, DPOConfigX), __doc__, DEMO, argv, DEFAULTS)
     trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()

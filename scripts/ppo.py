@@ -7,8 +7,8 @@ PPO with four models: actor, critic, frozen reward model, frozen reference.
     python scripts/ppo.py --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
 
 The data have a column `prompt`, text or conversation. Held-out prompts are answered and scored before and after. The
-output folder gets the actor and its tokenizer, the critic in critic/, metrics.json, curves.png, and samples.md with
-completions before and after.
+output folder gets the actor and its tokenizer, the critic in critic/, metrics.json, report.html with its picture, and
+samples.md with completions before and after.
 """
 
 import json
@@ -19,12 +19,11 @@ from typing import Any
 from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
-from trl_ext import PPOConfigX, PPOTrainerX, embedded
+from trl_ext import PPOConfigX, PPOTrainerX, ReportCallback, embedded
 from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
 from trl_ext.report import (
     PPO_LINE,
     pair_samples,
-    ppo_curves,
     print_samples,
     samples_markdown,
     use_brief_progress,
@@ -70,10 +69,9 @@ def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTra
 
 
 def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
-    """Before and after on the terminal and in metrics.json; curves.png; samples.md."""
+    """Before and after on the terminal and in metrics.json; samples.md."""
     output, args = Path(trainer.args.output_dir), trainer.args
     (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    ppo_curves(trainer.state.log_history, output / "curves.png", f"PPO, critic={args.critic}", args.kl_band)
     if args.log_completions:
         samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
         (output / "samples.md").write_text(samples_markdown(samples))
@@ -84,7 +82,7 @@ def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], 
     print(
         f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
         f"by {rise:.3f} ± {half_width:.3f} (95%). KL to the reference: {kl:.2f} nats per sequence.\n"
-        f"Model, metrics and curves are in {output}"
+        f"Model and metrics are in {output}; open {output / 'report.html'}"
     )
 
 
@@ -92,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     data, model, args = parse((PPOArguments, ModelArguments, PPOConfigX), __doc__, DEMO, argv, DEFAULTS)
     trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
     trainer.train()
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()

@@ -7,7 +7,7 @@ Train a reward model on preference pairs: Bradley-Terry, with TRL's RewardTraine
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`. The output folder
 gets the model and its tokenizer (for `AutoModelForSequenceClassification`), metrics.json with the accuracy on held-out
-pairs, and curves.png.
+pairs, and report.html with its picture.
 """
 
 import json
@@ -18,10 +18,10 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from trl_ext import embedded
+from trl_ext import ReportCallback, embedded
 from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
 from trl_ext.intervals import wilson_interval
-from trl_ext.report import REWARD_LINE, reward_curves, use_brief_progress
+from trl_ext.report import REWARD_LINE, use_brief_progress
 
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "reward" / "demo.yaml"
@@ -59,7 +59,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
 
 
 def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
-    """Accuracy with its interval on the terminal and in metrics.json; curves.png."""
+    """Accuracy with its interval on the terminal and in metrics.json."""
     # RewardTrainer averages over batches, so the count of right pairs is exact where batches are of one size.
     count, accuracy = len(trainer.eval_dataset), metrics["eval_accuracy"]
     low, high = wilson_interval(accuracy * count, count)
@@ -67,8 +67,7 @@ def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
     facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
     output = Path(trainer.args.output_dir)
     (output / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
-    picture = reward_curves(trainer.state.log_history, output / "curves.png", "Reward model")
-    print(f"Model, metrics.json and {picture.name} are in {output}")
+    print(f"Model and metrics.json are in {output}; open {output / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()

@@ -18,17 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # The mathematics: torch, the standard library and each other, nothing else. torch.distributed is left out as well:
 # a collective enters these files as an argument.
 PURE = [
-    *("intervals.py", "masked.py"),
+    *("alarms.py", "convergence.py", "history.py", "intervals.py", "masked.py"),
     *("dpo/losses.py", "dpo/metrics.py", "dpo/prefix_sharing.py"),
     *("ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py"),
 ]
 PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path in PURE}
 
 # All that a script may know of the package. The mathematics is public as it stands, by module.
-PUBLIC_MODULES = {"trl_ext", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"} | PURE_MODULES
+PUBLIC_MODULES = {"trl_ext", "trl_ext.callbacks", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"} | PURE_MODULES
 
 # What stands above the trainers: they run, or look at, what the trainers do.
-ABOVE_THE_TRAINERS = {"trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
+ABOVE_THE_TRAINERS = {"trl_ext.callbacks", "trl_ext.cli", "trl_ext.embedded", "trl_ext.report"}
 ROOMS = {"trl_ext/ppo": "trl_ext.dpo", "trl_ext/dpo": "trl_ext.ppo"}  # a trainer's room -> the other one
 
 
@@ -178,9 +178,14 @@ def test_script_imports_public_names_only(path):
     assert beyond_public(ROOT / path) == []
 
 
-@pytest.mark.parametrize("path", names(python_files("trl_ext/report")))
-def test_report_imports_no_trainer(path):
+@pytest.mark.parametrize("path", names([*python_files("trl_ext/report"), *python_files("trl_ext/callbacks")]))
+def test_report_and_callbacks_import_no_trainer(path):
     assert trainers(ROOT / path) == []
+
+
+@pytest.mark.parametrize("path", names(python_files("trl_ext/report")))
+def test_report_imports_no_callback(path):
+    assert [imported for imported in read_imports(ROOT / path) if imported.is_from("trl_ext.callbacks")] == []
 
 
 @pytest.mark.parametrize("path", names([path for room in ROOMS for path in python_files(room)]))
@@ -202,7 +207,7 @@ def test_imports_have_no_cycle():
 def test_the_rooms_are_where_the_rules_look():
     """A renamed folder would leave the tests above with nothing to check."""
     assert (ROOT / "trl_ext" / "_trl.py").is_file()
-    for folder in ("trl_ext/dpo", "trl_ext/ppo", "trl_ext/report", "scripts"):
+    for folder in ("trl_ext/callbacks", "trl_ext/dpo", "trl_ext/ppo", "trl_ext/report", "scripts"):
         assert python_files(folder), f"no Python file under {folder}"
 
 
@@ -224,12 +229,19 @@ def test_the_rooms_are_where_the_rules_look():
         (beyond_public, "scripts/ppo.py", "from trl_ext import cli", "from trl_ext import ppo"),
         (beyond_public, "scripts/ppo.py", "from trl_ext.cli import parse", "from trl_ext.cli import _parse"),
         (trainers, "trl_ext/report/tables.py", "import json", "from trl_ext import PPOTrainerX"),
+        (
+            trainers,
+            "trl_ext/callbacks/report.py",
+            "from transformers import TrainerCallback",
+            "from trl import DPOTrainer",
+        ),
         (trainers, "trl_ext/report/tables.py", "from ..masked import masked_mean", "from ..ppo import trainer"),
         (above_the_trainers, "trl_ext/ppo/trainer.py", "from . import kl", "from ..report import tables"),
+        (above_the_trainers, "trl_ext/dpo/trainer.py", "import trl", "from ..callbacks import report"),
     ],
 )
 def test_control_a_violation_is_caught(tmp_path, rule, path, lawful, violation):
-    modules = "__init__ cli masked ppo/__init__ ppo/kl ppo/trainer report/__init__ report/tables"
+    modules = "__init__ cli masked ppo/__init__ ppo/kl ppo/trainer report/__init__ report/tables callbacks/__init__"
     for module in modules.split():
         stub = tmp_path / "trl_ext" / f"{module}.py"
         stub.parent.mkdir(parents=True, exist_ok=True)

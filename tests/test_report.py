@@ -1,26 +1,24 @@
 """Pictures and tables of a run: what they compute, against independent arithmetic, and that they are written."""
 
-import json
 import struct
 import sys
 
 import pytest
 from datasets import Dataset
 
+from trl_ext.history import contributions, is_tie, series
 from trl_ext.report import (
     DPO_LINE,
     PPO_LINE,
+    Run,
     Sample,
     accuracy_text,
-    dpo_curves,
     pair_samples,
-    ppo_curves,
     preference_table,
     print_samples,
-    reward_curves,
     samples_markdown,
 )
-from trl_ext.report.curves import contributions, is_tie, read_log, series
+from trl_ext.report.pictures import WIDTH, draw, write_picture
 from trl_ext.report.progress import brief_line
 
 
@@ -111,22 +109,19 @@ def test_series_skips_lines_without_the_key_and_takes_the_last_of_a_step():
     assert series(log, "a") == ([1, 4], [1.0, 3.0])
 
 
-def test_ppo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
-    assert png_size(ppo_curves(PPO_LOG, tmp_path / "new" / "curves.png", "PPO")) == (960, 1140)
-    no_kl = [{key: value for key, value in line.items() if "kl" not in key} for line in PPO_LOG]
-    assert png_size(ppo_curves(no_kl, tmp_path / "a.png", kl_band=None)) == (960, 1140)
-    assert png_size(ppo_curves([], tmp_path / "b.png")) == (960, 1140)
+@pytest.mark.parametrize("log", [PPO_LOG, DPO_LOG, [{"step": 1, "loss": 0.7, "accuracy": 0.5}]])
+def test_picture_shows_the_panels_of_a_log_three_beside_each_other(tmp_path, log):
+    run = Run("a", log)
+    drawn = draw([run])
+    width, height = png_size(write_picture(drawn, [run], tmp_path / "new" / "report.png", "a"))
+    columns = min(3, len(drawn))
+    tallest = [max(d.panel.height for d in drawn[i : i + columns]) for i in range(0, len(drawn), columns)]
+    assert width == columns * round(WIDTH * 120)
+    assert height == pytest.approx(120 * (0.4 + sum(tallest) + 0.35 * len(tallest)), abs=len(tallest) * 2 + 2)
 
 
-def test_reward_curves_are_a_picture(tmp_path):
-    log = [{"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 1, "eval_loss": 0.6, "eval_accuracy": 0.7}]
-    assert png_size(reward_curves(log, tmp_path / "curves.png", "Reward model")) == (960, 720)
-
-
-def test_dpo_curves_are_a_picture_whatever_the_log_holds(tmp_path):
-    assert png_size(dpo_curves(DPO_LOG, tmp_path / "curves.png", "DPO")) == (960, 1680)
-    assert png_size(dpo_curves([{"step": 1, "loss": 0.7}], tmp_path / "a.png")) == (960, 1680)
-    assert png_size(dpo_curves([], tmp_path / "b.png")) == (960, 1680)
+def test_picture_of_an_empty_log_is_a_picture(tmp_path):
+    assert png_size(write_picture(draw([Run("a", [])]), [Run("a", [])], tmp_path / "report.png"))[0] == 516
 
 
 def test_ties_are_lines_whose_margins_are_all_zero():
@@ -155,15 +150,10 @@ def test_preference_table_shows_each_evaluation_in_a_column():
     assert accuracy_text(DPO_LOG[2]) == accuracy_text(DPO_LOG[3])  # with `eval_` and without
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'trl-ext\[report\]'"):
-        ppo_curves(PPO_LOG, tmp_path / "curves.png")
-
-
-def test_a_log_is_read_from_a_trainer_state(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": PPO_LOG}))
-    assert read_log(tmp_path) == read_log(tmp_path / "trainer_state.json") == PPO_LOG
+        draw([Run("a", PPO_LOG)])
 
 
 def write_completions(folder, step, rows):

@@ -72,7 +72,7 @@ def test_reward_saves_a_model_metrics_and_a_picture(reward_run):
     metrics = json.loads((reward_run / "metrics.json").read_text())
     assert metrics["eval_pairs"] == 4  # a tenth of 40
     assert metrics["eval_accuracy_low"] <= metrics["eval_accuracy"] <= metrics["eval_accuracy_high"]
-    assert (reward_run / "curves.png").stat().st_size > 10_000
+    assert (reward_run / "report.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("critic", ["model", "head"])
@@ -88,7 +88,7 @@ def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, caps
     rise = after["eval_reward/score"] - before["eval_reward/score"]
     assert after["eval_reward/rise"] == pytest.approx(rise, abs=1e-6)
     assert before["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
-    assert (output / "curves.png").stat().st_size > 10_000
+    assert (output / "report.png").stat().st_size > 10_000
     table = (output / "samples.md").read_text().splitlines()
     assert table[0] == "| prompt | before | score | after | score |"
     assert len(table) == 2 + 3  # 3 of 24 prompts are held out
@@ -201,7 +201,7 @@ def test_dpo_saves_a_model_metrics_a_table_and_a_picture(dpo_run):
     assert (before["step"], after["step"]) == (0, 2)
     assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert after["eval_preference/pairs"] == 4  # a tenth of 40
-    assert (dpo_run / "curves.png").stat().st_size > 10_000
+    assert (dpo_run / "report.png").stat().st_size > 10_000
     table = (dpo_run / "table.md").read_text().splitlines()
     assert table[:2] == ["| held-out pairs | before | after |", "|---|---:|---:|"]
     assert table[2].startswith("| preference accuracy (95% interval) | all ties | ")

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .callbacks import (
+        ConvergenceCallback,
+        ImplicitRewardCallback,
+        KLControlCallback,
+        PreferenceAccuracyCallback,
+        ReportCallback,
+        SampleCallback,
+    )
     from .dpo.config import DPOConfigX
     from .dpo.implicit_reward import ImplicitReward
     from .dpo.trainer import DPOTrainerX
@@ -15,15 +23,33 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DPOConfigX", "DPOTrainerX", "ImplicitReward", "PPOConfigX", "PPOTrainerX"]
+__all__ = [
+    "ConvergenceCallback",
+    "DPOConfigX",
+    "DPOTrainerX",
+    "ImplicitReward",
+    "ImplicitRewardCallback",
+    "KLControlCallback",
+    "PPOConfigX",
+    "PPOTrainerX",
+    "PreferenceAccuracyCallback",
+    "ReportCallback",
+    "SampleCallback",
+]
 
 # Public name -> its module, imported on first use: the mathematics loads without TRL.
 _HOMES = {
+    "ConvergenceCallback": ".callbacks",
     "DPOConfigX": ".dpo.config",
     "DPOTrainerX": ".dpo.trainer",
     "ImplicitReward": ".dpo.implicit_reward",
+    "ImplicitRewardCallback": ".callbacks",
+    "KLControlCallback": ".callbacks",
     "PPOConfigX": ".ppo.config",
     "PPOTrainerX": ".ppo.trainer",
+    "PreferenceAccuracyCallback": ".callbacks",
+    "ReportCallback": ".callbacks",
+    "SampleCallback": ".callbacks",
 }
 
 

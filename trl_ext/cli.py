@@ -79,6 +79,12 @@ class DataArguments(DatasetMixtureConfig):
     train_size: int | None = field(default=None, metadata={"help": "Rows to train on, at most. Unset: all."})
     test_size: int | None = field(default=None, metadata={"help": "Rows to evaluate on, at most. Unset: all."})
 
+    @property
+    def source(self) -> str:
+        """Where the rows come from, for people."""
+        mixture = ", ".join(str(part.path) for part in self.datasets)
+        return mixture or self.dataset_name or "embedded movie reviews (Hutto & Gilbert 2014)"
+
 
 # -------------------------------------------------------------------------------------------------------------- parse
 

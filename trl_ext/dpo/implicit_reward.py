@@ -1,6 +1,7 @@
 """`ImplicitReward`: a policy trained by DPO as a reward function."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,52 +63,59 @@ class ImplicitReward:
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **kwargs: Any) -> list[float]:
         """A reward for each completion, text or conversation."""
-        rows = [self._tokenise(*row) for row in zip(prompts, completions, strict=True)]
-        rewards: list[float] = []
-        for start in range(0, len(rows), self.batch_size):
-            rewards += self._score(rows[start : start + self.batch_size]).tolist()
-        return rewards
+        logps = self._logps(self.policy, prompts, completions)
+        if self.reference is not None:
+            ref_logps = self._logps(self.reference, prompts, completions)
+        else:
+            adapters: Any = self.policy.peft_config
+            with use_adapter(self.policy, "ref" if "ref" in adapters else None):
+                ref_logps = self._logps(self.policy, prompts, completions)
+        return implicit_reward(logps, ref_logps, self.beta).tolist()
 
     def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
         """The indices of the completions, the best first."""
         rewards = self([prompt] * len(completions), completions)
         return sorted(range(len(rewards)), key=lambda i: -rewards[i])
 
-    def _tokenise(self, prompt: Text, completion: Text) -> tuple[list[int], int]:
-        """The ids of prompt and completion, and how many belong to the prompt, as in DPO's training."""
-        row = maybe_apply_chat_template({"prompt": prompt, "completion": completion}, self.tokenizer)
-        whole = row["prompt"] + row["completion"]
-        if isinstance(prompt, str) and self.tokenizer.eos_token and not whole.endswith(self.tokenizer.eos_token):
-            whole += self.tokenizer.eos_token
-        ids, of_prompt = (self.tokenizer(text)["input_ids"] for text in (whole, row["prompt"]))
-        common = next((i for i, (a, b) in enumerate(zip(ids, of_prompt, strict=False)) if a != b), len(of_prompt))
-        return ids, min(common, len(ids) - 1)
+    def _logps(self, model: nn.Module, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+        return completion_logps(model, self.tokenizer, prompts, completions, self.batch_size)
 
-    @torch.no_grad()
-    def _score(self, rows: list[tuple[list[int], int]]) -> Tensor:
-        sequences = [torch.tensor(ids) for ids, _ in rows]  # a masked token may be any, so 0 will do
-        batch = {
-            "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True),
-            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
-        }
-        starts = torch.tensor([start for _, start in rows])
-        logps = self._completion_logps(self.policy, batch, starts)
-        if self.reference is not None:
-            ref_logps = self._completion_logps(self.reference, batch, starts)
-        else:
-            adapters: Any = self.policy.peft_config
-            with use_adapter(self.policy, "ref" if "ref" in adapters else None):
-                ref_logps = self._completion_logps(self.policy, batch, starts)
-        return implicit_reward(logps, ref_logps, self.beta)
 
-    @staticmethod
-    def _completion_logps(model: nn.Module, batch: Any, starts: Tensor) -> Tensor:
-        device = next(model.parameters()).device
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        first = max(int(starts.min()), 1)  # the first token of which a probability is read
-        kept = ids.size(1) - first + 1
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
-        logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
-        position = torch.arange(first, ids.size(1), device=device)
-        read = (position >= starts.to(device).unsqueeze(1)) & mask[:, first:].bool()
-        return (logps * read).sum(dim=1).cpu()
+@torch.no_grad()
+def completion_logps(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    batch_size: int = 16,
+) -> Tensor:
+    """log π(completion | prompt), (N,) on the CPU, nats: summed over a completion's tokens, as in DPO's training."""
+    rows = [_tokenise(tokenizer, *row) for row in zip(prompts, completions, strict=True)]
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in parts)])
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[list[int], int]:
+    """The ids of prompt and completion, and how many belong to the prompt, as in DPO's training."""
+    row = maybe_apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
+    whole = row["prompt"] + row["completion"]
+    if isinstance(prompt, str) and tokenizer.eos_token and not whole.endswith(tokenizer.eos_token):
+        whole += tokenizer.eos_token
+    ids, of_prompt = (tokenizer(text)["input_ids"] for text in (whole, row["prompt"]))
+    common = next((i for i, (a, b) in enumerate(zip(ids, of_prompt, strict=False)) if a != b), len(of_prompt))
+    return ids, min(common, len(ids) - 1)
+
+
+def _logps_of_batch(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+    sequences = [torch.tensor(ids) for ids, _ in rows]
+    starts = torch.tensor([start for _, start in rows])
+    device = next(model.parameters()).device
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)  # a masked token may be any, so 0 will do
+    ids, mask = pad(sequences).to(device), pad([torch.ones_like(row) for row in sequences]).to(device)
+    first = max(int(starts.min()), 1)  # the first token of which a probability is read
+    kept = ids.size(1) - first + 1
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
+    position = torch.arange(first, ids.size(1), device=device)
+    read = (position >= starts.to(device).unsqueeze(1)) & mask[:, first:].bool()
+    return (logps * read).sum(dim=1).cpu()

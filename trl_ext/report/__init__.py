@@ -1,7 +1,8 @@
-"""Pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
+"""Pages, pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
 
-from .curves import dpo_curves, ppo_curves, reward_curves
+from .page import write_report
 from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
+from .run import Run, read_run
 from .tables import Sample, accuracy_text, pair_samples, preference_table, print_samples, samples_markdown
 
 
@@ -9,14 +10,14 @@ __all__ = [
     "DPO_LINE",
     "PPO_LINE",
     "REWARD_LINE",
+    "Run",
     "Sample",
     "accuracy_text",
-    "dpo_curves",
     "pair_samples",
-    "ppo_curves",
     "preference_table",
     "print_samples",
-    "reward_curves",
+    "read_run",
     "samples_markdown",
     "use_brief_progress",
+    "write_report",
 ]

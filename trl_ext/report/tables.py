@@ -1,5 +1,6 @@
 """Tables of a run: sample completions before and after with their rewards, and the implicit rewards of pairs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .curves import is_tie
+from ..history import is_tie
 
 
 # Row of a preference table -> the metrics it shows, and their format.
@@ -35,15 +36,73 @@ PREFERENCE_ROWS = {
 ACCURACY = "preference/accuracy"
 
 
+SHOWN = 12  # rows of a table on the page
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt with the completions of the model before and after training, and their scores."""
+    """A prompt with the completions of the model before and after training; their scores, where there are any."""
 
     prompt: str
     before: str
     after: str
-    score_before: float
-    score_after: float
+    score_before: float | None = None
+    score_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of completions with its implicit rewards, in β · nats, as first and as last written down."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rewards_before: tuple[float, float]
+    rewards_after: tuple[float, float]
+
+
+def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: int = SHOWN) -> list[Sample]:
+    """
+    Completions before and after, from what a run has written down: `SampleCallback` (`samples/`), DPOTrainerX with
+    `generate_during_eval` (`completions/*.jsonl`), or TRL with `log_completions` (`completions/*.parquet`) where both
+    the first and the last evaluation answered the same prompts.
+    """
+    folder = Path(folder)
+    for files in (sorted((folder / "samples").glob("*.jsonl")), sorted((folder / "completions").glob("*.jsonl"))):
+        if files:
+            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in _rows(files[-1])][:shown]
+    steps = [int(line["step"]) for line in log if any(key.startswith("eval_") for key in line)]
+    tables = [_table(folder / "completions", step) for step in steps]
+    steps = [step for step, path in zip(steps, tables, strict=True) if path.is_file()]
+    if len(set(steps)) < 2:
+        return []
+    return pair_samples(folder / "completions", steps[0], steps[-1])[:shown]
+
+
+def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
+    """What `ImplicitRewardCallback` wrote first and last."""
+    files = sorted((Path(folder) / "implicit_rewards").glob("step_*.jsonl"))
+    if not files:
+        return []
+    first, last = _rows(files[0]), _rows(files[-1])
+    return [
+        Pair(
+            prompt=after["prompt"],
+            chosen=after["chosen"],
+            rejected=after["rejected"],
+            rewards_before=(before["chosen_reward"], before["rejected_reward"]),
+            rewards_after=(after["chosen_reward"], after["rejected_reward"]),
+        )
+        for before, after in zip(first, last, strict=False)
+    ][:shown]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _table(folder: Path, step: int) -> Path:
+    return folder / f"completions_{step:05d}.parquet"
 
 
 def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sample]:
@@ -51,8 +110,7 @@ def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sa
     The prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
     `<output_dir>/completions` with `log_completions=True`.
     """
-    files = [Path(folder) / f"completions_{step:05d}.parquet" for step in (first_step, last_step)]
-    before, after = map(_completions, files)
+    before, after = (_completions(_table(Path(folder), step)) for step in (first_step, last_step))
     return [
         Sample(prompt, before[prompt][0], after[prompt][0], before[prompt][1], after[prompt][1])
         for prompt in before
@@ -88,8 +146,8 @@ def print_samples(samples: Sequence[Sample], title: str = "Held-out prompts, bef
         if column != "prompt":
             table.add_column("score", justify="right", no_wrap=True)
     for sample in samples:
-        before, after = f"{sample.score_before:+.2f}", f"{sample.score_after:+.2f}"
-        colour = "green" if sample.score_after > sample.score_before else "red"
+        before, after = score_text(sample.score_before), score_text(sample.score_after)
+        colour = "green" if (sample.score_after or 0) > (sample.score_before or 0) else "red"
         # Text in brackets would be read as markup, and models write brackets.
         texts = [text.replace("[", r"\[") for text in (sample.prompt, sample.before, sample.after)]
         table.add_row(texts[0], texts[1], before, texts[2], f"[{colour}]{after}[/{colour}]")
@@ -101,8 +159,12 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
     rows = ["| prompt | before | score | after | score |", "|---|---|---:|---|---:|"]
     for s in samples:
         prompt, before, after = (_cell(text) for text in (s.prompt, s.before, s.after))
-        rows.append(f"| {prompt} | {before} | {s.score_before:+.2f} | {after} | {s.score_after:+.2f} |")
+        rows.append(f"| {prompt} | {before} | {score_text(s.score_before)} | {after} | {score_text(s.score_after)} |")
     return "\n".join(rows) + "\n"
+
+
+def score_text(score: float | None) -> str:
+    return "" if score is None else f"{score:+.2f}"
 
 
 def _cell(text: str) -> str:
@@ -120,18 +182,23 @@ def preference_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         columns: heading -> the metrics of an evaluation by `DPOTrainerX`, with or without `eval_` in front.
     """
-    metrics = [{key.removeprefix("eval_"): value for key, value in column.items()} for column in columns.values()]
+    rows = [["held-out pairs", *columns], *preference_rows(list(columns.values()))]
+    lines = [f"| {' | '.join([_cell(row[0]), *row[1:]])} |\n" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * len(columns) + "\n")
+    return "".join(lines)
+
+
+def preference_rows(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    """The same as rows of cells: the name of each, and its value in each column."""
+    metrics = [{key.removeprefix("eval_"): value for key, value in column.items()} for column in columns]
     metrics = [{k: v for k, v in m.items() if not (is_tie(m) and _is_of_signs(k))} for m in metrics]
-    rows = [["held-out pairs", *columns]]
-    rows.append(["preference accuracy (95% interval)", *map(accuracy_text, metrics)])
-    rows += [["accuracy, " + _cell(source), *cells] for source, cells in _of_sources(metrics).items()]
+    rows = [["preference accuracy (95% interval)", *map(accuracy_text, metrics)]]
+    rows += [["accuracy, " + source, *cells] for source, cells in _of_sources(metrics).items()]
     for name, (keys, form) in PREFERENCE_ROWS.items():
         values = [[column.get(key) for key in keys] for column in metrics]
         if any(None not in row for row in values):
             rows.append([name, *("" if None in row else form.format(*row) for row in values)])
-    lines = [f"| {' | '.join(row)} |\n" for row in rows]
-    lines.insert(1, "|---|" + "---:|" * len(columns) + "\n")
-    return "".join(lines)
+    return rows
 
 
 def _is_of_signs(key: str) -> bool:
@@ -143,6 +210,8 @@ def accuracy_text(metrics: Mapping[str, float]) -> str:
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     if is_tie(metrics):
         return "all ties"
+    if f"{ACCURACY}_low" not in metrics:  # TRL's own trainer: a mean over batches
+        return f"{metrics['rewards/accuracies']:.1%}"
     low, high = metrics[f"{ACCURACY}_low"], metrics[f"{ACCURACY}_high"]
     return f"{metrics[ACCURACY]:.1%} ({low:.1%} to {high:.1%})"
 

@@ -1,0 +1,107 @@
+"""`ReportCallback`: the page is there while a run goes on, and what it says of the run is what ran."""
+
+import json
+
+import pytest
+from transformers import TrainerCallback
+
+import dpo_runs
+import ppo_runs
+import tiny
+import trl_runs
+from trl_ext import ReportCallback
+from trl_ext.report import read_run
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def with_report(trainer, **options):
+    trainer.add_callback(ReportCallback(**options))
+    trainer.train()
+    return trainer
+
+
+def test_page_is_written_while_the_run_goes_on(tmp_path):
+    trainer = ppo_runs.ppo_trainer(tmp_path, total_episodes=4)  # 2 steps
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            page = tmp_path / "report.html"
+            seen.append((page.is_file(), page.is_file() and "refresh" in page.read_text(), read_run(tmp_path).step))
+
+    trainer.add_callback(ReportCallback(seconds=1e-9))  # the page says to load again after a whole second
+    trainer.add_callback(Look())
+    trainer.train()
+    assert seen[0] == (True, True, 1)
+    assert seen[1][2] == 2
+    page = (tmp_path / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in page
+    assert "finished" in page
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_page_waits_for_its_seconds(tmp_path):
+    trainer = with_report(trl_runs.sft_trainer(tmp_path), seconds=3600)
+    assert read_run(tmp_path).step == trainer.state.global_step == 2  # at the end, and never before
+
+
+@pytest.mark.parametrize(
+    "trainer_of, kind, model",
+    [
+        (lambda folder: ppo_runs.ppo_trainer(folder), "ppo", "LlamaForCausalLM"),
+        (lambda folder: dpo_runs.dpo_trainer(folder), "dpo", "LlamaForCausalLM"),
+        (lambda folder: trl_runs.dpo_trainer(folder), "dpo", "actor"),
+        (lambda folder: trl_runs.grpo_trainer(folder), "grpo", "actor"),
+        (lambda folder: trl_runs.reward_trainer(folder), "reward", "LlamaForSequenceClassification"),
+        (lambda folder: trl_runs.sft_trainer(folder), None, "LlamaForCausalLM"),
+    ],
+    ids=["PPOTrainerX", "DPOTrainerX", "trl.DPOTrainer", "trl.GRPOTrainer", "trl.RewardTrainer", "trl.SFTTrainer"],
+)
+def test_any_trainer_gets_its_page(tmp_path, trainer_of, kind, model):
+    trainer = with_report(trainer_of(tmp_path), seconds=0, facts={"training data": "pairs of mine"})
+    run = read_run(tmp_path)
+    assert run.kind == kind
+    assert run.log == trainer.state.log_history
+    assert run.facts["model"].endswith(model)
+    assert run.facts["training data"] == "pairs of mine"
+    assert run.facts["hardware"] == "1 × CPU"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") >= 2
+    assert "pairs of mine" in page
+
+
+def test_what_is_trained_and_how_is_counted_from_the_run(tmp_path):
+    trainer = with_report(trl_runs.sft_trainer(tmp_path, seed=7), seconds=0)
+    known = json.loads((tmp_path / "run.json").read_text())
+    parameters = sum(p.numel() for p in tiny.tiny_actor().parameters())
+    assert known["facts"]["parameters"] == f"{parameters:,} on this process"
+    assert known["facts"]["training data"] == "8 rows"
+    assert (known["options"]["seed"], known["options"]["learning_rate"]) == (7, 1e-2)
+    assert "weight_decay" not in known["options"]  # left at its default
+    assert "hub_token" not in known["options"]
+    assert trainer.state.global_step == 2
+
+
+def test_report_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("trl_ext.callbacks.report.write_report", fail)
+    trainer = with_report(trl_runs.sft_trainer(tmp_path), seconds=1e-9)
+    assert trainer.state.global_step == 2
+    assert "OSError: disk full" in caplog.text
+
+
+def test_an_evaluation_after_the_training_is_on_the_page(tmp_path):
+    trainer = with_report(trl_runs.reward_trainer(tmp_path, eval_strategy="no"), seconds=0)
+    assert "held-out accuracy" not in (tmp_path / "report.html").read_text()
+    trainer.evaluate()
+    assert "held-out accuracy" in (tmp_path / "report.html").read_text()
+    assert read_run(tmp_path).log == trainer.state.log_history
+
+
+def test_seconds_below_0_are_refused():
+    with pytest.raises(ValueError, match="`seconds` is -1"):
+        ReportCallback(seconds=-1)

@@ -1,0 +1,70 @@
+"""`PreferenceAccuracyCallback`: the accuracy on pairs with its interval, for trainers that log a bare mean."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..history import is_tie
+from ..intervals import wilson_interval
+
+
+# What `DPOTrainer` and `RewardTrainer` call the share of pairs in the right order, in training.
+NAMES = ("rewards/accuracies", "accuracy")
+
+
+class PreferenceAccuracyCallback(TrainerCallback):
+    """
+    Adds `preference/accuracy`, its 95% interval (Wilson) and the number of pairs to the log lines of `trl.DPOTrainer`
+    and `trl.RewardTrainer`, which log a mean over batches and not of how many pairs; and prints the held-out accuracy
+    at every evaluation. In the lines of `DPOTrainerX`, which has all of that, nothing is added.
+
+    The keys go into `state.log_history`, hence into checkpoints and the report; dashboards of `report_to` have
+    received the line before a callback is called. In an evaluation whose last batch is smaller, a mean over batches
+    differs a little from the share of pairs.
+    """
+
+    def __init__(self) -> None:
+        self._step_of_last_line = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_of_last_line = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        line = state.log_history[-1]
+        if any(name in line for name in NAMES):
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            pairs = per_step * max(1, state.global_step - self._step_of_last_line)
+            self._step_of_last_line = state.global_step
+            _add_interval(line, "", pairs)
+        held_out = _pairs_of(kwargs.get("eval_dataloader"))
+        if any(f"eval_{name}" in line for name in NAMES) and held_out:
+            _add_interval(line, "eval_", held_out)
+            if state.is_world_process_zero:
+                print(f"Step {state.global_step}: {_sentence(line)}", flush=True)
+
+
+def _add_interval(line: dict[str, Any], prefix: str, pairs: int) -> None:
+    if f"{prefix}preference/accuracy" in line:
+        return
+    share = next(line[f"{prefix}{name}"] for name in NAMES if f"{prefix}{name}" in line)
+    low, high = wilson_interval(share * pairs, pairs)
+    line[f"{prefix}preference/accuracy"] = share
+    line[f"{prefix}preference/accuracy_low"] = low
+    line[f"{prefix}preference/accuracy_high"] = high
+    line[f"{prefix}preference/pairs"] = float(pairs)
+
+
+def _sentence(line: dict[str, Any]) -> str:
+    if is_tie(line):
+        return "held-out pairs are all ties; the policy is the reference."
+    share, low, high = (line[f"eval_preference/accuracy{end}"] for end in ("", "_low", "_high"))
+    pairs = line["eval_preference/pairs"]
+    return f"{share:.1%} (95% interval {low:.1%} to {high:.1%}) of {pairs:.0f} held-out pairs are in the right order."
+
+
+def _pairs_of(loader: Any) -> int:
+    """Rows of the evaluation; 0 where they cannot be counted."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):  # no loader yet, or a stream
+        return 0

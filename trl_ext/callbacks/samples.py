@@ -1,0 +1,122 @@
+"""`SampleCallback`: what the model makes of fixed prompts as it learns, side by side with the reference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TrainerCallback
+
+from .tables import (
+    evaluating,
+    read_table,
+    show_table,
+    table_path,
+    takes_part,
+    text_of,
+    tokenizer_of,
+    write_table,
+)
+
+
+FOLDER = "samples"
+Prompt = str | list[dict[str, Any]]
+
+
+class SampleCallback(TrainerCallback):
+    """
+    Completes the same prompts every `every` steps and at the end, and shows them beside the reference's completions: a
+    table on the terminal, and `samples/step_<step>.jsonl` in the run's folder, which the report shows. Decoding is
+    greedy, so that what changes is the model and no random number is drawn. The reference is the model as it is when
+    training starts, so it is asked once, and no second model is held in memory.
+
+    For any trainer of a causal language model. `DPOTrainerX` has `generate_during_eval`, at evaluations and for
+    held-out prompts; `PPOTrainerX` and `GRPOTrainer` have `log_completions`, for the prompts of the batch and without
+    a reference.
+
+    Args:
+        prompts: texts, or conversations, which the tokenizer's chat template renders.
+        every: optimizer steps.
+        max_new_tokens: length of a completion, at most.
+        reference: another model to compare with.
+
+    Raises:
+        ValueError: for no prompts, or `every` below 1.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        every: int = 100,
+        max_new_tokens: int = 64,
+        reference: Any = None,
+    ):
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"`prompts` is {prompts!r}; give a list of at least one text or conversation.")
+        for name, value in (("every", every), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        self.prompts = list(prompts)
+        self.every = every
+        self.max_new_tokens = max_new_tokens
+        self.reference = reference
+        self._of_reference: list[str] = []
+        self._shown_at = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not takes_part(args, state):
+            return
+        first = read_table(table_path(args.output_dir, FOLDER, 0)) if state.global_step else []
+        if first and [row["prompt"] for row in first] == [text_of(prompt) for prompt in self.prompts]:  # resumed
+            self._of_reference = [row["reference"] for row in first]
+        else:
+            self._of_reference = self._complete(self.reference or model, kwargs["processing_class"])
+        if state.global_step == 0:
+            actor = self._of_reference if self.reference is None else self._complete(model, kwargs["processing_class"])
+            self._write(args, state, actor, show=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._sample(args, state, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sample(args, state, **kwargs)
+
+    def _sample(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
+        if takes_part(args, state) and self._shown_at != state.global_step:
+            self._write(args, state, self._complete(model, processing_class), show=True)
+            self._shown_at = state.global_step
+
+    def _write(self, args: Any, state: Any, actor: Sequence[str], show: bool) -> None:
+        if not state.is_world_process_zero:
+            return
+        rows = [
+            {"prompt": text_of(prompt), "actor": mine, "reference": other}
+            for prompt, mine, other in zip(self.prompts, actor, self._of_reference, strict=True)
+        ]
+        write_table(table_path(args.output_dir, FOLDER, state.global_step), rows)
+        if show:
+            show_table(f"Step {state.global_step}: fixed prompts, actor and reference", rows)
+
+    @torch.no_grad()
+    def _complete(self, model: Any, processing_class: Any) -> list[str]:
+        tokenizer = tokenizer_of(processing_class)
+        texts = [
+            prompt
+            if isinstance(prompt, str)
+            else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            for prompt in self.prompts
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+        device = next(model.parameters()).device
+        known = model.generation_config
+        pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
+        greedy = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            bos_token_id=known.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id if known.eos_token_id is None else known.eos_token_id,
+            pad_token_id=pad,
+        )
+        with evaluating(model):
+            output = model.generate(**batch.to(device), generation_config=greedy, use_cache=True)
+        return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)

@@ -1,0 +1,133 @@
+"""One self-contained HTML page about one run or several: nothing is loaded from anywhere, no script runs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..history import held_out_accuracy, reference_kl, scores, series
+from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
+from .pictures import Drawn, draw, write_picture
+from .run import Run, name_apart, read_run
+from .tables import preference_rows, score_text
+
+
+TEMPLATE = Path(__file__).with_name("page.html")
+NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model"}
+SHOWN_FACTS = ("algorithm", "model", "architecture", "parameters", "trained", "training data", "held out", "hardware")
+# Options that decide most, in the order of the page; all others that were changed are listed below.
+SHOWN_OPTIONS = (
+    *("learning_rate", "critic_learning_rate", "num_train_epochs", "max_steps", "total_episodes", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_ppo_epochs", "num_mini_batches"),
+    *("response_length", "max_completion_length", "max_length", "temperature", "beta", "loss_type"),
+    *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "cliprange", "vf_coef", "ent_coef", "gamma", "lam"),
+)
+
+
+def write_report(
+    folders: Sequence[str | Path], path: str | Path | None = None, refresh: int = 0, picture: bool = True
+) -> Path:
+    """
+    Reads runs and writes the page, and a PNG of the same name beside it.
+
+    Args:
+        folders: output folders of runs.
+        path: where the page goes; by default `report.html` in the folder of the one run, or here for several.
+        refresh: seconds after which a page about an unfinished run loads itself again; 0: never.
+        picture: whether to write the PNG.
+
+    Returns:
+        The path of the page.
+    """
+    if not folders:
+        raise ValueError("No run was given; name the `output_dir` of at least one.")
+    places = [Path(folder) for folder in folders]
+    runs = name_apart([read_run(place) for place in places], places)
+    page = Path(path) if path is not None else (places[0] if len(places) == 1 else Path()) / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    title = " · ".join(run.name for run in runs)
+    drawn = draw(runs)
+    if picture:
+        write_picture(drawn, runs, page.with_suffix(".png"), title)
+    # Whole or not at all: a browser may be reading it.
+    unfinished = page.with_name(page.name + ".part")
+    unfinished.write_text(render(runs, title, drawn, refresh), encoding="utf-8")
+    return unfinished.replace(page)
+
+
+def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int = 0) -> str:
+    """The page as text, with its drawn panels."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    running = any(not run.is_finished for run in runs)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        runs=runs,
+        kinds=NAMES,
+        colours=OF_RUNS,
+        light=COLOURS,
+        refresh=refresh if running else 0,
+        facts=_rows({run.name: _facts(run) for run in runs}),
+        figures=_figures(drawn),
+        results=[(run, result_rows(run)) for run in runs],
+        options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
+        score_text=score_text,
+    )
+
+
+def _figures(drawn: Sequence[Drawn]) -> list[dict[str, str]]:
+    with matplotlib().rc_context(STYLE):
+        return [
+            {"title": d.heading, "caption": d.panel.caption, "svg": inline_svg(d.figure, f"panel-{i}")}
+            for i, d in enumerate(drawn)
+        ]
+
+
+def result_rows(run: Run) -> list[list[str]]:
+    """Name, value at the first and value at the last evaluation (of training, the first and the last line)."""
+    if run.kind == "dpo":
+        evaluations = [line for line in run.log if held_out_accuracy(run.log) in line]
+        if evaluations and "eval_preference/accuracy_low" in evaluations[0]:
+            return preference_rows([evaluations[0], evaluations[-1]])
+    rows = []
+    for label, points, form in (
+        ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
+        ("its 95% half-width", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
+        ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
+        ("its 95% half-width", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
+        ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
+        ("score in training", scores(run.log), "{:+.3f}"),
+        ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
+        ("held-out accuracy", series(run.log, held_out_accuracy(run.log) or ""), "{:.1%}"),
+        ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
+        ("loss", series(run.log, "loss"), "{:.4f}"),
+        ("tokens per response", series(run.log, "completions/mean_length"), "{:.1f}"),
+        ("entropy, nats per token", series(run.log, "terms/entropy"), "{:.3f}"),
+        ("response tokens per second", series(run.log, "tokens_per_second"), "{:.0f}"),
+        ("seconds of training", series(run.log, "train_runtime"), "{:.0f}"),
+    ):
+        values = points[1]
+        if values:
+            first = form.format(values[0]) if len(values) > 1 else ""
+            rows.append([label, first, form.format(values[-1])])
+    return rows
+
+
+def _facts(run: Run) -> dict[str, str]:
+    facts: dict[str, str] = {"algorithm": NAMES.get(run.kind or "", "unknown"), **run.facts}
+    shown = {name: facts[name] for name in SHOWN_FACTS if name in facts}
+    shown |= {name: value for name, value in facts.items() if name not in shown}
+    return shown | {name: _text(run.options[name]) for name in SHOWN_OPTIONS if name in run.options}
+
+
+def _rows(columns: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """One row for each name that any column has, with the value of every column."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,119 @@
+"""
+`Panel`: a function of a figure and of the runs to draw, and what it shows. Several runs lie over each other, each in
+its own colour.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..history import series
+from .drawing import OF_RUNS, curve, finish, held_out, level
+from .run import Run
+
+
+Runs = Sequence[Run]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """
+    What the page shows of some log keys.
+
+    Args:
+        title: its heading.
+        draw: draws the runs on a figure.
+        keys: it is shown if a run has logged one of them, in training or held out; a name ending in "/" is the
+            beginning of keys.
+        caption: what healthy looks like, in a sentence.
+        height: inches; the width is that of a phone.
+        per_run: whether every run gets a panel of its own, because it cannot be laid over another.
+        at_least: how many of the keys a run must have logged.
+    """
+
+    title: str
+    draw: Callable[[Any, Runs], None]
+    keys: tuple[str, ...]
+    caption: str
+    height: float = 3.4
+    per_run: bool = False
+    at_least: int = 1
+
+    def applies_to(self, run: Run) -> bool:
+        names = {key.removeprefix("eval_") for line in run.log for key in line if line[key] is not None}
+        fits = [n for n in names for key in self.keys if (n.startswith(key) if key.endswith("/") else n == key)]
+        return len(fits) >= self.at_least
+
+
+def colour(runs: Runs, run: Run, alone: str = "blue") -> str:
+    """Of several runs, the run's colour; of one, that of what is shown."""
+    return alone if len(runs) == 1 else OF_RUNS[next(i for i, r in enumerate(runs) if r is run) % len(OF_RUNS)]
+
+
+def name(runs: Runs, run: Run, label: str) -> str:
+    """The label of a curve; of several runs only the first names what all of them show."""
+    return label if run is runs[0] else ""
+
+
+def lines(
+    *keys: tuple[str, str],
+    ylabel: str,
+    evaluations: bool = True,
+    smooth: bool = True,
+    at: float | None = None,
+) -> Callable[[Any, Runs], None]:
+    """A panel with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
+
+    def draw(figure: Any, runs: Runs) -> None:
+        axis = figure.subplots()
+        for run in runs:
+            for i, (key, label) in enumerate(keys):
+                shade, dashed = colour(runs, run, OF_RUNS[i]), i > 0 and len(runs) > 1
+                curve(axis, series(run.log, key), shade, name(runs, run, label), dashed, smooth)
+                if evaluations:
+                    twin = "held out" if label == "training" else f"{label}, held out"
+                    held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, twin))
+        if at is not None:
+            level(axis, at)
+        finish(axis, ylabel)
+
+    return draw
+
+
+def two_rows(upper: Callable[[Any, Runs], None], lower: Callable[[Any, Runs], None]) -> Callable[[Any, Runs], None]:
+    """Two panels above each other."""
+
+    def draw(figure: Any, runs: Runs) -> None:
+        above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+        upper(above, runs)
+        above.axes[0].set_xlabel("")
+        lower(below, runs)
+
+    return draw
+
+
+def by_name(prefix: str, ylabel: str, suffix: str = "") -> Callable[[Any, Runs], None]:
+    """A curve for every key of one run that begins with `prefix` and ends with `suffix`."""
+
+    def draw(figure: Any, runs: Runs) -> None:
+        (run,) = runs
+        axis = figure.subplots()
+        found = {key: None for line in run.log for key in line if key.startswith(prefix) and key.endswith(suffix)}
+        for i, key in enumerate(list(found)[: len(OF_RUNS)]):
+            label = key.removeprefix(prefix).removesuffix(suffix)
+            curve(axis, series(run.log, key), OF_RUNS[i], label)
+        finish(axis, ylabel)
+
+    return draw
+
+
+LEARNING = Panel(
+    "Learning rate and gradient",
+    two_rows(
+        lines(("learning_rate", ""), ylabel="learning rate", evaluations=False, smooth=False),
+        lines(("grad_norm", ""), ylabel="gradient norm", evaluations=False),
+    ),
+    ("learning_rate", "grad_norm"),
+    "The norm is that before clipping; spikes ask for a lower rate or a longer warm-up.",
+    height=4.4,
+)

@@ -1,0 +1,104 @@
+"""Which panels a run has, drawn; and a PNG of them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .drawing import OF_RUNS, STYLE, figure, matplotlib, pixels, text_line
+from .panel import LEARNING, Panel, Runs, lines
+from .policy_panels import POLICY
+from .preference_panels import PREFERENCE
+from .run import Run
+
+
+WIDTH = 4.3  # inches of a panel
+OTHER = (
+    Panel("Loss", lines(("loss", "training"), ylabel="loss"), ("loss",), "Falling."),
+    Panel(
+        "Token accuracy",
+        lines(("mean_token_accuracy", "training"), ylabel="share"),
+        ("mean_token_accuracy",),
+        "The share of tokens that the model puts first; rising.",
+    ),
+    LEARNING,
+)
+OF_KIND = {"ppo": POLICY, "grpo": POLICY, "dpo": PREFERENCE, "reward": PREFERENCE}
+
+
+def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:
+    """The panels to draw, each with its runs, in order; those of two algorithms after each other."""
+    chosen: dict[Panel, list[Run]] = {}
+    for run in runs:
+        for panel in OF_KIND.get(run.kind or "", OTHER):
+            if panel.applies_to(run):
+                chosen.setdefault(panel, []).append(run)
+    found: list[tuple[Panel, list[Run]]] = []
+    for panel, of_panel in chosen.items():
+        found += [(panel, [run]) for run in of_panel] if panel.per_run else [(panel, of_panel)]
+    return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A panel on a figure of its own, with its heading."""
+
+    heading: str
+    panel: Panel
+    figure: Any
+
+
+def draw(runs: Runs, panels: Sequence[Panel] | None = None) -> list[Drawn]:
+    """
+    The panels that the runs have something for.
+
+    Args:
+        panels: those to choose from; by default all.
+    """
+    found = []
+    with matplotlib().rc_context(STYLE):
+        for panel, of_panel in panels_of(runs):
+            if panels is None or panel in panels:
+                canvas = figure(WIDTH, panel.height)
+                panel.draw(canvas, of_panel)
+                suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
+                found.append(Drawn(panel.title + suffix, panel, canvas))
+    return found
+
+
+def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: str = "", columns: int = 3) -> Path:
+    """One PNG of drawn panels, `columns` of them beside each other; several runs are named in their colours."""
+    import numpy
+
+    columns = min(columns, max(len(drawn), 1))
+    with matplotlib().rc_context(STYLE):
+        strips = [text_line(title, WIDTH * columns, 0.4, size=13)] if title else []
+        if len(runs) > 1:
+            names = zip(runs, itertools.cycle(OF_RUNS), strict=False)
+            strips += [text_line(f"● {run.name}", WIDTH * columns, 0.25, size=10, colour=c) for run, c in names]
+        cells = [[text_line(d.heading, WIDTH, 0.35), pixels(d.figure)] for d in drawn]
+        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] or [[[text_line("", WIDTH, 1.0)]]]
+        picture = _stack(strips + [_beside([_stack(cell) for cell in row]) for row in rows])
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        matplotlib().image.imsave(path, numpy.ascontiguousarray(picture))
+    return path
+
+
+def _stack(images: Sequence[Any]) -> Any:
+    """Images under each other, white where one is narrower."""
+    import numpy
+
+    width = max(image.shape[1] for image in images)
+    fill = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
+    return numpy.vstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
+
+
+def _beside(images: Sequence[Any]) -> Any:
+    """Images beside each other, white where one is lower."""
+    import numpy
+
+    height = max(image.shape[0] for image in images)
+    fill = [((0, height - image.shape[0]), (0, 0), (0, 0)) for image in images]
+    return numpy.hstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
