@@ -52,7 +52,7 @@ def test_every_function_and_test_that_a_page_names_exists(path):
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
 def test_every_file_that_a_page_names_exists(path):
     for file in re.findall(
-        r"`((?:trl_ext|tests|scripts|configs|docs|notebooks)/[\w/.]+\.(?:py|md|yaml|json|ipynb))`", read(path)
+        r"`((?:trl_ext|tests|scripts|configs|docs)/[\w/.]+\.(?:py|md|yaml|json|ipynb))`", read(path)
     ):
         assert (ROOT / file).is_file(), f"{relative(path)} names {file}"
 

@@ -171,7 +171,7 @@ def test_notebook_runs_from_top_to_bottom(workplace, monkeypatch, name):
     shown = []
     display = SimpleNamespace(Image=lambda path: shown.append(Path(path).stat().st_size), Markdown=shown.append)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    notebook = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert all(re.fullmatch(r"[\w-]+", cell["id"]) for cell in notebook["cells"])
     names: dict = {}
@@ -211,6 +211,6 @@ def test_walked_pages_are_all_that_have_commands():
 
 def test_every_shortening_is_used():
     code = "".join(text for path in (ROOT / "docs").glob("*.md") for _, text in steps(f"docs/{path.name}"))
-    cells = "".join(path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb"))
+    cells = "".join(path.read_text() for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"))
     assert [long for long in SHORTER_PYTHON if long not in code] == []
     assert [long for long in SHORTER_NOTEBOOKS if long not in cells] == []
