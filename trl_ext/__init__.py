@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from .dpo.config import DPOConfigX
     from .dpo.implicit_reward import ImplicitReward
     from .dpo.trainer import DPOTrainerX
+    from .fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
     from .ppo.trainer import PPOTrainerX
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DPOConfigX", "DPOTrainerX", "ImplicitReward", "PPOConfigX", "PPOTrainerX"]
+__all__ = ["DPOConfigX", "DPOTrainerX", "ImplicitReward", "PPOConfigX", "PPOTrainerX", "save_base_fingerprint"]
 
 # Public name -> its module, imported on first use: the mathematics loads without TRL.
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "ImplicitReward": ".dpo.implicit_reward",
     "PPOConfigX": ".ppo.config",
     "PPOTrainerX": ".ppo.trainer",
+    "save_base_fingerprint": ".fingerprint",
 }
 
 

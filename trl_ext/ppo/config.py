@@ -112,7 +112,11 @@ class PPOConfigX(GRPOConfig):
         default=None, metadata={"help": "Path of the actor, when no `model` is passed to the trainer."}
     )
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Path of the reward model, when no reward is passed to the trainer."}
+        default=None,
+        metadata={
+            "help": "Path of the reward model, when no reward is passed to the trainer. Where the actor trains an "
+            "adapter, it may be the folder of a reward adapter, which is loaded onto the actor's base."
+        },
     )
     model_adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the adapter to train, when the actor holds several."}
@@ -247,8 +251,9 @@ class PPOConfigX(GRPOConfig):
         default="model",
         metadata={
             "help": "'model': the critic is a model of its own. 'head': a value head on the actor's trunk, one "
-            "forward pass for both.",
-            "choices": ["model", "head"],
+            "forward pass for both. 'adapter': an adapter and a value head of its own on the actor's base, which the "
+            "actor's adapter leaves as it is; the adapter's form is that of the actor's, or of the reward adapter.",
+            "choices": ["model", "head", "adapter"],
         },
     )
     critic_learning_rate: float | None = field(
@@ -317,7 +322,7 @@ class PPOConfigX(GRPOConfig):
         for name in ("reward_clip", "cliprange_value", "total_episodes", "critic_learning_rate", *of_kl):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0, or unset")
-        for name, choices in (("critic", ("model", "head")), ("stop_token", (None, "eos"))):
+        for name, choices in (("critic", ("model", "head", "adapter")), ("stop_token", (None, "eos"))):
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
