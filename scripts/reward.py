@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 from trl_ext import embedded, save_base_fingerprint
-from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext.cli import DataArguments, ModelArguments, keep_4_bit_differentiable, load_splits, parse
 from trl_ext.intervals import wilson_interval
 from trl_ext.report import REWARD_LINE, reward_curves, use_brief_progress
 
@@ -49,7 +49,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load(data)
-    return RewardTrainer(
+    trainer = RewardTrainer(
         path,
         args,
         train_dataset=splits["train"],
@@ -58,6 +58,12 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    keep_4_bit_differentiable(trainer.model)
+    # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.
+    for name, parameter in trainer.model.named_parameters():
+        if "score.modules_to_save." in name:
+            parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
+    return trainer
 
 
 def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ from .config import PPOConfigX
 logger = logging.get_logger(__name__)
 
 # Initialisations of LoRA that subtract from the base what they put into the adapter.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapters(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
+from ..device import keep_4_bit_differentiable
 from ..pretrained import adapter_config, check_no_adapter, text_config
 from .adapter_checks import check_adapters
 from .adapters import critic_adapter, load_reward_adapter
@@ -163,6 +164,7 @@ def load_roles(
     init_kwargs = _init_kwargs(args)
     actor_kwargs = init_kwargs | ({"quantization_config": quantization_config} if quantization_config else {})
     actor = create_model_from_path(model, **actor_kwargs) if isinstance(model, str) else model
+    keep_4_bit_differentiable(actor)
 
     has_adapter = peft_config is not None or is_peft_model(actor)
     reference = None
