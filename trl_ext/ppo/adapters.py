@@ -200,10 +200,10 @@ def saving_one_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def copy_adapter(model: Any, name: str, copy_name: str) -> None:
-    """Adds a frozen copy of the adapter `name` to a `PeftModel`."""
+    """Adds a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype, so that both compute the same."""
     model.add_adapter(copy_name, model.peft_config[name])
     for parameter_name, parameter in list(model.named_parameters()):
         if f".{name}." in parameter_name:
             twin = model.get_parameter(parameter_name.replace(f".{name}.", f".{copy_name}."))
-            twin.data.copy_(parameter.data)
+            twin.data = parameter.data.clone()
             twin.requires_grad_(False)
