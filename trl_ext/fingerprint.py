@@ -35,7 +35,7 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
     digests = {}
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
+            for name in weights.keys():
                 digests[name] = _digest(weights, name)
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
 

@@ -7,6 +7,14 @@ from peft import PeftConfig
 from transformers import AutoConfig
 
 
+# What may be meant by an adapter in place of a model.
+WAYS_OUT = {
+    "model": "Pass `AutoPeftModelForCausalLM.from_pretrained(...)` to train it further",
+    "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
+    "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
+}
+
+
 def text_config(model: Any, args: Any) -> Any:
     """
     The text part of a model's config.
@@ -41,8 +49,8 @@ def check_no_adapter(path: str, name: str) -> None:
             f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text and writes none. "
             "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
+    way_out = WAYS_OUT.get(name, WAYS_OUT["model"])
     raise ValueError(
-        f"The folder {path} ({name}) holds an adapter without its base model. Pass "
-        "`AutoPeftModelForCausalLM.from_pretrained(...)` to train it further, or save the whole model with "
-        "`merge_and_unload().save_pretrained(...)` and give that folder."
+        f"The folder {path} ({name}) holds an adapter without its base model. {way_out}, "
+        "or save the whole model with `merge_and_unload().save_pretrained(...)` and give that folder."
     )

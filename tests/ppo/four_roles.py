@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import ppo_runs
@@ -32,7 +31,9 @@ NF4_TWICE = BitsAndBytesConfig(
 
 def lora(task_type="CAUSAL_LM", **options):
     """Visible at this width: rank 2, scaled by 2."""
-    return LoraConfig(**({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | options), task_type=task_type)
+    return LoraConfig(
+        **({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | options), task_type=task_type
+    )
 
 
 def fill(model, seed, of=("lora_B", "score.modules_to_save")):
@@ -58,7 +59,7 @@ def save_adapter(base, folder, task_type, seed, fingerprint=True, **options):
 
 
 def prepare(folder):
-    """{name: path} of a base model, a reward adapter of another form than the actor's, and an adapter to start from."""
+    """{name: path} of a base, a reward adapter of another form than the actor's, an adapter to start from."""
     base = tiny.save_tiny(folder)["actor"]
     return {
         "base": base,
@@ -86,7 +87,10 @@ def tensors_of_base(*modules):
                 continue
             state = getattr(tensor, "quant_state", None)
             nested = getattr(state, "state2", None)
-            parts = [tensor, *(getattr(s, n, None) for s in (state, nested) if s for n in ("absmax", "code", "offset"))]
+            parts = [
+                tensor,
+                *(getattr(s, n, None) for s in (state, nested) if s for n in ("absmax", "code", "offset")),
+            ]
             for part in parts:
                 if isinstance(part, torch.Tensor):
                     storage = part.untyped_storage()

@@ -35,7 +35,7 @@ def check_adapters(
         _check_critic(value_model, has_adapter)
     if adapter_config(reward_model) is not None:
         _check_reward_task(reward_model, has_adapter)
-    folders = {"reward_model": reward_model, "value_model": value_model}
+    folders = {"reward_model": reward_model} | ({"value_model": value_model} if args.critic == "adapter" else {})
     on_base = {role: folder for role, folder in folders.items() if adapter_config(folder) is not None}
     if on_base or args.critic == "adapter":
         _check_base_is_shareable(args, model, peft_config)
@@ -129,8 +129,8 @@ def _check_base_is_shareable(args: PPOConfigX, model: Any, peft_config: PeftConf
             )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") or args.fsdp:
         raise ValueError(
-            "FSDP cannot partition weights that several models hold, as critic and reward adapters on the actor's base "
-            "do. Use DDP or DeepSpeed, or give these roles whole models."
+            "FSDP cannot partition weights that several models hold, as critic and reward adapters on the actor's "
+            "base do. Use DDP or DeepSpeed, or give these roles whole models."
         )
     if isinstance(model, PeftModel):
         name = args.model_adapter_name or model.active_adapter
@@ -147,7 +147,7 @@ def _check_score_adapter(role: str, folder: str) -> None:
     if not file.exists():
         return
     with safe_open(file, framework="pt") as weights:
-        heads = [name for name in weights.keys() if name.endswith("score.weight")]  # noqa: SIM118
+        heads = [name for name in weights.keys() if name.endswith("score.weight")]
         labels = [weights.get_slice(name).get_shape()[0] for name in heads]
     if labels != [1]:
         has = f"a score head with {labels[0]} labels" if labels else "no score head"

@@ -1,9 +1,9 @@
 """
 Several roles on one base: the critic and the reward model as adapters on the actor's frozen weights.
 
-Each of these roles has modules of its own that hold the actor's tensors, the very same ones, and an adapter of its own.
-So no adapter is ever switched on or off between a forward pass and its backward pass: what gradient checkpointing
-computes again is what was computed, and PEFT's `set_adapter`, `merge_adapter` and `disable_adapter` of the actor reach
+Each of these roles has modules of its own, which hold the actor's tensors, the very same ones, and an adapter of its
+own. So no adapter is switched on or off between a forward pass and its backward pass: what gradient checkpointing
+computes again is what was computed. And PEFT's `set_adapter`, `merge_adapter` and `disable_adapter` of the actor reach
 the actor alone. The reference is the actor's own modules, without its adapter or with a frozen copy of it.
 """
 
@@ -102,22 +102,26 @@ def critic_adapter(
 
     Args:
         peft_config: of the actor's adapter, if that is new; `actor` is then the base model.
-        start: name of the actor's adapter, if it has one already.
+        start: name of the adapter that the actor has already, if it does not get a new one.
     """
     if value_model is not None:
         return _load(actor, value_model, CRITIC, is_trainable=True)
     if reward_model is not None:
-        config, weights = reward_model.peft_config[REWARD], get_peft_model_state_dict(reward_model, None, REWARD)
-    elif peft_config is None:
-        config, weights = actor.peft_config[start], get_peft_model_state_dict(actor, None, start)
+        config, weights = reward_model.peft_config[REWARD], _weights(reward_model, REWARD)
+    elif start is not None:
+        config, weights = actor.peft_config[start], _weights(actor, start)
     else:
         config, weights = peft_config, {}
     config = copy.deepcopy(config)
     config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, None
     model = get_peft_model(classifier_on_base(actor), config, CRITIC, autocast_adapter_dtype=_in_float32(actor))
-    own = get_peft_model_state_dict(model, None, CRITIC)
-    set_peft_model_state_dict(model, own | weights, CRITIC)
+    set_peft_model_state_dict(model, _weights(model, CRITIC) | weights, CRITIC)
     return model
+
+
+def _weights(model: PeftModel, name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter and its score head, under the names that files have; none of the base's."""
+    return get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=False)
 
 
 def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainable: bool) -> PeftModel:
@@ -131,7 +135,7 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
 
 
 def _in_float32(model: Any) -> bool:
-    """Whether adapters of a 16-bit model are kept in float32: as TRL does it, not under ZeRO-3, which mixes no dtypes."""
+    """Whether adapters of a 16-bit model are kept in float32. As in TRL: not under ZeRO-3, which mixes no dtypes."""
     return not is_deepspeed_zero3_enabled() or bool(getattr(model, "is_quantized", False))
 
 
@@ -172,7 +176,7 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Ten
     """Writes a folder that `AutoPeftModelForSequenceClassification` loads."""
     (name,) = model.peft_config
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, state_dict, name)
+    tensors = _weights(model, name, state_dict)
     save_file({key: t.contiguous() for key, t in tensors.items()}, Path(folder) / "adapter_model.safetensors")
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
@@ -187,7 +191,7 @@ def restore_adapter(model: PeftModel, folder: str | Path) -> None:
 
 @contextmanager
 def saving_one_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context, `save_pretrained` of a `PeftModel` saves the adapter that is trained, not the reference's."""
+    """Within the context, `save_pretrained` of a `PeftModel` saves the adapter that is trained and no other."""
     if not is_peft_model(model):
         yield
         return

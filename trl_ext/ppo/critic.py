@@ -243,7 +243,7 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
 def split_state_dict(
     model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The actor's tensors under their names, and the critic's under its own names; the reward adapter's are left out."""
+    """The actor's tensors under their names, and the critic's under its own; a reward adapter's are left out."""
     prefix = next(name for name, module in model.named_modules() if module is critic) + "."
     actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, f"{REWARD}."))}
     of_critic = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}

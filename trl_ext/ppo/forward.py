@@ -60,8 +60,9 @@ def add_actor_critic_forward(
 ) -> LogitsHead:
     """
     Extends `model.forward` with `ppo_outputs`, a tuple of the field names of [`ActorCriticOutput`] wanted; without it
-    the forward is the original one, so generation is unchanged. The forward then also takes `labels` (−100 where nothing is read), `train_actor` (off: no gradient reaches the actor) and, for
-    `ref_kl`, `ref_states` (B, T, H) of the last T positions with the `ref_head` that maps them to logits.
+    the forward is the original one, so generation is unchanged. The forward then also takes `labels` (−100 where
+    nothing is read), `train_actor` (off: no gradient reaches the actor) and, for `ref_kl`, `ref_states` (B, T, H) of
+    the last T positions with the `ref_head` that maps them to logits.
 
     Args:
         model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if

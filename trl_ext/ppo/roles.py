@@ -97,7 +97,9 @@ def check_roles(
             "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
         )
     check_adapters(args, model, reward_model, value_model, peft_config)
-    whole = {"model": model, "ref_model": ref_model} | ({} if args.critic == "adapter" else {"value_model": value_model})
+    whole = {"model": model, "ref_model": ref_model} | (
+        {} if args.critic == "adapter" else {"value_model": value_model}
+    )
     for name, path in whole.items():
         if isinstance(path, str):
             check_no_adapter(path, name)
@@ -172,7 +174,7 @@ def load_roles(
         reference = _load_reference(ref_model, model, actor, actor_kwargs)
 
     reward_adapter = None
-    if adapter_config(reward_model) is not None:
+    if isinstance(reward_model, str) and adapter_config(reward_model) is not None:
         reward_adapter = reward_model = load_reward_adapter(actor, reward_model)
     sources = ([] if reward_model is None else [reward_model]) + reward_funcs
     tokenizers = _align(reward_processing_classes, sources)

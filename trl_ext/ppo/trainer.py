@@ -231,7 +231,7 @@ class PPOTrainerX(GRPOTrainer):
         if roles.reward_adapter is not None:
             stand_on(self.model, roles.reward_adapter, REWARD)
         keep_4_bit_differentiable(self.model)
-        if self.args.critic == "adapter" and self.args.gradient_checkpointing:
+        if isinstance(self.critic, critic_module.ValueAdapter) and self.args.gradient_checkpointing:
             self.critic.enable_gradient_checkpointing(self.args.gradient_checkpointing_kwargs)
         critic_module.check_trained(self.model, self.critic, self.optimizer)
         _trl.disable_dropout(self.model)
