@@ -203,6 +203,11 @@ def test_fsdp_is_refused_where_roles_share_weights(tmp_path, paths, monkeypatch)
         check_adapters(args, paths["base"], paths["reward"], None, four_roles.lora())
 
 
+def test_vllm_on_a_shared_4_bit_base_is_refused_before_it_starts(tmp_path, paths):
+    with pytest.raises(ValueError, match=r"on a quantised base PEFT makes new weights .* Switch `use_vllm` off"):
+        ppo_trainer(tmp_path, four_roles.models(paths), critic="adapter", use_vllm=True)
+
+
 def test_actor_and_critic_folders_hold_the_fingerprint_of_their_base(tmp_path, paths):
     trainer = ppo_run(tmp_path, four_roles.models(paths, quantization=None), critic="adapter", max_steps=1)
     trainer.save_model()

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
-from ..device import keep_4_bit_differentiable
 from ..pretrained import adapter_config, check_no_adapter, text_config
 from .adapter_checks import check_adapters
 from .adapters import critic_adapter, load_reward_adapter
@@ -166,13 +165,19 @@ def load_roles(
     init_kwargs = _init_kwargs(args)
     actor_kwargs = init_kwargs | ({"quantization_config": quantization_config} if quantization_config else {})
     actor = create_model_from_path(model, **actor_kwargs) if isinstance(model, str) else model
-    keep_4_bit_differentiable(actor)
 
     has_adapter = peft_config is not None or is_peft_model(actor)
     reference = None
     if args.needs_reference and not (ref_model is None and has_adapter):
         reference = _load_reference(ref_model, model, actor, actor_kwargs)
 
+    on_base = args.critic == "adapter" or adapter_config(reward_model) is not None
+    if args.use_vllm and on_base and getattr(actor, "is_quantized", False):
+        raise ValueError(
+            "For vLLM the actor's adapter is merged into the base and taken out again, and on a quantised base PEFT "
+            "makes new weights for that, which critic and reward model would not share. Switch `use_vllm` off, or do "
+            "not quantise the base, or give these roles whole models."
+        )
     reward_adapter = None
     if isinstance(reward_model, str) and adapter_config(reward_model) is not None:
         reward_adapter = reward_model = load_reward_adapter(actor, reward_model)
