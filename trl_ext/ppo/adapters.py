@@ -27,7 +27,12 @@ from peft import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .._trl import disable_dropout
@@ -67,18 +72,30 @@ def classifier_on_base(actor: PreTrainedModel | PeftModel) -> PreTrainedModel:
             f"transformers has no sequence classification model for {type(base).__name__}, so critic and reward model "
             "cannot be adapters on its trunk. Use `critic='head'`, and a whole model as `reward_model`."
         )
-    with torch.device("meta"):
-        classifier = kind(config)
+    classifier = _without_trunk(kind, config)
     setattr(classifier, classifier.base_model_prefix, base.base_model)
     head = base.get_output_embeddings().weight
     dtype = next(parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
-    classifier.score = classifier.score.to_empty(device=head.device).to(dtype)
+    width, has_bias = classifier.score.in_features, classifier.score.bias is not None
+    classifier.score = nn.Linear(width, 1, bias=has_bias, device=head.device, dtype=dtype)
     for parameter in classifier.score.parameters():
         nn.init.zeros_(parameter)
     for name in QUANTISATION:
         if hasattr(base, name):
             setattr(classifier, name, getattr(base, name))
     disable_dropout(classifier)
+    return classifier
+
+
+def _without_trunk(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this kind whose trunk, which is to be replaced, takes no memory worth mentioning."""
+    if not is_deepspeed_zero3_enabled():
+        with torch.device("meta"):
+            return kind(config)
+    shallow = copy.deepcopy(config)  # under ZeRO-3 transformers makes and partitions weights, meta device or not
+    shallow.num_hidden_layers = 0
+    classifier = AutoModelForSequenceClassification.from_config(shallow)
+    classifier.config = config
     return classifier
 
 
