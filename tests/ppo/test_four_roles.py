@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -20,6 +20,7 @@ from ppo import four_roles
 from ppo_runs import changed, log_lines, ppo_run, ppo_trainer, response_lengths, snapshot, sum_of_terms
 from trl_ext import _trl
 from trl_ext.device import keep_4_bit_differentiable
+from trl_ext.ppo.adapters import load_reward_adapter, stand_on
 
 
 pytestmark = pytest.mark.integration
@@ -73,6 +74,14 @@ def test_control_whole_models_are_counted_as_more_than_one_base(paths, tmp_path)
     trainer = ppo_trainer(tmp_path, given, critic="model")
     held = four_roles.tensors_of_base(trainer.model, trainer.reward_funcs[0].model)
     assert len(held) > 1.5 * len(four_roles.tensors_of_base(trainer.model.get_base_model().model))
+
+
+def test_base_that_is_replaced_after_loading_is_noticed(paths):
+    """Two bases would drift apart, or take twice the memory, without a word."""
+    actor = get_peft_model(AutoModelForCausalLM.from_pretrained(paths["base"]), four_roles.lora())
+    model = load_reward_adapter(AutoModelForCausalLM.from_pretrained(paths["base"]), paths["reward"])
+    with pytest.raises(RuntimeError, match=r"reward_model does not share .* weights with the actor"):
+        stand_on(actor, model, "reward_model")
 
 
 # --- equal to separate models
@@ -166,11 +175,15 @@ def by_trainer(trainer, rollout):
 @STARTS
 def test_roles_equal_four_separate_models(paths, runs, start):
     trainer = runs[start]
-    rollout = trainer._rollout
-    expected = of_each_role(paths, Path(trainer.args.output_dir), start, rollout)
+    rollout, folder = trainer._rollout, Path(trainer.args.output_dir)
+    expected = of_each_role(paths, folder, start, rollout)
     found = by_trainer(trainer, rollout)
     for role in expected:
         torch.testing.assert_close(found[role], expected[role], rtol=0, atol=EQUAL)
+    ids = rollout.prompt_ids[0][rollout.prompt_mask[0]][None]
+    sampling = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    written = trainer.model.eval().generate(input_ids=ids, **sampling)
+    assert torch.equal(written, separate_models(paths, folder, start)["actor"].generate(input_ids=ids, **sampling))
     # The roles do differ: an adapter in the wrong place would be seen.
     assert (expected["actor"] - expected["reference"]).abs().max() > 10 * EQUAL
     assert expected["critic"].std() > 10 * EQUAL
@@ -383,6 +396,16 @@ def test_files_of_the_actor_hold_its_adapter_alone(paths, runs, start):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["critic"]  # no ref/, no reward_model/
     files = {path.name for path in (folder / "critic").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
+
+
+def test_file_of_an_adapter_whose_name_begins_like_another_roles_holds_it_alone(paths, tmp_path):
+    """PEFT looks for the adapter's name anywhere in a tensor's name."""
+    base = AutoModelForCausalLM.from_pretrained(paths["base"])
+    actor = PeftModel.from_pretrained(base, paths["start"], is_trainable=True, adapter_name="reward")
+    trainer = ppo_trainer(tmp_path, {"model": actor, "reward_model": paths["reward"]}, critic="adapter")
+    trainer.save_model()
+    assert len(load_file(tmp_path / "reward" / "adapter_model.safetensors")) == 8
+    assert (tmp_path / "reward" / "base_model.json").exists()
 
 
 def test_saved_critic_continues_as_value_model(paths, runs, tmp_path):
