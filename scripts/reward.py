@@ -4,10 +4,12 @@ Train a reward model on preference pairs: Bradley-Terry, with TRL's RewardTraine
     python scripts/reward.py                                        # the embedded demo
     python scripts/reward.py --config my.yaml --learning_rate 2e-5  # any option of the recipe as a flag
     python scripts/reward.py --model Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir out
+    python scripts/reward.py --model Qwen/Qwen3-8B --use_peft --load_in_4bit --dataset_name pairs.jsonl
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`. The output folder
 gets the model and its tokenizer (for `AutoModelForSequenceClassification`), metrics.json with the accuracy on held-out
-pairs, and report.html with its picture.
+pairs, and report.html with its picture. With --use_peft it gets the adapter with its score head, for `scripts/ppo.py
+--use_peft` on the same base, and base_model.json, a fingerprint of that base.
 """
 
 import json
@@ -18,8 +20,8 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from trl_ext import ReportCallback, embedded
-from trl_ext.cli import DataArguments, ModelArguments, load_splits, parse
+from trl_ext import ReportCallback, embedded, save_base_fingerprint
+from trl_ext.cli import DataArguments, ModelArguments, keep_4_bit_differentiable, load_splits, parse
 from trl_ext.intervals import wilson_interval
 from trl_ext.report import REWARD_LINE, use_brief_progress
 
@@ -47,7 +49,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load(data)
-    return RewardTrainer(
+    trainer = RewardTrainer(
         path,
         args,
         train_dataset=splits["train"],
@@ -56,6 +58,12 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    keep_4_bit_differentiable(trainer.model)
+    # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.
+    for name, parameter in trainer.model.named_parameters():
+        if "score.modules_to_save." in name:
+            parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
+    return trainer
 
 
 def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
@@ -81,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        save_base_fingerprint([args.output_dir], trainer.model.config.name_or_path, model.model_revision)
         report(trainer, metrics)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from ppo import four_roles
 from ppo_runs import ppo_config
 
 
@@ -30,6 +31,7 @@ def workplace(tmp_path, monkeypatch) -> dict[str, str]:
     return {
         "path/to/sft-model": paths["actor"],
         "path/to/reward-model": paths["reward_model"],
+        "path/to/reward-adapter": four_roles.save_adapter(paths["actor"], tmp_path / "reward-adapter", "SEQ_CLS", 1),
         "10_000": "8",  # episodes
     }
 
@@ -46,6 +48,12 @@ def test_example_of_the_readme_trains(workplace):
     (example,) = examples("README.md")
     trainer = run(example, workplace)["trainer"]
     assert trainer.state.global_step > 0
+
+
+def test_example_of_four_roles_trains(workplace):
+    trainer = run(examples("docs/ppo.md")[0], workplace)["trainer"]
+    assert trainer.state.global_step > 0
+    assert Path("outputs/four-roles/critic/adapter_model.safetensors").exists()
 
 
 def test_first_example_of_the_dpo_page_trains(workplace):

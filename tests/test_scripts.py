@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
@@ -102,6 +104,27 @@ def test_ppo_trains_an_adapter(paths, reward_run):
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     script("ppo").main(ppo_flags(paths, reward_run, output_dir=output) + lora)
     assert (output / "adapter_config.json").exists()
+
+
+def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
+    """Reward adapter, actor's adapter and critic's adapter, all by flags; the run evaluates before and after."""
+    folders = {name: paths["folder"] / f"{name}-4bit" for name in ("reward", "ppo")}
+    lora = ["--use_peft", "--load_in_4bit", "--lora_target_modules", "q_proj", "v_proj"]
+    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": folders["reward"]}
+    script("reward").main(flags(**data, **REWARD) + lora)
+    names = set(load_file(folders["reward"] / "adapter_model.safetensors"))
+    assert "base_model.model.score.weight" in names
+    assert len(names) == 9  # and A and B of two matrices in two blocks
+    script("ppo").main(ppo_flags(paths, folders["reward"], output_dir=folders["ppo"], critic="adapter") + lora)
+    fingerprints = [
+        json.loads((folder / "base_model.json").read_text())["weights"]
+        for folder in (folders["reward"], folders["ppo"], folders["ppo"] / "critic")
+    ]
+    assert len(set(fingerprints)) == 1
+    metrics = json.loads((folders["ppo"] / "metrics.json").read_text())
+    assert metrics["before"]["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
+    critic = AutoPeftModelForSequenceClassification.from_pretrained(folders["ppo"] / "critic", num_labels=1)
+    assert critic.score.modules_to_save.default.weight.any()
 
 
 def test_scripts_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dpo.config import DPOConfigX
     from .dpo.implicit_reward import ImplicitReward
     from .dpo.trainer import DPOTrainerX
+    from .fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
     from .ppo.trainer import PPOTrainerX
 
@@ -35,6 +36,7 @@ __all__ = [
     "PreferenceAccuracyCallback",
     "ReportCallback",
     "SampleCallback",
+    "save_base_fingerprint",
 ]
 
 # Public name -> its module, imported on first use: the mathematics loads without TRL.
@@ -50,6 +52,7 @@ _HOMES = {
     "PreferenceAccuracyCallback": ".callbacks",
     "ReportCallback": ".callbacks",
     "SampleCallback": ".callbacks",
+    "save_base_fingerprint": ".fingerprint",
 }
 
 

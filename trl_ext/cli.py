@@ -16,8 +16,18 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from transformers import Trainer
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset
 
-from .device import computes_in_bf16
+from .device import computes_in_bf16, keep_4_bit_differentiable
 
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "first_and_last_evaluation",
+    "keep_4_bit_differentiable",
+    "load_rows",
+    "load_splits",
+    "parse",
+]
 
 # Options of the trainers' base classes that most runs touch; `--help` shows these, `--help_all` every option.
 COMMON = (

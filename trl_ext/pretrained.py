@@ -1,9 +1,18 @@
-"""What can be known of a model before its weights are loaded."""
+"""What can be known of a model, or of an adapter, before its weights are loaded."""
 
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers import AutoConfig
+
+
+# What may be meant by an adapter in place of a model.
+WAYS_OUT = {
+    "model": "Pass `AutoPeftModelForCausalLM.from_pretrained(...)` to train it further",
+    "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
+    "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
+}
 
 
 def text_config(model: Any, args: Any) -> Any:
@@ -20,14 +29,28 @@ def text_config(model: Any, args: Any) -> Any:
     return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
 
 
+def adapter_config(path: Any) -> PeftConfig | None:
+    """The config of the adapter that a folder holds; `None` for a folder without one, and for anything else."""
+    if not isinstance(path, str) or not (Path(path) / "adapter_config.json").exists():
+        return None
+    return PeftConfig.from_pretrained(path)
+
+
 def check_no_adapter(path: str, name: str) -> None:
     """
     Raises:
         ValueError: when the folder holds an adapter alone: a role is a whole model.
     """
-    if (Path(path) / "adapter_config.json").exists():
+    config = adapter_config(path)
+    if config is None:
+        return
+    if config.task_type == "SEQ_CLS" and name in ("model", "ref_model"):
         raise ValueError(
-            f"The folder {path} ({name}) holds an adapter without its base model. Pass "
-            "`AutoPeftModelForCausalLM.from_pretrained(...)` to train it further, or save the whole model with "
-            "`merge_and_unload().save_pretrained(...)` and give that folder."
+            f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text and writes none. "
+            "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
+    way_out = WAYS_OUT.get(name, WAYS_OUT["model"])
+    raise ValueError(
+        f"The folder {path} ({name}) holds an adapter without its base model. {way_out}, "
+        "or save the whole model with `merge_and_unload().save_pretrained(...)` and give that folder."
+    )

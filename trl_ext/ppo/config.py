@@ -113,7 +113,11 @@ class PPOConfigX(GRPOConfig):
         default=None, metadata={"help": "Path of the actor, when no `model` is passed to the trainer."}
     )
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Path of the reward model, when no reward is passed to the trainer."}
+        default=None,
+        metadata={
+            "help": "Path of the reward model, when no reward is passed to the trainer. Where the actor trains an "
+            "adapter, it may be the folder of a reward adapter, which is loaded onto the actor's base."
+        },
     )
     model_adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the adapter to train, when the actor holds several."}
@@ -273,8 +277,9 @@ class PPOConfigX(GRPOConfig):
         default="model",
         metadata={
             "help": "'model': the critic is a model of its own. 'head': a value head on the actor's trunk, one "
-            "forward pass for both.",
-            "choices": ["model", "head"],
+            "forward pass for both. 'adapter': an adapter and a value head of its own on the actor's base, which the "
+            "actor's adapter leaves as it is; the adapter's form is that of the actor's, or of the reward adapter.",
+            "choices": ["model", "head", "adapter"],
         },
     )
     critic_learning_rate: float | None = field(
@@ -345,7 +350,9 @@ class PPOConfigX(GRPOConfig):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0, or unset")
         quantised = {f"{role}_model_quantization": QUANTIZATIONS for role in ("reward", "ref")}
-        for name, choices in ({"critic": ("model", "head"), "stop_token": (None, "eos")} | quantised).items():
+        for name, choices in (
+            {"critic": ("model", "head", "adapter"), "stop_token": (None, "eos")} | quantised
+        ).items():
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")

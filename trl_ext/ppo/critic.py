@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path, disable_dropout
+from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 
 
-ATTRIBUTE = "critic"
+ATTRIBUTE = CRITIC
 FOLDER = "critic"
 
 
@@ -65,9 +67,7 @@ class ValueModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the trunk takes; returns state values (B, L)."""
-        trunk = getattr(self.model, self.model.base_model_prefix)
-        states = trunk(*args, use_cache=False, **kwargs).last_hidden_state
-        return self.model.score(states).float().squeeze(-1)
+        return _state_values(self.model, *args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that `AutoModelForSequenceClassification` loads."""
@@ -75,6 +75,42 @@ class ValueModel(nn.Module):
         if state_dict is not None:
             state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
         self.model.save_pretrained(folder, state_dict=state_dict)
+
+
+class ValueAdapter(nn.Module):
+    """
+    A critic that is an adapter with a score head on the actor's base.
+
+    Args:
+        model: a `PeftModel` around a sequence classification model, as `critic_adapter` makes it.
+    """
+
+    def __init__(self, model: PeftModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the trunk takes; returns state values (B, L)."""
+        return _state_values(self.model.get_base_model(), *args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
+        prefix = "model."
+        if state_dict is not None:
+            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        save_adapter(self.model, folder, state_dict)
+
+    def enable_gradient_checkpointing(self, kwargs: dict[str, Any] | None) -> None:
+        """For the critic's modules, which are not the actor's, what the Trainer does for the actor's."""
+        model: Any = self.model.get_base_model()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs)
+
+
+def _state_values(classifier: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
+    trunk = getattr(classifier, classifier.base_model_prefix)
+    states = trunk(*args, use_cache=False, **kwargs).last_hidden_state
+    return classifier.score(states).float().squeeze(-1)
 
 
 def check_value_model(model: PreTrainedModel) -> None:
@@ -121,7 +157,7 @@ def build_critic(
 
     Args:
         kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else
-            a copy of the actor's trunk with a new head.
+            a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
         actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
         reward_model: the reward model, if it reads the actor's token ids, else `None`.
         init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
@@ -133,6 +169,7 @@ def build_critic(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
         )
     elif value_model is None and reward_model is not None:
+        _refuse_quantized(reward_model, "reward model")
         value_model = copy.deepcopy(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)
@@ -145,11 +182,7 @@ def build_critic(
 
 
 def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
-    if getattr(actor, "is_quantized", False) or getattr(actor, "is_loaded_in_4bit", False):
-        raise ValueError(
-            "`critic='model'` would copy the actor's trunk, which is quantized and cannot be trained. Pass a "
-            "`value_model`, or `critic='head'` for a value head on the actor's trunk."
-        )
+    _refuse_quantized(actor, "actor's trunk")
     if hasattr(actor, "merge_and_unload"):
         actor = copy.deepcopy(actor).merge_and_unload()
     config = copy.deepcopy(actor.config)
@@ -166,13 +199,26 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _refuse_quantized(model: Any, name: str) -> None:
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(
+            f"`critic='model'` would copy the {name}, which is quantized and cannot be trained. Pass a `value_model`, "
+            "or `critic='head'` for a value head on the actor's trunk, or `critic='adapter'` for an adapter on it."
+        )
+
+
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def attach(critic: nn.Module, actor: PreTrainedModel) -> None:
-    """Makes `critic` a submodule of `actor`, on its device: one engine, one optimizer for both."""
-    actor.add_module(ATTRIBUTE, critic.to(actor.device))
+def attach(critic: nn.Module, actor: PreTrainedModel | PeftModel) -> None:
+    """Makes `critic` a submodule of the actor, on its device: one engine, one optimizer for both."""
+    if isinstance(critic, ValueAdapter):
+        cast_adapter(critic, actor)
+        stand_on(actor, critic, ATTRIBUTE)
+        return
+    base = actor.get_base_model() if is_peft_model(actor) else actor
+    base.add_module(ATTRIBUTE, critic.to(base.device))
 
 
 def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -202,9 +248,9 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
 def split_state_dict(
     model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The actor's tensors under their names, and the critic's under its own names."""
+    """The actor's tensors under their names, and the critic's under its own; a reward adapter's are left out."""
     prefix = next(name for name, module in model.named_modules() if module is critic) + "."
-    actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith(prefix)}
+    actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, f"{REWARD}."))}
     of_critic = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
     return actor, of_critic
 
@@ -215,4 +261,7 @@ def restore(critic: nn.Module, folder: str | Path) -> None:
         critic.load_state_dict(ValueHead.from_pretrained(folder).state_dict())
         return
     model: Any = critic.model
+    if isinstance(critic, ValueAdapter):
+        restore_adapter(model, folder)
+        return
     model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())

@@ -42,6 +42,7 @@ class ActorCriticOutput(ModelOutput):
         state_values: V of the state in which token j + 1 is chosen.
         ref_kl: KL(π_θ ‖ π_ref) over the vocabulary, nats.
         trunk_states: (B, L - 1, H) last hidden states.
+        scores: (B,) of the reward adapter, asked for alone.
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
     """
 
@@ -50,19 +51,24 @@ class ActorCriticOutput(ModelOutput):
     state_values: Tensor | None = None
     ref_kl: Tensor | None = None
     trunk_states: Tensor | None = None
+    scores: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
-def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
+def add_actor_critic_forward(
+    model: PreTrainedModel, critic: nn.Module | None = None, reward_model: nn.Module | None = None
+) -> LogitsHead:
     """
     Extends `model.forward` with `ppo_outputs`, a tuple of the field names of [`ActorCriticOutput`] wanted; without it
-    the forward is the original one, so generation is unchanged. State values come from `model.critic`. The forward
-    then also takes `labels` (−100 where nothing is read), `train_actor` (off: no gradient reaches the actor) and, for
-    `ref_kl`, `ref_states` (B, T, H) of the last T positions with the `ref_head` that maps them to logits.
+    the forward is the original one, so generation is unchanged. The forward then also takes `labels` (−100 where
+    nothing is read), `train_actor` (off: no gradient reaches the actor) and, for `ref_kl`, `ref_states` (B, T, H) of
+    the last T positions with the `ref_head` that maps them to logits.
 
     Args:
         model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if
             entropy will be asked for.
+        critic: gives the state values, from the trunk's states if it is a [`ValueHead`], else from the inputs.
+        reward_model: an adapter with a score head on the model's base, which gives the scores.
 
     Returns:
         The model's map from trunk states to temperature-scaled logits.
@@ -80,6 +86,10 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
             return fused_forward(*args, **kwargs)
 
         wanted = set(ppo_outputs)
+        if wanted == {"scores"}:
+            inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
+            return ActorCriticOutput(scores=reward_model(**inputs).logits[:, 0].float())
+        reads_trunk = "state_values" in wanted and isinstance(critic, ValueHead)
         positions = _scored_positions(labels)
         output = ActorCriticOutput()
         states = None
@@ -93,7 +103,7 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
                 output.log_probs = _scatter(head.log_probs[0], positions)
                 output.entropy = None if head.entropy is None else _scatter(head.entropy[0], positions)
                 output.aux_loss = head.aux_loss
-            elif wanted & {"trunk_states", "ref_kl"} or _reads_trunk(self, wanted):
+            elif wanted & {"trunk_states", "ref_kl"} or reads_trunk:
                 trunk = self.base_model(*args, use_cache=False, **kwargs)
                 states = trunk.last_hidden_state[:, :-1][positions]
             if "ref_kl" in wanted:
@@ -104,11 +114,11 @@ def add_actor_critic_forward(model: PreTrainedModel) -> LogitsHead:
         if "trunk_states" in wanted:
             output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))
             output.trunk_states[positions] = states
-        if _reads_trunk(self, wanted):
-            output.state_values = _scatter(self.critic(states), positions)
+        if reads_trunk:
+            output.state_values = _scatter(critic(states), positions)
         elif "state_values" in wanted:
             kwargs.pop("output_router_logits", None)
-            output.state_values = self.critic(*args, **kwargs)[:, :-1].masked_fill(~positions, 0)
+            output.state_values = critic(*args, **kwargs)[:, :-1].masked_fill(~positions, 0)
         return output
 
     model.forward = types.MethodType(forward, model)
@@ -135,10 +145,6 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
 def accepts_position_ids(model: PreTrainedModel) -> bool:
     """Whether the architecture takes explicit positions; with left-padded prompts they matter for absolute ones."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
-
-
-def _reads_trunk(model: nn.Module, wanted: set[str]) -> bool:
-    return "state_values" in wanted and isinstance(model.critic, ValueHead)
 
 
 def _scored_positions(labels: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
-from ..pretrained import check_no_adapter, text_config
+from ..pretrained import adapter_config, check_no_adapter, text_config
+from .adapter_checks import check_adapters
+from .adapters import critic_adapter, load_reward_adapter
 from .config import PPOConfigX
-from .critic import build_critic, check_value_checkpoint, check_value_model
+from .critic import ValueAdapter, build_critic, check_value_checkpoint, check_value_model
 from .placement import frozen_kwargs
 from .scorers import (
     TokenScorer,
@@ -40,7 +42,8 @@ class Roles:
         actor: the policy, before `peft_config` wraps it.
         reference: a frozen model, or `None`: an adapter of the actor, or no reference at all.
         reward_funcs, reward_processing_classes: the reward sources, the reward model first.
-        critic: the value model or value head.
+        critic: the value model, value adapter or value head.
+        reward_adapter: the reward model, where it is an adapter on the actor's base.
     """
 
     actor: PreTrainedModel
@@ -48,6 +51,7 @@ class Roles:
     reward_funcs: list[Any]
     reward_processing_classes: list[Any]
     critic: nn.Module
+    reward_adapter: PeftModel | None
 
 
 def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
@@ -92,21 +96,23 @@ def check_roles(
         raise ValueError(
             "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
         )
-    for name, path in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+    check_adapters(args, model, reward_model, value_model, peft_config)
+    whole = {"model": model, "ref_model": ref_model} | (
+        {} if args.critic == "adapter" else {"value_model": value_model}
+    )
+    for name, path in whole.items():
         if isinstance(path, str):
             check_no_adapter(path, name)
     if isinstance(value_model, PreTrainedModel):
         check_value_model(value_model)
-    elif isinstance(value_model, str):
+    elif isinstance(value_model, str) and args.critic == "model":
         check_value_checkpoint(value_model, args.trust_remote_code)
-    for source in [reward_model, *reward_funcs]:
+    for source in [*([] if adapter_config(reward_model) else [reward_model]), *reward_funcs]:
         if isinstance(source, PreTrainedModel | PeftModel):
             _check_reward_model(source)
         elif isinstance(source, str):
             check_no_adapter(source, "reward model")
             check_reward_checkpoint(source, args.trust_remote_code)
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(f"{type(peft_config).__name__} learns virtual tokens, which shift every position; use LoRA.")
     adapters = model.peft_config if isinstance(model, PeftModel) else {}
     if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
         raise ValueError(
@@ -168,6 +174,16 @@ def load_roles(
             ref_model, model, actor, frozen_kwargs(args, actor_kwargs, args.ref_model_quantization)
         )
 
+    on_base = args.critic == "adapter" or adapter_config(reward_model) is not None
+    if args.use_vllm and on_base and getattr(actor, "is_quantized", False):
+        raise ValueError(
+            "For vLLM the actor's adapter is merged into the base and taken out again, and on a quantised base PEFT "
+            "makes new weights for that, which critic and reward model would not share. Switch `use_vllm` off, or do "
+            "not quantise the base, or give these roles whole models."
+        )
+    reward_adapter = None
+    if isinstance(reward_model, str) and adapter_config(reward_model) is not None:
+        reward_adapter = reward_model = load_reward_adapter(actor, reward_model)
     sources = ([] if reward_model is None else [reward_model]) + reward_funcs
     tokenizers = _align(reward_processing_classes, sources)
     functions, shared = [], None
@@ -179,11 +195,20 @@ def load_roles(
         functions.append(function)
         if i == 0 and reward_model is not None and reads_ids:
             shared = function.model
+    if reward_adapter is not None and shared is None:
+        raise ValueError(
+            f"The reward adapter {reward_adapter.config.name_or_path} was trained with another tokenizer than the "
+            "actor's. Train it with the actor's, or pass a whole model as `reward_model`."
+        )
 
-    if value_model is None and shared is not None and args.reward_model_quantization is not None:
-        value_model = reward_model  # the critic is trained: the same checkpoint, in full precision
-    critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
-    return Roles(actor, reference, functions, tokenizers, critic)
+    if args.critic == "adapter":
+        start = None if peft_config is not None else args.model_adapter_name or actor.active_adapter
+        critic: nn.Module = ValueAdapter(critic_adapter(actor, value_model, reward_adapter, peft_config, start))
+    else:
+        if value_model is None and shared is not None and args.reward_model_quantization is not None:
+            value_model = reward_model  # the critic is trained: the same checkpoint, in full precision
+        critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
+    return Roles(actor, reference, functions, tokenizers, critic, reward_adapter)
 
 
 def _init_kwargs(args: PPOConfigX) -> dict[str, Any]:
@@ -232,7 +257,7 @@ def _reward_source(
         return checked(source, get_callable_name(source)), None, False
     _check_reward_model(source)
     disable_dropout(source)
-    own_tokenizer = own_tokenizer or find_tokenizer(source, args.trust_remote_code)
+    own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(source.config), args.trust_remote_code)
     if not reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary):
         return source, own_tokenizer, False
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -241,13 +266,3 @@ def _reward_source(
     name = (get_config_model_id(config) or "reward_model").rstrip("/").split("/")[-1]
     scorer = TokenScorer(source, name, pad_token_id, args.local_rollout_forward_batch_size)
     return scorer, None, True
-
-
-def copy_adapter(model: Any, name: str, copy_name: str) -> None:
-    """Adds a frozen copy of the adapter `name` to a `PeftModel`."""
-    model.add_adapter(copy_name, model.peft_config[name])
-    for parameter_name, parameter in list(model.named_parameters()):
-        if f".{name}." in parameter_name:
-            twin = model.get_parameter(parameter_name.replace(f".{name}.", f".{copy_name}."))
-            twin.data.copy_(parameter.data)
-            twin.requires_grad_(False)

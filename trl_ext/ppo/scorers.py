@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .._trl import create_model_from_path, get_config_model_id, is_async_callable
+from .._trl import create_model_from_path, is_async_callable
 
 
 logger = logging.get_logger(__name__)
@@ -33,10 +33,14 @@ class TokenScorer:
     end token is also the pad token it is not read, neither here nor when the model was trained.
 
     GRPO calls it as a reward function; the ids reach it as `prompt_ids` and `completion_ids`.
+
+    `ask` gives the scores (b,) of `input_ids` and `attention_mask`: the model does, unless it is an adapter on the
+    actor's base, which is reached through the actor.
     """
 
     def __init__(self, model: nn.Module, name: str, pad_token_id: int, batch_size: int):
         self.model = model
+        self.ask: Callable[..., Tensor] = self._ask_model
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.__name__ = name
@@ -55,7 +59,10 @@ class TokenScorer:
         rows = [torch.tensor(ids) for ids in sequences]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+        return self.ask(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+
+    def _ask_model(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs).logits[:, 0]
 
 
 def token_scorer(reward_func: Any) -> TokenScorer | None:
@@ -89,9 +96,8 @@ def check_single_label(num_labels: int, name: str) -> None:
         )
 
 
-def find_tokenizer(model: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved beside the reward model, or `None`."""
-    path = get_config_model_id(model.config)
+def find_tokenizer(path: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside the reward model in `path`, or `None`."""
     if not path:
         return None
     try:

@@ -29,9 +29,11 @@ from trl import GRPOTrainer
 
 from .. import _trl
 from ..device import keep_4_bit_differentiable
+from ..fingerprint import save_base_fingerprint
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
 from . import critic as critic_module
+from .adapters import REWARD, copy_adapter, saving_one_adapter, stand_on
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
 from .display import append_training_section, batch_plan, print_samples
@@ -44,7 +46,7 @@ from .metrics import LossLedger
 from .placement import WaitingWeights, check_placement, placement_line, without_models_of
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .rewards import RunningMoments
-from .roles import Model, Roles, check_roles, copy_adapter, load_roles, load_tokenizer, resolve_args
+from .roles import Model, Roles, check_roles, load_roles, load_tokenizer, resolve_args
 from .rollout import MicroBatch, Rollout
 from .scorers import checked, token_scorer
 
@@ -67,10 +69,13 @@ class PPOTrainerX(GRPOTrainer):
         ref_model: the reference. Not given: a frozen copy of the actor; with `peft_config`, the actor with its adapter
             switched off; for a `PeftModel`, a frozen copy of its adapter.
         reward_model: a sequence classification model with one label. It reads token ids if it shares the actor's
-            tokenizer, text if it has its own.
+            tokenizer, text if it has its own. Or, where the actor trains an adapter, the folder of an adapter with a
+            score head, trained on the actor's base: it is loaded onto that base.
         train_dataset: prompts in a column `prompt` (text or conversation), or tokenised in `input_ids`.
         value_model: the critic. Not given: a copy of the reward model if that shares the actor's tokenizer, else a
-            copy of the actor's trunk with a new head. Not with `critic="head"`.
+            copy of the actor's trunk with a new head. Not with `critic="head"`. With `critic="adapter"`, the folder
+            of an adapter with a score head; not given: a copy of the reward adapter, else a copy of the actor's
+            adapter with a new head.
         data_collator: collates tokenised prompts, as in TRL 1.12.
         eval_dataset: held-out prompts.
         optimizers, callbacks, peft_config: as in `transformers.Trainer` and `GRPOTrainer`.
@@ -222,17 +227,22 @@ class PPOTrainerX(GRPOTrainer):
             self.generation_config.eos_token_id = self.eos_token_ids
 
     def _set_up_models(self, roles: Roles) -> None:
-        """Attaches the critic, extends the forward of actor and reference, places the frozen models."""
+        """Attaches critic and reward adapter, extends the forward of actor and reference, places the frozen models."""
         actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        keep_4_bit_differentiable(actor)
         self.critic: Any = roles.critic
-        critic_module.attach(self.critic, actor)
+        critic_module.attach(self.critic, self.model)
+        if roles.reward_adapter is not None:
+            stand_on(self.model, roles.reward_adapter, REWARD)
+        keep_4_bit_differentiable(self.model)
+        if isinstance(self.critic, critic_module.ValueAdapter) and self.args.gradient_checkpointing:
+            self.critic.enable_gradient_checkpointing(self.args.gradient_checkpointing_kwargs)
         critic_module.check_trained(self.model, self.critic, self.optimizer)
         _trl.disable_dropout(self.model)
-        self._ref_logits = add_actor_critic_forward(actor)
+        self._ref_logits = add_actor_critic_forward(actor, self.critic, roles.reward_adapter)
         self._position_ids = accepts_position_ids(actor)
         if self.use_vllm:
-            _trl.exclude_from_weight_sync(self.vllm_generation, self.critic)
+            of_others = [self.critic] if roles.reward_adapter is None else [self.critic, roles.reward_adapter]
+            _trl.exclude_from_weight_sync(self.vllm_generation, *of_others)
 
         if roles.reference is not None:
             _trl.add_fused_lm_head(
@@ -241,7 +251,9 @@ class PPOTrainerX(GRPOTrainer):
             self._ref_logits = add_actor_critic_forward(roles.reference)
             self.ref_model = _trl.prepare_frozen(roles.reference, self.accelerator)
         for scorer in map(token_scorer, self.reward_funcs):
-            if scorer is not None:
+            if scorer is not None and scorer.model is roles.reward_adapter:
+                scorer.ask = self._ask_reward_adapter
+            elif scorer is not None:
                 scorer.model = _trl.prepare_frozen(scorer.model, self.accelerator)
 
     def _set_up_placement(self) -> None:
@@ -385,6 +397,11 @@ class PPOTrainerX(GRPOTrainer):
         scores[rewards.isnan().all(dim=1)] = torch.nan
         self._scores = scores[start : start + len(prompts)]
         return rewards
+
+    def _ask_reward_adapter(self, **inputs: Tensor) -> Tensor:
+        """(b,) scores, through the actor's forward: the engine that holds the actor holds this adapter's base."""
+        with self.accelerator.autocast():
+            return self.model(**inputs, ppo_outputs=("scores",)).scores
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
@@ -715,9 +732,14 @@ class PPOTrainerX(GRPOTrainer):
         if state_dict is None:
             state_dict = self.model.state_dict()
         actor, critic = critic_module.split_state_dict(self.model, self.critic, state_dict)
-        super()._save(output_dir, actor)
+        with saving_one_adapter(self.model):
+            super()._save(output_dir, actor)
+        folder = Path(output_dir) / critic_module.FOLDER
         if self.args.should_save and critic:
-            self.critic.save_pretrained(Path(output_dir) / critic_module.FOLDER, critic)
+            self.critic.save_pretrained(folder, critic)
+        if self.args.should_save and is_peft_model(self.model):
+            folders = [output_dir, Path(output_dir) / self.model.active_adapter, folder]
+            save_base_fingerprint(folders, _trl.get_config_model_id(self.model.config))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

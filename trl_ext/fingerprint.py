@@ -1,0 +1,91 @@
+"""
+Which base an adapter belongs to: a fingerprint of the base's weights, as they are on disk.
+
+A name says little: folders are moved, and a base that has been trained further keeps its name. The files on disk are
+the same however a run loads them, in 4 bits, bfloat16 or float32. What the fingerprint does not see: weights that a
+program changes after loading them. The same weights saved in another dtype, or under other tensor names, count as
+another base; other shards do not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+
+FILE = "base_model.json"
+ROWS = 8  # read of each tensor with rows; of vectors, everything is read
+
+
+def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
+    """
+    SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint: a few megabytes of reading.
+
+    Args:
+        path: a folder, or a hub name.
+
+    Returns:
+        `None` where there are no safetensors files.
+    """
+    digests = {}
+    for file in _weight_files(path, revision):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                digests[name] = _digest(weights, name)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
+
+
+def _digest(weights: Any, name: str) -> str:
+    """Digest of a tensor of an open file: all of a vector, evenly spaced rows of anything else."""
+    rows = weights.get_slice(name)
+    shape = rows.get_shape()
+    digest = hashlib.sha256(f"{rows.get_dtype()} {shape}".encode())
+    if len(shape) < 2:
+        parts = [weights.get_tensor(name)]
+    else:
+        parts = [rows[row : row + 1] for row in sorted({i * shape[0] // ROWS for i in range(ROWS)})]
+    for part in parts:
+        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weight_files(path: str, revision: str | None) -> list[str]:
+    index = _find(path, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index is None:
+        whole = _find(path, SAFE_WEIGHTS_NAME, revision)
+        return [] if whole is None else [whole]
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [file for shard in shards if (file := _find(path, shard, revision)) is not None]
+
+
+def _find(path: str, name: str, revision: str | None) -> str | None:
+    try:
+        return cached_file(path, name, revision=revision)
+    except OSError:
+        return None
+
+
+def save_base_fingerprint(folders: Iterable[str | Path], base: str | None, revision: str | None = None) -> None:
+    """Writes into those folders that hold an adapter which weights it was trained on, if `base` has them on disk."""
+    of_adapters = [Path(folder) for folder in folders if (Path(folder) / "adapter_config.json").exists()]
+    fingerprint = weights_fingerprint(base, revision) if base and of_adapters else None
+    if fingerprint is None:
+        return
+    for folder in of_adapters:
+        (folder / FILE).write_text(json.dumps({"name": base, "weights": fingerprint}, indent=2) + "\n")
+
+
+def base_fingerprint(folder: str | Path, base: str | None) -> str | None:
+    """
+    Fingerprint of the base that the adapter in `folder` was trained on: what was written beside it, else that of the
+    folder `base`, which the adapter names; `None` if neither is there.
+    """
+    file = Path(folder) / FILE
+    if file.exists():
+        return json.loads(file.read_text())["weights"]
+    return weights_fingerprint(base) if base and Path(base).is_dir() else None
