@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path, disable_dropout
+from ..zero import copy_of, copy_weights, fill_zeros
 
 
 ATTRIBUTE = "critic"
@@ -128,7 +130,7 @@ def build_critic(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
         )
     elif value_model is None and reward_model is not None:
-        value_model = copy.deepcopy(reward_model)
+        value_model = copy_of(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)
     if is_peft_model(value_model):
@@ -146,7 +148,7 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
             "`value_model`, or `critic='head'` for a value head on the actor's trunk."
         )
     if hasattr(actor, "merge_and_unload"):
-        actor = copy.deepcopy(actor).merge_and_unload()
+        actor = copy_of(actor).merge_and_unload()
     config = copy.deepcopy(actor.config)
     config.num_labels = 1
     try:
@@ -156,8 +158,8 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
             f"transformers has no sequence classification model for {type(actor).__name__}, so the critic cannot copy "
             "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
         ) from error
-    model.base_model.load_state_dict(actor.base_model.state_dict())
-    nn.init.zeros_(model.score.weight)
+    copy_weights(actor.base_model, model.base_model)
+    fill_zeros(model.score.weight)
     return model
 
 
@@ -192,6 +194,18 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
                 "learn. Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the "
                 "trainer (`learning_rate`, `critic_learning_rate`)."
             )
+
+
+def without_critic(model: nn.Module, critic: nn.Module) -> list[nn.Parameter]:
+    """The parameters that `model` generates with: neither the critic's nor those of adapters that are switched off."""
+    unused = {id(parameter) for parameter in critic.parameters()}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for kind in layer.adapter_layer_names:
+                for name, part in getattr(layer, kind).items():
+                    parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+                    unused |= {id(p) for p in parameters if name not in layer.active_adapters}
+    return [parameter for parameter in model.parameters() if id(parameter) not in unused]
 
 
 def split_state_dict(

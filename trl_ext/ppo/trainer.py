@@ -16,6 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from trl import GRPOTrainer
 from .. import _trl
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
+from ..zero import check_unquantized, is_stage3
 from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
@@ -130,6 +132,8 @@ class PPOTrainerX(GRPOTrainer):
             reward_model = args.reward_model_path
         has_other_reward = bool(reward_funcs) or environment_factory is not None
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
+        given = {"model": model, "ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
+        check_unquantized(args, quantization_config, given)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
@@ -340,7 +344,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple:
         start = time.perf_counter()
-        with without_router_logits(self.model):
+        with without_router_logits(self.model), self._weights_for_generation():
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
@@ -349,6 +353,18 @@ class PPOTrainerX(GRPOTrainer):
         if self.model.training:
             self._seconds["generate"] = time.perf_counter() - start
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
+
+    def _weights_for_generation(self) -> AbstractContextManager[None]:
+        """Under ZeRO-3 and with `ds3_gather_for_generation`, the actor's weights are gathered, once per rollout."""
+        by_transformers = not self.use_vllm and self.rollout_func is None
+        if not (by_transformers and is_stage3(self.args) and self.args.ds3_gather_for_generation):
+            return nullcontext()
+        return _trl.gathered_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            critic_module.without_critic(self.model, self.critic),
+            self.args.gradient_checkpointing_kwargs,
+        )
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -713,6 +729,8 @@ class PPOTrainerX(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self.is_deepspeed_enabled:  # its checkpoint holds the whole engine, the critic too
+            return
         critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
