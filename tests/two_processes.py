@@ -62,9 +62,12 @@ def write(written: dict[str, Any], path: str | Path) -> None:
 
 def count_processes_on_cpu() -> None:
     """Lets accelerate see the processes that torchrun has started, under DeepSpeed too."""
+    import deepspeed.comm.torch
     from accelerate.state import DistributedType, PartialState
 
     if "LOCAL_RANK" in os.environ:
+        # DeepSpeed would first compile, for a minute or two, collectives through shared memory; gloo has its own.
+        deepspeed.comm.torch.build_shm_op = lambda: None
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 

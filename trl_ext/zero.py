@@ -140,3 +140,15 @@ def fill_zeros(parameter: nn.Parameter) -> None:
 
     with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
         nn.init.zeros_(parameter)
+
+
+def declare_head(model: PreTrainedModel) -> None:
+    """
+    Tells DeepSpeed that `model.forward` reads the weights of its output head. ZeRO-3 would find out by itself when
+    that first happens; but PPO's first pass may ask for values alone, and what it then records as the order of
+    gathers would be wrong for the next.
+    """
+    import deepspeed
+
+    for parameter in model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)

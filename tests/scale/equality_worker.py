@@ -31,7 +31,12 @@ SETTINGS = {
 }
 PPO = {"response_length": 9, "kl_coef": 0.2, "old_kl_coef": 0.1, "total_episodes": 40, "num_ppo_epochs": 2}
 DPO = {"max_steps": 10, "train_sampling_strategy": "sequential"}
-CASES = {"ppo, model": PPO, "ppo, head": PPO | {"critic": "head"}, "dpo": DPO}
+CASES = {
+    "ppo, model": PPO,
+    "ppo, head": PPO | {"critic": "head"},
+    "ppo, head, full": PPO | {"critic": "head", "kl_estimator": "full"},
+    "dpo": DPO,
+}
 LAYOUTS = {"ddp": None, "zero2": "zero2", "zero3": "zero3"}
 
 # Log lines but times, and of DPO what is a mean over micro-batches.
@@ -53,7 +58,7 @@ def run(case: str, folder: Path, deepspeed: str | None, per_process: int) -> dic
         options["deepspeed"] = f"configs/deepspeed/{deepspeed}.json"
     with zero_runs.launched({"ACCELERATE_USE_DEEPSPEED": "true"} if deepspeed else {}):
         trainer = zero_runs.BUILD[algorithm](folder, folder / "output", models(case, folder), **options)
-        if case == "ppo, head":  # 0 at the start; then the trunk would have no part in the value
+        if "head" in case:  # 0 at the start; then the trunk would have no part in the value
             torch.manual_seed(0)
             nn.init.normal_(trainer.critic.score.weight, std=0.5)
         trainer.train()

@@ -70,7 +70,8 @@ def run(folder: Path, models: dict[str, Any] | None = None, **options: Any) -> d
         return output
 
     zero3 = {"deepspeed": "configs/deepspeed/zero3.json", "max_steps": 2, "num_ppo_epochs": 1, "response_length": 12}
-    with mock.patch.object(PPOTrainerX, "_generate", watched):
+    launched = zero_runs.launched({"ACCELERATE_USE_DEEPSPEED": "true"})
+    with launched, mock.patch.object(PPOTrainerX, "_generate", watched):
         trainer = zero_runs.ppo(folder, folder / "output", models or {}, **(zero3 | options))
         trainer.train()
     return {"rollouts": rollouts, "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
@@ -96,14 +97,13 @@ def turns_of_rank() -> Any:
 def main(path: str) -> None:
     folder = Path(path).parent
     measured = {}
-    with zero_runs.launched({"ACCELERATE_USE_DEEPSPEED": "true"}):
-        for critic in ("model", "head"):
-            measured[f"once, {critic}"] = run(folder, critic=critic)
-        with as_trl():
-            measured["as TRL"] = run(folder)
-        measured["per token"] = run(folder, ds3_gather_for_generation=False)
-        with turns_of_rank():
-            measured["turns"] = run(folder)
+    for critic in ("model", "head"):
+        measured[f"once, {critic}"] = run(folder, critic=critic)
+    with as_trl():
+        measured["as TRL"] = run(folder)
+    measured["per token"] = run(folder, ds3_gather_for_generation=False)
+    with turns_of_rank():
+        measured["turns"] = run(folder)
     two_processes.write(measured, path)
 
 

@@ -31,7 +31,7 @@ from trl import GRPOTrainer
 from .. import _trl
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
-from ..zero import check_unquantized, is_stage3
+from ..zero import check_unquantized, declare_head, is_stage3
 from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
@@ -230,6 +230,8 @@ class PPOTrainerX(GRPOTrainer):
         _trl.disable_dropout(self.model)
         self._ref_logits = add_actor_critic_forward(actor)
         self._position_ids = accepts_position_ids(actor)
+        if is_stage3(self.args):
+            declare_head(actor)
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, critic_module.ATTRIBUTE)
 
