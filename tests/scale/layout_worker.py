@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+import tiny
 import two_processes
 from scale import zero_runs
 
@@ -27,6 +28,8 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
     """Trains, saves to `folder / name / algorithm`, and measures."""
     start, output = zero_runs.KeepStart(), folder / name / algorithm
     models: dict[str, Any] = {"callbacks": [start]}
+    if "eval_strategy" in layout["options"]:
+        models["eval_dataset"] = tiny.tiny_prompts(4, seed=1)
     if layout.get("adapter"):
         models["peft_config"] = LoraConfig(**LORA)
     with zero_runs.launched(layout["environment"]):
@@ -56,7 +59,8 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         trains = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
         measured["still"] = [key for key in moved if trains[key] and not moved[key]]
         measured["moved though frozen"] = [key for key in moved if moved[key] and not trains[key]]
-        if algorithm == "ppo":
+        measured["best"] = Path(trainer.state.best_model_checkpoint or "").name
+        if algorithm == "ppo" and "only" not in layout:
             measured["without kl"] = without_reference(folder, output, layout)
     return measured
 

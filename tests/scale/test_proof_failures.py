@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
     [("error", "RuntimeError: the reward of rank 1 has failed"), ("killed", "Signal 9 (SIGKILL)")],
 )
 def test_run_ends_when_a_process_dies(tmp_path, end, said):
-    zero_runs.save_models(tmp_path)
+    zero_runs.save(tmp_path)
     worker = two_processes.ROOT / "tests" / "scale" / "dying_worker.py"
     command = [*two_processes.TORCHRUN, str(two_processes.ON_CPU), str(worker), end, str(tmp_path)]
     result = subprocess.run(

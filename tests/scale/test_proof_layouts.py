@@ -41,15 +41,20 @@ def layouts() -> dict[str, dict]:
         made[f"{name}.yaml"] = {"environment": launch(ACCELERATE / f"{name}.yaml", *as_two).environment, "options": {}}
     for name in ("zero2", "zero3"):
         made[f"{name}.json, LoRA"] = made[f"{name}.json"] | {"adapter": True}
+    zero3 = made["zero3.json"]
+    for name in ("zero3.json", "zero3.json, LoRA"):
+        made[f"{name}, bf16"] = made[name] | {"options": zero3["options"] | {"bf16": True}}
+    of_dpo = made["dpo_33b_2x80g.json"]
+    precomputed = {"options": of_dpo["options"] | {"precompute_ref_log_probs": True}, "only": "dpo"}
+    made["dpo_33b_2x80g.json, precomputed"] = of_dpo | precomputed
     best = {
         "eval_strategy": "steps",
-        "eval_steps": 5,
+        "eval_steps": 2,
         "save_strategy": "steps",
-        "save_steps": 5,
+        "save_steps": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_reward/score",
     }
-    zero3 = made["zero3.json"]
     made["zero3.json, best"] = zero3 | {"options": zero3["options"] | best, "only": "ppo"}
     return made
 
@@ -57,7 +62,7 @@ def layouts() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    zero_runs.save_models(folder)
+    zero_runs.save(folder)
     return folder
 
 
@@ -166,11 +171,28 @@ def test_reference_is_not_loaded_without_a_kl(measured, name):
 
 
 def test_best_model_of_zero3_is_actor_and_critic_of_that_step(measured, folder):
-    """One evaluation, at the last step: what is loaded back is what was trained, in both."""
-    run = measured["zero3.json, best, ppo"]
+    """Saved after two and four of five steps: what is loaded back, in both, is what was saved then."""
+    run, output = measured["zero3.json, best, ppo"], folder / "zero3.json, best" / "ppo"
+    assert run["best"] in ("checkpoint-2", "checkpoint-4")
+    of_critic = {key.removeprefix("critic.model."): w for key, w in run["weights"].items() if "critic." in key}
+    same_weights(AutoModelForSequenceClassification.from_pretrained(output / run["best"] / "critic"), of_critic)
+    of_actor = {key: weight for key, weight in run["weights"].items() if "critic." not in key}
+    same_weights(AutoModelForCausalLM.from_pretrained(output / run["best"]), of_actor)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", ["zero3.json, bf16", "zero3.json, LoRA, bf16"])
+def test_zero3_trains_in_bfloat16(measured, name, algorithm):
+    """As it does on a GPU: the weights are in bfloat16, the optimizer's copy in float32."""
+    run = measured[f"{name}, {algorithm}"]
     assert run["steps"] == 5
-    output = folder / "zero3.json, best" / "ppo"
-    assert (output / "checkpoint-5").is_dir()
-    actor = {key: weight for key, weight in run["weights"].items() if not key.startswith("critic.")}
-    same_weights(AutoModelForCausalLM.from_pretrained(output), actor)
-    assert run["still"] == []
+    assert all(map(math.isfinite, run["loss"]))
+    assert {weight.dtype for weight in run["weights"].values()} == {torch.bfloat16}
+    assert run["moved though frozen"] == []
+
+
+def test_reference_of_dpo_is_gone_once_it_is_precomputed(measured):
+    run = measured["dpo_33b_2x80g.json, precomputed, dpo"]
+    assert (run["steps"], run["reference"], run["stage"]) == (5, False, 3)
+    first = measured["dpo_33b_2x80g.json, dpo"]["loss"]
+    assert run["loss"] == pytest.approx(first, abs=1e-5), "the same reference, computed before"

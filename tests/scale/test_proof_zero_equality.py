@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import two_processes
-from scale import equality_worker
+from scale import equality_worker, zero_runs
 
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
@@ -21,7 +21,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equality")
-    equality_worker.save_data(folder)
+    zero_runs.save(folder)
     return folder
 
 

@@ -25,7 +25,7 @@ def share(sizes: list[int]) -> int:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
-    zero_runs.save_models(folder)
+    zero_runs.save(folder)
     return two_processes.measured(Path(generation_worker.__file__), folder / "out.pt", deepspeed=True)
 
 

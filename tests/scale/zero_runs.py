@@ -1,7 +1,7 @@
 """
 Short runs of PPO and DPO on tiny models in two processes, under DeepSpeed or not, and what they measure.
 
-Every run starts from saved models (`save_models`), as runs of a size that needs ZeRO do: under ZeRO-3 each process
+Every run starts from saved models (`save`), as runs of a size that needs ZeRO do: under ZeRO-3 each process
 then loads its share alone.
 """
 
@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from datasets import load_from_disk
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -28,12 +29,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROLES = ("actor", "reward_model", "reference", "critic")
 
 
-def save_models(folder: Path) -> None:
-    """The models that the runs load, in folders named after their roles."""
+def save(folder: Path) -> None:
+    """The models that the runs load, in folders named after their roles, and the pairs of DPO."""
     models = (tiny.tiny_actor(), tiny.tiny_reward_model(), tiny.tiny_actor(5), tiny.tiny_reward_model(7))
     for role, model in zip(ROLES, models, strict=True):
         model.save_pretrained(folder / role)
         tiny.tiny_tokenizer().save_pretrained(folder / role)
+    dpo_runs.tiny_pairs(16, 0).save_to_disk(str(folder / "pairs"))
 
 
 @contextmanager
@@ -67,7 +69,9 @@ def ppo(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> A
 
 def dpo(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> Any:
     """A DPO trainer, untrained, of the actor in `folder`, which is also the reference."""
-    arguments = {"model": str(folder / "actor"), "ref_model": None}
+    # Pairs from files: TRL hands precomputed references from process to process in the cache beside them.
+    pairs = load_from_disk(str(folder / "pairs"))
+    arguments = {"model": str(folder / "actor"), "ref_model": None, "train_dataset": pairs}
     defaults = {"use_cpu": False, "optim": "adamw_torch", "learning_rate": 1e-3}
     return dpo_runs.dpo_trainer(output, arguments | models, **(defaults | options))
 
