@@ -30,7 +30,8 @@ SETTINGS = {
 PPO = {"response_length": 9, "kl_coef": 0.2, "old_kl_coef": 0.1, "total_episodes": 40, "num_ppo_epochs": 2}
 DPO = {"max_steps": 10, "train_sampling_strategy": "sequential"}
 CASES = {
-    "ppo, model": PPO,
+    "ppo, model": PPO | {"critic_learning_rate": 3e-3},
+    "ppo, model, stop": PPO | {"target_kl": 1e-3, "num_ppo_epochs": 5, "total_episodes": 16},
     "ppo, head": PPO | {"critic": "head"},
     "ppo, head, full": PPO | {"critic": "head", "kl_estimator": "full"},
     "dpo": DPO,
@@ -69,7 +70,7 @@ def models(case: str, folder: Path) -> dict[str, Any]:
     if case == "dpo":
         return {}
     paths = {"ref_model": str(folder / "reference")}
-    if case == "ppo, model":
+    if "model" in case:
         paths["value_model"] = str(folder / "critic")
     return {"train_dataset": given.PROMPTS, "rollout_func": given.answer} | paths
 

@@ -185,6 +185,24 @@ def test_quantized_model_is_refused_under_zero3_before_it_is_loaded(tmp_path, ro
         ppo_runs.PPOTrainerX(args, processing_class=tiny.tiny_tokenizer(), train_dataset=tiny.tiny_prompts(), **models)
 
 
+def test_tools_need_the_gathered_weights(tmp_path):
+    """Processes take different numbers of turns."""
+
+    def tool(number: int) -> int:
+        """Doubles a number.
+
+        Args:
+            number: to double.
+        """
+        return 2 * number
+
+    models = {"model": tiny.tiny_actor(), "reward_model": tiny.tiny_reward_model(), "tools": [tool]}
+    zero3 = {"deepspeed": str(DEEPSPEED / "zero3.json"), "ds3_gather_for_generation": False}
+    args = ppo_runs.ppo_config(tmp_path, **zero3)
+    with pytest.raises(ValueError, match="With tools, the processes generate different numbers of turns"):
+        ppo_runs.PPOTrainerX(args, processing_class=tiny.tiny_tokenizer(), train_dataset=tiny.tiny_prompts(), **models)
+
+
 def test_quantization_config_is_refused_under_zero3(tmp_path):
     models = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "model": str(tmp_path)}
     args = {"deepspeed": str(DEEPSPEED / "zero3.json"), "use_cpu": False}

@@ -47,6 +47,9 @@ def layouts() -> dict[str, dict]:
     of_dpo = made["dpo_33b_2x80g.json"]
     precomputed = {"options": of_dpo["options"] | {"precompute_ref_log_probs": True}, "only": "dpo"}
     made["dpo_33b_2x80g.json, precomputed"] = of_dpo | precomputed
+    for name in ("zero2.json", "zero3.json"):
+        warmup = {"options": made[name]["options"] | {"critic_warmup_steps": 5}, "only": "ppo"}
+        made[f"{name}, warm-up"] = made[name] | warmup
     best = {
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -178,6 +181,12 @@ def test_best_model_of_zero3_is_actor_and_critic_of_that_step(measured, folder):
     same_weights(AutoModelForSequenceClassification.from_pretrained(output / run["best"] / "critic"), of_critic)
     of_actor = {key: weight for key, weight in run["weights"].items() if "critic." not in key}
     same_weights(AutoModelForCausalLM.from_pretrained(output / run["best"]), of_actor)
+
+
+@pytest.mark.parametrize("name", ["zero2.json, warm-up", "zero3.json, warm-up"])
+def test_warmup_of_the_critic_leaves_the_actor_bitwise(measured, name):
+    run = measured[f"{name}, ppo"]
+    assert {*run["still"]} == {key for key in run["weights"] if not key.startswith("critic.")}
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dpo"])

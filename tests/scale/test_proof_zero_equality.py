@@ -57,6 +57,8 @@ def test_two_processes_learn_what_one_does(case_and_alone, measured, layout):
     run = measured[f"{case}, {layout}"]
     assert run["wrapper"] == WRAPPERS[layout]
     assert len(run["lines"]) == 10
+    if "stop" in case:
+        assert sum(line["policy/steps_left_out"] for line in run["lines"]) > 0
     apart = differences(run, alone)
     assert {"loss", "grad_norm"} <= apart.keys()
     worst = max(apart, key=apart.get)

@@ -31,7 +31,7 @@ from trl import GRPOTrainer
 from .. import _trl
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
-from ..zero import check_unquantized, declare_head, is_stage3
+from ..zero import check_turns, check_unquantized, declare_head, is_stage3
 from . import critic as critic_module
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .config import PPOConfigX
@@ -134,6 +134,7 @@ class PPOTrainerX(GRPOTrainer):
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
         given = {"model": model, "ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
         check_unquantized(args, quantization_config, given)
+        check_turns(args, has_tools=bool(tools) or environment_factory is not None)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
@@ -198,7 +199,7 @@ class PPOTrainerX(GRPOTrainer):
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
         self._scores: Tensor | None = None
-        self._stop_learning = False
+        self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
         self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
 
@@ -513,7 +514,8 @@ class PPOTrainerX(GRPOTrainer):
     # ---- 4. Learn ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._is_left_out():
+        self._leaves_out = self._is_left_out()
+        if self._leaves_out:
             self._step += 1
             self._left_out_steps += self.accelerator.sync_gradients
             return torch.zeros((), device=self.accelerator.device)
@@ -603,8 +605,9 @@ class PPOTrainerX(GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # loss scaling expects overflows
-            require_finite_gradient(grad_norm, self.model.named_parameters(), self.state.global_step)
-        return grad_norm
+            parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
+            require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
+        return 0.0 if self._leaves_out else grad_norm  # DeepSpeed would repeat the last one
 
     def _drop_actor_gradients(self) -> None:
         """Absent gradients leave a parameter alone; zero ones would still decay it."""
