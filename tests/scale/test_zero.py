@@ -25,7 +25,7 @@ def two_adapters():
 def test_weights_to_generate_with_are_those_that_change_the_logits():
     """Each parameter is disturbed in turn: what is gathered is what the logits see, and nothing else."""
     model, critic = two_adapters()
-    gathered = {id(parameter) for parameter in critic_module.without_critic(model, critic)}
+    gathered = {id(parameter) for parameter in critic_module.generating_parameters(model, critic)}
     ids = torch.tensor([[1, 7, 8, 9, 10]])  # of the tokens that the embedding's disturbance reaches
     before = model(ids).logits
     for name, parameter in model.named_parameters():
@@ -40,7 +40,18 @@ def test_whole_model_generates_with_all_that_is_not_the_critics():
     actor, critic = tiny.tiny_actor(), critic_module.ValueHead(16)
     names = {id(parameter): name for name, parameter in actor.named_parameters()}
     critic_module.attach(critic, actor)
-    assert {names[id(parameter)] for parameter in critic_module.without_critic(actor, critic)} == {*names.values()}
+    assert {names[id(parameter)] for parameter in critic_module.generating_parameters(actor, critic)} == {
+        *names.values()
+    }
+
+
+def test_base_that_the_critic_shares_is_the_actors():
+    """A critic on the actor's base reaches the base's weights too, and has a head of its own."""
+    actor = tiny.tiny_actor()
+    names = {id(parameter): name for name, parameter in actor.named_parameters()}
+    critic = torch.nn.ModuleDict({"base": actor.model, "score": torch.nn.Linear(16, 1)})
+    actor.add_module("critic", critic)
+    assert {names.get(id(p)) for p in critic_module.generating_parameters(actor, critic)} == {*names.values()}
 
 
 def test_copy_is_a_copy_where_nothing_is_partitioned():

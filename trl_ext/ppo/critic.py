@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +197,30 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
             )
 
 
-def without_critic(model: nn.Module, critic: nn.Module) -> list[nn.Parameter]:
-    """The parameters that `model` generates with: neither the critic's nor those of adapters that are switched off."""
-    unused = {id(parameter) for parameter in critic.parameters()}
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for kind in layer.adapter_layer_names:
-                for name, part in getattr(layer, kind).items():
-                    parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
-                    unused |= {id(p) for p in parameters if name not in layer.active_adapters}
-    return [parameter for parameter in model.parameters() if id(parameter) not in unused]
+def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:
+    """
+    The parameters that `model` generates with: neither those of adapters that are switched off, nor those that only
+    the modules in `attached`, such as the critic, have; a base that these share with the actor is the actor's.
+    """
+    modules = list(_outside(model, attached))
+    unused = {id(p) for layer in modules if isinstance(layer, BaseTunerLayer) for p in _switched_off(layer)}
+    parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+    return [parameter for key, parameter in parameters.items() if key not in unused]
+
+
+def _outside(module: nn.Module, attached: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if child not in attached:
+            yield from _outside(child, attached)
+
+
+def _switched_off(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    """The parameters of adapters that are not active in a layer."""
+    for kind in layer.adapter_layer_names:
+        for name, part in getattr(layer, kind).items():
+            if name not in layer.active_adapters:
+                yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
 
 
 def split_state_dict(

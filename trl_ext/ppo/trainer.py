@@ -365,7 +365,7 @@ class PPOTrainerX(GRPOTrainer):
         return _trl.gathered_for_generation(
             self.model_wrapped,
             self.accelerator,
-            critic_module.without_critic(self.model, self.critic),
+            critic_module.generating_parameters(self.model, self.critic),
             self.args.gradient_checkpointing_kwargs,
         )
 
