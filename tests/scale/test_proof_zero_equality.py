@@ -58,7 +58,7 @@ def test_two_processes_learn_what_one_does(case_and_alone, measured, layout):
     assert run["wrapper"] == WRAPPERS[layout]
     assert len(run["lines"]) == 10
     if "stop" in case:
-        assert sum(line["policy/steps_left_out"] for line in run["lines"]) > 0
+        assert 0 < sum(line["policy/steps_left_out"] for line in run["lines"]) < 8
     apart = differences(run, alone)
     assert {"loss", "grad_norm"} <= apart.keys()
     worst = max(apart, key=apart.get)
