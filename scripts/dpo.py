@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
+from torch.distributed.elastic.multiprocessing.errors import record
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import DPOConfigX, DPOTrainerX, ReportCallback, embedded
@@ -92,4 +93,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # of several processes, torchrun names the one that failed first, and why

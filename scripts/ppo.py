@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
+from torch.distributed.elastic.multiprocessing.errors import record
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import PPOConfigX, PPOTrainerX, ReportCallback, embedded
@@ -100,4 +101,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # of several processes, torchrun names the one that failed first, and why

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
@@ -94,4 +95,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # of several processes, torchrun names the one that failed first, and why

@@ -61,13 +61,15 @@ def write(written: dict[str, Any], path: str | Path) -> None:
 
 
 def count_processes_on_cpu() -> None:
-    """Lets accelerate see the processes that torchrun has started, under DeepSpeed too."""
+    """Lets accelerate see the processes that torchrun has started, under DeepSpeed too, and allows bfloat16 there."""
     import deepspeed.comm.torch
+    import transformers.training_args
     from accelerate.state import DistributedType, PartialState
 
     if "LOCAL_RANK" in os.environ:
         # DeepSpeed would first compile, for a minute or two, collectives through shared memory; gloo has its own.
         deepspeed.comm.torch.build_shm_op = lambda: None
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 

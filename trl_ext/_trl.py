@@ -4,8 +4,9 @@ The only file that imports TRL's private names, and the range of TRL versions th
 When a new TRL release changes one of them, this file and its test (`tests/test_trl_seams.py`) are the place to mend.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,8 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
+from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -37,6 +39,7 @@ __all__ = [
     "disable_gradient_checkpointing",
     "exclude_from_weight_sync",
     "fused_head_logits",
+    "gathered_for_generation",
     "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
@@ -98,6 +101,44 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     if getattr(accelerator.state, "fsdp_plugin", None) is not None and not quantised:
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
+
+
+@contextmanager
+def gathered_for_generation(
+    engine: nn.Module,
+    accelerator: Any,
+    parameters: Iterable[nn.Parameter],
+    gradient_checkpointing_kwargs: dict[str, Any] | None,
+) -> Iterator[None]:
+    """
+    Within the context, GRPO's generation under ZeRO-3 uses the full weights of `parameters`, gathered here, once.
+
+    GRPO would gather every parameter of the engine, and anew in each turn of a conversation with tools, of which the
+    ranks have different numbers; `generate` would wait for the other ranks at each token, as it must where a forward
+    pass gathers weights.
+    """
+    import deepspeed
+
+    model = accelerator.unwrap_model(engine)
+    gathering = grpo_trainer.unwrap_model_for_generation
+
+    @contextmanager
+    def already_gathered(*args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        yield model
+
+    with (
+        disable_gradient_checkpointing(model, gradient_checkpointing_kwargs),
+        deepspeed.zero.GatheredParameters(parameters),
+    ):
+        remove_hooks(engine)
+        model.generate = functools.partial(model.generate, synced_gpus=False)
+        grpo_trainer.unwrap_model_for_generation = already_gathered
+        try:
+            yield
+        finally:
+            grpo_trainer.unwrap_model_for_generation = gathering
+            del model.generate
+            add_hooks(engine)
 
 
 def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:

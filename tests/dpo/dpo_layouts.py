@@ -18,6 +18,7 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 
 import dpo_runs
+import two_processes
 from trl_ext import DPOTrainerX
 
 
@@ -95,9 +96,7 @@ def main(path: str) -> None:
     measured["2 x 2"] = run(2, 2, data=data)
     with ledger_per_rank():
         measured["ledger per rank"] = run(4, 1, data=data)
-    if torch.distributed.get_rank() == 0:
-        torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
-    torch.distributed.destroy_process_group()
+    two_processes.write(measured, path)
 
 
 if __name__ == "__main__":

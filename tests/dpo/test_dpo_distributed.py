@@ -1,17 +1,13 @@
 """Two processes give the losses, the parameters and the ledger's metrics of one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+import two_processes
 from dpo import dpo_layouts
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TOLERANCE = 1e-4  # of numbers near 0.1 and above, after four steps in float32
 
 
@@ -29,30 +25,12 @@ def difference(one, other):
     return largest
 
 
-def two_processes(path):
-    """What two processes have measured: one launch for all, which imports the libraries twice."""
-    for name, data in dpo_layouts.DATA.items():
-        data.save_to_disk(str(path.parent / name))
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    settings = {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, str(ROOT / "tests" / "dpo" / "dpo_layouts.py"), str(path)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    measured = torch.load(path, weights_only=True)
-    assert measured.pop("processes") == 2
-    return measured
-
-
 @pytest.mark.distributed
 def test_two_processes_measure_what_one_does(tmp_path):
     """The same run on one process and on two, of one and of two micro-batches each; a ledger per rank does show."""
-    measured = two_processes(tmp_path / "measured.pt")
+    for name, data in dpo_layouts.DATA.items():
+        data.save_to_disk(str(tmp_path / name))
+    measured = two_processes.measured(Path(dpo_layouts.__file__), tmp_path / "measured.pt")
     alone = {case: dpo_layouts.run(8, 1, **options) for case, options in dpo_layouts.CASES.items()}
     assert alone["sigmoid"]["lines"][-1]["eval_preference/pairs"] == 11
     assert alone["sigmoid"]["lines"][0]["preference/pairs"] == 16

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 import ppo_runs
 import tiny
+import two_processes
 from trl_ext import PPOTrainerX
 from trl_ext.masked import identity
 from trl_ext.ppo import trainer as trainer_module
@@ -143,9 +144,7 @@ def main(path):
     for name, mistake in MISTAKES.items():
         with mistake():
             measured[name] = run(2, 2, **CASES["loss"])
-    if torch.distributed.get_rank() == 0:
-        torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
-    torch.distributed.destroy_process_group()
+    two_processes.write(measured, path)
 
 
 if __name__ == "__main__":

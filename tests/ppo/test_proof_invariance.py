@@ -5,9 +5,6 @@ same responses (`layouts.py`), whose lengths differ so much that a mean per micr
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,12 @@ import torch
 from transformers import TrainerCallback
 
 import ppo_runs
+import two_processes
 from ppo import layouts
 from trl_ext import PPOTrainerX
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+LAYOUTS = Path(layouts.__file__)
 TOLERANCE = 1e-5
 
 
@@ -72,28 +70,10 @@ def test_control_a_mean_per_micro_batch_depends_on_them():
 # Processes
 
 
-def two_processes(path):
-    """What two processes have measured: one launch for all, which imports the libraries twice."""
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    settings = {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, str(ROOT / "tests" / "ppo" / "layouts.py"), str(path)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    measured = torch.load(path, weights_only=True)
-    assert measured.pop("processes") == 2
-    return measured
-
-
 @pytest.mark.distributed
 def test_two_processes_change_nothing(tmp_path):
     """The same run on one process and on two, of one and of four micro-batches each; the mistakes do show."""
-    measured = two_processes(tmp_path / "measured.pt")
+    measured = two_processes.measured(LAYOUTS, tmp_path / "measured.pt")
     alone = {case: layouts.run(8, 1, **options) for case, options in layouts.CASES.items()}
     differences = {name: difference(result, alone.get(name, alone["loss"])) for name, result in measured.items()}
     mistaken = {name: differences.pop(name) for name in layouts.MISTAKES}

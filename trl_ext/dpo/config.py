@@ -6,6 +6,7 @@ from trl import DPOConfig
 
 from ..device import computes_in_bf16
 from ..frozen import QUANTIZATIONS
+from ..zero import check_batch_fields
 
 
 # Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
@@ -57,6 +58,7 @@ class DPOConfigX(DPOConfig):
         if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
+        check_batch_fields(self, "`gradient_accumulation_steps`")
         if not self.beta > 0:
             raise ValueError(
                 f"`beta` is {self.beta}; the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start."

@@ -78,11 +78,6 @@ def length_limit(model: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def _dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:

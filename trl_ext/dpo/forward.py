@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..scoring import score_only
+from ..zero import is_partitioned
 from . import attention, flex
-from .exactness import is_partitioned, length_limit, why_not_model
+from .exactness import length_limit, why_not_model
 from .prefix_sharing import SharedRows, attention_mask_of, share_prefixes
 
 

@@ -17,6 +17,7 @@ from trl import DPOTrainer
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
 from ..pretrained import check_no_adapter, text_config
+from ..zero import check_unquantized
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
 from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
@@ -72,6 +73,7 @@ class DPOTrainerX(DPOTrainer):
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
         check_columns(train_dataset, eval_dataset)
+        check_unquantized(args, kwargs.get("quantization_config"), {"model": model, "ref_model": ref_model})
         config = text_config(model, args)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")

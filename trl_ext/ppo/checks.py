@@ -56,9 +56,12 @@ def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], r
 
 
 def require_finite_gradient(
-    norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int
+    norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int, applied: bool = False
 ) -> None:
-    """Raises `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite."""
+    """
+    Raises `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite. `applied`:
+    the optimizer has taken its step already, as DeepSpeed's does within the backward pass.
+    """
     value = torch.as_tensor(0.0 if norm is None else norm)
     if torch.isfinite(value):
         return
@@ -66,9 +69,10 @@ def require_finite_gradient(
     bad = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
     # Clipping by a norm of nan makes every gradient nan.
     where = "every parameter" if len(bad) == len(gradients) else ", ".join(bad[:3])
+    updated = "The weights were updated with it: start again from a checkpoint." if applied else "Nothing was updated."
     raise FloatingPointError(
         f"The gradient norm is {value.item()} at step {step}; not finite in {where if bad else 'no local shard'}. "
-        "Nothing was updated. Lower the learning rate, or look at the data and the dtype."
+        f"{updated} Lower the learning rate, or look at the data and the dtype."
     )
 
 

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from ..device import computes_in_bf16
 from ..frozen import QUANTIZATIONS
+from ..zero import check_batch_fields, check_own_optimizer
 from .advantages import validate_estimator
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 
@@ -306,6 +307,7 @@ class PPOConfigX(GRPOConfig):
         if getattr(self, "bf16", None) is None:
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
+        check_own_optimizer(self, critic_learning_rate=self.critic_learning_rate)
 
     # ---- Validation ----
 
@@ -427,12 +429,14 @@ class PPOConfigX(GRPOConfig):
         GRPO refuses groups of one. Groups of two over twice the micro-batches pass its checks at every batch size.
         """
         derived = self._derived_values()
+        counting = f"{self.local_batch_size} prompts of a rollout in `num_mini_batches={self.num_mini_batches}`"
         written = {name: getattr(self, name) for name in (*derived, "generation_batch_size")}
         for name, value in derived.items():
             setattr(self, name, value)
         self.num_generations, self.steps_per_generation = 2, 2 * derived["steps_per_generation"]
         try:
             super().__post_init__()
+            check_batch_fields(self, counting)
         finally:
             for name, value in written.items():
                 setattr(self, name, value)

@@ -2,18 +2,21 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path, disable_dropout
+from ..zero import copy_of, copy_weights, fill_zeros
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 
 
@@ -170,7 +173,7 @@ def build_critic(
         )
     elif value_model is None and reward_model is not None:
         _refuse_quantized(reward_model, "reward model")
-        value_model = copy.deepcopy(reward_model)
+        value_model = copy_of(reward_model)
     elif value_model is None:
         value_model = _copy_of_trunk(actor)
     if is_peft_model(value_model):
@@ -184,7 +187,7 @@ def build_critic(
 def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
     _refuse_quantized(actor, "actor's trunk")
     if hasattr(actor, "merge_and_unload"):
-        actor = copy.deepcopy(actor).merge_and_unload()
+        actor = copy_of(actor).merge_and_unload()
     config = copy.deepcopy(actor.config)
     config.num_labels = 1
     try:
@@ -194,8 +197,8 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
             f"transformers has no sequence classification model for {type(actor).__name__}, so the critic cannot copy "
             "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
         ) from error
-    model.base_model.load_state_dict(actor.base_model.state_dict())
-    nn.init.zeros_(model.score.weight)
+    copy_weights(actor.base_model, model.base_model)
+    fill_zeros(model.score.weight)
     return model
 
 
@@ -243,6 +246,32 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
                 "learn. Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the "
                 "trainer (`learning_rate`, `critic_learning_rate`)."
             )
+
+
+def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:
+    """
+    The parameters that `model` generates with: neither those of adapters that are switched off, nor those that only
+    the modules in `attached`, such as the critic, have; a base that these share with the actor is the actor's.
+    """
+    modules = list(_outside(model, attached))
+    unused = {id(p) for layer in modules if isinstance(layer, BaseTunerLayer) for p in _switched_off(layer)}
+    parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+    return [parameter for key, parameter in parameters.items() if key not in unused]
+
+
+def _outside(module: nn.Module, attached: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if child not in attached:
+            yield from _outside(child, attached)
+
+
+def _switched_off(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    """The parameters of adapters that are not active in a layer."""
+    for kind in layer.adapter_layer_names:
+        for name, part in getattr(layer, kind).items():
+            if name not in layer.active_adapters:
+                yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
 
 
 def split_state_dict(

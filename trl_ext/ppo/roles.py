@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
 from ..pretrained import adapter_config, check_no_adapter, text_config
+from ..zero import copy_of
 from .adapter_checks import check_adapters
 from .adapters import critic_adapter, load_reward_adapter
 from .config import PPOConfigX
@@ -229,7 +230,7 @@ def _load_reference(
     if isinstance(ref_model, str):
         reference = create_model_from_path(ref_model, **init_kwargs)
     else:
-        reference = copy.deepcopy(actor) if ref_model is None else ref_model
+        reference = copy_of(actor) if ref_model is None else ref_model
     disable_dropout(reference)
     return reference.requires_grad_(False).eval()
 

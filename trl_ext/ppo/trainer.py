@@ -16,6 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from ..device import keep_4_bit_differentiable
 from ..fingerprint import save_base_fingerprint
 from ..masked import masked_mean, masked_moments
 from ..pretrained import text_config
+from ..zero import check_turns, check_unquantized, declare_head, is_stage3
 from . import critic as critic_module
 from .adapters import REWARD, copy_adapter, saving_one_adapter, stand_on
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
@@ -140,6 +142,9 @@ class PPOTrainerX(GRPOTrainer):
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
         has_adapter = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_placement(args, model, ref_model, reward_model, reward_funcs, has_adapter)
+        given = {"model": model, "ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
+        check_unquantized(args, quantization_config, given)
+        check_turns(args, has_tools=bool(tools) or environment_factory is not None)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
@@ -203,7 +208,7 @@ class PPOTrainerX(GRPOTrainer):
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
         self._scores: Tensor | None = None
-        self._stop_learning = False
+        self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
         self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
 
@@ -240,6 +245,8 @@ class PPOTrainerX(GRPOTrainer):
         _trl.disable_dropout(self.model)
         self._ref_logits = add_actor_critic_forward(actor, self.critic, roles.reward_adapter)
         self._position_ids = accepts_position_ids(actor)
+        if is_stage3(self.args):
+            declare_head(actor)
         if self.use_vllm:
             of_others = [self.critic] if roles.reward_adapter is None else [self.critic, roles.reward_adapter]
             _trl.exclude_from_weight_sync(self.vllm_generation, *of_others)
@@ -373,7 +380,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple:
         start = time.perf_counter()
-        with without_router_logits(self.model):
+        with without_router_logits(self.model), self._weights_for_generation():
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
@@ -382,6 +389,18 @@ class PPOTrainerX(GRPOTrainer):
         if self.model.training:
             self._seconds["generate"] = time.perf_counter() - start
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
+
+    def _weights_for_generation(self) -> AbstractContextManager[None]:
+        """Under ZeRO-3 and with `ds3_gather_for_generation`, the actor's weights are gathered, once per rollout."""
+        by_transformers = not self.use_vllm and self.rollout_func is None
+        if not (by_transformers and is_stage3(self.args) and self.args.ds3_gather_for_generation):
+            return nullcontext()
+        return _trl.gathered_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            critic_module.generating_parameters(self.model, self.critic),
+            self.args.gradient_checkpointing_kwargs,
+        )
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -535,7 +554,8 @@ class PPOTrainerX(GRPOTrainer):
     # ---- 4. Learn ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._is_left_out():
+        self._leaves_out = self._is_left_out()
+        if self._leaves_out:
             self._step += 1
             self._left_out_steps += self.accelerator.sync_gradients
             return torch.zeros((), device=self.accelerator.device)
@@ -625,8 +645,9 @@ class PPOTrainerX(GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # loss scaling expects overflows
-            require_finite_gradient(grad_norm, self.model.named_parameters(), self.state.global_step)
-        return grad_norm
+            parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
+            require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
+        return 0.0 if self._leaves_out else grad_norm  # DeepSpeed would repeat the last one
 
     def _drop_actor_gradients(self) -> None:
         """Absent gradients leave a parameter alone; zero ones would still decay it."""
@@ -749,6 +770,8 @@ class PPOTrainerX(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self.is_deepspeed_enabled:  # its checkpoint holds the whole engine, the critic too
+            return
         critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
         self._last_loaded_step = -1  # vLLM has the last weights, not the best
 

@@ -1,0 +1,207 @@
+"""
+Every DeepSpeed file, and what accelerate makes of its own files, trains PPO and DPO in two processes on the CPU.
+
+The models are Llama of width 16 instead of 6656. What is on disk is what runs, but for the numbers of machines and
+processes. FSDP2 is not among them: on CPUs accelerate silently runs DDP instead.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tiny
+import two_processes
+from scale import zero_runs
+from scale.accelerate_files import ACCELERATE, launch
+
+
+# accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.
+pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
+
+DEEPSPEED = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "ppo_33b_4x80g": 3, "dpo_33b_2x80g": 3}
+OFFLOADS = {"zero3_offload": (True, True), "ppo_33b_4x80g": (True, True), "dpo_33b_2x80g": (True, False)}
+# File in configs/accelerate: the stage that it must give, 0 for none.
+LAUNCHED = {"ddp": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_2nodes": 3, "zero3_4nodes": 3}
+
+
+def layouts() -> dict[str, dict]:
+    """Every layout, by a name that begins with its file's."""
+    directly = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    made = {}
+    for name in DEEPSPEED:
+        options = {"deepspeed": f"configs/deepspeed/{name}.json"}
+        made[f"{name}.json"] = {"environment": directly, "options": options}
+    for name in LAUNCHED:
+        as_two = ("--num_machines", "1", "--num_processes", "2")
+        made[f"{name}.yaml"] = {"environment": launch(ACCELERATE / f"{name}.yaml", *as_two).environment, "options": {}}
+    for name in ("zero2", "zero3"):
+        made[f"{name}.json, LoRA"] = made[f"{name}.json"] | {"adapter": True}
+    zero3 = made["zero3.json"]
+    for name in ("zero3.json", "zero3.json, LoRA"):
+        made[f"{name}, bf16"] = made[name] | {"options": zero3["options"] | {"bf16": True}}
+    of_dpo = made["dpo_33b_2x80g.json"]
+    precomputed = {"options": of_dpo["options"] | {"precompute_ref_log_probs": True}, "only": "dpo"}
+    made["dpo_33b_2x80g.json, precomputed"] = of_dpo | precomputed
+    for name in ("zero2.json", "zero3.json"):
+        warmup = {"options": made[name]["options"] | {"critic_warmup_steps": 5}, "only": "ppo"}
+        made[f"{name}, warm-up"] = made[name] | warmup
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_reward/score",
+    }
+    made["zero3.json, best"] = zero3 | {"options": zero3["options"] | best, "only": "ppo"}
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    zero_runs.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    (folder / "layouts.json").write_text(json.dumps(layouts()))
+    worker = Path(zero_runs.__file__).with_name("layout_worker.py")
+    arguments = (worker, folder / "measured.pt", folder / "layouts.json")
+    return two_processes.measured(*arguments, deepspeed=True, timeout=900)
+
+
+def elements(model) -> list[int]:
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+# The models that a run holds, counted here, not by the run.
+ACTOR, CRITIC = elements(tiny.tiny_actor()), elements(tiny.tiny_reward_model())
+STAGES = {f"{name}.json": stage for name, stage in DEEPSPEED.items()}
+STAGES |= {f"{name}.yaml": stage for name, stage in LAUNCHED.items()}
+RUNS = [(name, algorithm) for name in STAGES for algorithm in ("ppo", "dpo")]
+
+
+def share(sizes: list[int]) -> int:
+    """Elements on each of two processes: ZeRO-3 cuts every tensor in two."""
+    return sum(math.ceil(size / 2) for size in sizes)
+
+
+@pytest.mark.parametrize("name, algorithm", RUNS)
+def test_layout_trains(measured, name, algorithm):
+    run = measured[f"{name}, {algorithm}"]
+    assert run["steps"] == len(run["loss"]) == 5
+    assert all(map(math.isfinite, run["loss"]))
+    assert run["still"] == []
+    assert run["moved though frozen"] == []
+    assert run["reference"]
+
+
+@pytest.mark.parametrize("name, algorithm", RUNS)
+def test_layout_is_the_one_that_the_file_names(measured, name, algorithm):
+    """The wrapper, the stage, and the elements that one of two processes keeps of each model and of the optimizer."""
+    run, stage = measured[f"{name}, {algorithm}"], STAGES[name]
+    assert run["wrapper"] == ("DeepSpeedEngine" if stage else "DistributedDataParallel")
+    trained = ACTOR + CRITIC if algorithm == "ppo" else ACTOR
+    models = {"trained": trained, "reference": ACTOR}
+    models |= {"critic": CRITIC, "reward": CRITIC} if algorithm == "ppo" else {}
+    expected = {role: [share(sizes) if stage == 3 else sum(sizes), sum(sizes)] for role, sizes in models.items()}
+    assert run["elements"] == expected
+    if stage:
+        assert (run["stage"], run["reference wrapper"]) == (stage, "DeepSpeedEngine")
+        # Flat shares are padded, to a multiple of a few elements.
+        assert share(trained) - 16 <= run["optimizer elements"] <= share(trained) + 64
+        optimizer, parameters = OFFLOADS.get(name.split(".")[0], (False, False))
+        assert ["cpu" in where for where in run["offloads"]] == [optimizer, parameters]
+        assert run["optimizer"] == ("DeepSpeedCPUAdam" if optimizer else "AdamW")
+
+
+@pytest.mark.parametrize("name, algorithm", RUNS)
+def test_saved_model_is_the_trained_one_and_generates(measured, folder, name, algorithm):
+    output, weights = folder / name / algorithm, measured[f"{name}, {algorithm}"]["weights"]
+    actor, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    of_critic = {key.removeprefix("critic.model."): w for key, w in weights.items() if key.startswith("critic.")}
+    same_weights(actor, {key: w for key, w in weights.items() if not key.startswith("critic.")})
+    if algorithm == "ppo":
+        same_weights(AutoModelForSequenceClassification.from_pretrained(output / "critic"), of_critic)
+    else:
+        assert not of_critic
+    batch = tokenizer("the cat is", return_tensors="pt", return_token_type_ids=False)
+    assert actor.generate(**batch, min_new_tokens=4, max_new_tokens=4).shape == (1, 7)
+
+
+def same_weights(model, expected):
+    """All of them, and under their own names; what is shared between two names is one parameter."""
+    saved = dict(model.named_parameters())
+    assert saved.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name].detach(), weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", ["zero2.json, LoRA", "zero3.json, LoRA"])
+def test_saved_adapter_is_the_trained_one_and_generates(measured, folder, name, algorithm):
+    run = measured[f"{name}, {algorithm}"]
+    assert run["wrapper"] == "DeepSpeedEngine"
+    assert run["still"] == []
+    assert run["moved though frozen"] == []
+    assert not run["reference"], "the reference is the actor without its adapter"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "actor"), folder / name / algorithm
+    )
+    trained = {key: weight for key, weight in run["weights"].items() if ".critic." not in key}
+    same_weights(model, trained)
+    assert any("lora_B" in key and weight.any() for key, weight in trained.items())
+    batch = tiny.tiny_tokenizer()("the cat is", return_tensors="pt", return_token_type_ids=False)
+    assert model.generate(**batch, min_new_tokens=4, max_new_tokens=4).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ppo_refuses_to_resume_rather_than_restart_the_critic(measured, name):
+    assert measured[f"{name}, ppo"]["refuses to resume"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_reference_is_not_loaded_without_a_kl(measured, name):
+    """Of four models given as paths, three are loaded."""
+    assert measured[f"{name}, ppo"]["without kl"] == ["actor", "reward_model", "critic"]
+
+
+def test_best_model_of_zero3_is_actor_and_critic_of_that_step(measured, folder):
+    """Saved after two and four of five steps: what is loaded back, in both, is what was saved then."""
+    run, output = measured["zero3.json, best, ppo"], folder / "zero3.json, best" / "ppo"
+    assert run["best"] in ("checkpoint-2", "checkpoint-4")
+    of_critic = {key.removeprefix("critic.model."): w for key, w in run["weights"].items() if "critic." in key}
+    same_weights(AutoModelForSequenceClassification.from_pretrained(output / run["best"] / "critic"), of_critic)
+    of_actor = {key: weight for key, weight in run["weights"].items() if "critic." not in key}
+    same_weights(AutoModelForCausalLM.from_pretrained(output / run["best"]), of_actor)
+
+
+@pytest.mark.parametrize("name", ["zero2.json, warm-up", "zero3.json, warm-up"])
+def test_warmup_of_the_critic_leaves_the_actor_bitwise(measured, name):
+    run = measured[f"{name}, ppo"]
+    assert {*run["still"]} == {key for key in run["weights"] if not key.startswith("critic.")}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", ["zero3.json, bf16", "zero3.json, LoRA, bf16"])
+def test_zero3_trains_in_bfloat16(measured, name, algorithm):
+    """As it does on a GPU: the weights are in bfloat16, the optimizer's copy in float32."""
+    run = measured[f"{name}, {algorithm}"]
+    assert run["steps"] == 5
+    assert all(map(math.isfinite, run["loss"]))
+    assert {weight.dtype for weight in run["weights"].values()} == {torch.bfloat16}
+    assert run["moved though frozen"] == []
+
+
+def test_reference_of_dpo_is_gone_once_it_is_precomputed(measured):
+    run = measured["dpo_33b_2x80g.json, precomputed, dpo"]
+    assert (run["steps"], run["reference"], run["stage"]) == (5, False, 3)
+    first = measured["dpo_33b_2x80g.json, dpo"]["loss"]
+    assert run["loss"] == pytest.approx(first, abs=1e-5), "the same reference, computed before"

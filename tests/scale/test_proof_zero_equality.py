@@ -1,0 +1,72 @@
+"""
+One process, two under DDP, ZeRO-2 and ZeRO-3: the same losses, gradient norms and final weights, over ten steps.
+
+The responses are given (`tests/ppo/layouts.py`), their lengths so different that a mean of means would be another
+number. AdamW and clipping are on, as in a real run; models come from disk, so that ZeRO-3 loads them in shares.
+"""
+
+from pathlib import Path
+
+import pytest
+
+import two_processes
+from scale import equality_worker, zero_runs
+
+
+pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
+TOLERANCE = 1e-4
+WRAPPERS = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equality")
+    zero_runs.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    return two_processes.measured(Path(equality_worker.__file__), folder / "out.pt", deepspeed=True, timeout=600)
+
+
+@pytest.fixture(scope="module", params=equality_worker.CASES)
+def case_and_alone(request, folder):
+    return request.param, equality_worker.run(request.param, folder, None, 8)
+
+
+def differences(one, other):
+    """
+    By what was compared, the largest relative difference: of logged numbers, and of parameters by their norms. What
+    is nearly 0, such as the mean of whitened advantages, counts as 0.1.
+    """
+    largest = {}
+    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, number in theirs.items():
+            largest[key] = max(largest.get(key, 0.0), abs(mine[key] - number) / max(abs(number), 0.1))
+    assert one["parameters"].keys() == other["parameters"].keys()
+    for name, tensor in other["parameters"].items():
+        largest[name] = (one["parameters"][name] - tensor).norm().item() / max(tensor.norm().item(), 0.1)
+    return largest
+
+
+@pytest.mark.parametrize("layout", equality_worker.LAYOUTS)
+def test_two_processes_learn_what_one_does(case_and_alone, measured, layout):
+    case, alone = case_and_alone
+    run = measured[f"{case}, {layout}"]
+    assert run["wrapper"] == WRAPPERS[layout]
+    assert len(run["lines"]) == 10
+    if "stop" in case:
+        assert 0 < sum(line["policy/steps_left_out"] for line in run["lines"]) < 8
+    apart = differences(run, alone)
+    assert {"loss", "grad_norm"} <= apart.keys()
+    worst = max(apart, key=apart.get)
+    print(f"\n{case}, {layout}: largest difference {apart[worst]:.1e} ({worst})")
+    assert apart[worst] < TOLERANCE, sorted(apart.items(), key=lambda item: -item[1])[:5]
+
+
+def test_control_a_gradient_of_one_share_is_noticed(measured, folder):
+    """The loss is a share of a sum over the ranks, whose gradients are averaged: the factor of two is forgotten."""
+    alone = equality_worker.run("ppo, model", folder, None, 8)
+    assert differences(measured["mistake"], alone)["grad_norm"] > 100 * TOLERANCE

@@ -1,0 +1,68 @@
+"""Generation under ZeRO-3 gathers the actor's weights once per rollout: counted in two processes."""
+
+from pathlib import Path
+
+import pytest
+
+import tiny
+import two_processes
+from scale import generation_worker, zero_runs
+
+
+pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
+
+ACTOR, CRITIC = (
+    [parameter.numel() for parameter in model.parameters()] for model in (tiny.tiny_actor(), tiny.tiny_reward_model())
+)
+# What stays whole on every process from the first use on: tensors of at most ten times the hidden size ("auto").
+SMALL = 10 * tiny.tiny_config().hidden_size
+
+
+def share(sizes: list[int]) -> int:
+    return sum((size + 1) // 2 for size in sizes)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generation")
+    zero_runs.save(folder)
+    return two_processes.measured(Path(generation_worker.__file__), folder / "out.pt", deepspeed=True)
+
+
+def elements(run):
+    return [gathered for _, gathered, _, _ in run["rollouts"]]
+
+
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_rollout_gathers_every_weight_of_the_actor_once_and_none_of_the_critic(measured, critic):
+    first, second = elements(measured[f"once, {critic}"])
+    assert share([size for size in ACTOR if size > SMALL]) <= second <= first <= share(ACTOR)
+
+
+def test_ranks_do_not_wait_for_each_other_at_every_token(measured):
+    for run in ("once, model", "once, head"):
+        assert [reductions for _, _, reductions, _ in measured[run]["rollouts"]] == [0, 0]
+
+
+def test_control_trl_gathers_the_critic_too_and_waits_at_every_token(measured):
+    first, second = elements(measured["as TRL"])
+    whole = ACTOR + CRITIC
+    assert share([size for size in whole if size > SMALL]) <= second <= first <= share(whole)
+    for _, _, reductions, longest in measured["as TRL"]["rollouts"]:
+        assert reductions >= longest
+
+
+def test_weights_are_gathered_for_every_token_where_they_do_not_fit(measured):
+    """`ds3_gather_for_generation=False`: nothing is kept, so each token costs what a rollout does otherwise."""
+    for _, gathered, _, longest in measured["per token"]["rollouts"]:
+        assert gathered >= longest * share([size for size in ACTOR if size > SMALL])
+
+
+def test_processes_may_take_different_numbers_of_turns(measured):
+    """As with tools. GRPO would gather in every turn, and wait for a process that has no turn left."""
+    assert elements(measured["turns"]) == elements(measured["once, model"])
+
+
+def test_what_is_gathered_changes_no_loss(measured):
+    losses = [measured[run]["loss"] for run in ("once, model", "as TRL", "per token")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) == pytest.approx(losses[2], abs=1e-6)

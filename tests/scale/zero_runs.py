@@ -1,0 +1,126 @@
+"""
+Short runs of PPO and DPO on tiny models in two processes, under DeepSpeed or not, and what they measure.
+
+Every run starts from saved models (`save`), as runs of a size that needs ZeRO do: under ZeRO-3 each process
+then loads its share alone.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import load_from_disk
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import dpo_runs
+import ppo_runs
+import tiny
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROLES = ("actor", "reward_model", "reference", "critic")
+
+
+def save(folder: Path) -> None:
+    """The models that the runs load, in folders named after their roles, and the pairs of DPO."""
+    models = (tiny.tiny_actor(), tiny.tiny_reward_model(), tiny.tiny_actor(5), tiny.tiny_reward_model(7))
+    for role, model in zip(ROLES, models, strict=True):
+        model.save_pretrained(folder / role)
+        tiny.tiny_tokenizer().save_pretrained(folder / role)
+    dpo_runs.tiny_pairs(16, 0).save_to_disk(str(folder / "pairs"))
+
+
+@contextmanager
+def launched(environment: dict[str, str]) -> Iterator[None]:
+    """Within the context, this process is as a launcher would have started it with `environment`."""
+    with mock.patch.dict(os.environ, environment):
+        _forget()
+        try:
+            yield
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+def ppo(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> Any:
+    """A PPO trainer, untrained, of the actor and reward model in `folder`."""
+    arguments = {
+        "processing_class": None,
+        "model": str(folder / "actor"),
+        "reward_model": str(folder / "reward_model"),
+    }
+    defaults = {"num_sample_generations": 0}
+    return ppo_runs.ppo_trainer(output, arguments | models, **(defaults | options))
+
+
+def dpo(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> Any:
+    """A DPO trainer, untrained, of the actor in `folder`, which is also the reference."""
+    # Pairs from files: TRL hands precomputed references from process to process in the cache beside them.
+    pairs = load_from_disk(str(folder / "pairs"))
+    arguments = {"model": str(folder / "actor"), "ref_model": None, "train_dataset": pairs}
+    defaults = {"use_cpu": False, "optim": "adamw_torch", "learning_rate": 1e-3}
+    return dpo_runs.dpo_trainer(output, arguments | models, **(defaults | options))
+
+
+BUILD = {"ppo": ppo, "dpo": dpo}
+
+
+class KeepStart(TrainerCallback):
+    """The full weights when training starts."""
+
+    weights: dict[str, torch.Tensor]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.weights = full_weights(model)
+
+
+def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters by name, whole: ZeRO-3's shares are gathered, which all processes do together."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with gathered(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+@contextmanager
+def gathered(parameter: nn.Parameter) -> Iterator[None]:
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        yield
+
+
+def local_and_whole(model: nn.Module) -> list[int]:
+    """Elements of the parameters: those that this process keeps, and all."""
+    local = whole = 0
+    for parameter in model.parameters():
+        partitioned = hasattr(parameter, "ds_tensor")
+        local += parameter.ds_tensor.numel() if partitioned else parameter.numel()
+        whole += parameter.ds_numel if partitioned else parameter.numel()
+    return [local, whole]
+
+
+def optimizer_elements(engine: Any) -> int:
+    """Elements of the fp32 weights that this process's share of the optimizer updates."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return sum(part.numel() for part in optimizer.fp32_partitioned_groups_flat)
+    return sum(part.numel() for part in optimizer.single_partition_of_fp32_groups)

@@ -1,0 +1,164 @@
+"""DeepSpeed's ZeRO: its file against the options, and models whose weights stage 3 has spread over the ranks."""
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def check_batch_fields(args: Any, counting: str) -> None:
+    """
+    Raises `ValueError` when a DeepSpeed file names batch sizes other than those that the options make.
+
+    Args:
+        args: training arguments with the values that the Trainer's loop reads: micro-batches per optimizer step in
+            `gradient_accumulation_steps`.
+        counting: which options make these values, in words, for the message.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return
+    micro_batch, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    needed = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": micro_batch * steps * ranks,
+    }
+    written = {name: plugin.hf_ds_config.config.get(name, "auto") for name in needed}
+    wrong = {name: value for name, value in written.items() if value not in ("auto", needed[name])}
+    if not wrong:
+        return
+    whole = written["train_batch_size"]
+    uneven = f" {ranks} processes do not divide {whole}." if "train_batch_size" in wrong and whole % ranks else ""
+    raise ValueError(
+        f"The DeepSpeed file has {_listed(wrong)}, and the options make {_listed({k: needed[k] for k in wrong})}: "
+        f"{micro_batch} at a time, {steps} times per optimizer step ({counting}), on {ranks} processes.{uneven} Write "
+        '"auto" for these fields in the file (one that is missing counts as 1), or change the options.'
+    )
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def check_own_optimizer(args: Any, **unread: Any) -> None:
+    """
+    Raises `ValueError` when a DeepSpeed file brings its own optimizer, which reads none of the options in `unread`,
+    and one of them is set.
+    """
+    plugin = args.deepspeed_plugin
+    ignored = [name for name, value in unread.items() if value is not None]
+    if plugin is not None and "optimizer" in plugin.hf_ds_config.config and ignored:
+        raise ValueError(
+            f"The DeepSpeed file has an `optimizer` of its own, which would ignore {ignored}. Remove `optimizer` from "
+            "the file; the options then choose it (`optim`, `learning_rate`)."
+        )
+
+
+def is_stage3(args: Any) -> bool:
+    """Whether training arguments ask for ZeRO-3."""
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def check_unquantized(args: Any, quantization_config: Any, models: dict[str, Any]) -> None:
+    """
+    Raises `ValueError` when ZeRO-3 would partition a quantized model, before it is loaded.
+
+    Args:
+        args: training arguments.
+        quantization_config: of the model to train, or `None`.
+        models: by the name of the argument, a model, a path or `None`.
+    """
+    if not is_stage3(args):
+        return
+    config = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    quantized = [name for name, model in models.items() if _is_quantized(model, args.trust_remote_code)]
+    if config is None and not quantized:
+        return
+    raise ValueError(
+        f"`{quantized[0] if quantized else 'quantization_config'}` asks for a quantized model, and ZeRO-3 would cut "
+        "its packed weights into shares. Use ZeRO-2 or DDP (configs/accelerate/zero2.yaml, ddp.yaml), where every GPU "
+        "holds the small quantized model whole, or ZeRO-3 and an adapter on a model that is not quantized."
+    )
+
+
+def _is_quantized(model: Any, trust_remote_code: bool) -> bool:
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return getattr(config, "quantization_config", None) is not None
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def check_turns(args: Any, has_tools: bool) -> None:
+    """Raises `ValueError` when ranks would wait for each other in turns of a conversation that some do not take."""
+    if has_tools and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
+            "them gather each layer together for every token: they would wait for each other without end. Leave it "
+            "on, or generate with vLLM (`use_vllm`)."
+        )
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def copy_of(model: AnyModule) -> AnyModule:
+    """
+    A copy of a model. Under ZeRO-3, `copy.deepcopy` would give one without weights: there a new model is made, and
+    its parameters are filled one by one.
+    """
+    if not is_partitioned(model):
+        return copy.deepcopy(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Under ZeRO-3 a {type(model).__name__} cannot be copied: its weights are spread over the ranks. Pass the "
+            "models of all roles yourself, as paths: `ref_model`, `value_model`."
+        )
+    twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    copy_weights(model, twin)
+    return twin.train(model.training)
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers between two models of the same names, which ZeRO-3 may have partitioned."""
+    if not is_partitioned(source) and not is_partitioned(target):
+        target.load_state_dict(source.state_dict())
+        return
+    import deepspeed
+
+    of_source = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        with deepspeed.zero.GatheredParameters([of_source[name], parameter], modifier_rank=0):
+            parameter.data.copy_(of_source[name].data)
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def fill_zeros(parameter: nn.Parameter) -> None:
+    """Sets a parameter to 0, which ZeRO-3 may have partitioned."""
+    if not hasattr(parameter, "ds_id"):
+        nn.init.zeros_(parameter)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        nn.init.zeros_(parameter)
+
+
+def declare_head(model: PreTrainedModel) -> None:
+    """
+    Tells DeepSpeed that `model.forward` reads the weights of its output head. ZeRO-3 would find out by itself when
+    that first happens; but PPO's first pass may ask for values alone, and what it then records as the order of
+    gathers would be wrong for the next.
+    """
+    import deepspeed
+
+    for parameter in model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
