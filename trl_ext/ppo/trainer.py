@@ -236,8 +236,10 @@ class PPOTrainerX(GRPOTrainer):
         actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.critic: Any = roles.critic
         critic_module.attach(self.critic, self.model)
+        self._attached: list[nn.Module] = [self.critic]  # below the actor's wrapper, and no part of the actor
         if roles.reward_adapter is not None:
             stand_on(self.model, roles.reward_adapter, REWARD)
+            self._attached.append(roles.reward_adapter)
         keep_4_bit_differentiable(self.model)
         if isinstance(self.critic, critic_module.ValueAdapter) and self.args.gradient_checkpointing:
             self.critic.enable_gradient_checkpointing(self.args.gradient_checkpointing_kwargs)
@@ -248,8 +250,7 @@ class PPOTrainerX(GRPOTrainer):
         if is_stage3(self.args):
             declare_head(actor)
         if self.use_vllm:
-            of_others = [self.critic] if roles.reward_adapter is None else [self.critic, roles.reward_adapter]
-            _trl.exclude_from_weight_sync(self.vllm_generation, *of_others)
+            _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
 
         if roles.reference is not None:
             _trl.add_fused_lm_head(
@@ -398,7 +399,7 @@ class PPOTrainerX(GRPOTrainer):
         return _trl.gathered_for_generation(
             self.model_wrapped,
             self.accelerator,
-            critic_module.generating_parameters(self.model, self.critic),
+            critic_module.generating_parameters(self.model, *self._attached),
             self.args.gradient_checkpointing_kwargs,
         )
 
