@@ -1,0 +1,40 @@
+"""
+The planner: what a run needs on each GPU, before anything is loaded, from configs alone.
+
+`plan` gives the phases of a run; `layout_from_options` makes the layout of a recipe; `suggest` searches layouts.
+"""
+
+from .changes import smallest_change
+from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
+from .plan import ModelNames, Plan, plan
+from .recipe import layout_from_options, names_from_options, this_machine
+from .shapes import SHAPES, model_shape
+from .speed import Assumptions, speed
+from .suggest import suggest
+from .table import plan_text, scale_table, speed_text, suggestion_table
+
+
+__all__ = [
+    "CPU",
+    "GIB",
+    "GPUS",
+    "SHAPES",
+    "Assumptions",
+    "Hardware",
+    "Layout",
+    "ModelNames",
+    "Plan",
+    "hardware",
+    "layout_from_options",
+    "model_shape",
+    "names_from_options",
+    "plan",
+    "plan_text",
+    "scale_table",
+    "smallest_change",
+    "speed",
+    "speed_text",
+    "suggest",
+    "suggestion_table",
+    "this_machine",
+]
