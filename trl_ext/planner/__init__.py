@@ -6,6 +6,7 @@ The planner: what a run needs on each GPU, before anything is loaded, from confi
 
 from .changes import smallest_change
 from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
+from .picture import picture
 from .plan import ModelNames, Plan, plan
 from .recipe import layout_from_options, names_from_options, this_machine
 from .shapes import SHAPES, model_shape
@@ -28,6 +29,7 @@ __all__ = [
     "layout_from_options",
     "model_shape",
     "names_from_options",
+    "picture",
     "plan",
     "plan_text",
     "scale_table",

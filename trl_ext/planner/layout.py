@@ -27,6 +27,8 @@ class Hardware:
         flops: 16-bit floating-point operations per second.
         bandwidth: bytes per second from the GPU's memory.
         link, network: bytes per second that one GPU sends to others of its node, and of other nodes.
+        pcie: bytes per second between one GPU and the host.
+        host_bandwidth: bytes per second from one node's host memory.
         context: bytes that the CUDA context, its libraries' workspaces and the driver take: an assumption until it has
             been measured. 0 on a CPU, where memory is counted from a process that has imported everything.
         fragmentation: share of what is allocated that the allocator holds beside it: an assumption, 0 on a CPU.
@@ -41,6 +43,8 @@ class Hardware:
     bandwidth: float = 2.0e12
     link: float = 300e9
     network: float = 25e9
+    pcie: float = 25e9
+    host_bandwidth: float = 200e9
     context: float = 1.0 * GIB
     fragmentation: float = 0.03
     is_cpu: bool = False

@@ -109,7 +109,9 @@ class _Run:
             return 0.0
         bits = self.layout.reward_bits if role == "reward" else self.layout.reference_bits
         size = memory.weight_bytes(shape, self.layout, bits)
-        return size / self.hardware.gpus if self.layout.zero_stage == 3 and bits == 16 else size
+        if self.layout.zero_stage < 3 or bits < 16:
+            return size
+        return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus
 
     def base(self, gradients: bool, active: str | None = None) -> dict[str, Usage]:
         """The roles at rest. With offloading, a frozen role is on the GPU only while it is `active`."""

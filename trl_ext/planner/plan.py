@@ -108,8 +108,9 @@ def _host(models: Models, layout: Layout, hardware: Hardware) -> float:
     of_actor = models.actor.parameters if models.adapter is None else models.adapter.parameters
     base = 0.0 if models.adapter is None else memory.weight_bytes(models.actor, layout)
     host = memory.host_states(of_actor + critic, base, layout, hardware)
-    waiting = [shape for shape in (models.reward, models.reference) if shape is not None]
-    if layout.offload_frozen:
-        copies = 1 if layout.zero_stage == 3 else hardware.on_node
-        host += copies * sum(memory.weight_bytes(shape, layout) for shape in waiting)
+    away = sum(memory.weight_bytes(shape, layout) for shape in (models.reward, models.reference) if shape is not None)
+    if layout.offload_parameters:
+        host += away / hardware.nodes
+    elif layout.offload_frozen:
+        host += away / hardware.nodes if layout.zero_stage == 3 else away * hardware.on_node
     return host

@@ -82,13 +82,16 @@ def speed(planned: Plan, assumptions: Assumptions | None = None) -> Speed:
             * _read(models.actor, layout.learned_tokens / layout.micro_batch, layout, hardware, assumed)
             * (layout.reference != "none")
         )
+        seconds += _step(layout, models, hardware, assumed)
         sequences = pairs * hardware.gpus
         return Speed(0.0, 0.0, seconds, sequences * 2 * layout.length, sequences, hardware.gpus)
     micro_batches = layout.epochs * layout.rollout / layout.micro_batch
+    learn = micro_batches * _learn_micro_batch(layout, models, hardware, assumed)
+    learn += micro_batches / layout.accumulation * _step(layout, models, hardware, assumed)
     return Speed(
         _generate(layout, models.actor, hardware, assumed),
         _score(layout, models, hardware, assumed),
-        micro_batches * _learn_micro_batch(layout, models, hardware, assumed),
+        learn,
         layout.rollout * layout.length * hardware.gpus,
         layout.rollout * hardware.gpus,
         hardware.gpus,
@@ -114,16 +117,17 @@ def _read(shape: ModelShape, tokens: float, layout: Layout, hardware: Hardware, 
 def _generate(layout: Layout, shape: ModelShape, hardware: Hardware, assumed: Assumptions) -> float:
     bits = 4 if layout.method == "qlora" else 16
     weights = memory.weight_bytes(shape, layout, bits)
-    if layout.compute == "autocast" and not layout.vllm_share:
-        weights += 4.0 * shape.linear  # every pass casts the weights: 2 bytes written, 2 read
-    elif layout.vllm_share:
+    if layout.vllm_share:
         weights = 2.0 * shape.parameters
+    elif layout.compute == "autocast" or (layout.method == "qlora" and layout.rollout > 1):
+        weights += 4.0 * shape.linear  # every pass casts or unpacks the weights: 2 bytes written, 2 read
     cache = memory.kv_cache(shape, layout.rollout, layout.prompt + layout.response / 2, layout)
     by_memory = (weights + cache) / (hardware.bandwidth * assumed.bandwidth)
     by_flops = _read(shape, layout.rollout, layout, hardware, assumed)
     per_token = max(by_memory, by_flops)
     if layout.zero_stage == 3 and not layout.gather_for_generation and not layout.vllm_share:
-        per_token = max(per_token, weights / _wire(hardware, assumed))
+        way = hardware.pcie if layout.offload_parameters else _wire(hardware, assumed)
+        per_token = max(per_token, weights / way)
     return layout.response * per_token + _read(shape, layout.rollout * layout.prompt, layout, hardware, assumed)
 
 
@@ -147,23 +151,50 @@ def _learn_micro_batch(layout: Layout, models: Models, hardware: Hardware, assum
     # Backward: as much as forward for the gradients of activations, and again for those of weights that learn.
     passes = [(shape, 1 + (2 if full else 1) + layout.gradient_checkpointing) for shape, full in learners]
     compute = sum(n * _read(shape, layout.learned_tokens, layout, hardware, assumed) for shape, n in passes)
-    return max(compute, _sent(layout, models, hardware) / _wire(hardware, assumed))
+    return max(
+        compute, _sent(layout, models, hardware) / _wire(hardware, assumed), _over_pcie(layout, models, hardware)
+    )
+
+
+def _step(layout: Layout, models: Models, hardware: Hardware, assumed: Assumptions) -> float:
+    """Seconds of an optimizer step: AdamW reads and writes 28 bytes per parameter, of which this GPU, or the host for
+    all GPUs of its node, holds a part. A gradient goes to the host and a 16-bit weight comes back."""
+    trained = _trained(layout, models)
+    if layout.offload_optimizer:
+        of_node = trained / hardware.nodes
+        return (
+            28 * of_node / (hardware.host_bandwidth * assumed.bandwidth) + 4 * trained / hardware.gpus / hardware.pcie
+        )
+    part = trained / hardware.gpus if layout.zero_stage else trained
+    return 28 * part / (hardware.bandwidth * assumed.bandwidth)
+
+
+def _trained(layout: Layout, models: Models) -> int:
+    of_actor = models.actor.parameters if models.adapter is None else models.adapter.parameters
+    return of_actor + (models.critic.parameters if models.critic is not None else 0)
+
+
+def _over_pcie(layout: Layout, models: Models, hardware: Hardware) -> float:
+    """Seconds in which offloaded parameters reach the GPUs, each its part, in every forward and backward pass."""
+    if not layout.offload_parameters:
+        return 0.0
+    shapes = [models.actor, *([models.critic] if models.critic is not None else [])]
+    passes = 3 if layout.gradient_checkpointing else 2
+    part = memory.element(layout) * sum(shape.parameters for shape in shapes) / hardware.gpus
+    return passes * part / hardware.pcie
 
 
 def _sent(layout: Layout, models: Models, hardware: Hardware) -> float:
     """Bytes that one GPU sends in one micro-batch: gradients twice (all-reduce); ZeRO-3 the weights twice and the
     gradients once (Rajbhandari et al. 2020, §7)."""
-    if hardware.gpus == 1 and not layout.offload_parameters:
+    if hardware.gpus == 1:
         return 0.0
     shapes = [models.actor, *([models.critic] if models.critic is not None else [])]
-    trained = [s.parameters if layout.method == "full" or s is not models.actor else 0 for s in shapes]
-    if models.adapter is not None:
-        trained.append(models.adapter.parameters)
-    size = memory.element(layout)
+    size, trained = memory.element(layout), _trained(layout, models)
     if layout.zero_stage == 3:
         gathers = 3 if layout.gradient_checkpointing else 2
-        return size * (gathers * sum(s.parameters for s in shapes) + sum(trained))
-    return 2.0 * size * sum(trained) / layout.accumulation
+        return size * (gathers * sum(s.parameters for s in shapes) + trained)
+    return 2.0 * size * trained / layout.accumulation
 
 
 def _wire(hardware: Hardware, assumed: Assumptions) -> float:

@@ -48,8 +48,9 @@ def memory_table(planned: Plan) -> str:
     rows = []
     for phase in planned.phases:
         for role, usage in phase.roles.items():
-            parts = [gib(getattr(usage, part)) for part in PARTS]
-            rows.append([phase.name, role, *parts, gib(usage.total)])
+            if usage.total:
+                parts = [gib(getattr(usage, part)) for part in PARTS]
+                rows.append([phase.name, role, *parts, gib(usage.total)])
         if phase.other:
             rows.append([phase.name, "vLLM", *[""] * len(PARTS), gib(phase.other)])
         rows.append([f"**{phase.name}**", phase.moment, *[""] * len(PARTS), f"**{gib(phase.total)}**"])
