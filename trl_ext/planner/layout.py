@@ -185,6 +185,10 @@ class Layout:
         for role in ("reward", "reference"):
             if self.zero_stage == 3 and getattr(self, f"{role}_bits") < 16:
                 raise ValueError(f"ZeRO-3 cannot partition a quantised {role}: set `{role}_bits` to 16.")
+        if self.offload_frozen and self.zero_stage == 3:
+            raise ValueError("ZeRO-3 partitions frozen models; `offload_frozen` is for the other stages.")
+        if self.offload_frozen and 8 in (self.reward_bits, self.reference_bits):
+            raise ValueError("bitsandbytes' 8-bit layers cannot be moved: with `offload_frozen` take 4 or 16 bits.")
         if (self.offload_optimizer or self.offload_parameters) and self.zero_stage == 0:
             raise ValueError("Offloading the optimizer or parameters is DeepSpeed's: set `zero_stage` to 1, 2 or 3.")
         if self.offload_parameters and self.zero_stage != 3:

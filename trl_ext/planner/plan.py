@@ -112,5 +112,5 @@ def _host(models: Models, layout: Layout, hardware: Hardware) -> float:
     if layout.offload_parameters:
         host += away / hardware.nodes
     elif layout.offload_frozen:
-        host += away / hardware.nodes if layout.zero_stage == 3 else away * hardware.on_node
+        host += away * hardware.on_node
     return host
