@@ -9,7 +9,7 @@ from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
 from .picture import picture
 from .plan import ModelNames, Plan, plan
 from .recipe import layout_from_options, names_from_options, this_machine
-from .shapes import SHAPES, model_shape
+from .shapes import SHAPES, load_config, model_shape
 from .speed import Assumptions, speed
 from .suggest import suggest
 from .table import plan_text, scale_table, speed_text, suggestion_table
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "hardware",
     "layout_from_options",
+    "load_config",
     "model_shape",
     "names_from_options",
     "picture",
