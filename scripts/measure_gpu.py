@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure_gpu_models import random_model, save_reward_adapter, tokenizer
+from measure_gpu_models import config_of, random_model, save_reward_adapter, tokenizer
 from measure_memory_worker import Peaks, in_status
 from peft import LoraConfig
-from transformers import LlamaConfig
 
 from trl_ext import PPOConfigX, PPOTrainerX, planner
 from trl_ext.planner import CPU, GIB
@@ -47,14 +46,6 @@ SHAPES = {
     "tiny": run("tiny", "qlora", "adapter", gradient_accumulation_steps=2, response_length=8),
     "tiny-full": run("tiny", "full", "model", gradient_accumulation_steps=2, response_length=8),
 }
-TINY = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-
-
-def config_of(name: str) -> Any:
-    config = LlamaConfig(**TINY) if name == "tiny" else planner.load_config(name)
-    config.pad_token_id = config.eos_token_id = 0
-    config.bos_token_id = None
-    return config
 
 
 def build(job: dict[str, Any], device: str, place: Path) -> tuple[PPOTrainerX, planner.Plan]:

@@ -18,8 +18,20 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from trl_ext.planner import load_config
+
 
 STD = 0.02
+TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The config of a built-in shape, or of a tiny model; `tokenizer` is its tokenizer."""
+    config = LlamaConfig(**TINY) if name == "tiny" else load_config(name)
+    config.pad_token_id = config.eos_token_id = 0
+    config.bos_token_id, config.num_labels = None, 1
+    return config
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
