@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
