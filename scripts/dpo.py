@@ -21,7 +21,15 @@ from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import DPOConfigX, DPOTrainerX, embedded
-from trl_ext.cli import DataArguments, FitArguments, ModelArguments, first_and_last_evaluation, load_splits, parse, require_fit
+from trl_ext.cli import (
+    DataArguments,
+    FitArguments,
+    ModelArguments,
+    first_and_last_evaluation,
+    load_splits,
+    parse,
+    require_fit,
+)
 from trl_ext.report import DPO_LINE, accuracy_text, dpo_curves, preference_table, use_brief_progress
 
 
