@@ -153,7 +153,7 @@ class Layout:
     live_parameters: float = 1e9
 
     def __post_init__(self) -> None:
-        chosen = {"trainer": TRAINERS, "method": METHODS, "critic": CRITICS, "reference": REFERENCES}
+        chosen: dict[str, tuple] = {"trainer": TRAINERS, "method": METHODS, "critic": CRITICS, "reference": REFERENCES}
         chosen |= {"reward": REWARDS, "compute": COMPUTE, "optimizer": OPTIMIZERS, "zero_stage": (0, 1, 2, 3)}
         chosen |= {"reward_bits": (4, 8, 16), "reference_bits": (4, 8, 16)}
         for name, allowed in chosen.items():

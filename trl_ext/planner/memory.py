@@ -168,11 +168,11 @@ def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
     """
     h, q, f, size = shape.hidden, shape.query, shape.inner, compute_bytes(layout)
     # A mask of (L, L) is turned into numbers in every layer, and with a mask shared keys are repeated for every head.
-    keys, mask = (q, size * layout.length) if layout.padded and layout.trainer == "ppo" else (shape.key, 0)
-    if layout.trainer == "dpo":
-        keys = q if layout.share_prefixes or layout.padded else shape.key
-    attention = size * (2 * q + 2 * keys) + 4 * shape.heads + mask
-    if layout.trainer == "dpo" and layout.share_prefixes:
+    shared = layout.trainer == "dpo" and layout.share_prefixes
+    keys = q if layout.padded or shared else shape.key
+    mask = size * layout.length if layout.padded and not shared else 0
+    attention: float = size * (2 * q + 2 * keys) + 4 * shape.heads + mask
+    if shared:
         attention += _shared_row_copies(shape, layout)
     if adapter is None:
         # A norm keeps its input, in float32, and what it multiplies by its weight; the projections keep its output,

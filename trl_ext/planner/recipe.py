@@ -67,9 +67,9 @@ def _adapters(options: Mapping[str, Any]) -> dict[str, Any]:
     packed = bool(options.get("load_in_4bit"))
     method = "qlora" if options.get("use_peft") and packed else "lora" if options.get("use_peft") else "full"
     targets = options.get("lora_target_modules") or ("q_proj", "v_proj")
-    targets = targets if isinstance(targets, str) else tuple(targets)
-    if targets == ("all-linear",) or (len(targets) == 1 and not targets[0].isidentifier()):
-        (targets,) = targets  # a regular expression, or PEFT's own word
+    if not isinstance(targets, str):
+        # One word that is no module's name is a regular expression, or PEFT's "all-linear".
+        targets = targets[0] if len(targets) == 1 and not targets[0].isidentifier() else tuple(targets)
     chosen: dict[str, Any] = {"method": method, "rank": options.get("lora_r") or 16, "targets": targets}
     chosen["nested_quantisation"] = bool(options.get("use_bnb_nested_quant"))
     bits = {"4bit": 4, "8bit": 8, None: 16}

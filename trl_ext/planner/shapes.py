@@ -1,9 +1,8 @@
 """What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
 
-import functools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 ALIASES = {"135m": "smollm2-135m-instruct", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b", "7b": "qwen2.5-7b"}
 ALIASES |= {"8b": "llama-3.1-8b", "13b": "llama-13b", "33b": "llama-33b", "65b": "llama-65b", "70b": "llama-3.1-70b"}
+
+
+# Counted once for each config: a search asks for the same sizes hundreds of times.
+_MODELS: dict[tuple, "ModelShape"] = {}
+_ADAPTERS: dict[tuple, "AdapterShape"] = {}
 
 
 @dataclass(frozen=True)
@@ -130,48 +134,37 @@ def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> Model
     """The sizes of a model, from a name for `load_config` or a config; with a score head instead of the LM head."""
     config = load_config(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(config, "name_or_path", "") or config.model_type
-    return _model_shape(json.dumps(config.to_dict(), sort_keys=True, default=str), label, with_score, _Held(config))
+    key = (_identity(config), with_score)
+    if key not in _MODELS:
+        _MODELS[key] = _count_model(config, with_score)
+    return replace(_MODELS[key], name=label)
 
 
-class _Held:
-    """A config that counts for nothing in a cache's key: the JSON beside it is the key."""
-
-    def __init__(self, config: PretrainedConfig):
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
+def _identity(config: PretrainedConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
 
 
-@functools.lru_cache(maxsize=64)
-def _model_shape(_: str, name: str, with_score: bool, held: _Held) -> ModelShape:
-    model = meta_model(held.config, with_score)
-    text = held.config.get_text_config()
+def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
+    model: Any = meta_model(config, with_score)
+    text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    head = model.score.weight if with_score else model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    per_token, of_experts = getattr(text, "num_experts_per_tok", 1) or 1, _number_of_experts(text)
-    total = sum(p.numel() for p in model.parameters())
-    inside = [
-        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight not in _ids(head, embedding)
-    ]
+    head = model.score.weight if with_score else model.get_output_embeddings().weight
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    inside = [weight.numel() for weight in linears if weight is not head and weight is not embedding]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts, width, share = _experts(model, text)
     return ModelShape(
-        name=name,
+        name="",
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         vocab=text.vocab_size,
-        inner=per_token * text.moe_intermediate_size
-        if experts and hasattr(text, "moe_intermediate_size")
-        else per_token * text.intermediate_size,
+        inner=width,
         query=text.num_attention_heads * head_size,
         key=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
         heads=text.num_attention_heads,
         parameters=total,
-        active=total - (experts - experts * per_token // of_experts if experts else 0),
+        active=total - round(experts * (1 - share)),
         linear=sum(inside) + _stacked_experts(model),
         head=head.numel(),
         tied=head is embedding,
@@ -180,14 +173,14 @@ def _model_shape(_: str, name: str, with_score: bool, held: _Held) -> ModelShape
     )
 
 
-class _ids:
-    """Membership by identity: `in` on tensors would compare their elements."""
-
-    def __init__(self, *tensors: torch.Tensor):
-        self.held = {id(tensor) for tensor in tensors}
-
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self.held
+def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]:
+    """Parameters of all experts, the MLP's width that one token meets, and the share of the experts that it meets."""
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    if not experts:
+        return 0, text.intermediate_size, 1.0
+    visited = text.num_experts_per_tok
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return experts, visited * width, visited / _number_of_experts(text)
 
 
 def _number_of_experts(text: PretrainedConfig) -> int:
@@ -215,16 +208,19 @@ def adapter_shape(
     """
     config = load_config(name) if isinstance(name, str) else name
     targets = targets if isinstance(targets, str) else tuple(targets)
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return _adapter_shape(key, rank, targets, with_score, _Held(config))
+    key = (_identity(config), rank, targets, with_score)
+    if key not in _ADAPTERS:
+        _ADAPTERS[key] = _count_adapter(config, rank, targets, with_score)
+    return _ADAPTERS[key]
 
 
-@functools.lru_cache(maxsize=64)
-def _adapter_shape(_: str, rank: int, targets: str | tuple[str, ...], with_score: bool, held: _Held) -> AdapterShape:
+def _count_adapter(
+    config: PretrainedConfig, rank: int, targets: str | tuple[str, ...], with_score: bool
+) -> AdapterShape:
     modules = targets if isinstance(targets, str) else list(targets)
     lora = LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
-    model = get_peft_model(meta_model(held.config), lora, low_cpu_mem_usage=True)
-    text = held.config.get_text_config()
+    model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
+    text = config.get_text_config()
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     # Projections of one block read one input: what stands before the last "." but one names the block.
     inputs = {(n.rsplit(".", 1)[0], m.in_features) for n, m in adapted.items() if not n.endswith("o_proj")}
