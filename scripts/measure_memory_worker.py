@@ -85,6 +85,9 @@ def build(job: dict[str, Any]) -> Any:
 
 def run(job: dict[str, Any]) -> Peaks:
     trainer, peaks = build(job), Peaks()
+    # One tensor that lies in a checkpoint's file keeps all of the file mapped, also what was packed from it.
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.clone()
     peaks.watch(trainer, job["trainer"] == "ppo")
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -76,7 +76,7 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
         )
     else:
         compute = "fp32" if machine.is_cpu else "bf16" if flags.get("zero_stage") or "method" in flags else "autocast"
-        none = {"critic": "none", "reward": "none"} if flags.get("trainer") == "dpo" else {}
+        none = {"trainer": "dpo", "critic": "none", "reward": "none"} if flags.get("trainer") == "dpo" else {}
         layout = Layout(**({"compute": compute, "accumulation": 16} | none))
         steps = flags.get("micro_batch", 1) * flags.get("accumulation", layout.accumulation)
         flags.setdefault("rollout", steps)

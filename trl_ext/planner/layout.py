@@ -110,6 +110,7 @@ class Layout:
         prompt, response: longest prompt and response, or completion of a pair.
         gradient_checkpointing: only the inputs of layers are kept for the backward pass.
         vllm_share: share of the GPU that a colocated vLLM takes; `vllm_sleeps`: it gives it back while learning.
+        vllm_tensor_parallel: GPUs that hold one copy of vLLM's weights together.
         gather_for_generation: under ZeRO-3, whole weights during generation.
         offload_frozen: reward and reference are on the GPU only while they score.
         reward_bits, reference_bits: 4, 8, or 16 for not quantised.
@@ -140,6 +141,7 @@ class Layout:
     gradient_checkpointing: bool = True
     vllm_share: float = 0.0
     vllm_sleeps: bool = False
+    vllm_tensor_parallel: int = 1
     gather_for_generation: bool = True
     offload_frozen: bool = False
     reward_bits: int = 16

@@ -64,9 +64,18 @@ class _Run:
 
     def __init__(self, models: Models, layout: Layout, hardware: Hardware):
         self.models, self.layout, self.hardware = models, layout, hardware
-        self.vllm = layout.vllm_share * hardware.memory
+        self.vllm = self._vllm()
         self.trained = self._trained()
         self.engine = memory.zero_buffers(self._trained_shapes(), layout, hardware)
+
+    def _vllm(self) -> float:
+        """Bytes of a colocated vLLM: its share, or 16-bit weights and the cache of one sequence if that is more."""
+        layout, shape = self.layout, self.models.actor
+        if not layout.vllm_share:
+            return 0.0
+        of_sequence = 4 * shape.key * shape.layers * layout.length
+        least = (2 * shape.parameters + of_sequence) / layout.vllm_tensor_parallel
+        return max(layout.vllm_share * self.hardware.memory, least)
 
     def _trained_shapes(self) -> list[ModelShape]:
         own_critic = self.layout.critic == "model"

@@ -16,8 +16,8 @@ COUNTS = tuple(2**i for i in range(13))
 
 def picture(planned: Plan, path: str | Path, assumptions: Assumptions | None = None) -> None:
     """
-    Draws three panels around a plan: GiB on each GPU by model size and method, GiB by length with and without gradient
-    checkpointing, tokens per second and GiB by number of GPUs.
+    Draws three panels around a plan: GiB on each GPU by model size and method, GiB by length in each phase, with and
+    without gradient checkpointing, and GiB and tokens per second of a GPU by number of GPUs.
 
     Args:
         planned: its layout, hardware and model are what is varied.
@@ -70,18 +70,28 @@ def _sizes(axes: Any, planned: Plan) -> None:
 
 
 def _lengths(axes: Any, planned: Plan) -> None:
-    for checkpointing in (True, False):
-        layouts = [
-            planned.layout.change(prompt=n // 2, response=n // 2, gradient_checkpointing=checkpointing)
-            for n in LENGTHS
-        ]
-        needed = [plan(planned.names, layout, planned.hardware).needed / GIB for layout in layouts]
-        axes.plot(LENGTHS, needed, "o-", label="checkpointing" if checkpointing else "no checkpointing")
-    axes.set(xlabel="tokens of prompt and response", xscale="log", title=f"Length, {planned.models.actor.name}")
+    lines: dict[str, list[float]] = {}
+    for length in LENGTHS:
+        for checkpointing in (True, False):
+            layout = planned.layout.change(
+                prompt=length // 2, response=length // 2, gradient_checkpointing=checkpointing
+            )
+            for phase in plan(planned.names, layout, planned.hardware).phases:
+                how = (", checkpointing" if checkpointing else ", all kept") if phase.name == "learn" else ""
+                if how or checkpointing:
+                    lines.setdefault(phase.name + how, []).append(phase.total / GIB)
+    for label, needed in lines.items():
+        axes.plot(LENGTHS, needed, "o-", label=label)
+    axes.set(xlabel="tokens of prompt and response", xscale="log", title=f"Length, {_where(planned)}")
 
 
 def _counts(axes: Any, planned: Plan, assumptions: Assumptions | None) -> None:
     plans = [plan(planned.names, planned.layout, replace(planned.hardware, gpus=n)) for n in COUNTS]
     axes.plot(COUNTS, [p.needed / GIB for p in plans], "o-", label="GiB on each GPU")
-    axes.plot(COUNTS, [speed(p, assumptions).tokens_per_second for p in plans], "s--", label="tokens/s, all GPUs")
+    rates = [speed(p, assumptions).tokens_per_second / p.hardware.gpus for p in plans]
+    axes.plot(COUNTS, rates, "s--", label="tokens/s of each GPU")
     axes.set(xlabel="GPUs", xscale="log", yscale="log", title=f"GPUs, {planned.models.actor.name}")
+
+
+def _where(planned: Plan) -> str:
+    return f"{planned.models.actor.name} on {planned.hardware.gpus} GPUs"

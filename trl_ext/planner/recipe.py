@@ -130,6 +130,7 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "prompt": prompt or DEFAULT_PROMPT,
         "response": options.get("max_completion_length") or options.get("response_length") or 53,
         "vllm_share": options.get("vllm_gpu_memory_utilization") or 0.3 if colocated else 0.0,
+        "vllm_tensor_parallel": options.get("vllm_tensor_parallel_size") or 1,
         "vllm_sleeps": bool(options.get("vllm_enable_sleep_mode")),
         "gather_for_generation": options.get("ds3_gather_for_generation") is not False,
         "offload_frozen": bool(options.get("offload_frozen_models")),

@@ -118,7 +118,7 @@ def _generate(layout: Layout, shape: ModelShape, hardware: Hardware, assumed: As
     bits = 4 if layout.method == "qlora" else 16
     weights = memory.weight_bytes(shape, layout, bits)
     if layout.vllm_share:
-        weights = 2.0 * shape.parameters
+        weights = 2.0 * shape.parameters / layout.vllm_tensor_parallel
     elif layout.compute == "autocast" or (layout.method == "qlora" and layout.rollout > 1):
         weights += 4.0 * shape.linear  # every pass casts or unpacks the weights: 2 bytes written, 2 read
     cache = memory.kv_cache(shape, layout.rollout, layout.prompt + layout.response / 2, layout)
