@@ -1,5 +1,6 @@
 """Random models for `measure_gpu.py`, built on the device layer by layer: a 33B model never exists unpacked."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: str, pack
         scored: a reward model instead of a causal LM.
     """
     auto = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    config = copy.deepcopy(config)  # what is noted in it is this model's
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype)
     head = None if scored else model.get_output_embeddings()

@@ -178,7 +178,7 @@ def test_documented_make_target_exists(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/dpo.md"]
+    "path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/dpo.md", "docs/scale.md"]
 )
 def test_linked_file_exists(path):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", read(path)):
