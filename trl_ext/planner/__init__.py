@@ -5,14 +5,14 @@ The planner: what a run needs on each GPU, before anything is loaded, from confi
 """
 
 from .changes import smallest_change
+from .drawing import picture
 from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
-from .picture import picture
-from .plan import ModelNames, Plan, plan
+from .planning import ModelNames, Plan, plan
 from .recipe import layout_from_options, names_from_options, this_machine
+from .search import suggest
 from .shapes import SHAPES, load_config, model_shape
-from .speed import Assumptions, speed
-from .suggest import suggest
 from .table import plan_text, scale_table, speed_text, suggestion_table
+from .timing import Assumptions, speed
 
 
 __all__ = [

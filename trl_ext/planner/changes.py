@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .layout import Hardware, Layout
-from .plan import Plan, plan
+from .planning import Plan, plan
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 @dataclass(frozen=True)
 class Hardware:
     """
-    The machine. Speeds are those of one GPU, as its maker states them; `speed.py` says what share of them is assumed.
+    The machine. Speeds are those of one GPU, as its maker states them; `timing.py` says what share of them is assumed.
 
     Args:
         gpus: in all.

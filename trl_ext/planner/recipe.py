@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .layout import CPU, GPUS, Hardware, Layout
-from .plan import ModelNames
+from .planning import ModelNames
 from .shapes import load_config
 
 

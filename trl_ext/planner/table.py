@@ -7,9 +7,9 @@ from .changes import Change, smallest_change
 from .layout import GIB, Hardware
 from .memory import PARTS
 from .phases import ROLES
-from .plan import Plan, plan
-from .speed import Assumptions, speed
-from .suggest import Suggestion
+from .planning import Plan, plan
+from .search import Suggestion
+from .timing import Assumptions, speed
 
 
 HEADERS = {"optimizer": "optimizer states", "kv_cache": "KV cache"}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .layout import GIB, Layout
-from .plan import Plan, plan
-from .speed import Assumptions, speed
+from .planning import Plan, plan
+from .timing import Assumptions, speed
 
 
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "llama-7b", "llama-13b", "llama-33b", "llama-65b")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .layout import Hardware, Layout
-from .plan import ModelNames, Plan, plan
-from .speed import Assumptions, Speed, speed
+from .planning import ModelNames, Plan, plan
+from .timing import Assumptions, Speed, speed
 
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)

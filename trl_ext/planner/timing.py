@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import memory
 from .layout import Hardware, Layout
 from .phases import Models
-from .plan import Plan
+from .planning import Plan
 from .shapes import ModelShape
 
 
