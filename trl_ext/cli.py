@@ -182,7 +182,8 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
     except ValueError:  # a model or a layout that the planner cannot read is the trainer's to refuse
         return
     if not planned.fits and not options["force"]:
-        raise SystemExit(f"{plan_text(planned)}\n\nNothing has been loaded. `--force` trains all the same.")
+        assumed = f"Prompts of {planned.layout.prompt} tokens are assumed. " if trainer == "ppo" else ""
+        raise SystemExit(f"{plan_text(planned)}\n\n{assumed}Nothing has been loaded. `--force` trains all the same.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,21 @@ def test_deepspeed_file_reaches_the_layout(tmp_path):
     assert (layout.zero_stage, layout.offload_optimizer, layout.compute) == (2, False, "fp32")
 
 
+def test_deepspeed_of_accelerate_launch_reaches_the_layout():
+    """accelerate's own file leaves `deepspeed` unset; the Trainer's options then hold its plugin."""
+    plugin = types.SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    layout = layout_from_options("ppo", {"deepspeed": None, "deepspeed_plugin": plugin}, GPU)
+    assert (layout.zero_stage, layout.compute) == (3, "bf16")
+
+
+def test_fsdp_is_not_planned(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not planned"):
+        layout_from_options("ppo", {}, GPU)
+    model, fit, config = arguments(tmp_path)
+    require_fit("ppo", model, fit, config, hardware=GPU)  # nor refused
+
+
 def test_reward_adapter_shares_the_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     options = {"use_peft": True, "load_in_4bit": True, "reward_model_path": str(tmp_path)}
@@ -165,6 +181,7 @@ def test_run_that_does_not_fit_stops_with_the_plan(tmp_path):
     message = str(stopped.value)
     assert "| **learn**" in message
     assert "The smallest change that makes it fit" in message or "It fits with these changes together" in message
+    assert "Prompts of 512 tokens are assumed." in message
     assert message.endswith("`--force` trains all the same.")
 
 

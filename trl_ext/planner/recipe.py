@@ -48,6 +48,8 @@ def layout_from_options(
     Raises:
         ValueError: when the options do not go together.
     """
+    if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ValueError("FSDP is not planned. ZeRO-3 shards alike: plan it with `zero_stage: 3`.")
     common = _training(options, hardware) | _adapters(options) | _deepspeed(options)
     common["compute"] = _compute(options, hardware, bool(common.get("zero_stage")))
     if common["method"] == "qlora" and options.get("ref_model_quantization") is None:
@@ -91,8 +93,11 @@ def _compute(options: Mapping[str, Any], hardware: Hardware, has_deepspeed: bool
 
 
 def _deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the planner reads of a DeepSpeed file: stage, offloading, buckets. "auto" is what transformers fills in."""
-    given = options.get("deepspeed")
+    """
+    What the planner reads of a DeepSpeed file, the run's or that of `accelerate launch`: stage, offloading, buckets.
+    "auto" is what transformers fills in.
+    """
+    given = options.get("deepspeed") or getattr(options.get("deepspeed_plugin"), "deepspeed_config", None)
     if not given:
         return {}
     config = given if isinstance(given, Mapping) else json.loads(Path(given).read_text())
