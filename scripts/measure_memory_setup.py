@@ -55,7 +55,7 @@ RUNS = {
     "ppo-head-accumulated": job("ppo", DEEP, (4, 4), (128, 64), critic="head"),
     "ppo-head-checkpointing": job("ppo", DEEP, (16, 1), (256, 64), critic="head", gradient_checkpointing=True),
     "ppo-head-wide": job("ppo", WIDE, (8, 1), (64, 64), critic="head"),
-    "ppo-rollout": job("ppo", DEEP, (8, 16), (256, 16), critic="head", local_rollout_forward_batch_size=8),
+    "ppo-rollout": job("ppo", DEEP, (2, 24), (256, 8), critic="head", local_rollout_forward_batch_size=2),
     "ppo-lora": job("ppo", DEEP, (8, 1), (128, 128), "lora", critic="head"),
     "ppo-lora-model": job("ppo", DEEP, (8, 1), (128, 64), "lora"),
     "ppo-qlora": job("ppo", GROUPED, (8, 1), (128, 64), "qlora", critic="head"),

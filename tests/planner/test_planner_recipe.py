@@ -147,6 +147,10 @@ def test_reward_adapter_shares_the_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     options = {"use_peft": True, "load_in_4bit": True, "reward_model_path": str(tmp_path)}
     assert layout_from_options("ppo", options, GPU).reward == "adapter"
+    # One that is still to be trained, in a recipe whose critic is an adapter
+    options |= {"reward_model_path": str(tmp_path / "later"), "critic": "adapter"}
+    assert layout_from_options("ppo", options, GPU).reward == "adapter"
+    assert layout_from_options("ppo", options | {"critic": "head"}, GPU).reward == "model"
 
 
 def test_names_are_those_that_the_scripts_load(tmp_path):

@@ -38,6 +38,8 @@ def test_built_in_shape_has_its_published_parameters(name, billions):
 
 def test_every_built_in_shape_is_named_by_its_hub_name_too():
     assert model_shape("Qwen/Qwen3-8B").parameters == model_shape("qwen3-8b").parameters
+    assert model_shape("Qwen/Qwen2.5-0.5B-Instruct").parameters == model_shape("0.5b").parameters
+    assert model_shape("huggyllama/llama-30b").parameters == model_shape("33b").parameters
     assert all(model_shape(name).layers == sizes["num_hidden_layers"] for name, sizes in SHAPES.items())
 
 

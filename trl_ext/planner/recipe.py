@@ -121,12 +121,11 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     micro_batch = max(size for size in range(1, per_device + 1) if mini_batch % size == 0)
     kl_coef = options.get("beta") if options.get("beta") is not None else options.get("kl_coef")
     has_reference = kl_coef is None or kl_coef != 0
-    reward = options.get("reward_model_path")
     colocated = options.get("use_vllm") and options.get("vllm_mode", "colocate") == "colocate"
     return {
         "critic": options.get("critic") or "model",
         "reference": "none" if not has_reference else "adapter" if options.get("use_peft") else "model",
-        "reward": "adapter" if reward and (Path(reward) / "adapter_config.json").is_file() else "model",
+        "reward": _reward_kind(options.get("reward_model_path"), options.get("critic")),
         "micro_batch": micro_batch,
         "accumulation": mini_batch // micro_batch,
         "rollout": rollout,
@@ -140,6 +139,13 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "gather_for_generation": options.get("ds3_gather_for_generation") is not False,
         "offload_frozen": bool(options.get("offload_frozen_models")),
     }
+
+
+def _reward_kind(path: str | None, critic: str | None) -> str:
+    """An adapter's folder says so; one that is still to be trained is taken for an adapter beside a critic that is."""
+    if path and (Path(path) / "adapter_config.json").is_file():
+        return "adapter"
+    return "adapter" if critic == "adapter" and not Path(path or "").is_dir() else "model"
 
 
 def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:

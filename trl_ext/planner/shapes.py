@@ -1,6 +1,7 @@
 """What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256),
 }
 ALIASES = {"135m": "smollm2-135m-instruct", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b", "7b": "qwen2.5-7b"}
-ALIASES |= {"8b": "llama-3.1-8b", "13b": "llama-13b", "33b": "llama-33b", "65b": "llama-65b", "70b": "llama-3.1-70b"}
+ALIASES |= {
+    "8b": "llama-3.1-8b",
+    "13b": "llama-13b",
+    "33b": "llama-33b",
+    "llama-30b": "llama-33b",
+    "65b": "llama-65b",
+    "70b": "llama-3.1-70b",
+}
 
+
+_SUFFIX = re.compile(r"-(instruct|chat|base|it|hf|dpo|sft|v[0-9.]+)+$")
 
 # Counted once for each config: a search asks for the same sizes hundreds of times.
 _MODELS: dict[tuple, "ModelShape"] = {}
@@ -101,23 +111,33 @@ class AdapterShape:
 
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     """
-    The config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name.
+    The config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose config
+    cannot be read is looked up in the table without its suffix, such as "-Instruct".
 
     Raises:
         ValueError: when it is none of them.
     """
     key = name.lower().rstrip("/").split("/")[-1]
-    key = ALIASES.get(key, key)
-    if key in SHAPES and not Path(name).is_dir():
-        options = dict(SHAPES[key])
-        return AutoConfig.for_model(options.pop("model_type"), **options)
+    if not Path(name).is_dir() and _built_in(key):
+        return _from_table(key)
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
+        if _built_in(_SUFFIX.sub("", key)):
+            return _from_table(_SUFFIX.sub("", key))
         raise ValueError(
             f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}), and no "
             f"built-in shape. Built-in shapes: {sorted([*ALIASES, *SHAPES])}."
         ) from error
+
+
+def _built_in(key: str) -> bool:
+    return ALIASES.get(key, key) in SHAPES
+
+
+def _from_table(key: str) -> PretrainedConfig:
+    options = dict(SHAPES[ALIASES.get(key, key)])
+    return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
 def meta_model(config: PretrainedConfig, with_score: bool = False) -> nn.Module:
