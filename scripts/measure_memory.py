@@ -38,14 +38,17 @@ def planned(run: dict[str, Any], folder: Path) -> Plan:
     return plan(ModelNames(str(folder / "actor"), reward=str(folder / "reward")), layout, CPU)
 
 
-def measured(run: dict[str, Any], folder: Path) -> dict[str, int]:
-    """Peak bytes by phase. The allocator gives every freed tensor back at once: the peak is what tensors hold."""
+def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[str, int]:
+    """
+    Peak bytes by phase. The allocator is told to give every freed tensor back at once, so that the peak is what
+    tensors hold; with `as_it_is` it is left alone.
+    """
     run = run | {"models": str(folder), "folder": str(folder / "out"), "result": str(folder / "result.json")}
     run["vocabulary"] = run["config"]["vocab_size"]
     small = {"models": str(folder.parent / "warm-up"), "vocabulary": TINY["vocab_size"], "prompt": 8, "response": 4}
     run["tiny"] = small
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"MALLOC_ARENA_MAX": "1", "PYTHONWARNINGS": "ignore"}
+    prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | ({} if as_it_is else prompt) | {"PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, WORKER, json.dumps(run)], check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads(Path(run["result"]).read_text())["phases"]
 
@@ -53,13 +56,15 @@ def measured(run: dict[str, Any], folder: Path) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=[name for name in RUNS if name != "tiny"])
+    parser.add_argument("--allocator_as_it_is", action="store_true", help="Show what it holds beside tensors.")
+    given = parser.parse_args(argv)
     print("| run | planned GB | measured GB | off | generate | score | learn |\n|---|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as place:
         save_models(TINY, Path(place) / "warm-up")
-        for name in parser.parse_args(argv).runs:
+        for name in given.runs:
             folder = Path(place) / name
             save_models(RUNS[name]["config"], folder)
-            expected, found = planned(RUNS[name], folder), measured(RUNS[name], folder)
+            expected, found = planned(RUNS[name], folder), measured(RUNS[name], folder, given.allocator_as_it_is)
             peak = max(found.values())
             cells = [f"{expected.peak.total / GB:.2f}", f"{peak / GB:.2f}", f"{expected.peak.total / peak - 1:+.1%}"]
             of = {phase.name: phase.total for phase in expected.phases}

@@ -35,6 +35,12 @@ def run(script, command: str, capsys) -> str:
     return capsys.readouterr().out
 
 
+def test_commands_of_the_readme_are_among_those_of_the_page():
+    of_readme = re.findall(r"^python scripts/plan.py[^#\n]*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert of_readme
+    assert {line.strip() for line in of_readme} <= set(COMMANDS)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_command_of_the_page_runs(plan_script, command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
