@@ -113,7 +113,7 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
     for offload in (False, True):
         host, expected = stage_2(number, cpu_offload=offload, **size)
         plan = layout(zero_stage=2, compute="bf16", offload_optimizer=offload)
-        assert memory.trained_states(0, number, False, plan, hardware).total == pytest.approx(expected, abs=2)
+        assert memory.trained_states(0, number, 2, plan, hardware).total == pytest.approx(expected, abs=2)
         if offload:
             assert memory.host_states(number, 0, plan, hardware) == pytest.approx(host, abs=2)
     for optimizer, parameters in ((False, False), (True, False), (True, True)):
@@ -124,7 +124,7 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
         plan = layout(zero_stage=3, compute="bf16", reduce_bucket=0, **options)
         buffers = memory.zero_buffers([shape], plan, hardware)
         assert buffers == largest
-        states = memory.trained_states(0, number, False, plan, hardware).total
+        states = memory.trained_states(0, number, 2, plan, hardware).total
         assert states + buffers == pytest.approx(expected, abs=2)
         if optimizer:
             assert memory.host_states(number, 0, plan, hardware) == pytest.approx(host, abs=2)
@@ -132,7 +132,7 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
 
 def test_zero_1_keeps_whole_gradients_and_partitions_the_rest():
     plan = layout(zero_stage=1, compute="bf16")
-    states = memory.trained_states(0, 1000, False, plan, Hardware(gpus=4))
+    states = memory.trained_states(0, 1000, 2, plan, Hardware(gpus=4))
     assert (states.weights, states.gradients, states.optimizer) == (2000, 2000 + 1000, 3000)
 
 
@@ -142,7 +142,7 @@ def test_adamw_states_are_those_of_torch():
     model(torch.ones(1, 30)).sum().backward()
     optimizer.step()
     expected = sum(v.nbytes for state in optimizer.state.values() for name, v in state.items() if name != "step")
-    states = memory.trained_states(0, 620, False, layout(), Hardware())
+    states = memory.trained_states(0, 620, 4, layout(), Hardware())
     assert (states.weights, states.gradients, states.optimizer) == (2480, 2480, expected)
 
 

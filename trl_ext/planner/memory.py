@@ -80,26 +80,25 @@ def scale_bytes(bits: int, nested: bool) -> float:
 # ------------------------------------------------------------------------------------- weights, gradients, optimizer
 
 
-def trained_states(frozen: float, trained: int, of_adapter: bool, layout: Layout, hardware: Hardware) -> Usage:
+def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardware: Hardware) -> Usage:
     """
     What a model that learns holds all the time.
 
     Args:
         frozen: bytes of its weights that do not learn.
         trained: parameters that do.
-        of_adapter: whether those are an adapter's.
+        size: bytes of one of those, without DeepSpeed.
     """
     if layout.zero_stage:
         return _zero_states(frozen, trained, layout, hardware)
-    size = _adapter_element(layout) if of_adapter else element(layout)
     states = {"adamw": 2.0 * size, "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK), "sgd": 0.0}[layout.optimizer]
     buckets = size * trained if hardware.gpus > 1 else 0  # DDP copies gradients into its buckets
     return Usage(frozen + size * trained, size * trained, states * trained, buffers=buckets)
 
 
-def _adapter_element(layout: Layout) -> int:
-    """PEFT keeps adapters of 16-bit models in float32; TRL casts those of quantised ones to bfloat16."""
-    return 2 if layout.method == "qlora" else 4
+def adapter_element(layout: Layout, role: str) -> int:
+    """PEFT keeps adapters of 16-bit models in float32; TRL casts the actor's on a quantised one to bfloat16."""
+    return 2 if layout.method == "qlora" and role == "actor" else 4
 
 
 def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware) -> Usage:

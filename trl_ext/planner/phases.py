@@ -86,19 +86,23 @@ class _Run:
     def _trained(self) -> dict[str, Usage]:
         """States of actor and critic, without what a step adds; gradients are those of a whole step."""
         models, layout, hardware = self.models, self.layout, self.hardware
+        whole = memory.element(layout)
+
+        def states(frozen: float, trained: int, size: int = whole) -> Usage:
+            return memory.trained_states(frozen, trained, size, layout, hardware)
+
         if layout.method == "full":
-            actor = memory.trained_states(0, models.actor.parameters, False, layout, hardware)
+            roles = {"actor": states(0, models.actor.parameters)}
         else:
             base = memory.weight_bytes(models.actor, layout, 4 if layout.method == "qlora" else 16)
-            actor = memory.trained_states(base, self._adapter.parameters, True, layout, hardware)
-        roles = {"actor": actor}
+            roles = {"actor": states(base, self._adapter.parameters, memory.adapter_element(layout, "actor"))}
         if layout.critic == "model" and models.critic is not None:
-            roles["critic"] = memory.trained_states(0, models.critic.parameters, False, layout, hardware)
+            roles["critic"] = states(0, models.critic.parameters)
         elif layout.critic == "adapter":
-            size = self._adapter.parameters + models.actor.hidden + 1
-            roles["critic"] = memory.trained_states(0, size, True, layout, hardware)
+            trained = self._adapter.parameters + models.actor.hidden + 1
+            roles["critic"] = states(0, trained, memory.adapter_element(layout, "critic"))
         elif layout.critic == "head":
-            roles["critic"] = memory.trained_states(0, models.actor.hidden + 1, False, layout, hardware)
+            roles["critic"] = states(0, models.actor.hidden + 1)
         return roles
 
     @property
@@ -113,7 +117,7 @@ class _Run:
         shape = getattr(self.models, role)
         if kind == "adapter":
             # An adapter that is switched off costs nothing; a reward adapter has weights and a score head.
-            return 4.0 * self._adapter.parameters if role == "reward" else 0.0
+            return memory.adapter_element(self.layout, role) * self._adapter.parameters if role == "reward" else 0.0
         if kind == "none" or shape is None:
             return 0.0
         bits = self.layout.reward_bits if role == "reward" else self.layout.reference_bits
