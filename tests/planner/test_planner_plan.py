@@ -153,6 +153,19 @@ def test_smallest_change_is_the_cheapest_that_will_do():
         assert not plan("0.5b", cheaper.layout, failed.hardware).fits
 
 
+def test_changes_together_keep_the_training_and_are_all_needed():
+    """S1's 4 × 80 GB with 2 TB of host memory: no single change makes four 33B models fit in full."""
+    layout = FULL.change(zero_stage=3, compute="bf16", prompt=512, response=512, rollout=16, accumulation=16)
+    failed = plan("33b", layout, dataclasses.replace(GPU, gpus=4, host_memory=2048 * GIB))
+    found = smallest_change(failed)
+    assert len(found) > 1
+    assert all(change.keeps_training for change in found)
+    assert plan("33b", found[-1].layout, failed.hardware).fits
+    assert (found[-1].layout.method, found[-1].layout.critic) == ("full", "model")
+    for alone in changes(layout, failed.hardware, keeping_training=True):
+        assert not plan("33b", alone.layout, failed.hardware).fits
+
+
 def test_no_change_makes_a_70b_model_fit_12_gb():
     assert smallest_change(plan("70b", FULL, dataclasses.replace(GPU, memory=12 * GIB))) == []
 
