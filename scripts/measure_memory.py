@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def planned(run: dict[str, Any], folder: Path) -> Plan:
         "lora_r": run["rank"],
     }
     options |= {"lora_target_modules": ["all-linear"], "bf16": False, "model_name_or_path": str(folder / "actor")}
-    layout = layout_from_options(run["trainer"], options, CPU, prompt=run["prompt"])
-    return plan(ModelNames(str(folder / "actor"), reward=str(folder / "reward")), layout, CPU)
+    machine = replace(CPU, gpus=run["processes"])
+    layout = layout_from_options(run["trainer"], options, machine, prompt=run["prompt"])
+    return plan(ModelNames(str(folder / "actor"), reward=str(folder / "reward")), layout, machine)
 
 
 def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[str, int]:
@@ -49,7 +51,9 @@ def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[
     run["tiny"] = small
     prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     environment = os.environ | ({} if as_it_is else prompt) | {"PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, WORKER, json.dumps(run)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run["processes"])]
+    command = [sys.executable, *(launcher if run["processes"] > 1 else []), str(WORKER), json.dumps(run)]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads(Path(run["result"]).read_text())["phases"]
 
 

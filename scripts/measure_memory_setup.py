@@ -27,6 +27,7 @@ def job(
     batch: tuple[int, int],
     lengths: tuple[int, int],
     peft: str = "",
+    processes: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """A run: `batch` is a micro-batch and how many of them make a rollout or step; `peft` is "lora" or "qlora"."""
@@ -37,14 +38,8 @@ def job(
         common = {"response_length": lengths[1], "num_ppo_epochs": 1, "stop_token_id": shape["vocab_size"]} | common
     else:
         common = {"max_length": sum(lengths)} | common
-    adapters = {"use_peft": bool(peft), "load_in_4bit": peft == "qlora", "rank": 16}
-    return {
-        "trainer": trainer,
-        "config": shape,
-        "prompt": lengths[0],
-        "response": lengths[1],
-        "options": common,
-    } | adapters
+    run = {"trainer": trainer, "config": shape, "prompt": lengths[0], "response": lengths[1], "options": common}
+    return run | {"use_peft": bool(peft), "load_in_4bit": peft == "qlora", "rank": 16, "processes": processes}
 
 
 RUNS = {
@@ -54,6 +49,7 @@ RUNS = {
     "ppo-head": job("ppo", DEEP, (8, 1), (128, 64), critic="head"),
     "ppo-head-accumulated": job("ppo", DEEP, (4, 4), (128, 64), critic="head"),
     "ppo-head-checkpointing": job("ppo", DEEP, (16, 1), (256, 64), critic="head", gradient_checkpointing=True),
+    "ppo-head-two-processes": job("ppo", DEEP, (4, 1), (128, 64), critic="head", processes=2),
     "ppo-head-wide": job("ppo", WIDE, (8, 1), (64, 64), critic="head"),
     "ppo-rollout": job("ppo", DEEP, (2, 24), (256, 8), critic="head", local_rollout_forward_batch_size=2),
     "ppo-lora": job("ppo", DEEP, (8, 1), (128, 128), "lora", critic="head"),

@@ -8,6 +8,7 @@ Linux keeps a process's peak (`VmHWM`) and resets it when 5 is written to `clear
 import ctypes
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +79,14 @@ def build(job: dict[str, Any]) -> Any:
         data = rows(job, 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps)
         return DPOTrainerX(str(actor), args=args, train_dataset=data, **kwargs)
     rollout = job["options"]["per_device_train_batch_size"] * job["options"]["gradient_accumulation_steps"]
-    args = PPOConfigX(job["folder"], total_episodes=2 * rollout, num_sample_generations=0, **QUIET, **job["options"])
-    data = rows(job, 2 * rollout)
+    args = PPOConfigX(
+        job["folder"],
+        total_episodes=2 * rollout * job["processes"],
+        num_sample_generations=0,
+        **QUIET,
+        **job["options"],
+    )
+    data = rows(job, 2 * rollout * job["processes"])
     return PPOTrainerX(args, model=str(actor), reward_model=str(reward), train_dataset=data, **kwargs)
 
 
@@ -104,7 +111,8 @@ def main(job: dict[str, Any]) -> None:
     baseline = in_status("VmRSS")
     peaks = run(job)
     phases = {phase: peak - baseline for phase, peak in peaks.of.items()}
-    Path(job["result"]).write_text(json.dumps({"phases": phases, "baseline": baseline}))
+    if os.environ.get("RANK", "0") == "0":
+        Path(job["result"]).write_text(json.dumps({"phases": phases, "baseline": baseline}))
 
 
 if __name__ == "__main__":
