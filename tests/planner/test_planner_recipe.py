@@ -11,7 +11,7 @@ import torch
 import tiny
 from trl_ext import DPOConfigX, PPOConfigX, cli
 from trl_ext.cli import DataArguments, ModelArguments, recipe_options, require_fit
-from trl_ext.planner import CPU, GIB, Hardware, layout_from_options, names_from_options, plan, this_machine
+from trl_ext.planner import CPU, GIB, GPUS, Hardware, layout_from_options, names_from_options, plan, this_machine
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
@@ -168,6 +168,19 @@ def test_this_machine_is_a_cpu_with_memory():
     assert machine.is_cpu
     assert machine.gpus == 1
     assert machine.memory > GIB
+
+
+def test_this_machine_with_a_gpu_is_that_gpu(monkeypatch):
+    """A stand-in for the driver: name and memory are the device's, the number of GPUs the launch's."""
+    device = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    machine = this_machine()
+    assert (machine.memory, machine.gpus, machine.nodes, machine.is_cpu) == (79 * GIB, 16, 2, False)
+    assert machine.flops == GPUS["h100-80gb"]["flops"]
 
 
 # ---- Before loading

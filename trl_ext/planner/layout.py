@@ -161,7 +161,8 @@ class Layout:
         for name, allowed in chosen.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {allowed}.")
-        for name in ("micro_batch", "accumulation", "rollout", "score_batch", "epochs", "prompt", "response", "rank"):
+        batches = ("micro_batch", "accumulation", "rollout", "score_batch", "epochs")
+        for name in (*batches, "prompt", "response", "rank", "vllm_tensor_parallel"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.vllm_share < 1:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,10 @@ def this_machine() -> Hardware:
     gpus = int(os.environ.get("WORLD_SIZE", 1))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
     if not torch.cuda.is_available():
-        return CPU.__class__(**(vars(CPU) | {"memory": host, "host_memory": host, "gpus": gpus}))
-    memory = float(torch.cuda.mem_get_info()[1])
-    name = torch.cuda.get_device_name().lower().replace(" ", "").replace("-", "")
+        return replace(CPU, memory=host, host_memory=host, gpus=gpus)
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory = float(device.total_memory)
+    name = device.name.lower().replace(" ", "").replace("-", "")
     known = next((speeds for key, speeds in GPUS.items() if key.split("-")[0] in name), {})
     options = known | {"memory": memory, "host_memory": host, "gpus": gpus, "gpus_per_node": on_node}
     return Hardware(**options)  # type: ignore[arg-type]
