@@ -22,7 +22,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import DPOConfigX, DPOTrainerX, ReportCallback, embedded
-from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
+from trl_ext.cli import (
+    DataArguments,
+    FitArguments,
+    ModelArguments,
+    first_and_last_evaluation,
+    load_splits,
+    parse,
+    require_fit,
+)
 from trl_ext.report import DPO_LINE, accuracy_text, preference_table, use_brief_progress
 
 
@@ -31,7 +39,7 @@ DEFAULTS = {"eval_on_start": True}
 
 
 @dataclass
-class DPOArguments(DataArguments):
+class DPOArguments(FitArguments, DataArguments):
     min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
     pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
     ignore_bias_buffers: bool = field(
@@ -79,6 +87,7 @@ def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) 
 
 def main(argv: list[str] | None = None) -> None:
     data, model, args = parse((DPOArguments, ModelArguments, DPOConfigX), __doc__, DEMO, argv, DEFAULTS)
+    require_fit("dpo", data, model, args)
     trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     trainer.add_callback(ReportCallback(facts={"data": data.source}))

@@ -21,7 +21,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext import PPOConfigX, PPOTrainerX, ReportCallback, embedded
-from trl_ext.cli import DataArguments, ModelArguments, first_and_last_evaluation, load_splits, parse
+from trl_ext.cli import (
+    DataArguments,
+    FitArguments,
+    ModelArguments,
+    first_and_last_evaluation,
+    load_splits,
+    parse,
+    require_fit,
+)
 from trl_ext.report import (
     PPO_LINE,
     pair_samples,
@@ -42,7 +50,7 @@ DEFAULTS = {
 
 
 @dataclass
-class PPOArguments(DataArguments):
+class PPOArguments(FitArguments, DataArguments):
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
     prompts_seed: int = field(default=0, metadata={"help": "Seed of the embedded split: reward.py's `pairs_seed`."})
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
@@ -89,6 +97,7 @@ def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], 
 
 def main(argv: list[str] | None = None) -> None:
     data, model, args = parse((PPOArguments, ModelArguments, PPOConfigX), __doc__, DEMO, argv, DEFAULTS)
+    require_fit("ppo", data, model, args)
     trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
     trainer.add_callback(ReportCallback(facts={"data": data.source}))

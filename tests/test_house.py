@@ -187,6 +187,7 @@ def test_documented_make_target_exists(path):
         "docs/callbacks.md",
         "docs/dpo.md",
         "docs/report.md",
+        "docs/scale.md",
     ],
 )
 def test_linked_file_exists(path):

@@ -17,16 +17,19 @@ from transformers import Trainer
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset
 
 from .device import computes_in_bf16, keep_4_bit_differentiable
+from .planner import Hardware, layout_from_options, names_from_options, plan, plan_text, this_machine
 
 
 __all__ = [
     "DataArguments",
+    "FitArguments",
     "ModelArguments",
     "first_and_last_evaluation",
     "keep_4_bit_differentiable",
     "load_rows",
     "load_splits",
     "parse",
+    "require_fit",
 ]
 
 # Options of the trainers' base classes that most runs touch; `--help` shows these, `--help_all` every option.
@@ -36,6 +39,16 @@ COMMON = (
     "logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps report_to deepspeed"
 ).split()
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class FitArguments:
+    """What to do with a run that the planner expects not to fit; see `require_fit`."""
+
+    force: bool = field(
+        default=False,
+        metadata={"help": "Train even where the planner says that the run does not fit the GPU's memory."},
+    )
 
 
 @dataclass
@@ -137,15 +150,58 @@ def parse(
 def _apply_recipe(parser: "_Parser", path: Path) -> None:
     """Sets the parser's defaults from a YAML mapping; a key is the name of a flag, `model` and `model_name_or_path`
     alike."""
-    recipe = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
+    recipe = _read_recipe(path)
     os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     unknown = [key for key in recipe if f"--{key}" not in options]
     if unknown:
         raise ValueError(f"Unknown options in the recipe {path}: {unknown}. `--help_all` lists every option.")
     parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in recipe.items()})
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
+    return recipe
+
+
+def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
+    """
+    Option names and values of a recipe, with the defaults of `dataclasses` for what it leaves open. Nothing is built
+    from them, so a recipe for other hardware can be read. Keys that `dataclasses` do not know are a script's own.
+    """
+    parser = _Parser(dataclasses, allow_abbrev=False)
+    options = {name: action.dest for action in parser._actions for name in action.option_strings}
+    given = {options[f"--{key}"]: value for key, value in _read_recipe(Path(recipe)).items() if f"--{key}" in options}
+    parser.set_defaults_with_config(**given)
+    return vars(parser.parse_known_args([])[0])
+
+
+def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
+    """
+    Before anything is loaded: plans the run on the GPUs of this launch.
+
+    Args:
+        trainer: "ppo" or "dpo".
+        arguments: what `parse` returned.
+        hardware: what it is to fit; unset: this machine, and without a GPU nothing is checked.
+
+    Raises:
+        SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
+    """
+    options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
+    if hardware is None:
+        if options["use_cpu"] or not torch.cuda.is_available():
+            return
+        hardware = this_machine()
+    try:
+        planned = plan(names_from_options(options), layout_from_options(trainer, options, hardware), hardware)
+    except ValueError:  # a model or a layout that the planner cannot read is the trainer's to refuse
+        return
+    if not planned.fits and not options["force"]:
+        assumed = f"Prompts of {planned.layout.prompt} tokens are assumed. " if trainer == "ppo" else ""
+        raise SystemExit(f"{plan_text(planned)}\n\n{assumed}Nothing has been loaded. `--force` trains all the same.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

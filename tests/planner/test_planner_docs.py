@@ -1,0 +1,85 @@
+"""Every command of docs/scale.md runs as it stands, and its tables say what the planner says."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "scale.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def plan_script():
+    spec = importlib.util.spec_from_file_location("scripts_plan", ROOT / "scripts" / "plan.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, command: str, capsys) -> str:
+    program, name, *flags = shlex.split(command)
+    assert (program, name) == ("python", "scripts/plan.py")
+    script.main(flags)
+    return capsys.readouterr().out
+
+
+def test_commands_of_the_readme_are_among_those_of_the_page():
+    of_readme = re.findall(r"^python scripts/plan.py[^#\n]*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert of_readme
+    assert {line.strip() for line in of_readme} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_command_of_the_page_runs(plan_script, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    command = command.replace("docs/images/scale.png", str(tmp_path / "scale.png"))
+    text = run(plan_script, command, capsys)
+    assert "tokens/s" in text
+    if "--picture" in command:
+        assert (tmp_path / "scale.png").stat().st_size > 30_000
+
+
+def rows(trainer: str) -> list[list[str]]:
+    table = re.search(rf"\| {trainer}, 33B .*?\n\n", PAGE, flags=re.DOTALL).group()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[3:]]
+
+
+@pytest.mark.parametrize("trainer", ["PPO", "DPO"])
+def test_figures_of_the_tables_are_the_planners(plan_script, trainer, capsys):
+    """The commands below the tables are the tables' lines, in their order, but for the first, which is loading."""
+    lines = [c for c in COMMANDS if "33b" in c and "--scale" not in c and c != COMMANDS[2]]
+    lines = [c for c in lines if ("--trainer dpo" in c) == (trainer == "DPO")]
+    assert len(lines) == len(rows(trainer))
+    for command, (_, gpus, each, host, fits) in zip(lines, rows(trainer), strict=True):
+        text = run(plan_script, command, capsys)
+        assert f": {each} of 80.0 GiB on each GPU" in text
+        assert int(re.search(r"on (\d+) GPU", text).group(1)) == int(gpus)
+        assert ("It fits: " in text) == (not fits.startswith("no"))
+        assert (f"Host memory of a node: {host} of" in text) == bool(host)
+
+
+def test_loading_33b_takes_what_the_page_says(plan_script):
+    assert f"{plan_script.planner.model_shape('33b').parameters * 2 / 2**30:.1f} GiB" in PAGE
+
+
+def test_script_reads_a_recipe_and_flags_override_it(plan_script, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = run(plan_script, "python scripts/plan.py --from-config configs/ppo/demo.yaml --gpu cpu", capsys)
+    assert "PPO: actor (lora) smollm2-135m-instruct 0.135B" in text
+    assert "critic (model)" in text
+    text = run(
+        plan_script, "python scripts/plan.py --from-config configs/ppo/demo.yaml --gpu cpu --critic head", capsys
+    )
+    assert "critic (head)" in text

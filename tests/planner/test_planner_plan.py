@@ -1,0 +1,288 @@
+"""Plans as a whole: who holds what in which phase, what fits, what would make it fit, and how fast it is."""
+
+import dataclasses
+
+import pytest
+
+import tiny
+from trl_ext import planner
+from trl_ext.planner import GIB, Assumptions, Hardware, Layout, ModelNames, plan, smallest_change, speed, suggest
+from trl_ext.planner.changes import changes
+from trl_ext.planner.shapes import adapter_shape, load_config
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
+
+GPU = Hardware(memory=80 * GIB)
+FULL = Layout(prompt=256, response=256, rollout=8, accumulation=8)
+ON_ONE_BASE = FULL.change(method="qlora", compute="bf16", critic="head", reward="adapter", reference="adapter")
+
+
+def phase(planned, name):
+    return next(p for p in planned.phases if p.name == name)
+
+
+def test_ppo_has_three_phases_and_dpo_one():
+    assert [p.name for p in plan("0.5b", FULL, GPU).phases] == ["generate", "score", "learn"]
+    dpo = Layout(trainer="dpo", critic="none", reward="none")
+    assert [p.name for p in plan("0.5b", dpo, GPU).phases] == ["learn"]
+
+
+def test_states_of_full_training_are_sixteen_bytes_a_parameter():
+    """Rajbhandari et al. 2020, §3.1, of float32 training: 4 bytes each of weight and gradient, 8 of moments."""
+    planned = plan("0.5b", FULL, GPU)
+    actor = phase(planned, "learn").roles["actor"]
+    number = planned.models.actor.parameters
+    assert actor.weights == 4 * number
+    assert actor.optimizer == 8 * number
+    assert actor.gradients >= 4 * number
+    assert phase(planned, "learn").roles["critic"].optimizer == 8 * planned.models.critic.parameters
+
+
+def test_gradients_are_gone_while_the_others_work_but_moments_are_not():
+    planned = plan("0.5b", FULL, GPU)
+    for name in ("generate", "score"):
+        actor = phase(planned, name).roles["actor"]
+        assert actor.gradients == 0
+        assert actor.optimizer == 8 * planned.models.actor.parameters
+
+
+@pytest.mark.parametrize(
+    "change, absent",
+    [({"reference": "none"}, "reference"), ({"reward": "none"}, "reward"), ({"critic": "head"}, None)],
+)
+def test_role_without_weights_holds_none(change, absent):
+    planned = plan("0.5b", FULL.change(**change), GPU)
+    if absent is None:
+        assert phase(planned, "learn").roles["critic"].weights == 4 * (896 + 1)
+    else:
+        assert all(absent not in p.roles for p in planned.phases)
+
+
+def test_reference_that_is_the_adapter_switched_off_holds_nothing():
+    planned = plan("0.5b", FULL.change(method="lora", compute="bf16", reference="adapter"), GPU)
+    assert "reference" not in phase(planned, "learn").roles
+
+
+def test_roles_on_one_base_hold_it_once():
+    planned = plan("8b", ON_ONE_BASE, GPU)
+    base = 0.5625 * planned.models.actor.linear + 2 * (planned.models.actor.parameters - planned.models.actor.linear)
+    adapter = adapter_shape("8b", 16, "all-linear").parameters
+    held = sum(usage.weights for usage in phase(planned, "learn").roles.values())
+    assert held == pytest.approx(base + 2 * adapter + 4 * adapter, rel=1e-3)  # actor's and reward's
+
+
+def test_frozen_models_that_are_offloaded_are_on_the_gpu_only_while_they_score():
+    planned = plan("0.5b", FULL.change(offload_frozen=True), GPU)
+    assert set(phase(planned, "learn").roles) == set(phase(planned, "generate").roles) == {"actor", "critic"}
+    assert len(set(phase(planned, "score").roles) & {"reward", "reference"}) == 1
+    frozen = planned.models.reward.parameters + planned.models.reference.parameters
+    assert planned.host == 4 * frozen
+    stays = plan("0.5b", FULL, GPU)
+    saved = phase(stays, "learn").total - phase(planned, "learn").total
+    assert saved == pytest.approx(4 * frozen)
+
+
+def test_zero_3_divides_every_model_and_gathers_the_actor_to_generate():
+    layout = FULL.change(zero_stage=3, compute="bf16")
+    planned = plan("0.5b", layout, dataclasses.replace(GPU, gpus=4))
+    number = planned.models.actor.parameters
+    learn = phase(planned, "learn").roles
+    assert learn["actor"].weights == 2 * number / 4
+    assert learn["reference"].weights == 2 * number / 4
+    apart = plan("0.5b", layout.change(gather_for_generation=False), dataclasses.replace(GPU, gpus=4))
+    gathered = phase(planned, "generate").total - phase(apart, "generate").total
+    assert gathered == 2 * number * 3 / 4
+
+
+def test_vllm_takes_its_share_and_sleeps():
+    awake = plan("0.5b", FULL.change(vllm_share=0.3), GPU)
+    asleep = plan("0.5b", FULL.change(vllm_share=0.3, vllm_sleeps=True), GPU)
+    assert phase(awake, "learn").other == phase(asleep, "generate").other == 0.3 * 80 * GIB
+    assert phase(asleep, "learn").other == 0
+    assert all(usage.kv_cache == 0 for usage in phase(awake, "generate").roles.values())
+
+
+def test_dpo_with_shared_prompts_keeps_fewer_activations():
+    layout = Layout(trainer="dpo", critic="none", reward="none", prompt=1536, response=128, micro_batch=4)
+    shared, apart = (plan("0.5b", layout.change(share_prefixes=on), GPU) for on in (True, False))
+    assert layout.learned_tokens == 4 * (1536 + 2 * 128)
+    assert shared.needed < apart.needed
+
+
+def test_plan_knows_what_fits_and_says_what_does_not():
+    planned = plan("7b", FULL, GPU)
+    assert not planned.fits
+    text = planner.plan_text(planned)
+    assert f"It does not fit: {planned.needed / GIB:.1f} of 80.0 GiB on each GPU" in text
+    small = plan("0.5b", FULL, GPU)
+    assert small.fits
+    assert "It fits" in planner.plan_text(small)
+
+
+def test_context_and_fragmentation_are_added_by_name():
+    planned = plan("0.5b", FULL, dataclasses.replace(GPU, context=3.0, fragmentation=0.5))
+    assert planned.needed == 1.5 * planned.peak.total + 3.0
+
+
+@pytest.mark.parametrize(
+    "name, layout, gpu, expected",
+    [
+        ("0.5b", FULL.change(gradient_checkpointing=False, micro_batch=8, accumulation=1), 14.6, 1),
+        ("8b", FULL, 24, 1),
+        ("1.5b", Layout(trainer="dpo", critic="none", reward="none"), 24, 1),
+    ],
+)
+def test_smallest_change_makes_it_fit(name, layout, gpu, expected):
+    failed = plan(name, layout, dataclasses.replace(GPU, memory=gpu * GIB))
+    assert not failed.fits
+    found = smallest_change(failed)
+    assert len(found) >= expected
+    assert plan(name, found[-1].layout, failed.hardware).fits
+
+
+def test_smallest_change_is_the_cheapest_that_will_do():
+    """Each cheaper change alone does not make it fit."""
+    layout = FULL.change(gradient_checkpointing=False, micro_batch=8, accumulation=1, rollout=8)
+    needs = plan("0.5b", layout, GPU).needed
+    failed = plan("0.5b", layout, dataclasses.replace(GPU, memory=0.999 * needs))
+    (found,) = smallest_change(failed)
+    for cheaper in changes(layout, failed.hardware):
+        if cheaper == found:
+            break
+        assert not plan("0.5b", cheaper.layout, failed.hardware).fits
+
+
+def test_changes_together_keep_the_training_and_are_all_needed():
+    """S1's 4 × 80 GB with 2 TB of host memory: no single change makes four 33B models fit in full."""
+    layout = FULL.change(zero_stage=3, compute="bf16", prompt=512, response=512, rollout=16, accumulation=16)
+    failed = plan("33b", layout, dataclasses.replace(GPU, gpus=4, host_memory=2048 * GIB))
+    found = smallest_change(failed)
+    assert len(found) > 1
+    assert all(change.keeps_training for change in found)
+    assert plan("33b", found[-1].layout, failed.hardware).fits
+    assert (found[-1].layout.method, found[-1].layout.critic) == ("full", "model")
+    for alone in changes(layout, failed.hardware, keeping_training=True):
+        assert not plan("33b", alone.layout, failed.hardware).fits
+
+
+def test_no_change_makes_a_70b_model_fit_12_gb():
+    assert smallest_change(plan("70b", FULL, dataclasses.replace(GPU, memory=12 * GIB))) == []
+
+
+def test_changes_that_keep_the_training_keep_it():
+    for change in changes(FULL, dataclasses.replace(GPU, gpus=4), keeping_training=True):
+        assert (change.layout.method, change.layout.critic) == (FULL.method, FULL.critic)
+        assert change.layout != FULL
+
+
+def test_suggestions_fit_and_are_the_fastest_of_their_kind():
+    gpu = dataclasses.replace(GPU, memory=24 * GIB)
+    found = suggest("1.5b", FULL, gpu)
+    kinds = [(s.plan.layout.method, s.plan.layout.critic) for s in found]
+    assert len(set(kinds)) == len(kinds)
+    assert {"full", "lora", "qlora"} == {method for method, _ in kinds}
+    assert all(s.plan.fits for s in found)
+    assert all(s.plan.layout.response == FULL.response for s in found)
+    of_head = next(s for s in found if (s.plan.layout.method, s.plan.layout.critic) == ("qlora", "head"))
+    slower = speed(plan("1.5b", of_head.plan.layout.change(gradient_checkpointing=True, micro_batch=1), gpu))
+    assert slower.tokens_per_second <= of_head.speed.tokens_per_second
+
+
+# ---- Speed
+
+
+def test_generation_is_bound_by_bandwidth_and_learning_by_flops():
+    layout = FULL.change(compute="bf16", method="lora", reference="none", reward="none", critic="head")
+    planned = plan("8b", layout, GPU)
+    base = speed(planned)
+    wider = speed(plan("8b", layout, dataclasses.replace(GPU, bandwidth=2 * GPU.bandwidth)))
+    faster = speed(plan("8b", layout, dataclasses.replace(GPU, flops=2 * GPU.flops)))
+    assert wider.generate < 0.6 * base.generate
+    assert wider.learn == pytest.approx(base.learn, rel=0.02)
+    assert faster.learn == pytest.approx(base.learn / 2, rel=0.02)
+
+
+def test_learning_costs_six_flops_a_weight_and_token():
+    """Kaplan et al. 2020: 6 N per token forward and backward, 8 N with recomputation; attention is little here."""
+    layout = FULL.change(critic="head", compute="bf16", prompt=16, response=16)
+    planned = plan("33b", layout, Hardware(memory=1e15, flops=1e15))
+    tokens, number = 8 * 32, planned.models.actor.parameters
+    seconds = speed(planned, Assumptions(mfu=1.0, bandwidth=1e9)).learn
+    assert seconds == pytest.approx(8 * number * tokens / 1e15, rel=0.02)
+    without = plan("33b", layout.change(gradient_checkpointing=False), planned.hardware)
+    assert speed(without, Assumptions(mfu=1.0, bandwidth=1e9)).learn == pytest.approx(seconds * 6 / 8, rel=0.01)
+
+
+def test_a_token_costs_one_reading_of_the_weights():
+    layout = FULL.change(critic="head", compute="bf16", method="lora", reference="none", prompt=1, rollout=1)
+    planned = plan("33b", layout.change(accumulation=1), Hardware(memory=1e15, flops=1e20, bandwidth=1e12))
+    seconds = speed(planned, Assumptions(bandwidth=1.0)).generate
+    assert seconds == pytest.approx(256 * 2 * 32.53e9 / 1e12, rel=0.02)
+
+
+def test_more_gpus_give_more_tokens_and_cost_no_more_than_they_are():
+    layout = FULL.change(zero_stage=3, compute="bf16")
+    one, many = (speed(plan("7b", layout, dataclasses.replace(GPU, gpus=n))) for n in (8, 1024))
+    assert one.tokens_per_second < many.tokens_per_second <= 128 * one.tokens_per_second
+    assert many.gpu_hours(1e5) >= one.gpu_hours(1e5)
+
+
+def test_offloading_costs_time():
+    layout = FULL.change(zero_stage=3, compute="bf16")
+    away = layout.change(offload_optimizer=True, offload_parameters=True)
+    near, far = (speed(plan("7b", chosen, GPU)) for chosen in (layout, away))
+    assert far.learn > near.learn
+
+
+def test_assumptions_are_printed():
+    text = planner.speed_text(plan("0.5b", FULL, GPU), Assumptions(mfu=0.33), 1000)
+    assert "MFU 33%" in text
+    assert "1,000 responses" in text
+
+
+def test_scale_table_has_a_row_for_each_number_of_gpus():
+    layout = FULL.change(zero_stage=3, compute="bf16")
+    table = planner.scale_table(plan("7b", layout, GPU), (1, 64, 4096), Assumptions(), 1e5)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["1", "64", "4096"]
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"critic": "none"}, "PPO has a critic"),
+        ({"trainer": "dpo"}, "DPO has no critic and no reward model"),
+        ({"critic": "adapter"}, r"method='full' moves the base, on which \['critic'\] would be adapters"),
+        ({"method": "qlora", "zero_stage": 3, "compute": "bf16"}, "ZeRO-3 cannot partition a base in 4 bits"),
+        ({"zero_stage": 3, "compute": "bf16", "reward_bits": 8}, "ZeRO-3 cannot partition a quantised reward"),
+        ({"offload_optimizer": True}, "is DeepSpeed's: set `zero_stage`"),
+        ({"offload_parameters": True, "zero_stage": 2, "compute": "bf16"}, "by ZeRO-3 alone"),
+        ({"offload_frozen": True, "zero_stage": 3, "compute": "bf16"}, "ZeRO-3 partitions frozen models"),
+        ({"offload_frozen": True, "reward_bits": 8}, "8-bit layers cannot be moved"),
+        ({"zero_stage": 2}, "computes in the dtype of its weights"),
+        ({"vllm_share": 1.0}, "from 0 to below 1"),
+        ({"method": "dora"}, "must be one of"),
+        ({"micro_batch": 0}, "must be at least 1"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(**options)
+
+
+def test_hardware_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="hardware needs a number above 0"):
+        Hardware(gpus=0)
+    with pytest.raises(ValueError, match="is no GPU of the table"):
+        planner.hardware("abacus")
+
+
+def test_models_of_their_own_sizes_count_as_such(tmp_path):
+    tiny.tiny_config().save_pretrained(tmp_path)
+    planned = plan(ModelNames("0.5b", reward=str(tmp_path), critic="1.5b"), FULL, GPU)
+    assert planned.models.reward.hidden == load_config(str(tmp_path)).hidden_size == 16
+    assert planned.models.critic.hidden == 1536
+    assert planned.models.reference.parameters == planned.models.actor.parameters

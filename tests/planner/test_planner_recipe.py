@@ -1,0 +1,229 @@
+"""Recipes and options become the layout that is run; a run that does not fit stops before anything is loaded."""
+
+import dataclasses
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from trl_ext import DPOConfigX, PPOConfigX, cli
+from trl_ext.cli import DataArguments, ModelArguments, recipe_options, require_fit
+from trl_ext.planner import CPU, GIB, GPUS, Hardware, layout_from_options, names_from_options, plan, this_machine
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*(ROOT / "configs" / "ppo").glob("*.yaml"), *(ROOT / "configs" / "dpo").glob("*.yaml")])
+CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
+GPU = Hardware(memory=24 * GIB)
+
+
+def layout_of(path: Path, hardware: Hardware):
+    options = recipe_options((DataArguments, ModelArguments, CONFIGS[path.parent.name]), path)
+    return names_from_options(options), layout_from_options(path.parent.name, options, hardware)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "gpu"])
+def test_every_recipe_can_be_planned(path, hardware, monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes name their DeepSpeed file from there
+    names, layout = layout_of(path, hardware)
+    assert plan(names, layout, hardware).needed > 0
+    assert layout.trainer == path.parent.name
+
+
+def test_demo_recipes_fit_the_machines_that_they_name():
+    """Their headers say 6 GB and 5 GB of memory; a process that has imported everything holds about 1 GB of it."""
+    for name, memory in (("ppo", 6e9), ("dpo", 5e9)):
+        names, layout = layout_of(ROOT / "configs" / name / "demo.yaml", CPU)
+        assert plan(names, layout.change(prompt=16, response=max(layout.response - 16, 12)), CPU).needed < memory - 1e9
+
+
+@pytest.mark.parametrize("per_device, accumulation, mini_batches", [(4, 1, 1), (4, 6, 2), (6, 4, 3), (3, 2, 6)])
+def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mini_batches):
+    options = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    options |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 3}
+    args = PPOConfigX(str(tmp_path), use_cpu=True, **options)
+    loop = args.for_trainer_loop()
+    layout = layout_from_options("ppo", vars(args), CPU)
+    assert layout.rollout == args.local_batch_size
+    assert layout.micro_batch == loop.per_device_train_batch_size
+    assert layout.accumulation == loop.gradient_accumulation_steps
+    assert layout.epochs == 3
+
+
+def test_defaults_are_those_of_the_configs(tmp_path):
+    args = PPOConfigX(str(tmp_path), use_cpu=True)
+    layout, empty = layout_from_options("ppo", vars(args), CPU), layout_from_options("ppo", {}, CPU)
+    assert layout == empty
+    args = DPOConfigX(str(tmp_path), use_cpu=True)
+    assert layout_from_options("dpo", vars(args), CPU) == layout_from_options("dpo", {}, CPU)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"critic": "head"}, {"critic": "head"}),
+        ({"kl_coef": 0.0}, {"reference": "none"}),
+        ({"beta": 0.0}, {"reference": "none"}),
+        ({"use_peft": True}, {"method": "lora", "reference": "adapter", "targets": ("q_proj", "v_proj")}),
+        ({"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 4}, {"targets": "all-linear", "rank": 4}),
+        ({"use_peft": True, "lora_target_modules": [r".*\.o_proj"]}, {"targets": r".*\.o_proj"}),
+        ({"use_peft": True, "load_in_4bit": True}, {"method": "qlora", "compute": "bf16"}),
+        ({"use_peft": True, "dtype": "float32"}, {"compute": "autocast"}),
+        ({}, {"method": "full", "compute": "autocast", "reference": "model", "reward": "model"}),
+        ({"bf16": False}, {"compute": "fp32"}),
+        ({"optim": "paged_adamw_8bit"}, {"optimizer": "adamw_8bit"}),
+        ({"gradient_checkpointing": False}, {"gradient_checkpointing": False}),
+        ({"response_length": 99}, {"response": 99}),
+        ({"max_completion_length": 98}, {"response": 98}),
+        ({"offload_frozen_models": True}, {"offload_frozen": True}),
+        (
+            {"reward_model_quantization": "8bit", "ref_model_quantization": "4bit"},
+            {"reward_bits": 8, "reference_bits": 4},
+        ),
+        ({"use_vllm": True, "vllm_mode": "colocate"}, {"vllm_share": 0.3}),
+        ({"use_vllm": True, "vllm_mode": "server"}, {"vllm_share": 0.0}),
+        ({"ds3_gather_for_generation": False}, {"gather_for_generation": False}),
+    ],
+)
+def test_option_of_ppo_reaches_the_layout(options, expected):
+    layout = layout_from_options("ppo", options, GPU)
+    assert {name: getattr(layout, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"reference": "model", "prompt": 512, "response": 512}),
+        ({"precompute_ref_log_probs": True}, {"reference": "none"}),
+        ({"use_peft": True}, {"reference": "adapter"}),
+        ({"prefix_sharing": False}, {"share_prefixes": False}),
+        ({"max_length": 2048, "per_device_train_batch_size": 2}, {"response": 1024, "micro_batch": 2}),
+    ],
+)
+def test_option_of_dpo_reaches_the_layout(options, expected):
+    layout = layout_from_options("dpo", options, GPU)
+    assert {name: getattr(layout, name) for name in expected} == expected
+
+
+def test_prompt_as_long_as_a_pair_is_an_error():
+    with pytest.raises(ValueError, match="leaves no room for an answer in `max_length=64`"):
+        layout_from_options("dpo", {"max_length": 64}, GPU, prompt=64)
+
+
+def test_deepspeed_file_reaches_the_layout(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    zero |= {"reduce_bucket_size": "auto", "stage3_max_live_parameters": 6e8}
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    layout = layout_from_options("ppo", {"deepspeed": str(file), "model_name_or_path": "33b"}, GPU)
+    assert (layout.zero_stage, layout.offload_optimizer, layout.offload_parameters) == (3, True, True)
+    assert (layout.reduce_bucket, layout.live_parameters, layout.compute) == (6656**2, 6e8, "bf16")
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}))
+    layout = layout_from_options("ppo", {"deepspeed": str(file), "bf16": False}, GPU)
+    assert (layout.zero_stage, layout.offload_optimizer, layout.compute) == (2, False, "fp32")
+
+
+def test_deepspeed_of_accelerate_launch_reaches_the_layout():
+    """accelerate's own file leaves `deepspeed` unset; the Trainer's options then hold its plugin."""
+    plugin = types.SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    layout = layout_from_options("ppo", {"deepspeed": None, "deepspeed_plugin": plugin}, GPU)
+    assert (layout.zero_stage, layout.compute) == (3, "bf16")
+
+
+def test_fsdp_is_not_planned(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not planned"):
+        layout_from_options("ppo", {}, GPU)
+    model, fit, config = arguments(tmp_path)
+    require_fit("ppo", model, fit, config, hardware=GPU)  # nor refused
+
+
+def test_reward_adapter_shares_the_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    options = {"use_peft": True, "load_in_4bit": True, "reward_model_path": str(tmp_path)}
+    assert layout_from_options("ppo", options, GPU).reward == "adapter"
+    # One that is still to be trained, in a recipe whose critic is an adapter
+    options |= {"reward_model_path": str(tmp_path / "later"), "critic": "adapter"}
+    assert layout_from_options("ppo", options, GPU).reward == "adapter"
+    assert layout_from_options("ppo", options | {"critic": "head"}, GPU).reward == "model"
+
+
+def test_names_are_those_that_the_scripts_load(tmp_path):
+    assert names_from_options({}).actor == "smollm2-135m-instruct"
+    assert names_from_options({"sft_model_path": "x/y"}).actor == "x/y"
+    assert names_from_options({"model_name_or_path": "a/b", "reward_model_path": "c/d"}).reward == "c/d"
+    # The reward model of a recipe that is still to be trained has the actor's sizes.
+    assert names_from_options({"reward_model_path": "outputs/reward-demo"}).reward is None
+    tiny.tiny_config().save_pretrained(tmp_path)
+    assert names_from_options({"reward_model_path": str(tmp_path)}).reward == str(tmp_path)
+
+
+def test_this_machine_is_a_cpu_with_memory():
+    machine = this_machine()
+    assert machine.is_cpu
+    assert machine.gpus == 1
+    assert machine.memory > GIB
+
+
+def test_this_machine_with_a_gpu_is_that_gpu(monkeypatch):
+    """A stand-in for the driver: name and memory are the device's, the number of GPUs the launch's."""
+    device = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    machine = this_machine()
+    assert (machine.memory, machine.gpus, machine.nodes, machine.is_cpu) == (79 * GIB, 16, 2, False)
+    assert machine.flops == GPUS["h100-80gb"]["flops"]
+
+
+# ---- Before loading
+
+
+def arguments(tmp_path, **options):
+    config = PPOConfigX(str(tmp_path), bf16=False, **options)
+    return ModelArguments(model_name_or_path="8b"), cli.FitArguments(), config
+
+
+def test_run_that_does_not_fit_stops_with_the_plan(tmp_path):
+    model, fit, config = arguments(tmp_path)
+    with pytest.raises(SystemExit, match="It does not fit") as stopped:
+        require_fit("ppo", model, fit, config, hardware=GPU)
+    message = str(stopped.value)
+    assert "| **learn**" in message
+    assert "The smallest change that makes it fit" in message or "It fits with these changes together" in message
+    assert "Prompts of 512 tokens are assumed." in message
+    assert message.endswith("`--force` trains all the same.")
+
+
+def test_force_goes_on_and_so_does_what_fits(tmp_path):
+    model, fit, config = arguments(tmp_path)
+    require_fit("ppo", model, dataclasses.replace(fit, force=True), config, hardware=GPU)
+    require_fit("ppo", model, fit, config, hardware=dataclasses.replace(GPU, memory=4000 * GIB))
+
+
+def test_without_a_gpu_nothing_is_checked(tmp_path, monkeypatch):
+    model, fit, config = arguments(tmp_path)
+    monkeypatch.setattr(cli, "this_machine", lambda: pytest.fail("looked for a GPU"))
+    require_fit("ppo", model, fit, config)
+    assert not torch.cuda.is_available()
+
+
+def test_visible_gpus_are_what_it_is_to_fit(tmp_path, monkeypatch):
+    model, fit, config = arguments(tmp_path)
+    monkeypatch.setattr(cli, "this_machine", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match=r"of 24\.0 GiB"):
+        require_fit("ppo", model, fit, config)
+    require_fit("ppo", model, fit, PPOConfigX(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_model_that_the_planner_cannot_read_is_left_to_the_trainer(tmp_path):
+    _, fit, config = arguments(tmp_path)
+    require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), fit, config, hardware=GPU)

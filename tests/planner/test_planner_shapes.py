@@ -1,0 +1,103 @@
+"""Sizes of models and adapters, against real models, closed forms and published counts."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+
+import tiny
+from trl_ext.planner import SHAPES, model_shape
+from trl_ext.planner.shapes import adapter_shape, load_config, meta_model
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
+
+
+def count(model) -> int:
+    return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+
+
+def test_llama_33b_has_its_published_parameters():
+    """32.5B in Touvron et al. 2023, table 2; per layer 4 h² + 3 h f + 2 h."""
+    shape = model_shape("33b")
+    h, f, layers, vocab = 6656, 17920, 60, 32000
+    assert shape.parameters == layers * (4 * h * h + 3 * h * f + 2 * h) + 2 * vocab * h + h
+    assert shape.parameters == pytest.approx(32.5e9, rel=1e-3)
+    assert shape.parameters == count(meta_model(load_config("33b")))
+    assert shape.linear == layers * (4 * h * h + 3 * h * f)
+    assert (shape.head, shape.largest_module, shape.largest_linear) == (vocab * h, vocab * h, h * f)
+
+
+PUBLISHED = {"135m": 0.1345, "0.5b": 0.494, "1.5b": 1.544, "7b": 7.616, "8b": 8.030, "qwen3-8b": 8.191}
+PUBLISHED |= {"llama-7b": 6.738, "13b": 13.016, "65b": 65.286, "70b": 70.554}
+
+
+@pytest.mark.parametrize("name, billions", PUBLISHED.items())
+def test_built_in_shape_has_its_published_parameters(name, billions):
+    assert model_shape(name).parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_every_built_in_shape_is_named_by_its_hub_name_too():
+    assert model_shape("Qwen/Qwen3-8B").parameters == model_shape("qwen3-8b").parameters
+    assert model_shape("Qwen/Qwen2.5-0.5B-Instruct").parameters == model_shape("0.5b").parameters
+    assert model_shape("huggyllama/llama-30b").parameters == model_shape("33b").parameters
+    assert all(model_shape(name).layers == sizes["num_hidden_layers"] for name, sizes in SHAPES.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_are_those_of_a_real_model(tied):
+    config = tiny.tiny_config(tie_word_embeddings=tied, num_key_value_heads=1)
+    shape = model_shape(config)
+    assert shape.parameters == count(LlamaForCausalLM(config))
+    assert shape.tied is tied
+    assert (shape.query, shape.key, shape.inner) == (16, 8, 32)
+    scored = model_shape(config, with_score=True)
+    assert scored.parameters == count(tiny.tiny_reward_model(num_key_value_heads=1))
+    assert (scored.head, scored.tied) == (16, False)
+
+
+def test_experts_that_a_token_does_not_meet_are_not_active():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        **sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0
+    )
+    shape = model_shape(config)
+    of_expert = 3 * 16 * 32
+    assert shape.parameters - shape.active == 2 * 2 * of_expert
+    assert shape.inner == 2 * 32
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\..*(v_proj|o_proj)"])
+def test_adapter_has_the_parameters_of_a_real_one(targets):
+    config = tiny.tiny_config(num_key_value_heads=1)
+    lora = LoraConfig(r=3, target_modules=targets if isinstance(targets, str) else list(targets))
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_shape(config, 3, targets).parameters == expected
+
+
+def test_adapter_of_all_linear_layers_in_closed_form():
+    h, f, kv, r = 16, 32, 8, 3
+    of_layer = r * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    adapter = adapter_shape(tiny.tiny_config(num_key_value_heads=1), r, "all-linear")
+    assert adapter.parameters == 2 * of_layer
+    assert adapter.inputs == h + h + f  # of q, k and v; of gate and up; of down
+    assert adapter.modules == 6 * h + f
+    assert adapter.ranks == 7 * r
+
+
+@pytest.mark.integration
+def test_what_4_bit_loading_packs(tmp_path):
+    config = tiny.tiny_config(hidden_size=64, intermediate_size=128)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    weights = [m.weight for m in packed.modules() if type(m).__name__ == "Linear4bit"]
+    assert model_shape(config).linear == sum(2 * weight.numel() for weight in weights)  # two in a byte
+
+
+def test_name_that_is_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"is no folder or hub name .* no built-in shape\. Built-in shapes: .*33b"):
+        model_shape("no/such-model")

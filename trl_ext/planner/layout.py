@@ -1,0 +1,221 @@
+"""What is planned: the layout of a run, and the hardware that it is to fit."""
+
+from dataclasses import dataclass, replace
+
+
+GIB = 2**30
+
+TRAINERS = ("ppo", "dpo")
+METHODS = ("full", "lora", "qlora")
+CRITICS = ("model", "head", "adapter", "none")
+REFERENCES = ("model", "adapter", "none")
+REWARDS = ("model", "adapter", "none")
+COMPUTE = ("fp32", "autocast", "bf16")
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """
+    The machine. Speeds are those of one GPU, as its maker states them; `timing.py` says what share of them is assumed.
+
+    Args:
+        gpus: in all.
+        memory: bytes of one GPU.
+        gpus_per_node: at most `gpus`.
+        host_memory: bytes of one node.
+        flops: 16-bit floating-point operations per second.
+        bandwidth: bytes per second from the GPU's memory.
+        link, network: bytes per second that one GPU sends to others of its node, and of other nodes.
+        pcie: bytes per second between one GPU and the host.
+        host_bandwidth: bytes per second from one node's host memory.
+        context: bytes that the CUDA context, its libraries' workspaces and the driver take: an assumption until it has
+            been measured. 0 on a CPU, where memory is counted from a process that has imported everything.
+        fragmentation: share of what is allocated that the allocator holds beside it: an assumption, 0 on a CPU.
+        is_cpu: whether the run computes on a CPU.
+    """
+
+    gpus: int = 1
+    memory: float = 80 * GIB
+    gpus_per_node: int = 8
+    host_memory: float = 512 * GIB
+    flops: float = 312e12
+    bandwidth: float = 2.0e12
+    link: float = 300e9
+    network: float = 25e9
+    pcie: float = 25e9
+    host_bandwidth: float = 200e9
+    context: float = 1.0 * GIB
+    fragmentation: float = 0.03
+    is_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory", "gpus_per_node", "host_memory", "flops", "bandwidth", "link", "network"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; hardware needs a number above 0.")
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def on_node(self) -> int:
+        """GPUs of a full node."""
+        return min(self.gpus, self.gpus_per_node)
+
+
+# NVIDIA's data sheets: dense 16-bit FLOPs, memory bandwidth, NVLink or PCIe each way.
+GPUS: dict[str, dict[str, float]] = {
+    "a100-80gb": {"memory": 80 * GIB, "flops": 312e12, "bandwidth": 2.0e12, "link": 300e9},
+    "a100-40gb": {"memory": 40 * GIB, "flops": 312e12, "bandwidth": 1.6e12, "link": 300e9},
+    "h100-80gb": {"memory": 80 * GIB, "flops": 989e12, "bandwidth": 3.35e12, "link": 450e9},
+    "h200-141gb": {"memory": 139 * GIB, "flops": 989e12, "bandwidth": 4.8e12, "link": 450e9},
+    "l40s-48gb": {"memory": 48 * GIB, "flops": 362e12, "bandwidth": 864e9, "link": 32e9},
+    "rtx4090-24gb": {"memory": 24 * GIB, "flops": 165e12, "bandwidth": 1.0e12, "link": 32e9},
+    "rtx3090-24gb": {"memory": 24 * GIB, "flops": 71e12, "bandwidth": 936e9, "link": 32e9},
+    "rtx3060-12gb": {"memory": 12 * GIB, "flops": 51e12, "bandwidth": 360e9, "link": 16e9},
+}
+CPU = Hardware(memory=16 * GIB, flops=1e11, bandwidth=2e10, context=0, fragmentation=0, is_cpu=True)
+
+
+def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
+    """The hardware with GPUs of the table; `options` override."""
+    if gpu not in GPUS:
+        raise ValueError(f"{gpu!r} is no GPU of the table, which has {sorted(GPUS)}. Choose one, or give its numbers.")
+    return Hardware(**(GPUS[gpu] | options))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How a run is laid out. Lengths are tokens, batches are per GPU.
+
+    Args:
+        trainer: "ppo" or "dpo".
+        method: how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).
+        critic: "model", "head" on the actor's trunk, "adapter" on the actor's base; "none" in DPO.
+        reference: "model" of its own; "adapter": the actor with its adapter off, or a frozen one; "none": no KL, or
+            precomputed.
+        reward: "model", "adapter" on the actor's base, "none": functions. "none" in DPO.
+        compute: "fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in
+            bfloat16, as with adapters or DeepSpeed.
+        optimizer: AdamW with two states of 32 or 8 bits, or none.
+        zero_stage: DeepSpeed's; 0: no DeepSpeed, and DDP if there are several GPUs.
+        offload_optimizer, offload_parameters: DeepSpeed's, to the host.
+        micro_batch: sequences (PPO) or pairs (DPO) in one forward and backward pass.
+        accumulation: micro-batches of one optimizer step.
+        rollout: responses that are sampled at a time (PPO).
+        score_batch: sequences in one scoring pass (PPO).
+        epochs: passes over a rollout (PPO).
+        prompt, response: longest prompt and response, or completion of a pair.
+        gradient_checkpointing: only the inputs of layers are kept for the backward pass.
+        vllm_share: share of the GPU that a colocated vLLM takes; `vllm_sleeps`: it gives it back while learning.
+        vllm_tensor_parallel: GPUs that hold one copy of vLLM's weights together.
+        gather_for_generation: under ZeRO-3, whole weights during generation.
+        offload_frozen: reward and reference are on the GPU only while they score.
+        reward_bits, reference_bits: 4, 8, or 16 for not quantised.
+        nested_quantisation: scales of 4-bit blocks quantised too.
+        rank, targets: of LoRA.
+        share_prefixes: a pair's prompt is computed once (DPO).
+        padded: whether batches hold padding, so that attention gets a mask.
+        reduce_bucket, live_parameters: DeepSpeed's `reduce_bucket_size`, and `stage3_max_live_parameters`: elements.
+    """
+
+    trainer: str = "ppo"
+    method: str = "full"
+    critic: str = "model"
+    reference: str = "model"
+    reward: str = "model"
+    compute: str = "autocast"
+    optimizer: str = "adamw"
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    micro_batch: int = 1
+    accumulation: int = 1
+    rollout: int = 1
+    score_batch: int = 64
+    epochs: int = 1
+    prompt: int = 512
+    response: int = 512
+    gradient_checkpointing: bool = True
+    vllm_share: float = 0.0
+    vllm_sleeps: bool = False
+    vllm_tensor_parallel: int = 1
+    gather_for_generation: bool = True
+    offload_frozen: bool = False
+    reward_bits: int = 16
+    reference_bits: int = 16
+    nested_quantisation: bool = False
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    share_prefixes: bool = True
+    padded: bool = True
+    reduce_bucket: float = 5e8
+    live_parameters: float = 1e9
+
+    def __post_init__(self) -> None:
+        chosen: dict[str, tuple] = {"trainer": TRAINERS, "method": METHODS, "critic": CRITICS, "reference": REFERENCES}
+        chosen |= {"reward": REWARDS, "compute": COMPUTE, "optimizer": OPTIMIZERS, "zero_stage": (0, 1, 2, 3)}
+        chosen |= {"reward_bits": (4, 8, 16), "reference_bits": (4, 8, 16)}
+        for name, allowed in chosen.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {allowed}.")
+        batches = ("micro_batch", "accumulation", "rollout", "score_batch", "epochs")
+        for name in (*batches, "prompt", "response", "rank", "vllm_tensor_parallel"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.vllm_share < 1:
+            raise ValueError(f"`vllm_share` is {self.vllm_share}; vLLM can take a share of the GPU from 0 to below 1.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.trainer == "dpo" and (self.critic, self.reward) != ("none", "none"):
+            raise ValueError(
+                f"DPO has no critic and no reward model; critic={self.critic!r}, reward={self.reward!r} were given. "
+                "Set both to 'none'."
+            )
+        if self.trainer == "ppo" and self.critic == "none":
+            raise ValueError("PPO has a critic: set `critic` to 'model', 'head' or 'adapter'.")
+        adapters = [name for name in ("critic", "reference", "reward") if getattr(self, name) == "adapter"]
+        if self.method == "full" and adapters:
+            raise ValueError(
+                f"method='full' moves the base, on which {adapters} would be adapters. Set method='lora' or 'qlora', "
+                "or give them models of their own."
+            )
+        if self.method == "qlora" and self.zero_stage == 3:
+            raise ValueError("ZeRO-3 cannot partition a base in 4 bits: set `zero_stage` to 2, or method='lora'.")
+        for role in ("reward", "reference"):
+            if self.zero_stage == 3 and getattr(self, f"{role}_bits") < 16:
+                raise ValueError(f"ZeRO-3 cannot partition a quantised {role}: set `{role}_bits` to 16.")
+        if self.offload_frozen and self.zero_stage == 3:
+            raise ValueError("ZeRO-3 partitions frozen models; `offload_frozen` is for the other stages.")
+        if self.offload_frozen and 8 in (self.reward_bits, self.reference_bits):
+            raise ValueError("bitsandbytes' 8-bit layers cannot be moved: with `offload_frozen` take 4 or 16 bits.")
+        if (self.offload_optimizer or self.offload_parameters) and self.zero_stage == 0:
+            raise ValueError("Offloading the optimizer or parameters is DeepSpeed's: set `zero_stage` to 1, 2 or 3.")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"Parameters are offloaded by ZeRO-3 alone; `zero_stage` is {self.zero_stage}.")
+        if self.zero_stage and self.compute == "autocast":
+            raise ValueError("DeepSpeed computes in the dtype of its weights: set `compute` to 'bf16' (or 'fp32').")
+
+    def change(self, **changes: object) -> "Layout":
+        """The layout with `changes`; raises `ValueError` where they do not go together."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice."""
+        if self.trainer == "ppo":
+            return self.micro_batch * self.length
+        prompts = 1 if self.share_prefixes else 2
+        return self.micro_batch * (prompts * self.prompt + 2 * self.response)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of one micro-batch whose log-probability is read."""
+        return self.micro_batch * self.response * (1 if self.trainer == "ppo" else 2)

@@ -1,0 +1,252 @@
+"""
+Bytes of each part of a run on one GPU: weights, gradients, optimizer states, activations, KV cache, logits, buffers.
+
+Pure functions of sizes. Sources: Rajbhandari et al. 2020 (ZeRO), §3 and §5, and DeepSpeed's own estimators for what
+its stages hold; Korthikanti et al. 2022, "Reducing Activation Recomputation", §4, for the way of counting
+activations, here for a gated MLP and attention that keeps no scores; Dettmers et al. 2023 (QLoRA), §3, for 4-bit
+blocks.
+"""
+
+from dataclasses import dataclass, fields
+
+from .layout import Hardware, Layout
+from .shapes import AdapterShape, ModelShape
+
+
+# bitsandbytes: one scale for 64 weights; nested, that scale has 8 bits and 256 of them share one of 32 bits.
+BLOCK, NESTED_BLOCK = 64, 256
+# bitsandbytes' 8-bit optimizers: a scale of 32 bits for each 256 values of a state.
+STATE_BLOCK = 256
+# Logits of one tile: TRL's kernel takes 4096 tokens by 32768 ids; trl_ext/cpu_head.py 2**21 elements, and it keeps up
+# to 2**28 logits for the backward pass.
+KERNEL_TILE, CPU_TILE, CPU_KEPT = (4096, 32768), 2**21, 2**28
+# Copies of the last position's logits that transformers' sampling holds at a time: logits, scores, probabilities.
+SAMPLING_COPIES = 3
+# DeepSpeed's estimators: "additional_buffer_factor" of host memory.
+HOST_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes on one GPU, by what they are. `buffers`: communication buckets, gathered or cast copies of weights."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    kv_cache: float = 0.0
+    logits: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+
+PARTS = tuple(part.name for part in fields(Usage))
+
+
+def element(layout: Layout) -> int:
+    """Bytes of one unquantised weight."""
+    return 2 if layout.compute == "bf16" else 4
+
+
+def compute_bytes(layout: Layout) -> int:
+    """Bytes of one element that a matrix product reads or writes."""
+    return 4 if layout.compute == "fp32" else 2
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def weight_bytes(shape: ModelShape, layout: Layout, bits: int = 16, parameters: int | None = None) -> float:
+    """Weights of a whole model; with `bits` 4 or 8, linear layers but the head are quantised."""
+    if bits == 16:
+        return element(layout) * (shape.parameters if parameters is None else parameters)
+    packed = bits / 8 + scale_bytes(bits, layout.nested_quantisation)
+    return packed * shape.linear + element(layout) * (shape.parameters - shape.linear)
+
+
+def scale_bytes(bits: int, nested: bool) -> float:
+    """Bytes of scales per quantised weight; 8-bit rows share one scale, which is next to nothing."""
+    if bits == 8:
+        return 0.0
+    return 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if nested else 4 / BLOCK
+
+
+# ------------------------------------------------------------------------------------- weights, gradients, optimizer
+
+
+def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardware: Hardware) -> Usage:
+    """
+    What a model that learns holds all the time.
+
+    Args:
+        frozen: bytes of its weights that do not learn.
+        trained: parameters that do.
+        size: bytes of one of those, without DeepSpeed.
+    """
+    if layout.zero_stage:
+        return _zero_states(frozen, trained, layout, hardware)
+    states = {"adamw": 2.0 * size, "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK), "sgd": 0.0}[layout.optimizer]
+    buckets = size * trained if hardware.gpus > 1 else 0  # DDP copies gradients into its buckets
+    return Usage(frozen + size * trained, size * trained, states * trained, buffers=buckets)
+
+
+def adapter_element(layout: Layout, role: str) -> int:
+    """PEFT keeps adapters of 16-bit models in float32; TRL casts the actor's on a quantised one to bfloat16."""
+    return 2 if layout.method == "qlora" and role == "actor" else 4
+
+
+def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware) -> Usage:
+    """
+    ZeRO's arithmetic, as DeepSpeed's estimators count: of a trained parameter its 16-bit value, a 16-bit gradient (in
+    stages 1 and 2), a gradient of 32 bits for the step, and 12 bytes of AdamW: master weight and two moments. What is
+    partitioned is the optimizer (1), the gradients too (2), the weights too (3).
+    """
+    size, share, stage = element(layout), 1 / hardware.gpus, layout.zero_stage
+    weights = (frozen + size * trained) * (share if stage == 3 else 1)
+    gradients = {1: size + 4 * share, 2: (size + 4) * share, 3: 4 * share}[stage] * trained
+    moments = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK), "sgd": 0}[layout.optimizer]
+    optimizer = (4 + moments) * trained * share
+    if layout.offload_optimizer:
+        gradients, optimizer = (size * trained if stage == 1 else 0), 0.0
+    if layout.offload_parameters:
+        weights = 0.0
+    return Usage(weights, gradients, optimizer)
+
+
+def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -> float:
+    """
+    DeepSpeed's working space: the reduce bucket and, in stages 1 and 2, the all-gather bucket of the same size; in
+    stage 3 the gathered weights, `stage3_max_live_parameters` or the largest module if that is more, and the gradient
+    of the largest module.
+    """
+    if not layout.zero_stage or not shapes:
+        return 0.0
+    size, total = element(layout), sum(shape.parameters for shape in shapes)
+    bucket = size * min(layout.reduce_bucket, total)
+    if layout.zero_stage < 3:
+        return 2 * bucket if hardware.gpus > 1 else bucket
+    largest = max(shape.largest_module for shape in shapes)
+    return bucket + size * min(total, max(layout.live_parameters, largest)) + size * largest
+
+
+def cast_buffers(shape: ModelShape, layout: Layout) -> float:
+    """Copies of weights that the computation makes: autocast's of a whole model that trains, or of one 4-bit layer."""
+    if layout.compute == "autocast" and layout.method == "full":
+        return 2.0 * (shape.linear + shape.head)
+    return compute_bytes(layout) * shape.largest_linear if layout.method == "qlora" else 0.0
+
+
+def host_states(trained: int, frozen: float, layout: Layout, hardware: Hardware) -> float:
+    """Bytes of one node's host memory that offloading holds, DeepSpeed's estimate."""
+    if not layout.offload_optimizer:
+        return 0.0
+    if layout.zero_stage < 3:
+        return HOST_FACTOR * trained * max(4 * hardware.gpus, 16)
+    each = 18 if layout.offload_parameters else 16
+    base = frozen if layout.offload_parameters else 0.0
+    return HOST_FACTOR * (each * trained + base) / hardware.nodes
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+
+def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
+    """
+    Bytes per token that one layer keeps for its backward pass: a pre-norm layer with RMS norms and a gated MLP, and
+    attention that keeps queries, keys, values, output and the log of the softmax's sum, not the scores.
+
+    Args:
+        adapter: `None` when the layer's own weights learn. When they do not, their inputs are kept only where an
+            adapter reads them.
+    """
+    h, q, f, size = shape.hidden, shape.query, shape.inner, compute_bytes(layout)
+    # A mask of (L, L) is turned into numbers in every layer, and with a mask shared keys are repeated for every head.
+    shared = layout.trainer == "dpo" and layout.share_prefixes
+    keys = q if layout.padded or shared else shape.key
+    mask = size * layout.length if layout.padded and not shared else 0
+    attention: float = size * (2 * q + 2 * keys) + 4 * shape.heads + mask
+    if shared:
+        attention += _shared_row_copies(shape, layout)
+    if adapter is None:
+        # A norm keeps its input, in float32, and what it multiplies by its weight; the projections keep its output,
+        # which autocast casts for each of the five that read one.
+        norms = {"fp32": 24 * h, "bf16": 16 * h, "autocast": 16 * h + 5 * 2 * h}[layout.compute]
+        return norms + attention + 4 * f * size
+    read = 2 * adapter.modules if _casts_adapter_inputs(layout) else size * adapter.inputs
+    return 8 * h + attention + 3 * f * size + read + size * adapter.ranks
+
+
+def _shared_row_copies(shape: ModelShape, layout: Layout) -> float:
+    """Bytes per token of `dpo/attention.py`: the pieces' outputs before they are joined, and the keys and values that
+    the rejected completion reads, its prompt's in front of its own."""
+    tokens = layout.prompt + 2 * layout.response
+    return compute_bytes(layout) * shape.query * (1 + 2 * layout.length / tokens)
+
+
+def _casts_adapter_inputs(layout: Layout) -> bool:
+    """Whether each adapted module casts its input to the adapter's dtype, or autocast's, and keeps the copy."""
+    if layout.method == "lora":
+        return layout.compute == "bf16" and layout.zero_stage == 0
+    return layout.compute == "fp32"
+
+
+def trunk_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
+    """Bytes that one micro-batch keeps from a trunk's forward to its backward pass."""
+    h, tokens = shape.hidden, layout.learned_tokens
+    residual = h * (2 if layout.compute == "bf16" else 4)
+    each = residual if layout.gradient_checkpointing else layer_activations(shape, layout, adapter)
+    norm = (4 if adapter else 8) * h + residual
+    scored = layout.scored_tokens * h * (8 if layout.compute == "fp32" else 2)
+    return tokens * (shape.layers * each + norm) + scored
+
+
+def backward_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
+    """Bytes that the backward pass of one layer adds: gradients inside its MLP, and what it computes again."""
+    again = layer_activations(shape, layout, adapter) if layout.gradient_checkpointing else 0.0
+    return layout.learned_tokens * (again + compute_bytes(layout) * (2 * shape.inner + shape.hidden))
+
+
+def forward_activations(shape: ModelShape, tokens: float, layout: Layout) -> float:
+    """Bytes alive at the peak of a forward pass without gradient: the residual, a norm's output, the MLP's three."""
+    residual = 2 if layout.compute == "bf16" else 4
+    return tokens * (2 * shape.hidden * residual + 3 * shape.inner * compute_bytes(layout))
+
+
+# ------------------------------------------------------------------------------------------------ KV cache and logits
+
+
+def kv_cache(shape: ModelShape, sequences: float, length: float, layout: Layout) -> float:
+    """Bytes of keys and values; one layer's are there twice while a token is appended."""
+    return 2 * shape.key * (shape.layers + 1) * sequences * length * compute_bytes(layout)
+
+
+def sampling_logits(shape: ModelShape, sequences: float) -> float:
+    return SAMPLING_COPIES * 4.0 * sequences * shape.vocab
+
+
+def head_tile(shape: ModelShape, tokens: float, is_cpu: bool) -> float:
+    """Logits that are alive at a time where nothing is kept for a backward pass."""
+    if is_cpu:
+        return 4.0 * min(tokens * shape.vocab, max(CPU_TILE, tokens))
+    return 2.0 * min(tokens, KERNEL_TILE[0]) * min(shape.vocab, KERNEL_TILE[1])
+
+
+def kept_logits(shape: ModelShape, tokens: float, layout: Layout, is_cpu: bool) -> float:
+    """Logits from the head's forward to its backward pass: none on a GPU, where they are computed again."""
+    if not (is_cpu and layout.compute == "fp32" and not layout.zero_stage):
+        return 0.0
+    return 4.0 * tokens * shape.vocab if tokens * shape.vocab <= CPU_KEPT else 0.0
+
+
+def head_gradient(shape: ModelShape, layout: Layout, is_cpu: bool) -> float:
+    """Bytes of the LM head's gradient while it is computed: TRL's kernel sums in float32, then casts."""
+    if layout.method != "full":
+        return 0.0
+    plain = is_cpu and layout.compute == "fp32" and not layout.zero_stage
+    return shape.head * (4.0 if plain else 4.0 + element(layout))

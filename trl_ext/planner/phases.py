@@ -1,0 +1,279 @@
+"""Who holds what, phase by phase: generate, score, learn; and within learning the moment at which most is held."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import memory
+from .layout import Hardware, Layout
+from .memory import Usage
+from .shapes import AdapterShape, ModelShape
+
+
+ROLES = ("actor", "critic", "reward", "reference")
+
+
+@dataclass(frozen=True)
+class Models:
+    """
+    The models of a run; `None` where a role has no weights of its own.
+
+    Args:
+        actor, critic, reward, reference: sizes of those that are models.
+        adapter: of the actor, and of every role that is an adapter on its base.
+    """
+
+    actor: ModelShape
+    critic: ModelShape | None = None
+    reward: ModelShape | None = None
+    reference: ModelShape | None = None
+    adapter: AdapterShape | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    The fullest moment of a phase.
+
+    Args:
+        name: "generate", "score" or "learn".
+        moment: in words.
+        roles: bytes on one GPU by role; a role of `ROLES` that holds nothing is left out.
+        other: bytes that belong to no role, such as those of vLLM.
+    """
+
+    name: str
+    moment: str
+    roles: dict[str, Usage]
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(usage.total for usage in self.roles.values()) + self.other
+
+
+def phases(models: Models, layout: Layout, hardware: Hardware) -> list[Phase]:
+    """The phases of one step: PPO generates, scores and learns; DPO learns, with its reference inside."""
+    run = _Run(models, layout, hardware)
+    if layout.trainer == "dpo":
+        return [run.learn()]
+    return [run.generate(), run.score(), run.learn()]
+
+
+class _Run:
+    """What the three phases have in common."""
+
+    def __init__(self, models: Models, layout: Layout, hardware: Hardware):
+        self.models, self.layout, self.hardware = models, layout, hardware
+        self.vllm = self._vllm()
+        self.trained = self._trained()
+        self.engine = memory.zero_buffers(self._trained_shapes(), layout, hardware)
+
+    def _vllm(self) -> float:
+        """Bytes of a colocated vLLM: its share, or 16-bit weights and the cache of one sequence if that is more."""
+        layout, shape = self.layout, self.models.actor
+        if not layout.vllm_share:
+            return 0.0
+        of_sequence = 4 * shape.key * shape.layers * layout.length
+        least = (2 * shape.parameters + of_sequence) / layout.vllm_tensor_parallel
+        return max(layout.vllm_share * self.hardware.memory, least)
+
+    def _trained_shapes(self) -> list[ModelShape]:
+        own_critic = self.layout.critic == "model"
+        return [self.models.actor, *([self.models.critic] if own_critic and self.models.critic else [])]
+
+    # ---- What is there all the time ----
+
+    def _trained(self) -> dict[str, Usage]:
+        """States of actor and critic, without what a step adds; gradients are those of a whole step."""
+        models, layout, hardware = self.models, self.layout, self.hardware
+        whole = memory.element(layout)
+
+        def states(frozen: float, trained: int, size: int = whole) -> Usage:
+            return memory.trained_states(frozen, trained, size, layout, hardware)
+
+        if layout.method == "full":
+            roles = {"actor": states(0, models.actor.parameters)}
+        else:
+            base = memory.weight_bytes(models.actor, layout, 4 if layout.method == "qlora" else 16)
+            roles = {"actor": states(base, self._adapter.parameters, memory.adapter_element(layout, "actor"))}
+        if layout.critic == "model" and models.critic is not None:
+            roles["critic"] = states(0, models.critic.parameters)
+        elif layout.critic == "adapter":
+            trained = self._adapter.parameters + models.actor.hidden + 1
+            roles["critic"] = states(0, trained, memory.adapter_element(layout, "critic"))
+        elif layout.critic == "head":
+            roles["critic"] = states(0, models.actor.hidden + 1)
+        return roles
+
+    @property
+    def _adapter(self) -> AdapterShape:
+        if self.models.adapter is None:
+            raise ValueError("The layout has adapters, and `Models.adapter` is not given.")
+        return self.models.adapter
+
+    def frozen(self, role: str) -> float:
+        """Bytes of a frozen role's weights while they are on the GPU."""
+        kind = getattr(self.layout, role)
+        shape = getattr(self.models, role)
+        if kind == "adapter":
+            # An adapter that is switched off costs nothing; a reward adapter has weights and a score head.
+            return memory.adapter_element(self.layout, role) * self._adapter.parameters if role == "reward" else 0.0
+        if kind == "none" or shape is None:
+            return 0.0
+        bits = self.layout.reward_bits if role == "reward" else self.layout.reference_bits
+        size = memory.weight_bytes(shape, self.layout, bits)
+        if self.layout.zero_stage < 3 or bits < 16:
+            return size
+        return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus
+
+    def base(self, gradients: bool, active: str | None = None) -> dict[str, Usage]:
+        """The roles at rest. With offloading, a frozen role is on the GPU only while it is `active`."""
+        roles = {}
+        for name, states in self.trained.items():
+            kept = states.gradients if gradients else 0.0
+            roles[name] = Usage(states.weights, kept, states.optimizer, buffers=states.buffers)
+        roles["actor"] += Usage(buffers=self.engine)
+        for role in ("reward", "reference"):
+            away = self.layout.offload_frozen and getattr(self.layout, role) == "model" and role != active
+            if self.frozen(role) and not away:
+                roles[role] = Usage(self.frozen(role))
+        return roles
+
+    # ---- Phases ----
+
+    def generate(self) -> Phase:
+        layout, shape, hardware = self.layout, self.models.actor, self.hardware
+        roles = self.base(gradients=False)
+        if layout.vllm_share:
+            return Phase("generate", "vLLM samples", roles, self.vllm)
+        gathered = 0.0
+        if layout.zero_stage == 3 and layout.gather_for_generation:
+            whole = memory.weight_bytes(shape, layout)
+            gathered = whole if layout.offload_parameters else whole * (1 - 1 / hardware.gpus)
+        roles["actor"] += Usage(
+            activations=memory.forward_activations(shape, layout.rollout * layout.prompt, layout),
+            kv_cache=memory.kv_cache(shape, layout.rollout, layout.length, layout),
+            logits=memory.sampling_logits(shape, layout.rollout),
+            buffers=memory.cast_buffers(shape, layout) + gathered,
+        )
+        return Phase("generate", "the last token is sampled", roles)
+
+    def score(self) -> Phase:
+        """One model at a time reads the rollout: the one that needs most decides."""
+        layout, is_cpu = self.layout, self.hardware.is_cpu
+        sequences = min(layout.score_batch, layout.rollout)
+        tokens, choices = sequences * layout.length, []
+        for role in ROLES:
+            kind = getattr(layout, role, None) if role != "actor" else "none"
+            if kind == "none":
+                continue
+            shape = getattr(self.models, role) if kind == "model" else self.models.actor
+            roles = self.base(gradients=False, active=role)
+            of_head = memory.head_tile(shape, sequences * layout.response, is_cpu) if role == "reference" else 0.0
+            cache = memory.kv_cache(shape, sequences, layout.length, layout) if role == "reward" else 0.0
+            cast = memory.cast_buffers(shape, layout) if role == "critic" or kind == "adapter" else 0.0
+            reading = Usage(
+                activations=memory.forward_activations(shape, tokens, layout),
+                logits=of_head,
+                kv_cache=cache,
+                buffers=cast,
+            )
+            roles[role] = roles.get(role, Usage()) + reading
+            choices.append(Phase("score", f"the {role} reads the rollout", roles, self._vllm_beside))
+        return max(choices, key=lambda phase: phase.total)
+
+    @property
+    def _vllm_beside(self) -> float:
+        return 0.0 if self.layout.vllm_sleeps else self.vllm
+
+    def learn(self) -> Phase:
+        moments = [self._forward_end, self._head_backward, self._backward_end, self._step]
+        return max((moment() for moment in moments), key=lambda phase: phase.total)
+
+    # ---- Moments of learning ----
+
+    def _moment(self, name: str, actor: Usage, critic: Usage, gradients: Callable[[str], float]) -> Phase:
+        roles = self.base(gradients=False)
+        if self.layout.trainer == "dpo" and self.frozen("reference"):
+            roles["reference"] = Usage(self.frozen("reference"))
+        for role in self.trained:
+            roles[role] += Usage(gradients=gradients(role))
+        roles["actor"] += actor
+        if "critic" in roles:
+            roles["critic"] += critic
+        return Phase("learn", name, roles, self._vllm_beside)
+
+    def _held_gradients(self, role: str) -> float:
+        """Gradients of micro-batches before this one; none are there when every step has one."""
+        held = self.layout.accumulation > 1 or self.layout.zero_stage > 0
+        return self.trained[role].gradients if held else 0.0
+
+    def _trunk(self, role: str) -> float:
+        """Activations kept by a role's trunk: the critic's own, or its adapter's pass through the actor's base."""
+        if role == "critic" and self.layout.critic == "head":
+            return 0.0
+        shape, adapter = self._learner(role)
+        return memory.trunk_activations(shape, self.layout, adapter)
+
+    def _learner(self, role: str) -> tuple[ModelShape, AdapterShape | None]:
+        if role == "critic" and self.layout.critic == "model" and self.models.critic is not None:
+            return self.models.critic, None
+        return self.models.actor, None if self.layout.method == "full" else self.models.adapter
+
+    def _kept_logits(self) -> float:
+        return memory.kept_logits(self.models.actor, self.layout.scored_tokens, self.layout, self.hardware.is_cpu)
+
+    def _tile(self) -> float:
+        return memory.head_tile(self.models.actor, self.layout.scored_tokens, self.hardware.is_cpu)
+
+    def _casts(self, role: str) -> float:
+        return memory.cast_buffers(self._learner(role)[0], self.layout)
+
+    def _forward_end(self) -> Phase:
+        """All activations are kept; in DPO the reference then reads the same rows."""
+        layout, reads = self.layout, 0.0
+        if layout.trainer == "dpo" and layout.reference != "none":
+            reads = memory.forward_activations(self.models.actor, layout.learned_tokens, layout) + self._tile()
+        actor = Usage(
+            activations=self._trunk("actor") + reads, logits=self._kept_logits(), buffers=self._casts("actor")
+        )
+        critic = Usage()
+        if "critic" in self.trained and layout.critic != "head":
+            shape, adapter = self._learner("critic")
+            backward = memory.backward_activations(shape, layout, adapter)
+            critic = Usage(activations=self._trunk("critic") + backward, buffers=self._casts("critic"))
+        return self._moment("the forward pass ends", actor, critic, self._held_gradients)
+
+    def _head_backward(self) -> Phase:
+        """The critic, last in the forward pass, has its gradients; the LM head gets its own, on top of all that the
+        actor's trunk keeps."""
+        shape, adapter = self._learner("actor")
+        layout = self.layout
+        head = memory.head_gradient(shape, layout, self.hardware.is_cpu)
+        actor = Usage(
+            gradients=head,
+            activations=self._trunk("actor") + memory.backward_activations(shape, layout, adapter),
+            logits=self._kept_logits() + self._tile(),
+            buffers=self._casts("actor"),
+        )
+
+        def gradients(role: str) -> float:
+            return self.trained[role].gradients if role == "critic" else self._held_gradients(role)
+
+        return self._moment("the backward pass of the LM head ends", actor, Usage(), gradients)
+
+    def _backward_end(self) -> Phase:
+        """Every gradient is there; a tied embedding's is added to the head's."""
+        shape, layout = self.models.actor, self.layout
+        embedding = shape.hidden * shape.vocab * memory.element(layout) if layout.method == "full" else 0.0
+        beside = embedding if shape.tied or layout.accumulation > 1 else 0.0
+        actor = Usage(gradients=beside, activations=memory.backward_activations(*self._first_layer()))
+        return self._moment("the backward pass ends", actor, Usage(), lambda role: self.trained[role].gradients)
+
+    def _first_layer(self) -> tuple[ModelShape, Layout, AdapterShape | None]:
+        shape, adapter = self._learner("actor")
+        return shape, self.layout, adapter
+
+    def _step(self) -> Phase:
+        """The fused AdamW needs nothing beside states and gradients; DeepSpeed gathers 16-bit weights in a bucket."""
+        return self._moment("the optimizer steps", Usage(), Usage(), lambda role: self.trained[role].gradients)

@@ -1,0 +1,116 @@
+"""A plan: the phases of a run, what is needed, whether it fits, and what would make it fit."""
+
+from dataclasses import dataclass
+
+from . import memory
+from .layout import GIB, Hardware, Layout
+from .phases import Models, Phase, phases
+from .shapes import ModelShape, adapter_shape, load_config, model_shape
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """
+    Names for `load_config` of the models of a run. Unset: the reward model and the reference have the actor's sizes,
+    the critic the reward model's.
+    """
+
+    actor: str
+    reward: str | None = None
+    reference: str | None = None
+    critic: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run needs.
+
+    Args:
+        phases: of one GPU.
+        host: bytes of one node's memory.
+    """
+
+    names: ModelNames
+    layout: Layout
+    hardware: Hardware
+    models: Models
+    phases: list[Phase]
+    host: float
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def needed(self) -> float:
+        """Bytes on one GPU, with what the allocator and the device's context take."""
+        return self.peak.total * (1 + self.hardware.fragmentation) + self.hardware.context
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.hardware.memory and self.host <= self.hardware.host_memory
+
+    def shortfall(self) -> str:
+        """What does not fit, in words; empty if all does."""
+        lines = []
+        if self.needed > self.hardware.memory:
+            lines.append(
+                f"It needs {self.needed / GIB:.1f} GiB on each GPU, which has {self.hardware.memory / GIB:.1f}; most "
+                f"when {self.peak.moment} ({self.peak.name})."
+            )
+        if self.host > self.hardware.host_memory:
+            lines.append(
+                f"It needs {self.host / GIB:.0f} GiB of host memory on each node, which has "
+                f"{self.hardware.host_memory / GIB:.0f}."
+            )
+        return " ".join(lines)
+
+
+def models_of(names: ModelNames, layout: Layout) -> Models:
+    """The sizes of the models that a layout has, counted on meta models."""
+    actor = model_shape(names.actor)
+    reward = names.reward or names.actor
+
+    def scored(name: str) -> ModelShape:
+        return model_shape(load_config(name), with_score=True)
+
+    return Models(
+        actor=actor,
+        critic=scored(names.critic or reward) if layout.critic == "model" else None,
+        reward=scored(reward) if layout.reward == "model" else None,
+        reference=model_shape(names.reference or names.actor) if layout.reference == "model" else None,
+        adapter=None if layout.method == "full" else adapter_shape(names.actor, layout.rank, layout.targets),
+    )
+
+
+def plan(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan:
+    """
+    Plans a run from its models' configs; nothing is loaded.
+
+    Args:
+        names: of the models, or of the actor alone.
+        layout: how the run is laid out.
+        hardware: what it runs on.
+
+    Raises:
+        ValueError: when a config cannot be read.
+    """
+    names = ModelNames(names) if isinstance(names, str) else names
+    models = models_of(names, layout)
+    return Plan(names, layout, hardware, models, phases(models, layout, hardware), _host(models, layout, hardware))
+
+
+def _host(models: Models, layout: Layout, hardware: Hardware) -> float:
+    """Bytes of host memory on one node: what DeepSpeed offloads, and frozen models that wait for their turn."""
+    critic = models.critic.parameters if models.critic is not None else 0
+    of_actor = models.actor.parameters if models.adapter is None else models.adapter.parameters
+    base = 0.0 if models.adapter is None else memory.weight_bytes(models.actor, layout)
+    host = memory.host_states(of_actor + critic, base, layout, hardware)
+    away = sum(memory.weight_bytes(shape, layout) for shape in (models.reward, models.reference) if shape is not None)
+    if layout.offload_parameters:
+        host += away / hardware.nodes
+    elif layout.offload_frozen:
+        host += away * hardware.on_node
+    return host

@@ -1,0 +1,86 @@
+"""Which layouts fit given hardware, the fastest of each kind of training."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .layout import Hardware, Layout
+from .planning import ModelNames, Plan, plan
+from .timing import Assumptions, Speed, speed
+
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A layout that fits, and its estimated speed."""
+
+    plan: Plan
+    speed: Speed
+
+
+def suggest(
+    names: ModelNames | str, start: Layout, hardware: Hardware, assumptions: Assumptions | None = None
+) -> list[Suggestion]:
+    """
+    The fastest layout that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that order.
+    Trainer, lengths, rollout and optimizer are `start`'s; all else is searched.
+    """
+    best: dict[tuple[str, str], Suggestion] = {}
+    for layout in layouts(start, hardware):
+        planned = plan(names, layout, hardware)
+        if not planned.fits:
+            continue
+        found = Suggestion(planned, speed(planned, assumptions))
+        kind = (layout.method, layout.critic)
+        if kind not in best or found.speed.tokens_per_second > best[kind].speed.tokens_per_second:
+            best[kind] = found
+    return list(best.values())
+
+
+def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:
+    """Every layout that `suggest` looks at; those whose parts do not go together are left out."""
+    sequences = start.micro_batch * start.accumulation
+    sizes = [size for size in MICRO_BATCHES if size <= sequences]
+    engines = _engines(hardware)
+    for roles, engine, checkpointing, size, away in itertools.product(
+        _roles(start), engines, (False, True), sizes, (False, True)
+    ):
+        batches = {"micro_batch": size, "accumulation": -(-sequences // size)}
+        options = roles | engine | batches | {"gradient_checkpointing": checkpointing, "offload_frozen": away}
+        full_alone = roles["method"] == "full" and engine["zero_stage"] == 0
+        options["compute"] = "fp32" if hardware.is_cpu else "autocast" if full_alone else "bf16"
+        if away and (start.trainer == "dpo" or "model" not in (roles["reward"], roles["reference"])):
+            continue
+        try:
+            yield start.change(**options)
+        except ValueError:
+            continue
+
+
+def _roles(start: Layout) -> Iterator[dict[str, str]]:
+    """Method, critic, reward and reference that go together."""
+    ppo = start.trainer == "ppo"
+    for method in ("full", "lora", "qlora"):
+        reference = start.reference if method == "full" or start.reference == "none" else "adapter"
+        if method == "full" and reference == "adapter":
+            reference = "model"
+        for critic in ("model", "head", "adapter") if ppo else ("none",):
+            if critic == "adapter" and method == "full":
+                continue
+            reward = "none" if start.reward == "none" else "model"
+            if reward == "model" and critic == "adapter":
+                reward = "adapter"
+            yield {"method": method, "critic": critic, "reference": reference, "reward": reward}
+
+
+def _engines(hardware: Hardware) -> list[dict]:
+    plain = {"offload_optimizer": False, "offload_parameters": False}
+    alone = [{"zero_stage": 0} | plain]
+    partitioned = [{"zero_stage": stage} | plain for stage in (2, 3)] if hardware.gpus > 1 else []
+    offloaded = [
+        {"zero_stage": 2, "offload_optimizer": True, "offload_parameters": False},
+        {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ]
+    return alone + partitioned + ([] if hardware.is_cpu else offloaded)

@@ -1,0 +1,253 @@
+"""What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+
+def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab}
+    return {"model_type": kind, "tie_word_embeddings": False} | sizes | more
+
+
+TIED = {"tie_word_embeddings": True}
+# The published configs of models whose size people name. A hub name finds its entry by what follows the last "/".
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m-instruct": _shape("llama", 576, 1536, 30, 9, 3, 49152, **TIED),
+    "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, **TIED),
+    "qwen2.5-1.5b": _shape("qwen2", 1536, 8960, 28, 12, 2, 151936, **TIED),
+    "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064),
+    "llama-7b": _shape("llama", 4096, 11008, 32, 32, 32, 32000),
+    "llama-3.1-8b": _shape("llama", 4096, 14336, 32, 32, 8, 128256),
+    "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128),
+    "llama-13b": _shape("llama", 5120, 13824, 40, 40, 40, 32000),
+    "llama-33b": _shape("llama", 6656, 17920, 60, 52, 52, 32000),
+    "llama-65b": _shape("llama", 8192, 22016, 80, 64, 64, 32000),
+    "llama-3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256),
+}
+ALIASES = {"135m": "smollm2-135m-instruct", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b", "7b": "qwen2.5-7b"}
+ALIASES |= {
+    "8b": "llama-3.1-8b",
+    "13b": "llama-13b",
+    "33b": "llama-33b",
+    "llama-30b": "llama-33b",
+    "65b": "llama-65b",
+    "70b": "llama-3.1-70b",
+}
+
+
+_SUFFIX = re.compile(r"-(instruct|chat|base|it|hf|dpo|sft|v[0-9.]+)+$")
+
+# Counted once for each config: a search asks for the same sizes hundreds of times.
+_MODELS: dict[tuple, "ModelShape"] = {}
+_ADAPTERS: dict[tuple, "AdapterShape"] = {}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    Sizes of a model. Widths are elements per token, counts are parameters.
+
+    Args:
+        name: what the user called it.
+        hidden, layers, vocab: widths and depth of the trunk.
+        inner: width of the MLP; of a mixture of experts, that of the experts that one token visits.
+        query, key: heads × head size of the queries, and of the keys (and of the values).
+        heads: attention heads.
+        parameters: all, tied ones once.
+        active: those that one token meets; fewer than `parameters` in a mixture of experts.
+        linear: in linear layers and experts outside the LM head: what 4- and 8-bit loading packs.
+        head: of the LM head (a tied one's are the embedding's), or of the score head.
+        tied: whether the LM head is the embedding.
+        largest_module: held by one module directly, as DeepSpeed's estimator counts; its `largest_layer_params`.
+        largest_linear: weights of the largest linear layer outside the head.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    vocab: int
+    inner: int
+    query: int
+    key: int
+    heads: int
+    parameters: int
+    active: int
+    linear: int
+    head: int
+    tied: bool
+    largest_module: int
+    largest_linear: int
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """
+    Sizes of a LoRA adapter.
+
+    Args:
+        parameters: of A, B and, in a reward or critic adapter, the score head.
+        inputs: per layer, the widths of the distinct inputs that adapted modules read and keep, but the attention's
+            output, which attention keeps anyway; a mean over layers.
+        modules: per layer, the sum of the adapted modules' input widths, an input counted once for each reader.
+        ranks: per layer, the sum of the adapted modules' ranks.
+    """
+
+    parameters: int
+    inputs: float
+    modules: float
+    ranks: float
+
+
+def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
+    """
+    The config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose config
+    cannot be read is looked up in the table without its suffix, such as "-Instruct".
+
+    Raises:
+        ValueError: when it is none of them.
+    """
+    key = name.lower().rstrip("/").split("/")[-1]
+    if not Path(name).is_dir() and _built_in(key):
+        return _from_table(key)
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        if _built_in(_SUFFIX.sub("", key)):
+            return _from_table(_SUFFIX.sub("", key))
+        raise ValueError(
+            f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}), and no "
+            f"built-in shape. Built-in shapes: {sorted([*ALIASES, *SHAPES])}."
+        ) from error
+
+
+def _built_in(key: str) -> bool:
+    return ALIASES.get(key, key) in SHAPES
+
+
+def _from_table(key: str) -> PretrainedConfig:
+    options = dict(SHAPES[ALIASES.get(key, key)])
+    return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+def meta_model(config: PretrainedConfig, with_score: bool = False) -> nn.Module:
+    """The model of `config` without storage: a causal LM, or with `with_score` a model with one score."""
+    config = type(config).from_dict(config.to_dict())  # from_config notes its attention in it
+    if with_score:
+        config.num_labels = 1
+    auto = AutoModelForSequenceClassification if with_score else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> ModelShape:
+    """The sizes of a model, from a name for `load_config` or a config; with a score head instead of the LM head."""
+    config = load_config(name) if isinstance(name, str) else name
+    label = name if isinstance(name, str) else getattr(config, "name_or_path", "") or config.model_type
+    key = (_identity(config), with_score)
+    if key not in _MODELS:
+        _MODELS[key] = _count_model(config, with_score)
+    return replace(_MODELS[key], name=label)
+
+
+def _identity(config: PretrainedConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+
+def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
+    model: Any = meta_model(config, with_score)
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    embedding = model.get_input_embeddings().weight
+    head = model.score.weight if with_score else model.get_output_embeddings().weight
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    inside = [weight.numel() for weight in linears if weight is not head and weight is not embedding]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts, width, share = _experts(model, text)
+    return ModelShape(
+        name="",
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        vocab=text.vocab_size,
+        inner=width,
+        query=text.num_attention_heads * head_size,
+        key=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
+        heads=text.num_attention_heads,
+        parameters=total,
+        active=total - round(experts * (1 - share)),
+        linear=sum(inside) + _stacked_experts(model),
+        head=head.numel(),
+        tied=head is embedding,
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        largest_linear=max(inside, default=0),
+    )
+
+
+def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]:
+    """Parameters of all experts, the MLP's width that one token meets, and the share of the experts that it meets."""
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    if not experts:
+        return 0, text.intermediate_size, 1.0
+    visited = text.num_experts_per_tok
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return experts, visited * width, visited / _number_of_experts(text)
+
+
+def _number_of_experts(text: PretrainedConfig) -> int:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(text, name, None):
+            return getattr(text, name)
+    return 1
+
+
+def _stacked_experts(model: nn.Module) -> int:
+    """Parameters of experts that are one three-dimensional tensor, not linear layers."""
+    return sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3)
+
+
+def adapter_shape(
+    name: str | PretrainedConfig, rank: int, targets: Iterable[str] | str, with_score: bool = False
+) -> AdapterShape:
+    """
+    The sizes of a LoRA adapter, counted on what PEFT makes of the meta model.
+
+    Args:
+        rank: of every adapted module.
+        targets: names of modules, a regular expression, or "all-linear", as PEFT's `target_modules`.
+        with_score: for a reward or critic adapter: the score head is counted along.
+    """
+    config = load_config(name) if isinstance(name, str) else name
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    key = (_identity(config), rank, targets, with_score)
+    if key not in _ADAPTERS:
+        _ADAPTERS[key] = _count_adapter(config, rank, targets, with_score)
+    return _ADAPTERS[key]
+
+
+def _count_adapter(
+    config: PretrainedConfig, rank: int, targets: str | tuple[str, ...], with_score: bool
+) -> AdapterShape:
+    modules = targets if isinstance(targets, str) else list(targets)
+    lora = LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
+    model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
+    text = config.get_text_config()
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    # Projections of one block read one input: what stands before the last "." but one names the block.
+    inputs = {(n.rsplit(".", 1)[0], m.in_features) for n, m in adapted.items() if not n.endswith("o_proj")}
+    return AdapterShape(
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad)
+        + (text.hidden_size if with_score else 0),
+        inputs=sum(width for _, width in inputs) / text.num_hidden_layers,
+        modules=sum(m.in_features for m in adapted.values()) / text.num_hidden_layers,
+        ranks=rank * len(adapted) / text.num_hidden_layers,
+    )

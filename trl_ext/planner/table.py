@@ -1,0 +1,159 @@
+"""A plan in words and tables, for a terminal or a page."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from .changes import Change, smallest_change
+from .layout import GIB, Hardware
+from .memory import PARTS
+from .phases import ROLES
+from .planning import Plan, plan
+from .search import Suggestion
+from .timing import Assumptions, speed
+
+
+HEADERS = {"optimizer": "optimizer states", "kv_cache": "KV cache"}
+
+
+def plan_text(planned: Plan, with_changes: bool = True) -> str:
+    """Sizes of the models, the table by phase and role, whether it fits, and what would make it fit."""
+    lines = [sizes(planned), "", memory_table(planned), "", verdict(planned)]
+    if with_changes and not planned.fits:
+        lines += ["", change_text(smallest_change(planned), planned)]
+    return "\n".join(lines)
+
+
+def sizes(planned: Plan) -> str:
+    """The models by role, with their parameters, and how they are laid out."""
+    layout, models = planned.layout, planned.models
+    kinds = {"actor": layout.method, "critic": layout.critic, "reward": layout.reward, "reference": layout.reference}
+    parts = []
+    for role in ROLES:
+        shape = getattr(models, role)
+        if kinds[role] == "none":
+            continue
+        size = f"{shape.name} {shape.parameters / 1e9:.3f}B" if shape is not None else "on the actor's"
+        adapter = (
+            f", {models.adapter.parameters / 1e6:.1f}M of an adapter" if role == "actor" and models.adapter else ""
+        )
+        parts.append(f"{role} ({kinds[role]}) {size}{adapter}")
+    zero = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "DDP" if planned.hardware.gpus > 1 else "one process"
+    tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}"
+    return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{zero}, {layout.compute}, {tokens}."
+
+
+def memory_table(planned: Plan) -> str:
+    """GiB on one GPU: phases, roles, parts."""
+    headers = ["phase", "role", *(HEADERS.get(part, part) for part in PARTS), "total"]
+    rows = []
+    for phase in planned.phases:
+        for role, usage in phase.roles.items():
+            if usage.total:
+                parts = [gib(getattr(usage, part)) for part in PARTS]
+                rows.append([phase.name, role, *parts, gib(usage.total)])
+        if phase.other:
+            rows.append([phase.name, "vLLM", *[""] * len(PARTS), gib(phase.other)])
+        rows.append([f"**{phase.name}**", phase.moment, *[""] * len(PARTS), f"**{gib(phase.total)}**"])
+    return markdown(headers, rows)
+
+
+def gib(value: float) -> str:
+    """Bytes as GiB: two decimals, and nothing for nothing."""
+    return "" if value == 0 else f"{value / GIB:.2f}"
+
+
+def markdown(headers: list[str], rows: Iterable[list[str]]) -> str:
+    """A table whose columns are aligned in a terminal too; figures to the right."""
+    cells = [headers, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    left = [all(not cell[:1].isdigit() for row in cells[1:] for cell in [row[i]]) for i in range(len(headers))]
+    rule = ["-" * w if is_left else "-" * (w - 1) + ":" for w, is_left in zip(widths, left, strict=True)]
+    padded = [
+        [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
+        for row in [headers, rule, *cells[1:]]
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+
+
+def verdict(planned: Plan) -> str:
+    """Whether it fits, with what was added for the device."""
+    hardware = planned.hardware
+    where = "the process" if hardware.is_cpu else "each GPU"
+    added = (
+        ""
+        if hardware.is_cpu
+        else (
+            f" ({planned.peak.total / GIB:.1f} of tensors; assumed are {hardware.fragmentation:.0%} for the allocator "
+            f"and {hardware.context / GIB:.1f} for context and workspaces)"
+        )
+    )
+    host = (
+        f" Host memory of a node: {planned.host / GIB:.0f} of {hardware.host_memory / GIB:.0f} GiB."
+        if planned.host
+        else ""
+    )
+    word = "It fits" if planned.fits else "It does not fit"
+    return (
+        f"{word}: {planned.needed / GIB:.1f} of {hardware.memory / GIB:.1f} GiB on {where}{added}, most when "
+        f"{planned.peak.moment} ({planned.peak.name}).{host}"
+    )
+
+
+def change_text(found: list[Change], failed: Plan) -> str:
+    """What would make it fit."""
+    if not found:
+        return "No change that the planner knows makes it fit: take more or larger GPUs, or a smaller model."
+    after = plan(failed.names, found[-1].layout, failed.hardware)
+    lines = [f"- {change.setting} ({change.cost})" for change in found]
+    opening = "The smallest change that makes it fit" if len(found) == 1 else "It fits with these changes together"
+    return "\n".join([f"{opening}, at {after.needed / GIB:.1f} GiB on each GPU:", *lines])
+
+
+def speed_text(planned: Plan, assumptions: Assumptions, sequences: float | None = None) -> str:
+    """The estimated seconds of a step, tokens per second and, for a number of responses or pairs, GPU-hours."""
+    estimate = speed(planned, assumptions)
+    phases = f"generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f}"
+    unit = "a rollout" if planned.layout.trainer == "ppo" else "an optimizer step"
+    hours = ""
+    if sequences:
+        what = "responses" if planned.layout.trainer == "ppo" else "pairs"
+        hours = f" {sequences:,.0f} {what}: {estimate.gpu_hours(sequences):,.1f} GPU-hours."
+    gpus = f"{estimate.gpus} GPU{'s' if estimate.gpus > 1 else ''}"
+    return (
+        f"Estimated: {estimate.seconds:.1f} s for {unit} of {estimate.sequences:,.0f} ({phases}); "
+        f"{estimate.tokens_per_second:,.0f} tokens/s on {gpus}.{hours}\nAssumed: {assumptions}."
+    )
+
+
+def scale_table(planned: Plan, gpus: Iterable[int], assumptions: Assumptions, sequences: float) -> str:
+    """The same layout on several numbers of GPUs: what each needs, and how fast all are."""
+    rows = []
+    for count in gpus:
+        hardware: Hardware = replace(planned.hardware, gpus=count)
+        there = plan(planned.names, planned.layout, hardware)
+        estimate = speed(there, assumptions)
+        fits = "yes" if there.fits else "no"
+        rate, hours = f"{estimate.tokens_per_second:,.0f}", f"{estimate.gpu_hours(sequences):,.0f}"
+        rows.append([str(count), f"{there.needed / GIB:.1f}", fits, rate, hours])
+    return markdown(["GPUs", "GiB each", "fits", "tokens/s", f"GPU-hours for {sequences:,.0f}"], rows)
+
+
+def suggestion_table(suggestions: list[Suggestion]) -> str:
+    """The layouts that fit, one a row, the fastest of each kind."""
+    if not suggestions:
+        return "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences."
+    rows = []
+    for found in sorted(suggestions, key=lambda s: -s.speed.tokens_per_second):
+        layout = found.plan.layout
+        roles = f"{layout.critic} / {layout.reward} / {layout.reference}"
+        engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "none"
+        engine += " +offload" if layout.offload_optimizer else ""
+        batch = f"{layout.micro_batch} × {layout.accumulation}"
+        options = "checkpointing" if layout.gradient_checkpointing else ""
+        options += " offload_frozen" if layout.offload_frozen else ""
+        memory = f"{found.plan.needed / GIB:.1f}"
+        rows.append(
+            [layout.method, roles, engine, batch, options.strip(), memory, f"{found.speed.tokens_per_second:,.0f}"]
+        )
+    headers = ["method", "critic / reward / reference", "engine", "batch", "options", "GiB each", "tokens/s"]
+    return markdown(headers, rows)
