@@ -5,6 +5,7 @@ PPO with four models: actor, critic, frozen reward model, frozen reference.
     python scripts/ppo.py --critic head                         # a value head on the actor's trunk
     python scripts/ppo.py --config configs/ppo/documents.yaml   # the documents' loss to the letter
     python scripts/ppo.py --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
+    python scripts/ppo.py … --use_peft --load_in_4bit --critic adapter   # four roles on one base in 4 bits
 
 The data have a column `prompt`, text or conversation. Held-out prompts are answered and scored before and after. The
 output folder gets the actor and its tokenizer, the critic in critic/, metrics.json, report.html with its picture, and

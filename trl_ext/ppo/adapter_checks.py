@@ -41,7 +41,7 @@ def check_adapters(
         _check_base_is_shareable(args, model, peft_config)
     for role, folder in on_base.items():
         _check_score_adapter(role, folder)
-        _check_same_base(role, folder, model, (args.model_init_kwargs or {}).get("revision"))
+        _check_same_base(role, folder, model, args)
 
 
 def _configs_of_actor(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
@@ -157,10 +157,13 @@ def _check_score_adapter(role: str, folder: str) -> None:
         )
 
 
-def _check_same_base(role: str, folder: str, model: Any, revision: str | None) -> None:
+def _check_same_base(role: str, folder: str, model: Any, args: PPOConfigX) -> None:
     """Raises `ValueError` unless the adapter was trained on the actor's base, as far as files can tell."""
     named = getattr(adapter_config(folder), "base_model_name_or_path", None)
-    path = model if isinstance(model, str) else get_config_model_id(model.config)
+    if isinstance(model, str):
+        path, revision = model, (args.model_init_kwargs or {}).get("revision")
+    else:
+        path, revision = get_config_model_id(model.config), getattr(model.config, "_commit_hash", None)
     trained_on = base_fingerprint(folder, named)
     base = weights_fingerprint(path, revision) if path else None
     if trained_on is None or base is None:

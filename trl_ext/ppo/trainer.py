@@ -761,7 +761,8 @@ class PPOTrainerX(GRPOTrainer):
             self.critic.save_pretrained(folder, critic)
         if self.args.should_save and is_peft_model(self.model):
             folders = [output_dir, Path(output_dir) / self.model.active_adapter, folder]
-            save_base_fingerprint(folders, _trl.get_config_model_id(self.model.config))
+            config = self.model.config
+            save_base_fingerprint(folders, _trl.get_config_model_id(config), getattr(config, "_commit_hash", None))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
