@@ -64,29 +64,33 @@ def is_stage3(args: Any) -> bool:
     return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
-def check_unquantized(args: Any, quantization_config: Any, models: dict[str, Any]) -> None:
+def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict[str, Any]) -> None:
     """
-    Raises `ValueError` when ZeRO-3 would partition a quantized model, before it is loaded.
+    Raises `ValueError` when ZeRO-3 is to train a quantized model in full, before it is loaded. An adapter on a
+    quantized base is fine: ZeRO-3 partitions the base, too.
 
     Args:
         args: training arguments.
-        quantization_config: of the model to train, or `None`.
-        models: by the name of the argument, a model, a path or `None`.
+        quantization_config: of `model`, or `None`.
+        trained_in_full: by the name of the argument, the models, paths or `None` of the roles without an adapter.
     """
     if not is_stage3(args):
         return
+    quantized = [name for name, model in trained_in_full.items() if _is_quantized(model, args.trust_remote_code)]
     config = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
-    quantized = [name for name, model in models.items() if _is_quantized(model, args.trust_remote_code)]
-    if config is None and not quantized:
-        return
-    raise ValueError(
-        f"`{quantized[0] if quantized else 'quantization_config'}` asks for a quantized model, and ZeRO-3 would cut "
-        "its packed weights into shares. Use ZeRO-2 or DDP (configs/accelerate/zero2.yaml, ddp.yaml), where every GPU "
-        "holds the small quantized model whole, or ZeRO-3 and an adapter on a model that is not quantized."
-    )
+    if config is not None and "model" in trained_in_full:
+        quantized.append("quantization_config")
+    if quantized:
+        raise ValueError(
+            f"`{quantized[0]}` asks for a quantized model, and ZeRO-3 would partition and train all of it; packed "
+            "weights cannot be trained. Train an adapter on it (`peft_config`, `--use_peft`), or load it without "
+            "quantization: a share of ZeRO-3 is small as it is."
+        )
 
 
 def _is_quantized(model: Any, trust_remote_code: bool) -> bool:
+    if model is None:
+        return False
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         return getattr(config, "quantization_config", None) is not None

@@ -171,7 +171,7 @@ def test_optimizer_of_the_file_would_lose_the_critics_learning_rate(tmp_path, de
         ppo_runs.ppo_config(tmp_path, deepspeed=path, critic_learning_rate=1e-3)
 
 
-@pytest.mark.parametrize("role", ["model", "ref_model", "reward_model", "value_model"])
+@pytest.mark.parametrize("role", ["model", "value_model"])
 def test_quantized_model_is_refused_under_zero3_before_it_is_loaded(tmp_path, role):
     quantized = tmp_path / "quantized"
     in_4bit = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -181,7 +181,7 @@ def test_quantized_model_is_refused_under_zero3_before_it_is_loaded(tmp_path, ro
     config.save_pretrained(quantized)
     models = {"model": tiny.tiny_actor(), "reward_model": tiny.tiny_reward_model()} | {role: str(quantized)}
     args = ppo_runs.ppo_config(tmp_path, deepspeed=str(DEEPSPEED / "zero3.json"))
-    with pytest.raises(ValueError, match=f"`{role}` asks for a quantized model, and ZeRO-3 .* Use ZeRO-2 or DDP"):
+    with pytest.raises(ValueError, match=f"`{role}` asks for a quantized model, and ZeRO-3 .* Train an adapter"):
         ppo_runs.PPOTrainerX(args, processing_class=tiny.tiny_tokenizer(), train_dataset=tiny.tiny_prompts(), **models)
 
 

@@ -73,13 +73,13 @@ class DPOTrainerX(DPOTrainer):
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
         check_columns(train_dataset, eval_dataset)
-        check_unquantized(args, kwargs.get("quantization_config"), {"model": model, "ref_model": ref_model})
         config = text_config(model, args)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")
         if ref_model is not None:
             check_vocabularies(config, text_config(ref_model, args))
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
             raise ValueError(
                 "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "

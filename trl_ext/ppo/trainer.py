@@ -142,8 +142,10 @@ class PPOTrainerX(GRPOTrainer):
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
         has_adapter = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_placement(args, model, ref_model, reward_model, reward_funcs, has_adapter)
-        given = {"model": model, "ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
-        check_unquantized(args, quantization_config, given)
+        trained_in_full = {} if has_adapter else {"model": model}
+        if args.critic == "model":
+            trained_in_full["value_model"] = value_model
+        check_unquantized(args, quantization_config, trained_in_full)
         check_turns(args, has_tools=bool(tools) or environment_factory is not None)
         tokenizer = load_tokenizer(processing_class, model, args)
         context = getattr(text_config(model, args), "max_position_embeddings", None)
