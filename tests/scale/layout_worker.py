@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 import tiny
 import two_processes
@@ -32,6 +33,8 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         models["eval_dataset"] = tiny.tiny_prompts(4, seed=1)
     if layout.get("adapter"):
         models["peft_config"] = LoraConfig(**LORA)
+    if layout.get("quantized"):  # NF4 on a CPU needs such widths
+        models |= {"model": str(folder / "wide"), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     with zero_runs.launched(layout["environment"]):
         trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
         measured = {"reference": trainer.ref_model is not None}

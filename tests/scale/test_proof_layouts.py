@@ -47,6 +47,8 @@ def layouts() -> dict[str, dict]:
     of_dpo = made["dpo_33b_2x80g.json"]
     precomputed = {"options": of_dpo["options"] | {"precompute_ref_log_probs": True}, "only": "dpo"}
     made["dpo_33b_2x80g.json, precomputed"] = of_dpo | precomputed
+        quantized = {"options": made[name]["options"] | {"critic": "head", "bf16": True}, "only": "ppo"}
+        made[f"{name}, QLoRA"] = made[f"{name}, LoRA"] | quantized | {"quantized": True}
     for name in ("zero2.json", "zero3.json"):
         warmup = {"options": made[name]["options"] | {"critic_warmup_steps": 5}, "only": "ppo"}
         made[f"{name}, warm-up"] = made[name] | warmup
@@ -181,6 +183,17 @@ def test_best_model_of_zero3_is_actor_and_critic_of_that_step(measured, folder):
     same_weights(AutoModelForSequenceClassification.from_pretrained(output / run["best"] / "critic"), of_critic)
     of_actor = {key: weight for key, weight in run["weights"].items() if "critic." not in key}
     same_weights(AutoModelForCausalLM.from_pretrained(output / run["best"]), of_actor)
+
+
+@pytest.mark.parametrize("name", ["zero2.json, QLoRA", "zero3.json, QLoRA"])
+def test_adapter_on_a_quantized_base_trains(measured, name):
+    """Under ZeRO-3 the packed base is shared out as well."""
+    run = measured[f"{name}, ppo"]
+    local, whole = run["elements"]["trained"]
+    assert (run["steps"], run["still"], run["moved though frozen"]) == (5, [], [])
+    assert run["stage"] == int(name[4])
+    assert whole < sum(elements(tiny.tiny_actor(hidden_size=64, intermediate_size=128))), "two weights are one byte"
+    assert local == whole if run["stage"] == 2 else whole / 2 <= local <= whole / 2 + 64
 
 
 @pytest.mark.parametrize("name", ["zero2.json, warm-up", "zero3.json, warm-up"])

@@ -35,6 +35,8 @@ def save(folder: Path) -> None:
     for role, model in zip(ROLES, models, strict=True):
         model.save_pretrained(folder / role)
         tiny.tiny_tokenizer().save_pretrained(folder / role)
+    tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide")
+    tiny.tiny_tokenizer().save_pretrained(folder / "wide")
     dpo_runs.tiny_pairs(16, 0).save_to_disk(str(folder / "pairs"))
 
 

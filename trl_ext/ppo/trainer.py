@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
@@ -140,7 +140,7 @@ class PPOTrainerX(GRPOTrainer):
             reward_model = args.reward_model_path
         has_other_reward = bool(reward_funcs) or environment_factory is not None
         check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
-        has_adapter = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
         check_placement(args, model, ref_model, reward_model, reward_funcs, has_adapter)
         trained_in_full = {} if has_adapter else {"model": model}
         if args.critic == "model":
