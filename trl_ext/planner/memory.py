@@ -226,6 +226,15 @@ def kv_cache(shape: ModelShape, sequences: float, length: float, layout: Layout)
     return 2 * shape.key * (shape.layers + 1) * sequences * length * compute_bytes(layout)
 
 
+def vllm(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Bytes of a colocated vLLM: its share, or 16-bit weights and the cache of one sequence if that is more."""
+    if not layout.vllm_share:
+        return 0.0
+    of_sequence = 4 * shape.key * shape.layers * layout.length
+    least = (2 * shape.parameters + of_sequence) / layout.vllm_tensor_parallel
+    return max(layout.vllm_share * hardware.memory, least)
+
+
 def sampling_logits(shape: ModelShape, sequences: float) -> float:
     return SAMPLING_COPIES * 4.0 * sequences * shape.vocab
 

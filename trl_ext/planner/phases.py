@@ -1,7 +1,7 @@
 """Who holds what, phase by phase: generate, score, learn; and within learning the moment at which most is held."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import memory
 from .layout import Hardware, Layout
@@ -64,18 +64,9 @@ class _Run:
 
     def __init__(self, models: Models, layout: Layout, hardware: Hardware):
         self.models, self.layout, self.hardware = models, layout, hardware
-        self.vllm = self._vllm()
+        self.vllm = memory.vllm(models.actor, layout, hardware)
         self.trained = self._trained()
         self.engine = memory.zero_buffers(self._trained_shapes(), layout, hardware)
-
-    def _vllm(self) -> float:
-        """Bytes of a colocated vLLM: its share, or 16-bit weights and the cache of one sequence if that is more."""
-        layout, shape = self.layout, self.models.actor
-        if not layout.vllm_share:
-            return 0.0
-        of_sequence = 4 * shape.key * shape.layers * layout.length
-        least = (2 * shape.parameters + of_sequence) / layout.vllm_tensor_parallel
-        return max(layout.vllm_share * self.hardware.memory, least)
 
     def _trained_shapes(self) -> list[ModelShape]:
         own_critic = self.layout.critic == "model"
@@ -126,12 +117,12 @@ class _Run:
             return size
         return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus
 
-    def base(self, gradients: bool, active: str | None = None) -> dict[str, Usage]:
-        """The roles at rest. With offloading, a frozen role is on the GPU only while it is `active`."""
-        roles = {}
-        for name, states in self.trained.items():
-            kept = states.gradients if gradients else 0.0
-            roles[name] = Usage(states.weights, kept, states.optimizer, buffers=states.buffers)
+    def base(self, active: str | None = None) -> dict[str, Usage]:
+        """
+        The roles at rest, without gradients, which a step's end frees. With offloading, a frozen role is on the GPU
+        only while it is `active`.
+        """
+        roles = {name: replace(states, gradients=0.0) for name, states in self.trained.items()}
         roles["actor"] += Usage(buffers=self.engine)
         for role in ("reward", "reference"):
             away = self.layout.offload_frozen and getattr(self.layout, role) == "model" and role != active
@@ -143,7 +134,7 @@ class _Run:
 
     def generate(self) -> Phase:
         layout, shape, hardware = self.layout, self.models.actor, self.hardware
-        roles = self.base(gradients=False)
+        roles = self.base()
         if layout.vllm_share:
             return Phase("generate", "vLLM samples", roles, self.vllm)
         gathered = 0.0
@@ -168,7 +159,7 @@ class _Run:
             if kind == "none":
                 continue
             shape = getattr(self.models, role) if kind == "model" else self.models.actor
-            roles = self.base(gradients=False, active=role)
+            roles = self.base(active=role)
             of_head = memory.head_tile(shape, sequences * layout.response, is_cpu) if role == "reference" else 0.0
             cache = memory.kv_cache(shape, sequences, layout.length, layout) if role == "reward" else 0.0
             cast = memory.cast_buffers(shape, layout) if role == "critic" or kind == "adapter" else 0.0
@@ -193,7 +184,7 @@ class _Run:
     # ---- Moments of learning ----
 
     def _moment(self, name: str, actor: Usage, critic: Usage, gradients: Callable[[str], float]) -> Phase:
-        roles = self.base(gradients=False)
+        roles = self.base()
         if self.layout.trainer == "dpo" and self.frozen("reference"):
             roles["reference"] = Usage(self.frozen("reference"))
         for role in self.trained:
@@ -264,15 +255,13 @@ class _Run:
 
     def _backward_end(self) -> Phase:
         """Every gradient is there; a tied embedding's is added to the head's."""
-        shape, layout = self.models.actor, self.layout
+        shape, adapter = self._learner("actor")
+        layout = self.layout
         embedding = shape.hidden * shape.vocab * memory.element(layout) if layout.method == "full" else 0.0
         beside = embedding if shape.tied or layout.accumulation > 1 else 0.0
-        actor = Usage(gradients=beside, activations=memory.backward_activations(*self._first_layer()))
+        backward = memory.backward_activations(shape, layout, adapter)
+        actor = Usage(gradients=beside, activations=backward)
         return self._moment("the backward pass ends", actor, Usage(), lambda role: self.trained[role].gradients)
-
-    def _first_layer(self) -> tuple[ModelShape, Layout, AdapterShape | None]:
-        shape, adapter = self._learner("actor")
-        return shape, self.layout, adapter
 
     def _step(self) -> Phase:
         """The fused AdamW needs nothing beside states and gradients; DeepSpeed gathers 16-bit weights in a bucket."""
