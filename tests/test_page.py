@@ -110,7 +110,7 @@ def test_page_of_a_ppo_run_shows_all_that_its_log_has(tmp_path):
     text = text_of(page)
     assert "my-run" in text
     assert "Not yet : 1 rollouts are logged" in text
-    assert "score on held-out prompts +0.000 +1.000" in text
+    assert "first last score on held-out prompts +0.000 +1.000" in text
     assert "No alarms." in text
 
 
@@ -139,6 +139,8 @@ def test_runs_lie_over_each_other_and_tell_apart(tmp_path):
     assert headings(page).count("Reward") == 1
     assert "What each term adds to the loss: a/out" in headings(page)
     assert "What each term adds to the loss: b/out" in headings(page)
+    arrow = "+0.000 → +1.000"
+    assert f"first → last a/out b/out score on held-out prompts {arrow} {arrow}" in text_of(page)
     assert png_size(tmp_path / "both.png")[0] > 1000
 
 
@@ -212,11 +214,11 @@ def test_page_of_a_running_run_loads_itself_again(tmp_path, undrawn):
 
 def test_what_was_trained_comes_from_the_run_or_its_card(tmp_path, undrawn):
     run_folder(tmp_path, PPO_LOG)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/model"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/some/model"}))
     card = "# x\n\n| a | b |\n\n## What was trained, and how\n\n| | |\n|---|---|\n| kl_coef | 0.05 |\n| seed | 0 |\n"
     (tmp_path / "README.md").write_text(card)
     run = read_run(tmp_path)
-    assert (run.facts, run.options) == ({"model": "some/model"}, {"kl_coef": "0.05", "seed": "0"})
+    assert (run.facts, run.options) == ({"model": "model"}, {"kl_coef": "0.05", "seed": "0"})
     known = {"facts": {"model": "m", "training data": "10 rows"}, "options": {"kl_band": [1.0, 3.0], "beta": 0.1}}
     (tmp_path / "run.json").write_text(json.dumps(known))
     assert read_run(tmp_path).kl_band == (1.0, 3.0)

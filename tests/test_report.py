@@ -121,7 +121,7 @@ def test_picture_shows_the_panels_of_a_log_three_beside_each_other(tmp_path, log
 
 
 def test_picture_of_an_empty_log_is_a_picture(tmp_path):
-    assert png_size(write_picture(draw([Run("a", [])]), [Run("a", [])], tmp_path / "report.png"))[0] == 516
+    assert png_size(write_picture(draw([Run("a", [])]), [Run("a", [])], tmp_path / "report.png"))[0] == 528
 
 
 def test_ties_are_lines_whose_margins_are_all_zero():

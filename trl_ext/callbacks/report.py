@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..report import write_report
 from ..report.drawing import matplotlib
-from ..report.run import FACTS, STATE
+from ..report.run import FACTS, STATE, model_name
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def run_facts(args: Any, model: Any = None, train_dataloader: Any = None, **kwar
     total = sum(p.numel() for p in parameters)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
     facts = {
-        "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "model": model_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "architecture": type(model.get_base_model() if adapters else model).__name__,
         "parameters": f"{total:,} on this process",
         "trained": f"{trained:,}" + (f", adapter {', '.join(adapters)}" if adapters else ""),

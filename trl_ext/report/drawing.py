@@ -144,7 +144,7 @@ def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
     # Margins in inches, as the texts have one size: a layout engine would draw everything several times.
     room = axis.figure
     width, height = room.bbox.width / room.dpi, room.bbox.height / room.dpi
-    left, right, top, bottom = 0.72, 0.1, 0.1, 0.5 + 0.19 * rows
+    left, right, top, bottom = 0.84, 0.1, 0.22, 0.5 + 0.19 * rows
     axis.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 

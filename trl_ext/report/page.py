@@ -70,7 +70,7 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         refresh=refresh if running else 0,
         facts=_rows({run.name: _facts(run) for run in runs}),
         figures=_figures(drawn),
-        results=[(run, result_rows(run)) for run in runs],
+        results=_results(runs),
         options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
         score_text=score_text,
     )
@@ -84,6 +84,17 @@ def _figures(drawn: Sequence[Drawn]) -> list[dict[str, str]]:
         ]
 
 
+def _results(runs: Sequence[Run]) -> list[list[str]]:
+    """With its heading: of one run the first and the last value of each row, of several a column for each run."""
+    if len(runs) == 1:
+        return [["", "first", "last"], *result_rows(runs[0])]
+    columns = {
+        run.name: {name: f"{first} → {last}" if first else last for name, first, last in result_rows(run)}
+        for run in runs
+    }
+    return [["first → last", *columns], *_rows(columns)]
+
+
 def result_rows(run: Run) -> list[list[str]]:
     """Name, value at the first and value at the last evaluation (of training, the first and the last line)."""
     if run.kind == "dpo":
@@ -93,9 +104,9 @@ def result_rows(run: Run) -> list[list[str]]:
     rows = []
     for label, points, form in (
         ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
-        ("its 95% half-width", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
+        ("95% half-width of the score", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
         ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
-        ("its 95% half-width", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
+        ("95% half-width of the rise", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
         ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
         ("score in training", scores(run.log), "{:+.3f}"),
         ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),

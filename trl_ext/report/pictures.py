@@ -13,7 +13,7 @@ from .preference_panels import PREFERENCE
 from .run import Run
 
 
-WIDTH = 4.3  # inches of a panel
+WIDTH = 4.4  # inches of a panel
 OTHER = (
     Panel("Loss", lines(("loss", "training"), ylabel="loss"), ("loss",), "Falling."),
     Panel(

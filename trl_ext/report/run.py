@@ -108,10 +108,15 @@ def _known(folder: Path) -> dict[str, Any]:
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         if config.get(key):
-            facts["model"] = str(config[key])
+            facts["model"] = model_name(str(config[key]))
         elif config.get("architectures"):
             facts["architecture"] = str(config["architectures"][0])
     return {"facts": facts, "options": _table_of_the_card(folder / "README.md")}
+
+
+def model_name(path: str) -> str:
+    """A hub name as it is; of a folder on this machine only its name."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _table_of_the_card(card: Path) -> dict[str, Any]:
