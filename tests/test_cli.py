@@ -209,6 +209,7 @@ RECIPES = [path for name in ("reward", "ppo", "dpo") for path in sorted((CONFIGS
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_recipe_says_what_it_is_for(path):
     head = path.read_text().split("\n\n")[0]
-    for entry in ("Hardware:", "Launch:", "Expected:"):
+    for entry in ("Hardware:", "Launch:"):
         assert entry in head
+    assert "Expected:" in head or "Measured:" in head
     assert "@" not in head
