@@ -48,6 +48,7 @@ SHORT = {
     "--test_size 4",
     "score": "--test_size 4",
     "equivalence": "--steps 20",
+    "plan": "",
 }
 SHORTER_PYTHON = {
     "total_episodes=128": "total_episodes=4",
@@ -72,7 +73,7 @@ def steps(page):
         if language == "python":
             yield language, block
         else:
-            lines = (line.split("#")[0].strip() for line in block.splitlines())
+            lines = (line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines())
             yield from (("bash", line) for line in lines if line)
 
 
@@ -195,7 +196,7 @@ def test_migration_page_makes_a_config_like_trl112(workplace):
     assert args.for_trainer_loop().kl_estimator == "k1"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/theory.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
 def test_commands_of_the_page_run(workplace, page):
     """Its Python examples, where it has some, are those of tests/test_examples.py."""
     assert any(text.startswith("python scripts/") for _, text in steps(page))
@@ -203,8 +204,10 @@ def test_commands_of_the_page_run(workplace, page):
 
 
 def test_walked_pages_are_all_that_have_commands():
-    walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/quickstart.md", "docs/theory.md"}
+    walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/ppo.md", "docs/quickstart.md", "docs/theory.md"}
     walked |= {"docs/tutorial.md"}
+    # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py, tests/test_callbacks_docs.py
+    walked |= {"docs/scale.md", "docs/launch.md", "docs/report.md"}
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
     assert {page for page in pages if any(language == "bash" for language, _ in steps(page))} == walked
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from .zero import is_stage3
+
 
 QUANTIZATIONS = (None, "8bit", "4bit")
 
@@ -30,7 +32,7 @@ def quantization(bits: str, args: Any) -> BitsAndBytesConfig:
 
 def spread_by(args: Any) -> str | None:
     """What partitions every model of the run over the ranks, frozen ones too; `None` when nothing does."""
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if is_stage3(args):
         return "DeepSpeed ZeRO-3"
     launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     return "FSDP" if args.fsdp or launched else None

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 import tiny
+from ppo import four_roles
 from ppo_runs import log_lines, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
 from trl_ext.ppo import placement
 from trl_ext.ppo import trainer as trainer_module
@@ -209,6 +210,15 @@ def test_adapter_as_reference_and_a_function_as_reward_leave_nothing_to_move(tmp
     models = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}
     models |= {"reward_model": None, "reward_funcs": response_lengths}
     trainer = ppo_run(tmp_path, models, offload_frozen_models=True, max_steps=1)
+    assert trainer._reference_weights.gigabytes == trainer._reward_weights.gigabytes == 0
+    assert log_lines(trainer)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("quantization", [None, four_roles.NF4], ids=["full", "4 bits"])
+def test_roles_on_the_actors_base_stay_where_it_is(tmp_path, host_plays_device, quantization):
+    models = four_roles.models(four_roles.prepare(tmp_path), False, quantization)
+    trainer = ppo_run(tmp_path / "run", models, critic="adapter", offload_frozen_models=True, max_steps=1)
     assert trainer._reference_weights.gigabytes == trainer._reward_weights.gigabytes == 0
     assert log_lines(trainer)
 

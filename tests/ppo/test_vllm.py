@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import tiny
 from fake_vllm import vllm
+from ppo import four_roles
 from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, snapshot
 from trl_ext.ppo.rollout import MicroBatch
 
@@ -73,6 +74,30 @@ def test_second_run_and_best_model_are_sent_anew(tmp_path):
         trainer._load_best_model()
         trainer._generate([tiny.tiny_prompts(1)["prompt"][0]])
         assert sampler.calls.count("load") == 3
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("start", [False, True], ids=["new adapter", "from an adapter"])
+def test_of_four_roles_on_one_base_the_actor_is_sent(tmp_path, mode, start):
+    """Its adapter is merged into weights that critic and reward model stand on too, and taken out again."""
+    paths = four_roles.prepare(tmp_path)
+    models = four_roles.models(paths, start, quantization=None)
+    with vllm(model=tiny.tiny_actor()):
+        trainer = ppo_trainer(
+            tmp_path / "run",
+            models,
+            use_vllm=True,
+            vllm_mode=mode,
+            critic="adapter",
+            learning_rate=1e-2,
+            total_episodes=12,
+        )
+        before = snapshot(trainer.model)
+        trainer.train()
+    differences = logged(trainer, f"{DIFFERENCE}/max")
+    assert len(differences) == 3
+    assert max(differences) < 1e-4
+    assert any(".critic" in name or name.startswith("critic") for name in changed(trainer.model, before))
 
 
 # --- sleep

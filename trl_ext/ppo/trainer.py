@@ -774,10 +774,9 @@ class PPOTrainerX(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.is_deepspeed_enabled:  # its checkpoint holds the whole engine, the critic too
-            return
-        critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
         self._last_loaded_step = -1  # vLLM has the last weights, not the best
+        if not self.is_deepspeed_enabled:  # its checkpoint holds the whole engine, the critic too
+            critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The critic is not in the actor's files, by design."""
