@@ -47,9 +47,9 @@ def layouts() -> dict[str, dict]:
     of_dpo = made["dpo_33b_2x80g.json"]
     precomputed = {"options": of_dpo["options"] | {"precompute_ref_log_probs": True}, "only": "dpo"}
     made["dpo_33b_2x80g.json, precomputed"] = of_dpo | precomputed
+    for name in ("zero2.json", "zero3.json"):
         quantized = {"options": made[name]["options"] | {"critic": "head", "bf16": True}, "only": "ppo"}
         made[f"{name}, QLoRA"] = made[f"{name}, LoRA"] | quantized | {"quantized": True}
-    for name in ("zero2.json", "zero3.json"):
         warmup = {"options": made[name]["options"] | {"critic_warmup_steps": 5}, "only": "ppo"}
         made[f"{name}, warm-up"] = made[name] | warmup
     best = {
