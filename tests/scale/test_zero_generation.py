@@ -64,5 +64,5 @@ def test_processes_may_take_different_numbers_of_turns(measured):
 
 
 def test_what_is_gathered_changes_no_loss(measured):
-    losses = [measured[run]["loss"] for run in ("once, model", "as TRL", "per token")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6) == pytest.approx(losses[2], abs=1e-6)
+    for run in ("as TRL", "per token"):
+        assert measured[run]["loss"] == pytest.approx(measured["once, model"]["loss"], abs=1e-6)
