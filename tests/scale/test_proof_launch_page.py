@@ -4,11 +4,14 @@ processes; the two machines are two launchers on this one.
 """
 
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,7 @@ def start(command: str, folder: Path, output: Path, log: Path, *more: str) -> su
             cwd=ROOT,
             stdout=printed,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -79,13 +83,16 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def finish(process: subprocess.Popen, log: Path) -> str:
-    """What it has printed."""
+def finish(*processes: subprocess.Popen, logs: list[Path]) -> list[str]:
+    """What they have printed; none of them, nor what they have started, is left behind."""
     try:
-        assert process.wait(timeout=300) == 0, log.read_text()[-6000:]
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=300) == 0, log.read_text()[-6000:]
     finally:
-        process.kill()
-    return log.read_text()
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [log.read_text() for log in logs]
 
 
 def check(output: Path, algorithm: str) -> None:
@@ -107,7 +114,7 @@ def test_command_trains(command, folder, tmp_path):
     port = () if "single" in command else ("--main_process_port" if "accelerate" in command else "--master_port",)
     more = (*port, free_port()) if port else ()
     log, output = tmp_path / "log", tmp_path / "output"
-    printed = finish(start(command, folder, output, log, *more), log)
+    (printed,) = finish(start(command, folder, output, log, *more), logs=[log])
     check(output, "ppo" if "ppo.py" in command else "dpo")
     if "ppo.py" in command:
         assert "(4 × 2 process(es))" in printed
@@ -119,6 +126,6 @@ def test_two_machines_train_one_model(folder, tmp_path):
     more = ("--num_processes", "2", "--main_process_port", port)
     logs, output = [tmp_path / "first", tmp_path / "second"], tmp_path / "output"
     both = [start(command, folder, output, log, *more) for command, log in zip(here, logs, strict=True)]
-    printed = [finish(process, log) for process, log in zip(both, logs, strict=True)]
+    printed = finish(*both, logs=logs)
     check(output, "ppo")
     assert all("(4 × 2 process(es))" in each for each in printed)
