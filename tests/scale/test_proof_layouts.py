@@ -76,7 +76,7 @@ def measured(folder):
     (folder / "layouts.json").write_text(json.dumps(layouts()))
     worker = Path(zero_runs.__file__).with_name("layout_worker.py")
     arguments = (worker, folder / "measured.pt", folder / "layouts.json")
-    return two_processes.measured(*arguments, deepspeed=True, timeout=900)
+    return two_processes.measured(*arguments, deepspeed=True, timeout=1500)
 
 
 def elements(model) -> list[int]:

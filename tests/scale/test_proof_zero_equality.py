@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    return two_processes.measured(Path(equality_worker.__file__), folder / "out.pt", deepspeed=True, timeout=600)
+    return two_processes.measured(Path(equality_worker.__file__), folder / "out.pt", deepspeed=True, timeout=900)
 
 
 @pytest.fixture(scope="module", params=equality_worker.CASES)
