@@ -1,7 +1,9 @@
 """Recipes and options become the layout that is run; a run that does not fit stops before anything is loaded."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -227,3 +229,19 @@ def test_visible_gpus_are_what_it_is_to_fit(tmp_path, monkeypatch):
 def test_model_that_the_planner_cannot_read_is_left_to_the_trainer(tmp_path):
     _, fit, config = arguments(tmp_path)
     require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), fit, config, hardware=GPU)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["ppo", "dpo"])
+def test_script_asks_before_it_builds(name, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # where dataclasses look up their annotations
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "build", lambda *_: pytest.fail("built before it was asked"))
+    monkeypatch.setattr(script, "require_fit", lambda *given: require_fit(*given, hardware=GPU))
+    flags = ["--model", "33b", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="It does not fit"):
+        script.main(flags)
+    with pytest.raises(pytest.fail.Exception, match="built before"):
+        script.main([*flags, "--force"])
