@@ -51,7 +51,7 @@ RUNS = {
     "ppo-head-checkpointing": job("ppo", DEEP, (16, 1), (256, 64), critic="head", gradient_checkpointing=True),
     "ppo-head-two-processes": job("ppo", DEEP, (4, 1), (128, 64), critic="head", processes=2),
     "ppo-head-wide": job("ppo", WIDE, (8, 1), (64, 64), critic="head"),
-    "ppo-rollout": job("ppo", DEEP, (2, 24), (256, 8), critic="head", local_rollout_forward_batch_size=2),
+    "ppo-lora-rollout": job("ppo", DEEP, (1, 16), (256, 16), "lora", critic="head", gradient_checkpointing=True),
     "ppo-lora": job("ppo", DEEP, (8, 1), (128, 128), "lora", critic="head"),
     "ppo-lora-model": job("ppo", DEEP, (8, 1), (128, 64), "lora"),
     "ppo-qlora": job("ppo", GROUPED, (8, 1), (128, 64), "qlora", critic="head"),
