@@ -39,13 +39,14 @@ def test_grpos_beta_follows_the_band(tmp_path):
     assert len(set(expected)) > 1
 
 
-def test_proportional_control_counts_the_episodes_of_a_step(tmp_path):
-    trainer = trl_runs.grpo_trainer(tmp_path, max_steps=2)
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_proportional_control_counts_the_episodes_between_log_lines(tmp_path, logging_steps):
+    trainer = trl_runs.grpo_trainer(tmp_path, max_steps=4, logging_steps=logging_steps)
     trainer.add_callback(KLControlCallback(trainer, ProportionalController(0.1, target=1.0, horizon=100)))
     trainer.train()
     coef = 0.1
     for kl in sequence_kls(trainer):
-        coef *= 1 + min(max(kl / 1.0 - 1, -0.2), 0.2) * 4 / 100  # 4 completions a step
+        coef *= 1 + min(max(kl / 1.0 - 1, -0.2), 0.2) * 4 * logging_steps / 100  # 4 completions a step
     assert trainer.beta == pytest.approx(coef)
 
 
