@@ -43,10 +43,12 @@ class Trend:
 
     @property
     def is_up(self) -> bool:
+        """Whether they have risen by more than the interval."""
         return self.rise > self.half_width
 
     @property
     def is_down(self) -> bool:
+        """Whether they have fallen by more than it."""
         return self.rise < -self.half_width
 
 
@@ -154,6 +156,7 @@ def first_not_finite(log: Log) -> tuple[int, str] | None:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
     return sum(values) / len(values)
 
 

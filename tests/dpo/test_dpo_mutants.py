@@ -209,7 +209,7 @@ MUTANTS = [
     ("implicit_reward", "(position >= starts", "(position > starts", "reward_equals", REWARD),
     ("implicit_reward", " & mask[:, first:].bool()", "", "reward_equals", REWARD),
     ("implicit_reward", "logits[:, :-1]", "logits[:, 1:]", "reward_equals", REWARD),
-    ("implicit_reward", "whole += self.tokenizer.eos_token", "pass", "reward_equals", REWARD),
+    ("implicit_reward", "whole += tokenizer.eos_token", "pass", "reward_equals", REWARD),
     ("implicit_reward", '"ref" if "ref" in adapters else None', "None", "reward_of_an", {"adapter": "ref"}),
     ("implicit_reward", "key=lambda i: -rewards[i]", "key=lambda i: rewards[i]", "ranking", {}),
     # forward.py, exactness.py
