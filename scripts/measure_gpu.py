@@ -81,7 +81,9 @@ def work(job: dict[str, Any], device: str, place: Path) -> None:
     """One run, in its own process; writes its row."""
     before = in_status("VmRSS") if device == "cpu" else 0
     if job["limit"] and device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job["limit"] * GIB / torch.cuda.mem_get_info()[1]))
+        # The context takes its part of the card beside what PyTorch allocates.
+        allocated = job["limit"] * GIB - planner.Hardware.context
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allocated / torch.cuda.mem_get_info()[1]))
     trainer, planned = build(job, device, place)
     Peaks().close(None)
     trainer.train()

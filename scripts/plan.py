@@ -21,6 +21,9 @@ from trl_ext.cli import DataArguments, ModelArguments, recipe_options
 from trl_ext.planner import CPU, GIB, GPUS, Assumptions, Hardware, Layout, ModelNames
 
 
+CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -68,7 +71,11 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     names = ModelNames(given.model or "smollm2-135m-instruct")
     if given.from_config:
         trainer = flags.get("trainer") or Path(given.from_config).resolve().parent.name
-        config = {"ppo": PPOConfigX, "dpo": DPOConfigX}[trainer]
+        if not Path(given.from_config).is_file():
+            raise SystemExit(f"There is no recipe {given.from_config}.")
+        if trainer not in CONFIGS:
+            raise SystemExit(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with --trainer.")
+        config = CONFIGS[trainer]
         options = recipe_options((DataArguments, ModelArguments, config), given.from_config)
         names, layout = (
             planner.names_from_options(options),

@@ -191,15 +191,18 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
         SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
     """
     options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
+    if options["force"]:
+        return
     if hardware is None:
         if options["use_cpu"] or not torch.cuda.is_available():
             return
         hardware = this_machine()
     try:
         planned = plan(names_from_options(options), layout_from_options(trainer, options, hardware), hardware)
-    except ValueError:  # a model or a layout that the planner cannot read is the trainer's to refuse
+    except ValueError as reason:  # a model or a layout that the planner cannot read is the trainer's to refuse
+        print(f"Whether the run fits has not been planned: {reason}", file=sys.stderr)
         return
-    if not planned.fits and not options["force"]:
+    if not planned.fits:
         assumed = f"Prompts of {planned.layout.prompt} tokens are assumed. " if trainer == "ppo" else ""
         raise SystemExit(f"{plan_text(planned)}\n\n{assumed}Nothing has been loaded. `--force` trains all the same.")
 

@@ -42,3 +42,11 @@ def test_header_says_what_the_planner_says(path, plan, capsys, monkeypatch):
     assert numbers
     for number in numbers:
         assert re.search(rf"\b{re.escape(number)} of ", said), number
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"), [("configs/ppo/none.yaml", "There is no recipe"), ("README.md", "say which it is")]
+)
+def test_recipe_that_is_none_is_named(recipe, message, plan):
+    with pytest.raises(SystemExit, match=message):
+        plan.main(["--from-config", str(ROOT / recipe)])

@@ -1,8 +1,16 @@
 """Sizes of models and adapters, against real models, closed forms and published counts."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import tiny
 from trl_ext.planner import SHAPES, model_shape
@@ -101,3 +109,26 @@ def test_what_4_bit_loading_packs(tmp_path):
 def test_name_that_is_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"is no folder or hub name .* no built-in shape\. Built-in shapes: .*33b"):
         model_shape("no/such-model")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gpt_neox"])
+def test_older_families_are_counted_too(kind):
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model_shape(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_model_without_attention_heads_is_refused_by_name():
+    with pytest.raises(ValueError, match="cannot read the sizes of a 'mamba' model"):
+        model_shape(AutoConfig.for_model("mamba"))
+
+
+def test_4_bit_loading_leaves_stacked_experts_as_they_are(tmp_path):
+    """Counted on what bitsandbytes makes of a mixture of experts."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    packed = sum(m.in_features * m.out_features for m in loaded.modules() if type(m).__name__ == "Linear4bit")
+    assert packed == model_shape(config).linear

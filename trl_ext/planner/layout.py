@@ -184,7 +184,9 @@ class Layout:
                 "or give them models of their own."
             )
         if self.method == "qlora" and self.zero_stage == 3:
-            raise ValueError("ZeRO-3 cannot partition a base in 4 bits: set `zero_stage` to 2, or method='lora'.")
+            raise ValueError(
+                "A base in 4 bits under ZeRO-3 cannot be planned yet: set `zero_stage` to 2, or method='lora'."
+            )
         for role in ("reward", "reference"):
             if self.zero_stage == 3 and getattr(self, f"{role}_bits") < 16:
                 raise ValueError(f"ZeRO-3 cannot partition a quantised {role}: set `{role}_bits` to 16.")

@@ -66,7 +66,8 @@ class ModelShape:
         heads: attention heads.
         parameters: all, tied ones once.
         active: those that one token meets; fewer than `parameters` in a mixture of experts.
-        linear: in linear layers and experts outside the LM head: what 4- and 8-bit loading packs.
+        linear: in linear layers outside the LM head: what 4- and 8-bit loading packs. Experts that are one tensor of
+            three dimensions are not among them: bitsandbytes leaves those in 16 bits.
         head: of the LM head (a tied one's are the embedding's), or of the score head.
         tied: whether the LM head is the embedding.
         largest_module: held by one module directly, as DeepSpeed's estimator counts; its `largest_layer_params`.
@@ -165,8 +166,17 @@ def _identity(config: PretrainedConfig) -> str:
 
 
 def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
-    model: Any = meta_model(config, with_score)
-    text = config.get_text_config()
+    try:
+        model: Any = meta_model(config, with_score)
+        return _count(model, config.get_text_config(), with_score)
+    except AttributeError as error:
+        raise ValueError(
+            f"The planner cannot read the sizes of a {config.model_type!r} model ({error}): it knows models with "
+            "attention heads, an embedding and a head."
+        ) from error
+
+
+def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     embedding = model.get_input_embeddings().weight
     head = model.score.weight if with_score else model.get_output_embeddings().weight
@@ -185,7 +195,7 @@ def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
         heads=text.num_attention_heads,
         parameters=total,
         active=total - round(experts * (1 - share)),
-        linear=sum(inside) + _stacked_experts(model),
+        linear=sum(inside),
         head=head.numel(),
         tied=head is embedding,
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
@@ -197,10 +207,16 @@ def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]
     """Parameters of all experts, the MLP's width that one token meets, and the share of the experts that it meets."""
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     if not experts:
-        return 0, text.intermediate_size, 1.0
+        return 0, _width(text), 1.0
     visited = text.num_experts_per_tok
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return experts, visited * width, visited / _number_of_experts(text)
+
+
+def _width(text: PretrainedConfig) -> int:
+    """Of the MLP; older families call it otherwise, or leave it at four times the hidden width."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
 
 
 def _number_of_experts(text: PretrainedConfig) -> int:
@@ -208,11 +224,6 @@ def _number_of_experts(text: PretrainedConfig) -> int:
         if getattr(text, name, None):
             return getattr(text, name)
     return 1
-
-
-def _stacked_experts(model: nn.Module) -> int:
-    """Parameters of experts that are one three-dimensional tensor, not linear layers."""
-    return sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3)
 
 
 def adapter_shape(

@@ -102,7 +102,10 @@ def verdict(planned: Plan) -> str:
 def change_text(found: list[Change], failed: Plan) -> str:
     """What would make it fit."""
     if not found:
-        return "No change that the planner knows makes it fit: take more or larger GPUs, or a smaller model."
+        return (
+            "No change that the planner knows makes it fit: sample fewer responses at a time (`accumulation`), "
+            "shorten prompts and responses, or take more or larger GPUs or a smaller model."
+        )
     after = plan(failed.names, found[-1].layout, failed.hardware)
     lines = [f"- {change.setting} ({change.cost})" for change in found]
     opening = "The smallest change that makes it fit" if len(found) == 1 else "It fits with these changes together"

@@ -53,6 +53,12 @@ from .rollout import MicroBatch, Rollout
 from .scorers import checked, token_scorer
 
 
+NO_RESUME = (
+    "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments are not in a "
+    "checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
+)
+
+
 class PPOTrainerX(GRPOTrainer):
     """
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
@@ -132,6 +138,8 @@ class PPOTrainerX(GRPOTrainer):
     ):
         # 1. What was asked for, checked before anything is loaded
         args = resolve_args(args, model)
+        if args.resume_from_checkpoint:
+            raise ValueError(NO_RESUME)
         model = args.sft_model_path if model is None else model
         reward_funcs = (
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -311,10 +319,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
-            raise ValueError(
-                "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments "
-                "are not in a checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
-            )
+            raise ValueError(NO_RESUME)
         if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
             raise ValueError(
                 "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
