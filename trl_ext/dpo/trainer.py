@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
+from ..model_card import card_name, complete_card, hub_name
 from ..pretrained import check_no_adapter, text_config
 from ..zero import check_unquantized
+from .card import dpo_training
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
 from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
@@ -44,7 +47,7 @@ class DPOTrainerX(DPOTrainer):
     - Pairs whose completions are equal are dropped, with a warning.
 
     Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
+    `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`, `save_model`, `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -277,3 +280,20 @@ class DPOTrainerX(DPOTrainer):
             )
         model.train(training)
         return self._tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+
+    # ---- 5. Save ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
+        is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        if is_own and not _internal_call and not self.args.push_to_hub:
+            self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, with what was trained and how it came out."""
+        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)
+        if self.is_world_process_zero():
+            complete_card(self, dpo_training(self), dataset_name)
