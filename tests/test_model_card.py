@@ -393,12 +393,14 @@ def test_base_and_dataset_of_the_hub_are_linked_and_in_the_metadata(tmp_path):
 @pytest.mark.parametrize("name", ["pairs.jsonl", "/home/somebody/pairs"])
 def test_dataset_of_ones_own_is_named_and_not_linked(tmp_path, name):
     trainer = dpo_trainer(tmp_path)
+    trainer.args.deepspeed = "/home/somebody/zero2.json"
     trainer.create_model_card(dataset_name=name)
     card = read(tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.datasets is None
     assert f"huggingface.co/datasets/{name}" not in card
     assert facts(card)["training data"] == f"{Path(name).name}, 8 rows"
     assert "/home/somebody" not in card
+    assert "deepspeed: zero2.json\n" in card
 
 
 def test_name_of_a_folder_is_none_of_the_hubs(tmp_path, monkeypatch):

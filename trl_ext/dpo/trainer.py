@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trl import DPOTrainer
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
 from ..model_card import card_name, complete_card, hub_name
-from ..pretrained import check_no_adapter, text_config
+from ..pretrained import check_no_adapter, text_config, tokenizer_of
 from ..zero import check_unquantized
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
@@ -75,7 +76,7 @@ class DPOTrainerX(DPOTrainer):
             args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
-        check_columns(train_dataset, eval_dataset)
+        check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
         config = text_config(model, args)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")
