@@ -360,6 +360,8 @@ def test_card_of_an_adapter_names_it_its_base_and_its_licence(tmp_path, base, ki
     assert facts(card)["base model"] == "actor"
     assert "fine-tuned version of `actor`" in card
     assert "PEFT" in facts(card)["versions, beside those below"]
+    trainer.save_model()  # PEFT reads the card that it finds and writes one of its own, before TRL's
+    assert read(tmp_path / "run") == card
     data = ModelCard.load(tmp_path / "run" / "README.md").data
     assert (data.library_name, data.license, data.base_model) == ("peft", "apache-2.0", None)
     names = load(card, tmp_path / "run")
@@ -427,7 +429,7 @@ def test_card_of_a_reward_model_says_what_was_trained(tmp_path):
     card = read(tmp_path)
     assert "−log σ(s(x, y_w) − s(x, y_l)) + 0.01 · (s(x, y_w) + s(x, y_l))²" in section(card, "The loss")
     assert table(card, "held out")["pairs in the right order"] == ["", f"{metrics['eval_accuracy']:.1%}"]
-    assert facts(card)["trained by"] == "trl.RewardTrainer"
+    assert facts(card)["trained by"] == "`trl.RewardTrainer`"
     assert "bradley1952rank" in card
     assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "text-classification"
     assert same_weights(load(card, tmp_path)["model"], trainer.model)

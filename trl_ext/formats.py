@@ -169,7 +169,6 @@ def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, 
         old = None if new in known else _nearest(new, free)
         if old is not None:
             found[new] = old
-            free.remove(old)
     needed = {"chosen", "rejected"} if task == "preference" else {"prompt"}
     return found if needed <= found.keys() | known.keys() else {}
 

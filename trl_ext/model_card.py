@@ -28,6 +28,7 @@ FILE, PICTURE = "README.md", "report.png"
 OF_THE_MACHINE = {
     *("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "debug", "resume_from_checkpoint"),
     *("accelerator_config", "activation_checkpointing", "do_train", "do_eval", "do_predict", "pad_to_multiple_of"),
+    *("vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"),
 }
 # InstructGPT: a reward model of human preferences, and PPO against it.
@@ -55,7 +56,7 @@ class Training:
     What one kind of training says about itself.
 
     Attributes:
-        trainer: its public name.
+        trainer: its public name, with its package.
         facts: rows of the table "What was trained, and how".
         loss: the section on the loss, in Markdown.
         metrics: those to show, the first ones first.
@@ -116,7 +117,7 @@ def _repository(trainer: Any) -> str:
 
 
 def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str:
-    facts = {"trained by": f"`trl_ext.{training.trainer}`" if training.trainer.endswith("X") else training.trainer}
+    facts: dict[str, Any] = {"trained by": f"`{training.trainer}`"}
     facts |= model_facts(trainer) | data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
     known = {name: str(value).replace("|", "\\|") for name, value in facts.items() if value not in (None, "")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in known.items())

@@ -49,7 +49,7 @@ def dpo_training(trainer: Any) -> Training:
     args = trainer.args
     facts = {name: ", ".join(value) if isinstance(value := getattr(args, name), list) else value for name in OPTIONS}
     return Training(
-        trainer="DPOTrainerX",
+        trainer="trl_ext.DPOTrainerX",
         facts={"reference": _reference(trainer)} | facts,
         loss=loss_section(args, trainer.loss_weights),
         metrics=METRICS,

@@ -60,7 +60,7 @@ def ppo_training(trainer: Any) -> Training:
         "prompts per rollout": args.batch_size,
     }
     return Training(
-        trainer="PPOTrainerX",
+        trainer="trl_ext.PPOTrainerX",
         facts=facts | {name: getattr(args, name) for name in OPTIONS},
         loss=loss_section(args, trainer.state.log_history),
         metrics=METRICS,
