@@ -167,6 +167,7 @@ def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_int
     rows = table(section(card, "Results"), "held out")
     shown = f"{last['eval_preference/accuracy']:.1%} ({low:.1%} to {high:.1%})"
     assert rows["pairs in the right order (95% interval)"] == ["all ties", shown]
+    assert rows["calibration error"] == ["all ties", f"{last['eval_preference/calibration_error']:.3f}"]
     assert rows["loss"][1] == f"{last['eval_loss']:.4f}"
     assert facts(card)["beta"] == "0.3"
     assert facts(card)["reference"] == "a frozen model of its own"
@@ -373,6 +374,14 @@ def test_card_of_an_adapter_names_it_its_base_and_its_licence(tmp_path, base, ki
         assert names["critic"].get_base_model().config.num_labels == 1
     else:
         assert facts(card)["reference"] == "the base without the adapter that is trained"
+
+
+def test_adapter_on_every_layer_names_each_kind_of_module_once(tmp_path):
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = dpo_trainer(tmp_path, {"ref_model": None, "peft_config": adapter})
+    trainer.create_model_card()
+    modules = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert facts(read(tmp_path))["trained"].startswith(f"LoRA adapter, r = 2, alpha = 8, on {modules}; ")
 
 
 def test_quantised_base_is_named(tmp_path):

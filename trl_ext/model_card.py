@@ -28,9 +28,11 @@ FILE, PICTURE = "README.md", "report.png"
 OF_THE_MACHINE = {
     *("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "debug", "resume_from_checkpoint"),
     *("accelerator_config", "activation_checkpointing", "do_train", "do_eval", "do_predict", "pad_to_multiple_of"),
+    *("use_cpu", "dataloader_pin_memory", "dataloader_num_workers"),
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"),
 }
+OF_SIGNS = ("preference/accuracy", "preference/calibration_error")
 # InstructGPT: a reward model of human preferences, and PPO against it.
 OUYANG = """\
 @inproceedings{ouyang2022training,
@@ -177,8 +179,8 @@ def _lines(log: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]
 
 
 def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
-    """The value, with its 95% interval where one is logged; a count of right pairs says nothing while all are ties."""
-    if metric.key == "preference/accuracy" and is_tie({k.removeprefix(prefix): v for k, v in line.items()}):
+    """The value, with its 95% interval where one is logged. Who is right says nothing while all pairs are ties."""
+    if metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()}):
         return "all ties"
     key = prefix + metric.key
     value, half = metric.form.format(line[key]), line.get(f"{key}_ci95")

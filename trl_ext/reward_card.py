@@ -50,7 +50,7 @@ def reward_training(trainer: Any) -> Training:
     centering = args.center_rewards_coefficient
     return Training(
         trainer="trl.RewardTrainer",
-        facts={name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_length", "seed")},
+        facts={name: getattr(args, name) for name in ("learning_rate", "max_length", "seed")},
         loss=LOSS.format(
             margin=" − margin" if "margin" in columns else "",
             centering=f" + {centering} · (s(x, y_w) + s(x, y_l))²" if centering else "",

@@ -75,8 +75,8 @@ def adapter_words(config: Any) -> str:
     sizes = {"r": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
     words += [f"{name} = {size}" for name, size in sizes.items() if size is not None]
     where = getattr(config, "target_modules", None)
-    if where:
-        words.append(f"on {where if isinstance(where, str) else ', '.join(sorted(where))}")
+    if where:  # PEFT writes "all-linear" out, layer by layer
+        words.append(f"on {where if isinstance(where, str) else ', '.join(sorted({n.split('.')[-1] for n in where}))}")
     return ", ".join(words)
 
 
@@ -118,6 +118,7 @@ def machine_facts(trainer: Any) -> dict[str, Any]:
     versions = f"trl_ext {own}" + (f", PEFT {peft.__version__}" if is_peft_model(trainer.model) else "")
     return {
         "optimizer steps": state.global_step,
+        "epochs": None if state.epoch is None else f"{state.epoch:.2f}",
         "training time": None if seconds is None else f"{seconds:.0f} s",
         "computed in": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "hardware": f"{args.world_size} × {device}",

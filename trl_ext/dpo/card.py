@@ -19,7 +19,7 @@ METRICS = (
     Metric("logps/rejected_drift", "log π_θ − log π_ref of rejected, nats", "{:+.2f}"),
 )
 OPTIONS = (
-    *("loss_type", "beta", "label_smoothing", "learning_rate", "num_train_epochs", "max_length", "seed"),
+    *("loss_type", "beta", "label_smoothing", "learning_rate", "max_length", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "f_divergence_type"),
 )
 # Of one pair, as `trl.DPOTrainer` computes them. m is the margin r_w − r_l, ε the label smoothing, Δ̄ the difference of
