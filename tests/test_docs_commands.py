@@ -5,12 +5,10 @@ follow its own.
 """
 
 import gc
-import importlib.util
 import json
 import math
 import random
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+import commands
 import tiny
 from trl_ext import embedded
 
@@ -110,14 +109,9 @@ def write_lines(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_script(command):
-    """`python scripts/x.py …` by the script's own `main`, cut short."""
-    name = re.fullmatch(r"python scripts/(\w+)\.py(?: .*)?", command).group(1)
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    module.main(shlex.split(command)[2:] + SHORT[name].split())
+def run_command(line):
+    """`trl-ext x …` or `python scripts/x.py …`, cut short."""
+    commands.run(line, *SHORT[commands.name_in(line)].split())
 
 
 def run_python(code, names):
@@ -133,7 +127,7 @@ def walk(page, python=True):
         if language == "python" and python:
             run_python(text, names)
         elif language == "bash" and text not in ELSEWHERE:
-            run_script(text)
+            run_command(text)
     return names
 
 
@@ -199,7 +193,7 @@ def test_migration_page_makes_a_config_like_trl112(workplace):
 @pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
 def test_commands_of_the_page_run(workplace, page):
     """Its Python examples, where it has some, are those of tests/test_examples.py."""
-    assert any(text.startswith("python scripts/") for _, text in steps(page))
+    assert any(commands.LINE.fullmatch(text) for _, text in steps(page))
     walk(page, python=False)
 
 
