@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -70,9 +72,23 @@ def launch(command: str, given: Given) -> None:
     Raises:
         ValueError: for a file that there is not, or one that starts a single process where several are asked for.
     """
-    flags = accelerate_flags(given)
-    arguments = launch_command_parser().parse_args([*flags, "--module", "trl_ext.cli", command, *given.argv])
-    launch_command(arguments)
+    on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]  # else accelerate waits for GPUs
+    words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
+    launch_command(launch_command_parser().parse_args(words))
+
+
+def require_all(args: Any) -> None:
+    """
+    Raises:
+        ValueError: when a launcher has started several processes and this one is alone, as on a CPU without
+            `--use_cpu`: each would write the same folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"The launcher has started {started} processes, and this one sees {args.world_size}: every one would "
+            "train a model of its own into the same folder. On a machine without GPUs, add `--use_cpu`."
+        )
 
 
 def accelerate_flags(given: Given) -> list[str]:

@@ -8,7 +8,7 @@ FIRST = {
     "kl_coef dry_run",
     "dpo": "config model dataset_name output_dir num_train_epochs learning_rate beta per_device_train_batch_size "
     "use_peft dry_run",
-    "score": "model ref_model dataset_name output_file beta test_size batch_size load_in_4bit use_cpu config",
+    "score": "config model ref_model dataset_name output_file beta test_size batch_size load_in_4bit use_cpu",
 }
 
 # Options of TRL's and transformers' classes that `--help` shows, by topic; `--help_all` shows every option. Those of

@@ -12,6 +12,7 @@ with its picture, and the implicit rewards before and after in table.md.
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..closing import closing_lines
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
-from ..launch import LaunchArguments, launch, launches
+from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
 from ..options import Given, read, usage_errors
 
@@ -91,11 +92,12 @@ def options(argv: list[str] | None = None) -> Given:
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         given = options(argv)
-        if launches(given):
-            return launch("dpo", given)
         if given.dry_run:
             return dry_run("dpo", given, load)
+        if launches(given):
+            return launch("dpo", given)
         data, model, args = given.make()
+        require_all(args)
     require_fit("dpo", data, model, args)
     trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
@@ -109,4 +111,4 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
-        print(closing_lines("dpo", args.output_dir, given.argv, chat=f"trl-ext chat {args.output_dir}"))
+        print(closing_lines("dpo", args.output_dir, given.argv, chat=f"trl-ext chat {shlex.quote(args.output_dir)}"))

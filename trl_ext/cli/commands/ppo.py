@@ -13,6 +13,7 @@ samples.md with completions before and after.
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ..closing import closing_lines, program
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
-from ..launch import LaunchArguments, launch, launches
+from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
 from ..options import Given, read, usage_errors
 
@@ -107,21 +108,27 @@ def options(argv: list[str] | None = None) -> Given:
 
 def closing(args: PPOConfigX, model: ModelArguments) -> str:
     """A run of PPO is not resumed; another one starts from what it has left."""
-    others = {"chat": f"trl-ext chat {args.output_dir}"}
+    others = {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
     if not model.use_peft:  # an adapter is no model to start from
-        critic = f" --value_model {args.output_dir}/critic" if args.critic == "model" else ""
-        others["go on"] = f"{program('ppo')} --model {args.output_dir}{critic} … --output_dir {args.output_dir}-2"
+        options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
+        if args.critic == "model":
+            options["value_model"] = f"{args.output_dir}/critic"
+        if args.reward_model_path is not None:
+            options["reward_model_path"] = args.reward_model_path
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        others["next"] = f"{program('ppo')} {shlex.join(flags)}"
     return closing_lines("ppo", args.output_dir, **others)
 
 
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         given = options(argv)
-        if launches(given):
-            return launch("ppo", given)
         if given.dry_run:
             return dry_run("ppo", given, load)
+        if launches(given):
+            return launch("ppo", given)
         data, model, args = given.make()
+        require_all(args)
     require_fit("ppo", data, model, args)
     trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)

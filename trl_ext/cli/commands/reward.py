@@ -13,6 +13,7 @@ pairs, and report.html with its picture. With --use_peft it gets the adapter wit
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from ...report import REWARD_LINE, use_brief_progress
 from ..closing import closing_lines, program
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
-from ..launch import LaunchArguments, launch, launches
+from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
 from ..options import Given, read, usage_errors
 
@@ -92,11 +93,12 @@ def options(argv: list[str] | None = None) -> Given:
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         given = options(argv)
-        if launches(given):
-            return launch("reward", given)
         if given.dry_run:
             return dry_run("reward", given, load)
+        if launches(given):
+            return launch("reward", given)
         data, model, args = given.make()
+        require_all(args)
     set_seed(args.seed)
     trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
@@ -111,5 +113,5 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
-        after = f"{program('ppo')} --reward_model_path {args.output_dir} …"
-        print(closing_lines("reward", args.output_dir, given.argv, use=after))
+        judge = f"{program('ppo')} --reward_model_path {shlex.quote(args.output_dir)}"
+        print(closing_lines("reward", args.output_dir, given.argv, next=judge))
