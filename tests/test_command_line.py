@@ -116,7 +116,7 @@ def test_help_begins_with_the_ten_options_that_matter(name, capsys):
     headings = re.findall(r"^(\w.*):$", text, flags=re.MULTILINE)
     assert headings[0] == "The 10 options that matter first"
     assert headings[-1] == "options"  # --help itself
-    assert len(headings) > 5
+    assert len(headings) >= 5
     assert not [heading for heading in headings if heading.startswith("More options of")]
     every = help_of(name, capsys, "--help_all")
     assert len(every.splitlines()) > len(text.splitlines())

@@ -31,11 +31,13 @@ ROOT = Path(__file__).parents[1]
 
 # What is not run here, and why not.
 ELSEWHERE = {
-    "make setup": "tests/test_house.py checks that the target exists",
     "make demo": "tests/test_proof_demo.py runs what it runs, in full",
     "make test": "runs this test",
-    "source .venv/bin/activate": "the tests run in an environment",
     "pip install .": "the tests run on an installed package",
+    'pip install ".[demo]"': "tests/test_wheel.py installs the wheel in an empty environment",
+    "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
+        "tests/test_command_line.py starts two processes"
+    ),
 }
 
 # What cuts a run short, by script.
@@ -97,6 +99,8 @@ def workplace(tmp_path, monkeypatch):
     # NF4 on CPU needs such widths.
     tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained("my-sft")
     tiny.tiny_tokenizer().save_pretrained("my-sft")
+    tiny.tiny_reward_model().save_pretrained("my-reward")
+    tiny.tiny_tokenizer().save_pretrained("my-reward")
     rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
     write_lines("prompts.jsonl", rows)
     write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
@@ -190,7 +194,7 @@ def test_migration_page_makes_a_config_like_trl112(workplace):
     assert args.for_trainer_loop().kl_estimator == "k1"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
 def test_commands_of_the_page_run(workplace, page):
     """Its Python examples, where it has some, are those of tests/test_examples.py."""
     assert any(commands.LINE.fullmatch(text) for _, text in steps(page))
@@ -199,7 +203,7 @@ def test_commands_of_the_page_run(workplace, page):
 
 def test_walked_pages_are_all_that_have_commands():
     walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/ppo.md", "docs/quickstart.md", "docs/theory.md"}
-    walked |= {"docs/tutorial.md"}
+    walked |= {"docs/command_line.md", "docs/tutorial.md"}
     # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py, tests/test_callbacks_docs.py
     walked |= {"docs/scale.md", "docs/launch.md", "docs/report.md"}
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
