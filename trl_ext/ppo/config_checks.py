@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..ranges import default_of, require
-from .advantages import validate_estimator
+from .advantages import find_estimator
 from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
 
 
@@ -58,7 +58,7 @@ def check_options(args: Any) -> None:
     check_responses(args)
     check_kl(args)
     check_frozen_models(args)
-    validate_estimator(args.advantage_estimator)
+    find_estimator(args.advantage_estimator)
 
 
 def refuse_meaningless(args: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Annotated
 
 from ..frozen import QUANTIZATIONS
 from ..ranges import COUNT, FRACTION, NOT_NEGATIVE, NOT_NEGATIVE_OR_UNSET, POSITIVE, POSITIVE_OR_UNSET, one_of
+from .kl import IN_THE_LOSS, IN_THE_REWARD
 
 
 CRITICS = ("model", "head", "adapter")
 KL_PLACEMENTS = ("loss", "reward")
 KL_CONTROLLERS = ("fixed", "proportional", "band")
-LOSS_KL_ESTIMATORS = ("k2", "k3", "full")
-REWARD_KL_ESTIMATORS = ("k1", "k2", "k3")
+LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
+REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 
 
 @dataclass
@@ -164,7 +165,7 @@ class KLOptions:
             "help": "Per-token estimate of the KL. In the loss its gradient counts: 'k2' (default; the gradient of "
             "KL(π_θ ‖ π_ref)), 'full' (exact, over the vocabulary) or 'k3' (the gradient of KL(π_ref ‖ π_θ), GRPO's "
             "choice). In the reward its value counts: 'k1' (default, unbiased), 'k2' or 'k3'.",
-            "choices": ["k1", "k2", "k3", "full"],
+            "choices": list(dict.fromkeys(REWARD_KL_ESTIMATORS + LOSS_KL_ESTIMATORS)),
         },
     )
     kl_controller: Annotated[str, one_of(*KL_CONTROLLERS)] = field(
