@@ -362,7 +362,7 @@ def test_sample_completions_count_for_no_phase(tmp_path, monkeypatch):
     def show(sampling):
         clock[0] += 1000
 
-    monkeypatch.setattr("trl_ext.ppo.trainer.time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr("trl_ext.phases.time", SimpleNamespace(perf_counter=look))
     trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(2, seed=3)}, total_episodes=12)
     trainer.generate_completions = show
     trainer.train()

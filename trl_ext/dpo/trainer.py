@@ -16,6 +16,7 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
+from ..phases import Phases
 from ..pretrained import check_no_adapter, text_config
 from ..zero import check_unquantized
 from .checks import check_vocabularies, require_finite
@@ -44,7 +45,7 @@ class DPOTrainerX(DPOTrainer):
     - Pairs whose completions are equal are dropped, with a warning.
 
     Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`.
+    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `log`, `evaluation_loop`, `evaluate`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -93,6 +94,8 @@ class DPOTrainerX(DPOTrainer):
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
         self._eval_prefix = "eval"
+        self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
+        self._tokens_logged = 0
         super().__init__(
             model,
             ref_model,
@@ -103,6 +106,7 @@ class DPOTrainerX(DPOTrainer):
             processing_class,
             **kwargs,
         )
+        self.add_callback(self.phases)
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)
@@ -152,12 +156,17 @@ class DPOTrainerX(DPOTrainer):
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         self._score_pairs()
-        return super()._precompute_ref_logps(*args, **kwargs)
+        with self.phases.during("reference"):
+            return super()._precompute_ref_logps(*args, **kwargs)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != SOURCE})
 
     # ---- 2. The loss ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.phases.enter("learn")
+        return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         sources = inputs.get(SOURCE)
@@ -218,13 +227,33 @@ class DPOTrainerX(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         for key, value in self._ledgers[mode].pop().items():
             self._metrics[mode][key] = [value]
+        if mode == "train" and "loss" in logs:
+            logs.update(self._speed() | self.phases.pop_memory(self.accelerator.gather, "reference", "learn"))
+        elif mode == "eval":
+            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
         if mode == "eval" and self._eval_prefix != "eval":  # one of several sets: TRL has one name for all of them
             collected = self._metrics[mode]
             logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
             collected.clear()
         super().log(logs, start_time)
 
+    def _speed(self) -> dict[str, float]:
+        """Seconds by phase and tokens per second of learning, since the last line of training."""
+        seconds = self.phases.pop_seconds()
+        tokens = self._metrics["train"]["num_tokens"][0]  # since the first step, over all ranks
+        learning = seconds["learn"]  # of every optimizer step
+        line = {"tokens_per_second": (tokens - self._tokens_logged) / sum(learning)}
+        line["time/learn"] = sum(learning) / len(learning)
+        if "reference" in seconds:
+            line["time/reference"] = sum(seconds["reference"])
+        self._tokens_logged = tokens
+        return line
+
     # ---- 4. Evaluate ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.phases.during("evaluate"):
+            return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -14,7 +14,6 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -33,6 +32,7 @@ from .. import _trl
 from ..device import keep_4_bit_differentiable
 from ..fingerprint import save_base_fingerprint
 from ..masked import masked_mean, masked_moments
+from ..phases import Phases
 from ..pretrained import text_config
 from ..zero import check_turns, check_unquantized, declare_head, is_stage3
 from . import critic as critic_module
@@ -54,6 +54,7 @@ from .rollout import MicroBatch, Rollout
 from .scorers import checked, token_scorer
 
 
+PHASES = ("generate", "score", "learn")
 NO_RESUME = (
     "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments are not in a "
     "checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
@@ -202,6 +203,8 @@ class PPOTrainerX(GRPOTrainer):
         self._set_up_placement()
 
         # 3. The state of a run
+        self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
+        self.add_callback(self.phases)
         self._start_run()
 
     # ---- Set-up ----
@@ -221,7 +224,7 @@ class PPOTrainerX(GRPOTrainer):
         self._scores: Tensor | None = None
         self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
-        self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
+        self.phases.forget()
 
     def _set_up_rewards(self, num_sources: int) -> None:
         """Names every reward source, and checks the answers of those that an environment has added."""
@@ -345,6 +348,7 @@ class PPOTrainerX(GRPOTrainer):
         step_of_pass = self._step % self.args.steps_per_generation
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self._rollout = self._collect_rollout(rows)
+        self.phases.enter("learn")
         if step_of_pass == 0:
             self._micro_batches = self._draw_micro_batches(self._rollout)
         return self._micro_batches[step_of_pass]
@@ -353,21 +357,21 @@ class PPOTrainerX(GRPOTrainer):
         # 1. What the last rollout taught the controllers
         self._update_controllers()
         self._show_samples()
-        start = time.perf_counter()
-        # 2. Responses and their scores
-        rollout = self._generate_and_score_completions(rows)
-        # 3. What the other three models say about them
-        self._score_with_models(rollout)
-        self._check_reference(rollout)
-        # 4. Per-token rewards, advantages, returns
-        total = estimate_returns(
-            rollout, self.args, self._kl_controller.coef, self._reward_moments, self._sum_over_ranks
-        )
-        self._log_rollout(rollout, total)
-        if rollout.old_logps is not None:
-            self._measure_kl(rollout)
+        with self.phases.during("score"):
+            # 2. Responses and their scores
+            rollout = self._generate_and_score_completions(rows)
+            # 3. What the other three models say about them
+            self._score_with_models(rollout)
+            self._check_reference(rollout)
+            # 4. Per-token rewards, advantages, returns
+            total = estimate_returns(
+                rollout, self.args, self._kl_controller.coef, self._reward_moments, self._sum_over_ranks
+            )
+            self._log_rollout(rollout, total)
+            if rollout.old_logps is not None:
+                self._measure_kl(rollout)
         self._stop_learning = False
-        self._log_seconds(rollout, time.perf_counter() - start)
+        self._log_speed(rollout)
         return rollout
 
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
@@ -388,15 +392,13 @@ class PPOTrainerX(GRPOTrainer):
         return super()._tokenize_prompts(prompts)
 
     def _generate(self, prompts: list[Any]) -> tuple:
-        start = time.perf_counter()
-        with without_router_logits(self.model), self._weights_for_generation():
+        phase = self.phases.during("generate") if self.model.training else nullcontext()
+        with phase, without_router_logits(self.model), self._weights_for_generation():
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
         # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
-        if self.model.training:
-            self._seconds["generate"] = time.perf_counter() - start
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
@@ -568,11 +570,9 @@ class PPOTrainerX(GRPOTrainer):
             self._step += 1
             self._left_out_steps += self.accelerator.sync_gradients
             return torch.zeros((), device=self.accelerator.device)
-        start, collected = time.perf_counter(), self._seconds["collect"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
-        self._seconds["learn"] += time.perf_counter() - start - (self._seconds["collect"] - collected)
         return loss
 
     def _is_left_out(self) -> bool:
@@ -687,7 +687,8 @@ class PPOTrainerX(GRPOTrainer):
         self._held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
-            output = super().evaluation_loop(*args, **kwargs)
+            with self.phases.during("evaluate"):
+                output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._metrics["eval"] |= self._held_out.metrics(prefix)
         # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
@@ -727,9 +728,7 @@ class PPOTrainerX(GRPOTrainer):
         rollouts = math.ceil(self.state.max_steps / self.args.optimizer_steps_per_rollout)
         every = max(1, rollouts // self.args.num_sample_generations)
         if self.state.global_step // self.args.optimizer_steps_per_rollout % every == 0:
-            start = time.perf_counter()
             self.generate_completions(sampling=True)
-            self._seconds["collect"] += time.perf_counter() - start
 
     # ---- Log ----
 
@@ -741,19 +740,19 @@ class PPOTrainerX(GRPOTrainer):
             if self.args.target_kl is not None:
                 logs["policy/steps_left_out"] = self._left_out_steps
             self._left_out_steps = 0
+            logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
+        elif not self.model.training:
+            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
         super().log(logs, start_time)
 
-    def _log_seconds(self, rollout: Rollout, seconds: float) -> None:
+    def _log_speed(self, rollout: Rollout) -> None:
         """Seconds of this rollout's phases; of learning, those of the rollout before."""
-        metrics, spent = self._metrics["train"], self._seconds
-        spent["collect"] += seconds
-        metrics["time/generate"].append(spent["generate"])
-        metrics["time/score"].append(seconds - spent["generate"])
-        if spent["learn"]:
-            metrics["time/learn"].append(spent["learn"])
+        metrics, seconds = self._metrics["train"], self.phases.pop_seconds()
+        spent = {phase: sum(seconds[phase]) for phase in PHASES if phase in seconds}
+        for phase, of_phase in spent.items():
+            metrics[f"time/{phase}"].append(of_phase)
         tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
-        metrics["tokens_per_second"].append(tokens / (seconds + spent["learn"]))
-        spent["learn"] = 0.0
+        metrics["tokens_per_second"].append(tokens / sum(spent.values()))
 
     # ---- Save ----
 
