@@ -112,7 +112,7 @@ def _check_reward_task(folder: str, has_adapter: bool) -> None:
     if task != "SEQ_CLS" and (task is not None or has_adapter):
         raise ValueError(
             f"The reward model's folder {folder} holds an adapter of task type {_name(task)}, which has no score "
-            "head; a reward adapter has SEQ_CLS. Train one with `python scripts/reward.py --use_peft`."
+            "head; a reward adapter has SEQ_CLS. Train one with `trl-ext reward --use_peft`."
         )
     if not has_adapter:  # the actor's base would move under it
         check_no_adapter(folder, "reward model")
