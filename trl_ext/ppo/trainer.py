@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ from .evaluation import HeldOut
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
 from .kl import estimate_kl
-from .losses import PPOCoefficients, ppo_terms
+from .losses import PPOCoefficients, option_of, ppo_terms
 from .metrics import LossLedger
 from .placement import WaitingWeights, check_placement, placement_line, without_models_of
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
@@ -631,13 +632,14 @@ class PPOTrainerX(GRPOTrainer):
 
     @property
     def _coefficients(self) -> PPOCoefficients:
-        return PPOCoefficients(
-            kl=self._kl_controller.coef,
-            vf=self.args.vf_coef,
-            entropy=self.args.ent_coef,
-            old_kl=self._old_kl_controller.coef,
-            aux=self.router_aux_loss_coef,
-        )
+        """The weights of the loss terms now: those of the options, but for the two that a controller moves."""
+        of_options = {part.name: getattr(self.args, option_of(part.name)) for part in fields(PPOCoefficients)}
+        moved = {
+            "kl": self._kl_controller.coef,
+            "old_kl": self._old_kl_controller.coef,
+            "aux": self.router_aux_loss_coef,
+        }
+        return PPOCoefficients(**(of_options | moved))
 
     def _close_optimizer_step(self) -> None:
         step = self._ledger.close_step(self._coefficients, self._sum_over_ranks, self._max_over_ranks)

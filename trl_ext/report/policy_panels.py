@@ -73,7 +73,7 @@ def loss_terms(figure: Any, runs: Runs) -> None:
             steps, values = curves[term]
             floor = floor or [0.0] * len(values)
             top = [base + sign * max(0.0, sign * value) for base, value in zip(floor, values, strict=True)]
-            style = {"color": COLOURS[OF_RUNS[i]], "alpha": 0.55, "linewidth": 0}
+            style = {"color": COLOURS[OF_RUNS[i % len(OF_RUNS)]], "alpha": 0.55, "linewidth": 0}
             axis.fill_between(steps, floor, top, label=term if sign == 1 else "", **style)
             floor = top
     axis.plot(*thin(series(run.log, "loss")), color=COLOURS["ink"], label="loss, their sum")
@@ -88,7 +88,7 @@ def policy_terms(figure: Any, runs: Runs) -> None:
     curves = contributions(run.log)
     for i, term in enumerate(CONTRIBUTIONS):
         if term != "vf_coef · value_loss" and term in curves:
-            curve(axis, curves[term], OF_RUNS[i])
+            curve(axis, curves[term], OF_RUNS[i % len(OF_RUNS)])
     level(axis, 0)
     finish(axis, "those of the actor")
 
