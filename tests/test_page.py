@@ -133,7 +133,7 @@ def test_page_of_a_dpo_run_has_the_table_before_and_after(tmp_path, undrawn):
     text = text_of(page)
     assert "preference accuracy (95% interval) all ties 75.0% (50.0% to 87.5%)" in text
     assert "margin, mean +0.000 +1.000" in text
-    assert "tokens per second 9,000 GiB at most held, of one process 5.00" in text
+    assert "tokens per second 9,000 9,000 GiB at most held, of one process 5.00" in text
     assert "eval_preference/calibration_error is 0.25 lately, above 0.1" in text
 
 
