@@ -248,6 +248,17 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
             )
 
 
+def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
+    """Moves the critic's parameters into groups of their own, which differ in the learning rate alone."""
+    of_critic = {id(parameter) for parameter in critic.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in of_critic]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+            options = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group(options | {"params": mine, "lr": learning_rate})
+
+
 def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:
     """
     The parameters that `model` generates with: neither those of adapters that are switched off, nor those that only
