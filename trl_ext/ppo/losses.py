@@ -24,7 +24,13 @@ from .kl import old_policy_kl
 
 
 # Terms of the total beside the clipped objective, and what weighs each: fields of `PPOTerms` and of `PPOCoefficients`.
-COEFFICIENT_OF = {"kl": "kl", "value_loss": "vf", "entropy": "entropy", "old_kl": "old_kl", "aux_loss": "aux"}
+COEFFICIENT_OF = {
+    "kl": "kl",
+    "value_loss": "vf",
+    "entropy": "entropy",
+    "old_kl": "old_kl",
+    "aux_loss": "aux",
+}
 MAXIMISED = ("clip_objective", "entropy")
 # The option of a coefficient is `<name>_coef`, but for these.
 OPTION_OF = {"entropy": "ent_coef", "aux": "router_aux_loss_coef"}
