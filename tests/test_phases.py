@@ -225,4 +225,4 @@ def test_counters_are_left_to_transformers_tracker(tmp_path):
     ):
         keys = {key for line in trainer.state.log_history for key in line}
         assert not [key for key in keys if key.startswith("memory/")]
-        assert "tokens_per_second" in keys
+        assert keys & {"time/learn", "time/generate"}

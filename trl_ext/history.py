@@ -59,6 +59,13 @@ def reference_kl(log: Log) -> Series:
     return list(values), list(values.values())
 
 
+def memory(log: Log) -> Series:
+    """GiB at most held in any phase, of the lines that say it."""
+    lines = [(int(line["step"]), [v for k, v in line.items() if k.startswith("memory/")]) for line in log]
+    values = {step: float(max(peaks)) for step, peaks in lines if peaks}
+    return list(values), list(values.values())
+
+
 def held_out_accuracy(log: Log) -> str | None:
     """The key of the held-out preference accuracy: `DPOTrainerX`'s, else `DPOTrainer`'s, else `RewardTrainer`'s."""
     names = ("eval_preference/accuracy", "eval_rewards/accuracies", "eval_accuracy")

@@ -597,8 +597,9 @@ class PPOTrainerX(GRPOTrainer):
         spent = {phase: sum(seconds[phase]) for phase in PHASES if phase in seconds}
         for phase, of_phase in spent.items():
             metrics[f"time/{phase}"].append(of_phase)
-        tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
-        metrics["tokens_per_second"].append(tokens / sum(spent.values()))
+        if "learn" in spent:
+            tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
+            metrics["tokens_per_second"].append(tokens / sum(spent.values()))
 
     # ---- Save ----
 

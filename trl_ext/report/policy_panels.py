@@ -4,6 +4,7 @@ from typing import Any
 
 from ..history import CONTRIBUTIONS, Series, contributions, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, band, curve, finish, held_out, level, thin
+from .machine_panels import MEMORY, THROUGHPUT, TIME
 from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, two_rows
 from .run import Run
 
@@ -107,19 +108,6 @@ def lengths(figure: Any, runs: Runs) -> None:
     finish(axis, "tokens per response")
 
 
-def phases(figure: Any, runs: Runs) -> None:
-    """Seconds of a rollout by phase, stacked."""
-    (run,) = runs
-    axis = figure.subplots()
-    keys = [key for key in ("time/generate", "time/score", "time/learn") if series(run.log, key)[1]]
-    known = [dict(zip(*series(run.log, key), strict=True)) for key in keys]
-    steps = [step for step in known[0] if all(step in column for column in known)]
-    columns = [thin((steps, [column[step] for step in steps])) for column in known]
-    style = {"colors": [COLOURS[c] for c in OF_RUNS], "labels": [key.removeprefix("time/") for key in keys]}
-    axis.stackplot(columns[0][0], *(values for _, values in columns), alpha=0.6, linewidth=0, **style)
-    finish(axis, "seconds per rollout")
-
-
 def _held_out_scores(run: Run) -> Series:
     points = series(run.log, "eval_reward/score")
     return points if points[1] else series(run.log, "eval_reward")
@@ -208,19 +196,8 @@ POLICY = (
         per_run=True,
         at_least=4,  # the mean and the std of two sources
     ),
-    Panel(
-        "Time by phase",
-        phases,
-        ("time/generate",),
-        "Sampling is the largest part without vLLM.",
-        per_run=True,
-    ),
-    Panel(
-        "Throughput",
-        lines(("tokens_per_second", ""), ylabel="response tokens per second", evaluations=False),
-        ("tokens_per_second",),
-        "Steady after the first rollout.",
-    ),
-    Panel("Memory by phase", by_name("memory/", "GB"), ("memory/",), "Steady: growth is a leak.", per_run=True),
+    TIME,
+    THROUGHPUT,
+    MEMORY,
     LEARNING,
 )
