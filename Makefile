@@ -2,7 +2,7 @@
 # constraints.txt change. Only Python 3.11 or newer, pip, make and a C compiler have to be there. See `make help`.
 
 VENV ?= .venv
-EXTRAS := deepspeed,dev,docs,qlora,report
+EXTRAS := deepspeed,demo,dev,docs,qlora,report
 JOBS ?= 2
 
 # The first interpreter that is new enough. 3.11 comes first: constraints.txt was recorded with it.
@@ -42,10 +42,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP) ## train a reward model, then PPO against it, on a small real model
-	@echo "== demo 1/2: reward model"
-	$(RUN) scripts/reward.py
-	@echo "== demo 2/2: PPO"
-	$(RUN) scripts/ppo.py
+	$(RUN) -m trl_ext.cli demo
 
 test: $(STAMP) ## run the tests, all but the tiers proof and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)

@@ -1,93 +1,9 @@
-"""
-Score pairs of answers by what a DPO policy has learnt: its implicit reward β log(π_θ / π_ref).
+"""`trl-ext score` from a checkout: trl_ext/cli/commands/score.py."""
 
-    python scripts/score.py                                     # the demo's held-out pairs, by the demo's policy
-    python scripts/score.py --model out --ref_model my-sft --beta 0.1 --dataset_name pairs.jsonl
-    python scripts/score.py --model my-adapter --dataset_name pairs.jsonl    # the reference: without the adapter
+import sys
 
-The pairs are those of scripts/dpo.py; of data with several splits, those of `dataset_test_split`. The output file gets
-every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
-"""
-
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
-from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import get_quantization_config, maybe_extract_prompt
-
-from trl_ext import ImplicitReward, embedded
-from trl_ext.cli import DataArguments, ModelArguments, load_rows, parse
-from trl_ext.intervals import wilson_interval
-
-
-DEMO_POLICY = "outputs/dpo-demo"
-
-
-@dataclass
-class ScoreArguments(DataArguments):
-    ref_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the policy started from. Unset: the policy without its adapter; SmolLM2 for the demo."
-        },
-    )
-    beta: float = field(default=0.1, metadata={"help": "β of the training, above 0."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences in a forward pass."})
-    output_file: str = field(default="scores.jsonl", metadata={"help": "Where the scored pairs go."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-
-
-def load(data: ScoreArguments) -> Dataset:
-    if data.dataset_name is None and not data.datasets:
-        return embedded.preference_pairs(test_size=data.test_size)["test"]
-    return load_rows(data)
-
-
-def load_model(path: str, data: ScoreArguments, model: ModelArguments) -> Any:
-    model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
-    kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
-    device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
-    quantization = get_quantization_config(model)
-    options = {} if quantization is None else {"quantization_config": quantization}
-    return kind.from_pretrained(path, device_map={"": device}, **model.init_kwargs(data.use_cpu), **options)
-
-
-def build(data: ScoreArguments, model: ModelArguments) -> ImplicitReward:
-    path, ref_path = model.model_name_or_path, data.ref_model
-    if path is None:
-        path, ref_path = DEMO_POLICY, ref_path or str(embedded.smollm2())
-    policy = load_model(path, data, model)
-    reference = None if ref_path is None else load_model(ref_path, data, model)
-    return ImplicitReward(policy, reference, AutoTokenizer.from_pretrained(path), data.beta, data.batch_size)
-
-
-def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
-    pairs = rows.map(maybe_extract_prompt)  # where there is none, it is what both answers begin with
-    sides = {side: reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")}
-    return [
-        row | {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
-        for row, chosen, rejected in zip(rows, sides["chosen"], sides["rejected"], strict=True)
-    ]
-
-
-def main(argv: list[str] | None = None) -> None:
-    data, model = parse((ScoreArguments, ModelArguments), __doc__, None, argv)
-    scored = score(load(data), build(data, model))
-    output = Path(data.output_file)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored), encoding="utf-8")
-    count, right = len(scored), sum(row["margin"] > 0 for row in scored)
-    low, high = wilson_interval(right, count)
-    print(
-        f"Pairs in the right order: {right / count:.1%} of {count} (95% interval {low:.1%} to {high:.1%}); mean "
-        f"margin {sum(row['margin'] for row in scored) / count:+.3f}. Scores are in {output}"
-    )
+from trl_ext.cli.main import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["score", *sys.argv[1:]])

@@ -9,11 +9,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from trl import RewardConfig
 
-from trl_ext.cli import DataArguments, ModelArguments, load_rows, load_splits, parse
+from trl_ext.cli.data import DataArguments, load_rows, load_splits
+from trl_ext.cli.models import ModelArguments
+from trl_ext.cli.options import parse
 
 
 @dataclass
 class Toy:
+    """A toy's"""
+
     size: int = field(default=1, metadata={"help": "A size."})
     rate: float = field(default=0.5, metadata={"help": "A rate, 50% at first."})
     names: list[str] = field(default_factory=list, metadata={"help": "Names."})
@@ -67,9 +71,11 @@ def test_model_has_a_short_name_in_the_recipe_and_as_a_flag(recipe, demo, key):
 
 
 def test_unknown_options_are_errors(recipe, demo):
-    with pytest.raises(ValueError, match=r"recipe\.yaml: \['learning_rat'\]"):
+    with pytest.raises(
+        ValueError, match=r"recipe\.yaml: there is no option `learning_rat`; did you mean `learning_rate`"
+    ):
         run(["--config", recipe("learning_rat: 1\n")], demo)
-    with pytest.raises(ValueError, match=r"not used.*--learning_rat"):
+    with pytest.raises(ValueError, match="no option `--learning_rat`; did you mean `--learning_rate`"):
         run(["--learning_rat", "1"], demo)  # argparse would complete the abbreviation
     with pytest.raises(ValueError, match="holds a list; it must hold"):
         run(["--config", recipe("- size\n")], demo)
@@ -103,7 +109,7 @@ def help_text(argv, demo, capsys):
 
 def test_help_is_grouped_and_short_and_help_all_is_complete(demo, capsys):
     short, full = help_text(["--help"], demo, capsys), help_text(["--help_all"], demo, capsys)
-    for heading in ("options of Toy:", "options of DataArguments:", "options of RewardConfig:"):
+    for heading in ("A toy's:", "Data:", "Optimizer:", "Evaluation, saving and logging:"):
         assert heading in short
     assert "--size INT" in short
     assert "50% at first" in short
@@ -112,7 +118,7 @@ def test_help_is_grouped_and_short_and_help_all_is_complete(demo, capsys):
     assert "--adam_beta1" not in short
     assert "--adam_beta1 FLOAT" in full
     assert "--learning-rate" not in full  # one spelling
-    assert short.count("\n") < 120 < full.count("\n")
+    assert short.count("\n") < 150 < full.count("\n") - 150
 
 
 # --------------------------------------------------------------------------------------------------------------- data

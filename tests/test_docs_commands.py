@@ -5,12 +5,10 @@ follow its own.
 """
 
 import gc
-import importlib.util
 import json
 import math
 import random
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+import commands
 import tiny
 from trl_ext import embedded
 
@@ -32,11 +31,13 @@ ROOT = Path(__file__).parents[1]
 
 # What is not run here, and why not.
 ELSEWHERE = {
-    "make setup": "tests/test_house.py checks that the target exists",
     "make demo": "tests/test_proof_demo.py runs what it runs, in full",
     "make test": "runs this test",
-    "source .venv/bin/activate": "the tests run in an environment",
     "pip install .": "the tests run on an installed package",
+    'pip install ".[demo]"': "tests/test_wheel.py installs the wheel in an empty environment",
+    "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
+        "tests/test_command_line.py starts two processes"
+    ),
 }
 
 # What cuts a run short, by script.
@@ -98,6 +99,8 @@ def workplace(tmp_path, monkeypatch):
     # NF4 on CPU needs such widths.
     tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained("my-sft")
     tiny.tiny_tokenizer().save_pretrained("my-sft")
+    tiny.tiny_reward_model().save_pretrained("my-reward")
+    tiny.tiny_tokenizer().save_pretrained("my-reward")
     rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
     write_lines("prompts.jsonl", rows)
     write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
@@ -110,14 +113,9 @@ def write_lines(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_script(command):
-    """`python scripts/x.py …` by the script's own `main`, cut short."""
-    name = re.fullmatch(r"python scripts/(\w+)\.py(?: .*)?", command).group(1)
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    module.main(shlex.split(command)[2:] + SHORT[name].split())
+def run_command(line):
+    """`trl-ext x …` or `python scripts/x.py …`, cut short."""
+    commands.run(line, *SHORT[commands.name_in(line)].split())
 
 
 def run_python(code, names):
@@ -133,7 +131,7 @@ def walk(page, python=True):
         if language == "python" and python:
             run_python(text, names)
         elif language == "bash" and text not in ELSEWHERE:
-            run_script(text)
+            run_command(text)
     return names
 
 
@@ -196,16 +194,16 @@ def test_migration_page_makes_a_config_like_trl112(workplace):
     assert args.for_trainer_loop().kl_estimator == "k1"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
 def test_commands_of_the_page_run(workplace, page):
     """Its Python examples, where it has some, are those of tests/test_examples.py."""
-    assert any(text.startswith("python scripts/") for _, text in steps(page))
+    assert any(commands.LINE.fullmatch(text) for _, text in steps(page))
     walk(page, python=False)
 
 
 def test_walked_pages_are_all_that_have_commands():
     walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/ppo.md", "docs/quickstart.md", "docs/theory.md"}
-    walked |= {"docs/tutorial.md"}
+    walked |= {"docs/command_line.md", "docs/tutorial.md"}
     # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py, tests/test_callbacks_docs.py
     walked |= {"docs/scale.md", "docs/launch.md", "docs/report.md"}
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

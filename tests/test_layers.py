@@ -28,7 +28,7 @@ PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path
 PUBLIC_MODULES = {
     "trl_ext",
     "trl_ext.callbacks",
-    "trl_ext.cli",
+    "trl_ext.cli.main",
     "trl_ext.embedded",
     "trl_ext.planner",
     "trl_ext.report",
@@ -236,8 +236,8 @@ def test_the_rooms_are_where_the_rules_look():
         (private_trl, "trl_ext/ppo/trainer.py", "from .._trl import pad", "from trl import data_utils"),
         (private_trl, "trl_ext/ppo/trainer.py", "import trl", "import trl.models"),
         (beyond_public, "scripts/ppo.py", "from trl_ext import PPOTrainerX", "from trl_ext.ppo import PPOTrainerX"),
-        (beyond_public, "scripts/ppo.py", "from trl_ext import cli", "from trl_ext import ppo"),
-        (beyond_public, "scripts/ppo.py", "from trl_ext.cli import parse", "from trl_ext.cli import _parse"),
+        (beyond_public, "scripts/ppo.py", "from trl_ext import embedded", "from trl_ext import ppo"),
+        (beyond_public, "scripts/ppo.py", "from trl_ext.cli.main import main", "from trl_ext.cli.main import _main"),
         (trainers, "trl_ext/report/tables.py", "import json", "from trl_ext import PPOTrainerX"),
         (
             trainers,

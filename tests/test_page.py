@@ -1,7 +1,6 @@
 """The page of a report: what stands on it, from logs alone; that it is self-contained and well-formed."""
 
 import html.parser
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from commands import command
 from test_report import DPO_LOG, PPO_LOG, png_size, write_completions
 from trl_ext.report import Run, read_run, write_report
 from trl_ext.report.drawing import COLOURS, running_mean, thin
@@ -282,16 +282,9 @@ def test_page_of_a_long_run_stays_small():
     assert len(render([run], "long", draw([run]))) < 2_000_000
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("scripts_report", ROOT / "scripts" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_script_writes_page_and_picture(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", PPO_LOG)
-    script().main([str(folder), "--output", str(tmp_path / "page.html")])
+    command("report").main([str(folder), "--output", str(tmp_path / "page.html")])
     assert "run: step 2 of 2; not yet" in capsys.readouterr().out
     assert "Reward against KL" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert png_size(tmp_path / "page.png")
@@ -306,16 +299,16 @@ def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, ca
         run_folder(folder, PPO_LOG, global_step=3, max_steps=3)
 
     monkeypatch.setattr("time.sleep", sleep)
-    script().main([str(folder), "--watch", "7"])
+    command("report").main([str(folder), "--watch", "7"])
     assert waits == [7]
     assert "step 2 of 3" in capsys.readouterr().out
 
 
 def test_script_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"error: .* holds no log of a run"):
-        script().main([str(tmp_path)])
+        command("report").main([str(tmp_path)])
     with pytest.raises(SystemExit):
-        script().main([str(tmp_path), "--watch", "-1"])
+        command("report").main([str(tmp_path), "--watch", "-1"])
     assert "--watch is -1" in capsys.readouterr().err
 
 

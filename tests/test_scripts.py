@@ -1,9 +1,7 @@
 """The scripts from end to end on tiny models: parse, load, train, save; and every recipe is one they accept."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,19 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
+from commands import command
 
 
 ROOT = Path(__file__).parents[1]
 # Of TRL, transformers and torch themselves, on the way through a whole script.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,7 @@ def ppo_flags(paths, reward_model, **options):
 def reward_run(paths):
     output = paths["folder"] / "reward"
     data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": output}
-    script("reward").main(flags(**data, **REWARD))
+    command("reward").main(flags(**data, **REWARD))
     return output
 
 
@@ -80,7 +71,7 @@ def test_reward_saves_a_model_metrics_and_a_picture(reward_run):
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, capsys):
     output = paths["folder"] / f"ppo-{critic}"
-    script("ppo").main(ppo_flags(paths, reward_run, output_dir=output, critic=critic))
+    command("ppo").main(ppo_flags(paths, reward_run, output_dir=output, critic=critic))
     AutoModelForCausalLM.from_pretrained(output)
     AutoTokenizer.from_pretrained(output)
     assert (output / "critic").is_dir()
@@ -102,7 +93,7 @@ def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, caps
 def test_ppo_trains_an_adapter(paths, reward_run):
     output = paths["folder"] / "ppo-lora"
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
-    script("ppo").main(ppo_flags(paths, reward_run, output_dir=output) + lora)
+    command("ppo").main(ppo_flags(paths, reward_run, output_dir=output) + lora)
     assert (output / "adapter_config.json").exists()
 
 
@@ -111,11 +102,11 @@ def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
     folders = {name: paths["folder"] / f"{name}-4bit" for name in ("reward", "ppo")}
     lora = ["--use_peft", "--load_in_4bit", "--lora_target_modules", "q_proj", "v_proj"]
     data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": folders["reward"]}
-    script("reward").main(flags(**data, **REWARD) + lora)
+    command("reward").main(flags(**data, **REWARD) + lora)
     names = set(load_file(folders["reward"] / "adapter_model.safetensors"))
     assert "base_model.model.score.weight" in names
     assert len(names) == 9  # and A and B of two matrices in two blocks
-    script("ppo").main(ppo_flags(paths, folders["reward"], output_dir=folders["ppo"], critic="adapter") + lora)
+    command("ppo").main(ppo_flags(paths, folders["reward"], output_dir=folders["ppo"], critic="adapter") + lora)
     fingerprints = [
         json.loads((folder / "base_model.json").read_text())["weights"]
         for folder in (folders["reward"], folders["ppo"], folders["ppo"] / "critic")
@@ -134,9 +125,9 @@ def test_scripts_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
     monkeypatch.setattr(embedded, "movie_reviews", lambda: Dataset.from_list(rows))
     monkeypatch.setattr(embedded, "smollm2", lambda: paths["actor"])
     reward, ppo = str(paths["folder"] / "demo-reward"), str(paths["folder"] / "demo-ppo")
-    script("reward").main(flags(output_dir=reward, train_size=16, test_size=4, max_steps=2))
+    command("reward").main(flags(output_dir=reward, train_size=16, test_size=4, max_steps=2))
     short = {"per_device_train_batch_size": 2, "test_size": 2, "total_episodes": 4, "response_length": 3}
-    script("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
+    command("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
     assert (Path(reward) / "metrics.json").exists()
     assert (Path(ppo) / "metrics.json").exists()
 
@@ -144,11 +135,11 @@ def test_scripts_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
 @pytest.mark.parametrize("name", ["reward", "ppo", "dpo", "score"])
 def test_help_of_a_script_is_readable_and_its_file_short(name, capsys):
     with pytest.raises(SystemExit) as end:
-        script(name).main(["--help"])
+        command(name).main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "python scripts/" in text
-    assert max(map(len, text.splitlines())) <= 230
+    assert f"trl-ext {name}" in text
+    assert max(map(len, text.splitlines())) <= 160
     assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 120
 
 
@@ -162,9 +153,10 @@ def test_every_recipe_is_accepted(path, monkeypatch):
 
     from scale.zero_runs import launched
     from trl_ext import DPOConfigX, PPOConfigX
-    from trl_ext.cli import ModelArguments, parse
+    from trl_ext.cli.models import ModelArguments
+    from trl_ext.cli.options import parse
 
-    module = script(path.parent.name)
+    module = command(path.parent.name)
     classes = {
         "reward": ("RewardArguments", RewardConfig),
         "ppo": ("PPOArguments", PPOConfigX),
@@ -180,10 +172,11 @@ def test_every_recipe_is_accepted(path, monkeypatch):
 
 def test_the_documents_recipe_holds_the_documents_numbers_and_loss():
     from trl_ext import PPOConfigX
-    from trl_ext.cli import ModelArguments, parse
+    from trl_ext.cli.models import ModelArguments
+    from trl_ext.cli.options import parse
 
     path = ROOT / "configs" / "ppo" / "documents.yaml"
-    _, _, args = parse((script("ppo").PPOArguments, ModelArguments, PPOConfigX), "", path, [])
+    _, _, args = parse((command("ppo").PPOArguments, ModelArguments, PPOConfigX), "", path, [])
     assert (args.cliprange, args.gamma, args.lam, args.vf_coef, args.ent_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
     assert (args.kl_placement, args.kl_estimator, args.kl_band) == ("loss", "k2", [0.5, 2.0])
     assert (args.whiten_advantages, args.cliprange_value) == (False, None)
@@ -209,7 +202,7 @@ def dpo_flags(paths, output, **options):
 @pytest.fixture(scope="module")
 def dpo_run(paths):
     """DPO on the pairs of reward.py, with a source each; held-out pairs in held_out.jsonl."""
-    from trl_ext.cli import DataArguments, load_splits
+    from trl_ext.cli.data import DataArguments, load_splits
 
     pairs = Dataset.from_json(str(paths["folder"] / "pairs.jsonl"))
     source = paths["folder"] / "sourced.jsonl"
@@ -217,7 +210,7 @@ def dpo_run(paths):
     held_out = load_splits(DataArguments(dataset_name=str(source)), None)["test"]
     held_out.to_json(str(paths["folder"] / "held_out.jsonl"))
     output = paths["folder"] / "dpo"
-    script("dpo").main(dpo_flags(paths, output, save_steps=1))
+    command("dpo").main(dpo_flags(paths, output, save_steps=1))
     return output
 
 
@@ -240,7 +233,7 @@ def test_score_gives_the_margins_of_the_evaluation(paths, dpo_run, capsys):
     output = paths["folder"] / "scores" / "held_out.jsonl"
     held_out = paths["folder"] / "held_out.jsonl"
     models = {"model": dpo_run, "ref_model": paths["actor"]}
-    script("score").main(flags(**models, dataset_name=held_out, output_file=output, batch_size=3))
+    command("score").main(flags(**models, dataset_name=held_out, output_file=output, batch_size=3))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     after = json.loads((dpo_run / "metrics.json").read_text())["after"]
     for key in ("chosen", "rejected"):
@@ -255,7 +248,7 @@ def test_score_gives_the_margins_of_the_evaluation(paths, dpo_run, capsys):
 
 def test_dpo_resumes_and_ends_where_it_would_have_ended(paths, dpo_run, capsys):
     output = paths["folder"] / "dpo-resumed"
-    script("dpo").main(dpo_flags(paths, output, save_steps=1, resume_from_checkpoint=dpo_run / "checkpoint-1"))
+    command("dpo").main(dpo_flags(paths, output, save_steps=1, resume_from_checkpoint=dpo_run / "checkpoint-1"))
     assert not (output / "checkpoint-1").exists()  # it began with the second step
     assert "all ties before" in capsys.readouterr().out  # the evaluation of the first run
     resumed, first = (json.loads((run / "metrics.json").read_text())["after"] for run in (output, dpo_run))
@@ -269,10 +262,10 @@ def test_dpo_trains_an_adapter_that_is_scored_without_a_reference(paths, dpo_run
     tiny.tiny_tokenizer().save_pretrained(actor)
     lora = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_dropout", "0", "--ignore_bias_buffers"]
     nf4 = ["--load_in_4bit", "--use_bnb_nested_quant"] if quantised else []
-    script("dpo").main(dpo_flags(paths | {"actor": actor}, output) + lora + nf4)
+    command("dpo").main(dpo_flags(paths | {"actor": actor}, output) + lora + nf4)
     assert (Path(output) / "adapter_config.json").exists()
     held_out = paths["folder"] / "held_out.jsonl"
-    script("score").main(flags(model=output, dataset_name=held_out, output_file=scores) + nf4)
+    command("score").main(flags(model=output, dataset_name=held_out, output_file=scores) + nf4)
     margins = [json.loads(line)["margin"] for line in Path(scores).read_text().splitlines()]
     after = json.loads((Path(output) / "metrics.json").read_text())["after"]
     mean = sum(margins) / len(margins)
@@ -290,9 +283,9 @@ def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkey
     monkeypatch.setattr(embedded, "smollm2", lambda: paths["actor"])
     output, scores = paths["folder"] / "demo-dpo", paths["folder"] / "demo.jsonl"
     short = {"max_steps": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
-    script("dpo").main(flags(output_dir=output, train_size=8, test_size=4, **short))
+    command("dpo").main(flags(output_dir=output, train_size=8, test_size=4, **short))
     assert (output / "table.md").exists()
-    module = script("score")
+    module = command("score")
     monkeypatch.setattr(module, "DEMO_POLICY", str(output))
     module.main(flags(output_file=scores, test_size=4))
     assert len(scores.read_text().splitlines()) == 4
@@ -300,9 +293,10 @@ def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkey
 
 def parse_dpo(argv):
     from trl_ext import DPOConfigX
-    from trl_ext.cli import ModelArguments, parse
+    from trl_ext.cli.models import ModelArguments
+    from trl_ext.cli.options import parse
 
-    module = script("dpo")
+    module = command("dpo")
     return parse((module.DPOArguments, ModelArguments, DPOConfigX), "", module.DEMO, argv)
 
 

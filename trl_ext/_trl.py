@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ __all__ = [
     "pad",
     "prepare_frozen",
     "scoring_head",
+    "tokenised_pair",
     "unwrap_model_for_generation",
     "use_adapter",
 ]
@@ -198,3 +200,15 @@ def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
         yield
     finally:
         trl_utils._ChunkedLogProbFunction = original
+
+
+def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:
+    """
+    Token ids by column, as `trainer`, TRL's DPOTrainer or RewardTrainer, prepares a row of its dataset. It asks
+    nothing of itself for that but the tokenizer, so there is no need of a trainer, or of a model.
+    """
+    preparer: Any = object.__new__(trainer)
+    preparer._tokenizer = tokenizer
+    first = Dataset.from_list([row]).to_iterable_dataset()  # which shows no progress bars
+    rows = list(trainer._prepare_dataset(preparer, first, tokenizer, args, "first"))
+    return {name: ids for name, ids in (rows[0] if rows else {}).items() if name.endswith("_ids")}

@@ -1,12 +1,12 @@
 """Every command of docs/scale.md runs as it stands, and its tables say what the planner says."""
 
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+
+from commands import command
 
 
 ROOT = Path(__file__).parents[2]
@@ -21,33 +21,29 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def plan_script():
-    spec = importlib.util.spec_from_file_location("scripts_plan", ROOT / "scripts" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return command("plan")
 
 
-def run(script, command: str, capsys) -> str:
-    program, name, *flags = shlex.split(command)
-    assert (program, name) == ("python", "scripts/plan.py")
+def run(script, line: str, capsys) -> str:
+    program, name, *flags = shlex.split(line)
+    assert (program, name) == ("trl-ext", "plan")
     script.main(flags)
     return capsys.readouterr().out
 
 
 def test_commands_of_the_readme_are_among_those_of_the_page():
-    of_readme = re.findall(r"^python scripts/plan.py[^#\n]*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    of_readme = re.findall(r"^trl-ext plan[^#\n]*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert of_readme
     assert {line.strip() for line in of_readme} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
-def test_command_of_the_page_runs(plan_script, command, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("line", COMMANDS, ids=range(len(COMMANDS)))
+def test_command_of_the_page_runs(plan_script, line, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    command = command.replace("docs/images/scale.png", str(tmp_path / "scale.png"))
-    text = run(plan_script, command, capsys)
+    line = line.replace("docs/images/scale.png", str(tmp_path / "scale.png"))
+    text = run(plan_script, line, capsys)
     assert "tokens/s" in text
-    if "--picture" in command:
+    if "--picture" in line:
         assert (tmp_path / "scale.png").stat().st_size > 30_000
 
 
@@ -62,8 +58,8 @@ def test_figures_of_the_tables_are_the_planners(plan_script, trainer, capsys):
     lines = [c for c in COMMANDS if "33b" in c and "--scale" not in c and c != COMMANDS[2]]
     lines = [c for c in lines if ("--trainer dpo" in c) == (trainer == "DPO")]
     assert len(lines) == len(rows(trainer))
-    for command, (_, gpus, each, host, fits) in zip(lines, rows(trainer), strict=True):
-        text = run(plan_script, command, capsys)
+    for line, (_, gpus, each, host, fits) in zip(lines, rows(trainer), strict=True):
+        text = run(plan_script, line, capsys)
         assert f": {each} of 80.0 GiB on each GPU" in text
         assert int(re.search(r"on (\d+) GPU", text).group(1)) == int(gpus)
         assert ("It fits: " in text) == (not fits.startswith("no"))
@@ -76,10 +72,8 @@ def test_loading_33b_takes_what_the_page_says(plan_script):
 
 def test_script_reads_a_recipe_and_flags_override_it(plan_script, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = run(plan_script, "python scripts/plan.py --from-config configs/ppo/demo.yaml --gpu cpu", capsys)
+    text = run(plan_script, "trl-ext plan --from-config configs/ppo/demo.yaml --gpu cpu", capsys)
     assert "PPO: actor (lora) smollm2-135m-instruct 0.135B" in text
     assert "critic (model)" in text
-    text = run(
-        plan_script, "python scripts/plan.py --from-config configs/ppo/demo.yaml --gpu cpu --critic head", capsys
-    )
+    text = run(plan_script, "trl-ext plan --from-config configs/ppo/demo.yaml --gpu cpu --critic head", capsys)
     assert "critic (head)" in text

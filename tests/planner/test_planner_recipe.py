@@ -1,9 +1,7 @@
 """Recipes and options become the layout that is run; a run that does not fit stops before anything is loaded."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -11,8 +9,14 @@ import pytest
 import torch
 
 import tiny
-from trl_ext import DPOConfigX, PPOConfigX, cli
-from trl_ext.cli import DataArguments, ModelArguments, recipe_options, require_fit
+from commands import command
+from trl_ext import DPOConfigX, PPOConfigX
+from trl_ext.cli import fit
+from trl_ext.cli.data import DataArguments
+from trl_ext.cli.fit import require_fit
+from trl_ext.cli.launch import LaunchArguments
+from trl_ext.cli.models import ModelArguments
+from trl_ext.cli.options import recipe_options
 from trl_ext.planner import CPU, GIB, GPUS, Hardware, layout_from_options, names_from_options, plan, this_machine
 
 
@@ -141,8 +145,8 @@ def test_fsdp_is_not_planned(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP is not planned"):
         layout_from_options("ppo", {}, GPU)
-    model, fit, config = arguments(tmp_path)
-    require_fit("ppo", model, fit, config, hardware=GPU)  # nor refused
+    model, asked, config = arguments(tmp_path)
+    require_fit("ppo", model, asked, config, hardware=GPU)  # nor refused
 
 
 def test_reward_adapter_shares_the_base(tmp_path):
@@ -190,13 +194,13 @@ def test_this_machine_with_a_gpu_is_that_gpu(monkeypatch):
 
 def arguments(tmp_path, **options):
     config = PPOConfigX(str(tmp_path), bf16=False, **options)
-    return ModelArguments(model_name_or_path="8b"), cli.FitArguments(), config
+    return ModelArguments(model_name_or_path="8b"), LaunchArguments(), config
 
 
 def test_run_that_does_not_fit_stops_with_the_plan(tmp_path):
-    model, fit, config = arguments(tmp_path)
+    model, asked, config = arguments(tmp_path)
     with pytest.raises(SystemExit, match="It does not fit") as stopped:
-        require_fit("ppo", model, fit, config, hardware=GPU)
+        require_fit("ppo", model, asked, config, hardware=GPU)
     message = str(stopped.value)
     assert "| **learn**" in message
     assert "The smallest change that makes it fit" in message or "It fits with these changes together" in message
@@ -205,39 +209,36 @@ def test_run_that_does_not_fit_stops_with_the_plan(tmp_path):
 
 
 def test_force_goes_on_and_so_does_what_fits(tmp_path):
-    model, fit, config = arguments(tmp_path)
-    require_fit("ppo", model, dataclasses.replace(fit, force=True), config, hardware=GPU)
-    require_fit("ppo", model, fit, config, hardware=dataclasses.replace(GPU, memory=4000 * GIB))
+    model, asked, config = arguments(tmp_path)
+    require_fit("ppo", model, dataclasses.replace(asked, force=True), config, hardware=GPU)
+    require_fit("ppo", model, asked, config, hardware=dataclasses.replace(GPU, memory=4000 * GIB))
 
 
 def test_without_a_gpu_nothing_is_checked(tmp_path, monkeypatch):
-    model, fit, config = arguments(tmp_path)
-    monkeypatch.setattr(cli, "this_machine", lambda: pytest.fail("looked for a GPU"))
-    require_fit("ppo", model, fit, config)
+    model, asked, config = arguments(tmp_path)
+    monkeypatch.setattr(fit, "this_machine", lambda: pytest.fail("looked for a GPU"))
+    require_fit("ppo", model, asked, config)
     assert not torch.cuda.is_available()
 
 
 def test_visible_gpus_are_what_it_is_to_fit(tmp_path, monkeypatch):
-    model, fit, config = arguments(tmp_path)
-    monkeypatch.setattr(cli, "this_machine", lambda: GPU)
+    model, asked, config = arguments(tmp_path)
+    monkeypatch.setattr(fit, "this_machine", lambda: GPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit, match=r"of 24\.0 GiB"):
-        require_fit("ppo", model, fit, config)
-    require_fit("ppo", model, fit, PPOConfigX(str(tmp_path), use_cpu=True, bf16=False))
+        require_fit("ppo", model, asked, config)
+    require_fit("ppo", model, asked, PPOConfigX(str(tmp_path), use_cpu=True, bf16=False))
 
 
 def test_model_that_the_planner_cannot_read_is_left_to_the_trainer(tmp_path):
-    _, fit, config = arguments(tmp_path)
-    require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), fit, config, hardware=GPU)
+    _, asked, config = arguments(tmp_path)
+    require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), asked, config, hardware=GPU)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_script_asks_before_it_builds(name, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)  # where dataclasses look up their annotations
-    spec.loader.exec_module(script)
+    script = command(name)
     monkeypatch.setattr(script, "build", lambda *_: pytest.fail("built before it was asked"))
     monkeypatch.setattr(script, "require_fit", lambda *given: require_fit(*given, hardware=GPU))
     flags = ["--model", "33b", "--output_dir", str(tmp_path)]

@@ -25,8 +25,8 @@ def test_recipe_opens_with_purpose_hardware_launch_and_memory(name):
     assert tuple(said) == HEADINGS
     assert opening.index("#") > 0, "the purpose comes first"
     text = "\n".join(opening)
-    assert f"scripts/{name[:3]}.py --config configs/{name}" in text
-    assert f"python scripts/plan.py --from-config configs/{name}" in text
+    assert re.search(rf"trl-ext {name[:3]}( --\w+ \w+)* --config configs/{name}", text)
+    assert f"trl-ext plan --from-config configs/{name}" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,7 +40,7 @@ def test_full_training_of_33b_is_the_documents_layout(room, deepspeed, gpus):
     name = f"{room}/33b_full_offload.yaml"
     recipe = yaml.safe_load(read(name))
     assert recipe["deepspeed"] == f"configs/deepspeed/{deepspeed}.json"
-    assert f"torchrun --nproc_per_node {gpus} scripts/{room}.py" in read(name)
+    assert f"trl-ext {room} --nproc {gpus} --config" in read(name)
     assert not recipe.get("use_peft")
     assert not recipe.get("load_in_4bit")
 

@@ -9,23 +9,23 @@ from .losses import PPOCoefficients, option_of
 class Coefficients:
     """
     Args:
-        args: the loop's config, whose options the coefficients start from.
+        args: the loop's config.
         aux: weight of the model's own auxiliary loss, which its config may declare.
     """
 
     def __init__(self, args: PPOConfigX, aux: float):
+        self._args = args
+        self._aux = aux
         self._reference, self._old_policy = args.build_kl_controllers()
-        names = [part.name for part in fields(PPOCoefficients) if part.name != "aux"]
-        self._of_options = {name: getattr(args, option_of(name)) for name in names} | {"aux": aux}
-        self._steps_per_pass = args.num_mini_batches
-        self._episodes = args.batch_size
         self._kl: float | None = None
         self._old_kls: list[float] = []
 
     @property
     def now(self) -> PPOCoefficients:
-        moved = {"kl": self._reference.coef, "old_kl": self._old_policy.coef}
-        return PPOCoefficients(**(self._of_options | moved))
+        """The weights of the loss terms now; those of the options as they are now, too."""
+        known = {"kl": self._reference.coef, "old_kl": self._old_policy.coef, "aux": self._aux}
+        others = [part.name for part in fields(PPOCoefficients) if part.name not in known]
+        return PPOCoefficients(**known, **{name: getattr(self._args, option_of(name)) for name in others})
 
     def saw_kl(self, kl: float) -> None:
         """Takes note of a rollout's KL(π_old ‖ π_ref), nats per sequence."""
@@ -38,8 +38,8 @@ class Coefficients:
     def close_rollout(self) -> None:
         """Moves the coefficients of both KLs by what was seen since the last call: of the latter, the last pass."""
         if self._kl is not None:
-            self._reference.update(self._kl, episodes=self._episodes)
+            self._reference.update(self._kl, episodes=self._args.batch_size)
         if self._old_kls:
-            of_last_pass = self._old_kls[-self._steps_per_pass :]
-            self._old_policy.update(sum(of_last_pass) / len(of_last_pass), episodes=self._episodes)
+            of_last_pass = self._old_kls[-self._args.num_mini_batches :]
+            self._old_policy.update(sum(of_last_pass) / len(of_last_pass), episodes=self._args.batch_size)
         self._kl, self._old_kls = None, []

@@ -117,7 +117,7 @@ def check_prompts(
     check_columns(dataset.column_names, name)
 
     def length(row: dict[str, Any]) -> dict[str, int]:
-        return {"length": len(_prompt_ids(row, tokenizer, template_kwargs or {}))}
+        return {"length": len(prompt_ids(row, tokenizer, template_kwargs or {}))}
 
     lengths = dataset.map(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
@@ -144,7 +144,8 @@ def check_columns(columns: list[str], name: str) -> None:
         raise ValueError(f"`{name}` has the column `{images.pop()}`; PPO reads text only. Remove the column.")
 
 
-def _prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:
+def prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:
+    """The tokens that the actor reads of a row's prompt; none of an empty one."""
     if is_tokenised(row):
         return row["input_ids"]
     prompt = row["prompt"]

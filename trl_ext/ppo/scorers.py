@@ -77,7 +77,7 @@ def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     if "ForSequenceClassification" not in architecture:
         raise ValueError(
             f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train a reward "
-            "model first, for example with `python scripts/reward.py`."
+            "model first, for example with `trl-ext reward`."
         )
     check_single_label(config.num_labels, path)
 

@@ -3,7 +3,15 @@
 from .page import write_report
 from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
 from .run import Run, read_run
-from .tables import Sample, accuracy_text, pair_samples, preference_table, print_samples, samples_markdown
+from .tables import (
+    Sample,
+    accuracy_text,
+    first_and_last_evaluation,
+    pair_samples,
+    preference_table,
+    print_samples,
+    samples_markdown,
+)
 
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "Run",
     "Sample",
     "accuracy_text",
+    "first_and_last_evaluation",
     "pair_samples",
     "preference_table",
     "print_samples",

@@ -225,3 +225,14 @@ def _of_sources(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
     sources = sorted({key.removeprefix(prefix) for column in metrics for key in column if key.startswith(prefix)})
     known = {source: [column.get(prefix + source) for column in metrics] for source in sources}
     return {source: ["" if v is None else f"{v:.1%}" for v in values] for source, values in known.items()}
+
+
+def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last log line with the metric `key`; evaluates where the last one is not of the last step."""
+
+    def held_out() -> list[dict[str, Any]]:
+        return [line for line in trainer.state.log_history if key in line]
+
+    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    return held_out()[0], held_out()[-1]

@@ -1,0 +1,68 @@
+"""
+Talk to a model that was trained: a folder with a model, or with an adapter, whose base is loaded with it.
+
+    trl-ext chat outputs/dpo-demo
+    trl-ext chat outputs/dpo-demo --system "Answer in one sentence." --temperature 0.7
+
+A model without a chat template goes on with what is typed. An empty line or Ctrl-D ends it, and /new forgets what was
+said.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer, pipeline
+
+from ...device import computes_in_bf16
+from ..options import usage_errors
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-ext chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a folder, or a hub name")
+    parser.add_argument("--system", help="what the model is told before the first message")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer, at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default: 0)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = arguments().parse_args(argv)
+    path = Path(given.model)
+    with usage_errors():
+        if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{path} holds no model: there is no config.json and no adapter_config.json in it.")
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+    # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
+    writer = pipeline(
+        "text-generation",
+        model=given.model,
+        tokenizer=tokenizer,
+        dtype="bfloat16" if computes_in_bf16(False) else "float32",
+    )
+    sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature > 0 else {"do_sample": False}
+    settings = GenerationConfig.from_model_config(writer.model.config)
+    settings.update(max_new_tokens=given.max_new_tokens, eos_token_id=tokenizer.eos_token_id, **sampling)
+    start = [{"role": "system", "content": given.system}] if given.system else []
+    messages = list(start)
+    print("Say something; an empty line ends it, /new starts over.")
+    for said in iter(read_line, ""):
+        if said == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": said})
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        asked = messages if tokenizer.chat_template else said
+        answer = writer(asked, generation_config=settings, streamer=streamer, return_full_text=False)
+        messages.append({"role": "assistant", "content": answer[0]["generated_text"]})
+
+
+def read_line() -> str:
+    """What was typed; nothing at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""

@@ -1,0 +1,114 @@
+"""
+DPO: teach a model what people prefer, from pairs of answers.
+
+    trl-ext dpo                                       # the embedded demo
+    trl-ext dpo --config configs/dpo/documents.yaml   # the documents' numbers
+    trl-ext dpo --model my-sft --dataset_name pairs.jsonl --output_dir out
+
+The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`; with a column
+`source`, each source gets an accuracy of its own. All flags of `trl dpo` are known. Held-out pairs are scored before
+and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json, report.html
+with its picture, and the implicit rewards before and after in table.md.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from trl import get_peft_config, get_quantization_config
+
+from ... import DPOConfigX, DPOTrainerX, ReportCallback, embedded
+from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
+from ..closing import closing_lines
+from ..data import DataArguments, load_splits
+from ..dry_run import dry_run
+from ..fit import require_fit
+from ..launch import LaunchArguments, launch, launches, require_all
+from ..models import ModelArguments, path_of
+from ..options import Given, read, usage_errors
+
+
+DEMO = "dpo/demo"
+DEFAULTS = {"eval_on_start": True}
+
+
+@dataclass
+class DPOArguments(LaunchArguments, DataArguments):
+    """The embedded pairs, and old models"""
+
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
+    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
+    ignore_bias_buffers: bool = field(
+        default=False,
+        metadata={"help": "Keep boolean buffers out of DDP, which cannot broadcast those of old models."},
+    )
+
+
+def load(data: DPOArguments) -> DatasetDict:
+    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+
+    return load_splits(data, pairs)
+
+
+def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    trainer = DPOTrainerX(
+        path_of(model),
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    if data.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
+    return trainer
+
+
+def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Accuracy on the terminal; metrics.json, table.md."""
+    output = Path(trainer.args.output_dir)
+    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    (output / "table.md").write_text(preference_table({"before": before, "after": after}))
+    print(
+        f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
+        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
+        f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
+        "completions."
+    )
+
+
+def options(argv: list[str] | None = None) -> Given:
+    return read("dpo", (DPOArguments, ModelArguments, DPOConfigX), __doc__, argv, DEMO, DEFAULTS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with usage_errors():
+        given = options(argv)
+        if given.dry_run:
+            return dry_run("dpo", given, load)
+        if launches(given):
+            return launch("dpo", given)
+        data, model, args = given.make()
+        require_all(args)
+    require_fit("dpo", data, model, args)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, DPO_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, before, after)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        print(closing_lines("dpo", args.output_dir, given.argv, chat=f"trl-ext chat {shlex.quote(args.output_dir)}"))

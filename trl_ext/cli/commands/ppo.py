@@ -1,0 +1,145 @@
+"""
+PPO with four models: actor, critic, frozen reward model, frozen reference.
+
+    trl-ext reward && trl-ext ppo                  # the embedded demo
+    trl-ext ppo --critic head                         # a value head on the actor's trunk
+    trl-ext ppo --config configs/ppo/documents.yaml   # the documents' loss to the letter
+    trl-ext ppo --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
+    trl-ext ppo … --use_peft --load_in_4bit --critic adapter   # four roles on one base in 4 bits
+
+The data have a column `prompt`, text or conversation. Held-out prompts are answered and scored before and after. The
+output folder gets the actor and its tokenizer, the critic in critic/, metrics.json, report.html with its picture, and
+samples.md with completions before and after.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from trl import get_peft_config, get_quantization_config
+
+from ... import PPOConfigX, PPOTrainerX, ReportCallback, embedded
+from ...report import (
+    PPO_LINE,
+    first_and_last_evaluation,
+    pair_samples,
+    print_samples,
+    samples_markdown,
+    use_brief_progress,
+)
+from ..closing import closing_lines, program
+from ..data import DataArguments, load_splits
+from ..dry_run import dry_run
+from ..fit import require_fit
+from ..launch import LaunchArguments, launch, launches, require_all
+from ..models import ModelArguments, path_of
+from ..options import Given, read, usage_errors
+
+
+DEMO = "ppo/demo"
+# Before and after need an evaluation at the start, and the completions that TRL writes down, not those it prints.
+DEFAULTS = {
+    "eval_on_start": True,
+    "log_completions": True,
+    "num_completions_to_print": 0,
+    "num_sample_generations": 0,
+}
+
+
+@dataclass
+class PPOArguments(LaunchArguments, DataArguments):
+    """Critic, samples, and the embedded prompts"""
+
+    value_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Critic to start from, such as critic/ of an earlier run. Unset: a copy of the reward model."
+        },
+    )
+    prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
+    prompts_seed: int = field(default=0, metadata={"help": "Seed of the embedded split: reward.py's `pairs_seed`."})
+    samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
+
+
+def load(data: PPOArguments) -> DatasetDict:
+    def openings(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.prompts(data.prompt_words, train_size, test_size, seed=data.prompts_seed)
+
+    return load_splits(data, openings)
+
+
+def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    return PPOTrainerX(
+        args,
+        model=path_of(model, args),
+        train_dataset=splits["train"],
+        value_model=data.value_model,
+        eval_dataset=splits["test"],
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+
+
+def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
+    """Before and after on the terminal and in metrics.json; samples.md."""
+    output, args = Path(trainer.args.output_dir), trainer.args
+    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    if args.log_completions:
+        samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
+        (output / "samples.md").write_text(samples_markdown(samples))
+        print_samples(samples)
+    rise, half_width, kl = (
+        after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
+    )
+    print(
+        f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
+        f"by {rise:.3f} ± {half_width:.3f} (95%). KL to the reference: {kl:.2f} nats per sequence."
+    )
+
+
+def options(argv: list[str] | None = None) -> Given:
+    return read("ppo", (PPOArguments, ModelArguments, PPOConfigX), __doc__, argv, DEMO, DEFAULTS)
+
+
+def closing(args: PPOConfigX, model: ModelArguments) -> str:
+    """A run of PPO is not resumed; another one starts from what it has left."""
+    others = {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
+    if not model.use_peft:  # an adapter is no model to start from
+        options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
+        if args.critic == "model":
+            options["value_model"] = f"{args.output_dir}/critic"
+        if args.reward_model_path is not None:
+            options["reward_model_path"] = args.reward_model_path
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        others["next"] = f"{program('ppo')} {shlex.join(flags)}"
+    return closing_lines("ppo", args.output_dir, **others)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with usage_errors():
+        given = options(argv)
+        if given.dry_run:
+            return dry_run("ppo", given, load)
+        if launches(given):
+            return launch("ppo", given)
+        data, model, args = given.make()
+        require_all(args)
+    require_fit("ppo", data, model, args)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, PPO_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    trainer.train()
+    before, after = first_and_last_evaluation(trainer, "eval_reward/score")
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, before, after, data.samples)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        print(closing(args, model))

@@ -1,0 +1,48 @@
+"""
+A page and a picture about one run or several, from what they have logged; also while they run.
+
+    trl-ext report outputs/ppo-demo                        # outputs/ppo-demo/report.html and .png
+    trl-ext report outputs/ppo-demo outputs/ppo-head       # report.html here: both runs over each other
+    trl-ext report outputs/ppo-demo --watch 60             # again every minute, until the run is done
+
+A run is its `output_dir`. Its log is the newest `trainer_state.json` there or in its checkpoints; `ReportCallback`
+keeps one up to date, with `run.json`, what was trained on what. The page loads nothing from anywhere: it can be sent
+as a file.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from ...report import read_run, write_report
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="trl-ext report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="where the page goes; the PNG lies beside it")
+    parser.add_argument(
+        "--watch", type=int, default=0, metavar="SECONDS", help="write it again this often, until every run is done"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.watch < 0:
+        parser.error(f"--watch is {arguments.watch}; it must be 0, for once, or a number of seconds.")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    while True:
+        try:
+            page = write_report(arguments.runs, arguments.output, refresh=arguments.watch)
+            runs = [read_run(folder) for folder in arguments.runs]
+        except FileNotFoundError as error:
+            raise SystemExit(f"error: {error}") from None
+        for run in runs:
+            print(f"{run.name}: step {run.step} of {run.max_steps}; {run.verdict}", flush=True)
+        print(f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {page}", flush=True)
+        if not arguments.watch or all(run.is_finished for run in runs):
+            return
+        time.sleep(arguments.watch)

@@ -1,0 +1,117 @@
+"""
+Train a reward model on preference pairs: Bradley-Terry, with TRL's RewardTrainer.
+
+    trl-ext reward                                        # the embedded demo
+    trl-ext reward --config my.yaml --learning_rate 2e-5  # any option of the recipe as a flag
+    trl-ext reward --model Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir out
+    trl-ext reward --model Qwen/Qwen3-8B --use_peft --load_in_4bit --dataset_name pairs.jsonl
+
+The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`. The output folder
+gets the model and its tokenizer (for `AutoModelForSequenceClassification`), metrics.json with the accuracy on held-out
+pairs, and report.html with its picture. With --use_peft it gets the adapter with its score head, for `scripts/ppo.py
+--use_peft` on the same base, and base_model.json, a fingerprint of that base.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer, set_seed
+from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+
+from ... import ReportCallback, embedded, save_base_fingerprint
+from ...device import keep_4_bit_differentiable
+from ...intervals import wilson_interval
+from ...report import REWARD_LINE, use_brief_progress
+from ..closing import closing_lines, program
+from ..data import DataArguments, load_splits
+from ..dry_run import dry_run
+from ..launch import LaunchArguments, launch, launches, require_all
+from ..models import ModelArguments, path_of
+from ..options import Given, read, usage_errors
+
+
+DEMO = "reward/demo"
+
+
+@dataclass
+class RewardArguments(LaunchArguments, DataArguments):
+    """The embedded pairs"""
+
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
+    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
+
+
+def load(data: RewardArguments) -> DatasetDict:
+    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+
+    return load_splits(data, pairs)
+
+
+def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
+    path = path_of(model)
+    model.lora_task_type = "SEQ_CLS"
+    if model.use_peft and model.lora_modules_to_save is None:
+        model.lora_modules_to_save = ["score"]  # the new head is trained in full
+    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    splits = load(data)
+    trainer = RewardTrainer(
+        path,
+        args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        processing_class=AutoTokenizer.from_pretrained(path, revision=model.model_revision),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    keep_4_bit_differentiable(trainer.model)
+    # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.
+    for name, parameter in trainer.model.named_parameters():
+        if "score.modules_to_save." in name:
+            parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
+    return trainer
+
+
+def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
+    """Accuracy with its interval on the terminal and in metrics.json."""
+    # RewardTrainer averages over batches, so the count of right pairs is exact where batches are of one size.
+    count, accuracy = len(trainer.eval_dataset), metrics["eval_accuracy"]
+    low, high = wilson_interval(accuracy * count, count)
+    print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
+    facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
+    output = Path(trainer.args.output_dir)
+    (output / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def options(argv: list[str] | None = None) -> Given:
+    return read("reward", (RewardArguments, ModelArguments, RewardConfig), __doc__, argv, DEMO)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with usage_errors():
+        given = options(argv)
+        if given.dry_run:
+            return dry_run("reward", given, load)
+        if launches(given):
+            return launch("reward", given)
+        data, model, args = given.make()
+        require_all(args)
+    set_seed(args.seed)
+    trainer = build(data, model, args)
+    use_brief_progress(trainer, REWARD_LINE)
+    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_base_fingerprint([args.output_dir], trainer.model.config.name_or_path, model.model_revision)
+        report(trainer, metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        judge = f"{program('ppo')} --reward_model_path {shlex.quote(args.output_dir)}"
+        print(closing_lines("reward", args.output_dir, given.argv, next=judge))

@@ -1,0 +1,123 @@
+"""What a run would be: its batches, its memory, and the first sample as the model reads it."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+from trl import DPOTrainer, RewardTrainer
+
+from .. import planner
+from .._trl import tokenised_pair
+from ..ppo.display import batch_plan
+from ..ppo.prompts import prompt_ids
+from .fit import plan_run
+from .launch import deepspeed_file, processes
+from .models import path_of
+from .options import Given
+
+
+PAIR_TRAINERS = {"dpo": DPOTrainer, "reward": RewardTrainer}
+LOOKED_AT = 1000  # prompts that are tokenised to find the longest
+
+
+def dry_run(command: str, given: Given, load: Callable[[Any], DatasetDict]) -> None:
+    """
+    Prints it all; nothing is loaded but the tokenizer and the data, and no file is written.
+
+    Args:
+        command: "reward", "ppo" or "dpo".
+        given: its options.
+        load: the data's splits from the command's first class of options.
+    """
+    # A DeepSpeed file is for the run's processes: it would start their process group here.
+    data, model, args = given.make(deepspeed=None)
+    rows, count = load(data)["train"], processes(given)
+    tokenizer = AutoTokenizer.from_pretrained(path_of(model, args), revision=model.model_revision)
+    with as_if_of(count):
+        print(batches(command, args, len(rows) if isinstance(rows, Dataset) else None, count), end="\n\n")
+    if command == "ppo":
+        longest, sample = prompts(rows, tokenizer, args)
+    else:
+        longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
+    options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
+    print(memory(command, options, given, count, longest), end="\n\n")
+    print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
+
+
+@contextmanager
+def as_if_of(count: int) -> Iterator[None]:
+    """The options count `count` processes, which are not started."""
+    state = PartialState()
+    before, state.num_processes = state.num_processes, count
+    try:
+        yield
+    finally:
+        state.num_processes = before
+
+
+def batches(command: str, args: Any, rows: int | None, count: int) -> str:
+    """What makes an optimizer step, and how many there will be, as the trainer counts them."""
+    if command == "ppo":
+        return batch_plan(args.for_trainer_loop(), rows)
+    per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    steps = args.max_steps
+    if steps <= 0:
+        if rows is None:
+            raise ValueError("A stream has no length: give `--max_steps`.")
+        steps = math.ceil(args.num_train_epochs * math.ceil(math.ceil(rows / (per_device * count)) / accumulated))
+    of = f"{rows} pairs" if rows is not None else "a stream of pairs"
+    return (
+        f"{command.upper()} plan: {per_device * accumulated * count} pairs per optimizer step ({per_device} × "
+        f"{accumulated} accumulated × {count} process(es)); {steps} optimizer steps over {of}."
+    )
+
+
+def memory(command: str, options: dict[str, Any], given: Given, count: int, longest: int | None) -> str:
+    """The memory plan, or why there is none."""
+    if command == "reward":
+        return "Memory: the planner plans PPO and DPO; a reward model needs less than DPO of the same model."
+    if given.gpu is not None:
+        machine = planner.hardware(given.gpu, gpus=count)
+    elif options["use_cpu"]:
+        machine = replace(planner.CPU, memory=planner.this_machine().host_memory, gpus=count)
+    else:
+        machine = replace(planner.this_machine(), gpus=count)
+    try:
+        return planner.plan_text(plan_run(command, options, machine, longest))
+    except ValueError as reason:
+        return f"Memory: not planned: {reason}"
+
+
+def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str]:
+    """Tokens of the longest of the first prompts, and the first of them, for people."""
+    first = [row for row, _ in zip(rows, range(LOOKED_AT), strict=False)]
+    ids = [prompt_ids(row, tokenizer, args.chat_template_kwargs or {}) for row in first]
+    longest = max(map(len, ids))
+    heading = f"The first prompt, as the actor reads it ({longest} tokens in the longest of {len(ids)} looked at):"
+    return longest, f"{heading}\n{token_lines({'prompt': ids[0]}, tokenizer)}"
+
+
+def pair(command: str, row: dict[str, Any], tokenizer: Any, args: Any) -> str:
+    """The first pair, for people."""
+    if getattr(args, "chat_template_path", None):
+        print("`chat_template_path` is not applied in a dry run.", file=sys.stderr)
+    columns = tokenised_pair(PAIR_TRAINERS[command], row, tokenizer, args)
+    if not columns:
+        return f"The first pair is left out: it is longer than `max_length={args.max_length}`."
+    heading = f"The first pair, as the model reads it (cut to {args.max_length} tokens where it is longer):"
+    return f"{heading}\n{token_lines({name.removesuffix('_ids'): ids for name, ids in columns.items()}, tokenizer)}"
+
+
+def token_lines(parts: dict[str, list[int]], tokenizer: Any) -> str:
+    """Of each part its length, its text with special tokens, and its ids."""
+    lines = [
+        f"  {name:9}{len(ids):5} tokens  {tokenizer.decode(ids)!r}\n{'':24}{' '.join(map(str, ids))}"
+        for name, ids in parts.items()
+    ]
+    return "\n".join(lines)

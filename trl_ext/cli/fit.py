@@ -1,0 +1,51 @@
+"""Whether a run fits, before anything of it is loaded."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..planner import Hardware, Plan, layout_from_options, names_from_options, plan, plan_text, this_machine
+
+
+def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
+    """
+    Args:
+        trainer: "ppo" or "dpo".
+        options: names and values of every option.
+        prompt: tokens of the longest prompt, where it is known.
+
+    Raises:
+        ValueError: for a model or a layout that the planner cannot read.
+    """
+    return plan(names_from_options(options), layout_from_options(trainer, options, hardware, prompt), hardware)
+
+
+def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
+    """
+    Plans the run on the GPUs of this launch.
+
+    Args:
+        trainer: "ppo" or "dpo".
+        arguments: the command's options, made.
+        hardware: what it is to fit; unset: this machine, and without a GPU nothing is checked.
+
+    Raises:
+        SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
+    """
+    options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
+    if options["force"]:
+        return
+    if hardware is None:
+        if options["use_cpu"] or not torch.cuda.is_available():
+            return
+        hardware = this_machine()
+    try:
+        planned = plan_run(trainer, options, hardware)
+    except ValueError as reason:  # a model or a layout that the planner cannot read is the trainer's to refuse
+        print(f"Whether the run fits has not been planned: {reason}", file=sys.stderr)
+        return
+    if not planned.fits:
+        assumed = f"Prompts of {planned.layout.prompt} tokens are assumed. " if trainer == "ppo" else ""
+        raise SystemExit(f"{plan_text(planned)}\n\n{assumed}Nothing has been loaded. `--force` trains all the same.")

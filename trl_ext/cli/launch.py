@@ -1,0 +1,132 @@
+"""Several processes: a command starts itself again through `accelerate launch`."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from .options import Given
+from .recipes import find_config
+
+
+@dataclass
+class LaunchArguments:
+    """Launching, and looking before it"""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print the batch plan, the memory plan and the first sample as the model reads it, and stop. "
+            "Nothing is loaded but the tokenizer."
+        },
+    )
+    gpu: str | None = field(
+        default=None,
+        metadata={"help": "With --dry_run: the GPU to plan for, such as rtx4090-24gb. Unset: this machine's."},
+    )
+    force: bool = field(
+        default=False,
+        metadata={"help": "Train even where the planner says that the run does not fit the GPU's memory."},
+    )
+    nproc: int | None = field(
+        default=None, metadata={"help": "Processes to start, on all machines together: one for each GPU."}
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file for `accelerate launch`, or an installed one: ddp (the default with --nproc), zero3, …"
+        },
+    )
+    machine_rank: int | None = field(
+        default=None, metadata={"help": "Of several machines: which one this is, from 0."}
+    )
+    main_process_ip: str | None = field(default=None, metadata={"help": "Of several machines: address of machine 0."})
+    main_process_port: int | None = field(default=None, metadata={"help": "Port of the first process."})
+
+
+# Options that are accelerate's own too.
+OF_ACCELERATE = ("machine_rank", "main_process_ip", "main_process_port")
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process: torchrun, or accelerate."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def launches(given: Given) -> bool:
+    """Whether the command is to start processes, and has not been started by a launcher."""
+    asked = given.nproc is not None or given.accelerate_config is not None
+    if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
+        raise ValueError("`--machine_rank` and its like are for several processes: give `--accelerate_config` too.")
+    return asked and not is_launched()
+
+
+def launch(command: str, given: Given) -> None:
+    """
+    Runs the command in several processes, as `accelerate launch` does, until all have ended.
+
+    Raises:
+        ValueError: for a file that there is not, or one that starts a single process where several are asked for.
+    """
+    on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]  # else accelerate waits for GPUs
+    words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
+    launch_command(launch_command_parser().parse_args(words))
+
+
+def require_all(args: Any) -> None:
+    """
+    Raises:
+        ValueError: when a launcher has started several processes and this one is alone, as on a CPU without
+            `--use_cpu`: each would write the same folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"The launcher has started {started} processes, and this one sees {args.world_size}: every one would "
+            "train a model of its own into the same folder. On a machine without GPUs, add `--use_cpu`."
+        )
+
+
+def accelerate_flags(given: Given) -> list[str]:
+    """The flags of `accelerate launch` for what was asked."""
+    several = (given.nproc or 1) > 1
+    file = find_config(given.accelerate_config or ("ddp" if several else "single"), "accelerate")
+    flags = ["--config_file", str(file)]
+    settings = yaml.safe_load(file.read_text())
+    if several and settings.get("distributed_type", "NO") == "NO":
+        raise ValueError(
+            f"{file} starts one process, and `--nproc {given.nproc}` asks for more. Leave out `--accelerate_config`, "
+            "or choose a file whose `distributed_type` is another, such as ddp or zero3."
+        )
+    deepspeed = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if deepspeed is not None and not Path(deepspeed).is_file():
+        flags += ["--deepspeed_config_file", str(find_config(deepspeed, "deepspeed"))]
+    if given.nproc is not None:
+        flags += ["--num_processes", str(given.nproc)]
+    for name in OF_ACCELERATE:
+        if getattr(given, name) is not None:
+            flags += [f"--{name}", str(getattr(given, name))]
+    return flags
+
+
+def processes(given: Given) -> int:
+    """How many the run has, or would have."""
+    if given.nproc is not None:
+        return given.nproc
+    if given.accelerate_config is not None:
+        settings = yaml.safe_load(find_config(given.accelerate_config, "accelerate").read_text())
+        return int(settings.get("num_processes", 1))
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def deepspeed_file(given: Given) -> str | None:
+    """The DeepSpeed file of the run, its own or that of its accelerate file."""
+    if given.deepspeed is not None or given.accelerate_config is None:
+        return given.deepspeed
+    settings = yaml.safe_load(find_config(given.accelerate_config, "accelerate").read_text())
+    file = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    return None if file is None else str(find_config(file, "deepspeed"))

@@ -1,0 +1,59 @@
+"""`trl-ext`: one command with a subcommand for each thing to do."""
+
+import difflib
+import sys
+from importlib import import_module
+
+from .. import __version__
+
+
+COMMANDS = {
+    "demo": "train a reward model, then PPO against it, on a small real model and real human ratings",
+    "dpo": "teach a model what people prefer, from pairs of answers",
+    "ppo": "reinforcement learning with actor, critic, reward model and reference",
+    "reward": "train a reward model on pairs of answers",
+    "plan": "does it fit, how fast is it, and what would make it fit",
+    "score": "score pairs of answers by what a DPO policy has learnt",
+    "report": "a page and a picture about one run or several, also while they run",
+    "chat": "talk to a model that was trained",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Args:
+        argv: the words of the command line behind `trl-ext`; unset: those of this process.
+
+    Raises:
+        SystemExit: with status 2 for a command that there is not.
+    """
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command == "--version":
+        print(f"trl-ext {__version__}")
+    elif command in COMMANDS:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        # Of several processes, torchrun names the one that failed first, and why.
+        record(import_module(f".commands.{command}", __package__).main)(rest)
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""
+        print(f"trl-ext: error: there is no command {command!r}.{meant}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def usage() -> str:
+    """Every command with what it does."""
+    lines = [f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "PPO with a critic, and DPO, on Hugging Face TRL.",
+            "",
+            *lines,
+            "",
+            "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,",
+            "`python scripts/COMMAND.py` is the same command.",
+        ]
+    )

@@ -1,0 +1,247 @@
+"""What a command was given, by default, recipe and flag, and the objects that are made of it."""
+
+import argparse
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from trl import TrlParser
+
+from ..device import computes_in_bf16
+from .recipes import find_config, read_recipe
+from .topics import first_of, heading_of, order, topic_of
+
+
+WIDTH = 119  # columns of a help text
+
+
+class Given:
+    """
+    Option names and values of a command; nothing is made of them yet, no device or process group is touched.
+
+    Args:
+        parser: of the command.
+        values: every option that the parser knows.
+        argv: the words of the command line, without the command's name.
+    """
+
+    def __init__(self, parser: "OptionParser", values: argparse.Namespace, argv: list[str]):
+        self.parser, self.values, self.argv = parser, values, argv
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.values, name)
+
+    def make(self, **changes: Any) -> tuple:
+        """An instance of each of the command's classes, with `changes` over what was given."""
+        values = vars(self.values) | changes
+        return tuple(
+            kind(**{option.name: values[option.name] for option in fields(kind) if option.init})
+            for kind in self.parser.dataclass_types
+        )
+
+
+def read(
+    command: str,
+    dataclasses: Iterable[type],
+    description: str | None,
+    argv: list[str] | None = None,
+    demo: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> Given:
+    """
+    The options from, in rising order: the classes' own defaults, `defaults`, the YAML recipe, the flags.
+
+    The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is `demo`,
+    whose settings fit the embedded data. A recipe's `env` is put into the environment, as TRL does.
+
+    Args:
+        command: its name; of `topics.FIRST`.
+        demo: an installed recipe, such as "dpo/demo".
+
+    Raises:
+        ValueError: for an unknown key or flag, with the nearest one, or a recipe that there is not.
+        SystemExit: after `--help`, or for a flag without a value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = OptionParser(command, dataclasses, description=description)
+    parser.set_defaults_with_config(**(defaults or {}))
+    if "--help_all" in argv or "--help-all" in argv:
+        parser.show_all()
+        argv.append("--help")
+    flags = [flag for flag in argv if flag not in ("-h", "--help")]
+    known, _ = parser.parse_known_args(flags)
+    own_data = getattr(known, "dataset_name", None) is not None or getattr(known, "datasets", None)
+    recipe = known.config or (None if own_data else demo)
+    if recipe is not None:
+        _apply_recipe(parser, find_config(recipe, command))
+    known, _ = parser.parse_known_args(flags)
+    _follow_the_device(parser, known)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(_misspelt([word for word in unknown if word.startswith("-")] or unknown, parser))
+    _find_deepspeed(values)
+    return Given(parser, values, argv)
+
+
+def parse(
+    dataclasses: Iterable[type],
+    description: str | None,
+    demo: str | None,
+    argv: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple:
+    """What `read` has read, made."""
+    return read("", dataclasses, description, argv, demo, defaults).make()
+
+
+def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
+    """
+    Option names and values of a recipe, with the defaults of `dataclasses` for what it leaves open. Nothing is built
+    from them, so a recipe for other hardware can be read. Keys that `dataclasses` do not know are a command's own.
+    """
+    parser = OptionParser("", dataclasses)
+    options = {name: action.dest for action in parser._actions for name in action.option_strings}
+    given = read_recipe(find_config(recipe)).items()
+    parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in given if f"--{key}" in options})
+    values = parser.parse_known_args([])[0]
+    _find_deepspeed(values)
+    return vars(values)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """An error in the options ends the command with its text alone: nothing has run that a traceback could explain."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _apply_recipe(parser: "OptionParser", path: Path) -> None:
+    """Sets the parser's defaults from a YAML mapping; a key is the name of a flag, `model` and `model_name_or_path`
+    alike."""
+    recipe = read_recipe(path)
+    os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
+    options = {name: action.dest for action in parser._actions for name in action.option_strings}
+    unknown = [key for key in recipe if f"--{key}" not in options]
+    if unknown:
+        raise ValueError(f"In the recipe {path}: {_misspelt(unknown, parser)}")
+    parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in recipe.items()})
+
+
+def _misspelt(unknown: list[str], parser: "OptionParser") -> str:
+    """Unknown options, each with the nearest one that there is."""
+    names = [name for action in parser._actions for name in parser.spellings(action)]
+    sentences = []
+    for word in unknown:
+        wanted = word.split("=")[0].lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(wanted, [name.lstrip("-") for name in names], n=1, cutoff=0.6)
+        meant = f"; did you mean `{'--' if word.startswith('-') else ''}{near[0]}`?" if near else "."
+        sentences.append(f"there is no option `{word.split('=')[0]}`{meant}")
+    return " ".join(sentences) + " `--help_all` lists every option."
+
+
+def _follow_the_device(parser: "OptionParser", known: argparse.Namespace) -> None:
+    """Defaults that TRL and transformers would choose as if there were a GPU."""
+    use_cpu = getattr(known, "use_cpu", False)
+    if use_cpu or not torch.cuda.is_available():
+        parser.set_defaults(dataloader_pin_memory=False)
+    if getattr(known, "bf16", False) is None:  # TRL would take bfloat16, on a CPU too
+        parser.set_defaults(bf16=not known.fp16 and computes_in_bf16(use_cpu))
+
+
+def _find_deepspeed(values: argparse.Namespace) -> None:
+    """A DeepSpeed file may be an installed one."""
+    file = getattr(values, "deepspeed", None)
+    if isinstance(file, str) and file.endswith(".json"):
+        values.deepspeed = str(find_config(file, "deepspeed"))
+
+
+class OptionParser(TrlParser):
+    """`TrlParser` with its options grouped by topic, and the rare ones hidden from `--help`."""
+
+    def __init__(self, command: str, dataclasses: Iterable[type], **kwargs: Any):
+        self.command = command
+        self._hidden: dict[argparse.Action, str | None] = {}
+        self._headings: dict[str, Any] = {}
+        usage = "%(prog)s [options]"
+        prog = f"trl-ext {command}" if command else None
+        super().__init__(
+            list(dataclasses), formatter_class=_HelpFormatter, usage=usage, prog=prog, allow_abbrev=False, **kwargs
+        )
+        first = self._group(heading_of(command)) if command else self
+        first.add_argument(
+            "--config", metavar="FILE.yaml", help="Recipe: a YAML file of options, overridden by flags; a path, or an "
+            "installed one such as dpo/demo."
+        )  # fmt: skip
+        self.add_argument(
+            "--help_all", "--help-all", action="store_true", default=None, help="Show every option and exit."
+        )
+        if command:
+            names = ["config", *first_of(command)]
+            first._group_actions.sort(key=lambda action: names.index(action.dest))
+        self._action_groups.sort(key=lambda group: order(command, group.title or ""))
+
+    def show_all(self) -> None:
+        for action, text in self._hidden.items():
+            action.help = text
+
+    @staticmethod
+    def spellings(action: argparse.Action) -> list[str]:
+        """The names of an option, without argparse's second spelling with hyphens."""
+        return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
+
+    def _group(self, heading: str) -> Any:
+        if heading not in self._headings:
+            self._headings[heading] = self.add_argument_group(heading)
+        return self._headings[heading]
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """As the parent does, by topic."""
+        hints = get_type_hints(dtype)
+        for option in fields(dtype):
+            if not option.init:
+                continue
+            option.type = hints[option.name]
+            owner = next(c for c in dtype.__mro__ if option.name in inspect.get_annotations(c))
+            heading, shown = topic_of(self.command, option.name, owner)
+            self._add_option(self._group(heading), option, shown)
+
+    def _add_option(self, group: Any, option: Field, shown: bool) -> None:
+        known = len(group._group_actions)
+        self._parse_dataclass_field(group, option)
+        for action in group._group_actions[known:]:
+            # Some of the parents' texts hold a bare "%", which argparse would take for a format.
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
+            kind = getattr(action.type, "__name__", "")
+            action.metavar = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL"}.get(kind)
+            choices = "{" + ",".join(map(str, action.choices or [])) + "}"
+            if action.choices:
+                action.metavar = choices if len(choices) < WIDTH else "TEXT"  # of the optimizers there are forty
+            is_negation = action.option_strings[0].startswith("--no_")
+            if not shown or is_negation:
+                self._hidden[action], action.help = action.help, argparse.SUPPRESS
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """One name per option (`--max_steps INT`), though argparse knows its hyphens too, and no empty defaults."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, []) else action.help
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {self._format_args(action, str(action.metavar or 'VALUE'))}"
+        return ", ".join(OptionParser.spellings(action)) + value

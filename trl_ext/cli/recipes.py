@@ -1,0 +1,48 @@
+"""The files of `configs/`: a checkout's, the user's own, and those that are installed with the package."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+INSTALLED = Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(name: str | Path, folder: str = "") -> Path:
+    """
+    The path of a recipe, an accelerate file or a DeepSpeed file.
+
+    Args:
+        name: a path; or the name of an installed file, such as `configs/dpo/demo.yaml`, `dpo/demo.yaml` or `dpo/demo`.
+        folder: of `configs/`, in which a name alone is looked for, so that "zero3" is accelerate/zero3.yaml.
+
+    Raises:
+        ValueError: when there is no such file; with those that there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    installed = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    for candidate in (INSTALLED / installed, INSTALLED / folder / installed):
+        for ending in ("", ".yaml", ".json"):
+            file = candidate.with_name(candidate.name + ending)
+            if not path.is_absolute() and file.is_file():
+                return file
+    names = [str(file.relative_to(INSTALLED)) for file in sorted((INSTALLED / folder).rglob("*.*"))]
+    near = difflib.get_close_matches(str(installed), names, n=3, cutoff=0.4) or names
+    raise ValueError(f"There is no file {name}, here or among the installed ones, such as {', '.join(near)}.")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """
+    Option names and values.
+
+    Raises:
+        ValueError: when the file does not hold `option: value` lines.
+    """
+    recipe = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
+    return recipe

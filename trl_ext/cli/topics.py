@@ -1,0 +1,82 @@
+"""In which group of `--help` an option stands, and which ten of a command come first."""
+
+# The ten options that most runs touch.
+FIRST = {
+    "reward": "config model dataset_name output_dir num_train_epochs learning_rate max_length "
+    "per_device_train_batch_size use_peft dry_run",
+    "ppo": "config model dataset_name reward_model_path output_dir total_episodes response_length learning_rate "
+    "kl_coef dry_run",
+    "dpo": "config model dataset_name output_dir num_train_epochs learning_rate beta per_device_train_batch_size "
+    "use_peft dry_run",
+    "score": "config model ref_model dataset_name output_file beta test_size batch_size load_in_4bit use_cpu",
+}
+
+# Options of TRL's and transformers' classes that `--help` shows, by topic; `--help_all` shows every option. Those of
+# this package are grouped by the class that has them, under the first line of its docstring.
+TOPICS = {
+    "Loss and reference": "beta loss_type loss_weights label_smoothing max_length truncation_mode "
+    "precompute_ref_log_probs sync_ref_model ref_model_quantization prefix_sharing pack_pairs "
+    "center_rewards_coefficient",
+    "Generation": "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs use_vllm vllm_mode "
+    "vllm_server_base_url vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode",
+    "Model": "model_name_or_path dtype attn_implementation model_revision trust_remote_code",
+    "Adapters and quantisation": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save "
+    "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant",
+    "Batches and memory": "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "gradient_checkpointing num_train_epochs max_steps",
+    "Optimizer": "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim",
+    "Evaluation, saving and logging": "output_dir eval_strategy eval_steps eval_on_start save_strategy save_steps "
+    "save_total_limit load_best_model_at_end metric_for_best_model resume_from_checkpoint logging_steps "
+    "log_completions report_to push_to_hub hub_model_id generate_during_eval num_eval_samples eval_max_new_tokens",
+    "Hardware and random numbers": "bf16 use_cpu deepspeed seed",
+}
+_TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
+# GRPO's and TRL's names of what a command calls otherwise: `--help_all` shows them.
+TWICE = {"ppo": {"beta", "loss_type", "sync_ref_model"}}
+
+
+def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
+    """
+    Args:
+        command: of `FIRST`; any other has no first options.
+        name: of the option.
+        owner: the class that defines it.
+
+    Returns:
+        Heading of the option's group, and whether `--help` shows it.
+    """
+    if name in first_of(command):
+        return heading_of(command), True
+    if name in TWICE.get(command, ()):
+        return f"More options of {owner.__name__}", False
+    if name in _TOPIC_OF:
+        return _TOPIC_OF[name], True
+    if owner.__module__.split(".")[0] in ("trl", "transformers"):
+        return f"More options of {owner.__name__}", False
+    return title(owner), True
+
+
+def title(owner: type) -> str:
+    """The first line of a class's docstring."""
+    return (owner.__doc__ or owner.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def first_of(command: str) -> list[str]:
+    """Names of the options that come first; `--model` is short for `model_name_or_path`."""
+    names = FIRST.get(command, "").split()
+    return ["model_name_or_path" if name == "model" else name for name in names]
+
+
+def heading_of(command: str) -> str:
+    return f"The {len(first_of(command))} options that matter first"
+
+
+def order(command: str, heading: str) -> int:
+    """Where a group stands: the first options, those of this package, TRL's and transformers', the rest."""
+    if heading == heading_of(command):
+        return 0
+    if heading.startswith("More options of ") or heading == "options":  # argparse's own: --help
+        return len(TOPICS) + 3
+    if heading in TOPICS:
+        return 2 + list(TOPICS).index(heading)
+    return 1
