@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trl_ext.cli import topics
 from trl_ext.cli.closing import closing_lines
 from trl_ext.cli.commands import chat, demo
 from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
-from trl_ext.cli.main import COMMANDS, main
+from trl_ext.cli.main import COMMANDS, leave_out_noise, main
 from trl_ext.cli.options import read
 from trl_ext.cli.recipes import INSTALLED, find_config
 
@@ -97,6 +98,13 @@ def test_script_of_the_checkout_is_the_command(name, monkeypatch):
     code = (ROOT / "scripts" / f"{name}.py").read_text()
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
     assert called == [["--model", "x"]]
+
+
+def test_noise_of_other_packages_is_left_out_and_nothing_else(recwarn):
+    leave_out_noise()
+    warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+    warnings.warn("the other one is deprecated", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["the other one is deprecated"]
 
 
 # --------------------------------------------------------------------------------------------------------------- help

@@ -1,7 +1,9 @@
 """`trl-ext`: one command with a subcommand for each thing to do."""
 
 import difflib
+import logging
 import sys
+import warnings
 from importlib import import_module
 
 from .. import __version__
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command in COMMANDS:
         from torch.distributed.elastic.multiprocessing.errors import record
 
+        leave_out_noise()
         # Of several processes, torchrun names the one that failed first, and why.
         record(import_module(f".commands.{command}", __package__).main)(rest)
     else:
@@ -42,6 +45,14 @@ def main(argv: list[str] | None = None) -> None:
         meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""
         print(f"trl-ext: error: there is no command {command!r}.{meant}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def leave_out_noise() -> None:
+    """Warnings about what other packages do among themselves, which nobody who trains can change."""
+    # TRL 1.16 uses the old name of activation checkpointing.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    # On import, about a kernel for 4 bits on CPUs that it can do without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def usage() -> str:

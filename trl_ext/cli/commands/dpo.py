@@ -33,7 +33,7 @@ from ..options import Given, read, usage_errors
 
 
 DEMO = "dpo/demo"
-DEFAULTS = {"eval_on_start": True}
+DEFAULTS = {"eval_on_start": True, "logging_first_step": True}
 
 
 @dataclass

@@ -46,6 +46,7 @@ DEFAULTS = {
     "log_completions": True,
     "num_completions_to_print": 0,
     "num_sample_generations": 0,
+    "logging_first_step": True,
 }
 
 

@@ -34,6 +34,7 @@ from ..options import Given, read, usage_errors
 
 
 DEMO = "reward/demo"
+DEFAULTS = {"logging_first_step": True}
 
 
 @dataclass
@@ -87,7 +88,7 @@ def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
 
 
 def options(argv: list[str] | None = None) -> Given:
-    return read("reward", (RewardArguments, ModelArguments, RewardConfig), __doc__, argv, DEMO)
+    return read("reward", (RewardArguments, ModelArguments, RewardConfig), __doc__, argv, DEMO, DEFAULTS)
 
 
 def main(argv: list[str] | None = None) -> None:
