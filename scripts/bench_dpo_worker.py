@@ -65,7 +65,7 @@ def main(job: dict[str, Any]) -> None:
     )
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_allocated()
-    if job["trainer"] == "trl_ext":  # resets that counter between the phases
+    if job["trainer"] == "trl_ext":  # which resets that counter between the phases
         peak = max(peak, trainer.phases.highest)
     Path(job["result"]).write_text(json.dumps({"seconds": clock.seconds, "peak_gb": peak / 1e9}))
 

@@ -62,6 +62,7 @@ def apply(edit: Edit, root: Path) -> None:
         else:
             assert not old, f"{edit.path} is not there, and its diff expects it to hold:\n{old}"
             text += new
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 

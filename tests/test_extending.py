@@ -1,13 +1,19 @@
 """The worked examples of docs/architecture.md: applied as written, trained with, compared with slow computations."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 import oracles
 import tiny
+import two_processes
 from extending import apply, edits, extended_copy, run_in, worked_examples
 from ppo_runs import log_lines, ppo_run, sum_of_terms
+from scale import zero_runs
+from scale.accelerate_files import launch
+from trl_ext.planner import hardware, layout_from_options, plan
 
 
 pytestmark = pytest.mark.integration
@@ -66,7 +72,7 @@ def per_token(rollout, *names):
 
 def test_every_worked_example_touches_at_most_two_files():
     examples = worked_examples()
-    assert {"A loss term", "An advantage estimator", "A KL estimator"} <= examples.keys()
+    assert examples.keys() == {"A loss term", "An advantage estimator", "A KL estimator", "A callback", "A layout"}
     for heading, parts in examples.items():
         assert 1 <= len({edit.path for edit in parts}) <= 2, heading
 
@@ -170,3 +176,83 @@ except ValueError as error:
 """
     error = run_in(extended_copy("A KL estimator", tmp_path), code)
     assert error == "`kl_estimator` is 'k3+'; it must be one of ('k1', 'k2', 'k3') in the reward."
+
+
+# --- a callback
+
+
+def test_callback_ends_a_run_at_the_first_line_with_its_tokens(tmp_path):
+    code = """
+import dpo_runs, ppo_runs
+from trl_ext.callbacks import TokenBudgetCallback
+
+def tokens_by_step(build, *callbacks):
+    trainer = build(folder, {"callbacks": list(callbacks)}, max_steps=5)
+    trainer.train()
+    lines = trainer.state.log_history
+    return {line["step"]: line["num_tokens"] for line in lines if "num_tokens" in line}, trainer.state.global_step
+
+result = []
+for build in (ppo_runs.ppo_trainer, dpo_runs.dpo_trainer):
+    whole, last = tokens_by_step(build)
+    budget = list(whole.values())[1]
+    result.append((whole, last, tokens_by_step(build, TokenBudgetCallback(budget)),
+                   tokens_by_step(build, TokenBudgetCallback(budget + 1))))
+try:
+    TokenBudgetCallback(0)
+except ValueError as error:
+    result.append(str(error))
+"""
+    *runs, error = run_in(extended_copy("A callback", tmp_path), code, folder=str(tmp_path / "run"))
+    for whole, last, (exact, exact_last), (more, more_last) in runs:
+        steps = list(whole)
+        assert last == 5
+        assert (exact_last, more_last) == (steps[1], steps[2])  # PPO logs tokens with a rollout, DPO with every step
+        assert exact == {step: whole[step] for step in steps[:2]}
+        assert more == {step: whole[step] for step in steps[:3]}
+    assert error == "`tokens` is 0; give at least 1, in tokens of prompts and responses."
+
+
+# --- a layout
+
+# accelerate and DeepSpeed import half of their optional dependencies.
+quiet = pytest.mark.filterwarnings("ignore")
+
+
+@quiet
+def test_layout_is_launched_and_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(extended_copy("A layout", tmp_path))
+    file = "configs/deepspeed/zero2_offload.json"
+    started = launch(Path("configs/accelerate/zero2_offload.yaml"))
+    assert started.processes == 8
+    assert started.environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == file
+    machine = hardware("a100-80gb", gpus=8)
+    planned = plan("qwen2.5-0.5b", layout_from_options("ppo", {"deepspeed": file, "critic": "head"}, machine), machine)
+    learning = planned.phases[-1].roles["actor"]
+    assert learning.weights == 2 * planned.models.actor.parameters
+    assert learning.optimizer == 0
+    assert planned.host > 16 * planned.models.actor.parameters
+
+
+@quiet
+@pytest.mark.proof
+@pytest.mark.distributed
+def test_layout_trains_as_without_offloading(tmp_path):
+    """Two processes, launched by the file: the optimizer is the host's, and the losses are those of ZeRO-2."""
+    copy = extended_copy("A layout", tmp_path)
+    zero_runs.save(tmp_path)
+    layouts = {}
+    for name, root in (("zero2_offload", copy), ("zero2", two_processes.ROOT)):
+        started = launch(root / "configs" / "accelerate" / f"{name}.yaml", "--num_processes", "2").environment
+        file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(root / "configs" / "deepspeed" / f"{name}.json")}
+        layouts[name] = {"environment": started | file, "options": {"max_steps": 3}}
+    (tmp_path / "layouts.json").write_text(json.dumps(layouts))
+    worker = Path(zero_runs.__file__).with_name("layout_worker.py")
+    arguments = (worker, tmp_path / "out.pt", tmp_path / "layouts.json")
+    measured = two_processes.measured(*arguments, deepspeed=True, timeout=900)
+    for algorithm in ("ppo", "dpo"):
+        run, plain = measured[f"zero2_offload, {algorithm}"], measured[f"zero2, {algorithm}"]
+        assert (run["stage"], run["optimizer"]) == (2, "DeepSpeedCPUAdam")
+        assert run["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-4)
+        assert plain["optimizer"] != run["optimizer"]
+        assert run["still"] == []

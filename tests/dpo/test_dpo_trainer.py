@@ -435,7 +435,11 @@ def test_options_of_sharing_change_the_path_and_no_number(tmp_path):
         )
         trainer.train()
         results[str(options)] = [
-            {key: value for key, value in line.items() if "_per_second" not in key and "runtime" not in key}
+            {
+                key: value
+                for key, value in line.items()
+                if not key.startswith(("tokens_per_second", "time/", "memory/"))
+            }
             for line in dpo_runs.lines(trainer)
         ]
     packed, rows, plain = shapes.values()

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..report.tables import read_rows
+
 
 Row = dict[str, Any]
 
@@ -51,7 +53,7 @@ class ModelTable:
         """When training starts: the reference's answers, and the first table, which is not shown."""
         if not takes_part(args, state):
             return
-        first = read_table(table_path(args.output_dir, self.folder, 0)) if state.global_step else []
+        first = read_rows(table_path(args.output_dir, self.folder, 0)) if state.global_step else []
         known = self.recall(first) if first else None
         self._of_reference = self.ask(self.reference or model, processing_class) if known is None else known
         if state.global_step == 0:
@@ -111,11 +113,6 @@ def table_path(output_dir: str, folder: str, step: int) -> Path:
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_table(path: Path) -> list[Row]:
-    """The rows; none where there is no file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line] if path.is_file() else []
 
 
 def show_table(title: str, rows: Sequence[Row]) -> None:

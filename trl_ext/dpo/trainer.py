@@ -240,8 +240,10 @@ class DPOTrainerX(DPOTrainer):
     def _speed(self) -> dict[str, float]:
         """Seconds by phase and tokens per second of learning, since the last line of training."""
         seconds = self.phases.pop_seconds()
+        learning = seconds.get("learn")  # of every optimizer step
+        if not learning:
+            return {}
         tokens = self._metrics["train"]["num_tokens"][0]  # since the first step, over all ranks
-        learning = seconds["learn"]  # of every optimizer step
         line = {"tokens_per_second": (tokens - self._tokens_logged) / sum(learning)}
         line["time/learn"] = sum(learning) / len(learning)
         if "reference" in seconds:
