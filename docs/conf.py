@@ -38,15 +38,18 @@ html_math_renderer = "mathml"  # below: browsers show it by themselves, so that 
 
 
 def describe_options(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Adds to a config class the options that it declares itself, with their help and default."""
+    """Adds to a config class the options that it and the topics it joins declare, with their help and default."""
     lines[:] = [re.sub(r"\[(`\w+`)\]", r"\1", line) for line in lines]  # links in the style of Hugging Face
     if not is_config(value):
         return
     fields = {field.name: field for field in dataclasses.fields(value)}
-    lines += ["", "Options:", ""]
-    for option in inspect.get_annotations(value):
-        help_text, default = fields[option].metadata.get("help", ""), _default(fields[option])
-        lines += [f"- ``{option}`` (default ``{default!r}``): {help_text}"]
+    for owner in (part for part in value.__mro__ if part.__module__.startswith("trl_ext.")):
+        topic = "Options" if owner is value else inspect.getdoc(owner).splitlines()[0]
+        options = inspect.get_annotations(owner)
+        lines += ["", f"{topic}:", ""] if options else []
+        for option in options:
+            help_text, default = fields[option].metadata.get("help", ""), _default(fields[option])
+            lines += [f"- ``{option}`` (default ``{default!r}``): {help_text}"]
     lines += [""]
 
 

@@ -6,7 +6,7 @@ and 0.5B, 1.5B and 7B models. Random weights, built layer by layer; nothing is d
     python scripts/measure_gpu.py --shapes 8b-24gb 0.5b              # two of them
     python scripts/measure_gpu.py --shapes tiny tiny-full --device cpu   # the same code on a small CPU
 
-Every run takes two rollouts in a process of its own and prints a row: GiB planned, and at most allocated and reserved;
+Every run takes two rollouts in a process of its own and prints a row: GiB planned, at most allocated, and reserved;
 tokens per second planned, and of the second rollout.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measure_gpu_models import config_of, random_model, save_reward_adapter, tokenizer
-from measure_memory_worker import Peaks, in_status
+from measure_memory_worker import in_status
 from peft import LoraConfig
 
 from trl_ext import PPOConfigX, PPOTrainerX, planner
@@ -85,11 +85,11 @@ def work(job: dict[str, Any], device: str, place: Path) -> None:
         allocated = job["limit"] * GIB - planner.Hardware.context
         torch.cuda.set_per_process_memory_fraction(min(1.0, allocated / torch.cuda.mem_get_info()[1]))
     trainer, planned = build(job, device, place)
-    Peaks().close(None)
     trainer.train()
     speeds = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
-    peaks = [in_status("VmHWM") - before] * 2 if device == "cpu" else []
-    peaks = peaks or [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    # The trainer resets the counter of what is allocated between its phases.
+    allocated = max(value for line in trainer.state.log_history for key, value in line.items() if "memory/" in key)
+    peaks = [allocated * GIB - before] * 2 if device == "cpu" else [allocated * GIB, torch.cuda.memory_reserved()]
     rates = [f"{rate:,.0f}" for rate in (planner.speed(planned).tokens_per_second, speeds[-1])]
     (place / "row").write_text(" | ".join([*(f"{size / GIB:.2f}" for size in (planned.peak.total, *peaks)), *rates]))
 

@@ -88,3 +88,42 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 def response_lengths(completions: list[str], **kwargs: Any) -> list[float]:
     """A reward function: a tenth of the number of words."""
     return [len(completion.split()) / 10 for completion in completions]
+
+
+def best_after_two_steps(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A reward function whose scores are best, 0, after two optimizer steps."""
+    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
+
+
+def run_to_best_checkpoint(
+    output_dir: str | Path, models: dict[str, Any], **options: Any
+) -> tuple[PPOTrainerX, dict[int, dict[str, torch.Tensor]]]:
+    """
+    A run of 6 steps that saves after steps 2, 4 and 6 and ends with the checkpoint of the best held-out score, which
+    `models` has to make that of step 2. Returns the trainer, and the parameters at each checkpoint.
+    """
+    every_two_steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = ppo_trainer(
+        output_dir,
+        models | {"eval_dataset": tiny.tiny_prompts(3, seed=3)},
+        total_episodes=12,
+        per_device_eval_batch_size=2,
+        metric_for_best_model="eval_reward/score",
+        load_best_model_at_end=True,
+        num_sample_generations=0,
+        learning_rate=1e-2,
+        **every_two_steps,
+        **options,
+    )
+    kept = {}
+    save = trainer._save_checkpoint
+
+    def keep(*args: Any, **kwargs: Any) -> None:
+        kept[trainer.state.global_step] = snapshot(trainer.model)
+        save(*args, **kwargs)
+
+    trainer._save_checkpoint = keep
+    trainer.train()
+    assert list(kept) == [2, 4, 6]
+    assert trainer.state.best_model_checkpoint == str(Path(output_dir) / "checkpoint-2")
+    return trainer, kept

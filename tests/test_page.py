@@ -115,7 +115,8 @@ def test_page_of_a_ppo_run_shows_all_that_its_log_has(tmp_path):
 
 
 def test_page_of_a_dpo_run_has_the_table_before_and_after(tmp_path, undrawn):
-    log = [line | {"kl/ref": 0.1, "preference/gradient_weight": 0.4} if "loss" in line else line for line in DPO_LOG]
+    extra = {"kl/ref": 0.1, "preference/gradient_weight": 0.4, "tokens_per_second": 9000.0, "memory/learn": 3.0}
+    log = [line | extra if "loss" in line else line for line in DPO_LOG] + [{"step": 2, "memory/evaluate": 5.0}]
     page = write_report([run_folder(tmp_path / "d", log)]).read_text(encoding="utf-8")
     assert titles(tmp_path / "d") == [
         "Loss",
@@ -126,10 +127,13 @@ def test_page_of_a_dpo_run_has_the_table_before_and_after(tmp_path, undrawn):
         "Calibration, and the pull of length",
         "KL to the reference, estimated on the pairs",
         "Gradient weight",
+        "Throughput",
+        "Memory by phase",
     ]
     text = text_of(page)
     assert "preference accuracy (95% interval) all ties 75.0% (50.0% to 87.5%)" in text
     assert "margin, mean +0.000 +1.000" in text
+    assert "tokens per second 9,000 9,000 GiB at most held, of one process 5.00" in text
     assert "eval_preference/calibration_error is 0.25 lately, above 0.1" in text
 
 

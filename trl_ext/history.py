@@ -1,22 +1,20 @@
-"""What a Trainer has logged (`state.log_history`), read as series. Pure: the standard library only."""
+"""What a Trainer has logged (`state.log_history`), read as series. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .ppo.losses import COEFFICIENT_OF, option_of, sign
 
 
 Log = Sequence[Mapping[str, Any]]
 Series = tuple[list[int], list[float]]
 """Steps and values, in the order of the log."""
 
-# Contribution to PPO's loss -> the log keys it is the product of, and its sign.
-CONTRIBUTIONS = {
-    "−clip_objective": (("terms/clip_objective",), -1),
-    "kl_coef · kl": (("coef/kl", "terms/kl"), 1),
-    "vf_coef · value_loss": (("coef/vf", "terms/value_loss"), 1),
-    "−ent_coef · entropy": (("coef/entropy", "terms/entropy"), -1),
-    "old_kl_coef · old_kl": (("coef/old_kl", "terms/old_kl"), 1),
-    "aux_coef · aux_loss": (("coef/aux", "terms/aux_loss"), 1),
+# Contribution to PPO's loss, such as "−ent_coef · entropy" -> the log keys it is the product of, and its sign.
+CONTRIBUTIONS = {"−clip_objective": (("terms/clip_objective",), -1)} | {
+    f"{'−' if sign(term) < 0 else ''}{option_of(name)} · {term}": ((f"coef/{name}", f"terms/{term}"), sign(term))
+    for term, name in COEFFICIENT_OF.items()
 }
 TIE = 1e-4  # in β · nats; what rounding makes of two equal models is smaller
 
@@ -61,6 +59,13 @@ def reference_kl(log: Log) -> Series:
     return list(values), list(values.values())
 
 
+def memory(log: Log) -> Series:
+    """GiB at most held in any phase, of the lines that say it."""
+    lines = [(int(line["step"]), [v for k, v in line.items() if k.startswith("memory/")]) for line in log]
+    values = {step: float(max(peaks)) for step, peaks in lines if peaks}
+    return list(values), list(values.values())
+
+
 def held_out_accuracy(log: Log) -> str | None:
     """The key of the held-out preference accuracy: `DPOTrainerX`'s, else `DPOTrainer`'s, else `RewardTrainer`'s."""
     names = ("eval_preference/accuracy", "eval_rewards/accuracies", "eval_accuracy")
@@ -70,9 +75,9 @@ def held_out_accuracy(log: Log) -> str | None:
 def contributions(log: Log) -> dict[str, Series]:
     """Steps and values of each signed, weighted term of the PPO loss, which add up to `loss`. None that stays 0."""
     curves = {}
-    for name, (keys, sign) in CONTRIBUTIONS.items():
+    for name, (keys, direction) in CONTRIBUTIONS.items():
         lines = [line for line in log if all(line.get(key) is not None for key in keys)]
-        values = [sign * math.prod(float(line[key]) for key in keys) for line in lines]
+        values = [direction * math.prod(float(line[key]) for key in keys) for line in lines]
         if any(values):
             curves[name] = ([int(line["step"]) for line in lines], values)
     return curves

@@ -40,6 +40,7 @@ SETTINGS = {
 
 # TRL's means over the tokens of a micro-batch, averaged over micro-batches: these depend on how a batch is cut.
 OF_MICRO_BATCHES = ("entropy", "logits/", "mean_token_accuracy")
+OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
 
 CASES = {
     "sigmoid": {},
@@ -67,10 +68,28 @@ def run(size: int, accumulation: int, adapter: bool = False, data: dict[str, Dat
     train, (held_out,) = dpo_runs.lines(trainer), dpo_runs.lines(trainer, "eval_loss")
     assert not trainer._ledgers["eval"]._batches
     own = ("preference/", "rewards/margins_", "kl/", "_drift", "_std", "_below_zero")
-    lines = [{key: value for key, value in line.items() if not key.startswith(OF_MICRO_BATCHES)} for line in train]
+    left_out = OF_MICRO_BATCHES + OF_THE_MACHINE
+    lines = [{key: value for key, value in line.items() if not key.startswith(left_out)} for line in train]
     lines.append({key: value for key, value in held_out.items() if any(part in key for part in own)})
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {"lines": lines, "parameters": {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+
+def fill(*_):
+    """Takes 200 MiB and gives them back, where no gradient is wanted."""
+    if not torch.is_grad_enabled():
+        torch.ones(200 * 2**20, dtype=torch.int8)
+
+
+def memory_of_a_hungry_rank(data):
+    """What is logged where the second of two processes needs 200 MiB to evaluate."""
+    model = dpo_runs.tiny_model()
+    if torch.distributed.get_rank() == 1:
+        model.register_forward_pre_hook(fill)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = dpo_runs.dpo_run(folder, data | {"model": model}, max_steps=1)
+        trainer.evaluate()
+    return {k: v for line in trainer.state.log_history for k, v in line.items() if k.startswith("memory/")}
 
 
 def ledger_per_rank():
@@ -96,6 +115,7 @@ def main(path: str) -> None:
     measured["2 x 2"] = run(2, 2, data=data)
     with ledger_per_rank():
         measured["ledger per rank"] = run(4, 1, data=data)
+    measured["hungry rank"] = memory_of_a_hungry_rank(data)
     two_processes.write(measured, path)
 
 

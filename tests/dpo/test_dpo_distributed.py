@@ -31,6 +31,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     for name, data in dpo_layouts.DATA.items():
         data.save_to_disk(str(tmp_path / name))
     measured = two_processes.measured(Path(dpo_layouts.__file__), tmp_path / "measured.pt")
+    memory = measured.pop("hungry rank")
     alone = {case: dpo_layouts.run(8, 1, **options) for case, options in dpo_layouts.CASES.items()}
     assert alone["sigmoid"]["lines"][-1]["eval_preference/pairs"] == 11
     assert alone["sigmoid"]["lines"][0]["preference/pairs"] == 16
@@ -38,6 +39,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert differences.pop("ledger per rank")[0] > 1e-2
     assert differences.keys() == {*dpo_layouts.CASES, "2 x 2"}
     assert max(differences.values())[0] < TOLERANCE, differences
+    assert memory["memory/evaluate"] - memory["memory/learn"] > 0.8 * 200 / 1024  # GiB, of the rank that needs most
 
 
 @pytest.mark.integration

@@ -20,7 +20,6 @@ import dpo_runs
 import ppo_runs
 import two_processes
 from trl_ext.ppo import placement
-from trl_ext.ppo import trainer as trainer_module
 
 
 LOGGED = ("loss", "terms/", "kl/", "reward/", "rewards/", "value/")
@@ -54,7 +53,7 @@ def ppo(folder, **options):
     with (
         tempfile.TemporaryDirectory() as output,
         mock.patch.object(placement, "on_host", return_value=not waiting),
-        mock.patch.object(trainer_module, "WaitingWeights", Poisoned),
+        mock.patch.object(placement, "WaitingWeights", Poisoned),
     ):
         trainer = ppo_runs.ppo_run(output, models, **(fixed | options))
     first, second = trainer.reward_funcs

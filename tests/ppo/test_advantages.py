@@ -150,7 +150,7 @@ def test_holes_are_stepped_over():
 @pytest.mark.parametrize("estimator", ["GAE", "step", "0_step", "<n>_step", "-1_step", "vtrace", ""])
 def test_an_unknown_estimator_is_refused_with_the_known_ones(estimator):
     with pytest.raises(ValueError, match=r"choose one of gae, reinforce, reinforce_baseline or <n>_step"):
-        advantages.validate_estimator(estimator)
+        advantages.find_estimator(estimator)
 
 
 def test_n_below_1_is_refused():

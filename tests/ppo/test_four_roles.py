@@ -17,7 +17,17 @@ from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
 
 import tiny
 from ppo import four_roles
-from ppo_runs import changed, log_lines, ppo_run, ppo_trainer, response_lengths, snapshot, sum_of_terms
+from ppo_runs import (
+    best_after_two_steps,
+    changed,
+    log_lines,
+    ppo_run,
+    ppo_trainer,
+    response_lengths,
+    run_to_best_checkpoint,
+    snapshot,
+    sum_of_terms,
+)
 from trl_ext import _trl
 from trl_ext.device import keep_4_bit_differentiable
 from trl_ext.ppo.adapters import load_reward_adapter, stand_on
@@ -424,39 +434,9 @@ def test_saved_critic_continues_as_value_model(paths, runs, tmp_path):
     assert changed(again.critic, {name: p.detach() for name, p in saved.named_parameters()}) == own.keys()
 
 
-def fewer_with_time(completions, trainer_state, **kwargs):
-    """Scores that are best after two steps."""
-    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
-
-
 def test_best_checkpoint_has_the_best_critic_too(paths, tmp_path):
-    given = four_roles.models(paths, quantization=None, eval_dataset=tiny.tiny_prompts(3, seed=3))
-    trainer = ppo_trainer(
-        tmp_path,
-        given | {"reward_funcs": fewer_with_time},
-        critic="adapter",
-        reward_weights=[0.0, 1.0],
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-        total_episodes=12,
-        per_device_eval_batch_size=2,
-        metric_for_best_model="eval_reward/score",
-        load_best_model_at_end=True,
-        num_sample_generations=0,
-        learning_rate=1e-2,
-    )
-    kept = {}
-    save = trainer._save_checkpoint
-
-    def keep(*args, **kwargs):
-        kept[trainer.state.global_step] = snapshot(trainer.model)
-        save(*args, **kwargs)
-
-    trainer._save_checkpoint = keep
-    trainer.train()
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    models = four_roles.models(paths, quantization=None) | {"reward_funcs": best_after_two_steps}
+    trainer, kept = run_to_best_checkpoint(tmp_path, models, critic="adapter", reward_weights=[0.0, 1.0])
     assert changed(trainer.model, kept[2]) == set()
     assert {name.split(".")[0] for name in changed(trainer.model, kept[6])} == {"base_model", "critic"}
 

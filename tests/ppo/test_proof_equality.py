@@ -14,10 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 import oracles
 import ppo_runs
 import tiny
-from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext import PPOConfigX, PPOTrainerX, _trl
 from trl_ext.ppo import advantages as advantages_module
-from trl_ext.ppo import experience, losses
-from trl_ext.ppo import trainer as trainer_module
+from trl_ext.ppo import experience, learning, losses
 from trl_ext.ppo.rollout import MicroBatch, Rollout
 
 
@@ -350,7 +349,7 @@ def test_control_the_slow_oracle_notices(tmp_path, monkeypatch, mistake):
         rollout.mask = rollout.attended
     elif mistake == "one token too many":
         monkeypatch.setattr(
-            trainer_module, "ppo_terms", lambda **k: losses.ppo_terms(**(k | {"num_tokens": k["num_tokens"] + 1}))
+            learning, "ppo_terms", lambda **k: losses.ppo_terms(**(k | {"num_tokens": k["num_tokens"] + 1}))
         )
     elif mistake == "values late":
         monkeypatch.setattr(trainer, "_forward", shifted(trainer._forward))
@@ -472,7 +471,7 @@ def test_first_step_has_ratio_exactly_1_and_kl_exactly_0(tmp_path, leash, num_mi
 
 @pytest.mark.integration
 def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module._trl, "disable_dropout", lambda model: None)
+    monkeypatch.setattr(_trl, "disable_dropout", lambda model: None)
     monkeypatch.setattr(PPOTrainerX, "_check_reference", lambda self, rollout: None)  # it stops such a run
     line = first_log_line(tmp_path, num_mini_batches=2)
     assert line["policy/ratio_max"] > 1.1

@@ -22,6 +22,13 @@ def expected_rewards(scores, kl, kl_coef, mask):
     return torch.cat(rows)
 
 
+def test_weighted_scores_sum_the_sources_that_apply():
+    nan = math.nan
+    said = torch.tensor([[1.0, 2.0], [nan, 2.0], [1.0, nan], [nan, nan]])
+    result = rewards.weighted_scores(said, torch.tensor([3.0, -0.5]))
+    torch.testing.assert_close(result, torch.tensor([3.0 - 1.0, -1.0, 3.0, nan]), equal_nan=True)
+
+
 def test_token_rewards_pay_the_score_last_and_the_kl_everywhere():
     b = oracles.batch()
     kl = b.logps - b.ref_logps

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
-from ppo_runs import changed, log_lines, ppo_run, ppo_trainer, snapshot
+from ppo_runs import best_after_two_steps, changed, log_lines, ppo_run, ppo_trainer, run_to_best_checkpoint, snapshot
 from trl_ext.ppo.critic import ValueHead
 
 
@@ -146,42 +146,12 @@ def test_saving_elsewhere_leaves_the_output_folder_alone(tmp_path):
 # --- the best checkpoint
 
 
-def fewer_with_time(completions, trainer_state, **kwargs):
-    """Scores that are best after two steps."""
-    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
-
-
 @pytest.mark.parametrize("kind", ["full", "adapter", "head"])
 def test_best_checkpoint_by_held_out_score_is_loaded_at_the_end(tmp_path, kind):
-    models = {"reward_model": None, "reward_funcs": fewer_with_time, "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    models = {"reward_model": None, "reward_funcs": best_after_two_steps}
     if kind == "adapter":
         models["peft_config"] = lora()
-    trainer = ppo_trainer(
-        tmp_path,
-        models,
-        critic="head" if kind == "head" else "model",
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-        total_episodes=12,
-        per_device_eval_batch_size=2,
-        metric_for_best_model="eval_reward/score",
-        load_best_model_at_end=True,
-        num_sample_generations=0,
-        learning_rate=1e-2,
-    )
-    kept = {}
-    save = trainer._save_checkpoint
-
-    def keep(*args, **kwargs):
-        kept[trainer.state.global_step] = snapshot(trainer.model)
-        save(*args, **kwargs)
-
-    trainer._save_checkpoint = keep
-    trainer.train()
-    assert list(kept) == [2, 4, 6]
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    trainer, kept = run_to_best_checkpoint(tmp_path, models, critic="head" if kind == "head" else "model")
     assert trainer.state.best_metric == 0.0
     assert changed(trainer.model, kept[2]) == set()  # actor and critic
     of_critic = {name for name in kept[2] if "critic." in name}

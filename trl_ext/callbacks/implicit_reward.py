@@ -9,19 +9,9 @@ from transformers import TrainerCallback
 
 from ..dpo.implicit_reward import completion_logps
 from ..dpo.losses import implicit_reward
-from .tables import (
-    evaluating,
-    read_table,
-    show_table,
-    table_path,
-    takes_part,
-    text_of,
-    tokenizer_of,
-    write_table,
-)
+from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
 
 
-FOLDER = "implicit_rewards"
 SIDES = ("chosen", "rejected")
 
 
@@ -64,75 +54,61 @@ class ImplicitRewardCallback(TrainerCallback):
             raise ValueError(f"`beta` is {beta}; it must be above 0.")
         if every is not None and every < 1:
             raise ValueError(f"`every` is {every}; it must be at least 1 step, or unset for every evaluation.")
-        self.rows = rows
+        self.pairs = rows
         self.beta = beta
         self.every = every
-        self.reference = reference
         self.batch_size = batch_size
-        self._ref_logps = torch.zeros(2, len(rows))
-        self._shown_at = -1
+        self._table = ModelTable(
+            folder="implicit_rewards",
+            title="implicit rewards, β · nats",
+            shown=("prompt", *SIDES, "chosen_reward", "rejected_reward", "margin"),
+            ask=self._logps,
+            rows=self._rows,
+            recall=self._recall,
+            reference=reference,
+        )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.beta is None and not (getattr(args, "beta", None) or 0) > 0:
             raise ValueError(
                 f"{type(args).__name__} has no `beta` above 0, so ImplicitRewardCallback needs one: `beta=0.1`, say."
             )
-        if not takes_part(args, state):
-            return
-        first = read_table(table_path(args.output_dir, FOLDER, 0)) if state.global_step else []
-        if [(row["chosen"], row["rejected"]) for row in first] == [
-            tuple(map(text_of, self._texts(r))) for r in self.rows
-        ]:
-            self._ref_logps = torch.tensor([[row[f"{side}_ref_logp"] for row in first] for side in SIDES])  # resumed
-        else:
-            self._ref_logps = self._logps(self.reference or model, kwargs["processing_class"])
-        if state.global_step == 0:
-            self._write(args, state, self._logps(model, kwargs["processing_class"]), show=False)
+        self._table.begin(args, state, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every is not None and state.global_step % self.every == 0:
-            self._score(args, state, **kwargs)
+            self._table.again(args, state, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every is None and state.global_step > 0:
-            self._score(args, state, **kwargs)
+            self._table.again(args, state, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._score(args, state, **kwargs)
+        self._table.again(args, state, **kwargs)
 
-    def _score(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
-        if takes_part(args, state) and self._shown_at != state.global_step:
-            self._write(args, state, self._logps(model, processing_class), show=True)
-            self._shown_at = state.global_step
+    def _rows(self, args: Any, logps: Tensor, ref_logps: Tensor) -> list[Row]:
+        rewards = implicit_reward(logps, ref_logps, self.beta or args.beta)
+        columns = torch.cat([rewards, rewards[:1] - rewards[1:], ref_logps]).T.tolist()
+        names = ("chosen_reward", "rejected_reward", "margin", *(f"{side}_ref_logp" for side in SIDES))
+        return [
+            {name: text_of(pair[name]) for name in ("prompt", *SIDES)} | dict(zip(names, numbers, strict=True))
+            for pair, numbers in zip(self.pairs, columns, strict=True)
+        ]
 
-    def _write(self, args: Any, state: Any, logps: Tensor, show: bool) -> None:
-        if not state.is_world_process_zero:
-            return
-        chosen, rejected = implicit_reward(logps, self._ref_logps, self.beta or args.beta).tolist()
-        rows = [
-            {"prompt": text_of(row["prompt"]), "chosen": text_of(row["chosen"]), "rejected": text_of(row["rejected"])}
-            | {"chosen_reward": chosen[i], "rejected_reward": rejected[i], "margin": chosen[i] - rejected[i]}
-            for i, row in enumerate(self.rows)
-        ]
-        if show:
-            show_table(f"Step {state.global_step}: implicit rewards, β · nats", rows)
-        of_reference = [
-            {f"{side}_ref_logp": value for side, value in zip(SIDES, values, strict=True)}
-            for values in self._ref_logps.T.tolist()
-        ]
-        path = table_path(args.output_dir, FOLDER, state.global_step)
-        write_table(path, [row | other for row, other in zip(rows, of_reference, strict=True)])
+    def _recall(self, rows: list[Row]) -> Tensor | None:
+        """The reference's log-probabilities from the first table, if it is of these pairs."""
+        if [[row[side] for side in SIDES] for row in rows] != [
+            [text_of(p[side]) for side in SIDES] for p in self.pairs
+        ]:
+            return None
+        return torch.tensor([[row[f"{side}_ref_logp"] for row in rows] for side in SIDES])
 
     def _logps(self, model: Any, processing_class: Any) -> Tensor:
         """(2, pairs): log-probabilities of the chosen and of the rejected completions, nats per sequence."""
-        tokenizer, prompts = tokenizer_of(processing_class), [row["prompt"] for row in self.rows]
+        tokenizer, prompts = tokenizer_of(processing_class), [pair["prompt"] for pair in self.pairs]
         with evaluating(model):
             sides = [
-                completion_logps(model, tokenizer, prompts, [row[side] for row in self.rows], self.batch_size)
+                completion_logps(model, tokenizer, prompts, [pair[side] for pair in self.pairs], self.batch_size)
                 for side in SIDES
             ]
         return torch.stack(sides)
-
-    @staticmethod
-    def _texts(row: Mapping[str, Any]) -> list[Any]:
-        return [row[side] for side in SIDES]

@@ -6,19 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
-from .tables import (
-    evaluating,
-    read_table,
-    show_table,
-    table_path,
-    takes_part,
-    text_of,
-    tokenizer_of,
-    write_table,
-)
+from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
 
 
-FOLDER = "samples"
 Prompt = str | list[dict[str, Any]]
 
 
@@ -58,44 +48,35 @@ class SampleCallback(TrainerCallback):
         self.prompts = list(prompts)
         self.every = every
         self.max_new_tokens = max_new_tokens
-        self.reference = reference
-        self._of_reference: list[str] = []
-        self._shown_at = -1
+        self._table = ModelTable(
+            folder="samples",
+            title="fixed prompts, actor and reference",
+            shown=("prompt", "actor", "reference"),
+            ask=self._complete,
+            rows=self._rows,
+            recall=self._recall,
+            reference=reference,
+        )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not takes_part(args, state):
-            return
-        first = read_table(table_path(args.output_dir, FOLDER, 0)) if state.global_step else []
-        if first and [row["prompt"] for row in first] == [text_of(prompt) for prompt in self.prompts]:  # resumed
-            self._of_reference = [row["reference"] for row in first]
-        else:
-            self._of_reference = self._complete(self.reference or model, kwargs["processing_class"])
-        if state.global_step == 0:
-            actor = self._of_reference if self.reference is None else self._complete(model, kwargs["processing_class"])
-            self._write(args, state, actor, show=False)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._table.begin(args, state, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._sample(args, state, **kwargs)
+            self._table.again(args, state, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._sample(args, state, **kwargs)
+        self._table.again(args, state, **kwargs)
 
-    def _sample(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
-        if takes_part(args, state) and self._shown_at != state.global_step:
-            self._write(args, state, self._complete(model, processing_class), show=True)
-            self._shown_at = state.global_step
-
-    def _write(self, args: Any, state: Any, actor: Sequence[str], show: bool) -> None:
-        if not state.is_world_process_zero:
-            return
-        rows = [
+    def _rows(self, args: Any, actor: list[str], reference: list[str]) -> list[Row]:
+        return [
             {"prompt": text_of(prompt), "actor": mine, "reference": other}
-            for prompt, mine, other in zip(self.prompts, actor, self._of_reference, strict=True)
+            for prompt, mine, other in zip(self.prompts, actor, reference, strict=True)
         ]
-        write_table(table_path(args.output_dir, FOLDER, state.global_step), rows)
-        if show:
-            show_table(f"Step {state.global_step}: fixed prompts, actor and reference", rows)
+
+    def _recall(self, rows: list[Row]) -> list[str] | None:
+        are_these = [row["prompt"] for row in rows] == [text_of(prompt) for prompt in self.prompts]
+        return [row["reference"] for row in rows] if are_these else None
 
     @torch.no_grad()
     def _complete(self, model: Any, processing_class: Any) -> list[str]:

@@ -1,7 +1,7 @@
-"""What the callbacks share that ask the model something: a quiet model, a table on the terminal, and in a file."""
+"""What the callbacks share that ask the model something: when they ask whom, a table on the terminal and in a file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,73 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..report.tables import read_rows
+
+
+Row = dict[str, Any]
+
+
+class ModelTable:
+    """
+    What a model and its reference answer to the same questions, at the start of a run, whenever `again` is called and
+    at the end: on the terminal, and in `<folder>/step_<step>.jsonl` in the run's folder. The reference is the model as
+    it is when training starts, unless another is given; it is asked once, and a resumed run reads its answers from the
+    first table.
+
+    Args:
+        folder: where the files go, within the run's folder.
+        title: of the table on the terminal, which shows the columns of `shown` in it.
+        ask: from a model and its processing class to the answers.
+        rows: from the training arguments, the model's answers and the reference's to the rows.
+        recall: from the rows of a run's first table to the reference's answers, `None` if they are to other questions.
+        reference: another model to compare with.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        title: str,
+        shown: Sequence[str],
+        ask: Callable[[Any, Any], Any],
+        rows: Callable[[Any, Any, Any], list[Row]],
+        recall: Callable[[list[Row]], Any],
+        reference: Any = None,
+    ):
+        self.folder, self.title, self.shown = folder, title, shown
+        self.ask, self.rows, self.recall = ask, rows, recall
+        self.reference = reference
+        self._of_reference: Any = None
+        self._shown_at = -1
+
+    def begin(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
+        """When training starts: the reference's answers, and the first table, which is not shown."""
+        if not takes_part(args, state):
+            return
+        first = read_rows(table_path(args.output_dir, self.folder, 0)) if state.global_step else []
+        known = self.recall(first) if first else None
+        self._of_reference = self.ask(self.reference or model, processing_class) if known is None else known
+        if state.global_step == 0:
+            is_reference = self.reference is None
+            self._write(args, state, self._of_reference if is_reference else self.ask(model, processing_class))
+
+    def again(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
+        """A table of this step, unless it has one."""
+        if takes_part(args, state) and self._shown_at != state.global_step:
+            rows = self._write(args, state, self.ask(model, processing_class))
+            if rows:
+                show_table(
+                    f"Step {state.global_step}: {self.title}", [{c: row[c] for c in self.shown} for row in rows]
+                )
+            self._shown_at = state.global_step
+
+    def _write(self, args: Any, state: Any, answers: Any) -> list[Row]:
+        """The rows that the main process has written; none in another process."""
+        if not state.is_world_process_zero:
+            return []
+        rows = self.rows(args, answers, self._of_reference)
+        write_table(table_path(args.output_dir, self.folder, state.global_step), rows)
+        return rows
 
 
 @contextmanager
@@ -43,17 +110,12 @@ def table_path(output_dir: str, folder: str, step: int) -> Path:
     return Path(output_dir) / folder / f"step_{step:05d}.jsonl"
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows; none where there is no file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line] if path.is_file() else []
-
-
-def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+def show_table(title: str, rows: Sequence[Row]) -> None:
     """On the terminal: a column for each key, numbers with two decimals."""
     table = Table(title=title, show_lines=True)
     for column in rows[0]:

@@ -1,11 +1,13 @@
 """`DPOConfigX`: TRL's `DPOConfig`, with shared prefixes and a label smoothing that works."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from trl import DPOConfig
 
 from ..device import computes_in_bf16
 from ..frozen import QUANTIZATIONS
+from ..ranges import COUNT, check_ranges, one_of
 from ..zero import check_batch_fields
 
 
@@ -34,7 +36,7 @@ class DPOConfigX(DPOConfig):
         default=True,
         metadata={"help": "With shared prefixes: put all pairs of a batch into one row, without padding."},
     )
-    ref_model_quantization: str | None = field(
+    ref_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
         default=None,
         metadata={
             "help": "Load the reference in fewer bits, with bitsandbytes: '8bit' or '4bit' (NF4). For a `ref_model` "
@@ -47,10 +49,10 @@ class DPOConfigX(DPOConfig):
         default=False,
         metadata={"help": "Show completions of actor and reference side by side at every evaluation."},
     )
-    num_eval_samples: int = field(
+    num_eval_samples: Annotated[int, COUNT] = field(
         default=4, metadata={"help": "With `generate_during_eval`: held-out prompts to complete, from the first on."}
     )
-    eval_max_new_tokens: int = field(
+    eval_max_new_tokens: Annotated[int, COUNT] = field(
         default=64, metadata={"help": "With `generate_during_eval`: tokens in a completion, at most."}
     )
 
@@ -58,6 +60,7 @@ class DPOConfigX(DPOConfig):
         if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
+        check_ranges(self)
         check_batch_fields(self, "`gradient_accumulation_steps`")
         if not self.beta > 0:
             raise ValueError(
@@ -78,15 +81,8 @@ class DPOConfigX(DPOConfig):
                 "`label_smoothing` with `loss_type='sigmoid'` is not defined together with `use_weighting=True`: "
                 "switch one of them off."
             )
-        if self.ref_model_quantization not in QUANTIZATIONS:
-            raise ValueError(
-                f"`ref_model_quantization` is {self.ref_model_quantization!r}; it must be one of {QUANTIZATIONS}."
-            )
         if self.ref_model_quantization is not None and self.sync_ref_model:
             raise ValueError(
                 "`sync_ref_model` copies the policy's weights into the reference, and `ref_model_quantization` leaves "
                 "it weights of another form: switch one of them off."
             )
-        for name in ("num_eval_samples", "eval_max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")

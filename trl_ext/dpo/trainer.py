@@ -19,6 +19,7 @@ from trl import DPOTrainer
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
 from ..model_card import card_name, complete_card, hub_name
+from ..phases import Phases
 from ..pretrained import check_no_adapter, text_config, tokenizer_of
 from ..zero import check_unquantized
 from .card import dpo_training
@@ -38,24 +39,26 @@ logger = logging.getLogger(__name__)
 
 class DPOTrainerX(DPOTrainer):
     """
-    Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
-    reference log-probabilities, vision data (which goes TRL's way untouched).
+        Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
+        reference log-probabilities, vision data (which goes TRL's way untouched).
 
-    - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
-    - `label_smoothing` works with `loss_type="sigmoid"`.
-    - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
-      column `source` in the data, the accuracy of each source.
-    - Pairs whose completions are equal are dropped, with a warning.
+        - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
+        - `label_smoothing` works with `loss_type="sigmoid"`.
+        - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
+          column `source` in the data, the accuracy of each source.
+        - Pairs whose completions are equal are dropped, with a warning.
 
-    Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `_compute_loss`, `log`, `evaluate`, `save_model`, `create_model_card`.
+        Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
+    from ..model_card import card_name, complete_card, hub_name
+    from ..phases import Phases
+    from ..pretrained import check_no_adapter, text_config, tokenizer_of
 
-    Args:
-        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
+        Args:
+            args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
 
-    Raises:
-        ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
-        FloatingPointError: when a loss is not finite.
+        Raises:
+            ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
+            FloatingPointError: when a loss is not finite.
     """
 
     data_collator: Any
@@ -97,6 +100,8 @@ class DPOTrainerX(DPOTrainer):
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
         self._eval_prefix = "eval"
+        self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
+        self._tokens_logged = 0
         super().__init__(
             model,
             ref_model,
@@ -107,6 +112,7 @@ class DPOTrainerX(DPOTrainer):
             processing_class,
             **kwargs,
         )
+        self.add_callback(self.phases)
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)
@@ -156,12 +162,17 @@ class DPOTrainerX(DPOTrainer):
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         self._score_pairs()
-        return super()._precompute_ref_logps(*args, **kwargs)
+        with self.phases.during("reference"):
+            return super()._precompute_ref_logps(*args, **kwargs)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != SOURCE})
 
     # ---- 2. The loss ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.phases.enter("learn")
+        return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         sources = inputs.get(SOURCE)
@@ -222,13 +233,35 @@ class DPOTrainerX(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         for key, value in self._ledgers[mode].pop().items():
             self._metrics[mode][key] = [value]
+        if mode == "train" and "loss" in logs:
+            logs.update(self._speed() | self.phases.pop_memory(self.accelerator.gather, "reference", "learn"))
+        elif mode == "eval":
+            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
         if mode == "eval" and self._eval_prefix != "eval":  # one of several sets: TRL has one name for all of them
             collected = self._metrics[mode]
             logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
             collected.clear()
         super().log(logs, start_time)
 
+    def _speed(self) -> dict[str, float]:
+        """Seconds by phase and tokens per second of learning, since the last line of training."""
+        seconds = self.phases.pop_seconds()
+        learning = seconds.get("learn")  # of every optimizer step
+        if not learning:
+            return {}
+        tokens = self._metrics["train"]["num_tokens"][0]  # since the first step, over all ranks
+        line = {"tokens_per_second": (tokens - self._tokens_logged) / sum(learning)}
+        line["time/learn"] = sum(learning) / len(learning)
+        if "reference" in seconds:
+            line["time/reference"] = sum(seconds["reference"])
+        self._tokens_logged = tokens
+        return line
+
     # ---- 4. Evaluate ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.phases.during("evaluate"):
+            return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

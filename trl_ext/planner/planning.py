@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import memory
-from .layout import GIB, Hardware, Layout
+from .layout import Hardware, Layout
 from .phases import Models, Phase, phases
 from .shapes import ModelShape, adapter_shape, load_config, model_shape
 
@@ -51,21 +51,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.needed <= self.hardware.memory and self.host <= self.hardware.host_memory
-
-    def shortfall(self) -> str:
-        """What does not fit, in words; empty if all does."""
-        lines = []
-        if self.needed > self.hardware.memory:
-            lines.append(
-                f"It needs {self.needed / GIB:.1f} GiB on each GPU, which has {self.hardware.memory / GIB:.1f}; most "
-                f"when {self.peak.moment} ({self.peak.name})."
-            )
-        if self.host > self.hardware.host_memory:
-            lines.append(
-                f"It needs {self.host / GIB:.0f} GiB of host memory on each node, which has "
-                f"{self.hardware.host_memory / GIB:.0f}."
-            )
-        return " ".join(lines)
 
 
 def models_of(names: ModelNames, layout: Layout) -> Models:

@@ -1,6 +1,5 @@
 """Adapters that cannot do what they are given for, found out before any weights are loaded."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from .._trl import get_config_model_id
 from ..fingerprint import FILE, base_fingerprint, weights_fingerprint
+from ..frozen import is_fsdp
 from ..pretrained import adapter_config, check_no_adapter
 from .adapters import CRITIC, REWARD
 from .config import PPOConfigX
@@ -127,7 +127,7 @@ def _check_base_is_shareable(args: PPOConfigX, model: Any, peft_config: PeftConf
                 f"The actor's adapter has `{what}`, which changes the base that critic or reward model share with it. "
                 "Leave it at its default, or give these roles whole models."
             )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") or args.fsdp:
+    if is_fsdp(args):
         raise ValueError(
             "FSDP cannot partition weights that several models hold, as critic and reward adapters on the actor's "
             "base do. Use DDP or DeepSpeed, or give these roles whole models."

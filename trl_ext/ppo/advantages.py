@@ -4,10 +4,13 @@ Symbols: B sequences, T response tokens; `rewards`, `values`, `mask` are (B, T),
 ragged and may have holes (tokens the policy did not write, such as a tool's answer): the token after t is the next one
 that counts. An episode ends with its last counted token, and the value after it is 0. Results are 0 where `mask` is
 False. Rewards, values and advantages are in units of the score.
+
+A new estimator is a function and a line in `ESTIMATORS`.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from torch import Tensor
 from ..masked import require_shape, zero_masked
 
 
-NAMED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
+Estimator = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+"""From (rewards, values, mask, gamma, lam) to (advantages, returns), all tensors (B, T)."""
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -74,32 +78,63 @@ def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
 def estimate_advantages(
     estimator: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages, and the returns that the critic is trained on, by a named estimator.
+    """Advantages, and the returns that the critic is trained on, by the estimator of a name in `ESTIMATORS`, or
+    `<n>_step`, such as `1_step` or `3_step`.
 
-    - `gae`: generalised advantages;
-    - `<n>_step`, such as `1_step` or `3_step`: n rewards, then the critic. `lam` is not used;
-    - `reinforce`: rewards-to-go, not centred by a critic (S1 §2.5). `values` and `lam` are not used;
-    - `reinforce_baseline`: rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. `lam` is not used.
-
-    Returns (advantages, returns), both (B, T); returns = advantages + values, which for `reinforce` are rewards-to-go.
+    Returns (advantages, returns), both (B, T).
     """
-    validate_estimator(estimator)
-    if estimator == "reinforce":
-        values = torch.zeros_like(rewards)
-    if estimator.endswith("_step"):
-        advantages = n_step_advantages(rewards, values, mask, gamma, n=int(estimator.removesuffix("_step")))
-    else:
-        advantages = gae(rewards, values, mask, gamma, lam if estimator == "gae" else 1.0)
-    return advantages, zero_masked(value_targets(advantages, values), mask)
+    advantages, returns = find_estimator(estimator)(rewards, values, mask, gamma, lam)
+    return advantages, zero_masked(returns, mask)
 
 
-def validate_estimator(estimator: str) -> None:
-    """Raise unless `estimator` names one that `estimate_advantages` knows."""
-    if estimator not in NAMED_ESTIMATORS and not re.fullmatch(r"[1-9]\d*_step", estimator):
-        raise ValueError(
-            f"The advantage estimator is {estimator!r}; choose one of {', '.join(NAMED_ESTIMATORS)} or "
-            "<n>_step, with n a whole number of at least 1, for example '3_step'."
-        )
+def find_estimator(name: str) -> Estimator:
+    """The estimator of a name; raise `ValueError` for a name that none has."""
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    if re.fullmatch(r"[1-9]\d*_step", name):
+        return partial(_n_step, n=int(name.removesuffix("_step")))
+    raise ValueError(
+        f"The advantage estimator is {name!r}; choose one of {', '.join(ESTIMATORS)} or <n>_step, with n a whole "
+        "number of at least 1, for example '3_step'."
+    )
+
+
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantages."""
+    advantages = gae(rewards, values, mask, gamma, lam)
+    return advantages, value_targets(advantages, values)
+
+
+def _n_step(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, *, n: int
+) -> tuple[Tensor, Tensor]:
+    """n rewards, then the critic. `lam` is not used."""
+    advantages = n_step_advantages(rewards, values, mask, gamma, n)
+    return advantages, value_targets(advantages, values)
+
+
+def _reinforce(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Rewards-to-go, not centred by a critic (S1 §2.5). `values` and `lam` are not used."""
+    to_go = rewards_to_go(rewards, mask, gamma)
+    return to_go, to_go
+
+
+def _reinforce_baseline(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. `lam` is not used."""
+    return _gae(rewards, values, mask, gamma, lam=1.0)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": _gae,
+    "reinforce": _reinforce,
+    "reinforce_baseline": _reinforce_baseline,
+}
+"""
+By name. `gae`: generalised advantages. `reinforce`: rewards-to-go, not centred by a critic (S1 §2.5).
+`reinforce_baseline`: rewards-to-go minus value (S1 §2.6). Beside them, `<n>_step`: n rewards, then the critic.
+"""
 
 
 def _without_holes(function: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:

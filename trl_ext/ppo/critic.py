@@ -74,10 +74,7 @@ class ValueModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that `AutoModelForSequenceClassification` loads."""
-        prefix = "model."
-        if state_dict is not None:
-            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.model.save_pretrained(folder, state_dict=_of_model(state_dict))
 
 
 class ValueAdapter(nn.Module):
@@ -98,16 +95,20 @@ class ValueAdapter(nn.Module):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
-        prefix = "model."
-        if state_dict is not None:
-            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-        save_adapter(self.model, folder, state_dict)
+        save_adapter(self.model, folder, _of_model(state_dict))
 
     def enable_gradient_checkpointing(self, kwargs: dict[str, Any] | None) -> None:
         """For the critic's modules, which are not the actor's, what the Trainer does for the actor's."""
         model: Any = self.model.get_base_model()
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs)
+
+
+def _of_model(state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The tensors of a critic under the names that its `model` has for them."""
+    if state_dict is None:
+        return None
+    return {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
 
 
 def _state_values(classifier: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
@@ -246,6 +247,17 @@ def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Op
                 "learn. Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the "
                 "trainer (`learning_rate`, `critic_learning_rate`)."
             )
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
+    """Moves the critic's parameters into groups of their own, which differ in the learning rate alone."""
+    of_critic = {id(parameter) for parameter in critic.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in of_critic]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+            options = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group(options | {"params": mine, "lr": learning_rate})
 
 
 def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:

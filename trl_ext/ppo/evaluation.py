@@ -1,14 +1,36 @@
 """Evaluation: what held-out prompts score, how far that is from their first scores in the run, and the KL."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import PPOConfigX
 from .experience import sequence_kl
 from .metrics import held_out_score
 from .rollout import Rollout
+
+
+def samples_are_due(args: PPOConfigX, global_step: int, max_steps: int) -> bool:
+    """Whether the rollout that follows is one of the `num_sample_generations` before which samples are shown."""
+    if args.num_sample_generations == 0:
+        return False
+    rollouts = math.ceil(max_steps / args.optimizer_steps_per_rollout)
+    every = max(1, rollouts // args.num_sample_generations)
+    return global_step // args.optimizer_steps_per_rollout % every == 0
+
+
+def named_after_set(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """
+    Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
+
+    Args:
+        prefix: the Trainer's, such as "eval_news"; "eval" of a single set.
+    """
+    name = prefix.removeprefix("eval").removeprefix("_")
+    return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 
 class HeldOut:

@@ -12,8 +12,10 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -26,6 +28,8 @@ from .kl import full_kl
 
 # Logits of one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
 CHUNK = 2**24
+
+PER_TOKEN = ("log_probs", "entropy", "state_values", "ref_kl", "trunk_states")
 
 LogitsHead = Callable[[Tensor], Tensor]
 
@@ -53,6 +57,13 @@ class ActorCriticOutput(ModelOutput):
     trunk_states: Tensor | None = None
     scores: Tensor | None = None
     aux_loss: Tensor | None = None
+
+    def at_last(self, length: int) -> "ActorCriticOutput":
+        """This output with the last `length` positions of what is per token."""
+        for name in PER_TOKEN:
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[:, -length:])
+        return self
 
 
 def add_actor_critic_forward(
@@ -142,9 +153,10 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
             config.output_router_logits = asked
 
 
-def accepts_position_ids(model: PreTrainedModel) -> bool:
+def accepts_position_ids(model: Any) -> bool:
     """Whether the architecture takes explicit positions; with left-padded prompts they matter for absolute ones."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+    base = model.get_base_model() if is_peft_model(model) else model
+    return "position_ids" in inspect.signature(type(base).forward).parameters
 
 
 def _scored_positions(labels: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ What an estimator does depends on where it stands. In the reward its value count
 In the loss its gradient counts, in expectation over tokens sampled from π_θ: k1 gives 0, k2 gives ∇KL(π_θ ‖ π_ref), k3
 gives ∇KL(π_ref ‖ π_θ); multiplied by the ratio π_θ / π_old, k1 and k3 give ∇KL(π_θ ‖ π_ref), from samples of π_old
 too.
+
+A new estimator is a function and a line in `IN_THE_LOSS`, `IN_THE_REWARD` or both.
 """
 
 import math
@@ -53,13 +55,18 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(ref_logps - logps) - (ref_logps - logps)
 
 
+# The estimators by where they may stand; `full_kl` may stand in the loss, too.
+IN_THE_LOSS = {"k2": k2, "k3": k3}
+IN_THE_REWARD = {"k1": k1, "k2": k2, "k3": k3}
+
+
 def estimate_kl(estimator: str, logps: Tensor, ref_logps: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(π_θ ‖ π_ref) per token by the estimator named "k1", "k2" or "k3". (B, T), nats.
+    """KL(π_θ ‖ π_ref) per token by the estimator of that name, such as "k1". (B, T), nats.
 
     With `mask` (bool, True = counts) the other positions give 0 and no gradient. Without it k3 may overflow at a
     padded position, and an infinite value gives a nan gradient even where it is masked afterwards.
     """
-    estimators = {"k1": k1, "k2": k2, "k3": k3}
+    estimators = IN_THE_REWARD | IN_THE_LOSS
     if estimator not in estimators:
         raise ValueError(f"The KL estimator is {estimator!r}; choose one of {', '.join(estimators)}.")
     if mask is not None:

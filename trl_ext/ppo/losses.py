@@ -7,15 +7,33 @@ cut.
 
 Signs: what is maximised (`clip_objective`, `entropy`) is subtracted from the total, what is minimised is added. S0
 writes L^CLIP − αL^KL + βL^VF and S1 L_POLICY + c1·L_VF + c2·L_ENTROPY; both mix the two.
+
+A new term is a function, a field of `PPOCoefficients`, one of `PPOTerms`, a line in `COEFFICIENT_OF` and one in
+`ppo_terms`; its option is `<coefficient>_coef`. The total, the log and the report follow.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masked import masked_sum, require_shape, zero_masked
 from .kl import old_policy_kl
+
+
+# Terms of the total beside the clipped objective, and what weighs each: fields of `PPOTerms` and of `PPOCoefficients`.
+COEFFICIENT_OF = {
+    "kl": "kl",
+    "value_loss": "vf",
+    "entropy": "entropy",
+    "old_kl": "old_kl",
+    "aux_loss": "aux",
+}
+MAXIMISED = ("clip_objective", "entropy")
+# The option of a coefficient is `<name>_coef`, but for these.
+OPTION_OF = {"entropy": "ent_coef", "aux": "router_aux_loss_coef"}
 
 
 def policy_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
@@ -84,7 +102,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PPOCoefficients:
-    """The weights of the terms; the clipped objective has weight 1.
+    """The weights of the terms, none of them negative; the clipped objective has weight 1.
 
     `kl` is α and `vf` β in S0 (c1 in S1), `entropy` c2 and `old_kl` the β of S1 §4.2.3; `aux` weighs the model's own
     auxiliary loss, such as load balancing of experts.
@@ -95,6 +113,20 @@ class PPOCoefficients:
     entropy: float = 0.0
     old_kl: float = 0.0
     aux: float = 0.0
+
+    def of(self, term: str) -> float:
+        """What a term of `COEFFICIENT_OF` is multiplied by in the total: negative if it is maximised."""
+        return sign(term) * getattr(self, COEFFICIENT_OF[term])
+
+
+def sign(term: str) -> int:
+    """−1 for a term that is maximised, so that it is subtracted from the total, 1 for one that is minimised."""
+    return -1 if term in MAXIMISED else 1
+
+
+def option_of(coefficient: str) -> str:
+    """The option of `PPOConfigX` that sets a field of `PPOCoefficients`."""
+    return OPTION_OF.get(coefficient, f"{coefficient}_coef")
 
 
 @dataclass(frozen=True)
@@ -171,27 +203,32 @@ def ppo_terms(
     def mean(term: Tensor) -> Tensor:
         return masked_sum(term, mask) / divisor
 
-    objective_mean, value_mean, entropy_mean = mean(objective), mean(value_error), mean(entropy)
-    old_kl_mean = mean(old_policy_kl(logps, old_logps))
-    kl_mean = None if kl is None else mean(kl)
-    aux_mean = None if aux_loss is None else aux_loss * aux_weight
-    total = -objective_mean + coef.vf * value_mean - coef.entropy * entropy_mean + coef.old_kl * old_kl_mean
-    for weight, optional in ((coef.kl, kl_mean), (coef.aux, aux_mean)):
-        total = total if optional is None else total + weight * optional
-    ratio = ratio.detach()
+    weighted = {
+        "value_loss": mean(value_error),
+        "entropy": mean(entropy),
+        "old_kl": mean(old_policy_kl(logps, old_logps)),
+        "kl": None if kl is None else mean(kl),
+        "aux_loss": None if aux_loss is None else aux_loss * aux_weight,
+    }
+    objective_mean, ratio = mean(objective), ratio.detach()
+    detached: dict[str, Any] = {name: None if term is None else term.detach() for name, term in weighted.items()}
     return PPOTerms(
-        total=total,
+        **detached,
+        total=_total(objective_mean, weighted, coef),
         clip_objective=objective_mean.detach(),
-        kl=None if kl_mean is None else kl_mean.detach(),
-        value_loss=value_mean.detach(),
-        entropy=entropy_mean.detach(),
-        old_kl=old_kl_mean.detach(),
-        aux_loss=None if aux_mean is None else aux_mean.detach(),
         ratio_mean=mean(ratio),
         ratio_max=torch.where(mask, ratio, -torch.inf).max(),
         clip_fraction=mean(clipped_tokens(ratio, advantages, cliprange)),
         value_clip_fraction=mean(value_clipped),
     )
+
+
+def _total(objective: Tensor, terms: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:
+    """What the optimizer minimises; a term that is None is not part of it."""
+    total = -objective
+    for name, term in terms.items():
+        total = total if term is None else total + coef.of(name) * term
+    return total
 
 
 def _value_terms(

@@ -4,17 +4,18 @@
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor
 
 from ..intervals import half_width
 from ..masked import AllReduce
-from .losses import PPOCoefficients, PPOTerms
+from .losses import COEFFICIENT_OF, PPOCoefficients, PPOTerms, sign
 
 
-# Term of the loss -> name of its coefficient in the log. The clipped objective has coefficient −1.
-COEFFICIENT_OF = {"kl": "kl", "value_loss": "vf", "entropy": "entropy", "old_kl": "old_kl", "aux_loss": "aux"}
+# What adds up over micro-batches and ranks.
+ADDITIVE = [term.name for term in fields(PPOTerms) if term.name not in ("total", "ratio_max")]
 
 # Statistic -> log key. All are means over the tokens of the optimizer batch but the maximum.
 STATISTICS = {
@@ -44,14 +45,14 @@ class LossLedger:
         self, coef: PPOCoefficients, all_reduce: AllReduce, max_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         """Sums the micro-batches of an optimizer step over all ranks; returns the step's terms and statistics."""
-        names = [name for name in _ADDITIVE if getattr(self._micro_batches[0], name) is not None]
+        names = [name for name in ADDITIVE if getattr(self._micro_batches[0], name) is not None]
         sums = [sum(getattr(terms, name).detach() for terms in self._micro_batches) for name in names]
         ratio_max = torch.stack([terms.ratio_max for terms in self._micro_batches]).max()
         step = dict(zip(names, all_reduce(torch.stack(sums)).tolist(), strict=True))
         step["ratio_max"] = max_over_ranks(ratio_max).item()
         self._micro_batches.clear()
         self._window.append(step)
-        self._coefficients.append({name: getattr(coef, name) for name in COEFFICIENT_OF.values()})
+        self._coefficients.append(asdict(coef))
         return step
 
     def pop_window(self) -> dict[str, float]:
@@ -71,23 +72,13 @@ class LossLedger:
                 line[f"coef/{name}"] = _mean(weights)
         # In double precision from the terms, so that the line holds for a loss of any size.
         line["loss"] = -line["terms/clip_objective"] + sum(
-            _SIGN.get(term, 1) * line[f"coef/{name}"] * line[f"terms/{term}"]
+            sign(term) * line[f"coef/{name}"] * line[f"terms/{term}"]
             for term, name in COEFFICIENT_OF.items()
             if f"terms/{term}" in line
         )
         line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
         line["policy/ratio_max"] = max(0.0, *(step["ratio_max"] for step in steps))  # of a step without tokens, 0
         return line
-
-
-_SIGN = {"entropy": -1}
-_ADDITIVE = (
-    "clip_objective",
-    *COEFFICIENT_OF,
-    "ratio_mean",
-    "clip_fraction",
-    "value_clip_fraction",
-)
 
 
 def _weighted_coefficient(weights: list[float], values: list[float]) -> float:

@@ -6,10 +6,12 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..frozen import check_quantizable, quantization, spread_by
 from .config import PPOConfigX
+from .scorers import token_scorer
 
 
 # The tensors of bitsandbytes' 4-bit state, which lie beside the packed weights.
@@ -70,6 +72,27 @@ def frozen_kwargs(args: PPOConfigX, init_kwargs: dict[str, Any], bits: str | Non
     if args.offload_frozen_models and "quantization_config" not in init_kwargs:
         return {"device_map": None} | init_kwargs
     return init_kwargs
+
+
+def send_to_host(
+    args: PPOConfigX, actor: nn.Module, reference: nn.Module | None, reward_funcs: list[Any], accelerator: Accelerator
+) -> "tuple[WaitingWeights, WaitingWeights]":
+    """
+    With `offload_frozen_models`, says and does what the option says: the weights of the reference, and those of the
+    reward models, wait in host memory. Without it, none do.
+    """
+    if not args.offload_frozen_models:
+        return WaitingWeights([]), WaitingWeights([])
+    references = [] if reference is None else [reference]
+    sources = [getattr(token_scorer(source), "model", source) for source in reward_funcs]
+    rewards = [source for source in sources if isinstance(source, nn.Module)]
+    stays = []
+    if args.kl_estimator == "full":  # the exact KL reads the reference's head while learning
+        stays = [accelerator.unwrap_model(model).get_output_embeddings() for model in references]
+    of_reference = WaitingWeights(without_models_of(actor, references), stays)
+    of_rewards = WaitingWeights(without_models_of(actor, rewards))
+    accelerator.print(placement_line(of_reference, of_rewards, accelerator.device))
+    return of_reference, of_rewards
 
 
 class WaitingWeights:

@@ -10,6 +10,15 @@ from torch import Tensor
 from ..masked import AllReduce, identity, masked_moments, require_shape, zero_masked
 
 
+def weighted_scores(rewards: Tensor, weights: Tensor) -> Tensor:
+    """One score per sequence: the weighted sum of what the reward sources said.
+
+    Σ_k weights_k · rewards_k, (B, K) to (B,), over the sources that apply; NaN, "does not apply", where none does
+    """
+    scores = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    return scores.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
 def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """Scores and KL penalties as rewards: a score is paid at the last token, the KL at each (Ziegler 2019, eq. 2).
 

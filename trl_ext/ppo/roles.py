@@ -1,37 +1,22 @@
-"""The four models of a run: checked before any is loaded, then loaded: actor, reference, reward, critic."""
+"""The four models of a run, loaded: actor, reference, reward, critic."""
 
 import copy
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-from accelerate.utils import is_peft_model
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import logging
 
 from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
-from ..pretrained import adapter_config, check_no_adapter, text_config
+from ..pretrained import adapter_config, text_config
 from ..zero import copy_of
-from .adapter_checks import check_adapters
 from .adapters import critic_adapter, load_reward_adapter
 from .config import PPOConfigX
-from .critic import ValueAdapter, build_critic, check_value_checkpoint, check_value_model
+from .critic import ValueAdapter, build_critic
+from .given import Given, Model
 from .placement import frozen_kwargs
-from .scorers import (
-    TokenScorer,
-    check_reward_checkpoint,
-    check_single_label,
-    checked,
-    find_tokenizer,
-    load_reward_model,
-    reads_actor_ids,
-)
-
-
-logger = logging.get_logger(__name__)
-
-Model: TypeAlias = PreTrainedModel | PeftModel | str
+from .scorers import TokenScorer, check_reward_model, checked, find_tokenizer, load_reward_model, reads_actor_ids
 
 
 @dataclass
@@ -53,77 +38,6 @@ class Roles:
     reward_processing_classes: list[Any]
     critic: nn.Module
     reward_adapter: PeftModel | None
-
-
-def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
-    """`args`, or the defaults with an output folder named after the model."""
-    if args is None:
-        path = model if isinstance(model, str) else "" if model is None else get_config_model_id(model.config)
-        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO")
-    if not isinstance(args, PPOConfigX):
-        raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainerX needs a `PPOConfigX`.")
-    return args
-
-
-def check_roles(
-    args: PPOConfigX,
-    model: Model | None,
-    ref_model: Model | None,
-    reward_model: Model | None,
-    value_model: Model | None,
-    reward_funcs: list[Any],
-    has_other_reward: bool,
-    peft_config: PeftConfig | None,
-) -> None:
-    """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
-    if model is None:
-        raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
-    if reward_model is None and not has_other_reward:
-        raise ValueError(
-            "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
-            "environment has a `get_reward`, or set `reward_model_path`."
-        )
-    if not isinstance(model, str):
-        if ref_model is model:
-            raise ValueError(
-                "`ref_model` is the `model` object itself, so the reference would move with the actor. Pass a copy, "
-                "or `None` for a frozen copy."
-            )
-        if value_model is model:
-            raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
-    if value_model is not None and args.critic == "head":
-        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
-    if value_model is not None and value_model is reward_model and not isinstance(value_model, str):
-        raise ValueError(
-            "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
-        )
-    check_adapters(args, model, reward_model, value_model, peft_config)
-    whole = {"model": model, "ref_model": ref_model} | (
-        {} if args.critic == "adapter" else {"value_model": value_model}
-    )
-    for name, path in whole.items():
-        if isinstance(path, str):
-            check_no_adapter(path, name)
-    if isinstance(value_model, PreTrainedModel):
-        check_value_model(value_model)
-    elif isinstance(value_model, str) and args.critic == "model":
-        check_value_checkpoint(value_model, args.trust_remote_code)
-    for source in [*([] if adapter_config(reward_model) else [reward_model]), *reward_funcs]:
-        if isinstance(source, PreTrainedModel | PeftModel):
-            _check_reward_model(source)
-        elif isinstance(source, str):
-            check_no_adapter(source, "reward model")
-            check_reward_checkpoint(source, args.trust_remote_code)
-    adapters = model.peft_config if isinstance(model, PeftModel) else {}
-    if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
-        raise ValueError(
-            f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "
-            f"{list(adapters) or 'none'}; pass a `PeftModel` that holds it."
-        )
-
-
-def _check_reward_model(model: PreTrainedModel) -> None:
-    check_single_label(model.config.num_labels, get_config_model_id(model.config) or type(model).__name__)
 
 
 def load_tokenizer(
@@ -151,42 +65,48 @@ def load_tokenizer(
     return processing_class
 
 
-def load_roles(
-    args: PPOConfigX,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Model,
-    ref_model: Model | None,
-    reward_model: Model | None,
-    value_model: Model | None,
-    reward_funcs: list[Any],
-    reward_processing_classes: list[Any] | None,
-    quantization_config: Any,
-    peft_config: PeftConfig | None,
-) -> Roles:
+def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Given) -> Roles:
     """Loads what came as a path, and makes what did not come: reference and critic."""
     init_kwargs = _init_kwargs(args)
-    actor_kwargs = init_kwargs | ({"quantization_config": quantization_config} if quantization_config else {})
-    actor = create_model_from_path(model, **actor_kwargs) if isinstance(model, str) else model
-
-    has_adapter = peft_config is not None or is_peft_model(actor)
+    quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
+    actor = given.model
+    if isinstance(actor, str):
+        actor = create_model_from_path(actor, **init_kwargs, **quantized)
     reference = None
-    if args.needs_reference and not (ref_model is None and has_adapter):
-        reference = _load_reference(
-            ref_model, model, actor, frozen_kwargs(args, actor_kwargs, args.ref_model_quantization)
-        )
+    if args.needs_reference and not (given.ref_model is None and given.has_adapter):
+        kwargs = frozen_kwargs(args, init_kwargs | quantized, args.ref_model_quantization)
+        reference = _load_reference(given, actor, kwargs)
+    _check_merging(args, given, actor)
+    reward_adapter = None
+    if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
+        reward_adapter = load_reward_adapter(actor, given.reward_model)
+    functions, tokenizers, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
+    critic = _load_critic(args, given, actor, reward_adapter, shared, init_kwargs)
+    return Roles(actor, reference, functions, tokenizers, critic, reward_adapter)
 
-    on_base = args.critic == "adapter" or adapter_config(reward_model) is not None
+
+def _check_merging(args: PPOConfigX, given: Given, actor: PreTrainedModel) -> None:
+    on_base = args.critic == "adapter" or adapter_config(given.reward_model) is not None
     if args.use_vllm and on_base and getattr(actor, "is_quantized", False):
         raise ValueError(
             "For vLLM the actor's adapter is merged into the base and taken out again, and on a quantised base PEFT "
             "makes new weights for that, which critic and reward model would not share. Switch `use_vllm` off, or do "
             "not quantise the base, or give these roles whole models."
         )
-    reward_adapter = None
-    if isinstance(reward_model, str) and adapter_config(reward_model) is not None:
-        reward_adapter = reward_model = load_reward_adapter(actor, reward_model)
-    sources = ([] if reward_model is None else [reward_model]) + reward_funcs
-    tokenizers = _align(reward_processing_classes, sources)
+
+
+def _load_rewards(
+    args: PPOConfigX,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Given,
+    actor: PreTrainedModel,
+    reward_adapter: PeftModel | None,
+    init_kwargs: dict[str, Any],
+) -> tuple[list[Any], list[Any], PreTrainedModel | None]:
+    """What GRPO calls, its tokenizers, and the reward model if it reads the actor's token ids."""
+    reward_model = given.reward_model if reward_adapter is None else reward_adapter
+    sources = ([] if reward_model is None else [reward_model]) + given.reward_funcs
+    tokenizers = _align(given.reward_processing_classes, sources)
     functions, shared = [], None
     reward_kwargs = frozen_kwargs(args, init_kwargs, args.reward_model_quantization)
     for i, source in enumerate(sources):
@@ -201,15 +121,25 @@ def load_roles(
             f"The reward adapter {reward_adapter.config.name_or_path} was trained with another tokenizer than the "
             "actor's. Train it with the actor's, or pass a whole model as `reward_model`."
         )
+    return functions, tokenizers, shared
 
+
+def _load_critic(
+    args: PPOConfigX,
+    given: Given,
+    actor: PreTrainedModel,
+    reward_adapter: PeftModel | None,
+    shared: PreTrainedModel | None,
+    init_kwargs: dict[str, Any],
+) -> nn.Module:
+    """`shared`: the reward model, if it reads the actor's token ids."""
     if args.critic == "adapter":
-        start = None if peft_config is not None else args.model_adapter_name or actor.active_adapter
-        critic: nn.Module = ValueAdapter(critic_adapter(actor, value_model, reward_adapter, peft_config, start))
-    else:
-        if value_model is None and shared is not None and args.reward_model_quantization is not None:
-            value_model = reward_model  # the critic is trained: the same checkpoint, in full precision
-        critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
-    return Roles(actor, reference, functions, tokenizers, critic, reward_adapter)
+        start = None if given.peft_config is not None else args.model_adapter_name or actor.active_adapter
+        return ValueAdapter(critic_adapter(actor, given.value_model, reward_adapter, given.peft_config, start))
+    value_model = given.value_model
+    if value_model is None and shared is not None and args.reward_model_quantization is not None:
+        value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
+    return build_critic(args.critic, actor, value_model, shared, init_kwargs)
 
 
 def _init_kwargs(args: PPOConfigX) -> dict[str, Any]:
@@ -222,11 +152,10 @@ def _init_kwargs(args: PPOConfigX) -> dict[str, Any]:
     return kwargs
 
 
-def _load_reference(
-    ref_model: Model | None, model: Model, actor: PreTrainedModel, init_kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    if ref_model is None and isinstance(model, str):
-        ref_model = model
+def _load_reference(given: Given, actor: PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    ref_model = given.ref_model
+    if ref_model is None and isinstance(given.model, str):
+        ref_model = given.model
     if isinstance(ref_model, str):
         reference = create_model_from_path(ref_model, **init_kwargs)
     else:
@@ -256,7 +185,7 @@ def _reward_source(
         source = load_reward_model(source, init_kwargs)
     if not isinstance(source, nn.Module):
         return checked(source, get_callable_name(source)), None, False
-    _check_reward_model(source)
+    check_reward_model(source)
     disable_dropout(source)
     own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(source.config), args.trust_remote_code)
     if not reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary):

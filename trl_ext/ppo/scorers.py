@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .._trl import create_model_from_path, is_async_callable
+from .._trl import create_model_from_path, get_config_model_id, is_async_callable
 
 
 logger = logging.get_logger(__name__)
@@ -86,6 +86,11 @@ def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel
     """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
     check_reward_checkpoint(path, init_kwargs.get("trust_remote_code", False))
     return create_model_from_path(path, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
+
+
+def check_reward_model(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a reward model in memory that gives more than one score."""
+    check_single_label(model.config.num_labels, get_config_model_id(model.config) or type(model).__name__)
 
 
 def check_single_label(num_labels: int, name: str) -> None:

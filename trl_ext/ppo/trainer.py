@@ -13,54 +13,52 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 """
 
 import copy
-import math
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
-from ..device import keep_4_bit_differentiable
 from ..fingerprint import save_base_fingerprint
 from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
+from ..phases import Phases
 from ..pretrained import text_config
-from ..zero import check_turns, check_unquantized, declare_head, is_stage3
+from ..zero import is_stage3
 from . import critic as critic_module
-from .adapters import REWARD, copy_adapter, saving_one_adapter, stand_on
+from .adapters import saving_one_adapter
+from .assembly import choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
 from .card import ppo_training
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
+from .coefficients import Coefficients
 from .config import PPOConfigX
 from .display import batch_plan, print_samples
-from .evaluation import HeldOut
+from .evaluation import HeldOut, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
-from .forward import ActorCriticOutput, accepts_position_ids, add_actor_critic_forward, without_router_logits
-from .kl import estimate_kl
-from .losses import PPOCoefficients, ppo_terms
+from .forward import ActorCriticOutput, accepts_position_ids, without_router_logits
+from .given import Given, Model, check_given, refuse_resuming, resolve_args
+from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .metrics import LossLedger
-from .placement import WaitingWeights, check_placement, placement_line, without_models_of
+from .placement import send_to_host
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
-from .rewards import RunningMoments
-from .roles import Model, Roles, check_roles, load_roles, load_tokenizer, resolve_args
+from .rewards import RunningMoments, weighted_scores
+from .roles import Roles, load_roles, load_tokenizer
 from .rollout import MicroBatch, Rollout
 from .scorers import checked, token_scorer
 
 
-NO_RESUME = (
-    "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments are not in a "
-    "checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
-)
+PHASES = ("generate", "score", "learn")
 
 
 class PPOTrainerX(GRPOTrainer):
@@ -142,42 +140,27 @@ class PPOTrainerX(GRPOTrainer):
     ):
         # 1. What was asked for, checked before anything is loaded
         args = resolve_args(args, model)
-        if args.resume_from_checkpoint:
-            raise ValueError(NO_RESUME)
-        model = args.sft_model_path if model is None else model
-        reward_funcs = (
-            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        )
-        if reward_model is None and not reward_funcs and environment_factory is None:
-            reward_model = args.reward_model_path
-        has_other_reward = bool(reward_funcs) or environment_factory is not None
-        check_roles(args, model, ref_model, reward_model, value_model, reward_funcs, has_other_reward, peft_config)
-        has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        check_placement(args, model, ref_model, reward_model, reward_funcs, has_adapter)
-        trained_in_full = {} if has_adapter else {"model": model}
-        if args.critic == "model":
-            trained_in_full["value_model"] = value_model
-        check_unquantized(args, quantization_config, trained_in_full)
-        check_turns(args, has_tools=bool(tools) or environment_factory is not None)
-        tokenizer = load_tokenizer(processing_class, model, args)
-        context = getattr(text_config(model, args), "max_position_embeddings", None)
+        given = Given(
+            model=model,
+            ref_model=ref_model,
+            reward_model=reward_model,
+            value_model=value_model,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            environment_factory=environment_factory,
+        ).with_paths_of(args)
+        check_given(args, given)
+        tokenizer = load_tokenizer(processing_class, given.model, args)
+        context = getattr(text_config(given.model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
 
         # 2. The four models
         set_seed(args.seed)
-        roles = load_roles(
-            args,
-            tokenizer,
-            model,
-            ref_model,
-            reward_model,
-            value_model,
-            reward_funcs,
-            reward_processing_classes,
-            quantization_config,
-            peft_config,
-        )
+        roles = load_roles(args, tokenizer, given)
         num_sources = len(roles.reward_funcs)
         loop_args = args.for_trainer_loop()
         loop_args.model_init_kwargs = None  # every model is loaded
@@ -198,13 +181,12 @@ class PPOTrainerX(GRPOTrainer):
         )
         self.prompt_collator = data_collator
         self._set_up_rewards(num_sources)
-        self._set_stop_token()
-        # Before the critic joins the actor: a new adapter goes into every module whose name fits.
-        self._set_up_adapters(starts_from_adapter=peft_config is None, ref_model=ref_model)
-        self._set_up_models(roles)
-        self._set_up_placement()
+        self._set_stop_ids(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
+        self._set_up_models(roles, given)
 
         # 3. The state of a run
+        self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
+        self.add_callback(self.phases)
         self._start_run()
 
     # ---- Set-up ----
@@ -213,9 +195,7 @@ class PPOTrainerX(GRPOTrainer):
         """Everything that a run changes, as it is before the first rollout."""
         self._step = 0
         self._last_loaded_step = -1  # what vLLM has is of another run
-        self._kl_controller, self._old_kl_controller = self.args.build_kl_controllers()
-        self._last_kl: float | None = None
-        self._last_old_kls: list[float] = []
+        self._coefficients = Coefficients(self.args, aux=self.router_aux_loss_coef)
         self._reward_moments = RunningMoments()
         self._held_out = HeldOut(self.accelerator.gather_for_metrics)
         self._ledger = LossLedger()
@@ -224,7 +204,7 @@ class PPOTrainerX(GRPOTrainer):
         self._scores: Tensor | None = None
         self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
-        self._seconds = {"generate": 0.0, "collect": 0.0, "learn": 0.0}
+        self.phases.forget()
 
     def _set_up_rewards(self, num_sources: int) -> None:
         """Names every reward source, and checks the answers of those that an environment has added."""
@@ -232,98 +212,44 @@ class PPOTrainerX(GRPOTrainer):
         for i in range(num_sources, len(self.reward_funcs)):
             self.reward_funcs[i] = checked(self.reward_funcs[i], self.reward_func_names[i])
 
-    def _set_stop_token(self) -> None:
-        """Narrows what ends a response from every declared end token to the one that was asked for."""
-        if self.args.stop_token is not None or self.args.stop_token_id is not None:
-            stop = self._tokenizer.eos_token_id if self.args.stop_token == "eos" else self.args.stop_token_id
-            self.eos_token_ids = [stop]
+    def _set_stop_ids(self, ids: list[int]) -> None:
+        """The tokens that end a response, and no others: vLLM would add those of the folder that it has loaded."""
+        self.eos_token_ids = ids
         if self.use_vllm:
-            # vLLM would add, or be content with, the end tokens of the folder that it has loaded.
-            stops = {"stop_token_ids": list(self.eos_token_ids), "ignore_eos": True}
+            stops = {"stop_token_ids": list(ids), "ignore_eos": True}
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:
-            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
-            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_kwargs["eos_token_id"] = ids
+            self.generation_config.eos_token_id = ids
 
-    def _set_up_models(self, roles: Roles) -> None:
-        """Attaches critic and reward adapter, extends the forward of actor and reference, places the frozen models."""
-        actor = self.model.get_base_model() if is_peft_model(self.model) else self.model
+    def _set_up_models(self, roles: Roles, given: Given) -> None:
+        """Critic and reward adapter join the actor; reference and reward models are frozen and placed."""
+        args = self.args
+        others = (given.ref_model, args.ref_adapter_name, args.ref_model_quantization)
+        self._reference_is_start = args.needs_reference and all(other is None for other in others)
+        copies_start = self._reference_is_start and given.peft_config is None
+        self._ref_adapter = choose_adapters(self.model, args, copies_start)
         self.critic: Any = roles.critic
-        critic_module.attach(self.critic, self.model)
-        self._attached: list[nn.Module] = [self.critic]  # below the actor's wrapper, and no part of the actor
-        if roles.reward_adapter is not None:
-            stand_on(self.model, roles.reward_adapter, REWARD)
-            self._attached.append(roles.reward_adapter)
-        keep_4_bit_differentiable(self.model)
-        if isinstance(self.critic, critic_module.ValueAdapter) and self.args.gradient_checkpointing:
-            self.critic.enable_gradient_checkpointing(self.args.gradient_checkpointing_kwargs)
-        critic_module.check_trained(self.model, self.critic, self.optimizer)
-        _trl.disable_dropout(self.model)
-        self._ref_logits = add_actor_critic_forward(actor, self.critic, roles.reward_adapter)
-        self._position_ids = accepts_position_ids(actor)
-        if is_stage3(self.args):
-            declare_head(actor)
+        self._attached, self._ref_logits = join_to_actor(self.model, roles, args, self.optimizer)
+        self._position_ids = accepts_position_ids(self.model)
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
-
         if roles.reference is not None:
-            _trl.add_fused_lm_head(
-                roles.reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
-            )
-            self._ref_logits = add_actor_critic_forward(roles.reference)
-            self.ref_model = _trl.prepare_frozen(roles.reference, self.accelerator)
-        for scorer in map(token_scorer, self.reward_funcs):
-            if scorer is not None and scorer.model is roles.reward_adapter:
-                scorer.ask = self._ask_reward_adapter
-            elif scorer is not None:
-                scorer.model = _trl.prepare_frozen(scorer.model, self.accelerator)
-
-    def _set_up_placement(self) -> None:
-        """With `offload_frozen_models`, the weights of reference and reward models wait in host memory."""
-        references, rewards, stays = [], [], []
-        if self.args.offload_frozen_models:
-            references = [] if self.ref_model is None else [self.ref_model]
-            sources = [getattr(token_scorer(source), "model", source) for source in self.reward_funcs]
-            rewards = without_models_of(self.model, [source for source in sources if isinstance(source, nn.Module)])
-            if self.args.kl_estimator == "full":  # the exact KL reads the reference's head while learning
-                stays = [self.accelerator.unwrap_model(model).get_output_embeddings() for model in references]
-        self._reference_weights = WaitingWeights(without_models_of(self.model, references), stays)
-        self._reward_weights = WaitingWeights(rewards)
-        if self.args.offload_frozen_models:
-            line = placement_line(self._reference_weights, self._reward_weights, self.accelerator.device)
-            self.accelerator.print(line)
-
-    def _set_up_adapters(self, starts_from_adapter: bool, ref_model: Model | None) -> None:
-        """
-        Chooses the adapter to train and the adapter that is the reference, if one is. Training that starts from an
-        adapter is held to a frozen copy of that adapter, not to the base model.
-        """
-        if self.args.model_adapter_name is not None:
-            self.model.set_adapter(self.args.model_adapter_name)
-        self._ref_adapter = self.args.ref_adapter_name
-        is_start = ref_model is None and self._ref_adapter is None and self.args.ref_model_quantization is None
-        self._reference_is_start = self.args.needs_reference and is_start
-        if self._reference_is_start and starts_from_adapter and is_peft_model(self.model):
-            self._ref_adapter = "ref"
-            copy_adapter(self.model, self.model.active_adapter, self._ref_adapter)
+            self.ref_model, self._ref_logits = place_reference(roles.reference, args, self.accelerator)
+        place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
+        self._reference_weights, self._reward_weights = send_to_host(
+            args, self.model, self.ref_model, self.reward_funcs, self.accelerator
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
         optimizer = super().create_optimizer(model)
-        if self.args.critic_learning_rate is None:
-            return optimizer
-        of_critic = {id(parameter) for parameter in self.critic.parameters()}
-        for group in list(optimizer.param_groups):
-            mine = [p for p in group["params"] if id(p) in of_critic]
-            if mine:
-                group["params"] = [p for p in group["params"] if id(p) not in of_critic]
-                options = {name: value for name, value in group.items() if name != "params"}
-                optimizer.add_param_group(options | {"params": mine, "lr": self.args.critic_learning_rate})
+        if self.args.critic_learning_rate is not None:
+            critic_module.give_own_rate(optimizer, self.critic, self.args.critic_learning_rate)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint:
-            raise ValueError(NO_RESUME)
+        refuse_resuming(resume_from_checkpoint)
         if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
             raise ValueError(
                 "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
@@ -348,29 +274,30 @@ class PPOTrainerX(GRPOTrainer):
         step_of_pass = self._step % self.args.steps_per_generation
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self._rollout = self._collect_rollout(rows)
+        self.phases.enter("learn")
         if step_of_pass == 0:
             self._micro_batches = self._draw_micro_batches(self._rollout)
         return self._micro_batches[step_of_pass]
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         # 1. What the last rollout taught the controllers
-        self._update_controllers()
+        self._coefficients.close_rollout()
         self._show_samples()
-        start = time.perf_counter()
-        # 2. Responses and their scores
-        rollout = self._generate_and_score_completions(rows)
-        # 3. What the other three models say about them
-        self._score_with_models(rollout)
-        self._check_reference(rollout)
-        # 4. Per-token rewards, advantages, returns
-        total = estimate_returns(
-            rollout, self.args, self._kl_controller.coef, self._reward_moments, self._sum_over_ranks
-        )
-        self._log_rollout(rollout, total)
-        if rollout.old_logps is not None:
-            self._measure_kl(rollout)
+        with self.phases.during("score"):
+            # 2. Responses and their scores
+            rollout = self._generate_and_score_completions(rows)
+            # 3. What the other three models say about them
+            self._score_with_models(rollout)
+            self._check_reference(rollout)
+            # 4. Per-token rewards, advantages, returns
+            total = estimate_returns(
+                rollout, self.args, self._coefficients.now.kl, self._reward_moments, self._sum_over_ranks
+            )
+            self._log_rollout(rollout, total)
+            if rollout.old_logps is not None:
+                self._measure_kl(rollout)
         self._stop_learning = False
-        self._log_seconds(rollout, time.perf_counter() - start)
+        self._log_speed(rollout)
         return rollout
 
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
@@ -391,15 +318,13 @@ class PPOTrainerX(GRPOTrainer):
         return super()._tokenize_prompts(prompts)
 
     def _generate(self, prompts: list[Any]) -> tuple:
-        start = time.perf_counter()
-        with without_router_logits(self.model), self._weights_for_generation():
+        phase = self.phases.during("generate") if self.model.training else nullcontext()
+        with phase, without_router_logits(self.model), self._weights_for_generation():
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
         # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
-        if self.model.training:
-            self._seconds["generate"] = time.perf_counter() - start
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
@@ -424,9 +349,7 @@ class PPOTrainerX(GRPOTrainer):
         is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
         require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
-        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        scores[rewards.isnan().all(dim=1)] = torch.nan
-        self._scores = scores[start : start + len(prompts)]
+        self._scores = weighted_scores(rewards, self.reward_weights)[start : start + len(prompts)]
         return rewards
 
     def _ask_reward_adapter(self, **inputs: Tensor) -> Tensor:
@@ -501,11 +424,7 @@ class PPOTrainerX(GRPOTrainer):
             return ActorCriticOutput()
         with self.accelerator.autocast():
             output = model(**part.model_inputs(self._position_ids), ppo_outputs=outputs, **kwargs)
-        length = part.response_ids.size(1)
-        for name in ("log_probs", "entropy", "state_values", "ref_kl", "trunk_states"):
-            if getattr(output, name) is not None:
-                setattr(output, name, getattr(output, name)[:, -length:])
-        return output
+        return output.at_last(part.response_ids.size(1))
 
     def _reference_forward(self, part: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:
         if self.ref_model is not None:
@@ -529,39 +448,19 @@ class PPOTrainerX(GRPOTrainer):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(shown)
 
-    def _measure_kl(self, rollout: Rollout) -> float | None:
+    def _measure_kl(self, rollout: Rollout) -> None:
         """KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
         if not self.args.needs_reference:
-            return None
+            return
         per_sequence = sequence_kl(rollout)
         count, kl, _ = masked_moments(per_sequence.nan_to_num(), ~per_sequence.isnan(), self._sum_over_ranks)
-        if count == 0:
-            return None
-        self._metrics["train"]["kl/ref"].append(kl.item())
-        self._last_kl = kl.item()
-        return kl.item()
-
-    def _update_controllers(self) -> None:
-        """Once per rollout: the KL coefficients follow what the last one measured."""
-        if self._last_kl is not None:
-            self._kl_controller.update(self._last_kl, episodes=self.args.batch_size)
-        if self._last_old_kls:
-            of_last_pass = self._last_old_kls[-self.args.num_mini_batches :]
-            self._old_kl_controller.update(sum(of_last_pass) / len(of_last_pass), episodes=self.args.batch_size)
-        self._last_kl, self._last_old_kls = None, []
+        if count > 0:
+            self._metrics["train"]["kl/ref"].append(kl.item())
+            self._coefficients.saw_kl(kl.item())
 
     def _draw_micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """A fresh permutation of the rollout, cut into mini-batches and those into micro-batches."""
-        args, device = self.args, rollout.mask.device
-        rows = torch.randperm(len(rollout)).to(device)
-        tokens = rollout.mask.sum(dim=1)[rows].view(args.num_mini_batches, -1).sum(dim=1)
-        num_tokens = self._sum_over_ranks(tokens.float()).tolist()
-        per_step = args.gradient_accumulation_steps
-        share = 1 / (per_step * self.accelerator.num_processes)
-        return [
-            MicroBatch(rollout, part, num_tokens[i // per_step], share)
-            for i, part in enumerate(rows.split(args.per_device_train_batch_size))
-        ]
+        return draw_micro_batches(rollout, self.args, self._sum_over_ranks, self.accelerator.num_processes)
 
     # ---- 4. Learn ----
 
@@ -571,11 +470,9 @@ class PPOTrainerX(GRPOTrainer):
             self._step += 1
             self._left_out_steps += self.accelerator.sync_gradients
             return torch.zeros((), device=self.accelerator.device)
-        start, collected = time.perf_counter(), self._seconds["collect"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
-        self._seconds["learn"] += time.perf_counter() - start - (self._seconds["collect"] - collected)
         return loss
 
     def _is_left_out(self) -> bool:
@@ -583,69 +480,27 @@ class PPOTrainerX(GRPOTrainer):
         return self._stop_learning and self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        args, rollout = self.args, inputs.rollout.select(inputs.rows)
-        warming_up = self.state.global_step < args.critic_warmup_steps
+        rollout, step = inputs.rollout.select(inputs.rows), self.state.global_step
         # 1. One forward pass of actor and critic
-        outputs = ["log_probs", "entropy", "state_values"]
-        kwargs: dict[str, Any] = {"train_actor": not warming_up}
-        if args.needs_reference and args.kl_placement == "loss" and args.kl_estimator == "full":
-            outputs.append("ref_kl")
+        outputs: tuple[str, ...] = ("log_probs", "entropy", "state_values")
+        kwargs: dict[str, Any] = {"train_actor": step >= self.args.critic_warmup_steps}
+        if reads_full_kl(self.args):
+            outputs = (*outputs, "ref_kl")
             kwargs |= {"ref_states": rollout.ref_states, "ref_head": self._ref_logits}
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
-        output = self._forward(model, rollout, tuple(outputs), **kwargs)
-        # 2. In the first pass, the policy is still the one that sampled
-        old_logps = rollout.old_logps
-        if old_logps is None:
-            old_logps = output.log_probs.detach()
-            inputs.rollout.keep_first_logps(inputs.rows, old_logps)
-        # 3. The terms
-        terms = ppo_terms(
-            logps=output.log_probs,
-            old_logps=old_logps,
-            advantages=rollout.advantages,
-            mask=rollout.mask,
-            num_tokens=inputs.num_tokens,
-            coef=self._coefficients,
-            cliprange=args.cliprange,
-            entropy=output.entropy,
-            values=output.state_values,
-            old_values=rollout.old_values,
-            returns=rollout.returns,
-            cliprange_value=args.cliprange_value,
-            kl=self._loss_kl(output, rollout),
-            importance_sampling_ratio=rollout.importance_sampling_ratio,
-            aux_loss=output.aux_loss if self.aux_loss_enabled else None,
-            aux_weight=inputs.share,
-        )
-        require_finite_terms(
-            terms, {"log_probs": output.log_probs, "values": output.state_values}, rollout, self.state.global_step
-        )
+        output = self._forward(model, rollout, outputs, **kwargs)
+        # 2. The terms of the loss
+        terms = micro_batch_terms(output, rollout, inputs, self.args, self._coefficients.now)
+        read = {"log_probs": output.log_probs, "values": output.state_values}
+        require_finite_terms(terms, read, rollout, step)
         self._ledger.add(terms)
         # Gradients are averaged over ranks, and the terms are shares of a sum.
         return terms.total * self.accelerator.num_processes
 
-    def _loss_kl(self, output: ActorCriticOutput, rollout: Rollout) -> Tensor | None:
-        """(b, T) estimate of KL(π_θ ‖ π_ref) that trains the actor; `None` when it is in the reward or off."""
-        if not self.args.needs_reference or self.args.kl_placement == "reward":
-            return None
-        if self.args.kl_estimator == "full":
-            return output.ref_kl
-        return estimate_kl(self.args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)
-
-    @property
-    def _coefficients(self) -> PPOCoefficients:
-        return PPOCoefficients(
-            kl=self._kl_controller.coef,
-            vf=self.args.vf_coef,
-            entropy=self.args.ent_coef,
-            old_kl=self._old_kl_controller.coef,
-            aux=self.router_aux_loss_coef,
-        )
-
     def _close_optimizer_step(self) -> None:
-        step = self._ledger.close_step(self._coefficients, self._sum_over_ranks, self._max_over_ranks)
-        self._last_old_kls.append(step["old_kl"])
+        step = self._ledger.close_step(self._coefficients.now, self._sum_over_ranks, self._max_over_ranks)
+        self._coefficients.saw_old_kl(step["old_kl"])
         if self._rollout.old_logps is None:
             self._rollout.old_logps = self._rollout.first_logps
             self._measure_kl(self._rollout)
@@ -689,14 +544,12 @@ class PPOTrainerX(GRPOTrainer):
         self._held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
-            output = super().evaluation_loop(*args, **kwargs)
+            with self.phases.during("evaluate"):
+                output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._metrics["eval"] |= self._held_out.metrics(prefix)
-        # Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
-        name = prefix.removeprefix("eval").removeprefix("_")
-        if name:
-            for key in list(self._metrics["eval"]):
-                self._metrics["eval"][f"{name}_{key}"] = self._metrics["eval"].pop(key)
+        metrics = self._metrics["eval"] | self._held_out.metrics(prefix)
+        self._metrics["eval"].clear()
+        self._metrics["eval"] |= named_after_set(metrics, prefix)
         return output
 
     def generate_completions(self, sampling: bool = False) -> None:
@@ -713,25 +566,17 @@ class PPOTrainerX(GRPOTrainer):
         self.model.eval()
         try:
             for dataset in datasets.values():
-                for rows in self.get_eval_dataloader(dataset):
+                for rows in islice(self.get_eval_dataloader(dataset), 1 if sampling else None):
                     rollout = self._generate_and_score_completions(rows)
                     print_samples(rollout, self._tokenizer, self.accelerator, self.state.global_step)
-                    if sampling:
-                        break
         finally:
             self.model.train(was_training)
             self._metrics["eval"] = logged
 
     def _show_samples(self) -> None:
         """Prints sample completions `num_sample_generations` times in a run, before a rollout."""
-        if self.args.num_sample_generations == 0 or self.eval_dataset is None:
-            return
-        rollouts = math.ceil(self.state.max_steps / self.args.optimizer_steps_per_rollout)
-        every = max(1, rollouts // self.args.num_sample_generations)
-        if self.state.global_step // self.args.optimizer_steps_per_rollout % every == 0:
-            start = time.perf_counter()
+        if self.eval_dataset is not None and samples_are_due(self.args, self.state.global_step, self.state.max_steps):
             self.generate_completions(sampling=True)
-            self._seconds["collect"] += time.perf_counter() - start
 
     # ---- Log ----
 
@@ -743,19 +588,20 @@ class PPOTrainerX(GRPOTrainer):
             if self.args.target_kl is not None:
                 logs["policy/steps_left_out"] = self._left_out_steps
             self._left_out_steps = 0
+            logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
+        elif not self.model.training:
+            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
         super().log(logs, start_time)
 
-    def _log_seconds(self, rollout: Rollout, seconds: float) -> None:
+    def _log_speed(self, rollout: Rollout) -> None:
         """Seconds of this rollout's phases; of learning, those of the rollout before."""
-        metrics, spent = self._metrics["train"], self._seconds
-        spent["collect"] += seconds
-        metrics["time/generate"].append(spent["generate"])
-        metrics["time/score"].append(seconds - spent["generate"])
-        if spent["learn"]:
-            metrics["time/learn"].append(spent["learn"])
-        tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
-        metrics["tokens_per_second"].append(tokens / (seconds + spent["learn"]))
-        spent["learn"] = 0.0
+        metrics, seconds = self._metrics["train"], self.phases.pop_seconds()
+        spent = {phase: sum(seconds[phase]) for phase in PHASES if phase in seconds}
+        for phase, of_phase in spent.items():
+            metrics[f"time/{phase}"].append(of_phase)
+        if "learn" in spent:
+            tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
+            metrics["tokens_per_second"].append(tokens / sum(spent.values()))
 
     # ---- Save ----
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..history import held_out_accuracy, reference_kl, scores, series
+from ..history import Series, held_out_accuracy, memory, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
 from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run
@@ -97,32 +97,38 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 
 def result_rows(run: Run) -> list[list[str]]:
     """Name, value at the first and value at the last evaluation (of training, the first and the last line)."""
-    if run.kind == "dpo":
-        evaluations = [line for line in run.log if held_out_accuracy(run.log) in line]
-        if evaluations and "eval_preference/accuracy_low" in evaluations[0]:
-            return preference_rows([evaluations[0], evaluations[-1]])
     rows = []
-    for label, points, form in (
-        ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
-        ("95% half-width of the score", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
-        ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
-        ("95% half-width of the rise", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
-        ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
-        ("score in training", scores(run.log), "{:+.3f}"),
-        ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
-        ("held-out accuracy", series(run.log, held_out_accuracy(run.log) or ""), "{:.1%}"),
-        ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
-        ("loss", series(run.log, "loss"), "{:.4f}"),
-        ("tokens per response", series(run.log, "completions/mean_length"), "{:.1f}"),
-        ("entropy, nats per token", series(run.log, "terms/entropy"), "{:.3f}"),
-        ("response tokens per second", series(run.log, "tokens_per_second"), "{:.0f}"),
-        ("seconds of training", series(run.log, "train_runtime"), "{:.0f}"),
-    ):
-        values = points[1]
-        if values:
-            first = form.format(values[0]) if len(values) > 1 else ""
-            rows.append([label, first, form.format(values[-1])])
-    return rows
+    evaluations = [line for line in run.log if held_out_accuracy(run.log) in line]
+    if run.kind == "dpo" and evaluations and "eval_preference/accuracy_low" in evaluations[0]:
+        rows = preference_rows([evaluations[0], evaluations[-1]])
+    else:
+        for label, points, form in (
+            ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
+            ("95% half-width of the score", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
+            ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
+            ("95% half-width of the rise", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
+            ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
+            ("score in training", scores(run.log), "{:+.3f}"),
+            ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
+            ("held-out accuracy", series(run.log, held_out_accuracy(run.log) or ""), "{:.1%}"),
+            ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
+            ("loss", series(run.log, "loss"), "{:.4f}"),
+            ("tokens per response", series(run.log, "completions/mean_length"), "{:.1f}"),
+            ("entropy, nats per token", series(run.log, "terms/entropy"), "{:.3f}"),
+        ):
+            rows += _first_and_last(label, points, form)
+    rows += _first_and_last("tokens per second", series(run.log, "tokens_per_second"), "{:,.0f}")
+    steps, peaks = memory(run.log)
+    rows += _first_and_last("GiB at most held, of one process", (steps[-1:], [max(peaks)] if peaks else []), "{:.2f}")
+    return rows + _first_and_last("seconds of training", series(run.log, "train_runtime"), "{:.0f}")
+
+
+def _first_and_last(label: str, points: Series, form: str) -> list[list[str]]:
+    """A row of the first and the last value, of one value only that; none of no value."""
+    values = points[1]
+    if not values:
+        return []
+    return [[label, form.format(values[0]) if len(values) > 1 else "", form.format(values[-1])]]
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..history import CONTRIBUTIONS, Series, contributions, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, band, curve, finish, held_out, level, thin
+from .machine_panels import MEMORY, THROUGHPUT, TIME
 from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, two_rows
 from .run import Run
 
@@ -73,7 +74,7 @@ def loss_terms(figure: Any, runs: Runs) -> None:
             steps, values = curves[term]
             floor = floor or [0.0] * len(values)
             top = [base + sign * max(0.0, sign * value) for base, value in zip(floor, values, strict=True)]
-            style = {"color": COLOURS[OF_RUNS[i]], "alpha": 0.55, "linewidth": 0}
+            style = {"color": COLOURS[OF_RUNS[i % len(OF_RUNS)]], "alpha": 0.55, "linewidth": 0}
             axis.fill_between(steps, floor, top, label=term if sign == 1 else "", **style)
             floor = top
     axis.plot(*thin(series(run.log, "loss")), color=COLOURS["ink"], label="loss, their sum")
@@ -88,7 +89,7 @@ def policy_terms(figure: Any, runs: Runs) -> None:
     curves = contributions(run.log)
     for i, term in enumerate(CONTRIBUTIONS):
         if term != "vf_coef · value_loss" and term in curves:
-            curve(axis, curves[term], OF_RUNS[i])
+            curve(axis, curves[term], OF_RUNS[i % len(OF_RUNS)])
     level(axis, 0)
     finish(axis, "those of the actor")
 
@@ -105,19 +106,6 @@ def lengths(figure: Any, runs: Runs) -> None:
         held_out(axis, series(run.log, "eval_completions/mean_length"), shade, name(runs, run, "mean, held out"))
     axis.set_ylim(bottom=0)
     finish(axis, "tokens per response")
-
-
-def phases(figure: Any, runs: Runs) -> None:
-    """Seconds of a rollout by phase, stacked."""
-    (run,) = runs
-    axis = figure.subplots()
-    keys = [key for key in ("time/generate", "time/score", "time/learn") if series(run.log, key)[1]]
-    known = [dict(zip(*series(run.log, key), strict=True)) for key in keys]
-    steps = [step for step in known[0] if all(step in column for column in known)]
-    columns = [thin((steps, [column[step] for step in steps])) for column in known]
-    style = {"colors": [COLOURS[c] for c in OF_RUNS], "labels": [key.removeprefix("time/") for key in keys]}
-    axis.stackplot(columns[0][0], *(values for _, values in columns), alpha=0.6, linewidth=0, **style)
-    finish(axis, "seconds per rollout")
 
 
 def _held_out_scores(run: Run) -> Series:
@@ -208,19 +196,8 @@ POLICY = (
         per_run=True,
         at_least=4,  # the mean and the std of two sources
     ),
-    Panel(
-        "Time by phase",
-        phases,
-        ("time/generate",),
-        "Sampling is the largest part without vLLM.",
-        per_run=True,
-    ),
-    Panel(
-        "Throughput",
-        lines(("tokens_per_second", ""), ylabel="response tokens per second", evaluations=False),
-        ("tokens_per_second",),
-        "Steady after the first rollout.",
-    ),
-    Panel("Memory by phase", by_name("memory/", "GB"), ("memory/",), "Steady: growth is a leak.", per_run=True),
+    TIME,
+    THROUGHPUT,
+    MEMORY,
     LEARNING,
 )

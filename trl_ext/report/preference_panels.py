@@ -5,6 +5,7 @@ from typing import Any
 
 from ..history import is_tie, series
 from .drawing import COLOURS, curve, finish, held_out, level, thin
+from .machine_panels import MEMORY, PAIR_THROUGHPUT
 from .panel import LEARNING, Panel, Runs, colour, lines, name, two_rows
 from .run import Run
 
@@ -108,5 +109,7 @@ PREFERENCE = (
         ("preference/gradient_weight",),
         "0.5 at first, falling slowly. Near 0 nothing more is learnt.",
     ),
+    PAIR_THROUGHPUT,
+    MEMORY,
     LEARNING,
 )

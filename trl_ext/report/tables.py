@@ -70,7 +70,7 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
     folder = Path(folder)
     for files in (sorted((folder / "samples").glob("*.jsonl")), sorted((folder / "completions").glob("*.jsonl"))):
         if files:
-            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in _rows(files[-1])][:shown]
+            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[-1])][:shown]
     steps = [int(line["step"]) for line in log if any(key.startswith("eval_") for key in line)]
     tables = [_table(folder / "completions", step) for step in steps]
     steps = [step for step, path in zip(steps, tables, strict=True) if path.is_file()]
@@ -84,7 +84,7 @@ def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
     files = sorted((Path(folder) / "implicit_rewards").glob("step_*.jsonl"))
     if not files:
         return []
-    first, last = _rows(files[0]), _rows(files[-1])
+    first, last = read_rows(files[0]), read_rows(files[-1])
     return [
         Pair(
             prompt=after["prompt"],
@@ -97,7 +97,10 @@ def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
     ][:shown]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file; none where there is no file."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 

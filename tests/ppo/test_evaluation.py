@@ -1,0 +1,158 @@
+"""Evaluation: held-out prompts answered, scored, compared with the first time; samples shown on the way."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+import tiny
+from ppo_runs import changed, logged, ppo_run, ppo_trainer, snapshot
+from trl_ext.ppo.metrics import held_out_score
+
+
+def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
+    seen = []
+
+    def grade(prompts, completions, **kwargs):
+        seen.extend(prompts)
+        return [float(len(prompt)) for prompt in prompts]
+
+    data = tiny.tiny_prompts(5, seed=3)
+    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": data, "ref_model": tiny.tiny_actor(5)}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=2)
+    before = snapshot(trainer.model)
+    metrics = trainer.evaluate()
+    assert sorted(seen) == sorted(data["prompt"][:])
+    scores = torch.tensor([float(len(prompt)) for prompt in data["prompt"]])
+    assert metrics["eval_reward/score"] == pytest.approx(scores.mean().item())
+    assert metrics["eval_reward/score_ci95"] == pytest.approx(1.96 * scores.std().item() / 5**0.5, rel=1e-5)
+    assert metrics["eval_kl/ref"] > 0.1
+    assert metrics["eval_completions/mean_length"] > 1
+    assert "eval_loss" not in metrics
+    assert changed(trainer.model, before) == set()
+
+
+def test_several_held_out_sets_are_evaluated_one_by_one(tmp_path):
+    def grade(prompts, **kwargs):
+        return [float(len(prompt)) for prompt in prompts]
+
+    sets = {
+        "short": Dataset.from_dict({"prompt": ["cat"] * 2}),
+        "long": Dataset.from_dict({"prompt": ["the cat"] * 3}),
+    }
+    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": sets}
+    trainer = ppo_run(
+        tmp_path,
+        models,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=2,
+    )
+    assert logged(trainer, "eval_short_reward/score") == [3.0]
+    assert logged(trainer, "eval_long_reward/score") == [7.0]
+
+
+def test_evaluation_leaves_training_alone(tmp_path):
+    models = {"eval_dataset": tiny.tiny_prompts(2, seed=3)}
+    trainer = ppo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, num_sample_generations=0)
+    plain = ppo_run(tmp_path)
+    assert len(logged(plain, "reward/score")) == 2
+    for key in ("reward/score", "loss", "kl/ref"):
+        assert logged(trainer, key) == logged(plain, key)
+
+
+def test_evaluations_of_one_policy_give_the_same_responses(tmp_path):
+    """So an evaluation differs from the one before it by what was learnt, and by nothing else."""
+    seen = []
+
+    def grade(completions, **kwargs):
+        seen.append(completions)
+        return [float(len(completion)) for completion in completions]
+
+    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": tiny.tiny_prompts(6, seed=3)}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=3)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert seen[:2] == seen[2:]
+    assert seen[0] != seen[1]
+    assert "eval_reward/rise" not in first
+    assert (second["eval_reward/rise"], second["eval_reward/rise_ci95"]) == (0, 0)
+
+
+def test_held_out_kl_is_the_mean_over_prompts_with_a_last_batch_of_another_size(tmp_path):
+    """A mean of batch means would weigh the last prompt like the two of each batch before."""
+    data = tiny.tiny_prompts(5, seed=3)
+    kept = []
+    trainer = ppo_trainer(
+        tmp_path, {"ref_model": tiny.tiny_actor(5), "eval_dataset": data}, per_device_eval_batch_size=2
+    )
+    measure = trainer._collect_held_out
+
+    def keep(rows):
+        kept.append(measure(rows))
+        return kept[-1]
+
+    trainer._collect_held_out = keep
+    metrics = trainer.evaluate()
+    sums = [
+        sum((r.old_logps[i, t] - r.ref_logps[i, t]).item() for t in range(r.mask.size(1)) if r.mask[i, t])
+        for r in kept
+        for i in range(len(r.mask))
+    ]
+    assert len(sums) == 5
+    assert metrics["eval_kl/ref"] == pytest.approx(sum(sums) / 5, rel=1e-5)
+
+
+def test_rise_is_measured_on_the_same_prompts_only(tmp_path):
+    first, other = tiny.tiny_prompts(3, seed=3), tiny.tiny_prompts(3, seed=4)
+    trainer = ppo_trainer(tmp_path, {"eval_dataset": first})
+    trainer.evaluate()
+    assert "eval_reward/rise" not in trainer.evaluate(other)
+    assert trainer.evaluate()["eval_reward/rise"] == 0
+    assert trainer.evaluate(other)["eval_reward/rise"] == 0
+
+
+def test_rise_is_paired_by_prompt_and_skips_what_no_reward_scores():
+    nan = math.nan
+    first, scores = torch.tensor([0.0, 1.0, 2.0, 3.0, nan]), torch.tensor([1.0, 1.0, 5.0, nan, 9.0])
+    line = held_out_score(scores, first)
+    differences = torch.tensor([1.0, 0.0, 3.0])
+    assert line["score"] == pytest.approx(4.0)
+    assert line["score_ci95"] == pytest.approx(1.96 * torch.tensor([1.0, 1.0, 5.0, 9.0]).std().item() / 2)
+    assert line["rise"] == pytest.approx(4 / 3)
+    assert line["rise_ci95"] == pytest.approx(1.96 * differences.std().item() / math.sqrt(3))
+    assert "rise" not in held_out_score(scores, first[:4])
+    assert held_out_score(torch.full((2,), nan)) == {}
+
+
+def test_sample_completions_are_printed_with_their_scores(tmp_path, capsys):
+    def bracketed(completions, **kwargs):
+        return [1.25] * len(completions)
+
+    prompts = Dataset.from_dict({"prompt": ["cat", "dog", "bird"]})
+    models = {"reward_model": None, "reward_funcs": bracketed, "eval_dataset": prompts}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=2)
+    logs = dict(trainer._metrics["eval"])
+    trainer.generate_completions()
+    output = capsys.readouterr().out
+    assert output.count("Samples at step 0") == 2
+    assert output.count("1.250") == 3
+    assert all(word in output for word in ("cat", "dog", "bird"))
+    trainer.generate_completions(sampling=True)
+    assert capsys.readouterr().out.count("1.250") == 2
+    assert trainer._metrics["eval"] == logs
+    assert trainer.model.training
+
+
+def test_samples_may_hold_what_looks_like_markup(tmp_path, capsys):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["[/INST]"])
+    models = {
+        "processing_class": tokenizer,
+        "model": tiny.tiny_actor(vocab_size=65),
+        "reward_model": tiny.tiny_reward_model(vocab_size=65),
+        "eval_dataset": Dataset.from_dict({"prompt": ["cat [/INST]"]}),
+    }
+    ppo_trainer(tmp_path, models).generate_completions()
+    assert "[/INST]" in capsys.readouterr().out

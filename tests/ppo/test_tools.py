@@ -1,0 +1,180 @@
+"""Tokens that the actor did not write: of a rollout function, a tool, an environment."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+import tiny
+from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, sum_of_terms
+from trl_ext import PPOTrainerX
+from trl_ext.ppo.rollout import Rollout
+
+
+def play(prompts, trainer):
+    """A rollout function whose responses hold a token of the environment in the middle."""
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    return {
+        "prompt_ids": ids,
+        "completion_ids": [[10, 11, 12 + row, 13, 2] for row in range(len(ids))],
+        "logprobs": [[-1.0] * 5 for _ in ids],
+        "env_mask": [[1, 0, 0, 1, 1]] * len(ids),
+        "bonus": [float(row) for row in range(len(ids))],
+    }
+
+
+def bonus_of(bonus, **kwargs):
+    return bonus
+
+
+def test_tokens_of_the_environment_are_attended_and_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    models = {"reward_model": None, "reward_funcs": bonus_of, "rollout_func": play}
+    trainer = ppo_run(tmp_path, models, max_steps=2, gamma=0.9, whiten_advantages=False, kl_placement="reward")
+    rollout = trainer._rollout
+    hole = torch.tensor([True, False, False, True, True])
+    assert rollout.mask.equal(hole.expand(4, 5))
+    assert rollout.attended.all()
+    assert rollout.scores.tolist() == [0.0, 1.0, 2.0, 3.0]
+    # GAE steps over the hole: the response without it has the same advantages.
+    values = rollout.old_values[:, hole]
+    advantages = torch.zeros(4, 3)
+    for t in (2, 1, 0):
+        following = values[:, t + 1] if t < 2 else 0
+        reward = rollout.scores if t == 2 else 0
+        delta = reward + 0.9 * following - values[:, t]
+        advantages[:, t] = delta + (0.9 * 0.95 * advantages[:, t + 1] if t < 2 else 0)
+    torch.testing.assert_close(rollout.advantages[:, hole], advantages, rtol=1e-5, atol=1e-6)
+    assert not rollout.advantages[:, ~hole].any()
+    assert logged(trainer, "completions/mean_length") == [3.0]
+    for line in log_lines(trainer):
+        assert line["loss"] == pytest.approx(sum_of_terms(line), abs=1e-5)
+
+
+def test_rollout_takes_over_grpos_masks():
+    batch = {
+        "prompt_ids": torch.tensor([[0, 7], [8, 9], [8, 9]]),
+        "prompt_mask": torch.tensor([[0, 1], [1, 1], [1, 1]]),
+        "completion_ids": torch.tensor([[10, 11, 2, 0], [10, 2, 12, 13], [10, 11, 12, 13]]),
+        "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1]]),
+    }
+    rollout = Rollout.from_grpo(batch, torch.tensor([1.0, 2.0, torch.nan]), end_ids=[2])
+    assert rollout.mask.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
+    assert rollout.attended.int().tolist() == batch["completion_mask"].tolist()
+    assert rollout.scored.tolist() == [True, True, False]
+    assert rollout.scores.tolist() == [1.0, 2.0, 0.0]
+    assert rollout.has_eos.tolist() == [True, False, False]  # in the second, an earlier turn ended
+    inputs = rollout.model_inputs(position_ids=True)
+    assert inputs["labels"].tolist()[0] == [-100, -100, 10, -100, 2, -100]
+    assert inputs["attention_mask"].tolist()[0] == [0, 1, 1, 1, 1, 0]
+    assert inputs["position_ids"].tolist()[0] == [0, 0, 1, 2, 3, 3]
+
+
+TOOL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<' + ('unk' if message['role'] == 'tool' else message['role']) + '> ' + message['content'] + ' ' }}"
+    "{% for call in message.get('tool_calls') or [] %}"
+    "{{ call['function']['name'] + ' ' + (call['function']['arguments'] | tojson) + ' ' }}"
+    "{% endfor %}"
+    "{{ '<eos> ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def look(word: str) -> str:
+    """
+    Looks a word up.
+
+    Args:
+        word: the word.
+    """
+    return "good film"
+
+
+class Room:
+    """An environment that owns its reward."""
+
+    reward = 0.5
+
+    def reset(self, **kwargs):
+        return None
+
+    def look(self, word: str) -> str:
+        """
+        Looks a word up.
+
+        Args:
+            word: the word.
+        """
+        self.looked = True
+        return "good film"
+
+    def get_reward(self):
+        return self.reward
+
+
+def calls_a_tool_once(monkeypatch):
+    """Every response is a call of the tool, then three tokens. TRL's own loop runs between the two."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"word": "cat"}}}
+
+    def parse(tokenizer, ids, prefix=None, tools=None):
+        message = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+        return message | ({"tool_calls": [call]} if ids[0] == 10 else {})
+
+    def turn(self, prompt_ids, *args, **kwargs):
+        after_tool = any(tiny.VOCABULARY.index("film") in ids for ids in prompt_ids)
+        return [[20, 21, 2] if after_tool else [10, 11, 2] for _ in prompt_ids], None
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", parse)
+    monkeypatch.setattr(PPOTrainerX, "_generate_single_turn", turn)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def tool_models():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.response_schema = {"type": "object"}
+    tokenizer.response_template = {"unused": True}
+    prompts = [[{"role": "user", "content": word}] for word in ("cat", "dog", "bird", "fish")]
+    return {"processing_class": tokenizer, "train_dataset": Dataset.from_dict({"prompt": prompts})}
+
+
+@pytest.mark.parametrize("source", ["tools", "environment"])
+def test_answers_of_a_tool_are_attended_and_do_not_count(tmp_path, monkeypatch, source):
+    calls_a_tool_once(monkeypatch)
+    given = {"tools": [look]} if source == "tools" else {"environment_factory": Room, "reward_model": None}
+    trainer = ppo_run(tmp_path, tool_models() | given, max_steps=2, response_length=40)
+    rollout = trainer._rollout
+    film = tiny.VOCABULARY.index("film")
+    for row in range(4):
+        written = rollout.response_ids[row][rollout.mask[row]].tolist()
+        read = rollout.response_ids[row][rollout.attended[row]].tolist()
+        assert written == [10, 11, 2, 20, 21, 2]
+        assert film in read
+        assert film not in written
+    assert logged(trainer, "tools/call_frequency") == [1.0]
+    assert logged(trainer, "tools/failure_frequency") == [0.0]
+    if source == "environment":
+        assert logged(trainer, "rewards/Room/mean") == logged(trainer, "reward/score") == [0.5]
+    for line in log_lines(trainer):
+        assert line["loss"] == pytest.approx(sum_of_terms(line), abs=1e-5)
+
+
+def test_environment_may_bring_its_own_prompts(tmp_path, monkeypatch):
+    calls_a_tool_once(monkeypatch)
+    monkeypatch.setattr(Room, "reset", lambda self, **kwargs: "bird")
+    models = tool_models() | {"environment_factory": Room, "reward_model": None, "train_dataset": None}
+    trainer = ppo_run(tmp_path, models, total_episodes=4, response_length=40)
+    assert trainer.state.global_step == 2
+    prompts = tiny.tiny_tokenizer().batch_decode(trainer._rollout.prompt_ids)
+    assert all("bird" in prompt for prompt in prompts)
+
+
+def test_environments_reward_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch):
+    calls_a_tool_once(monkeypatch)
+    monkeypatch.setattr(Room, "reward", float("nan"))
+    models = tool_models() | {"environment_factory": Room, "reward_model": None}
+    trainer = ppo_trainer(tmp_path, models, response_length=40)
+    with pytest.raises(FloatingPointError, match="The reward 'Room' is nan at step 0"):
+        trainer.train()

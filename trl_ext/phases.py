@@ -1,0 +1,110 @@
+"""`Phases`: what the phases of a run take, such as generating and learning: seconds, and at most how much memory."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+GIB = 2**30
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Phases(TrainerCallback):
+    """
+    At every moment a run is in one phase or in none: time within an inner phase is not that of the outer one. As a
+    callback it ends "learn", which a trainer enters with an optimizer step's first micro-batch, when the optimizer has
+    stepped; so clocks and counters are read, and a GPU is waited for, at most twice in an optimizer step.
+
+    Args:
+        device: whose memory is counted. A GPU's: what PyTorch has allocated there for this process. A CPU's: the
+            process's resident memory, libraries and all; only on Linux, which can reset its peak. Of others, none.
+        counts_memory: to be switched off where somebody else reads the same counters, which are reset here.
+
+    Attributes:
+        highest: bytes at most held in any phase and between them, up to the last change of phase.
+    """
+
+    def __init__(self, device: torch.device, counts_memory: bool = True):
+        self.device = device
+        self.counts_memory = counts_memory
+        self.highest = 0
+        self._phase: str | None = None
+        self._since = time.perf_counter()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was measured."""
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._peaks: dict[str, int] = {}
+
+    def enter(self, phase: str | None) -> None:
+        """From here on the run is in this phase; `None`: in none."""
+        if phase == self._phase:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its work goes on after the calls have returned
+        now, peak = time.perf_counter(), take_peak(self.device) if self.counts_memory else None
+        if self._phase is not None:
+            self._seconds[self._phase].append(now - self._since)
+            if peak is not None:
+                self._peaks[self._phase] = max(peak, self._peaks.get(self._phase, 0))
+        self.highest = max(self.highest, peak or 0)
+        self._phase, self._since = phase, now
+
+    @contextmanager
+    def during(self, phase: str | None) -> Iterator[None]:
+        """Within the context the run is in this phase, then again in that from before."""
+        outer = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._phase = None  # a run that ended with an error has left its phase open
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.enter(None)
+
+    def pop_seconds(self) -> dict[str, list[float]]:
+        """Phase -> the seconds of every stay in it since the last call, on this process."""
+        seconds, self._seconds = dict(self._seconds), defaultdict(list)
+        return seconds
+
+    def pop_memory(self, gather: Callable[[Tensor], Tensor], *phases: str) -> dict[str, float]:
+        """
+        Log entries `memory/<phase>`: the peaks since the last call, the largest of all ranks, in GiB. Called on all.
+
+        Args:
+            gather: from this rank's (1, n) to those of all ranks, (ranks, n).
+            phases: which to take; those without a measurement are left out.
+        """
+        names = [phase for phase in phases if phase in self._peaks]
+        if not names:
+            return {}
+        peaks = torch.tensor([[self._peaks.pop(phase) / GIB for phase in names]], device=self.device)
+        return {f"memory/{phase}": peak for phase, peak in zip(names, gather(peaks).amax(dim=0).tolist(), strict=True)}
+
+
+def take_peak(device: torch.device) -> int | None:
+    """Bytes at most held since the last call, by the device's counter, which is reset; `None` where it cannot be."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if device.type != "cpu":
+        return None
+    try:
+        status = STATUS.read_text()
+        CLEAR.write_text("5")  # the kernel's word for: the peak is what is resident now
+    except OSError:  # not Linux, or not allowed
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)

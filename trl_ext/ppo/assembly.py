@@ -1,0 +1,97 @@
+"""How the roles of a run are put together: critic and reward adapter within the actor, the frozen models beside it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from .. import _trl
+from ..device import keep_4_bit_differentiable
+from ..zero import declare_head, is_stage3
+from . import critic as critic_module
+from .adapters import REWARD, copy_adapter, stand_on
+from .config import PPOConfigX
+from .forward import LogitsHead, add_actor_critic_forward
+from .roles import Roles
+from .scorers import token_scorer
+
+
+REFERENCE = "ref"
+
+
+def stop_ids(args: PPOConfigX, declared: list[int], eos_token_id: int) -> list[int]:
+    """Ids of the tokens that end a response: those that model and tokenizer declare, or the one asked for."""
+    if args.stop_token is None and args.stop_token_id is None:
+        return declared
+    return [eos_token_id if args.stop_token_id is None else args.stop_token_id]
+
+
+def choose_adapters(model: Any, args: PPOConfigX, copies_start: bool) -> str | None:
+    """
+    Chooses the adapter to train; returns the adapter that is the reference, if one is.
+
+    Args:
+        copies_start: training that starts from an adapter is held to a frozen copy of that adapter, not to the base.
+    """
+    if args.model_adapter_name is not None:
+        model.set_adapter(args.model_adapter_name)
+    if not (copies_start and is_peft_model(model)):
+        return args.ref_adapter_name
+    copy_adapter(model, model.active_adapter, REFERENCE)
+    return REFERENCE
+
+
+def join_to_actor(
+    model: Any, roles: Roles, args: PPOConfigX, optimizer: torch.optim.Optimizer | None
+) -> tuple[list[nn.Module], LogitsHead]:
+    """
+    Makes the critic and the reward adapter submodules of the actor, and has its forward answer for all three. A new
+    adapter of the actor must be in it by now: it goes into every module whose name fits.
+
+    Args:
+        model: the actor, perhaps a `PeftModel`.
+        optimizer: the user's own, which has to hold what is trained.
+
+    Returns:
+        The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
+        makes the actor's logits.
+    """
+    actor = model.get_base_model() if is_peft_model(model) else model
+    critic_module.attach(roles.critic, model)
+    attached = [roles.critic]
+    if roles.reward_adapter is not None:
+        stand_on(model, roles.reward_adapter, REWARD)
+        attached.append(roles.reward_adapter)
+    keep_4_bit_differentiable(model)
+    if isinstance(roles.critic, critic_module.ValueAdapter) and args.gradient_checkpointing:
+        roles.critic.enable_gradient_checkpointing(args.gradient_checkpointing_kwargs)
+    critic_module.check_trained(model, roles.critic, optimizer)
+    _trl.disable_dropout(model)
+    head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter)
+    if is_stage3(args):
+        declare_head(actor)
+    return attached, head
+
+
+def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:
+    """The reference, frozen on its device, answering as the actor does; and the head that makes its logits."""
+    _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    head = add_actor_critic_forward(reference)
+    return _trl.prepare_frozen(reference, accelerator), head
+
+
+def place_reward_models(
+    reward_funcs: list[Any],
+    reward_adapter: nn.Module | None,
+    ask_adapter: Callable[..., Tensor],
+    accelerator: Accelerator,
+) -> None:
+    """Freezes the reward models that read token ids, on their device; an adapter is asked through the actor."""
+    for scorer in map(token_scorer, reward_funcs):
+        if scorer is not None and scorer.model is reward_adapter:
+            scorer.ask = ask_adapter
+        elif scorer is not None:
+            scorer.model = _trl.prepare_frozen(scorer.model, accelerator)

@@ -1,0 +1,45 @@
+"""The weights of the loss terms while a run goes on: fixed ones, and those of both KLs, which controllers move."""
+
+from dataclasses import fields
+
+from .config import PPOConfigX
+from .losses import PPOCoefficients, option_of
+
+
+class Coefficients:
+    """
+    Args:
+        args: the loop's config.
+        aux: weight of the model's own auxiliary loss, which its config may declare.
+    """
+
+    def __init__(self, args: PPOConfigX, aux: float):
+        self._args = args
+        self._aux = aux
+        self._reference, self._old_policy = args.build_kl_controllers()
+        self._kl: float | None = None
+        self._old_kls: list[float] = []
+
+    @property
+    def now(self) -> PPOCoefficients:
+        """The weights of the loss terms now; those of the options as they are now, too."""
+        known = {"kl": self._reference.coef, "old_kl": self._old_policy.coef, "aux": self._aux}
+        others = [part.name for part in fields(PPOCoefficients) if part.name not in known]
+        return PPOCoefficients(**known, **{name: getattr(self._args, option_of(name)) for name in others})
+
+    def saw_kl(self, kl: float) -> None:
+        """Takes note of a rollout's KL(π_old ‖ π_ref), nats per sequence."""
+        self._kl = kl
+
+    def saw_old_kl(self, old_kl: float) -> None:
+        """Takes note of an optimizer step's KL[π_old ‖ π_θ], nats per token."""
+        self._old_kls.append(old_kl)
+
+    def close_rollout(self) -> None:
+        """Moves the coefficients of both KLs by what was seen since the last call: of the latter, the last pass."""
+        if self._kl is not None:
+            self._reference.update(self._kl, episodes=self._args.batch_size)
+        if self._old_kls:
+            of_last_pass = self._old_kls[-self._args.num_mini_batches :]
+            self._old_policy.update(sum(of_last_pass) / len(of_last_pass), episodes=self._args.batch_size)
+        self._kl, self._old_kls = None, []

@@ -1,0 +1,138 @@
+"""What several options of PPO must keep together, by topic; the range of each stands beside it in `options.py`."""
+
+from typing import Any
+
+from ..ranges import default_of, require
+from .advantages import find_estimator
+from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
+
+
+# Options of GRPO that mean nothing in PPO, and what to do instead.
+_GROUPS = "PPO samples one response per prompt and has no groups; raise the batch size instead"
+_LOSS = "PPO has one loss, the clipped objective"
+_REWARDS = "PPO does not scale rewards by group; see `normalize_rewards` and `whiten_rewards`"
+_FROZEN = "the reference model of PPO is frozen"
+_ENTROPY = "the entropy bonus of PPO has the fixed coefficient `ent_coef`"
+_ROLLOUT = "the rollout is per_device_train_batch_size × gradient_accumulation_steps × world size"
+MEANINGLESS_IN_PPO = {
+    "num_generations": _GROUPS,
+    "num_generations_eval": _GROUPS,
+    "loss_type": _LOSS,
+    "importance_sampling_level": _LOSS,
+    "delta": f"{_LOSS}; its range is `cliprange`",
+    "epsilon_high": f"{_LOSS}; its range is `cliprange`",
+    "sapo_temperature_neg": _LOSS,
+    "sapo_temperature_pos": _LOSS,
+    "vespo_k_pos": _LOSS,
+    "vespo_lambda_pos": _LOSS,
+    "vespo_k_neg": _LOSS,
+    "vespo_lambda_neg": _LOSS,
+    "off_policy_mask_threshold": f"{_LOSS}; see `target_kl` for an early stop",
+    "top_entropy_quantile": _LOSS,
+    "use_bias_correction_kl": "the KL term of PPO is chosen by `kl_estimator` and `kl_placement`",
+    "scale_rewards": _REWARDS,
+    "multi_objective_aggregation": _REWARDS,
+    "sync_ref_model": _FROZEN,
+    "ref_model_mixup_alpha": _FROZEN,
+    "ref_model_sync_steps": _FROZEN,
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "steps_per_generation": _ROLLOUT,
+    "generation_batch_size": _ROLLOUT,
+}
+
+# Generation options that PPO has under its own names, or fixes; the second line has vLLM's names.
+NOT_FOR_GENERATION = {
+    *("temperature", "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample"),
+    *("max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"),
+}
+
+
+def check_options(args: Any) -> None:
+    """Raises `ValueError` for options of a `PPOConfigX` that do not go together."""
+    refuse_meaningless(args)
+    check_steps(args)
+    check_responses(args)
+    check_kl(args)
+    check_frozen_models(args)
+    find_estimator(args.advantage_estimator)
+
+
+def refuse_meaningless(args: Any) -> None:
+    for name, instead in MEANINGLESS_IN_PPO.items():
+        default, value = default_of(type(args), name), getattr(args, name)
+        unset = (default, 1) if name.startswith("num_generations") else (default,)
+        if value not in unset:
+            raise ValueError(f"`{name}={value!r}` is an option of GRPO that means nothing in PPO: {instead}.")
+
+
+def check_steps(args: Any) -> None:
+    if args.total_episodes is not None and args.max_steps > 0:
+        raise ValueError(
+            f"`total_episodes={args.total_episodes}` sets the number of optimizer steps, and so does "
+            f"`max_steps={args.max_steps}`. Keep one of them."
+        )
+    if args.target_kl is not None and args.fp16:
+        raise ValueError("`target_kl` leaves out optimizer steps, which fp16 loss scaling cannot do; use bf16.")
+
+
+def check_responses(args: Any) -> None:
+    if args.stop_token is not None and args.stop_token_id is not None:
+        raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
+    twice = sorted(NOT_FOR_GENERATION & set(args.generation_kwargs or {}))
+    if twice:
+        raise ValueError(
+            f"`generation_kwargs` holds {twice}, which `temperature`, `response_length` and `stop_token_id` say "
+            "already, or which PPO fixes. Remove them."
+        )
+
+
+def check_kl(args: Any) -> None:
+    _check_kl_estimator(args)
+    _check_kl_controller(args)
+    if args.old_kl_target is not None and args.old_kl_coef == 0:
+        raise ValueError("`old_kl_target` steers `old_kl_coef`, which is 0; start it above 0.")
+
+
+def _check_kl_estimator(args: Any) -> None:
+    in_loss = args.kl_placement == "loss"
+    allowed = LOSS_KL_ESTIMATORS if in_loss else REWARD_KL_ESTIMATORS
+    if in_loss and args.kl_estimator == "k1":
+        raise ValueError(
+            "`kl_estimator='k1'` has no gradient in expectation, so in the loss it would not hold the actor to "
+            "the reference. Use `kl_estimator='k2'`, or `kl_placement='reward'` to subtract k1 from the rewards "
+            "as TRL 1.12 did."
+        )
+    is_allowed = args.kl_estimator in (None, *allowed)
+    require(args, "kl_estimator", is_allowed, f"one of {allowed} in the {args.kl_placement}")
+
+
+def _check_kl_controller(args: Any) -> None:
+    for name in ("kl_target", "kl_horizon"):
+        if getattr(args, name) is not None and args.kl_controller != "proportional":
+            raise ValueError(f"`{name}` is read by `kl_controller='proportional'` only; set that or remove it.")
+    if args.kl_controller == "proportional" and args.kl_target is None:
+        raise ValueError("`kl_controller='proportional'` needs `kl_target`, in nats per sequence.")
+    is_band = len(args.kl_band) == 2 and 0 < args.kl_band[0] < args.kl_band[1]
+    require(args, "kl_band", is_band, "two numbers, 0 < low < high")
+    if args.kl_band != default_of(type(args), "kl_band") and args.kl_controller != "band":
+        raise ValueError("`kl_band` is read by `kl_controller='band'` only; set that or remove it.")
+    if args.kl_controller != "fixed" and args.kl_coef == 0:
+        raise ValueError(f"`kl_controller='{args.kl_controller}'` scales `kl_coef`, which is 0; start above 0.")
+
+
+def check_frozen_models(args: Any) -> None:
+    if args.ref_model_quantization is not None and args.kl_coef == 0:
+        raise ValueError(
+            f"`ref_model_quantization={args.ref_model_quantization!r}` with `kl_coef=0`: no reference is loaded. "
+            "Remove it."
+        )
+    for name in ("reward_model_quantization", "ref_model_quantization"):
+        if args.offload_frozen_models and getattr(args, name) == "8bit":
+            raise ValueError(
+                f"`offload_frozen_models` cannot move what `{name}='8bit'` makes: an 8-bit layer of bitsandbytes "
+                "keeps its weights outside its parameters once it has run. Use '4bit', or switch one of them off."
+            )

@@ -1,0 +1,281 @@
+"""
+The options of PPO by topic, one class each: name, range, default, and a help that states the unit and, where a source
+document gives one, the document's value (S1 §6.2). The first line of a class's docstring is the topic, for people.
+
+What several options must keep together is checked in `config_checks.py`; `PPOConfigX` in `config.py` joins the topics.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..frozen import QUANTIZATIONS
+from ..ranges import COUNT, FRACTION, NOT_NEGATIVE, NOT_NEGATIVE_OR_UNSET, POSITIVE, POSITIVE_OR_UNSET, one_of
+from .kl import IN_THE_LOSS, IN_THE_REWARD
+
+
+CRITICS = ("model", "head", "adapter")
+KL_PLACEMENTS = ("loss", "reward")
+KL_CONTROLLERS = ("fixed", "proportional", "band")
+LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
+REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
+
+
+@dataclass
+class BatchOptions:
+    """Rollouts, mini-batches and steps"""
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW for the actor."})
+    num_ppo_epochs: Annotated[int, COUNT] = field(
+        default=4, metadata={"help": "Passes over each rollout. Integer >= 1."}
+    )
+    num_mini_batches: Annotated[int, COUNT] = field(
+        default=1, metadata={"help": "Mini-batches, hence optimizer steps, in one pass over a rollout. Integer >= 1."}
+    )
+    total_episodes: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Responses to sample in the whole run; sets `max_steps`. Unset: `num_train_epochs` decides."
+        },
+    )
+    local_rollout_forward_batch_size: Annotated[int, COUNT] = field(
+        default=64, metadata={"help": "Sequences per forward pass, without gradient, when a rollout is scored."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that check the prompts of the datasets before training."}
+    )
+
+
+@dataclass
+class ModelOptions:
+    """Models and adapters"""
+
+    sft_model_path: str | None = field(
+        default=None, metadata={"help": "Path of the actor, when no `model` is passed to the trainer."}
+    )
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path of the reward model, when no reward is passed to the trainer. Where the actor trains an "
+            "adapter, it may be the folder of a reward adapter, which is loaded onto the actor's base."
+        },
+    )
+    model_adapter_name: str | None = field(
+        default=None, metadata={"help": "Name of the adapter to train, when the actor holds several."}
+    )
+    ref_adapter_name: str | None = field(
+        default=None, metadata={"help": "Name of the actor's adapter that is the reference model."}
+    )
+
+
+@dataclass
+class FrozenModelOptions:
+    """Memory of the frozen models"""
+
+    offload_frozen_models: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the weights of reference and reward models in host memory, and on the device only while "
+            "they score. Not with ZeRO-3 or FSDP, which partition them."
+        },
+    )
+    reward_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
+        default=None,
+        metadata={
+            "help": "Load the reward models that are given by path in fewer bits, with bitsandbytes: '8bit' or '4bit' "
+            "(NF4). A critic made from the reward model stays in full precision.",
+            "choices": ["8bit", "4bit"],
+        },
+    )
+    ref_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
+        default=None,
+        metadata={
+            "help": "Load the reference in fewer bits: '8bit' or '4bit' (NF4). For a `ref_model` given by path, or "
+            "the copy of an actor given by path. The KL is then not 0 before the first step.",
+            "choices": ["8bit", "4bit"],
+        },
+    )
+
+
+@dataclass
+class ResponseOptions:
+    """Responses"""
+
+    response_length: Annotated[int, COUNT] = field(default=53, metadata={"help": "Longest response, in tokens."})
+    temperature: Annotated[float, POSITIVE] = field(
+        default=1.0, metadata={"help": "Sampling temperature; also the temperature of every log-probability. > 0."}
+    )
+    stop_token: Annotated[str | None, one_of(None, "eos")] = field(
+        default=None,
+        metadata={
+            "help": "'eos': a response ends at the tokenizer's eos token only. Unset: at any end token that the model "
+            "or the tokenizer declares.",
+            "choices": ["eos"],
+        },
+    )
+    stop_token_id: int | None = field(
+        default=None, metadata={"help": "Id of the one token that ends a response. Excludes `stop_token`."}
+    )
+    num_sample_generations: Annotated[int, NOT_NEGATIVE] = field(
+        default=10,
+        metadata={"help": "How many times in the run sample completions of `eval_dataset` are printed. 0: never."},
+    )
+
+
+@dataclass
+class RewardOptions:
+    """From scores to rewards"""
+
+    missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Subtracted from the score of a response without an end token. >= 0."}
+    )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={"help": "Divide scores by their running standard deviation over all ranks and rollouts."},
+    )
+    reward_clip: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Clip scores to ± this value, after `normalize_rewards`. Positive."}
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance, mean kept."}
+    )
+
+
+@dataclass
+class KLOptions:
+    """KL to the reference model"""
+
+    kl_coef: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.05,
+        metadata={
+            "help": "Coefficient α of KL(π_θ ‖ π_ref): larger holds the actor closer to the reference. 0: no "
+            "reference model is loaded."
+        },
+    )
+    kl_placement: Annotated[str, one_of(*KL_PLACEMENTS)] = field(
+        default="loss",
+        metadata={
+            "help": "'loss': −αL^KL as in the documents; per state. 'reward': subtracted from the per-token rewards "
+            "as in TRL 1.12, so that it also reaches earlier tokens through the returns.",
+            "choices": list(KL_PLACEMENTS),
+        },
+    )
+    kl_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Per-token estimate of the KL. In the loss its gradient counts: 'k2' (default; the gradient of "
+            "KL(π_θ ‖ π_ref)), 'full' (exact, over the vocabulary) or 'k3' (the gradient of KL(π_ref ‖ π_θ), GRPO's "
+            "choice). In the reward its value counts: 'k1' (default, unbiased), 'k2' or 'k3'.",
+            "choices": list(dict.fromkeys(REWARD_KL_ESTIMATORS + LOSS_KL_ESTIMATORS)),
+        },
+    )
+    kl_controller: Annotated[str, one_of(*KL_CONTROLLERS)] = field(
+        default="fixed",
+        metadata={
+            "help": "How `kl_coef` follows the measured KL, once per rollout: 'fixed', 'proportional' (Ziegler 2019) "
+            "or 'band' (halved below `kl_band`, doubled above it).",
+            "choices": list(KL_CONTROLLERS),
+        },
+    )
+    kl_target: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Target of the proportional controller, in nats per sequence."}
+    )
+    kl_horizon: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Horizon of the proportional controller, in episodes (default 10000)."}
+    )
+    kl_band: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata={"help": "Lower and upper end of the band controller, in nats per sequence. S1 §6.2: 0.5 to 2."},
+    )
+
+
+@dataclass
+class LossOptions:
+    """Loss terms"""
+
+    cliprange: Annotated[float, POSITIVE] = field(
+        default=0.2, metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. S1 §6.2: 0.2."}
+    )
+    vf_coef: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.5, metadata={"help": "Coefficient of the value loss ½(V − R)². S1 §6.2: 0.5."}
+    )
+    cliprange_value: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=0.2,
+        metadata={"help": "The value counts within V_old ± this, in reward units. null: no clipping."},
+    )
+    ent_coef: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.01, metadata={"help": "Coefficient of the entropy bonus, nats per token. S1 §6.2: 0.01."}
+    )
+    old_kl_coef: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.0,
+        metadata={"help": "Coefficient of KL[π_old ‖ π_θ], nats per token (S1 §4.2.3; Schulman 2017 §4). 0: off."},
+    )
+    old_kl_target: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={"help": "Target d of Schulman's controller of `old_kl_coef`, nats per token. Unset: fixed."},
+    )
+    target_kl: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "When `policy/approx_kl` (nats per token, all ranks) of an optimizer step exceeds this, the rest "
+            "of the rollout is not learned from. Unset: never."
+        },
+    )
+
+
+@dataclass
+class AdvantageOptions:
+    """Advantages and returns"""
+
+    gamma: Annotated[float, FRACTION] = field(
+        default=1.0, metadata={"help": "Discount factor, 0 to 1. S1 §6.2: 0.99."}
+    )
+    lam: Annotated[float, FRACTION] = field(default=0.95, metadata={"help": "λ of GAE, 0 to 1. S1 §6.2: 0.95."})
+    advantage_estimator: str = field(
+        default="gae",
+        metadata={
+            "help": "'gae'; '1_step', '2_step', … (S1 §2.9); 'reinforce' (rewards-to-go); 'reinforce_baseline' "
+            "(rewards-to-go minus the value)."
+        },
+    )
+    whiten_advantages: bool = field(
+        default=True,
+        metadata={
+            "help": "Scale a rollout's advantages to mean 0 and variance 1 over all ranks. Returns keep theirs."
+        },
+    )
+
+
+@dataclass
+class CriticOptions:
+    """Critic"""
+
+    critic: Annotated[str, one_of(*CRITICS)] = field(
+        default="model",
+        metadata={
+            "help": "'model': the critic is a model of its own. 'head': a value head on the actor's trunk, one "
+            "forward pass for both. 'adapter': an adapter and a value head of its own on the actor's base, which the "
+            "actor's adapter leaves as it is; the adapter's form is that of the actor's, or of the reward adapter.",
+            "choices": list(CRITICS),
+        },
+    )
+    critic_learning_rate: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Initial learning rate of the critic. Unset: `learning_rate`."}
+    )
+    critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "First optimizer steps in which only the critic learns."}
+    )
+
+
+@dataclass
+class GRPONames:
+    """GRPO's names of these options
+
+    Unset in what the user wrote: they are set from the options in `PPOConfigX.for_trainer_loop`.
+    """
+
+    max_completion_length: int | None = field(default=None, metadata={"help": "GRPO's name of `response_length`."})
+    beta: float | None = field(default=None, metadata={"help": "GRPO's name of `kl_coef`."})
+    epsilon: float | None = field(default=None, metadata={"help": "GRPO's name of `cliprange`."})
+    num_iterations: int | None = field(default=None, metadata={"help": "GRPO's name of `num_ppo_epochs`."})
+    entropy_coef: float | None = field(default=None, metadata={"help": "GRPO's name of `ent_coef`."})
+    num_generations: int | None = field(default=None, metadata={"help": "Not used: one response per prompt."})

@@ -1,0 +1,53 @@
+"""
+What an option may be, written beside it: `lam: Annotated[float, FRACTION] = field(default=0.95)`. `check_ranges` holds
+a config to that.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple, get_type_hints
+
+
+class Range(NamedTuple):
+    """Values that an option may have; `needed` completes "it must be …"."""
+
+    needed: str
+    holds: Callable[[Any], bool]
+
+
+COUNT = Range("an integer of at least 1", lambda value: value == int(value) and value >= 1)
+FRACTION = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+POSITIVE = Range("above 0", lambda value: value > 0)
+POSITIVE_OR_UNSET = Range("above 0, or unset", lambda value: value is None or value > 0)
+NOT_NEGATIVE = Range("0 or above, and finite", lambda value: 0 <= value < math.inf)
+NOT_NEGATIVE_OR_UNSET = Range("0 or above, or unset", lambda value: value is None or value >= 0)
+
+
+def one_of(*choices: Any) -> Range:
+    """The range of an option that is one of a few values."""
+    return Range(f"one of {choices}", lambda value: value in choices)
+
+
+def check_ranges(options: Any) -> None:
+    """Raises `ValueError` for the first option of a config that is outside the range in its annotation."""
+    for name, allowed in _ranges(type(options)):
+        require(options, name, allowed.holds(getattr(options, name)), allowed.needed)
+
+
+def require(options: Any, name: str, holds: bool, needed: str) -> None:
+    """Raises `ValueError`, with the value of the option `name`, unless `holds`."""
+    if not holds:
+        raise ValueError(f"`{name}` is {getattr(options, name)!r}; it must be {needed}.")
+
+
+def default_of(config_class: type, name: str) -> Any:
+    """Default of a dataclass field."""
+    declared = next(f for f in fields(config_class) if f.name == name)
+    return declared.default_factory() if callable(declared.default_factory) else declared.default
+
+
+def _ranges(config_class: type) -> Iterator[tuple[str, Range]]:
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        extras = getattr(hint, "__metadata__", ())
+        yield from ((name, extra) for extra in extras if isinstance(extra, Range))
