@@ -114,6 +114,13 @@ def test_ties_before_training_are_no_alarm():
     assert keys([log[0] | {"eval_rewards/margins_p90": 1.0}]) == ["eval_preference/calibration_error"]
 
 
+@pytest.mark.parametrize("pairs, sounds", [(1, False), (99, False), (100, True), (None, True)])
+def test_calibration_of_few_pairs_is_no_alarm(pairs, sounds):
+    line = {"step": 5, "eval_preference/accuracy": 1.0, "eval_preference/calibration_error": 0.5}
+    log = [line | ({} if pairs is None else {"eval_preference/pairs": pairs})]
+    assert keys(log) == (["eval_preference/calibration_error"] if sounds else [])
+
+
 def test_grpos_keys_are_watched():
     log = [{"step": i, "reward": 1.0, "frac_reward_zero_std": 0.95, "kl": 0.5} for i in range(5)]
     log = [line | {"completions/mean_length": 10.0} for line in log]

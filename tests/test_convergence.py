@@ -185,3 +185,11 @@ def test_a_flat_reward_is_seldom_called_a_trend():
 def test_criteria_outside_their_range_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         verdict([], **wrong)
+
+
+def test_few_pairs_in_the_right_order_are_not_told_from_chance():
+    few = dpo_log([0.5, 0.8], pairs=10)  # 55% to 100%, and with 5 pairs 45% to 100%
+    assert verdict(few).status == "converged"
+    said = verdict(dpo_log([0.5, 0.8], pairs=5))
+    assert said.status == "not yet"
+    assert "too few pairs to tell it from chance" in said.reason

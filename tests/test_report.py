@@ -64,7 +64,7 @@ def dpo_line(step, prefix="", margin=1.0, **others):
         "preference/accuracy": 0.75 if margin else 0.0,
         "preference/accuracy_low": 0.5,
         "preference/accuracy_high": 0.875,
-        "preference/pairs": 8.0,
+        "preference/pairs": 128.0,
         "preference/accuracy/a|b": 0.5,
         "preference/calibration_error": 0.25,
         "rewards/chosen": margin / 2,

@@ -4,14 +4,16 @@ library only.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .convergence import first_not_finite, mean
 from .history import Log, algorithm, is_tie, reference_kl, series
 
 
 LATELY = 5  # values of a key that are averaged
+FEW = 100  # pairs, of which a calibration error says little
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,14 @@ def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
         checks += [_overfitted, _learns_length]
     checks += [*RULES.get(kind or "", ()), *FOR_ALL]
     if kind == "dpo":  # before the first step all pairs are ties, which say nothing
-        log = [line for line in log if not is_tie(line)]
+        log = [_without_noise(line) for line in log if not is_tie(line)]
     return [alarm for alarm in (check(log) for check in checks) if alarm is not None]
+
+
+def _without_noise(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A log line without the calibration error of few pairs, which is about 1 / (2√pairs) by chance alone."""
+    key, pairs = "eval_preference/calibration_error", line.get("eval_preference/pairs", FEW)
+    return line if pairs >= FEW else {name: value for name, value in line.items() if name != key}
 
 
 def _not_finite(log: Log) -> Alarm | None:

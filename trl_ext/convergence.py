@@ -136,6 +136,8 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
     share = f"{accuracy:.1%}{interval} of held-out pairs are in the right order"
     if high < 0.5:
         return Verdict(DIVERGING, f"{share}: worse than chance")
+    if accuracy > min_accuracy and low <= 0.5 and low < high:
+        return Verdict(NOT_YET, f"{share}, of too few pairs to tell it from chance")
     if accuracy > min_accuracy:
         return Verdict(CONVERGED, f"{share}; {min_accuracy:.0%} is asked for")
     losses = series(log, "eval_loss")[1]

@@ -15,8 +15,7 @@ FIRST = {
 # this package are grouped by the class that has them, under the first line of its docstring.
 TOPICS = {
     "Loss and reference": "beta loss_type loss_weights label_smoothing max_length truncation_mode "
-    "precompute_ref_log_probs sync_ref_model ref_model_quantization prefix_sharing pack_pairs "
-    "center_rewards_coefficient",
+    "precompute_ref_log_probs sync_ref_model center_rewards_coefficient",
     "Generation": "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs use_vllm vllm_mode "
     "vllm_server_base_url vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode",
     "Model": "model_name_or_path dtype attn_implementation model_revision trust_remote_code",
@@ -27,12 +26,14 @@ TOPICS = {
     "Optimizer": "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim",
     "Evaluation, saving and logging": "output_dir eval_strategy eval_steps eval_on_start save_strategy save_steps "
     "save_total_limit load_best_model_at_end metric_for_best_model resume_from_checkpoint logging_steps "
-    "log_completions report_to push_to_hub hub_model_id generate_during_eval num_eval_samples eval_max_new_tokens",
+    "log_completions report_to push_to_hub hub_model_id",
     "Hardware and random numbers": "bf16 use_cpu deepspeed seed",
 }
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
-# GRPO's and TRL's names of what a command calls otherwise: `--help_all` shows them.
-TWICE = {"ppo": {"beta", "loss_type", "sync_ref_model"}}
+# What a command calls otherwise, or has no use for: `--help_all` shows it.
+OTHERWISE = {
+    "ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef num_generations"
+}
 
 
 def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
@@ -47,7 +48,7 @@ def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
     """
     if name in first_of(command):
         return heading_of(command), True
-    if name in TWICE.get(command, ()):
+    if name in OTHERWISE.get(command, "").split():
         return f"More options of {owner.__name__}", False
     if name in _TOPIC_OF:
         return _TOPIC_OF[name], True

@@ -18,6 +18,8 @@ SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 @dataclass
 class DPOConfigX(DPOConfig):
     """
+    Shared prefixes, the reference, and samples at evaluations
+
     Options of [`DPOTrainerX`]: all of TRL's `DPOConfig`, with the same names and meanings, and those below.
 
     Without `bf16`, the device decides: bfloat16 on a GPU that has it, float32 on a CPU.

@@ -52,7 +52,7 @@ DEFAULTS = {
 
 
 @dataclass
-class PPOArguments(LaunchArguments, DataArguments):
+class PPOArguments(DataArguments, LaunchArguments):
     """Critic, samples, and the embedded prompts"""
 
     value_model: str | None = field(
