@@ -137,7 +137,7 @@ def test_preference_table_shows_each_evaluation_in_a_column():
         "|---|---:|---:|",
         "| preference accuracy (95% interval) | all ties | 75.0% (50.0% to 87.5%) |",
         r"| accuracy, a\|b |  | 50.0% |",
-        "| pairs | 8 | 8 |",
+        "| pairs | 128 | 128 |",
         "| loss, nats | 0.5000 | 0.5000 |",
         "| implicit reward of chosen, mean ± std | +0.000 ± 0.125 | +0.500 ± 0.125 |",
         "| implicit reward of rejected, mean ± std | -0.000 ± 0.250 | -0.500 ± 0.250 |",

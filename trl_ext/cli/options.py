@@ -205,14 +205,15 @@ class OptionParser(TrlParser):
         return self._headings[heading]
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """As the parent does, by topic; the topics of a class's parents stand in the order of the parents."""
-        hints, options = get_type_hints(dtype), {option.name: option for option in fields(dtype) if option.init}
-        for owner in dtype.__mro__:
-            for name in [name for name in inspect.get_annotations(owner) if name in options]:
-                option = options.pop(name)  # of the class that has the last word on it
-                option.type = hints[name]
-                heading, shown = topic_of(self.command, name, owner)
-                self._add_option(self._group(heading), option, shown)
+        """As the parent does, by topic. A dataclass has the fields of its last base first, and so have the topics."""
+        hints, options = get_type_hints(dtype), [option for option in fields(dtype) if option.init]
+        owners = {o.name: next(c for c in dtype.__mro__ if o.name in inspect.get_annotations(c)) for o in options}
+        for owner in reversed(dtype.__mro__):
+            for option in options:
+                if owners[option.name] is owner:
+                    option.type = hints[option.name]
+                    heading, shown = topic_of(self.command, option.name, owner)
+                    self._add_option(self._group(heading), option, shown)
 
     def _add_option(self, group: Any, option: Field, shown: bool) -> None:
         known = len(group._group_actions)

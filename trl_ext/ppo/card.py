@@ -6,6 +6,7 @@ from accelerate.utils import is_peft_model
 
 from ..model_card import OUYANG, Metric, Training, loading_lines
 from .config import PPOConfigX
+from .losses import COEFFICIENT_OF, option_of, sign
 from .scorers import token_scorer
 
 
@@ -72,17 +73,19 @@ def ppo_training(trainer: Any) -> Training:
 def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
     """The loss with its terms: what each is, its coefficient and its value when last logged, and their product."""
     line: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
-    rows = [
-        _row(
-            "clip_objective", f"mean of min(ratio · Â, clip(ratio, 1 ± {args.cliprange}) · Â), maximised", -1.0, line
-        ),
-        _row("kl", f"KL(π_θ ‖ π_ref), nats per token; {_kl_words(args)}", line.get("coef/kl", args.kl_coef), line),
-        _row("value_loss", f"½ (V − R)²{_value_range(args)}", line.get("coef/vf", args.vf_coef), line),
-        _row("entropy", "−Σ p log p, nats per token, maximised", -line.get("coef/entropy", args.ent_coef), line),
-        _row("old_kl", "KL[π_old ‖ π_θ], nats per token", line.get("coef/old_kl", args.old_kl_coef), line),
-    ]
-    if "terms/aux_loss" in line:
-        rows.append(_row("aux_loss", "load balance of the experts", line["coef/aux"], line))
+    meaning = {
+        "clip_objective": f"mean of min(ratio · Â, clip(ratio, 1 ± {args.cliprange}) · Â), maximised",
+        "kl": f"KL(π_θ ‖ π_ref), nats per token; {_kl_words(args)}",
+        "value_loss": f"½ (V − R)²{_value_range(args)}",
+        "entropy": "−Σ p log p, nats per token, maximised",
+        "old_kl": "KL[π_old ‖ π_θ], nats per token",
+        "aux_loss": "load balance of the experts",
+    }
+    rows = [_row("clip_objective", meaning["clip_objective"], sign("clip_objective"), line)]
+    for term, name in COEFFICIENT_OF.items():
+        if term != "aux_loss" or f"terms/{term}" in line:
+            coefficient = line.get(f"coef/{name}", getattr(args, option_of(name), 0.0))
+            rows.append(_row(term, meaning.get(term, ""), sign(term) * coefficient, line))
     total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
     return (
         f"The optimizer minimised\n\n{TOTAL}\n\n"

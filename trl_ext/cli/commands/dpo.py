@@ -38,7 +38,7 @@ DEFAULTS = {"eval_on_start": True, "logging_first_step": True}
 
 
 @dataclass
-class DPOArguments(DataArguments, LaunchArguments):
+class DPOArguments(LaunchArguments, DataArguments):
     """The embedded pairs, and old models"""
 
     min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})

@@ -52,7 +52,7 @@ DEFAULTS = {
 
 
 @dataclass
-class PPOArguments(DataArguments, LaunchArguments):
+class PPOArguments(LaunchArguments, DataArguments):
     """Critic, samples, and the embedded prompts"""
 
     value_model: str | None = field(

@@ -39,7 +39,7 @@ DEFAULTS = {"logging_first_step": True}
 
 
 @dataclass
-class RewardArguments(DataArguments, LaunchArguments):
+class RewardArguments(LaunchArguments, DataArguments):
     """The embedded pairs"""
 
     min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
