@@ -43,7 +43,8 @@ def describe_options(app: Any, what: str, name: str, value: Any, options: Any, l
     if not is_config(value):
         return
     fields = {field.name: field for field in dataclasses.fields(value)}
-    for owner in (part for part in value.__mro__ if part.__module__.startswith("trl_ext.")):
+    # A dataclass has the fields of its last base first.
+    for owner in (part for part in reversed(value.__mro__) if part.__module__.startswith("trl_ext.")):
         topic = "Options" if owner is value else inspect.getdoc(owner).splitlines()[0]
         options = inspect.get_annotations(owner)
         lines += ["", f"{topic}:", ""] if options else []

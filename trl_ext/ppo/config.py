@@ -42,17 +42,17 @@ DEFAULT_KL_HORIZON = 10_000
 
 
 @dataclass
-class PPOConfigX(
-    BatchOptions,
-    ModelOptions,
-    FrozenModelOptions,
-    ResponseOptions,
-    RewardOptions,
-    KLOptions,
-    LossOptions,
-    AdvantageOptions,
-    CriticOptions,
+class PPOConfigX(  # a dataclass has the fields of its last base first, so `--help` shows the topics from below
     GRPONames,
+    CriticOptions,
+    AdvantageOptions,
+    LossOptions,
+    KLOptions,
+    RewardOptions,
+    ResponseOptions,
+    FrozenModelOptions,
+    ModelOptions,
+    BatchOptions,
     GRPOConfig,
 ):
     """

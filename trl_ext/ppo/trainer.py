@@ -15,6 +15,7 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -239,9 +240,8 @@ class PPOTrainerX(GRPOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
         optimizer = super().create_optimizer(model)
-        if self.args.critic_learning_rate is None:
-            return optimizer
-        critic_module.give_own_rate(optimizer, self.critic, self.args.critic_learning_rate)
+        if self.args.critic_learning_rate is not None:
+            critic_module.give_own_rate(optimizer, self.critic, self.args.critic_learning_rate)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -562,11 +562,9 @@ class PPOTrainerX(GRPOTrainer):
         self.model.eval()
         try:
             for dataset in datasets.values():
-                for rows in self.get_eval_dataloader(dataset):
+                for rows in islice(self.get_eval_dataloader(dataset), 1 if sampling else None):
                     rollout = self._generate_and_score_completions(rows)
                     print_samples(rollout, self._tokenizer, self.accelerator, self.state.global_step)
-                    if sampling:
-                        break
         finally:
             self.model.train(was_training)
             self._metrics["eval"] = logged
