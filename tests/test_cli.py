@@ -12,6 +12,7 @@ from trl import RewardConfig
 from trl_ext.cli.data import DataArguments, load_rows, load_splits
 from trl_ext.cli.models import ModelArguments
 from trl_ext.cli.options import parse
+from trl_ext.conversions import to_prompts
 
 
 @dataclass
@@ -137,7 +138,7 @@ def rows():
 def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     getattr(rows, f"to_{kind.removesuffix('l')}")(str(path))
-    splits = load_splits(DataArguments(dataset_name=str(path)), no_embedded)
+    splits = load_splits(DataArguments(dataset_name=str(path)), no_embedded, to_prompts)
     assert (len(splits["train"]), len(splits["test"])) == (18, 2)
     assert sorted([*splits["train"]["prompt"], *splits["test"]["prompt"]]) == sorted(rows["prompt"])
 
@@ -145,22 +146,24 @@ def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
 def test_a_saved_folder_is_loaded_with_its_splits(rows, tmp_path):
     DatasetDict(train=rows, test=rows.select([3])).save_to_disk(str(tmp_path / "both"))
     rows.save_to_disk(str(tmp_path / "one"))
-    both = load_splits(DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99), no_embedded)
+    both = load_splits(
+        DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99), no_embedded, to_prompts
+    )
     assert (both["train"]["prompt"], both["test"]["prompt"]) == ([f"p{i}" for i in range(5)], ["p3"])
-    assert len(load_splits(DataArguments(dataset_name=str(tmp_path / "one")), no_embedded)["test"]) == 2
+    assert len(load_splits(DataArguments(dataset_name=str(tmp_path / "one")), no_embedded, to_prompts)["test"]) == 2
 
 
 def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
     DatasetDict(training=rows).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"no split 'train' but \['training'\]"):
-        load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded)
+        load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded, to_prompts)
 
 
 def test_embedded_data_get_the_sizes(rows):
     def embedded(train_size, test_size):
         return DatasetDict(train=rows.select(range(train_size)), test=rows.select(range(test_size)))
 
-    splits = load_splits(DataArguments(train_size=3, test_size=2), embedded)
+    splits = load_splits(DataArguments(train_size=3, test_size=2), embedded, to_prompts)
     assert (len(splits["train"]), len(splits["test"])) == (3, 2)
 
 
@@ -168,11 +171,11 @@ def test_a_stream_holds_out_its_first_rows(rows, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     rows.to_json(path)
     args = DataArguments(dataset_name=path, dataset_streaming=True, test_size=2, train_size=3)
-    splits = load_splits(args, no_embedded)
+    splits = load_splits(args, no_embedded, to_prompts)
     assert [row["prompt"] for row in splits["test"]] == ["p0", "p1"]
     assert [row["prompt"] for row in splits["train"]] == ["p2", "p3", "p4"]
     with pytest.raises(ValueError, match=r"no split 'test' was found: give `--test_size`"):
-        load_splits(DataArguments(dataset_name=path, streaming=True), no_embedded)
+        load_splits(DataArguments(dataset_name=path, streaming=True), no_embedded, to_prompts)
 
 
 def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, demo):
@@ -181,14 +184,15 @@ def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, dem
         rows.to_json(file)
     lines = "".join(f"  - {{path: json, data_files: {file}}}\n" for file in files)
     _, data, *_ = run(["--config", recipe(f"datasets:\n{lines}test_split_size: 0.25\n")], demo)
-    splits = load_splits(data, no_embedded)
+    splits = load_splits(data, no_embedded, to_prompts)
     assert (len(splits["train"]), len(splits["test"])) == (30, 10)
-    again = load_splits(data, no_embedded)
+    again = load_splits(data, no_embedded, to_prompts)
     assert splits["test"]["prompt"] == again["test"]["prompt"]  # as on another rank
     assert run(["--datasets", "mine"], demo)[3].output_dir != "from-demo"
 
 
 def test_rows_to_score_are_those_of_the_test_split_or_all(rows, tmp_path):
+    rows = rows.add_column("chosen", ["yes"] * 20).add_column("rejected", ["no"] * 20)
     rows.to_json(str(tmp_path / "rows.jsonl"))
     DatasetDict(train=rows, test=rows.select([3, 4])).save_to_disk(str(tmp_path / "both"))
     assert len(load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))) == 20

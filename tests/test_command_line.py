@@ -465,3 +465,34 @@ def test_demo_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"needs gguf, matplotlib, jinja2: pip install 'trl-ext\[demo\]'"):
         demo.main([])
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def test_columns_of_other_names_are_mapped_by_the_flag_that_the_error_gives(paths, tmp_path, capsys):
+    rows = [
+        {"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]}
+        for row in map(json.loads, Path(paths["pairs"]).read_text().splitlines())
+    ]
+    Dataset.from_list(rows).to_json(str(tmp_path / "other.jsonl"))
+    words = ["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "other.jsonl")}, output_dir=tmp_path), "--dry_run"]
+    said = error_of(words, capsys)
+    flag = re.search(r"`(--columns prompt=question chosen=good rejected=bad)`", said).group(1)
+    main([*words, *flag.split()])
+    mapped = capsys.readouterr().out
+    main(["dpo", *run_of("dpo", paths, output_dir=tmp_path), "--dry_run"])
+    assert mapped == capsys.readouterr().out
+
+
+def test_answers_with_labels_become_pairs_and_pairs_become_prompts(paths, tmp_path, capsys):
+    rows = [
+        {"prompt": f"good {i}", "completion": answer, "label": label}
+        for i in range(20)
+        for answer, label in ((" film", True), (" cat", False))
+    ]
+    Dataset.from_list(rows).to_json(str(tmp_path / "thumbs.jsonl"))
+    main(["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "thumbs.jsonl")}, output_dir=tmp_path), "--dry_run"])
+    assert "over 18 pairs" in plan_line(capsys.readouterr().out)  # two of twenty are held out
+    main(["ppo", *run_of("ppo", paths | {"prompts": paths["pairs"]}, output_dir=tmp_path), "--dry_run"])
+    assert "The first prompt" in capsys.readouterr().out

@@ -29,7 +29,9 @@ PUBLIC_MODULES = {
     "trl_ext",
     "trl_ext.callbacks",
     "trl_ext.cli.main",
+    "trl_ext.conversions",
     "trl_ext.embedded",
+    "trl_ext.formats",
     "trl_ext.planner",
     "trl_ext.report",
 } | PURE_MODULES

@@ -203,11 +203,12 @@ def dpo_flags(paths, output, **options):
 def dpo_run(paths):
     """DPO on the pairs of reward.py, with a source each; held-out pairs in held_out.jsonl."""
     from trl_ext.cli.data import DataArguments, load_splits
+    from trl_ext.conversions import to_preference
 
     pairs = Dataset.from_json(str(paths["folder"] / "pairs.jsonl"))
     source = paths["folder"] / "sourced.jsonl"
     pairs.add_column("source", ["a", "b"] * (len(pairs) // 2)).to_json(str(source))
-    held_out = load_splits(DataArguments(dataset_name=str(source)), None)["test"]
+    held_out = load_splits(DataArguments(dataset_name=str(source)), None, to_preference)["test"]
     held_out.to_json(str(paths["folder"] / "held_out.jsonl"))
     output = paths["folder"] / "dpo"
     command("dpo").main(dpo_flags(paths, output, save_steps=1))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
     from .ppo.trainer import PPOTrainerX
+    from .reward_card import describe_reward_training
 
 __version__ = "0.1.0.dev0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "PreferenceAccuracyCallback",
     "ReportCallback",
     "SampleCallback",
+    "describe_reward_training",
     "save_base_fingerprint",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
     "PreferenceAccuracyCallback": ".callbacks",
     "ReportCallback": ".callbacks",
     "SampleCallback": ".callbacks",
+    "describe_reward_training": ".reward_card",
     "save_base_fingerprint": ".fingerprint",
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 
 # What may be meant by an adapter in place of a model.
@@ -27,6 +27,18 @@ def text_config(model: Any, args: Any) -> Any:
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
+
+
+def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
+    """The tokenizer that a trainer will take; `None` where it is not to be had from the model's path."""
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if processing_class is not None or not path:
+        return processing_class
+    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **kwargs)
+    except (OSError, ValueError):  # the trainer will say so
+        return None
 
 
 def adapter_config(path: Any) -> PeftConfig | None:

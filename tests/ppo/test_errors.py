@@ -63,7 +63,10 @@ BEFORE_LOADING = {
     "processor": ({"processing_class": TextAndImages()}, "TextAndImages; PPO reads text only"),
     "image column": ({"train_dataset": prompts(prompt=["cat"] * 4, image=[0] * 4)}, "column `image`; PPO reads text"),
     "no dataset": ({"train_dataset": None}, "There are no prompts: pass `train_dataset`"),
-    "no prompts": ({"train_dataset": prompts(text=["cat"] * 4)}, r"columns \['text'\]; PPO needs `prompt`"),
+    "no prompts": (
+        {"train_dataset": prompts(text=["cat"] * 4)},
+        r"no column 'prompt'; its columns are 'text' \(text\)",
+    ),
     "empty prompt": (
         {"train_dataset": prompts(prompt=["cat", "", "a", "b"])},
         "Row 1 of `train_dataset`",
@@ -86,7 +89,7 @@ BEFORE_LOADING = {
     "no held-out rows": ({"eval_dataset": prompts(prompt=[])}, "`eval_dataset` has no rows"),
     "stream without prompts": (
         {"train_dataset": prompts(text=["cat"] * 4).to_iterable_dataset()},
-        r"`train_dataset` has the columns \['text'\]; PPO needs `prompt`",
+        r"`train_dataset` has no column 'prompt'; its columns are 'text'",
     ),
     "few prompts": ({"train_dataset": tiny.tiny_prompts(3)}, "has 3 prompts and a rollout takes 4"),
     "collator": (

@@ -175,7 +175,7 @@ def test_model_card_says_what_was_trained_and_how(full):
     assert card.count("## What was trained, and how") == 1
     facts = table_of(folder / "README.md")
     expected = {
-        "actor": "LlamaForCausalLM",
+        "base model": "LlamaForCausalLM",
         "critic": "model (ValueModel)",
         "rewards": "reward_model",
         "optimizer steps": "4",

@@ -1,6 +1,5 @@
 """`ReportCallback`: the report of a run, kept up to date while it runs."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -13,6 +12,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
+from ..options import changed_options
 from ..report import write_report
 from ..report.drawing import matplotlib
 from ..report.run import FACTS, STATE, model_name
@@ -99,19 +99,6 @@ def run_facts(args: Any, model: Any = None, train_dataloader: Any = None, **kwar
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def changed_options(args: Any) -> dict[str, Any]:
-    """The options of a config that differ from its class's defaults, without secrets."""
-    written = args.to_dict()
-    defaults = {}
-    for option in dataclasses.fields(args):
-        if option.default is not dataclasses.MISSING:
-            defaults[option.name] = option.default
-        elif option.default_factory is not dataclasses.MISSING:
-            defaults[option.name] = option.default_factory()
-    changed = {name: value for name, value in written.items() if value != defaults.get(name, dataclasses.MISSING)}
-    return {name: value for name, value in changed.items() if not name.endswith("_token")}
 
 
 def _rows_of(loader: Any) -> str:

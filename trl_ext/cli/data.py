@@ -1,12 +1,15 @@
 """Which rows a command trains on, evaluates on or scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, get_dataset
+
+from ..conversions import to_preference
+from ..formats import parse_columns
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -37,6 +40,12 @@ class DataArguments(DatasetMixtureConfig):
         default=False,
         metadata={"help": "Read the rows while training. Needs `max_steps`, and a test split or `test_size`."},
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to rename, new=old: `prompt=question chosen=good rejected=bad`. See docs/datasets.md."
+        },
+    )
     train_size: int | None = field(default=None, metadata={"help": "Rows to train on, at most. Unset: all."})
     test_size: int | None = field(default=None, metadata={"help": "Rows to evaluate on, at most. Unset: all."})
 
@@ -47,8 +56,18 @@ class DataArguments(DatasetMixtureConfig):
         return mixture or self.dataset_name or "embedded movie reviews (Hutto & Gilbert 2014)"
 
 
-def load_splits(args: DataArguments, embedded: Callable[[int | None, int | None], DatasetDict]) -> DatasetDict:
-    """The splits `train` and `test`; without data of the user's own, what `embedded(train_size, test_size)` makes."""
+def load_splits(
+    args: DataArguments,
+    embedded: Callable[[int | None, int | None], DatasetDict],
+    convert: Callable[[Any, Mapping[str, str]], Any],
+) -> DatasetDict:
+    """
+    The splits `train` and `test`.
+
+    Args:
+        embedded: gives them, from `train_size` and `test_size`, where there are no data of the user's own.
+        convert: `to_preference` or `to_prompts`, which gets the columns to rename.
+    """
     if args.dataset_name is None and not args.datasets:
         return embedded(args.train_size, args.test_size)
     splits = _load(args)
@@ -57,20 +76,21 @@ def load_splits(args: DataArguments, embedded: Callable[[int | None, int | None]
             f"{args.dataset_name} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
             "`--dataset_train_split`."
         )
-    train = splits[args.dataset_train_split]
+    columns = parse_columns(args.columns or ())
+    train = convert(splits[args.dataset_train_split], columns)
     if args.dataset_test_split in splits:
-        test = splits[args.dataset_test_split]
+        test = convert(splits[args.dataset_test_split], columns)
     else:
         train, test = _hold_out(train, args)
     return DatasetDict(train=_first(train, args.train_size), test=_first(test, args.test_size))
 
 
 def load_rows(args: DataArguments) -> Dataset:
-    """All rows of the test split, or of the training split where there is no other; at most `test_size`."""
+    """All pairs of the test split, or of the training split where there is no other; at most `test_size`."""
     splits = _load(args)
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
-            return _first(splits[name], args.test_size)
+            return _first(to_preference(splits[name], parse_columns(args.columns or ())), args.test_size)
     raise ValueError(
         f"{args.dataset_name} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
         "`--dataset_test_split`."

@@ -7,49 +7,70 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
+
 
 logger = logging.getLogger(__name__)
 
 NEEDED = ("chosen", "rejected")
 OPTIONAL = ("prompt",)
 SOURCE = "source"
+FROM_SHAREGPT = " `trl_ext.conversions.to_preference(dataset)` makes that of 'from' and 'value'."
+TO_ONE_KIND = " `trl_ext.conversions.to_preference(dataset)` makes turns of the prompts."
 
 
-def check_columns(train_dataset: Any, eval_dataset: Any) -> None:
+def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
     """
+    Args:
+        tokenizer: gives the tokenizer that conversations will be written with; `None` where that is not known yet.
+
     Raises:
-        ValueError: for a dataset without the columns of a preference pair, or with other things in them than text,
-            token ids or messages.
+        ValueError: for a dataset without the columns of a preference pair, or with other things in them than text or
+            messages; for conversations that the tokenizer has no chat template for.
     """
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **held_out}.items():
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"`{name}` has no rows.")
         if isinstance(dataset, Dataset | IterableDataset):
-            _check_row(name, next(iter(dataset)))
+            if next(iter(dataset), None) is None:
+                raise ValueError(f"`{name}` has no rows.")
+            require(dataset, "preference", name)
+            _check_row(name, dataset)
+            _check_template(name, dataset, tokenizer)
         if isinstance(dataset, Dataset):
             _check_cells(name, dataset)
 
 
-def _check_row(name: str, row: dict[str, Any]) -> None:
-    missing = [column for column in NEEDED if column not in row]
-    if missing:
-        raise ValueError(
-            f"`{name}` has no column {' and '.join(map(repr, missing))}; its columns are {sorted(row)}. DPO needs "
-            "'chosen' and 'rejected', and 'prompt' where they do not begin with it. Rename what you have, for example "
-            "`dataset.rename_columns({'question': 'prompt', 'good': 'chosen', 'bad': 'rejected'})`."
-        )
+def _check_template(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None:
+    columns = describe(dataset).columns
+    if columns["chosen"] == CONVERSATION and not {"image", "images"} & columns.keys():
+        known = tokenizer()
+        if known is not None:
+            require_chat_template(dataset, known, name)
+
+
+def _check_row(name: str, dataset: Any) -> None:
+    row = next(iter(dataset))
     for column in (*OPTIONAL, *NEEDED):
         value = row.get(column, "")
         if not isinstance(value, str) and not _is_conversation(value):
             raise ValueError(
                 f"The column {column!r} of `{name}` holds {type(value).__name__} ({value!r:.60}); it must hold text, "
                 "or a conversation: a list of messages with 'role' and 'content'."
+                + (FROM_SHAREGPT if describe(dataset).columns[column] == SHAREGPT else "")
             )
     kinds = {column: isinstance(row[column], str) for column in (*OPTIONAL, *NEEDED) if column in row}
     if len(set(kinds.values())) > 1:
         text, conversations = ([c for c, is_text in kinds.items() if is_text is wanted] for wanted in (True, False))
-        raise ValueError(f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind.")
+        raise ValueError(
+            f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind."
+            + (TO_ONE_KIND if "prompt" in text and len(text) == 1 else "")
+        )
+    is_conversation = not isinstance(row["chosen"], str)
+    if is_conversation and "prompt" not in row and row["chosen"][0] != row["rejected"][0]:
+        raise ValueError(
+            f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
+            "it from. Give the prompts in `prompt`, or as the first messages of both `chosen` and `rejected`."
+        )
 
 
 def _check_cells(name: str, dataset: Dataset) -> None:

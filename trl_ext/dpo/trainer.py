@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
+from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
-from ..pretrained import check_no_adapter, text_config
+from ..pretrained import check_no_adapter, text_config, tokenizer_of
 from ..zero import check_unquantized
+from .card import dpo_training
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
 from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
@@ -35,24 +39,26 @@ logger = logging.getLogger(__name__)
 
 class DPOTrainerX(DPOTrainer):
     """
-    Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
-    reference log-probabilities, vision data (which goes TRL's way untouched).
+        Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
+        reference log-probabilities, vision data (which goes TRL's way untouched).
 
-    - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
-    - `label_smoothing` works with `loss_type="sigmoid"`.
-    - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
-      column `source` in the data, the accuracy of each source.
-    - Pairs whose completions are equal are dropped, with a warning.
+        - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
+        - `label_smoothing` works with `loss_type="sigmoid"`.
+        - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
+          column `source` in the data, the accuracy of each source.
+        - Pairs whose completions are equal are dropped, with a warning.
 
-    Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `log`, `evaluation_loop`, `evaluate`.
+        Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
+    from ..model_card import card_name, complete_card, hub_name
+    from ..phases import Phases
+    from ..pretrained import check_no_adapter, text_config, tokenizer_of
 
-    Args:
-        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
+        Args:
+            args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
 
-    Raises:
-        ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
-        FloatingPointError: when a loss is not finite.
+        Raises:
+            ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
+            FloatingPointError: when a loss is not finite.
     """
 
     data_collator: Any
@@ -73,7 +79,7 @@ class DPOTrainerX(DPOTrainer):
             args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
-        check_columns(train_dataset, eval_dataset)
+        check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
         config = text_config(model, args)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")
@@ -308,3 +314,20 @@ class DPOTrainerX(DPOTrainer):
             )
         model.train(training)
         return self._tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+
+    # ---- 5. Save ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
+        is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        if is_own and not _internal_call and not self.args.push_to_hub:
+            self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, with what was trained and how it came out."""
+        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)
+        if self.is_world_process_zero():
+            complete_card(self, dpo_training(self), dataset_name)

@@ -1,8 +1,6 @@
-"""What a run shows people: its plan, sample completions, and its section of the model card."""
+"""What a run shows people while it runs: its plan, and sample completions."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -11,17 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .._trl import get_config_model_id
 from .config import PPOConfigX
 from .rollout import Rollout
-
-
-OPTIONS_ON_THE_CARD = (
-    *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
-    *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
-    *("cliprange", "cliprange_value", "vf_coef", "ent_coef"),
-    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
-)
 
 
 def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
@@ -69,27 +58,3 @@ def print_samples(
     for prompt, response, score in samples[:rows]:
         table.add_row(Text(prompt), Text(response), f"{score:.3f}")  # as Text: "[/INST]" is no markup
     Console().print(table)
-
-
-def append_training_section(trainer: Any) -> None:
-    """Adds to the model card in a trainer's output folder what was trained, and how."""
-    card = Path(trainer.args.output_dir) / "README.md"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _training_facts(trainer).items())
-    card.write_text(
-        card.read_text()
-        + "\n\n## What was trained, and how\n\n"
-        + "Trained by `trl_ext.PPOTrainerX`. The optimizer minimised\n\n"
-        + "`−clip_objective + kl_coef·kl + vf_coef·value_loss − ent_coef·entropy + old_kl_coef·old_kl`\n\n"
-        + f"| | |\n|---|---|\n{rows}\n"
-    )
-
-
-def _training_facts(trainer: Any) -> dict[str, Any]:
-    facts = {
-        "actor": get_config_model_id(trainer.model.config) or type(trainer.model).__name__,
-        "critic": f"{trainer.args.critic} ({type(trainer.critic).__name__})",
-        "rewards": ", ".join(trainer.reward_func_names),
-        "optimizer steps": trainer.state.global_step,
-        "prompts per rollout": trainer.args.batch_size,
-    }
-    return facts | {name: getattr(trainer.args, name) for name in OPTIONS_ON_THE_CARD}

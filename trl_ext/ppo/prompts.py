@@ -7,6 +7,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ..conversions import ANSWERS
+from ..formats import CONVERSATION, SHAREGPT, TEXT, describe, require, require_chat_template
 from .config import PPOConfigX
 
 
@@ -76,13 +78,12 @@ def check_datasets(
     datasets = {"train_dataset": train_dataset}
     datasets |= {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
     for name, dataset in datasets.items():
-        if isinstance(dataset, IterableDataset):
-            first = next(iter(dataset), None)
-            check_columns([] if first is None else list(first), name)
+        if isinstance(dataset, Dataset | IterableDataset):
+            if next(iter(dataset), None) is None:
+                raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
+            check_columns(dataset, name, tokenizer)
         if not isinstance(dataset, Dataset):
             continue
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         check_prompts(
@@ -114,7 +115,6 @@ def check_prompts(
         response_length: tokens that a response may have.
         template_kwargs: keyword arguments of the chat template.
     """
-    check_columns(dataset.column_names, name)
 
     def length(row: dict[str, Any]) -> dict[str, int]:
         return {"length": len(prompt_ids(row, tokenizer, template_kwargs or {}))}
@@ -132,16 +132,29 @@ def check_prompts(
             )
 
 
-def check_columns(columns: list[str], name: str) -> None:
-    """Raises `ValueError` unless `columns` hold prompts of text or token ids."""
-    if not {"prompt", "input_ids"} & set(columns):
-        raise ValueError(
-            f"`{name}` has the columns {columns}; PPO needs `prompt` (text or conversation) or `input_ids` (token "
-            "ids). Rename the column that holds the prompts."
-        )
-    images = {"image", "images"} & set(columns)
+def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> None:
+    """Raises `ValueError` unless a dataset holds prompts of text, token ids or conversations that can be written."""
+    require(dataset, "prompts", name)
+    columns = describe(dataset).columns
+    images = {"image", "images"} & columns.keys()
     if images:
         raise ValueError(f"`{name}` has the column `{images.pop()}`; PPO reads text only. Remove the column.")
+    prompt = columns.get("prompt")
+    if "input_ids" in columns:
+        return
+    if prompt == SHAREGPT:
+        raise ValueError(
+            f"The prompts of `{name}` are messages with `from` and `value`; PPO reads `role` and `content`. "
+            "`trl_ext.conversions.to_prompts(dataset)` renames them."
+        )
+    others = {column for column in ANSWERS if columns.get(column, prompt) in {TEXT, CONVERSATION} - {prompt}}
+    if others:  # TRL looks at any of them to see what the prompt is
+        raise ValueError(
+            f"`{name}` has prompts of {prompt} beside {sorted(others)} of the other kind. PPO reads no answers: "
+            "`trl_ext.conversions.to_prompts(dataset)` leaves them out."
+        )
+    if prompt == CONVERSATION:
+        require_chat_template(dataset, tokenizer, name)
 
 
 def prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:

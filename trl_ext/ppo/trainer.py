@@ -13,6 +13,7 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -25,21 +26,24 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
 from ..fingerprint import save_base_fingerprint
 from ..masked import masked_mean, masked_moments
+from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import text_config
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import saving_one_adapter
 from .assembly import choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
+from .card import ppo_training
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
 from .coefficients import Coefficients
 from .config import PPOConfigX
-from .display import append_training_section, batch_plan, print_samples
+from .display import batch_plan, print_samples
 from .evaluation import HeldOut, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, without_router_logits
@@ -66,7 +70,7 @@ class PPOTrainerX(GRPOTrainer):
     (one rollout, mini-batches redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`,
     `_generate`, `_calculate_rewards`, `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities),
     `training_step`, `_compute_loss`, `_get_grad_norm`, `create_optimizer`, `prediction_step`, `evaluation_loop`,
-    `log`, `_save`, `save_model`, `_load_best_model`, `create_model_card`.
+    `log`, `_save`, `save_model`, `_push_from_checkpoint`, `_load_best_model`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -620,8 +624,18 @@ class PPOTrainerX(GRPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
-        if not _internal_call and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+        is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        if is_own and not _internal_call and not self.args.push_to_hub:
             self.create_model_card()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The Trainer pushes the model's own files of a checkpoint; the critic's folder goes with them."""
+        critic = Path(checkpoint_folder) / critic_module.FOLDER
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and critic.is_dir():
+            is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if self.args.hub_always_push or not is_busy:  # as the Trainer decides
+                shutil.copytree(critic, Path(self.args.output_dir) / critic_module.FOLDER, dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -634,11 +648,13 @@ class PPOTrainerX(GRPOTrainer):
         missing = [name for name in load_result.missing_keys if f"{critic_module.ATTRIBUTE}." not in name]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's model card, with what was trained and how."""
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, with what was trained and how it came out."""
+        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)
         if self.is_world_process_zero():
-            append_training_section(self)
+            complete_card(self, ppo_training(self), dataset_name)
 
     # ---- Over all ranks ----
 

@@ -22,6 +22,7 @@ from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX, ReportCallback, embedded
+from ...conversions import to_preference
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
 from ..closing import closing_lines
 from ..data import DataArguments, load_splits
@@ -52,7 +53,7 @@ def load(data: DPOArguments) -> DatasetDict:
     def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
         return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
 
-    return load_splits(data, pairs)
+    return load_splits(data, pairs, to_preference)
 
 
 def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:

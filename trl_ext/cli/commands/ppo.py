@@ -22,6 +22,7 @@ from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from ... import PPOConfigX, PPOTrainerX, ReportCallback, embedded
+from ...conversions import to_prompts
 from ...report import (
     PPO_LINE,
     first_and_last_evaluation,
@@ -69,7 +70,7 @@ def load(data: PPOArguments) -> DatasetDict:
     def openings(train_size: int | None, test_size: int | None) -> DatasetDict:
         return embedded.prompts(data.prompt_words, train_size, test_size, seed=data.prompts_seed)
 
-    return load_splits(data, openings)
+    return load_splits(data, openings, to_prompts)
 
 
 def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:

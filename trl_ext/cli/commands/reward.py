@@ -21,7 +21,8 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from ... import ReportCallback, embedded, save_base_fingerprint
+from ... import ReportCallback, describe_reward_training, embedded, save_base_fingerprint
+from ...conversions import to_preference
 from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
 from ...report import REWARD_LINE, use_brief_progress
@@ -49,7 +50,7 @@ def load(data: RewardArguments) -> DatasetDict:
     def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
         return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
 
-    return load_splits(data, pairs)
+    return load_splits(data, pairs, to_preference)
 
 
 def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
+    describe_reward_training(trainer)
     trainer.add_callback(ReportCallback(facts={"data": data.source}))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -111,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         save_base_fingerprint([args.output_dir], trainer.model.config.name_or_path, model.model_revision)
         report(trainer, metrics)
+    trainer.create_model_card(dataset_name=data.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():

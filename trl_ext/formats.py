@@ -1,0 +1,253 @@
+"""
+Which of TRL's formats a dataset is in, what a trainer needs, and how to get from one to the other.
+
+TRL's formats are sets of columns: `text` or `messages` (language modeling), `prompt` (prompt-only), `prompt` and
+`completion`, `chosen` and `rejected` with or without `prompt` (preference), `prompt`, `completion` and `label`
+(unpaired preference), `prompt`, `completions` and `labels` (stepwise supervision). Each holds text, or conversations:
+lists of messages with `role` and `content`. [`describe`] recognises them, [`rename`] gives columns the names that TRL
+knows, [`require`] says of a dataset that a trainer cannot use what was found, and how to map it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+
+TEXT, CONVERSATION, SHAREGPT = "text", "conversation", "conversation with `from` and `value`"
+ANSWERS = (TEXT, CONVERSATION, SHAREGPT)
+# Format -> what its columns hold. The first whose columns are all there is taken.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "preference": {"prompt": ANSWERS, "chosen": ANSWERS, "rejected": ANSWERS},
+    "preference with an implicit prompt": {"chosen": ANSWERS, "rejected": ANSWERS},
+    "unpaired preference": {"prompt": ANSWERS, "completion": ANSWERS, "label": ("true or false", "number")},
+    "stepwise supervision": {
+        "prompt": ANSWERS,
+        "completions": ("list of text",),
+        "labels": ("list of true or false",),
+    },
+    "prompt-completion": {"prompt": ANSWERS, "completion": ANSWERS},
+    "prompt-only": {"prompt": ANSWERS},
+    "tokenised prompts": {"input_ids": ("token ids",)},
+    "language modeling, conversations": {"messages": (CONVERSATION, SHAREGPT)},
+    "language modeling, ShareGPT": {"conversations": (CONVERSATION, SHAREGPT)},
+    "language modeling": {"text": (TEXT,)},
+}
+# Task -> the formats that a trainer reads, those that can be converted, the columns to map, and this in words.
+TASKS = {
+    "preference": (
+        ("preference", "preference with an implicit prompt"),
+        ("unpaired preference",),
+        ("prompt", "chosen", "rejected"),
+        "Training on preferences needs `chosen` and `rejected`, text or conversations, and `prompt` where they do not "
+        "begin with it.",
+    ),
+    "prompts": (
+        ("prompt-only", "tokenised prompts"),
+        ("preference with an implicit prompt", "language modeling, conversations", "language modeling, ShareGPT"),
+        ("prompt",),
+        "PPO needs `prompt`, text or conversation, or `input_ids`, token ids.",
+    ),
+}
+# Names that datasets use for TRL's columns, the commonest first.
+SYNONYMS = {
+    "prompt": "question instruction query problem user user_input context input prompts",
+    "chosen": "chosen_response response_chosen chosen_answer answer_chosen good preferred better winner accepted "
+    "positive chosen_completion",
+    "rejected": "rejected_response response_rejected rejected_answer answer_rejected bad dispreferred worse loser "
+    "negative rejected_completion",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    What a dataset is.
+
+    Attributes:
+        name: of the format, a key of `FORMATS`; `None` for columns that make none of them.
+        columns: each column with what its first row holds, in words.
+    """
+
+    name: str | None
+    columns: dict[str, str]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name!r} ({kind})" for name, kind in self.columns.items()) or "none"
+
+
+def describe(dataset: Dataset | IterableDataset) -> Format:
+    """The format of a dataset, from the names of its columns and its first row."""
+    row = next(iter(dataset), None)
+    columns = dict.fromkeys(dataset.column_names or (), "no rows")
+    if row is not None:
+        columns = {name: _kind(value) for name, value in row.items()}
+    for name, needed in FORMATS.items():
+        if all(columns.get(column) in kinds for column, kinds in needed.items()):
+            return Format(name, columns)
+    return Format(None, columns)
+
+
+def _kind(value: Any) -> str:
+    """What a cell holds, in words."""
+    if isinstance(value, list | tuple) and value:
+        if isinstance(value[0], dict):
+            is_message = {"role": CONVERSATION, "from": SHAREGPT}
+            return next((kind for key, kind in is_message.items() if key in value[0]), "list of structures")
+        return "token ids" if type(value[0]) is int else f"list of {_kind(value[0])}"
+    kinds = {str: TEXT, bool: "true or false", int: "number", float: "number", dict: "structure", list: "empty list"}
+    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+# ---- Names ----
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """
+    A mapping of columns as it is written on a command line: `["prompt=question", "chosen=good"]`.
+
+    Raises:
+        ValueError: for anything that is not `new=old`, and for a name that is given twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        new, sign, old = (part.strip() for part in pair.partition("="))
+        if not (new and sign and old):
+            raise ValueError(f"{pair!r} maps no column: write `new=old`, for example `prompt=question`.")
+        if new in columns or old in columns.values():
+            raise ValueError(
+                f"{pair!r} maps {new if new in columns else old!r} a second time; give each column one name."
+            )
+        columns[new] = old
+    return columns
+
+
+def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
+    """
+    The dataset with columns renamed.
+
+    Args:
+        columns: new name -> the name it has.
+
+    Raises:
+        ValueError: for a name that the dataset does not have, with the nearest that it has; and where the new name is
+            taken.
+    """
+    if isinstance(dataset, dict):
+        return of_each(dataset, lambda each: rename(each, columns))
+    names = column_names(dataset)
+    for new, old in columns.items():
+        if old not in names:
+            nearest = difflib.get_close_matches(old, names, n=1, cutoff=0)
+            hint = f" The nearest is {nearest[0]!r}." if nearest else ""
+            raise ValueError(f"There is no column {old!r} to become {new!r}; the columns are {sorted(names)}.{hint}")
+        if new in names and new != old and new not in columns.values():
+            raise ValueError(
+                f"{old!r} cannot become {new!r}: the dataset has a column {new!r} already. Give that another name too,"
+                f" `old_{new}={new}`, or remove it: `dataset.remove_columns({new!r})`."
+            )
+    changes = {old: new for new, old in columns.items() if old != new}
+    return dataset.rename_columns(changes) if changes else dataset
+
+
+def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
+    """
+    The likeliest names: new name -> the name it has, for the columns that `task` needs and the dataset lacks.
+
+    Args:
+        task: "preference" or "prompts".
+
+    Returns:
+        An empty dict where not all that is needed was found.
+    """
+    known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
+    free = [name for name, kind in known.items() if kind in ANSWERS and name not in wanted]
+    found = {}
+    for new in wanted:
+        old = None if new in known else _nearest(new, free)
+        if old is not None:
+            found[new] = old
+    needed = {"chosen", "rejected"} if task == "preference" else {"prompt"}
+    return found if needed <= found.keys() | known.keys() else {}
+
+
+def _nearest(new: str, names: list[str]) -> str | None:
+    plain = {name.lower().replace("-", "_").replace(" ", "_"): name for name in names}
+    for likely in (new, *SYNONYMS[new].split()):
+        if likely in plain:
+            return plain[likely]
+    close = difflib.get_close_matches(new, plain, n=1, cutoff=0.75)
+    return plain[close[0]] if close else None
+
+
+# ---- Errors ----
+
+
+def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset") -> None:
+    """
+    Args:
+        task: "preference", for DPO and reward models, or "prompts", for PPO.
+        name: what to call the dataset.
+
+    Raises:
+        ValueError: when the dataset lacks a column that `task` needs: with its columns, the format that they are in,
+            what is needed, and the nearest way there.
+    """
+    found, (formats, _, wanted, needs) = describe(dataset), TASKS[task]
+    if any(FORMATS[each].keys() <= found.columns.keys() for each in formats):
+        return
+    missing = [repr(each) for each in wanted if each not in found.columns and (task == "prompts" or each != "prompt")]
+    what = f" (in TRL's terms {found.name})" if found.name else ""
+    raise ValueError(
+        f"`{name}` has no column {' and '.join(missing)}; its columns are {found}{what}. {needs} "
+        f"{_way_out(dataset, task)}"
+    )
+
+
+def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, name: str = "dataset") -> None:
+    """
+    Raises:
+        ValueError: for conversations, where the tokenizer has no template to write them with.
+    """
+    conversations = [column for column, kind in describe(dataset).columns.items() if kind == CONVERSATION]
+    if conversations and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{conversations} of `{name}` hold conversations, and the tokenizer has no chat template to write them as "
+            "text with. Give the tokenizer of a chat model as `processing_class`, set `tokenizer.chat_template`, or "
+            "give columns of text."
+        )
+
+
+def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
+    found, columns = describe(dataset).name, suggest_columns(dataset, task)
+    if columns:
+        flag = " ".join(f"{new}={old}" for new, old in columns.items())
+        names = {old: new for new, old in columns.items()}
+        return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`."
+    if found in TASKS[task][1]:
+        return f"`trl_ext.conversions.to_{task}(dataset)` makes it so."
+    example = "prompt=question chosen=good rejected=bad" if task == "preference" else "prompt=question"
+    return (
+        f"Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the formats."
+    )
+
+
+# ---- Datasets of every kind ----
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Column names; a stream may know them by its first row only."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def of_each(datasets: dict[str, Any], change: Callable[[Any], Any]) -> Any:
+    """The same kind of dict, each dataset changed; an error says which it was."""
+    changed = {}
+    for name, dataset in datasets.items():
+        try:
+            changed[name] = change(dataset)
+        except ValueError as error:
+            raise ValueError(f"In the split {name!r}: {error}") from error
+    return type(datasets)(changed) if isinstance(datasets, DatasetDict | IterableDatasetDict) else changed

@@ -1,0 +1,128 @@
+"""The model card of a PPO run: the loss with its coefficients and last values, the critic, whom to cite."""
+
+from typing import Any
+
+from accelerate.utils import is_peft_model
+
+from ..model_card import OUYANG, Metric, Training, loading_lines
+from .config import PPOConfigX
+from .scorers import token_scorer
+
+
+METRICS = (
+    Metric("reward/score", "score", "{:+.3f}"),
+    Metric("reward/rise", "rise of the score since the first evaluation", "{:+.3f}"),
+    Metric("kl/ref", "KL to the reference, nats per sequence"),
+    Metric("completions/mean_length", "tokens per response", "{:.1f}"),
+    Metric("completions/clipped_ratio", "responses cut off", "{:.1%}"),
+    Metric("terms/entropy", "entropy, nats per token"),
+    Metric("policy/clip_fraction", "tokens clipped", "{:.1%}"),
+    Metric("value/explained_variance", "explained variance of the critic"),
+)
+OPTIONS = (
+    *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
+    *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
+    *("cliprange", "cliprange_value", "vf_coef", "ent_coef"),
+    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
+)
+TOTAL = "`−clip_objective + kl_coef·kl + vf_coef·value_loss − ent_coef·entropy + old_kl_coef·old_kl`"
+CRITICS = {
+    "model": "from transformers import AutoModelForSequenceClassification\n\n"
+    'critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")',
+    "adapter": "from peft import AutoPeftModelForSequenceClassification\n\n"
+    'critic = AutoPeftModelForSequenceClassification.from_pretrained(f"{folder}/critic", num_labels=1)',
+    "head": 'from trl_ext.ppo.critic import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")',
+}
+GAE = """\
+@inproceedings{schulman2016high,
+    title     = {{High-Dimensional Continuous Control Using Generalized Advantage Estimation}},
+    author    = {John Schulman and Philipp Moritz and Sergey Levine and Michael I. Jordan and Pieter Abbeel},
+    booktitle = {4th International Conference on Learning Representations},
+    year      = 2016,
+    eprint    = {arXiv:1506.02438}
+}"""
+ZIEGLER = """\
+@article{ziegler2019fine,
+    title   = {{Fine-Tuning Language Models from Human Preferences}},
+    author  = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
+               Dario Amodei and Paul Christiano and Geoffrey Irving},
+    year    = 2019,
+    eprint  = {arXiv:1909.08593}
+}"""
+
+
+def ppo_training(trainer: Any) -> Training:
+    """What a `PPOTrainerX` says about itself."""
+    args = trainer.args
+    facts = {
+        "critic": f"{args.critic} ({type(trainer.critic).__name__})",
+        "rewards": ", ".join(trainer.reward_func_names),
+        "prompts per rollout": args.batch_size,
+    }
+    return Training(
+        trainer="trl_ext.PPOTrainerX",
+        facts=facts | {name: getattr(args, name) for name in OPTIONS},
+        loss=loss_section(args, trainer.state.log_history),
+        metrics=METRICS,
+        loading=f"{loading_lines('AutoModelForCausalLM', is_peft_model(trainer.model))}\n\n{CRITICS[args.critic]}",
+        citations=citations(args, any(token_scorer(source) is not None for source in trainer.reward_funcs)),
+    )
+
+
+def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
+    """The loss with its terms: what each is, its coefficient and its value when last logged, and their product."""
+    line: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
+    rows = [
+        _row(
+            "clip_objective", f"mean of min(ratio · Â, clip(ratio, 1 ± {args.cliprange}) · Â), maximised", -1.0, line
+        ),
+        _row("kl", f"KL(π_θ ‖ π_ref), nats per token; {_kl_words(args)}", line.get("coef/kl", args.kl_coef), line),
+        _row("value_loss", f"½ (V − R)²{_value_range(args)}", line.get("coef/vf", args.vf_coef), line),
+        _row("entropy", "−Σ p log p, nats per token, maximised", -line.get("coef/entropy", args.ent_coef), line),
+        _row("old_kl", "KL[π_old ‖ π_θ], nats per token", line.get("coef/old_kl", args.old_kl_coef), line),
+    ]
+    if "terms/aux_loss" in line:
+        rows.append(_row("aux_loss", "load balance of the experts", line["coef/aux"], line))
+    total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
+    return (
+        f"The optimizer minimised\n\n{TOTAL}\n\n"
+        "| term | what it is | coefficient | last value | contribution |\n|---|---|---:|---:|---:|\n"
+        + "\n".join(rows)
+        + f"\n\n{total}Advantages Â: {_advantages(args)}."
+    )
+
+
+def _row(term: str, meaning: str, coefficient: float, line: dict[str, Any]) -> str:
+    value = line.get(f"terms/{term}")
+    shown = ("", "") if value is None else (f"{value:.5g}", f"{coefficient * value:+.5f}")
+    meaning = meaning.replace("|", "\\|")
+    return f"| `{term}` | {meaning} | {coefficient:g} | {shown[0]} | {shown[1]} |"
+
+
+def _kl_words(args: PPOConfigX) -> str:
+    where = "in the loss" if args.kl_placement == "loss" else "in the reward of each token, not in the loss"
+    controllers = {
+        "fixed": "a fixed coefficient",
+        "proportional": f"the coefficient follows a target of {args.kl_target} nats per sequence",
+        "band": f"the coefficient keeps it within {args.kl_band[0]} to {args.kl_band[1]} nats per sequence",
+    }
+    return f"{where}, estimator {args.kl_estimator}, {controllers[args.kl_controller]}"
+
+
+def _value_range(args: PPOConfigX) -> str:
+    return "" if args.cliprange_value is None else f", V within {args.cliprange_value} of its old value"
+
+
+def _advantages(args: PPOConfigX) -> str:
+    whitened = "whitened over all ranks" if args.whiten_advantages else "not whitened"
+    return f"`{args.advantage_estimator}`, γ = {args.gamma}, λ = {args.lam}, {whitened}"
+
+
+def citations(args: PPOConfigX, has_reward_model: bool) -> tuple[str, ...]:
+    """The papers whose methods a run used, beside PPO's own, which TRL's card cites."""
+    used = {
+        GAE: args.advantage_estimator == "gae",
+        ZIEGLER: args.kl_controller == "proportional" or args.kl_placement == "reward",
+        OUYANG: has_reward_model,
+    }
+    return tuple(entry for entry, is_used in used.items() if is_used)

@@ -1,0 +1,126 @@
+"""What a trainer knows of its run, in words: the model, the adapter, the data, the machine."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate.utils import is_peft_model
+
+from ._trl import get_config_model_id
+
+
+FACTS = "run.json"  # written when a run begins, by `ReportCallback`
+ATTACHED = ("critic", "reward")  # modules that hang on an actor and are no part of it
+
+
+def without_place(value: Any) -> Any:
+    """Of an absolute path only the last part, also within lists and dicts: a card is no map of somebody's disk."""
+    if isinstance(value, dict):
+        return {key: without_place(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_place(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def base_name(trainer: Any) -> str:
+    """What the model was trained from: a hub name, of a folder only its name, else the architecture."""
+    return without_place(get_config_model_id(trainer.model.config) or "") or type(_base(trainer.model)).__name__
+
+
+def model_facts(trainer: Any) -> dict[str, Any]:
+    """The base model, and how much of it was trained; what is not known is `None`."""
+    model, name = trainer.model, base_name(trainer)
+    on_hub = name.count("/") == 1 and not Path(name).exists()
+    trained, total = _sizes(model)
+    if is_peft_model(model):
+        how = f"{adapter_words(model.peft_config[model.active_adapter])}; {trained:,} of {total:,} parameters"
+    else:
+        how = "in full" if trained == total else f"{trained:,} of {total:,} parameters"
+    return {
+        "base model": f"[{name}](https://huggingface.co/{name})" if on_hub else name,
+        "architecture": type(_base(model)).__name__,
+        "parameters": f"{total:,}",
+        "trained": how,
+        "quantisation": quantisation_words(getattr(model.config, "quantization_config", None)),
+    }
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Parameters that are trained, and all; of a model that ZeRO-3 has partitioned, its full sizes."""
+    attached = [getattr(owner, name, None) for owner in (model, _base(model)) for name in ATTACHED]
+    others = {id(p) for module in attached if isinstance(module, torch.nn.Module) for p in _own(module)}
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters() if id(p) not in others]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def _own(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters of a role that are not the actor's: an adapter stands on the actor's base."""
+    parameters = dict(module.named_parameters())
+    if not any("lora_" in name for name in parameters):
+        return list(parameters.values())
+    return [p for name, p in parameters.items() if "lora_" in name or "score." in name]
+
+
+def adapter_words(config: Any) -> str:
+    """An adapter's kind and size, such as "LoRA adapter, r = 16, alpha = 32, on q_proj, v_proj"."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    words = [f"{'LoRA' if kind == 'LORA' else kind} adapter"]
+    sizes = {"r": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
+    words += [f"{name} = {size}" for name, size in sizes.items() if size is not None]
+    where = getattr(config, "target_modules", None)
+    if where:  # PEFT writes "all-linear" out, layer by layer
+        words.append(f"on {where if isinstance(where, str) else ', '.join(sorted({n.split('.')[-1] for n in where}))}")
+    return ", ".join(words)
+
+
+def quantisation_words(config: Any) -> str | None:
+    """In how many bits a base is kept; `None` for one that is not quantised."""
+    if config is None:
+        return None
+    known = config if isinstance(config, dict) else config.to_dict()
+    if known.get("load_in_4bit"):
+        return f"4 bits ({known.get('bnb_4bit_quant_type', 'fp4')}), bitsandbytes"
+    return "8 bits, bitsandbytes" if known.get("load_in_8bit") else str(known.get("quant_method"))
+
+
+def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
+    """What was trained on and held out; the name is `dataset_name`, else what `run.json` says."""
+    run = Path(trainer.args.output_dir) / FACTS
+    known = json.loads(run.read_text(encoding="utf-8")).get("facts", {}) if run.is_file() else {}
+    name = without_place(dataset_name) or known.get("data")
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    rows = [f"{key} {_rows(each)}".strip() for key, each in held_out.items() if each is not None]
+    return {
+        "training data": ", ".join(filter(None, (name, _rows(trainer.train_dataset)))),
+        "held-out data": ", ".join(rows),
+    }
+
+
+def _rows(dataset: Any) -> str:
+    if dataset is None:
+        return ""
+    return f"{len(dataset):,} rows" if hasattr(dataset, "__len__") else "a stream"
+
+
+def machine_facts(trainer: Any) -> dict[str, Any]:
+    """How long the run was, on what, in which precision, with what."""
+    args, state = trainer.args, trainer.state
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+    seconds = next((line["train_runtime"] for line in reversed(state.log_history) if "train_runtime" in line), None)
+    own = import_module(__package__).__version__  # not from its top: the package imports the trainers
+    versions = f"trl_ext {own}" + (f", PEFT {peft.__version__}" if is_peft_model(trainer.model) else "")
+    return {
+        "optimizer steps": state.global_step,
+        "epochs": None if state.epoch is None else f"{state.epoch:.2f}",
+        "training time": None if seconds is None else f"{seconds:.0f} s",
+        "computed in": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "hardware": f"{args.world_size} × {device}",
+        "versions, beside those below": versions,
+    }
