@@ -107,7 +107,7 @@ def _mark_packed(model: Any, dtype: torch.dtype) -> Any:
 
 
 def save_reward_adapter(config: PretrainedConfig, lora: dict[str, Any], folder: Path) -> None:
-    """A random reward adapter with its score head, as `scripts/reward.py --use_peft` saves one."""
+    """A random reward adapter with its score head, as `trl-ext reward --use_peft` saves one."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     adapter = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **lora), low_cpu_mem_usage=True)

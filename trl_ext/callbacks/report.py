@@ -25,7 +25,7 @@ class ReportCallback(TrainerCallback):
     """
     Writes `report.html` into the run's folder, at the end and, while it runs, at most every `seconds` seconds; the
     page loads itself again until the run is done. At the end also `report.png`. With them `run.json`, what is trained
-    on what, and `trainer_state.json`, the log so far, from which `scripts/report.py` makes the same page, or one of
+    on what, and `trainer_state.json`, the log so far, from which `trl-ext report` makes the same page, or one of
     several runs.
 
     Drawing takes a second or two of the main process. A page that cannot be written is a warning, not the end of the

@@ -19,14 +19,14 @@ from ..ppo.prompts import prompt_ids
 from .fit import plan_run
 from .launch import deepspeed_file, processes
 from .models import path_of
-from .options import Given
+from .options import Options
 
 
 PAIR_TRAINERS = {"dpo": DPOTrainer, "reward": RewardTrainer}
 LOOKED_AT = 1000  # prompts that are tokenised to find the longest
 
 
-def dry_run(command: str, given: Given, load: Callable[[Any], DatasetDict]) -> None:
+def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) -> None:
     """
     Prints it all; nothing is loaded but the tokenizer and the data, and no file is written.
 
@@ -78,7 +78,7 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> str:
     )
 
 
-def memory(command: str, options: dict[str, Any], given: Given, count: int, longest: int | None) -> str:
+def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:
     """The memory plan, or why there is none."""
     if command == "reward":
         return "Memory: the planner plans PPO and DPO; a reward model needs less than DPO of the same model."

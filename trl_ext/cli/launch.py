@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from .options import Given
+from .options import Options
 from .recipes import find_config
 
 
@@ -57,7 +57,7 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def launches(given: Given) -> bool:
+def launches(given: Options) -> bool:
     """Whether the command is to start processes, and has not been started by a launcher."""
     asked = given.nproc is not None or given.accelerate_config is not None
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
@@ -65,7 +65,7 @@ def launches(given: Given) -> bool:
     return asked and not is_launched()
 
 
-def launch(command: str, given: Given) -> None:
+def launch(command: str, given: Options) -> None:
     """
     Runs the command in several processes, as `accelerate launch` does, until all have ended.
 
@@ -91,7 +91,7 @@ def require_all(args: Any) -> None:
         )
 
 
-def accelerate_flags(given: Given) -> list[str]:
+def accelerate_flags(given: Options) -> list[str]:
     """The flags of `accelerate launch` for what was asked."""
     several = (given.nproc or 1) > 1
     file = find_config(given.accelerate_config or ("ddp" if several else "single"), "accelerate")
@@ -113,7 +113,7 @@ def accelerate_flags(given: Given) -> list[str]:
     return flags
 
 
-def processes(given: Given) -> int:
+def processes(given: Options) -> int:
     """How many the run has, or would have."""
     if given.nproc is not None:
         return given.nproc
@@ -123,7 +123,7 @@ def processes(given: Given) -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def deepspeed_file(given: Given) -> str | None:
+def deepspeed_file(given: Options) -> str | None:
     """The DeepSpeed file of the run, its own or that of its accelerate file."""
     if given.deepspeed is not None or given.accelerate_config is None:
         return given.deepspeed

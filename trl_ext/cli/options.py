@@ -23,7 +23,7 @@ from .topics import first_of, heading_of, order, topic_of
 WIDTH = 119  # columns of a help text
 
 
-class Given:
+class Options:
     """
     Option names and values of a command; nothing is made of them yet, no device or process group is touched.
 
@@ -55,7 +55,7 @@ def read(
     argv: list[str] | None = None,
     demo: str | None = None,
     defaults: dict[str, Any] | None = None,
-) -> Given:
+) -> Options:
     """
     The options from, in rising order: the classes' own defaults, `defaults`, the YAML recipe, the flags.
 
@@ -88,7 +88,7 @@ def read(
     if unknown:
         raise ValueError(_misspelt([word for word in unknown if word.startswith("-")] or unknown, parser))
     _find_deepspeed(values)
-    return Given(parser, values, argv)
+    return Options(parser, values, argv)
 
 
 def parse(

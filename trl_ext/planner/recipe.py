@@ -20,7 +20,7 @@ DEFAULT_PROMPT, DEFAULT_LENGTH = 512, 1024
 
 
 def names_from_options(options: Mapping[str, Any]) -> ModelNames:
-    """The models that `scripts/ppo.py` or `scripts/dpo.py` would load."""
+    """The models that `trl-ext ppo` or `trl-ext dpo` would load."""
     actor = options.get("model_name_or_path") or options.get("sft_model_path") or EMBEDDED
     reward = options.get("reward_model_path")
     has_config = reward is not None and (Path(reward) / "config.json").is_file()

@@ -153,7 +153,7 @@ def _check_score_adapter(role: str, folder: str) -> None:
         has = f"a score head with {labels[0]} labels" if labels else "no score head"
         raise ValueError(
             f"The adapter in {folder} (`{role}`) has {has}; a response gets one score. Train the adapter with "
-            "`num_labels=1` and `modules_to_save=['score']`, as `scripts/reward.py --use_peft` does."
+            "`num_labels=1` and `modules_to_save=['score']`, as `trl-ext reward --use_peft` does."
         )
 
 

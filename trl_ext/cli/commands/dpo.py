@@ -30,7 +30,7 @@ from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
-from ..options import Given, read, usage_errors
+from ..options import Options, read, usage_errors
 
 
 DEMO = "dpo/demo"
@@ -86,7 +86,7 @@ def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) 
     )
 
 
-def options(argv: list[str] | None = None) -> Given:
+def options(argv: list[str] | None = None) -> Options:
     return read("dpo", (DPOArguments, ModelArguments, DPOConfigX), __doc__, argv, DEMO, DEFAULTS)
 
 

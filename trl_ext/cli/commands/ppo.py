@@ -37,7 +37,7 @@ from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
-from ..options import Given, read, usage_errors
+from ..options import Options, read, usage_errors
 
 
 DEMO = "ppo/demo"
@@ -104,7 +104,7 @@ def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], 
     )
 
 
-def options(argv: list[str] | None = None) -> Given:
+def options(argv: list[str] | None = None) -> Options:
     return read("ppo", (PPOArguments, ModelArguments, PPOConfigX), __doc__, argv, DEMO, DEFAULTS)
 
 

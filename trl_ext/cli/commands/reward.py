@@ -8,7 +8,7 @@ Train a reward model on preference pairs: Bradley-Terry, with TRL's RewardTraine
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`. The output folder
 gets the model and its tokenizer (for `AutoModelForSequenceClassification`), metrics.json with the accuracy on held-out
-pairs, and report.html with its picture. With --use_peft it gets the adapter with its score head, for `scripts/ppo.py
+pairs, and report.html with its picture. With --use_peft it gets the adapter with its score head, for `trl-ext ppo
 --use_peft` on the same base, and base_model.json, a fingerprint of that base.
 """
 
@@ -31,7 +31,7 @@ from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
-from ..options import Given, read, usage_errors
+from ..options import Options, read, usage_errors
 
 
 DEMO = "reward/demo"
@@ -88,7 +88,7 @@ def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
     (output / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def options(argv: list[str] | None = None) -> Given:
+def options(argv: list[str] | None = None) -> Options:
     return read("reward", (RewardArguments, ModelArguments, RewardConfig), __doc__, argv, DEMO, DEFAULTS)
 
 

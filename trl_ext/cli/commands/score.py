@@ -5,7 +5,7 @@ Score pairs of answers by what a DPO policy has learnt: its implicit reward β l
     trl-ext score --model out --ref_model my-sft --beta 0.1 --dataset_name pairs.jsonl
     trl-ext score --model my-adapter --dataset_name pairs.jsonl    # the reference: without the adapter
 
-The pairs are those of scripts/dpo.py; of data with several splits, those of `dataset_test_split`. The output file gets
+The pairs are those of `trl-ext dpo`; of data with several splits, those of `dataset_test_split`. The output file gets
 every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
 """
 
