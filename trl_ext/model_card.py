@@ -19,8 +19,8 @@ from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
 
 from ._trl import get_config_model_id
 from .history import is_tie
-from .options import changed_options
-from .run_facts import FACTS, base_name, data_facts, machine_facts, model_facts, without_place
+from .places import FACTS, without_place
+from .run_facts import base_name, changed_options, data_facts, machine_facts, model_facts
 
 
 FILE, PICTURE = "README.md", "report.png"
@@ -100,7 +100,7 @@ def complete_card(trainer: Any, training: Training, dataset_name: str | None = N
     """
     path = Path(trainer.args.output_dir) / FILE
     card = ModelCard.load(path)
-    base = base_name(trainer)
+    base = base_name(trainer.model)
     card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
     card.text = card.text.replace('="None"', f'="{_repository(trainer)}"')
     before, heading, citations = card.text.partition("## Citations")
@@ -120,7 +120,9 @@ def _repository(trainer: Any) -> str:
 
 def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str:
     facts: dict[str, Any] = {"trained by": f"`{training.trainer}`"}
-    facts |= model_facts(trainer) | data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
+    of_model = model_facts(trainer.model)
+    facts |= {"base model": _linked(of_model.pop("model"))} | of_model
+    facts |= data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
     known = {name: str(value).replace("|", "\\|") for name, value in facts.items() if value not in (None, "")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in known.items())
     parts = {
@@ -131,6 +133,11 @@ def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str
         "How to load it": _loading(trainer, training.loading),
     }
     return "\n".join(f"## {title}\n\n{text}\n" for title, text in parts.items() if text)
+
+
+def _linked(name: str) -> str:
+    """A hub name with its page; a folder's has none."""
+    return f"[{name}](https://huggingface.co/{name})" if name.count("/") == 1 and not Path(name).exists() else name
 
 
 def _results(trainer: Any, metrics: Sequence[Metric]) -> str:

@@ -1,5 +1,6 @@
-"""What a trainer knows of its run, in words: the model, the adapter, the data, the machine."""
+"""What a trainer knows of its run, in words: the model, the adapter, the data, the machine, the options."""
 
+import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
@@ -10,37 +11,26 @@ import torch
 from accelerate.utils import is_peft_model
 
 from ._trl import get_config_model_id
+from .places import FACTS, without_place
 
 
-FACTS = "run.json"  # written when a run begins, by `ReportCallback`
 ATTACHED = ("critic", "reward")  # modules that hang on an actor and are no part of it
 
 
-def without_place(value: Any) -> Any:
-    """Of an absolute path only the last part, also within lists and dicts: a card is no map of somebody's disk."""
-    if isinstance(value, dict):
-        return {key: without_place(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [without_place(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def base_name(trainer: Any) -> str:
+def base_name(model: Any) -> str:
     """What the model was trained from: a hub name, of a folder only its name, else the architecture."""
-    return without_place(get_config_model_id(trainer.model.config) or "") or type(_base(trainer.model)).__name__
+    return without_place(get_config_model_id(model.config) or "") or type(_base(model)).__name__
 
 
-def model_facts(trainer: Any) -> dict[str, Any]:
-    """The base model, and how much of it was trained; what is not known is `None`."""
-    model, name = trainer.model, base_name(trainer)
-    on_hub = name.count("/") == 1 and not Path(name).exists()
+def model_facts(model: Any) -> dict[str, Any]:
+    """The model, and how much of it is trained; what is not known is `None`."""
     trained, total = _sizes(model)
     if is_peft_model(model):
         how = f"{adapter_words(model.peft_config[model.active_adapter])}; {trained:,} of {total:,} parameters"
     else:
         how = "in full" if trained == total else f"{trained:,} of {total:,} parameters"
     return {
-        "base model": f"[{name}](https://huggingface.co/{name})" if on_hub else name,
+        "model": base_name(model),
         "architecture": type(_base(model)).__name__,
         "parameters": f"{total:,}",
         "trained": how,
@@ -96,14 +86,15 @@ def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
     known = json.loads(run.read_text(encoding="utf-8")).get("facts", {}) if run.is_file() else {}
     name = without_place(dataset_name) or known.get("data")
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    rows = [f"{key} {_rows(each)}".strip() for key, each in held_out.items() if each is not None]
+    rows = [f"{key} {rows_of(each)}".strip() for key, each in held_out.items() if each is not None]
     return {
-        "training data": ", ".join(filter(None, (name, _rows(trainer.train_dataset)))),
+        "training data": ", ".join(filter(None, (name, rows_of(trainer.train_dataset)))),
         "held-out data": ", ".join(rows),
     }
 
 
-def _rows(dataset: Any) -> str:
+def rows_of(dataset: Any) -> str:
+    """How many rows; of a stream nobody knows."""
     if dataset is None:
         return ""
     return f"{len(dataset):,} rows" if hasattr(dataset, "__len__") else "a stream"
@@ -112,7 +103,6 @@ def _rows(dataset: Any) -> str:
 def machine_facts(trainer: Any) -> dict[str, Any]:
     """How long the run was, on what, in which precision, with what."""
     args, state = trainer.args, trainer.state
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
     seconds = next((line["train_runtime"] for line in reversed(state.log_history) if "train_runtime" in line), None)
     own = import_module(__package__).__version__  # not from its top: the package imports the trainers
     versions = f"trl_ext {own}" + (f", PEFT {peft.__version__}" if is_peft_model(trainer.model) else "")
@@ -121,6 +111,25 @@ def machine_facts(trainer: Any) -> dict[str, Any]:
         "epochs": None if state.epoch is None else f"{state.epoch:.2f}",
         "training time": None if seconds is None else f"{seconds:.0f} s",
         "computed in": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        "hardware": f"{args.world_size} × {device}",
+        "hardware": hardware(args),
         "versions, beside those below": versions,
     }
+
+
+def hardware(args: Any) -> str:
+    """How many devices of which name."""
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+    return f"{args.world_size} × {device}"
+
+
+def changed_options(args: Any) -> dict[str, Any]:
+    """The options of a config that differ from its class's defaults, without secrets."""
+    written = args.to_dict()
+    defaults = {}
+    for option in dataclasses.fields(args):
+        if option.default is not dataclasses.MISSING:
+            defaults[option.name] = option.default
+        elif option.default_factory is not dataclasses.MISSING:
+            defaults[option.name] = option.default_factory()
+    changed = {name: value for name, value in written.items() if value != defaults.get(name, dataclasses.MISSING)}
+    return {name: value for name, value in changed.items() if not name.endswith("_token")}

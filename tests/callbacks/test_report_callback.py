@@ -76,7 +76,7 @@ def test_what_is_trained_and_how_is_counted_from_the_run(tmp_path):
     trainer = with_report(trl_runs.sft_trainer(tmp_path, seed=7), seconds=0)
     known = json.loads((tmp_path / "run.json").read_text())
     parameters = sum(p.numel() for p in tiny.tiny_actor().parameters())
-    assert known["facts"]["parameters"] == f"{parameters:,} on this process"
+    assert known["facts"]["parameters"] == f"{parameters:,}"
     assert known["facts"]["training data"] == "8 rows"
     assert (known["options"]["seed"], known["options"]["learning_rate"]) == (7, 1e-2)
     assert "weight_decay" not in known["options"]  # left at its default

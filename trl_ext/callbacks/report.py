@@ -12,10 +12,11 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from ..options import changed_options
+from ..places import FACTS
 from ..report import write_report
 from ..report.drawing import matplotlib
-from ..report.run import FACTS, STATE, model_name
+from ..report.run import STATE
+from ..run_facts import changed_options, hardware, model_facts, rows_of
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ReportCallback(TrainerCallback):
         self._has_ended = False
         if not state.is_world_process_zero:
             return
-        known = {"facts": run_facts(args, **kwargs) | self.facts, "options": changed_options(args)}
+        known = {"facts": facts_of(args, **kwargs) | self.facts, "options": changed_options(args)}
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FACTS).write_text(json.dumps(known, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
@@ -81,29 +82,10 @@ class ReportCallback(TrainerCallback):
         self._last = time.monotonic()
 
 
-def run_facts(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:
+def facts_of(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:
     """What is trained, on what, with what; in words."""
-    config = getattr(model, "config", None)
-    adapters = getattr(model, "peft_config", None)
-    parameters = list(model.parameters()) if model is not None else []
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
-    facts = {
-        "model": model_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
-        "architecture": type(model.get_base_model() if adapters else model).__name__,
-        "parameters": f"{total:,} on this process",
-        "trained": f"{trained:,}" + (f", adapter {', '.join(adapters)}" if adapters else ""),
-        "training data": _rows_of(train_dataloader),
-        "hardware": f"{args.world_size} × {device}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
+    facts = {} if model is None else model_facts(model)
+    facts["training data"] = rows_of(getattr(train_dataloader, "dataset", None))
+    facts["hardware"] = hardware(args)
+    facts["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return {name: value for name, value in facts.items() if value}
-
-
-def _rows_of(loader: Any) -> str:
-    dataset = getattr(loader, "dataset", None)
-    try:
-        return f"{len(dataset):,} rows"  # type: ignore[arg-type]
-    except TypeError:  # a stream
-        return "" if dataset is None else "a stream"

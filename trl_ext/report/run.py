@@ -10,11 +10,11 @@ from typing import Any
 from ..alarms import Alarm, alarms
 from ..convergence import KL_BAND, Verdict, verdict
 from ..history import algorithm
+from ..places import FACTS, without_place
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
 STATE = "trainer_state.json"
-FACTS = "run.json"
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,10 @@ def _known(folder: Path) -> dict[str, Any]:
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         if config.get(key):
-            facts["model"] = model_name(str(config[key]))
+            facts["model"] = without_place(str(config[key]))
         elif config.get("architectures"):
             facts["architecture"] = str(config["architectures"][0])
     return {"facts": facts, "options": _table_of_the_card(folder / "README.md")}
-
-
-def model_name(path: str) -> str:
-    """A hub name as it is; of a folder on this machine only its name."""
-    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _table_of_the_card(card: Path) -> dict[str, Any]:
