@@ -1,6 +1,6 @@
 """
 The demo: a reward model learns human ratings of movie reviews from pairs, then PPO teaches SmolLM2-135M-Instruct to
-end reviews well, as judged by it. About 15 minutes on two CPU cores; no model hub, no account, 6 GB of memory.
+end reviews well, as judged by it. About 15 minutes on two CPU cores; no model hub, no account, 8 GB of memory.
 
     trl-ext demo                  # reward model, then PPO
     trl-ext demo --output_dir out # its two runs in out/reward-demo and out/ppo-demo
