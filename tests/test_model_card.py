@@ -453,7 +453,7 @@ def test_picture_of_this_run_is_shown_and_that_of_an_earlier_run_is_not(tmp_path
     trainer = dpo_trainer(tmp_path)
     picture, begun = tmp_path / "report.png", tmp_path / "run.json"
     picture.write_bytes(b"png")
-    begun.write_text(json.dumps({"facts": {"data": "my pairs"}}))
+    begun.write_text(json.dumps({"data": "my pairs", "facts": {}}))
     os.utime(begun, (1000, 1000))
     os.utime(picture, (999, 999))
     trainer.create_model_card()

@@ -2,7 +2,9 @@
 
 import html.parser
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from datasets import Dataset
 
 from commands import command
 from test_report import DPO_LOG, PPO_LOG, png_size, write_completions
+from trl_ext.places import is_of_this_run
 from trl_ext.report import Run, read_run, write_report
 from trl_ext.report.drawing import COLOURS, running_mean, thin
 from trl_ext.report.page import render
@@ -219,15 +222,134 @@ def test_page_of_a_running_run_loads_itself_again(tmp_path, undrawn):
 def test_what_was_trained_comes_from_the_run_or_its_card(tmp_path, undrawn):
     run_folder(tmp_path, PPO_LOG)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/some/model"}))
-    card = "# x\n\n| a | b |\n\n## What was trained, and how\n\n| | |\n|---|---|\n| kl_coef | 0.05 |\n| seed | 0 |\n"
+    card = (
+        "# x\n\n| a | b |\n\n## What was trained, and how\n\n| | |\n|---|---|\n| trained by | `PPOTrainerX` |\n"
+        "| base model | [o/m](https://huggingface.co/o/m) |\n\n## The loss\n\n| term | value |\n| kl | 0.05 |\n\n"
+        "## Options\n\nThose:\n\n```yaml\nkl_coef: 0.05\nkl_band:\n- 1.0\n- 3.0\n```\n\n## How to load it\n"
+    )
     (tmp_path / "README.md").write_text(card)
     run = read_run(tmp_path)
-    assert (run.facts, run.options) == ({"model": "model"}, {"kl_coef": "0.05", "seed": "0"})
-    known = {"facts": {"model": "m", "training data": "10 rows"}, "options": {"kl_band": [1.0, 3.0], "beta": 0.1}}
+    assert run.facts == {"trained by": "PPOTrainerX", "base model": "o/m", "model": "model"}
+    assert run.options == {"kl_coef": 0.05, "kl_band": [1.0, 3.0]}
+    assert run.kl_band == (1.0, 3.0)
+    facts = {"model": "m", "held-out data": "2 rows", "training data": "10 rows"}
+    known = {"begun": 1.0, "facts": facts, "options": {"kl_band": [1.0, 3.0], "beta": 0.1}}
     (tmp_path / "run.json").write_text(json.dumps(known))
     assert read_run(tmp_path).kl_band == (1.0, 3.0)
     text = text_of(write_report([tmp_path]).read_text(encoding="utf-8"))
-    assert "model m training data 10 rows beta 0.1" in text
+    assert "model m training data 10 rows held-out data 2 rows beta 0.1" in text
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_shown(tmp_path, undrawn):
+    """It came further, so a rule by steps or by names would take it."""
+
+    def table(folder, step, text, at):
+        path = tmp_path / folder / f"step_{step:05d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        rewards = {"chosen": "c", "rejected": "r", "chosen_reward": 0.0, "rejected_reward": 0.0}
+        path.write_text(json.dumps({"prompt": "p", "actor": text, "reference": text} | rewards | {"prompt": text}))
+        os.utime(path, (at, at))
+
+    def state(folder, step, at):
+        path = run_folder(tmp_path / folder, PPO_LOG[:1], global_step=step, max_steps=step) / "trainer_state.json"
+        os.utime(path, (at, at))
+
+    def shown():
+        run = read_run(tmp_path)
+        return run.step, [sample.after for sample in run.samples], [pair.prompt for pair in run.pairs]
+
+    state("checkpoint-6", 6, at=100)
+    state("", 5, at=101)
+    for folder in ("samples", "implicit_rewards"):
+        table(folder, 0, "old", at=90)
+        table(folder, 50, "old", at=100)
+    assert shown() == (5, ["old"], ["old"])  # without run.json: what is newest
+    (tmp_path / "run.json").write_text(json.dumps({"begun": 200.0, "facts": {}, "options": {}}))
+    with pytest.raises(FileNotFoundError, match="log of an earlier run only"):
+        read_run(tmp_path)
+    state("checkpoint-1", 1, at=300)
+    assert shown() == (1, [], [])
+    for folder in ("samples", "implicit_rewards"):
+        table(folder, 0, "new", at=250)
+        table(folder, 2, "new", at=301)
+    assert shown() == (1, ["new"], ["new"])
+    assert (tmp_path / "checkpoint-6").is_dir()
+    os.utime(tmp_path / "checkpoint-6", (100, 100))
+    assert not is_of_this_run(tmp_path / "checkpoint-6")
+    assert is_of_this_run(tmp_path / "checkpoint-1")
+    assert not is_of_this_run(tmp_path / "checkpoint-9")
+
+
+def test_completions_of_an_earlier_run_are_not_paired(tmp_path):
+    """TRL's tables, at the steps of this run's evaluations."""
+    run_folder(tmp_path, PPO_LOG)
+    (tmp_path / "completions").mkdir()
+    for step in (0, 2):
+        write_completions(tmp_path / "completions", step, [("a", f"at {step}", 0.5, 0.0)])
+    assert [sample.after for sample in read_run(tmp_path).samples] == ["at 2"]
+    (tmp_path / "run.json").write_text(json.dumps({"begun": 200.0}))
+    os.utime(tmp_path / "completions" / "completions_00000.parquet", (100, 100))
+    assert read_run(tmp_path).samples == []
+
+
+def test_half_written_log_gives_way_to_the_last_whole_one(tmp_path):
+    run_folder(tmp_path / "checkpoint-1", PPO_LOG[:4], global_step=1)
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step"')
+    assert read_run(tmp_path).step == 1
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("")
+    with pytest.raises(ValueError, match=r"No log can be read: .*trainer_state\.json .*checkpoint-1"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "age, every, is_silent",
+    [(500, 0.1, False), (700, 0.1, True), (700, 300, False), (1000, 300, True)],
+    ids=["within 10 minutes", "killed", "writes every 5 minutes", "missed 3 of them"],
+)
+def test_run_that_is_not_heard_of_is_silent(tmp_path, age, every, is_silent, undrawn):
+    """4 log lines in 8 seconds: 20 times 2 seconds are less than 10 minutes."""
+    heard = time.time() - age
+    run_folder(tmp_path, PPO_LOG[:4], max_steps=9)
+    os.utime(tmp_path / "trainer_state.json", (heard, heard))
+    (tmp_path / "run.json").write_text(json.dumps({"begun": heard - 8, "every": every}))
+    run = read_run(tmp_path)
+    assert (run.is_silent, run.is_finished) == (is_silent, False)
+    page = write_report([tmp_path], refresh=30).read_text(encoding="utf-8")
+    assert ("http-equiv" in page) is not is_silent
+    assert (f"has not been heard of for {age / 60:.0f} minutes" in text_of(page)) is is_silent
+    assert time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(heard)) in text_of(page)
+
+
+def test_silence_is_measured_by_what_is_usual(tmp_path):
+    now = time.time()
+
+    def run(begun, lines, *written):
+        for i, at in enumerate(written):
+            folder = run_folder(tmp_path / f"checkpoint-{i}", PPO_LOG[:1] * lines, max_steps=9)
+            os.utime(folder / "trainer_state.json", (at, at))
+        if begun:
+            (tmp_path / "run.json").write_text(json.dumps({"begun": begun, "every": 120}))
+        return read_run(tmp_path)
+
+    assert not run(None, 1, now - 9e5).is_silent  # nothing says how often there is a log
+    assert not run(None, 1, now - 6000, now - 3000).is_silent  # a checkpoint in 50 minutes
+    assert run(None, 1, now - 14000, now - 11000).is_silent
+    assert not run(now - 5000, 10, now - 4000, now - 3000).is_silent  # a line in 200 s
+    assert run(now - 7500, 10, now - 6500, now - 5500).is_silent
+    run_folder(tmp_path / "checkpoint-1", [DONE], max_steps=9)
+    os.utime(tmp_path / "checkpoint-1" / "trainer_state.json", (now - 5000, now - 5000))
+    assert not read_run(tmp_path).is_silent  # finished
+
+
+@pytest.mark.parametrize("name", ["x.png", "report", "report.htm"])
+def test_page_has_the_suffix_of_a_page(tmp_path, name):
+    folder = run_folder(tmp_path / "run", PPO_LOG)
+    with pytest.raises(ValueError, match=rf"{name} is no name of a page; give one that ends in \.html"):
+        write_report([folder], tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_folder_without_a_log_says_what_is_needed(tmp_path):
@@ -304,7 +426,23 @@ def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, ca
     assert "step 2 of 3" in capsys.readouterr().out
 
 
+def test_script_does_not_watch_a_run_that_was_killed(tmp_path, undrawn, monkeypatch, capsys):
+    folder = run_folder(tmp_path / "run", PPO_LOG[:4], max_steps=3)
+    os.utime(folder / "trainer_state.json", (2000, 2000))
+    (folder / "run.json").write_text(json.dumps({"begun": 1990, "every": 120}))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for a dead run"))
+    command("report").main([str(folder), "--watch", "7"])
+    assert re.search(r"step 2 of 3 \(has not been heard of for \d+ days\)", capsys.readouterr().out)
+
+
 def test_script_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "trainer_state.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: No log can be read: .*half/trainer_state\.json"):
+        command("report").main([str(tmp_path / "half")])
+    run_folder(tmp_path / "run", PPO_LOG)
+    with pytest.raises(SystemExit, match=r"error: .*x\.png is no name of a page"):
+        command("report").main([str(tmp_path / "run"), "--output", str(tmp_path / "x.png")])
     with pytest.raises(SystemExit, match=r"error: .* holds no log of a run"):
         command("report").main([str(tmp_path)])
     with pytest.raises(SystemExit):

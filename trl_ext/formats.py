@@ -17,19 +17,19 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 
 TEXT, CONVERSATION, SHAREGPT = "text", "conversation", "conversation with `from` and `value`"
-ANSWERS = (TEXT, CONVERSATION, SHAREGPT)
+CELLS = (TEXT, CONVERSATION, SHAREGPT)
 # Format -> what its columns hold. The first whose columns are all there is taken.
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
-    "preference": {"prompt": ANSWERS, "chosen": ANSWERS, "rejected": ANSWERS},
-    "preference with an implicit prompt": {"chosen": ANSWERS, "rejected": ANSWERS},
-    "unpaired preference": {"prompt": ANSWERS, "completion": ANSWERS, "label": ("true or false", "number")},
+    "preference": {"prompt": CELLS, "chosen": CELLS, "rejected": CELLS},
+    "preference with an implicit prompt": {"chosen": CELLS, "rejected": CELLS},
+    "unpaired preference": {"prompt": CELLS, "completion": CELLS, "label": ("true or false", "number")},
     "stepwise supervision": {
-        "prompt": ANSWERS,
+        "prompt": CELLS,
         "completions": ("list of text",),
         "labels": ("list of true or false",),
     },
-    "prompt-completion": {"prompt": ANSWERS, "completion": ANSWERS},
-    "prompt-only": {"prompt": ANSWERS},
+    "prompt-completion": {"prompt": CELLS, "completion": CELLS},
+    "prompt-only": {"prompt": CELLS},
     "tokenised prompts": {"input_ids": ("token ids",)},
     "language modeling, conversations": {"messages": (CONVERSATION, SHAREGPT)},
     "language modeling, ShareGPT": {"conversations": (CONVERSATION, SHAREGPT)},
@@ -163,7 +163,7 @@ def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, 
         An empty dict where not all that is needed was found.
     """
     known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
-    free = [name for name, kind in known.items() if kind in ANSWERS and name not in wanted]
+    free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
     found = {}
     for new in wanted:
         old = None if new in known else _nearest(new, free)

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
 
 from ._trl import get_config_model_id
 from .history import is_tie
-from .places import FACTS, without_place
+from .places import DATA_FILES, is_of_this_run, without_place
 from .run_facts import base_name, changed_options, data_facts, machine_facts, model_facts
 
 
@@ -86,7 +86,7 @@ def hub_name(dataset_name: str | None) -> str | None:
     """The dataset's name if it is one of the hub's; a file or folder has no page there."""
     if dataset_name is None or Path(dataset_name).exists() or Path(dataset_name).is_absolute():
         return None
-    return None if Path(dataset_name).suffix in (".json", ".jsonl", ".csv", ".parquet") else dataset_name
+    return None if Path(dataset_name).suffix in DATA_FILES else dataset_name
 
 
 def complete_card(trainer: Any, training: Training, dataset_name: str | None = None) -> None:
@@ -143,21 +143,13 @@ def _linked(name: str) -> str:
 def _results(trainer: Any, metrics: Sequence[Metric]) -> str:
     log, parts = trainer.state.log_history, []
     folder = Path(trainer.args.output_dir)
-    if _is_of_this_run(folder / PICTURE):
+    if is_of_this_run(folder / PICTURE):
         parts.append(f"![The run: its loss terms, rewards and KL over the steps]({PICTURE})")
     for prefix in _held_out(log, metrics):
         name = prefix.removeprefix("eval").strip("_")
         parts.append(_table(f"held out{f', {name}' if name else ''}", log, metrics, prefix))
     parts.append(_table("in training", log, metrics, ""))
     return "\n\n".join(filter(None, parts))
-
-
-def _is_of_this_run(picture: Path) -> bool:
-    """Whether there is a picture that is not an earlier run's: `run.json` is written when a run begins."""
-    if not picture.is_file():
-        return False
-    begun = picture.with_name(FACTS)
-    return not begun.is_file() or picture.stat().st_mtime >= begun.stat().st_mtime
 
 
 def _held_out(log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> list[str]:

@@ -1,10 +1,70 @@
-"""Files in a run's folder that several read, and paths as they are shown to people."""
+"""Files in a run's folder that several read, which of them are of its last run, and paths as people are shown them."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 FACTS = "run.json"  # written when a run begins, by `ReportCallback`
+STATE = "trainer_state.json"  # the Trainer's log
+# Suffixes of files with rows -> what `datasets` reads them with.
+DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """
+    What `run.json` says of the last run in a folder; nothing where there is none.
+
+    Raises:
+        ValueError: for a file that is no JSON.
+    """
+    path = Path(folder) / FACTS
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); remove it, and what the run's log says is shown."
+        ) from None
+
+
+def begun_at(folder: str | Path) -> float | None:
+    """When the last run in a folder began, seconds since the epoch; `None` where no `run.json` says it."""
+    path = Path(folder) / FACTS
+    if not path.is_file():
+        return None
+    # The files of a copy have times of their own, so what is written goes before the time of the file.
+    return float(read_facts(folder).get("begun") or path.stat().st_mtime)
+
+
+def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
+    """
+    Whether a file or folder is there and is not what an earlier run left: it is no older than the run's beginning.
+    Without `run.json` nothing says so, and all that is there counts.
+
+    Args:
+        path: a table, a picture, a checkpoint.
+        folder: the run's `output_dir`; by default the folder that `path` lies in.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    begun = begun_at(path.parent if folder is None else folder)
+    return begun is None or path.stat().st_mtime >= begun
+
+
+def newest(paths: list[Path]) -> list[Path]:
+    """Paths by the time of their last change, the newest first; of equal times, the last in the alphabet."""
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all: another process may be reading it."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
 
 
 def without_place(value: Any) -> Any:

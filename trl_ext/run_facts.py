@@ -1,9 +1,7 @@
 """What a trainer knows of its run, in words: the model, the adapter, the data, the machine, the options."""
 
 import dataclasses
-import json
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 
 from ._trl import get_config_model_id
-from .places import FACTS, without_place
+from .places import read_facts, without_place
 
 
 ATTACHED = ("critic", "reward")  # modules that hang on an actor and are no part of it
@@ -82,9 +80,7 @@ def quantisation_words(config: Any) -> str | None:
 
 def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
     """What was trained on and held out; the name is `dataset_name`, else what `run.json` says."""
-    run = Path(trainer.args.output_dir) / FACTS
-    known = json.loads(run.read_text(encoding="utf-8")).get("facts", {}) if run.is_file() else {}
-    name = without_place(dataset_name) or known.get("data")
+    name = without_place(dataset_name) or read_facts(trainer.args.output_dir).get("data")
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     rows = [f"{key} {rows_of(each)}".strip() for key, each in held_out.items() if each is not None]
     return {

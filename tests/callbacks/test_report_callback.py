@@ -1,15 +1,17 @@
 """`ReportCallback`: the page is there while a run goes on, and what it says of the run is what ran."""
 
 import json
+from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import dpo_runs
 import ppo_runs
 import tiny
 import trl_runs
-from trl_ext import ReportCallback
+from trl_ext import ReportCallback, SampleCallback
+from trl_ext.places import begun_at, is_of_this_run
 from trl_ext.report import read_run
 
 
@@ -100,6 +102,67 @@ def test_an_evaluation_after_the_training_is_on_the_page(tmp_path):
     trainer.evaluate()
     assert "held-out accuracy" in (tmp_path / "report.html").read_text()
     assert read_run(tmp_path).log == trainer.state.log_history
+
+
+def test_held_out_rows_are_named_and_data_has_one_line(tmp_path):
+    with_report(trl_runs.reward_trainer(tmp_path), seconds=0, facts={"data": "pairs.jsonl"})
+    known = json.loads((tmp_path / "run.json").read_text())
+    assert known["facts"]["training data"] == "pairs.jsonl, 8 rows"
+    assert known["facts"]["held-out data"] == "8 rows"
+    assert known["data"] == "pairs.jsonl"
+    assert "data" not in known["facts"]
+
+
+def test_several_held_out_sets_are_named_apart(tmp_path):
+    sets = {"near": tiny.tiny_prompts(2, seed=3), "far": tiny.tiny_prompts(3, seed=4)}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    with_report(ppo_runs.ppo_trainer(tmp_path, {"eval_dataset": sets}, max_steps=2, **evaluation), seconds=0)
+    assert read_run(tmp_path).facts["held-out data"] == "near 2 rows; far 3 rows"
+
+
+def test_second_run_in_the_folder_shows_nothing_of_the_first(tmp_path):
+    """The first has come further, and has written tables and checkpoints with higher numbers."""
+    prompts = ["the cat"]
+    for steps in (3, 1):
+        trainer = trl_runs.sft_trainer(
+            tmp_path, max_steps=steps, save_strategy="steps", save_steps=1, num_train_epochs=9
+        )
+        trainer.add_callback(SampleCallback(prompts, every=1, max_new_tokens=2))  # its first table comes first
+        with_report(trainer, seconds=0)
+    run = read_run(tmp_path)
+    assert (run.step, run.max_steps) == (1, 1)
+    assert run.log == trainer.state.log_history
+    assert is_of_this_run(tmp_path / "checkpoint-1")
+    assert not is_of_this_run(tmp_path / "checkpoint-3")
+    assert is_of_this_run(tmp_path / "samples" / "step_00000.jsonl", tmp_path)
+    assert not is_of_this_run(tmp_path / "samples" / "step_00003.jsonl", tmp_path)
+
+
+def test_resumed_run_has_begun_when_it_was_first_started(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    with_report(trl_runs.sft_trainer(tmp_path, **options), seconds=0)
+    first = begun_at(tmp_path)
+    trainer = trl_runs.sft_trainer(tmp_path, **options)
+    trainer.add_callback(ReportCallback(seconds=0))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert begun_at(tmp_path) == first
+    assert is_of_this_run(tmp_path / "checkpoint-1")
+
+
+def test_log_is_never_half_written(tmp_path, monkeypatch):
+    """A reader that comes while it is being written finds the one before."""
+    seen, save = [], TrainerState.save_to_json
+
+    def slowly(self, path):
+        Path(path).write_text("{")
+        seen.append(read_run(tmp_path).step if (tmp_path / "trainer_state.json").is_file() else None)
+        save(self, path)
+
+    trainer = trl_runs.sft_trainer(tmp_path)
+    monkeypatch.setattr(TrainerState, "save_to_json", slowly)
+    with_report(trainer, seconds=1e-9)
+    assert seen == [None, 1, 2, 2]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_seconds_below_0_are_refused():

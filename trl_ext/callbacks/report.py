@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from ..places import FACTS
+from ..places import FACTS, STATE, begun_at, write_whole
 from ..report import write_report
 from ..report.drawing import matplotlib
-from ..report.run import STATE
 from ..run_facts import changed_options, hardware, model_facts, rows_of
 
 
@@ -34,7 +34,8 @@ class ReportCallback(TrainerCallback):
 
     Args:
         seconds: at least this long between two pages, and at most as often as there is a log line. 0: at the end only.
-        facts: what the Trainer does not know and the page should say, such as `{"training data": "pairs.jsonl"}`.
+        facts: what the Trainer does not know and the page should say. The name in "data", such as `{"data":
+            "pairs.jsonl"}`, stands before the number of training rows, also on the model card.
 
     Raises:
         ImportError: at construction, without the extra `report`.
@@ -46,17 +47,29 @@ class ReportCallback(TrainerCallback):
         matplotlib()
         self.seconds = seconds
         self.facts = dict(facts or {})
+        self._known: dict[str, Any] = {}
         self._last = 0.0
         self._has_ended = False
+        self._begun = time.time()  # before other callbacks write their first tables
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._has_ended:
+            self._begun = time.time()
         self._has_ended = False
         if not state.is_world_process_zero:
             return
-        known = {"facts": facts_of(args, **kwargs) | self.facts, "options": changed_options(args)}
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FACTS).write_text(json.dumps(known, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
+        facts = facts_of(args, **kwargs) | self.facts
+        data = facts.pop("data", None)
+        if data is not None and "training data" not in self.facts:
+            facts["training data"] = ", ".join(filter(None, (data, facts.get("training data"))))
+        if state.global_step:  # a resumed run has begun when it was first started
+            with _in_spite_of_errors():
+                self._begun = begun_at(folder) or self._begun
+        self._known = {"begun": self._begun, "every": self.seconds, "data": data, "facts": facts}
+        self._known["options"] = changed_options(args)
+        self._write_facts(folder)
         self._last = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,18 +81,43 @@ class ReportCallback(TrainerCallback):
         self._write(args, state, finished=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._known:
+            self._note_held_out(Path(args.output_dir), kwargs.get("metrics") or {}, kwargs.get("eval_dataloader"))
         if self._has_ended:  # the last evaluation of a script belongs to its report
             self._write(args, state, finished=True)
+
+    def _note_held_out(self, folder: Path, metrics: Mapping[str, Any], loader: Any) -> None:
+        """Which rows are held out is known when they are first evaluated; of several sets, each by its name."""
+        rows = rows_of(getattr(loader, "dataset", None))
+        name = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime")
+        name = name.removeprefix("eval").removesuffix("runtime").strip("_")
+        known = self._known["facts"].get("held-out data", "")
+        text = f"{name} {rows}".strip()
+        if rows and text not in known.split("; "):
+            self._known["facts"]["held-out data"] = "; ".join(filter(None, (known, text)))
+            self._write_facts(folder)
+
+    def _write_facts(self, folder: Path) -> None:
+        text = json.dumps(self._known, indent=2, default=str, ensure_ascii=False) + "\n"
+        with _in_spite_of_errors():
+            write_whole(folder / FACTS, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _write(self, args: Any, state: Any, finished: bool) -> None:
         if not state.is_world_process_zero:
             return
-        try:
-            state.save_to_json(str(Path(args.output_dir) / STATE))
+        with _in_spite_of_errors():
+            write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
             write_report([args.output_dir], refresh=0 if finished else math.ceil(self.seconds), picture=finished)
-        except Exception as error:  # a full disk or an odd log line must not cost a run of days
-            logger.warning("The report was not written, and training goes on: %s: %s", type(error).__name__, error)
         self._last = time.monotonic()
+
+
+@contextmanager
+def _in_spite_of_errors() -> Iterator[None]:
+    """A full disk or an odd log line must not cost a run of days."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("The report was not written, and training goes on: %s: %s", type(error).__name__, error)
 
 
 def facts_of(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:

@@ -94,10 +94,11 @@ class SampleCallback(TrainerCallback):
         greedy = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
+            use_cache=True,
             bos_token_id=known.bos_token_id,
             eos_token_id=tokenizer.eos_token_id if known.eos_token_id is None else known.eos_token_id,
             pad_token_id=pad,
         )
         with evaluating(model):
-            output = model.generate(**batch.to(device), generation_config=greedy, use_cache=True)
+            output = model.generate(**batch.to(device), generation_config=greedy)
         return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..places import write_whole
 from ..report.tables import read_rows
 
 
@@ -112,7 +113,8 @@ def table_path(output_dir: str, folder: str, step: int) -> Path:
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def show_table(title: str, rows: Sequence[Row]) -> None:

@@ -1,11 +1,13 @@
 """One self-contained HTML page about one run or several: nothing is loaded from anywhere, no script runs."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..history import Series, held_out_accuracy, memory, reference_kl, scores, series
+from ..places import write_whole
 from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
 from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run
@@ -14,7 +16,16 @@ from .tables import preference_rows, score_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model"}
-SHOWN_FACTS = ("algorithm", "model", "architecture", "parameters", "trained", "training data", "held out", "hardware")
+SHOWN_FACTS = (
+    "algorithm",
+    "model",
+    "architecture",
+    "parameters",
+    "trained",
+    "training data",
+    "held-out data",
+    "hardware",
+)
 # Options that decide most, in the order of the page; all others that were changed are listed below.
 SHOWN_OPTIONS = (
     *("learning_rate", "critic_learning_rate", "num_train_epochs", "max_steps", "total_episodes", "seed"),
@@ -33,14 +44,20 @@ def write_report(
     Args:
         folders: output folders of runs.
         path: where the page goes; by default `report.html` in the folder of the one run, or here for several.
-        refresh: seconds after which a page about an unfinished run loads itself again; 0: never.
+        refresh: seconds after which a page about a run that goes on loads itself again; 0: never.
         picture: whether to write the PNG.
 
     Returns:
         The path of the page.
+
+    Raises:
+        ValueError: without a run, for a path that is no .html, or for logs that cannot be read.
+        FileNotFoundError: for a folder without a log.
     """
     if not folders:
         raise ValueError("No run was given; name the `output_dir` of at least one.")
+    if path is not None and Path(path).suffix != ".html":
+        raise ValueError(f"{path} is no name of a page; give one that ends in .html, and the picture lies beside it.")
     places = [Path(folder) for folder in folders]
     runs = name_apart([read_run(place) for place in places], places)
     page = Path(path) if path is not None else (places[0] if len(places) == 1 else Path()) / "report.html"
@@ -49,10 +66,9 @@ def write_report(
     drawn = draw(runs)
     if picture:
         write_picture(drawn, runs, page.with_suffix(".png"), title)
-    # Whole or not at all: a browser may be reading it.
-    unfinished = page.with_name(page.name + ".part")
-    unfinished.write_text(render(runs, title, drawn, refresh), encoding="utf-8")
-    return unfinished.replace(page)
+    text = render(runs, title, drawn, refresh)
+    write_whole(page, lambda part: part.write_text(text, encoding="utf-8"))  # a browser may be reading it
+    return page
 
 
 def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int = 0) -> str:
@@ -60,7 +76,7 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    running = any(not run.is_finished for run in runs)
+    running = any(not run.is_finished and not run.is_silent for run in runs)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         runs=runs,
@@ -73,6 +89,7 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         results=_results(runs),
         options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
         score_text=score_text,
+        time_text=_time_text,
     )
 
 
@@ -142,6 +159,10 @@ def _rows(columns: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
     """One row for each name that any column has, with the value of every column."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     return [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+
+
+def _time_text(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _text(value: Any) -> str:

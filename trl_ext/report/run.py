@@ -1,25 +1,33 @@
 """`Run`: what a run's folder says about it, while it is running or when it is done."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..alarms import Alarm, alarms
 from ..convergence import KL_BAND, Verdict, verdict
 from ..history import algorithm
-from ..places import FACTS, without_place
+from ..places import FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
-STATE = "trainer_state.json"
+QUIET = 600.0  # seconds: a run is not taken for dead before
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its log, and what is known of it. `facts` and `options` are for people to read."""
+    """
+    One run: its log, and what is known of it. `facts` and `options` are for people to read. `heard` is when its log
+    was last written, in seconds since the epoch; a run of which nothing is heard for `silent_after` seconds longer is
+    silent.
+    """
 
     name: str
     log: list[dict[str, Any]]
@@ -29,6 +37,8 @@ class Run:
     max_steps: int = 0
     samples: list[Sample] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    heard: float | None = None
+    silent_after: float = math.inf
 
     @property
     def kind(self) -> str | None:
@@ -46,6 +56,18 @@ class Run:
         return any("train_runtime" in line for line in self.log) or 0 < self.max_steps <= self.step
 
     @property
+    def is_silent(self) -> bool:
+        """Whether a run that is not finished has been quiet for so long that it will hardly go on."""
+        return not self.is_finished and self.heard is not None and time.time() - self.heard > self.silent_after
+
+    @property
+    def state(self) -> str:
+        """Finished, running, or for how long it has not been heard of."""
+        if self.is_silent:
+            return f"has not been heard of for {_duration(time.time() - (self.heard or 0.0))}"
+        return "finished" if self.is_finished else "running"
+
+    @property
     def verdict(self) -> Verdict:
         return verdict(self.log, self.kl_band)
 
@@ -57,15 +79,19 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """
     A run from its output folder: the newest `trainer_state.json` in it or in its checkpoints, `run.json` if
-    [`ReportCallback`] has written one, and completions that were written down.
+    [`ReportCallback`] has written one, and completions that were written down. What is older than `run.json` says is
+    of an earlier run in the same folder and is passed over.
 
     Raises:
         FileNotFoundError: where no log is to be found.
+        ValueError: where none can be read, such as one that is half-written.
     """
     folder = Path(folder)
-    state = _newest_state(folder)
+    paths = _states(folder)
+    state = _newest(paths)
     log = state.get("log_history") or []
     known = _known(folder)
+    written = [path.stat().st_mtime for path in paths]
     return Run(
         name=folder.resolve().name,
         log=log,
@@ -75,6 +101,8 @@ def read_run(folder: str | Path) -> Run:
         max_steps=int(state.get("max_steps") or 0),
         samples=read_samples(folder, log),
         pairs=read_pairs(folder),
+        heard=max(written),
+        silent_after=_silent_after(written, len(log), begun_at(folder), known.get("every") or 0.0),
     )
 
 
@@ -88,35 +116,94 @@ def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
     return [Run(**{**vars(run), "name": "/".join(p[-depth:])}) for run, p in zip(runs, parts, strict=True)]
 
 
-def _newest_state(folder: Path) -> dict[str, Any]:
-    """The state that has come furthest; of two equal ones, that of the folder itself."""
-    paths = [path for path in (folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")) if path.is_file()]
-    if not paths:
+def _states(folder: Path) -> list[Path]:
+    """The logs of the last run in a folder, the newest first."""
+    there = newest([path for path in (folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")) if path.is_file()])
+    paths = [path for path in there if is_of_this_run(path, folder)]
+    if paths:
+        return paths
+    if there:
         raise FileNotFoundError(
-            f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
-            "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."
+            f"{folder} holds the log of an earlier run only ({there[0]}): the run that {FACTS} is about has not "
+            "written one yet. Look again after its next log line, or name another folder."
         )
-    states = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return max(states, key=lambda state: (state.get("global_step") or 0, len(state.get("log_history") or [])))
+    raise FileNotFoundError(
+        f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
+        "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."
+    )
+
+
+def _newest(paths: Sequence[Path]) -> dict[str, Any]:
+    """The first that is whole: the Trainer may be writing the others."""
+    errors = []
+    for path in paths:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            errors.append(f"{path} ({error})")
+    raise ValueError(f"No log can be read: {', '.join(errors)}. Look again when it is written, or remove the file.")
+
+
+def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:
+    """
+    Seconds without a new log after which a run is silent: at least 10 minutes, 20 times what a log line usually takes
+    and 3 times what lies between two logs. Infinite where nothing says how often there is one.
+
+    Args:
+        written: the times of the logs that are there, of checkpoints too.
+        lines: in the last of them.
+        begun: when the run began.
+        every: seconds between two logs by `ReportCallback`, 0 where it writes none while the run goes on.
+    """
+    times = sorted(written if begun is None else (begun, *written))
+    if not every and len(times) < 2:
+        return math.inf
+    between = every or (times[-1] - times[0]) / (len(times) - 1)
+    of_line = 0.0 if begun is None else (times[-1] - begun) / max(1, lines)
+    return max(QUIET, 20 * of_line, 3 * between)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
 
 
 def _known(folder: Path) -> dict[str, Any]:
     """`facts` and `options` from `run.json`, else from the model card and the model's config."""
-    if (folder / FACTS).is_file():
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    facts = {}
+    known = read_facts(folder)
+    if known:
+        return {"facts": {}, "options": {}} | known
+    facts, card = {}, folder / "README.md"
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         if config.get(key):
             facts["model"] = without_place(str(config[key]))
         elif config.get("architectures"):
             facts["architecture"] = str(config["architectures"][0])
-    return {"facts": facts, "options": _table_of_the_card(folder / "README.md")}
-
-
-def _table_of_the_card(card: Path) -> dict[str, Any]:
-    """The rows of the table that `PPOTrainerX` adds to its model card."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    _, _, section = text.partition("## What was trained, and how")
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", section, flags=re.MULTILINE)
-    return {name.strip(): value.strip() for name, value in rows}
+    return {"facts": _facts_of_the_card(text) | facts, "options": _options_of_the_card(text)}
+
+
+def _facts_of_the_card(card: str) -> dict[str, str]:
+    """The rows of the table in which `trl_ext.model_card` says what was trained, as plain text."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ((?:[^|\n]|\\\|)*) \|$", _section(card, "What was trained, and how"), re.MULTILINE
+    )
+    return {name.strip(): _plain(value) for name, value in rows}
+
+
+def _options_of_the_card(card: str) -> dict[str, Any]:
+    """The options that the card lists as YAML."""
+    block = re.search(r"```yaml\n(.*?)```", _section(card, "Options"), flags=re.DOTALL)
+    return dict(yaml.safe_load(block[1]) or {}) if block else {}
+
+
+def _section(card: str, title: str) -> str:
+    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def _plain(cell: str) -> str:
+    """A cell without its links and code marks."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell).replace("\\|", "|").replace("`", "").strip()

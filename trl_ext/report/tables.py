@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..history import is_tie
+from ..places import is_of_this_run, newest
 
 
 # Row of a preference table -> the metrics it shows, and their format.
@@ -65,15 +66,16 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
     """
     Completions before and after, from what a run has written down: `SampleCallback` (`samples/`), DPOTrainerX with
     `generate_during_eval` (`completions/*.jsonl`), or TRL with `log_completions` (`completions/*.parquet`) where both
-    the first and the last evaluation answered the same prompts.
+    the first and the last evaluation answered the same prompts. What an earlier run has left in the folder is passed
+    over.
     """
     folder = Path(folder)
-    for files in (sorted((folder / "samples").glob("*.jsonl")), sorted((folder / "completions").glob("*.jsonl"))):
+    for files in (_files(folder, "samples/*.jsonl"), _files(folder, "completions/*.jsonl")):
         if files:
-            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[-1])][:shown]
+            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[0])][:shown]
     steps = [int(line["step"]) for line in log if any(key.startswith("eval_") for key in line)]
     tables = [_table(folder / "completions", step) for step in steps]
-    steps = [step for step, path in zip(steps, tables, strict=True) if path.is_file()]
+    steps = [step for step, path in zip(steps, tables, strict=True) if is_of_this_run(path, folder)]
     if len(set(steps)) < 2:
         return []
     return pair_samples(folder / "completions", steps[0], steps[-1])[:shown]
@@ -81,10 +83,10 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
 
 def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
     """What `ImplicitRewardCallback` wrote first and last."""
-    files = sorted((Path(folder) / "implicit_rewards").glob("step_*.jsonl"))
+    files = _files(Path(folder), "implicit_rewards/step_*.jsonl")
     if not files:
         return []
-    first, last = read_rows(files[0]), read_rows(files[-1])
+    first, last = read_rows(min(files)), read_rows(files[0])
     return [
         Pair(
             prompt=after["prompt"],
@@ -95,6 +97,11 @@ def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
         )
         for before, after in zip(first, last, strict=False)
     ][:shown]
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Tables of the last run in a folder, the newest first."""
+    return newest([path for path in folder.glob(pattern) if is_of_this_run(path, folder)])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@ A page and a picture about one run or several, from what they have logged; also 
 
     trl-ext report outputs/ppo-demo                        # outputs/ppo-demo/report.html and .png
     trl-ext report outputs/ppo-demo outputs/ppo-head       # report.html here: both runs over each other
-    trl-ext report outputs/ppo-demo --watch 60             # again every minute, until the run is done
+    trl-ext report outputs/ppo-demo --watch 60             # again every minute, until the run is done or silent
 
 A run is its `output_dir`. Its log is the newest `trainer_state.json` there or in its checkpoints; `ReportCallback`
-keeps one up to date, with `run.json`, what was trained on what. The page loads nothing from anywhere: it can be sent
-as a file.
+keeps one up to date, with `run.json`, what was trained on what. A run is silent when its log has not been written for
+10 minutes, and for 20 times what a log line usually takes. The page loads nothing from anywhere: it can be sent as a
+file.
 """
 
 import argparse
@@ -24,7 +25,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="where the page goes; the PNG lies beside it")
     parser.add_argument(
-        "--watch", type=int, default=0, metavar="SECONDS", help="write it again this often, until every run is done"
+        "--watch",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="write it again this often, until every run is done or silent",
     )
     arguments = parser.parse_args(argv)
     if arguments.watch < 0:
@@ -38,11 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             page = write_report(arguments.runs, arguments.output, refresh=arguments.watch)
             runs = [read_run(folder) for folder in arguments.runs]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
         for run in runs:
-            print(f"{run.name}: step {run.step} of {run.max_steps}; {run.verdict}", flush=True)
+            silent = f" ({run.state})" if run.is_silent else ""
+            print(f"{run.name}: step {run.step} of {run.max_steps}{silent}; {run.verdict}", flush=True)
         print(f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {page}", flush=True)
-        if not arguments.watch or all(run.is_finished for run in runs):
+        if not arguments.watch or all(run.is_finished or run.is_silent for run in runs):
             return
         time.sleep(arguments.watch)
