@@ -140,6 +140,29 @@ def test_trls_own_keys_are_read(key):
     assert verdict(log).status == "converged"
 
 
+def test_accuracy_of_pairs_nobody_has_counted_is_not_called_divergence():
+    """`RewardTrainer` logs neither an interval nor a count; one pair in the wrong order is 0%."""
+    log = [{"step": 5, "eval_accuracy": 0.0, "accuracy": 0.9, "eval_loss": 0.9}]
+    said = verdict(log)
+    assert (said.status, "chance" in said.reason, "interval" in said.reason) == ("not yet", False, False)
+
+
+@pytest.mark.parametrize(
+    "accuracy, pairs, status, words",
+    [
+        (0.0, 1, "not yet", "0.0% (95% interval 0.0% to 79.3%)"),
+        (1.0, 1, "not yet", "too few pairs"),
+        (0.25, 400, "diverging", "worse than chance"),
+        (0.8, 400, "converged", "80.0% (95% interval 75.8% to 83.6%)"),
+    ],
+)
+def test_pairs_are_counted_from_the_speed_of_the_evaluation(accuracy, pairs, status, words):
+    """As the Trainer rounds it: 4 and 3 decimals. The intervals are Wilson's by R's prop.test(correct=FALSE)."""
+    speed = {"eval_runtime": round(0.51239, 4), "eval_samples_per_second": round(pairs / 0.51239, 3)}
+    said = verdict([{"step": 5, "eval_accuracy": accuracy, "eval_loss": 0.4} | speed])
+    assert (said.status, words in said.reason) == (status, True), said
+
+
 def test_a_log_that_says_nothing_is_not_yet():
     assert verdict([]).status == "not yet"
     assert verdict([{"step": 1, "loss": 2.0}]).status == "not yet"

@@ -38,7 +38,30 @@ ELSEWHERE = {
     "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
         "tests/test_command_line.py starts two processes"
     ),
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode '
+    "processed_logprobs": "needs vLLM and a GPU; tests/ppo/test_vllm.py has a server of its own",
 }
+# Pages of measurements, whose commands take minutes to hours: where each of them runs, in full or cut short.
+MEASURED = {
+    "docs/demo.md": {
+        "trl-ext reward --test_size 250": "tests/test_proof_demo.py",
+        "trl-ext ppo --test_size 288": "tests/test_proof_demo.py",
+        "trl-ext ppo --test_size 288 --critic head --critic_learning_rate 1e-3 --output_dir outputs/ppo-head": (
+            "tests/test_proof_demo.py"
+        ),
+        "trl-ext dpo": "tests/test_proof_demo.py",
+    },
+    "docs/kl_estimators.md": {"python scripts/kl_estimators.py": "tests/test_equivalence.py"},
+    "docs/measurements.md": {
+        "python scripts/bench_ppo.py": "tests/test_bench_ppo.py",
+        "python scripts/bench_dpo.py": "tests/test_bench_dpo.py",
+        "python scripts/measure_memory.py": "tests/planner/test_planner_measuring.py",
+        "python scripts/measure_gpu.py": "tests/planner/test_planner_measuring.py",
+    },
+}
+A_COMMAND = re.compile(
+    r"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|python scripts/\S+|pip|make|vllm)(?: |$)", flags=re.MULTILINE
+)
 
 # What cuts a run short, by script.
 BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --report_to none"
@@ -206,8 +229,44 @@ def test_walked_pages_are_all_that_have_commands():
     walked |= {"docs/command_line.md", "docs/tutorial.md"}
     # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py, tests/test_callbacks_docs.py
     walked |= {"docs/scale.md", "docs/launch.md", "docs/report.md"}
-    pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-    assert {page for page in pages if any(language == "bash" for language, _ in steps(page))} == walked
+    found = {page for page in pages() if any(language == "bash" for language, _ in steps(page))}
+    assert found == walked | MEASURED.keys()
+    assert [page for page in pages() if commands_outside_bash((ROOT / page).read_text())] == []
+
+
+def pages():
+    return ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+def commands_outside_bash(text):
+    """Lines that look like commands in a fence of another language, or of none."""
+    blocks = re.findall(r"^```(?!bash\n)\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [match[0] for block in blocks for match in A_COMMAND.finditer(block)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "trl-ext dpo --model m",
+        "python scripts/x.py",
+        "pip install x",
+        "make test",
+        "A=1 vllm serve m",
+        "$ trl-ext ppo",
+    ],
+)
+def test_command_in_a_bare_fence_is_found(line):
+    assert commands_outside_bash(f"text\n\n```\n{line}\n```\n")
+    assert commands_outside_bash(f"```text\nfirst\n{line}\n```\n")
+    assert not commands_outside_bash(f"```bash\n{line}\n```\n\n```\nloss = makeshift · pip\n```\n")
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_commands_of_a_page_of_measurements_run_elsewhere(page):
+    assert [text for language, text in steps(page) if language == "bash"] == list(MEASURED[page])
+    for line, test in MEASURED[page].items():
+        text = (ROOT / test).read_text()
+        assert re.search(rf"\b{commands.name_in(line)}\b", text), f"{test} does not run {line}"
 
 
 def test_every_shortening_is_used():

@@ -72,6 +72,21 @@ def test_public_name_exists_and_has_a_docstring(name):
         assert not docstring.startswith(f"{name}("), f"trl_ext.{name} has the docstring that dataclass made up"
 
 
+def overridden(trainer):
+    """Methods that a class defines itself and that a parent has too; a constructor is always its own."""
+    own = {name for name, value in vars(trainer).items() if inspect.isfunction(value) and name != "__init__"}
+    return {name for name in own if any(hasattr(parent, name) for parent in trainer.__mro__[1:])}
+
+
+@pytest.mark.parametrize("name", ["DPOTrainerX", "PPOTrainerX"])
+def test_docstring_names_what_the_trainer_overrides(name):
+    trainer = getattr(trl_ext, name)
+    (paragraph,) = re.findall(r"Overridden.*?(?=\n\n)", inspect.getdoc(trainer), flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", paragraph)) == overridden(trainer)
+    assert inspect.getdoc(trainer).splitlines()[0][0] != " "
+    assert "import" not in inspect.getdoc(trainer)
+
+
 def test_public_names_are_listed_once():
     assert len(set(trl_ext.__all__)) == len(trl_ext.__all__)
 

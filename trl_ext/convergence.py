@@ -8,11 +8,12 @@ from 0 at 95%.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .history import Log, algorithm, held_out_accuracy, is_tie, reference_kl, scores, series
+from .intervals import wilson_interval
 
 
 CONVERGED, DIVERGING, NOT_YET = "converged", "diverging", "not yet"
@@ -131,10 +132,10 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
         return Verdict(NOT_YET, "no held-out preference accuracy is logged since training began")
     last = evaluations[-1]
     accuracy = float(last[key])
-    low, high = (last.get(f"eval_preference/accuracy_{end}", accuracy) for end in ("low", "high"))
+    low, high = accuracy_interval(last, accuracy)
     interval = f" (95% interval {low:.1%} to {high:.1%})" if low < high else ""
     share = f"{accuracy:.1%}{interval} of held-out pairs are in the right order"
-    if high < 0.5:
+    if high < 0.5 and low < high:  # of how many pairs is known
         return Verdict(DIVERGING, f"{share}: worse than chance")
     if accuracy > min_accuracy and low <= 0.5 and low < high:
         return Verdict(NOT_YET, f"{share}, of too few pairs to tell it from chance")
@@ -144,6 +145,18 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
     if len(losses) > 1 and losses[-1] > losses[0]:
         return Verdict(DIVERGING, f"{share}, and the held-out loss has risen from {losses[0]:.3f} to {losses[-1]:.3f}")
     return Verdict(NOT_YET, f"{share}; {min_accuracy:.0%} is asked for")
+
+
+def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
+    """
+    The 95% interval of an evaluation's accuracy: as it is logged, else Wilson's for the number of pairs, which is the
+    evaluation's seconds times its pairs per second. Without those the accuracy twice.
+    """
+    ends = [line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high")]
+    if None not in ends:
+        return float(ends[0]), float(ends[1])
+    pairs = round(line.get("eval_runtime", 0.0) * line.get("eval_samples_per_second", 0.0))
+    return wilson_interval(accuracy * pairs, pairs) if pairs > 0 else (accuracy, accuracy)
 
 
 def first_not_finite(log: Log) -> tuple[int, str] | None:

@@ -21,4 +21,6 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
 
 def half_width(values: Tensor, z: float = 1.96) -> float:
     """Half the width of the 95% interval of the mean of `values` (N,), N > 1: z · std / √N."""
+    if len(values) < 2:
+        raise ValueError(f"The mean of {len(values)} values has no interval; it takes at least 2.")
     return z * values.std().item() / math.sqrt(len(values))

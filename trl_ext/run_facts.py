@@ -93,7 +93,9 @@ def rows_of(dataset: Any) -> str:
     """How many rows; of a stream nobody knows."""
     if dataset is None:
         return ""
-    return f"{len(dataset):,} rows" if hasattr(dataset, "__len__") else "a stream"
+    if not hasattr(dataset, "__len__"):
+        return "a stream"
+    return "1 row" if len(dataset) == 1 else f"{len(dataset):,} rows"
 
 
 def machine_facts(trainer: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 
 import dpo_runs
@@ -44,6 +45,16 @@ def trainers(folder):
     yield "trl.DPOTrainer", trl_runs.dpo_trainer(folder / "trl-dpo", max_steps=4, learning_rate=1.0)
     yield "trl.GRPOTrainer", trl_runs.grpo_trainer(folder / "grpo", learning_rate=0.1)
     yield "trl.SFTTrainer", trl_runs.sft_trainer(folder / "sft", max_steps=4, learning_rate=0.1)
+
+
+def test_generation_warns_of_nothing(tmp_path, monkeypatch):
+    """transformers deprecates options beside a `generation_config`."""
+    said = []
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", said.append)
+    trainer = trl_runs.sft_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(SampleCallback(["the cat"], max_new_tokens=2))
+    trainer.train()
+    assert said == []
 
 
 def test_completions_are_those_of_the_model_and_of_its_start_in_any_trainer(tmp_path):

@@ -708,3 +708,21 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, adapter):
     for key in ("loss", "rewards/margins", "preference/gradient_weight", "logps/chosen_drift", "grad_norm"):
         expected = [line[key] for line in dpo_runs.lines(whole)]
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_steps_after_the_last_full_window_are_logged_once(tmp_path, evaluates):
+    """Also where the last step is evaluated, which leaves the model in evaluation mode."""
+    held_out = {"eval_dataset": dpo_runs.tiny_pairs(4, seed=2)} if evaluates else {}
+    options = {"eval_strategy": "steps", "eval_steps": 4} if evaluates else {}
+    each = dpo_runs.lines(dpo_runs.dpo_run(tmp_path / "each", max_steps=4))
+    trainer = dpo_runs.dpo_run(tmp_path, held_out, max_steps=4, logging_steps=3, **options)
+    log, lines = trainer.state.log_history, dpo_runs.lines(trainer)
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[-1]["preference/pairs"] == 4
+    assert lines[0]["preference/pairs"] == 12
+    for key in ("loss", "rewards/margins", "preference/accuracy", "logps/chosen_drift", "kl/ref", "grad_norm"):
+        assert lines[-1][key] == pytest.approx(each[3][key], rel=1e-4), key
+    assert "train_runtime" in log[-1]
+    assert not log[-1].keys() & lines[-1].keys() - {"step", "epoch"}
+    assert sum("eval_loss" in line for line in log) == evaluates

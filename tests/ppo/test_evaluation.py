@@ -1,6 +1,7 @@
 """Evaluation: held-out prompts answered, scored, compared with the first time; samples shown on the way."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 import tiny
 from ppo_runs import changed, logged, ppo_run, ppo_trainer, snapshot
+from trl_ext.ppo.evaluation import HeldOut
 from trl_ext.ppo.metrics import held_out_score
 
 
@@ -124,6 +126,39 @@ def test_rise_is_paired_by_prompt_and_skips_what_no_reward_scores():
     assert line["rise_ci95"] == pytest.approx(1.96 * differences.std().item() / math.sqrt(3))
     assert "rise" not in held_out_score(scores, first[:4])
     assert held_out_score(torch.full((2,), nan)) == {}
+
+
+def test_one_held_out_prompt_has_no_interval(tmp_path):
+    """Neither in the log nor on the card, and nothing there is no number."""
+    models = {"eval_dataset": tiny.tiny_prompts(1, seed=3)}
+    options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "num_sample_generations": 0}
+    trainer = ppo_run(tmp_path, models, max_steps=2, **options)
+    trainer.create_model_card()
+    assert len(logged(trainer, "eval_reward/score")) == 2
+    assert len(logged(trainer, "eval_reward/rise")) == 1
+    assert [key for line in trainer.state.log_history for key in line if "ci95" in key] == []
+    values = [value for line in trainer.state.log_history for value in line.values() if value is not None]
+    assert all(math.isfinite(value) for value in values)
+    card = (tmp_path / "README.md").read_text()
+    assert "| rise of the score since the first evaluation |" in card
+    assert "±" not in card.split("## Results")[1].split("## ")[0]
+    assert "| held-out data | 1 row |" in card
+
+
+def test_held_out_prompts_without_an_answer_have_no_kl():
+    """A response of no token is told from the reference by nothing."""
+    held_out = HeldOut(lambda values: values)
+    rollout = SimpleNamespace(
+        scores=torch.zeros(2),
+        scored=torch.ones(2, dtype=torch.bool),
+        mask=torch.zeros(2, 3, dtype=torch.bool),
+        old_logps=torch.zeros(2, 3),
+        ref_logps=torch.zeros(2, 3),
+    )
+    held_out.add(rollout, [{"prompt": "a"}, {"prompt": "b"}])
+    metrics = held_out.metrics("eval")
+    assert metrics["reward/score"] == [0.0]
+    assert all(math.isfinite(value) for (value,) in metrics.values())
 
 
 def test_sample_completions_are_printed_with_their_scores(tmp_path, capsys):

@@ -162,6 +162,50 @@ def test_coefficients_change_between_rollouts_only(tmp_path):
     assert logged(trainer, "coef/kl") == pytest.approx([0.01] * 4 + [0.02] * 4 + [0.04] * 4)
 
 
+# --- the last line
+
+
+def stop_at(step):
+    class Stop(TrainerCallback):
+        """As `EarlyStoppingCallback` does, after an evaluation."""
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= step
+
+    return Stop()
+
+
+@pytest.mark.parametrize("ended_by", ["max_steps", "an evaluation of the last step", "a callback"])
+def test_steps_after_the_last_full_window_are_logged_once(tmp_path, ended_by):
+    models, options = {}, {"num_sample_generations": 0, "lr_scheduler_type": "constant"}
+    if ended_by != "max_steps":
+        models["eval_dataset"] = tiny.tiny_prompts(2, seed=3)
+        options |= {"eval_strategy": "steps", "eval_steps": 4}
+    if ended_by == "a callback":
+        models["callbacks"] = [stop_at(4)]
+        options["total_episodes"] = 16
+    each = {line["step"]: line for line in log_lines(ppo_run(tmp_path / "each", lr_scheduler_type="constant"))}
+    log = ppo_run(tmp_path, models, logging_steps=3, **options).state.log_history
+    lines = [line for line in log if "loss" in line]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert {line["step"] for line in log} == {3, 4}
+    for key in ("loss", "terms/clip_objective", "terms/value_loss", "terms/entropy", "policy/ratio_max", "grad_norm"):
+        assert lines[-1][key] == pytest.approx(each[4][key], rel=1e-5), key
+    assert lines[-1]["loss"] == pytest.approx(sum_of_terms(lines[-1]), rel=1e-5)
+    assert "train_runtime" in log[-1]
+    assert not log[-1].keys() & lines[-1].keys() - {"step", "epoch"}
+
+
+def test_a_last_window_that_is_full_is_logged_once(tmp_path):
+    lines = log_lines(ppo_run(tmp_path, logging_steps=2))
+    assert [line["step"] for line in lines] == [2, 4]
+
+
+def test_nothing_is_logged_where_nothing_is_to_be(tmp_path):
+    log = ppo_run(tmp_path, logging_strategy="no").state.log_history
+    assert [line["step"] for line in log if "loss" in line] == []
+
+
 # --- every value against an independent one
 
 

@@ -18,6 +18,7 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..device import keep_4_bit_differentiable
+from ..last_line import LastLine, in_mode_of
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import check_no_adapter, text_config, tokenizer_of
@@ -39,26 +40,25 @@ logger = logging.getLogger(__name__)
 
 class DPOTrainerX(DPOTrainer):
     """
-        Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
-        reference log-probabilities, vision data (which goes TRL's way untouched).
+    Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
+    reference log-probabilities, vision data (which goes TRL's way untouched).
 
-        - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
-        - `label_smoothing` works with `loss_type="sigmoid"`.
-        - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
-          column `source` in the data, the accuracy of each source.
-        - Pairs whose completions are equal are dropped, with a warning.
+    - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
+    - `label_smoothing` works with `loss_type="sigmoid"`.
+    - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
+      column `source` in the data, the accuracy of each source.
+    - Pairs whose completions are equal are dropped, with a warning.
 
-        Overrides: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    from ..model_card import card_name, complete_card, hub_name
-    from ..phases import Phases
-    from ..pretrained import check_no_adapter, text_config, tokenizer_of
+    Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
+    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `log`, `evaluation_loop`, `evaluate`, `save_model`,
+    `create_model_card`.
 
-        Args:
-            args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
+    Args:
+        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
 
-        Raises:
-            ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
-            FloatingPointError: when a loss is not finite.
+    Raises:
+        ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
+        FloatingPointError: when a loss is not finite.
     """
 
     data_collator: Any
@@ -113,6 +113,7 @@ class DPOTrainerX(DPOTrainer):
             **kwargs,
         )
         self.add_callback(self.phases)
+        self.add_callback(LastLine())
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)
@@ -230,6 +231,12 @@ class DPOTrainerX(DPOTrainer):
         self._ledgers[mode].add(pairs, None if sources is None else sources[: len(pairs)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with in_mode_of(logs, self.model):
+            self._log_pairs(logs)
+            super().log(logs, start_time)
+
+    def _log_pairs(self, logs: dict[str, float]) -> None:
+        """Adds what the ledger and the phases say to a line."""
         mode = "train" if self.model.training else "eval"
         for key, value in self._ledgers[mode].pop().items():
             self._metrics[mode][key] = [value]
@@ -241,7 +248,6 @@ class DPOTrainerX(DPOTrainer):
             collected = self._metrics[mode]
             logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
             collected.clear()
-        super().log(logs, start_time)
 
     def _speed(self) -> dict[str, float]:
         """Seconds by phase and tokens per second of learning, since the last line of training."""

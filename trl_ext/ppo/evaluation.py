@@ -72,5 +72,7 @@ class HeldOut:
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
         if self._kls:
             kls = torch.cat(self._kls)
-            metrics["kl/ref"] = [kls[~kls.isnan()].mean().item()]
+            known = kls[~kls.isnan()]
+            if len(known):
+                metrics["kl/ref"] = [known.mean().item()]
         return metrics

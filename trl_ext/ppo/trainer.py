@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 
 from .. import _trl
 from ..fingerprint import save_base_fingerprint
+from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
@@ -66,11 +67,12 @@ class PPOTrainerX(GRPOTrainer):
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
 
     Generation (transformers, vLLM, tools, environments), reward functions, PEFT, quantisation, distribution, logging
-    of completions and the loop itself are inherited. Overridden, in the order in which data flows: `_prepare_inputs`
-    (one rollout, mini-batches redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`,
-    `_generate`, `_calculate_rewards`, `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities),
-    `training_step`, `_compute_loss`, `_get_grad_norm`, `create_optimizer`, `prediction_step`, `evaluation_loop`,
-    `log`, `_save`, `save_model`, `_push_from_checkpoint`, `_load_best_model`, `create_model_card`.
+    of completions and the loop itself are inherited. Overridden, in the order in which data flows: `create_optimizer`,
+    `train`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
+    `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
+    `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
+    `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`, `_push_from_checkpoint`,
+    `_load_best_model`, `_issue_warnings_after_load`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -187,6 +189,7 @@ class PPOTrainerX(GRPOTrainer):
         # 3. The state of a run
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
+        self.add_callback(LastLine())
         self._start_run()
 
     # ---- Set-up ----
@@ -581,17 +584,18 @@ class PPOTrainerX(GRPOTrainer):
     # ---- Log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:
-            # The Trainer's mean counts steps that an early stop has left out.
-            del logs["loss"]
-            logs.update(self._ledger.pop_window())
-            if self.args.target_kl is not None:
-                logs["policy/steps_left_out"] = self._left_out_steps
-            self._left_out_steps = 0
-            logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
-        elif not self.model.training:
-            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
-        super().log(logs, start_time)
+        with in_mode_of(logs, self.model):
+            if "loss" in logs:
+                # The Trainer's mean counts steps that an early stop has left out.
+                del logs["loss"]
+                logs.update(self._ledger.pop_window())
+                if self.args.target_kl is not None:
+                    logs["policy/steps_left_out"] = self._left_out_steps
+                self._left_out_steps = 0
+                logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
+            elif not self.model.training:
+                logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
+            super().log(logs, start_time)
 
     def _log_speed(self, rollout: Rollout) -> None:
         """Seconds of this rollout's phases; of learning, those of the rollout before."""
