@@ -23,6 +23,11 @@ def test_wilson_interval_needs_cases():
         wilson_interval(0, 0)
 
 
+def test_interval_of_a_mean_needs_two_values():
+    with pytest.raises(ValueError, match="mean of 1 values has no interval"):
+        half_width(torch.tensor([1.0]))
+
+
 def test_the_interval_of_a_mean_holds_it_95_times_in_100():
     samples = torch.randn(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
     held = sum(abs(sample.mean().item() - 3) <= half_width(sample) for sample in samples) / len(samples)

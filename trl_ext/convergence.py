@@ -152,9 +152,9 @@ def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, 
     The 95% interval of an evaluation's accuracy: as it is logged, else Wilson's for the number of pairs, which is the
     evaluation's seconds times its pairs per second. Without those the accuracy twice.
     """
-    ends = [line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high")]
-    if None not in ends:
-        return float(ends[0]), float(ends[1])
+    low, high = (line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        return float(low), float(high)
     pairs = round(line.get("eval_runtime", 0.0) * line.get("eval_samples_per_second", 0.0))
     return wilson_interval(accuracy * pairs, pairs) if pairs > 0 else (accuracy, accuracy)
 
