@@ -60,9 +60,15 @@ def is_launched() -> bool:
 def launches(given: Options) -> bool:
     """Whether the command is to start processes, and has not been started by a launcher."""
     asked = given.nproc is not None or given.accelerate_config is not None
+    require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
         raise ValueError("`--machine_rank` and its like are for several processes: give `--accelerate_config` too.")
     return asked and not is_launched()
+
+
+def require_count(given: Options) -> None:
+    if given.nproc is not None and given.nproc < 1:
+        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1.")
 
 
 def launch(command: str, given: Options) -> None:

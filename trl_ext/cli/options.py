@@ -21,6 +21,7 @@ from .topics import first_of, heading_of, order, topic_of
 
 
 WIDTH = 119  # columns of a help text
+PACKAGE = __name__.split(".")[0]
 
 
 class Options:
@@ -79,27 +80,18 @@ def read(
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     known, _ = parser.parse_known_args(flags)
     own_data = getattr(known, "dataset_name", None) is not None or getattr(known, "datasets", None)
-    recipe = known.config or (None if own_data else demo)
+    # The defaults that `--help` shows are those of a run on data of one's own.
+    recipe = known.config or (None if own_data or flags != argv else demo)
     if recipe is not None:
         _apply_recipe(parser, find_config(recipe, command))
     known, _ = parser.parse_known_args(flags)
     _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(_misspelt([word for word in unknown if word.startswith("-")] or unknown, parser))
+        words = [word for word in unknown if word.startswith("-")] or unknown
+        raise ValueError(f"{misspelt(words, parser)} `--help_all` lists every option.")
     _find_deepspeed(values)
     return Options(parser, values, argv)
-
-
-def parse(
-    dataclasses: Iterable[type],
-    description: str | None,
-    demo: str | None,
-    argv: list[str] | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> tuple:
-    """What `read` has read, made."""
-    return read("", dataclasses, description, argv, demo, defaults).make()
 
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
@@ -118,11 +110,24 @@ def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str,
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """An error in the options ends the command with its text alone: nothing has run that a traceback could explain."""
+    """
+    An error that this package raises about what it was given ends the command with its text alone. One that comes from
+    elsewhere keeps its traceback, which may be all there is to go by.
+    """
     try:
         yield
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         raise SystemExit(f"error: {error}") from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised in this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == PACKAGE
 
 
 def _apply_recipe(parser: "OptionParser", path: Path) -> None:
@@ -130,23 +135,98 @@ def _apply_recipe(parser: "OptionParser", path: Path) -> None:
     alike."""
     recipe = read_recipe(path)
     os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
-    options = {name: action.dest for action in parser._actions for name in action.option_strings}
-    unknown = [key for key in recipe if f"--{key}" not in options]
+    options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
+    unknown = [key for key in recipe if f"--{key}" not in options or key in ("config", "help", "help_all")]
     if unknown:
-        raise ValueError(f"In the recipe {path}: {_misspelt(unknown, parser)}")
-    parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in recipe.items()})
+        raise ValueError(f"In the recipe {path}: {misspelt(unknown, parser)}")
+    given: dict[str, Any] = {}
+    for key, value in recipe.items():
+        action = options[f"--{key}"]
+        if action.dest in given:
+            raise ValueError(f"The recipe {path} gives `{action.dest}` twice, under two names; keep one of them.")
+        try:
+            given[action.dest] = recipe_value(action, value)
+        except ValueError as error:
+            raise ValueError(f"In the recipe {path}, `{key}` is {value!r}; {error}") from error
+    parser.set_defaults_with_config(**given)
 
 
-def _misspelt(unknown: list[str], parser: "OptionParser") -> str:
+def recipe_value(action: argparse.Action, value: Any) -> Any:
+    """
+    A value of a recipe as the flag would have it: lists may be written in one line, and columns as a mapping.
+
+    Raises:
+        ValueError: for a value that the flag would refuse.
+    """
+    if action.nargs == "+" and isinstance(value, str):
+        return value.split()
+    if action.nargs == "+" and isinstance(value, dict):
+        return [f"{new}={old}" for new, old in value.items()]
+    if value is None and action.default is not None and action.type in (int, float):
+        raise ValueError("it must be a number.")
+    if value is None or action.nargs == "+":
+        return value
+    if action.choices and value not in action.choices:
+        raise ValueError(f"it must be one of {', '.join(map(str, action.choices))}.")
+    if action.type in (int, float):
+        try:
+            return action.type(str(value))
+        except ValueError:
+            kind = "a whole number" if action.type is int else "a number"
+            raise ValueError(f"it must be {kind}.") from None
+    return value
+
+
+def is_negation(name: str) -> bool:
+    """Whether a flag is argparse's `--no_x` of an option that is on by default."""
+    return name.startswith(("--no_", "--no-"))
+
+
+def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     """Unknown options, each with the nearest one that there is."""
-    names = [name for action in parser._actions for name in parser.spellings(action)]
+    names = [name for action in parser._actions for name in spellings(action)]
     sentences = []
     for word in unknown:
         wanted = word.split("=")[0].lstrip("-").replace("-", "_")
         near = difflib.get_close_matches(wanted, [name.lstrip("-") for name in names], n=1, cutoff=0.6)
         meant = f"; did you mean `{'--' if word.startswith('-') else ''}{near[0]}`?" if near else "."
         sentences.append(f"there is no option `{word.split('=')[0]}`{meant}")
-    return " ".join(sentences) + " `--help_all` lists every option."
+    return " ".join(sentences)
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """The names of an option, without the second spelling with hyphens."""
+    return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """For commands with few options: `argparse`, which takes hyphens for underscores and says what was meant."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"trl-ext {command}",
+            description=description,
+            formatter_class=_HelpFormatter,
+            usage=None,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        values, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            words = [word for word in unknown if word.startswith("-")] or unknown
+            raise SystemExit(f"error: {misspelt(words, self)} `--help` lists every option.")
+        return values
+
+
+def _with_underscores(word: str) -> str:
+    """A flag in the spelling that is known: `--from_config` for `--from-config`, and argparse's own `--no-suggest`."""
+    if not word.startswith("--"):
+        return word
+    name, sign, value = word.partition("=")
+    start = "--no-" if is_negation(name) else "--"
+    return start + name[len(start) :].replace("-", "_") + sign + value
 
 
 def _follow_the_device(parser: "OptionParser", known: argparse.Namespace) -> None:
@@ -194,11 +274,6 @@ class OptionParser(TrlParser):
         for action, text in self._hidden.items():
             action.help = text
 
-    @staticmethod
-    def spellings(action: argparse.Action) -> list[str]:
-        """The names of an option, without argparse's second spelling with hyphens."""
-        return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
-
     def _group(self, heading: str) -> Any:
         if heading not in self._headings:
             self._headings[heading] = self.add_argument_group(heading)
@@ -226,8 +301,7 @@ class OptionParser(TrlParser):
             choices = "{" + ",".join(map(str, action.choices or [])) + "}"
             if action.choices:
                 action.metavar = choices if len(choices) < WIDTH else "TEXT"  # of the optimizers there are forty
-            is_negation = action.option_strings[0].startswith("--no_")
-            if not shown or is_negation:
+            if not shown or is_negation(action.option_strings[0]):
                 self._hidden[action], action.help = action.help, argparse.SUPPRESS
 
 
@@ -244,4 +318,4 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         if not action.option_strings:
             return super()._format_action_invocation(action)
         value = "" if action.nargs == 0 else f" {self._format_args(action, str(action.metavar or 'VALUE'))}"
-        return ", ".join(OptionParser.spellings(action)) + value
+        return ", ".join(spellings(action)) + value
