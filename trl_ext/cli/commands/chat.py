@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
 
 from ...device import computes_in_bf16
 from ...pretrained import adapter_config
-from ..options import CommandParser, usage_errors
+from ..options import usage_errors
+from ..parser import CommandParser
 
 
 def arguments() -> CommandParser:

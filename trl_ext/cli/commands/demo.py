@@ -12,7 +12,7 @@ import importlib.util
 import subprocess
 import sys
 
-from ..options import CommandParser
+from ..parser import CommandParser
 
 
 # What the demo needs besides the package's own dependencies, by the extra that brings it.

@@ -21,7 +21,8 @@ from ... import DPOConfigX, PPOConfigX, planner
 from ...planner import CPU, GIB, GPUS, Assumptions, Hardware, Layout, ModelNames
 from ..data import DataArguments
 from ..models import ModelArguments
-from ..options import CommandParser, recipe_options, usage_errors
+from ..options import recipe_options, usage_errors
+from ..parser import CommandParser
 from ..recipes import find_config
 
 

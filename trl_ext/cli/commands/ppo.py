@@ -1,7 +1,7 @@
 """
 PPO with four models: actor, critic, frozen reward model, frozen reference.
 
-    trl-ext reward && trl-ext ppo                  # the embedded demo
+    trl-ext reward && trl-ext ppo                     # the embedded demo
     trl-ext ppo --critic head                         # a value head on the actor's trunk
     trl-ext ppo --config configs/ppo/documents.yaml   # the documents' loss to the letter
     trl-ext ppo --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
@@ -63,7 +63,9 @@ class PPOArguments(LaunchArguments, DataArguments):
         },
     )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
-    prompts_seed: int = field(default=0, metadata={"help": "Seed of the embedded split: reward.py's `pairs_seed`."})
+    prompts_seed: int = field(
+        default=0, metadata={"help": "Seed of the embedded split: `pairs_seed` of `trl-ext reward`."}
+    )
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
 
 

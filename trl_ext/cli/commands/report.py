@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from ...report import read_run, write_report
-from ..options import CommandParser, usage_errors
+from ..options import usage_errors
+from ..parser import CommandParser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
