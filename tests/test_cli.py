@@ -11,7 +11,7 @@ from trl import RewardConfig
 
 from trl_ext.cli.data import DataArguments, load_rows, load_splits
 from trl_ext.cli.models import ModelArguments
-from trl_ext.cli.options import parse
+from trl_ext.cli.options import read
 from trl_ext.conversions import to_prompts
 
 
@@ -42,7 +42,7 @@ def demo(tmp_path):
 
 
 def run(argv, demo, defaults=None):
-    return parse((Toy, DataArguments, ModelArguments, RewardConfig), "A toy.", demo, argv, defaults)
+    return read("", (Toy, DataArguments, ModelArguments, RewardConfig), "A toy.", argv, demo, defaults).make()
 
 
 def test_flag_beats_recipe_beats_default(recipe, demo):
@@ -114,7 +114,8 @@ def test_help_is_grouped_and_short_and_help_all_is_complete(demo, capsys):
         assert heading in short
     assert "--size INT" in short
     assert "50% at first" in short
-    assert "(default: from-demo)" in short  # the recipe's value, not the class's
+    assert "from-demo" not in short  # what holds for data of one's own
+    assert "(default: from-demo)" in help_text(["--help", "--config", str(demo)], demo, capsys)
     assert "(default: None)" not in short
     assert "--adam_beta1" not in short
     assert "--adam_beta1 FLOAT" in full

@@ -1,5 +1,6 @@
 """`trl-ext` and what its commands share: finding files, launching, dry runs, last lines, talking to a model."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -16,13 +17,15 @@ import tiny
 import two_processes
 from commands import ROOT, command
 from trl_ext import DPOTrainerX, PPOTrainerX, __version__, embedded
-from trl_ext.cli import topics
-from trl_ext.cli.closing import closing_lines
-from trl_ext.cli.commands import chat, demo
+from trl_ext.cli import closing, topics
+from trl_ext.cli.closing import closing_lines, without
+from trl_ext.cli.commands import chat, demo, plan
+from trl_ext.cli.data import PairArguments, load_pairs
 from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
 from trl_ext.cli.main import COMMANDS, leave_out_noise, main
-from trl_ext.cli.options import read
+from trl_ext.cli.options import read, usage_errors
 from trl_ext.cli.recipes import INSTALLED, find_config
+from trl_ext.planner import Layout
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
@@ -39,8 +42,14 @@ def paths(tmp_path_factory):
     Dataset.from_dict({"prompt": texts}).to_json(str(folder / "prompts.jsonl"))
     pairs = [{"prompt": text, "chosen": " good film", "rejected": " bad film and cat"} for text in texts]
     Dataset.from_list(pairs).to_json(str(folder / "pairs.jsonl"))
-    return {"folder": folder, "pairs": str(folder / "pairs.jsonl"), "prompts": str(folder / "prompts.jsonl")} | (
-        tiny.save_tiny(folder)
+    Dataset.from_dict({"prompt": [f"good {i}" for i in range(1200)]}).to_json(str(folder / "many.jsonl"))
+    tiny.tiny_actor(max_position_embeddings=4096).save_pretrained(folder / "long")
+    tiny.tiny_tokenizer().save_pretrained(folder / "long")
+    others = {"many": str(folder / "many.jsonl"), "long": str(folder / "long")}
+    return (
+        others
+        | {"folder": folder, "pairs": str(folder / "pairs.jsonl"), "prompts": str(folder / "prompts.jsonl")}
+        | (tiny.save_tiny(folder))
     )
 
 
@@ -52,7 +61,7 @@ def run_of(name, paths, **options):
     """Flags of a tiny run."""
     data = {"model": paths["actor"], "dataset_name": paths["prompts" if name == "ppo" else "pairs"]}
     judge = {"reward_model_path": paths["reward_model"], "response_length": 4} if name == "ppo" else {}
-    return flags(**data, **judge, report_to="none", **options)
+    return flags(**data | judge | {"report_to": "none"} | options)
 
 
 def error_of(arguments, capsys):
@@ -275,6 +284,7 @@ def dry(name, paths, capsys, *more, **options):
 def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = path.parent.name
+    paths = paths | {"actor": paths["long"], "prompts": paths["many"], "reward_model": "outputs/not-there"}
     recipe = ["--config", f"{name}/{path.stem}", "--gpu", "a100-80gb", "--nproc", "4"]
     targets = ["--lora_target_modules", "all-linear"]  # one recipe names layers that the tiny model has not
     text = dry(name, paths, capsys, *recipe, *targets, output_dir="out")
@@ -384,14 +394,13 @@ def test_last_lines_of_ppo_go_on_from_actor_and_critic(paths, tmp_path, capsys):
     words = shlex.split(lines["next"])
     assert words[:2] == ["trl-ext", "ppo"]
     again = dict(zip(words[2::2], words[3::2], strict=True))
-    assert again == {
+    first = dict(zip(*[iter(run_of("ppo", paths, **short))] * 2, strict=True))
+    assert again == first | {
         "--model": str(tmp_path / "1"),
         "--value_model": str(tmp_path / "1" / "critic"),
-        "--reward_model_path": str(paths["reward_model"]),
         "--output_dir": str(tmp_path / "1-next"),
     }
-    data = flags(dataset_name=paths["prompts"], response_length=4, report_to="none", **short)
-    main([*words[1:], *data[: data.index("--output_dir")]])
+    main(words[1:])
     assert (tmp_path / "1-next" / "critic").is_dir()
 
 
@@ -496,3 +505,168 @@ def test_answers_with_labels_become_pairs_and_pairs_become_prompts(paths, tmp_pa
     assert "over 18 pairs" in plan_line(capsys.readouterr().out)  # two of twenty are held out
     main(["ppo", *run_of("ppo", paths | {"prompts": paths["pairs"]}, output_dir=tmp_path), "--dry_run"])
     assert "The first prompt" in capsys.readouterr().out
+
+
+def test_rows_of_one_prompt_are_held_out_together(paths, tmp_path):
+    """Else a held-out prompt would be one that was trained on."""
+    rows = [{"prompt": f"good {i}", "chosen": f" film {k}", "rejected": " cat"} for i in range(30) for k in range(3)]
+    Dataset.from_list(rows).to_json(str(tmp_path / "pairs.jsonl"))
+    splits = load_pairs(PairArguments(dataset_name=str(tmp_path / "pairs.jsonl")))
+    train, test = set(splits["train"]["prompt"]), set(splits["test"]["prompt"])
+    assert (len(train), len(test), train & test) == (27, 3, set())
+    assert (len(splits["train"]), len(splits["test"])) == (81, 9)
+    few = [{"prompt": f"good {i % 3}", "chosen": f" film {i}", "rejected": " cat"} for i in range(30)]
+    Dataset.from_list(few).to_json(str(tmp_path / "few.jsonl"))
+    splits = load_pairs(PairArguments(dataset_name=str(tmp_path / "few.jsonl")))
+    assert (len(splits["train"]), len(splits["test"])) == (27, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nosuch.jsonl", None, r"There is no file .*nosuch\.jsonl\. The nearest is .*pairs\.jsonl"),
+        ("pairs.tsv", "a\tb\n", r"pairs\.tsv is of no kind that is known by its name; those are \.json, \.jsonl"),
+        ("one.jsonl", '{"chosen": "a", "rejected": "b"}\n', "There is one row, and it takes two at least"),
+    ],
+)
+def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, paths, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    words = run_of("dpo", paths | {"pairs": str(tmp_path / name)}, output_dir=tmp_path)
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        main(["dpo", *words])
+
+
+def test_names_of_files_may_be_in_capitals(paths, tmp_path, capsys):
+    (tmp_path / "PAIRS.JSONL").write_text(Path(paths["pairs"]).read_text())
+    main(["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "PAIRS.JSONL")}, output_dir=tmp_path), "--dry_run"])
+    assert "over 36 pairs" in plan_line(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------- what a newcomer ran into
+
+
+def test_error_of_this_package_ends_a_run_in_one_sentence_and_another_keeps_its_traceback(paths, tmp_path):
+    with pytest.raises(SystemExit, match="error: There is no reward at all"):
+        main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--output_dir", str(tmp_path)])
+
+    with pytest.raises(ValueError, match="invalid literal"), usage_errors():
+        int("x")
+
+
+def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths, tmp_path, monkeypatch, capsys):
+    def missing(**_):
+        raise ImportError("Pictures need matplotlib")
+
+    monkeypatch.setattr(closing, "ReportCallback", missing)
+    short = {"max_steps": 1, "per_device_train_batch_size": 4, "output_dir": tmp_path}
+    main(["dpo", *run_of("dpo", paths, **short)])
+    printed = capsys.readouterr()
+    assert "There will be no report: Pictures need matplotlib" in printed.err
+    assert f"trl-ext report {tmp_path}" in printed.out
+
+
+def test_next_of_a_reward_run_is_ppo_of_the_same_model_and_data(paths, tmp_path, capsys):
+    short = {"max_steps": 1, "per_device_train_batch_size": 4, "output_dir": tmp_path / "r"}
+    main(["reward", *run_of("reward", paths, **short)])
+    words = shlex.split(last_lines(capsys.readouterr().out)[1]["next"])
+    assert dict(zip(words[2::2], words[3::2], strict=True)) == {
+        "--model": str(paths["actor"]),
+        "--dataset_name": str(paths["pairs"]),
+        "--reward_model_path": str(tmp_path / "r"),
+        "--output_dir": f"{tmp_path / 'r'}-ppo",
+    }
+    main([*words[1:], "--dry_run"])
+    assert "The first prompt" in capsys.readouterr().out
+
+
+def test_words_are_dropped_with_their_values_in_both_spellings():
+    argv = ["--a_b", "1", "2", "--keep", "3", "--a-b=4", "--flag", "--c", "5"]
+    assert without(argv, "a_b", "c") == ["--keep", "3", "--flag"]
+
+
+def test_help_shows_the_defaults_of_own_data(capsys):
+    text = help_of("ppo", capsys)
+    assert re.search(r"--response_length INT .*\(default: 53\)", text)
+    main(["ppo", "--help", "--config", "ppo/demo"])
+    assert re.search(r"--response_length INT .*\(default: 12\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "--gpuss", "4"], "there is no option `--gpuss`; did you mean `--gpus`?"),
+        (["plan", "--model", "nosuch"], "'nosuch' is no folder or hub name"),
+        (["report", "out", "--wach", "3"], "there is no option `--wach`; did you mean `--watch`?"),
+        (["chat", "out", "--temprature", "1"], "did you mean `--temperature`?"),
+        (["demo", "--output-dri", "x"], "did you mean `--output_dir`?"),
+    ],
+)
+def test_commands_with_few_options_say_what_was_meant_too(arguments, said, capsys):
+    assert said in error_of(arguments, capsys)
+
+
+def test_plan_takes_both_spellings_and_explains_its_layout(capsys):
+    main(["plan", "--from-config", "dpo/8b_qlora_24gb", "--gpu-memory", "24", "--no-gradient-checkpointing"])
+    first = capsys.readouterr().out
+    main(["plan", "--from_config=dpo/8b_qlora_24gb", "--gpu_memory=24", "--no-gradient_checkpointing"])
+    assert capsys.readouterr().out == first
+    text = help_of("plan", capsys)
+    first = re.search(r"^The 10 options that matter first:\n((?:  .*\n)+)", text, flags=re.MULTILINE).group(1)
+    assert len(re.findall(r"^  --\w+", first, flags=re.MULTILINE)) == 10
+    assert set(plan.LAYOUT_TEXTS) == {field.name for field in dataclasses.fields(Layout)}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("beta: null", "`beta` is None; it must be a number."),
+        ("beta: [0.1]", r"`beta` is \[0.1\]; it must be a number."),
+        ("max_steps: 2.5", "`max_steps` is 2.5; it must be a whole number."),
+        ("dtype: float23", "`dtype` is 'float23'; it must be one of auto"),
+        ("model: a\nmodel_name_or_path: b", "gives `model_name_or_path` twice"),
+        ("config: other.yaml", "there is no option `config`"),
+        ("no_dataloader_pin_memory: true", "there is no option `no_dataloader_pin_memory`"),
+        ("beta: [", "is no YAML"),
+    ],
+)
+def test_recipe_value_that_a_flag_would_refuse_is_refused(line, said, tmp_path):
+    (tmp_path / "r.yaml").write_text(line + "\n")
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        main(["dpo", "--config", str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize("columns", ["prompt=question chosen=good", "{prompt: question, chosen: good}"])
+def test_columns_of_a_recipe_may_be_a_line_or_a_mapping(columns, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"columns: {columns}\n")
+    assert command("dpo").options(["--config", str(tmp_path / "r.yaml")]).columns == ["prompt=question", "chosen=good"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"per_device_train_batch_size": 64}, "has 36 prompts and a rollout takes 64"),
+        ({"reward_model_path": "outputs/none", "nproc": 0}, "`--nproc` is 0; it must be at least 1"),
+        ({"response_length": 4000}, "does not fit the model's context"),
+    ],
+)
+def test_dry_run_refuses_what_the_trainer_would(options, said, paths, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        dry("ppo", paths, capsys, output_dir=tmp_path, **options)
+    with pytest.raises(SystemExit, match="error: There is no reward at all"):
+        main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--dry_run"])
+
+
+def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys):
+    model, tokenizer = tiny.tiny_actor(), tiny.tiny_tokenizer()
+    model.generation_config.eos_token_id = list(range(3, 64))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked, real = [], chat.pipeline
+    monkeypatch.setattr(chat, "pipeline", lambda *a, **k: Spy(real(*a, **k), asked))
+    talk(monkeypatch, capsys, tmp_path, "one", "two")
+    answer = asked[1][1]["content"]
+    assert len(tokenizer(answer)["input_ids"]) <= 1
+    with pytest.raises(SystemExit, match="is a reward model: it scores text and writes none"):
+        chat.main([str(paths["reward_model"])])

@@ -154,7 +154,7 @@ def test_every_recipe_is_accepted(path, monkeypatch):
     from scale.zero_runs import launched
     from trl_ext import DPOConfigX, PPOConfigX
     from trl_ext.cli.models import ModelArguments
-    from trl_ext.cli.options import parse
+    from trl_ext.cli.options import read
 
     module = command(path.parent.name)
     classes = {
@@ -165,7 +165,7 @@ def test_every_recipe_is_accepted(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # a recipe may name a DeepSpeed file, which must not stay in force
     with launched({}):
         kinds = (getattr(module, classes[0]), ModelArguments, classes[1])
-        data, _, args = parse(kinds, "", path, ["--config", str(path)])
+        data, _, args = read("", kinds, "", ["--config", str(path)]).make()
         assert (data.dataset_name is None) == (path.stem in EMBEDDED)
         assert args.output_dir.startswith("outputs/")
 
@@ -173,10 +173,11 @@ def test_every_recipe_is_accepted(path, monkeypatch):
 def test_the_documents_recipe_holds_the_documents_numbers_and_loss():
     from trl_ext import PPOConfigX
     from trl_ext.cli.models import ModelArguments
-    from trl_ext.cli.options import parse
+    from trl_ext.cli.options import read
 
     path = ROOT / "configs" / "ppo" / "documents.yaml"
-    _, _, args = parse((command("ppo").PPOArguments, ModelArguments, PPOConfigX), "", path, [])
+    kinds = (command("ppo").PPOArguments, ModelArguments, PPOConfigX)
+    _, _, args = read("", kinds, "", ["--config", str(path)]).make()
     assert (args.cliprange, args.gamma, args.lam, args.vf_coef, args.ent_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
     assert (args.kl_placement, args.kl_estimator, args.kl_band) == ("loss", "k2", [0.5, 2.0])
     assert (args.whiten_advantages, args.cliprange_value) == (False, None)
@@ -293,12 +294,7 @@ def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkey
 
 
 def parse_dpo(argv):
-    from trl_ext import DPOConfigX
-    from trl_ext.cli.models import ModelArguments
-    from trl_ext.cli.options import parse
-
-    module = command("dpo")
-    return parse((module.DPOArguments, ModelArguments, DPOConfigX), "", module.DEMO, argv)
+    return command("dpo").options(argv).make()
 
 
 def test_dpo_knows_every_flag_of_trl_dpo(capsys):

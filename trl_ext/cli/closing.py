@@ -5,7 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+
+from .. import ReportCallback
 
 
 def program(command: str) -> str:
@@ -29,20 +32,32 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str] | None =
     lines = {"look": f"open {shlex.quote(str(page))}" if page.is_file() else f"trl-ext report {quoted}"}
     checkpoint = None if argv is None else get_last_checkpoint(str(output))
     if argv is not None and checkpoint is not None:
-        flags = _without(argv, "--resume_from_checkpoint")
+        flags = without(argv, "resume_from_checkpoint")
         lines["resume"] = f"{program(command)} {shlex.join([*flags, '--resume_from_checkpoint', checkpoint])}"
     lines |= others
     return "\n".join([f"Everything is in {output}", *(f"  {name:7} {text}" for name, text in lines.items())])
 
 
-def _without(argv: Sequence[str], flag: str) -> list[str]:
-    """The words without a flag and its value."""
-    kept, skip = [], False
+def without(argv: Sequence[str], *options: str) -> list[str]:
+    """The words without these options and their values."""
+    kept: list[str] = []
+    skip = False
     for word in argv:
-        if skip or word.startswith(f"{flag}="):
-            skip = False
-        elif word == flag:
-            skip = True
-        else:
-            kept.append(word)
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0]
+            skip = name.replace("-", "_") in options
+            if skip:
+                continue
+        elif skip:
+            continue
+        kept.append(word)
     return kept
+
+
+def report_callbacks(data: str) -> list[TrainerCallback]:
+    """The report of a run; without the extra that draws it, a word about that, and none."""
+    try:
+        return [ReportCallback(facts={"data": data})]
+    except ImportError as error:
+        print(f"There will be no report: {error}", file=sys.stderr)
+        return []

@@ -1,5 +1,7 @@
 """Which rows a command trains on, evaluates on or scores."""
 
+import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, get_dataset
 
+from .. import embedded
 from ..conversions import to_preference
 from ..formats import parse_columns
 
@@ -56,26 +59,44 @@ class DataArguments(DatasetMixtureConfig):
         return mixture or self.dataset_name or "embedded movie reviews (Hutto & Gilbert 2014)"
 
 
+@dataclass
+class PairArguments(DataArguments):
+    """The embedded pairs"""
+
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
+    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
+
+
+def load_pairs(data: PairArguments) -> DatasetDict:
+    """Pairs to train on and to evaluate on; the embedded ones without data of the user's own."""
+
+    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
+        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+
+    return load_splits(data, pairs, to_preference)
+
+
 def load_splits(
     args: DataArguments,
-    embedded: Callable[[int | None, int | None], DatasetDict],
+    own: Callable[[int | None, int | None], DatasetDict],
     convert: Callable[[Any, Mapping[str, str]], Any],
 ) -> DatasetDict:
     """
     The splits `train` and `test`.
 
     Args:
-        embedded: gives them, from `train_size` and `test_size`, where there are no data of the user's own.
+        own: gives them, from `train_size` and `test_size`, where there are no data of the user's own.
         convert: `to_preference` or `to_prompts`, which gets the columns to rename.
     """
     if args.dataset_name is None and not args.datasets:
-        return embedded(args.train_size, args.test_size)
+        return own(args.train_size, args.test_size)
     splits = _load(args)
     if args.dataset_train_split not in splits:
         raise ValueError(
             f"{args.dataset_name} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
             "`--dataset_train_split`."
         )
+    _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
     columns = parse_columns(args.columns or ())
     train = convert(splits[args.dataset_train_split], columns)
     if args.dataset_test_split in splits:
@@ -90,6 +111,7 @@ def load_rows(args: DataArguments) -> Dataset:
     splits = _load(args)
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
+            _require_rows(splits[name], f"split {name!r} of {args.source}")
             return _first(to_preference(splits[name], parse_columns(args.columns or ())), args.test_size)
     raise ValueError(
         f"{args.dataset_name} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
@@ -103,25 +125,56 @@ def _load(args: DataArguments) -> DatasetDict:
         return get_dataset(DatasetMixtureConfig(args.datasets, args.streaming or args.dataset_streaming))
     name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
-    if path.is_file() and path.suffix in BUILDERS:
-        return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if path.is_file() or path.suffix.lower() in BUILDERS:
+        return load_dataset(_builder(path), data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     return load_dataset(name, args.dataset_config, streaming=streaming)
 
 
+def _builder(path: Path) -> str:
+    """What `load_dataset` calls a file's kind; `ValueError` for a file that is not there, or is of another kind."""
+    if not path.is_file():
+        names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in BUILDERS]
+        near = difflib.get_close_matches(str(path), names, n=1, cutoff=0)
+        meant = f" The nearest is {near[0]}." if near else ""
+        raise ValueError(f"There is no file {path}.{meant}")
+    if path.suffix.lower() not in BUILDERS:
+        raise ValueError(f"{path} is of no kind that is known by its name; those are {', '.join(BUILDERS)}.")
+    return BUILDERS[path.suffix.lower()]
+
+
+def _require_rows(rows: Any, name: str) -> None:
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The {name} holds no rows.")
+
+
 def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
     """Rows to train on and rows to evaluate on, of a dataset with one split."""
     if not isinstance(rows, IterableDataset):
-        parts = rows.train_test_split(test_size=args.test_split_size or 0.1, seed=0)
-        return parts["train"], parts["test"]
+        if len(rows) < 2:
+            raise ValueError("There is one row, and it takes two at least: one to train on and one to hold out.")
+        return _split(rows, args.test_split_size or 0.1)
     if args.test_size is None:
         raise ValueError(
             f"A stream has no length to hold out a share of, and no split {args.dataset_test_split!r} was found: give "
             "`--test_size`, the number of rows to hold out, or `--dataset_test_split`."
         )
     return rows.skip(args.test_size), rows.take(args.test_size)
+
+
+def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Rows to train on and a share to hold out. Rows of one prompt stay together, where there are prompts enough."""
+    prompts = [json.dumps(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else []
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) == len(prompts) or len(distinct) < 10:
+        parts = rows.train_test_split(test_size=share, seed=0)
+        return parts["train"], parts["test"]
+    held_out = set(_split(Dataset.from_dict({"text": distinct}), share)[1]["text"])
+    is_held_out = [prompt in held_out for prompt in prompts]
+    sides = [[i for i, held in enumerate(is_held_out) if held is wanted] for wanted in (False, True)]
+    return rows.select(sides[0]), rows.select(sides[1])
 
 
 def _first(rows: Any, size: int | None) -> Any:

@@ -5,19 +5,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
-from trl import DPOTrainer, RewardTrainer
+from trl import DPOTrainer, RewardTrainer, get_peft_config
 
 from .. import planner
 from .._trl import tokenised_pair
+from ..dpo.data import check_columns
+from ..planner.recipe import is_local
 from ..ppo.display import batch_plan
-from ..ppo.prompts import prompt_ids
+from ..ppo.given import Given, check_given
+from ..ppo.prompts import check_datasets, prompt_ids
+from ..pretrained import text_config
 from .fit import plan_run
-from .launch import deepspeed_file, processes
+from .launch import deepspeed_file, processes, require_count
 from .models import path_of
 from .options import Options
 
@@ -35,16 +40,20 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
         given: its options.
         load: the data's splits from the command's first class of options.
     """
+    require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
-    rows, count = load(data)["train"], processes(given)
+    splits, count = load(data), processes(given)
+    rows = splits["train"]
     tokenizer = AutoTokenizer.from_pretrained(path_of(model, args), revision=model.model_revision)
     with as_if_of(count):
         print(batches(command, args, len(rows) if isinstance(rows, Dataset) else None, count), end="\n\n")
-    if command == "ppo":
-        longest, sample = prompts(rows, tokenizer, args)
-    else:
-        longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
+        if command == "ppo":
+            check_ppo(data, model, args, splits, tokenizer)
+            longest, sample = prompts(rows, tokenizer, args)
+        else:
+            check_columns(rows, splits["test"], tokenizer)
+            longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
     print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
@@ -59,6 +68,25 @@ def as_if_of(count: int) -> Iterator[None]:
         yield
     finally:
         state.num_processes = before
+
+
+def check_ppo(data: Any, model: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
+    """
+    What `PPOTrainerX` checks of prompts and models before it loads any. A reward model that is still to be trained is
+    no error here.
+
+    Raises:
+        ValueError: as the trainer would.
+    """
+    path = path_of(model, args)
+    judge = args.reward_model_path
+    given = Given(model=path, value_model=data.value_model, peft_config=get_peft_config(model), reward_model=judge)
+    if judge is not None and is_local(judge) and not Path(judge).is_dir():
+        print(f"The reward model {judge} is not there yet.\n")
+    else:
+        check_given(args, given)
+    context = getattr(text_config(path, args), "max_position_embeddings", None)
+    check_datasets(splits["train"], splits["test"], None, tokenizer, context, args)
 
 
 def batches(command: str, args: Any, rows: int | None, count: int) -> str:

@@ -60,9 +60,15 @@ def is_launched() -> bool:
 def launches(given: Options) -> bool:
     """Whether the command is to start processes, and has not been started by a launcher."""
     asked = given.nproc is not None or given.accelerate_config is not None
+    require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
         raise ValueError("`--machine_rank` and its like are for several processes: give `--accelerate_config` too.")
     return asked and not is_launched()
+
+
+def require_count(given: Options) -> None:
+    if given.nproc is not None and given.nproc < 1:
+        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1.")
 
 
 def launch(command: str, given: Options) -> None:
@@ -72,7 +78,9 @@ def launch(command: str, given: Options) -> None:
     Raises:
         ValueError: for a file that there is not, or one that starts a single process where several are asked for.
     """
-    on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]  # else accelerate waits for GPUs
+    on_cpu = (
+        [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]
+    )  # or each would take itself to be alone
     words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
     launch_command(launch_command_parser().parse_args(words))
 
@@ -93,24 +101,30 @@ def require_all(args: Any) -> None:
 
 def accelerate_flags(given: Options) -> list[str]:
     """The flags of `accelerate launch` for what was asked."""
-    several = (given.nproc or 1) > 1
-    file = find_config(given.accelerate_config or ("ddp" if several else "single"), "accelerate")
-    flags = ["--config_file", str(file)]
-    settings = yaml.safe_load(file.read_text())
-    if several and settings.get("distributed_type", "NO") == "NO":
+    file, settings = accelerate_file(given)
+    if (given.nproc or 1) > 1 and settings.get("distributed_type", "NO") == "NO":
         raise ValueError(
             f"{file} starts one process, and `--nproc {given.nproc}` asks for more. Leave out `--accelerate_config`, "
             "or choose a file whose `distributed_type` is another, such as ddp or zero3."
         )
-    deepspeed = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    flags = {"config_file": file, "num_processes": given.nproc}
+    deepspeed = deepspeed_of(settings)
     if deepspeed is not None and not Path(deepspeed).is_file():
-        flags += ["--deepspeed_config_file", str(find_config(deepspeed, "deepspeed"))]
-    if given.nproc is not None:
-        flags += ["--num_processes", str(given.nproc)]
-    for name in OF_ACCELERATE:
-        if getattr(given, name) is not None:
-            flags += [f"--{name}", str(getattr(given, name))]
-    return flags
+        flags["deepspeed_config_file"] = find_config(deepspeed, "deepspeed")
+    flags |= {name: getattr(given, name) for name in OF_ACCELERATE}
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def accelerate_file(given: Options) -> tuple[Path, dict[str, Any]]:
+    """The file that the processes are started with, and what is in it."""
+    usual = "ddp" if (given.nproc or 1) > 1 else "single"
+    file = find_config(given.accelerate_config or usual, "accelerate")
+    return file, yaml.safe_load(file.read_text())
+
+
+def deepspeed_of(settings: dict[str, Any]) -> str | None:
+    """The DeepSpeed file that an accelerate file names."""
+    return (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
 
 
 def processes(given: Options) -> int:
@@ -118,15 +132,11 @@ def processes(given: Options) -> int:
     if given.nproc is not None:
         return given.nproc
     if given.accelerate_config is not None:
-        settings = yaml.safe_load(find_config(given.accelerate_config, "accelerate").read_text())
-        return int(settings.get("num_processes", 1))
+        return int(accelerate_file(given)[1].get("num_processes", 1))
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def deepspeed_file(given: Options) -> str | None:
     """The DeepSpeed file of the run, its own or that of its accelerate file."""
-    if given.deepspeed is not None or given.accelerate_config is None:
-        return given.deepspeed
-    settings = yaml.safe_load(find_config(given.accelerate_config, "accelerate").read_text())
-    file = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    return None if file is None else str(find_config(file, "deepspeed"))
+    named = deepspeed_of(accelerate_file(given)[1]) if given.accelerate_config is not None else None
+    return given.deepspeed or (None if named is None else str(find_config(named, "deepspeed")))

@@ -1,26 +1,22 @@
 """What a command was given, by default, recipe and flag, and the objects that are made of it."""
 
 import argparse
-import difflib
-import inspect
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from trl import TrlParser
 
 from ..device import computes_in_bf16
+from .parser import OptionParser, is_negation, misspelt
 from .recipes import find_config, read_recipe
-from .topics import first_of, heading_of, order, topic_of
 
 
-WIDTH = 119  # columns of a help text
+PACKAGE = __name__.split(".")[0]
 
 
 class Options:
@@ -33,7 +29,7 @@ class Options:
         argv: the words of the command line, without the command's name.
     """
 
-    def __init__(self, parser: "OptionParser", values: argparse.Namespace, argv: list[str]):
+    def __init__(self, parser: OptionParser, values: argparse.Namespace, argv: list[str]):
         self.parser, self.values, self.argv = parser, values, argv
 
     def __getattr__(self, name: str) -> Any:
@@ -79,27 +75,18 @@ def read(
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     known, _ = parser.parse_known_args(flags)
     own_data = getattr(known, "dataset_name", None) is not None or getattr(known, "datasets", None)
-    recipe = known.config or (None if own_data else demo)
+    # The defaults that `--help` shows are those of a run on data of one's own.
+    recipe = known.config or (None if own_data or flags != argv else demo)
     if recipe is not None:
         _apply_recipe(parser, find_config(recipe, command))
     known, _ = parser.parse_known_args(flags)
     _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(_misspelt([word for word in unknown if word.startswith("-")] or unknown, parser))
+        words = [word for word in unknown if word.startswith("-")] or unknown
+        raise ValueError(f"{misspelt(words, parser)} `--help_all` lists every option.")
     _find_deepspeed(values)
     return Options(parser, values, argv)
-
-
-def parse(
-    dataclasses: Iterable[type],
-    description: str | None,
-    demo: str | None,
-    argv: list[str] | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> tuple:
-    """What `read` has read, made."""
-    return read("", dataclasses, description, argv, demo, defaults).make()
 
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
@@ -118,38 +105,74 @@ def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str,
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """An error in the options ends the command with its text alone: nothing has run that a traceback could explain."""
+    """
+    An error that this package raises about what it was given ends the command with its text alone. One that comes from
+    elsewhere keeps its traceback, which may be all there is to go by.
+    """
     try:
         yield
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         raise SystemExit(f"error: {error}") from error
 
 
-def _apply_recipe(parser: "OptionParser", path: Path) -> None:
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised in this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == PACKAGE
+
+
+def _apply_recipe(parser: OptionParser, path: Path) -> None:
     """Sets the parser's defaults from a YAML mapping; a key is the name of a flag, `model` and `model_name_or_path`
     alike."""
     recipe = read_recipe(path)
     os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
-    options = {name: action.dest for action in parser._actions for name in action.option_strings}
-    unknown = [key for key in recipe if f"--{key}" not in options]
+    options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
+    unknown = [key for key in recipe if f"--{key}" not in options or key in ("config", "help", "help_all")]
     if unknown:
-        raise ValueError(f"In the recipe {path}: {_misspelt(unknown, parser)}")
-    parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in recipe.items()})
+        raise ValueError(f"In the recipe {path}: {misspelt(unknown, parser)}")
+    given: dict[str, Any] = {}
+    for key, value in recipe.items():
+        action = options[f"--{key}"]
+        if action.dest in given:
+            raise ValueError(f"The recipe {path} gives `{action.dest}` twice, under two names; keep one of them.")
+        try:
+            given[action.dest] = recipe_value(action, value)
+        except ValueError as error:
+            raise ValueError(f"In the recipe {path}, `{key}` is {value!r}; {error}") from error
+    parser.set_defaults_with_config(**given)
 
 
-def _misspelt(unknown: list[str], parser: "OptionParser") -> str:
-    """Unknown options, each with the nearest one that there is."""
-    names = [name for action in parser._actions for name in parser.spellings(action)]
-    sentences = []
-    for word in unknown:
-        wanted = word.split("=")[0].lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(wanted, [name.lstrip("-") for name in names], n=1, cutoff=0.6)
-        meant = f"; did you mean `{'--' if word.startswith('-') else ''}{near[0]}`?" if near else "."
-        sentences.append(f"there is no option `{word.split('=')[0]}`{meant}")
-    return " ".join(sentences) + " `--help_all` lists every option."
+def recipe_value(action: argparse.Action, value: Any) -> Any:
+    """
+    A value of a recipe as the flag would have it: lists may be written in one line, and columns as a mapping.
+
+    Raises:
+        ValueError: for a value that the flag would refuse.
+    """
+    if action.nargs == "+" and isinstance(value, str):
+        return value.split()
+    if action.nargs == "+" and isinstance(value, dict):
+        return [f"{new}={old}" for new, old in value.items()]
+    if value is None and action.default is not None and action.type in (int, float):
+        raise ValueError("it must be a number.")
+    if value is None or action.nargs == "+":
+        return value
+    if action.choices and value not in action.choices:
+        raise ValueError(f"it must be one of {', '.join(map(str, action.choices))}.")
+    if action.type in (int, float):
+        try:
+            return action.type(str(value))
+        except ValueError:
+            kind = "a whole number" if action.type is int else "a number"
+            raise ValueError(f"it must be {kind}.") from None
+    return value
 
 
-def _follow_the_device(parser: "OptionParser", known: argparse.Namespace) -> None:
+def _follow_the_device(parser: OptionParser, known: argparse.Namespace) -> None:
     """Defaults that TRL and transformers would choose as if there were a GPU."""
     use_cpu = getattr(known, "use_cpu", False)
     if use_cpu or not torch.cuda.is_available():
@@ -163,85 +186,3 @@ def _find_deepspeed(values: argparse.Namespace) -> None:
     file = getattr(values, "deepspeed", None)
     if isinstance(file, str) and file.endswith(".json"):
         values.deepspeed = str(find_config(file, "deepspeed"))
-
-
-class OptionParser(TrlParser):
-    """`TrlParser` with its options grouped by topic, and the rare ones hidden from `--help`."""
-
-    def __init__(self, command: str, dataclasses: Iterable[type], **kwargs: Any):
-        self.command = command
-        self._hidden: dict[argparse.Action, str | None] = {}
-        self._headings: dict[str, Any] = {}
-        usage = "%(prog)s [options]"
-        prog = f"trl-ext {command}" if command else None
-        super().__init__(
-            list(dataclasses), formatter_class=_HelpFormatter, usage=usage, prog=prog, allow_abbrev=False, **kwargs
-        )
-        first = self._group(heading_of(command)) if command else self
-        first.add_argument(
-            "--config", metavar="FILE.yaml", help="Recipe: a YAML file of options, overridden by flags; a path, or an "
-            "installed one such as dpo/demo."
-        )  # fmt: skip
-        self.add_argument(
-            "--help_all", "--help-all", action="store_true", default=None, help="Show every option and exit."
-        )
-        if command:
-            names = ["config", *first_of(command)]
-            first._group_actions.sort(key=lambda action: names.index(action.dest))
-        self._action_groups.sort(key=lambda group: order(command, group.title or ""))
-
-    def show_all(self) -> None:
-        for action, text in self._hidden.items():
-            action.help = text
-
-    @staticmethod
-    def spellings(action: argparse.Action) -> list[str]:
-        """The names of an option, without argparse's second spelling with hyphens."""
-        return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
-
-    def _group(self, heading: str) -> Any:
-        if heading not in self._headings:
-            self._headings[heading] = self.add_argument_group(heading)
-        return self._headings[heading]
-
-    def _add_dataclass_arguments(self, dtype: type) -> None:
-        """As the parent does, by topic. A dataclass has the fields of its last base first, and so have the topics."""
-        hints, options = get_type_hints(dtype), [option for option in fields(dtype) if option.init]
-        owners = {o.name: next(c for c in dtype.__mro__ if o.name in inspect.get_annotations(c)) for o in options}
-        for owner in reversed(dtype.__mro__):
-            for option in options:
-                if owners[option.name] is owner:
-                    option.type = hints[option.name]
-                    heading, shown = topic_of(self.command, option.name, owner)
-                    self._add_option(self._group(heading), option, shown)
-
-    def _add_option(self, group: Any, option: Field, shown: bool) -> None:
-        known = len(group._group_actions)
-        self._parse_dataclass_field(group, option)
-        for action in group._group_actions[known:]:
-            # Some of the parents' texts hold a bare "%", which argparse would take for a format.
-            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
-            kind = getattr(action.type, "__name__", "")
-            action.metavar = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL"}.get(kind)
-            choices = "{" + ",".join(map(str, action.choices or [])) + "}"
-            if action.choices:
-                action.metavar = choices if len(choices) < WIDTH else "TEXT"  # of the optimizers there are forty
-            is_negation = action.option_strings[0].startswith("--no_")
-            if not shown or is_negation:
-                self._hidden[action], action.help = action.help, argparse.SUPPRESS
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """One name per option (`--max_steps INT`), though argparse knows its hyphens too, and no empty defaults."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=WIDTH)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, []) else action.help
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        value = "" if action.nargs == 0 else f" {self._format_args(action, str(action.metavar or 'VALUE'))}"
-        return ", ".join(OptionParser.spellings(action)) + value

@@ -40,9 +40,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Option names and values.
 
     Raises:
-        ValueError: when the file does not hold `option: value` lines.
+        ValueError: when the file is no YAML, or does not hold `option: value` lines.
     """
-    recipe = yaml.safe_load(path.read_text()) or {}
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {path} is no YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
     return recipe

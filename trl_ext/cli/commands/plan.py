@@ -12,6 +12,7 @@ override it. Sizes of memory are GiB, lengths tokens.
 """
 
 import argparse
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -21,46 +22,64 @@ from ...planner import CPU, GIB, GPUS, Assumptions, Hardware, Layout, ModelNames
 from ..data import DataArguments
 from ..models import ModelArguments
 from ..options import recipe_options, usage_errors
+from ..parser import CommandParser
 from ..recipes import find_config
 
 
+FIRST = "The 10 options that matter first"
+FIRST_OPTIONS = "from_config model trainer method gpu gpus zero_stage prompt response suggest".split()
+
+
+def argument_texts(docstring: str) -> dict[str, str]:
+    """What the section "Args" of a docstring says about each name; names may share a line."""
+    entries = re.findall(r"^        ([\w, `]+): ((?:.+\n)(?:            .+\n)*)", docstring, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in re.findall(r"\w+", names)}
+
+
+LAYOUT_TEXTS = argument_texts(Layout.__doc__ or "")
 CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-ext plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--from-config", metavar="RECIPE", help="A recipe of configs/ppo or configs/dpo.")
+def arguments() -> CommandParser:
+    parser = CommandParser("plan", __doc__)
+    parser.usage = "%(prog)s [options]"
+    groups = {FIRST: parser.add_argument_group(FIRST)}
+
+    def add(group: str, name: str, **options: Any) -> None:
+        heading = FIRST if name in FIRST_OPTIONS else group
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(f"--{name}", **options)
+
+    add("models", "from_config", metavar="RECIPE", help="A recipe of PPO or DPO: a path, or an installed one.")
     for name in ("model", "reward_model", "ref_model", "value_model"):
-        parser.add_argument(
-            f"--{name}", metavar="NAME", help="Its sizes; unset: the actor's, of the critic the reward's."
-        )
-    machine = parser.add_argument_group("hardware")
-    machine.add_argument("--gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
+        add("models", name, metavar="NAME", help="Its sizes; unset: the actor's, of the critic the reward's.")
+    add("hardware", "gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
     for name in ("gpu_memory", "host_memory"):
-        machine.add_argument(f"--{name}", type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, overriding.")
-    machine.add_argument("--gpus", type=int, default=1)
-    machine.add_argument("--gpus_per_node", type=int, default=8)
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--suggest", action="store_true", help="Search the layouts that fit.")
-    answers.add_argument("--scale", type=int, nargs="+", metavar="GPUS", help="The layout on these numbers of GPUs.")
-    answers.add_argument("--episodes", type=float, default=1e5, help="Responses or pairs that GPU-hours are for.")
-    answers.add_argument("--picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
-    shares = parser.add_argument_group("assumed shares of the hardware's speeds")
-    for field in fields(Assumptions):
-        shares.add_argument(f"--assume_{field.name}", type=float, default=field.default)
-    options = parser.add_argument_group("layout", "See `trl_ext.planner.Layout`.")
+        add("hardware", name, type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, overriding.")
+    add("hardware", "gpus", type=int, default=1, help="How many, on all machines.")
+    add("hardware", "gpus_per_node", type=int, default=8, help="GPUs of one machine.")
+    add("answers", "suggest", action="store_true", help="Search the layouts that fit.")
+    add("answers", "scale", type=int, nargs="+", metavar="GPUS", help="The layout on these numbers of GPUs.")
+    add("answers", "episodes", type=float, default=1e5, help="Responses or pairs that GPU-hours are for.")
+    add("answers", "picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
     for field in fields(Layout):
         default: Any = field.default if field.default is not MISSING else None
+        said = {"default": None, "help": f"{LAYOUT_TEXTS[field.name]} (default: {default})"}
         if isinstance(default, bool):
-            options.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=None)
+            add("layout", field.name, action=argparse.BooleanOptionalAction, **said)
         else:
             kind = float if isinstance(default, float) else type(default)
-            options.add_argument(f"--{field.name}", type=kind, default=None)
+            add("layout", field.name, type=kind, metavar=kind.__name__.upper(), **said)
+    for field in fields(Assumptions):
+        text = "Assumed share of what the hardware can do."
+        add(
+            "assumed shares of the hardware's speeds",
+            f"assume_{field.name}",
+            type=float,
+            default=field.default,
+            help=text,
+        )
     return parser
 
 
@@ -76,8 +95,7 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     flags = {f.name: getattr(given, f.name) for f in fields(Layout) if getattr(given, f.name) is not None}
     names = ModelNames(given.model or "smollm2-135m-instruct")
     if given.from_config:
-        with usage_errors():
-            recipe = find_config(given.from_config)
+        recipe = find_config(given.from_config)
         trainer = flags.get("trainer") or recipe.resolve().parent.name
         if trainer not in CONFIGS:
             raise SystemExit(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with --trainer.")
@@ -102,8 +120,8 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    given = arguments().parse_args(argv)
+def answer(given: argparse.Namespace) -> None:
+    """Prints what was asked for, and draws it."""
     machine = machine_of(given)
     names, layout = run_of(given, machine)
     assumed = Assumptions(**{f.name: getattr(given, f"assume_{f.name}") for f in fields(Assumptions)})
@@ -117,3 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         print("", planner.scale_table(planned, given.scale, assumed, given.episodes), sep="\n")
     if given.picture:
         planner.picture(planned, given.picture, assumed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = arguments().parse_args(argv)
+    with usage_errors():
+        answer(given)

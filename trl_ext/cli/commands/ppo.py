@@ -1,7 +1,7 @@
 """
 PPO with four models: actor, critic, frozen reward model, frozen reference.
 
-    trl-ext reward && trl-ext ppo                  # the embedded demo
+    trl-ext reward && trl-ext ppo                     # the embedded demo
     trl-ext ppo --critic head                         # a value head on the actor's trunk
     trl-ext ppo --config configs/ppo/documents.yaml   # the documents' loss to the letter
     trl-ext ppo --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
@@ -13,6 +13,7 @@ samples.md with completions before and after.
 """
 
 import json
+import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
-from ... import PPOConfigX, PPOTrainerX, ReportCallback, embedded
+from ... import PPOConfigX, PPOTrainerX, embedded
 from ...conversions import to_prompts
 from ...report import (
     PPO_LINE,
@@ -31,7 +32,7 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
-from ..closing import closing_lines, program
+from ..closing import closing_lines, program, report_callbacks, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
@@ -62,7 +63,9 @@ class PPOArguments(LaunchArguments, DataArguments):
         },
     )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
-    prompts_seed: int = field(default=0, metadata={"help": "Seed of the embedded split: reward.py's `pairs_seed`."})
+    prompts_seed: int = field(
+        default=0, metadata={"help": "Seed of the embedded split: `pairs_seed` of `trl-ext reward`."}
+    )
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
 
 
@@ -98,9 +101,10 @@ def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], 
     rise, half_width, kl = (
         after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
     )
+    interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
     print(
         f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
-        f"by {rise:.3f} ± {half_width:.3f} (95%). KL to the reference: {kl:.2f} nats per sequence."
+        f"by {rise:.3f}{interval}. KL to the reference: {kl:.2f} nats per sequence."
     )
 
 
@@ -108,17 +112,16 @@ def options(argv: list[str] | None = None) -> Options:
     return read("ppo", (PPOArguments, ModelArguments, PPOConfigX), __doc__, argv, DEMO, DEFAULTS)
 
 
-def closing(args: PPOConfigX, model: ModelArguments) -> str:
-    """A run of PPO is not resumed; another one starts from what it has left."""
+def closing(given: Options, args: PPOConfigX, model: ModelArguments) -> str:
+    """A run of PPO is not resumed; another one, with the same options, starts from what it has left."""
     others = {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
     if not model.use_peft:  # an adapter is no model to start from
         options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
         if args.critic == "model":
             options["value_model"] = f"{args.output_dir}/critic"
-        if args.reward_model_path is not None:
-            options["reward_model_path"] = args.reward_model_path
         flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-        others["next"] = f"{program('ppo')} {shlex.join(flags)}"
+        same = without(given.argv, *options, "model_name_or_path")
+        others["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"
     return closing_lines("ppo", args.output_dir, **others)
 
 
@@ -132,9 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         data, model, args = given.make()
         require_all(args)
     require_fit("ppo", data, model, args)
-    trainer = build(data, model, args)
+    with usage_errors():
+        trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
-    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    for callback in report_callbacks(data.source):
+        trainer.add_callback(callback)
     trainer.train()
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
@@ -144,4 +149,4 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
-        print(closing(args, model))
+        print(closing(given, args, model))

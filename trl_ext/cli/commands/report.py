@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 from ...report import read_run, write_report
+from ..options import usage_errors
+from ..parser import CommandParser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="trl-ext report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="where the page goes; the PNG lies beside it")
     parser.add_argument(
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     while True:
         try:
-            page = write_report(arguments.runs, arguments.output, refresh=arguments.watch)
+            with usage_errors():
+                page = write_report(arguments.runs, arguments.output, refresh=arguments.watch)
             runs = [read_run(folder) for folder in arguments.runs]
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None

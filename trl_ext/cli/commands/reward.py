@@ -14,20 +14,18 @@ pairs, and report.html with its picture. With --use_peft it gets the adapter wit
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import DatasetDict
 from transformers import AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from ... import ReportCallback, describe_reward_training, embedded, save_base_fingerprint
-from ...conversions import to_preference
+from ... import describe_reward_training, save_base_fingerprint
 from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
 from ...report import REWARD_LINE, use_brief_progress
-from ..closing import closing_lines, program
-from ..data import DataArguments, load_splits
+from ..closing import closing_lines, program, report_callbacks
+from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
@@ -39,18 +37,8 @@ DEFAULTS = {"logging_first_step": True}
 
 
 @dataclass
-class RewardArguments(LaunchArguments, DataArguments):
-    """The embedded pairs"""
-
-    min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
-    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
-
-
-def load(data: RewardArguments) -> DatasetDict:
-    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
-
-    return load_splits(data, pairs, to_preference)
+class RewardArguments(LaunchArguments, PairArguments):
+    """Options of a reward run"""
 
 
 def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
@@ -59,7 +47,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     if model.use_peft and model.lora_modules_to_save is None:
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-    splits = load(data)
+    splits = load_pairs(data)
     trainer = RewardTrainer(
         path,
         args,
@@ -96,16 +84,18 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         given = options(argv)
         if given.dry_run:
-            return dry_run("reward", given, load)
+            return dry_run("reward", given, load_pairs)
         if launches(given):
             return launch("reward", given)
         data, model, args = given.make()
         require_all(args)
     set_seed(args.seed)
-    trainer = build(data, model, args)
+    with usage_errors():
+        trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
     describe_reward_training(trainer)
-    trainer.add_callback(ReportCallback(facts={"data": data.source}))
+    for callback in report_callbacks(data.source):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -117,5 +107,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
-        judge = f"{program('ppo')} --reward_model_path {shlex.quote(args.output_dir)}"
-        print(closing_lines("reward", args.output_dir, given.argv, next=judge))
+        print(closing_lines("reward", args.output_dir, given.argv, next=for_ppo(data, model, args)))
+
+
+def for_ppo(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> str:
+    """PPO of the same model, against what was trained, on the prompts of the same data."""
+    options = {"model": model.model_name_or_path, "dataset_name": data.dataset_name}
+    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    flags += ["--columns", *data.columns] if data.columns else []
+    if model.use_peft:
+        flags += ["--use_peft", "--critic", "adapter", *(["--load_in_4bit"] if model.load_in_4bit else [])]
+    out = ["--output_dir", f"{args.output_dir}-ppo"] if data.dataset_name else []
+    return f"{program('ppo')} {shlex.join([*flags, '--reward_model_path', args.output_dir, *out])}"

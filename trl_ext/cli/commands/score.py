@@ -82,7 +82,8 @@ def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
-    scored = score(load(data), build(data, model))
+    with usage_errors():
+        scored = score(load(data), build(data, model))
     output = Path(data.output_file)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored), encoding="utf-8")
