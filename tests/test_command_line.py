@@ -670,3 +670,13 @@ def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys):
     assert len(tokenizer(answer)["input_ids"]) <= 1
     with pytest.raises(SystemExit, match="is a reward model: it scores text and writes none"):
         chat.main([str(paths["reward_model"])])
+
+
+def test_checkpoint_of_an_earlier_run_is_not_resumed(paths, tmp_path, capsys):
+    short = {"max_steps": 3, "per_device_train_batch_size": 4, "output_dir": tmp_path, "save_steps": 1}
+    main(["dpo", *run_of("dpo", paths, **short)])
+    assert "checkpoint-3" in last_lines(capsys.readouterr().out)[1]["resume"]
+    main(["dpo", *run_of("dpo", paths, **short | {"max_steps": 1, "beta": 0.3})])
+    assert shlex.split(last_lines(capsys.readouterr().out)[1]["resume"])[-1] == str(tmp_path / "checkpoint-1")
+    main(["dpo", *run_of("dpo", paths, **short | {"max_steps": 1, "save_strategy": "no"})])
+    assert "resume" not in last_lines(capsys.readouterr().out)[1]

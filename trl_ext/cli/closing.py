@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import ReportCallback
+from ..places import is_of_this_run
 
 
 def program(command: str) -> str:
@@ -30,12 +30,18 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str] | None =
     """
     page, quoted = Path(output) / "report.html", shlex.quote(str(output))
     lines = {"look": f"open {shlex.quote(str(page))}" if page.is_file() else f"trl-ext report {quoted}"}
-    checkpoint = None if argv is None else get_last_checkpoint(str(output))
-    if argv is not None and checkpoint is not None:
-        flags = without(argv, "resume_from_checkpoint")
-        lines["resume"] = f"{program(command)} {shlex.join([*flags, '--resume_from_checkpoint', checkpoint])}"
+    checkpoints = [] if argv is None else checkpoints_of(Path(output))
+    if argv is not None and checkpoints:
+        flags = [*without(argv, "resume_from_checkpoint"), "--resume_from_checkpoint", str(checkpoints[-1])]
+        lines["resume"] = f"{program(command)} {shlex.join(flags)}"
     lines |= others
     return "\n".join([f"Everything is in {output}", *(f"  {name:7} {text}" for name, text in lines.items())])
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """Those of the last run in the folder, by step."""
+    paths = [path for path in output.glob("checkpoint-*") if is_of_this_run(path, output)]
+    return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
 
 
 def without(argv: Sequence[str], *options: str) -> list[str]:

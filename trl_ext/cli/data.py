@@ -13,9 +13,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from .. import embedded
 from ..conversions import to_preference
 from ..formats import parse_columns
-
-
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from ..places import DATA_FILES
 
 
 @dataclass
@@ -125,7 +123,7 @@ def _load(args: DataArguments) -> DatasetDict:
         return get_dataset(DatasetMixtureConfig(args.datasets, args.streaming or args.dataset_streaming))
     name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
-    if path.is_file() or path.suffix.lower() in BUILDERS:
+    if path.is_file() or path.suffix.lower() in DATA_FILES:
         return load_dataset(_builder(path), data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
@@ -136,13 +134,13 @@ def _load(args: DataArguments) -> DatasetDict:
 def _builder(path: Path) -> str:
     """What `load_dataset` calls a file's kind; `ValueError` for a file that is not there, or is of another kind."""
     if not path.is_file():
-        names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in BUILDERS]
+        names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in DATA_FILES]
         near = difflib.get_close_matches(str(path), names, n=1, cutoff=0)
         meant = f" The nearest is {near[0]}." if near else ""
         raise ValueError(f"There is no file {path}.{meant}")
-    if path.suffix.lower() not in BUILDERS:
-        raise ValueError(f"{path} is of no kind that is known by its name; those are {', '.join(BUILDERS)}.")
-    return BUILDERS[path.suffix.lower()]
+    if path.suffix.lower() not in DATA_FILES:
+        raise ValueError(f"{path} is of no kind that is known by its name; those are {', '.join(DATA_FILES)}.")
+    return DATA_FILES[path.suffix.lower()]
 
 
 def _require_rows(rows: Any, name: str) -> None:
