@@ -710,13 +710,24 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, adapter):
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
-def test_steps_after_the_last_full_window_are_logged_once(tmp_path, evaluates):
-    """Also where the last step is evaluated, which leaves the model in evaluation mode."""
-    held_out = {"eval_dataset": dpo_runs.tiny_pairs(4, seed=2)} if evaluates else {}
-    options = {"eval_strategy": "steps", "eval_steps": 4} if evaluates else {}
-    each = dpo_runs.lines(dpo_runs.dpo_run(tmp_path / "each", max_steps=4))
-    trainer = dpo_runs.dpo_run(tmp_path, held_out, max_steps=4, logging_steps=3, **options)
+class StopAtAnEvaluation(TrainerCallback):
+    """As `EarlyStoppingCallback` does; the model is in evaluation mode then."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("ended_by", ["max_steps", "an evaluation of the last step", "a callback"])
+def test_steps_after_the_last_full_window_are_logged_once(tmp_path, ended_by):
+    models, options = {}, {"max_steps": 4, "lr_scheduler_type": "constant"}
+    each = dpo_runs.lines(dpo_runs.dpo_run(tmp_path / "each", **options))
+    if ended_by != "max_steps":
+        models["eval_dataset"] = dpo_runs.tiny_pairs(4, seed=2)
+        options |= {"eval_strategy": "steps", "eval_steps": 4}
+    if ended_by == "a callback":
+        models["callbacks"] = [StopAtAnEvaluation()]
+        options["max_steps"] = 8
+    trainer = dpo_runs.dpo_run(tmp_path, models, logging_steps=3, **options)
     log, lines = trainer.state.log_history, dpo_runs.lines(trainer)
     assert [line["step"] for line in lines] == [3, 4]
     assert lines[-1]["preference/pairs"] == 4
@@ -725,4 +736,7 @@ def test_steps_after_the_last_full_window_are_logged_once(tmp_path, evaluates):
         assert lines[-1][key] == pytest.approx(each[3][key], rel=1e-4), key
     assert "train_runtime" in log[-1]
     assert not log[-1].keys() & lines[-1].keys() - {"step", "epoch"}
-    assert sum("eval_loss" in line for line in log) == evaluates
+    evaluations = [line for line in log if "eval_loss" in line]
+    assert len(evaluations) == (ended_by != "max_steps")
+    if ended_by == "an evaluation of the last step":  # a checkpoint of that step has the line too
+        assert log.index(lines[-1]) < log.index(evaluations[0])
