@@ -23,6 +23,7 @@ from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_c
 from ... import describe_reward_training, save_base_fingerprint
 from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
+from ...last_line import LastLine
 from ...report import REWARD_LINE, use_brief_progress
 from ..closing import closing_lines, program, report_callbacks
 from ..data import PairArguments, load_pairs
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
     describe_reward_training(trainer)
-    for callback in report_callbacks(data.source):
+    for callback in (LastLine(), *report_callbacks(data.source)):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
