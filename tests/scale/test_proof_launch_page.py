@@ -87,7 +87,7 @@ def finish(*processes: subprocess.Popen, logs: list[Path]) -> list[str]:
     """What they have printed; none of them, nor what they have started, is left behind."""
     try:
         for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=300) == 0, log.read_text()[-6000:]
+            assert process.wait(timeout=900) == 0, log.read_text()[-6000:]
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
