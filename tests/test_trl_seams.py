@@ -79,19 +79,6 @@ def test_range_is_the_one_that_the_package_declares():
 # --- the hooks
 
 
-def test_documented_hooks_are_what_is_overridden_and_exist_in_grpo():
-    """A hook that TRL renames would silently be called no more."""
-    documented = set(re.findall(r"`(\w+)`", re.search(r"Overridden.*?\.\n\n", PPOTrainerX.__doc__, re.DOTALL)[0]))
-    overridden = {
-        name
-        for name, member in vars(PPOTrainerX).items()
-        if inspect.isfunction(member) and any(name in vars(base) for base in GRPOTrainer.__mro__)
-    }
-    assert documented <= overridden
-    undocumented = {"__init__", "train", "_set_signature_columns_if_needed", "_issue_warnings_after_load"}
-    assert overridden - documented == undocumented
-
-
 @pytest.mark.parametrize(
     "name", ["_tokenize_prompts", "_generate", "_calculate_rewards", "_generate_and_score_completions", "_save"]
 )
