@@ -390,7 +390,6 @@ def test_last_lines_of_ppo_go_on_from_actor_and_critic(paths, tmp_path, capsys):
     short = {"total_episodes": 4, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "output_dir": tmp_path / "1"}
     main(["ppo", *run_of("ppo", paths, **short)])
     _, lines = last_lines(capsys.readouterr().out)
-    assert "resume" not in lines
     words = shlex.split(lines["next"])
     assert words[:2] == ["trl-ext", "ppo"]
     again = dict(zip(words[2::2], words[3::2], strict=True))
@@ -402,6 +401,24 @@ def test_last_lines_of_ppo_go_on_from_actor_and_critic(paths, tmp_path, capsys):
     }
     main(words[1:])
     assert (tmp_path / "1-next" / "critic").is_dir()
+
+
+def test_last_lines_of_ppo_resume_it(paths, tmp_path, capsys):
+    """The second run ends where the first, longer one would have been; `next` does not resume."""
+    short = {"total_episodes": 4, "per_device_train_batch_size": 4, "output_dir": tmp_path, "save_steps": 2}
+    main(["ppo", *run_of("ppo", paths, **short)])
+    resume = shlex.split(last_lines(capsys.readouterr().out)[1]["resume"])
+    assert resume[:2] == ["trl-ext", "ppo"]
+    resume[resume.index("--total_episodes") + 1] = "8"
+    before = json.loads((tmp_path / "trainer_state.json").read_text())
+    main(resume[1:])
+    after = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert after["global_step"] == 2 * before["global_step"]
+    first, both = ([line["loss"] for line in s["log_history"] if "loss" in line] for s in (before, after))
+    assert both[: len(first)] == first
+    lines = last_lines(capsys.readouterr().out)[1]
+    assert "--resume_from_checkpoint" not in lines["next"]
+    assert lines["resume"].endswith(f"checkpoint-{after['global_step']}")
 
 
 def test_last_line_without_a_report_says_how_to_make_it(tmp_path):

@@ -207,13 +207,6 @@ def test_reward_processing_classes_must_match_the_sources(tmp_path):
         ppo_trainer(tmp_path, {"reward_funcs": [response_lengths], "reward_processing_classes": [None]})
 
 
-def test_resuming_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is not supported"):
-        ppo_trainer(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is not supported"):  # as a recipe or flag asks
-        ppo_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
-
-
 # --- at run time
 
 

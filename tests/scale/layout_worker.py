@@ -50,7 +50,6 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
             reward = trainer.reward_funcs[0].model
             measured["elements"]["reward"] = zero_runs.local_and_whole(reward)
             measured["elements"]["critic"] = zero_runs.local_and_whole(trainer.critic)
-            measured["refuses to resume"] = refuses_to_resume(trainer)
         if measured["wrapper"] == "DeepSpeedEngine":
             measured["stage"] = engine.zero_optimization_stage()
             measured["optimizer"] = type(engine.optimizer.optimizer).__name__
@@ -66,14 +65,6 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         if algorithm == "ppo" and "only" not in layout:
             measured["without kl"] = without_reference(folder, output, layout)
     return measured
-
-
-def refuses_to_resume(trainer: Any) -> bool:
-    try:
-        trainer.train(resume_from_checkpoint=True)
-    except ValueError as error:
-        return "`resume_from_checkpoint` is not supported" in str(error)
-    return False
 
 
 def without_reference(folder: Path, output: Path, layout: dict[str, Any]) -> list[str]:

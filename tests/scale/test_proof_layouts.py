@@ -165,11 +165,6 @@ def test_saved_adapter_is_the_trained_one_and_generates(measured, folder, name, 
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_ppo_refuses_to_resume_rather_than_restart_the_critic(measured, name):
-    assert measured[f"{name}, ppo"]["refuses to resume"]
-
-
-@pytest.mark.parametrize("name", STAGES)
 def test_reference_is_not_loaded_without_a_kl(measured, name):
     """Of four models given as paths, three are loaded."""
     assert measured[f"{name}, ppo"]["without kl"] == ["actor", "reward_model", "critic"]

@@ -201,8 +201,8 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Ten
 
 
 def restore_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Loads into `model` what `save_adapter` wrote."""
-    (name,) = model.peft_config
+    """Loads what was saved in `folder` into the adapter of `model` that is active."""
+    (name,) = model.active_adapters
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
 
 

@@ -1,8 +1,10 @@
 """The weights of the loss terms while a run goes on: fixed ones, and those of both KLs, which controllers move."""
 
 from dataclasses import fields
+from typing import Any
 
 from .config import PPOConfigX
+from .kl import FixedController
 from .losses import PPOCoefficients, option_of
 
 
@@ -43,3 +45,15 @@ class Coefficients:
             of_last_pass = self._old_kls[-self._args.num_mini_batches :]
             self._old_policy.update(sum(of_last_pass) / len(of_last_pass), episodes=self._args.batch_size)
         self._kl, self._old_kls = None, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen and where the controllers are, for a checkpoint."""
+        coefs = {"reference": self._reference.coef, "old_policy": self._old_policy.coef}
+        return {"coefs": coefs, "kl": self._kl, "old_kls": self._old_kls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there; a coefficient that nothing moves stays as the options have it."""
+        self._kl, self._old_kls = state["kl"], list(state["old_kls"])
+        for name, controller in (("reference", self._reference), ("old_policy", self._old_policy)):
+            if not isinstance(controller, FixedController):
+                controller.coef = state["coefs"][name]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -52,6 +53,13 @@ class HeldOut:
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
 
+    def state_dict(self) -> dict[tuple[str, int], Tensor]:
+        """The first scores of every set of prompts, for a checkpoint."""
+        return self._first_scores
+
+    def load_state_dict(self, state: dict[tuple[str, int], Tensor]) -> None:
+        self._first_scores = dict(state)
+
     @property
     def num_batches(self) -> int:
         """Batches of this evaluation that this rank has answered."""
@@ -66,7 +74,8 @@ class HeldOut:
 
     def metrics(self, prefix: str) -> dict[str, list[float]]:
         """Log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
-        scores, same_prompts = torch.cat(self._scores), (prefix, hash(tuple(self._prompts)))
+        # A checksum that another process, which goes on from a checkpoint, finds too.
+        scores, same_prompts = torch.cat(self._scores), (prefix, crc32(repr(self._prompts).encode()))
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)
         metrics = {f"reward/{key}": [value] for key, value in line.items()}

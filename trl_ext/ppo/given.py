@@ -14,15 +14,11 @@ from .adapter_checks import check_adapters
 from .config import PPOConfigX
 from .critic import check_value_checkpoint, check_value_model
 from .placement import check_placement
+from .resuming import find_checkpoint
 from .scorers import check_reward_checkpoint, check_reward_model
 
 
 Model: TypeAlias = PreTrainedModel | PeftModel | str
-
-NO_RESUME = (
-    "`resume_from_checkpoint` is not supported by PPOTrainerX: rollouts, controllers and reward moments are not in a "
-    "checkpoint. Start a new run from its actor and `critic/` (`value_model`)."
-)
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,9 @@ def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
     return args
 
 
-def refuse_resuming(checkpoint: Any) -> None:
-    if checkpoint:
-        raise ValueError(NO_RESUME)
-
-
 def check_given(args: PPOConfigX, given: Given) -> None:
     """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
-    refuse_resuming(args.resume_from_checkpoint)
+    find_checkpoint(args.resume_from_checkpoint, args)
     _check_presence(given)
     _check_identity(args, given)
     check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ class LossLedger:
         self._window.append(step)
         self._coefficients.append(asdict(coef))
         return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, for a checkpoint; one is written between optimizer steps."""
+        return {"window": self._window, "coefficients": self._coefficients}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._window, self._coefficients = list(state["window"]), list(state["coefficients"])
 
     def pop_window(self) -> dict[str, float]:
         """The log line of the optimizer steps since the last call; empty when none was taken."""

@@ -95,3 +95,9 @@ class RunningMoments:
         delta = mean - self.mean
         squares = self.count * self.variance + count * variance + delta**2 * self.count * count / total
         self.count, self.mean, self.variance = total, self.mean + delta * count / total, squares / total
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]

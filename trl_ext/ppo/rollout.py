@@ -98,8 +98,12 @@ class Rollout:
 
     def select(self, rows: Tensor) -> "Rollout":
         """The sequences at the indices `rows`."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[rows] for name, t in chosen.items() if t is not None})
+        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
     def split(self, size: int) -> list["Rollout"]:
         """Consecutive parts of at most `size` sequences."""

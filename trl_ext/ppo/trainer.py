@@ -38,7 +38,7 @@ from ..phases import Phases
 from ..pretrained import text_config
 from ..zero import is_stage3
 from . import critic as critic_module
-from .adapters import saving_one_adapter
+from .adapters import restore_adapter, saving_one_adapter
 from .assembly import choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
 from .card import ppo_training
 from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
@@ -48,11 +48,12 @@ from .display import batch_plan, print_samples
 from .evaluation import HeldOut, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, without_router_logits
-from .given import Given, Model, check_given, refuse_resuming, resolve_args
+from .given import Given, Model, check_given, resolve_args
 from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .metrics import LossLedger
 from .placement import send_to_host
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
+from .resuming import find_checkpoint, known_length, load_run, save_run
 from .rewards import RunningMoments, weighted_scores
 from .roles import Roles, load_roles, load_tokenizer
 from .rollout import MicroBatch, Rollout
@@ -68,11 +69,11 @@ class PPOTrainerX(GRPOTrainer):
 
     Generation (transformers, vLLM, tools, environments), reward functions, PEFT, quantisation, distribution, logging
     of completions and the loop itself are inherited. Overridden, in the order in which data flows: `create_optimizer`,
-    `train`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
-    `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
+    `train`, `_get_train_sampler`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches
+    redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
     `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`, `_push_from_checkpoint`,
-    `_load_best_model`, `_issue_warnings_after_load`, `create_model_card`.
+    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `_issue_warnings_after_load`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -207,6 +208,7 @@ class PPOTrainerX(GRPOTrainer):
         self._scores: Tensor | None = None
         self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
+        self._passes_over_data = 0
         self.phases.forget()
 
     def _set_up_rewards(self, num_sources: int) -> None:
@@ -252,15 +254,27 @@ class PPOTrainerX(GRPOTrainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        refuse_resuming(resume_from_checkpoint)
+        """
+        Trains; with `resume_from_checkpoint`, goes on from there: its folder, or `True` for the last one in
+        `output_dir`. Models, data and options are those that the run began with; what the checkpoint does not hold is
+        the state of a reward function, an environment or vLLM's random numbers.
+        """
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args)
         if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
             raise ValueError(
                 "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
             )
         self._start_run()
-        num_prompts = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        self.accelerator.print(batch_plan(self.args, num_prompts))
-        return super().train(**kwargs)
+        if checkpoint is not None:
+            load_run(self, checkpoint)
+        self.accelerator.print(batch_plan(self.args, known_length(self.train_dataset)))
+        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self._passes_over_data):
+            next(iter(sampler), None)  # every pass over the data draws its order when it begins
+        return sampler
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -640,6 +654,21 @@ class PPOTrainerX(GRPOTrainer):
             if self.args.hub_always_push or not is_busy:  # as the Trainer decides
                 shutil.copytree(critic, Path(self.args.output_dir) / critic_module.FOLDER, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random numbers, everything else that a run is made of on this rank."""
+        super()._save_rng_state(output_dir)
+        save_run(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The actor from its own files, the critic from its folder."""
+        if is_peft_model(self.model):  # the Trainer would take the critic's adapter for one of the actor's
+            name = self.model.active_adapter
+            folder = Path(resume_from_checkpoint)
+            restore_adapter(self.model, folder if name == "default" else folder / name)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        critic_module.restore(self.critic, Path(resume_from_checkpoint) / critic_module.FOLDER)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

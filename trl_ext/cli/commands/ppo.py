@@ -113,16 +113,16 @@ def options(argv: list[str] | None = None) -> Options:
 
 
 def closing(given: Options, args: PPOConfigX, model: ModelArguments) -> str:
-    """A run of PPO is not resumed; another one, with the same options, starts from what it has left."""
+    """How to look at the run, resume it, talk to the actor, and start another run from what this one has left."""
     others = {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
     if not model.use_peft:  # an adapter is no model to start from
         options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
         if args.critic == "model":
             options["value_model"] = f"{args.output_dir}/critic"
         flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-        same = without(given.argv, *options, "model_name_or_path")
+        same = without(given.argv, *options, "model_name_or_path", "resume_from_checkpoint")
         others["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"
-    return closing_lines("ppo", args.output_dir, **others)
+    return closing_lines("ppo", args.output_dir, given.argv, **others)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     use_brief_progress(trainer, PPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()

@@ -1,0 +1,274 @@
+"""A run that stopped and goes on from a checkpoint is the run that never stopped, to the last bit."""
+
+import functools
+import math
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from datasets import IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
+
+import tiny
+from ppo_runs import logged, ppo_trainer, snapshot
+from trl_ext import PPOTrainerX
+from trl_ext.ppo import critic
+from trl_ext.ppo.coefficients import Coefficients
+from trl_ext.ppo.evaluation import HeldOut
+from trl_ext.ppo.metrics import LossLedger
+from trl_ext.ppo.rewards import RunningMoments
+
+
+# Two passes over 8 prompts in rollouts of 4, each learned from in 4 steps: 16 steps. Checkpoints lie within a learning
+# pass, between two of them, between rollouts and between passes over the data, and mostly within a logging window.
+STEPS = (3, 4, 5, 6, 8, 13)
+OPTIONS = {
+    "num_train_epochs": 2,
+    "num_mini_batches": 2,
+    "logging_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "normalize_rewards": True,
+    "kl_controller": "band",
+    "kl_band": (1e-4, 2e-4),
+    "old_kl_coef": 0.5,
+    "old_kl_target": 1e-3,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "eval_on_start": True,
+    "per_device_eval_batch_size": 2,
+    "num_sample_generations": 0,
+    "log_completions": True,
+    "num_completions_to_print": 0,
+    "optim": "adamw_torch",
+}
+# What a clock says, and the Trainer's loss over the steps of this call.
+OWN = ("time", "memory", "per_second", "train_loss")
+
+
+def stream():
+    return IterableDataset.from_generator(lambda: iter(tiny.tiny_prompts(8)))
+
+
+def start_adapter(name):
+    torch.manual_seed(1)
+    adapter = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(tiny.tiny_actor(), adapter, adapter_name=name)
+
+
+def new_adapter():
+    return {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
+
+
+# Name -> models and options.
+KINDS = {
+    "critic of its own": (dict, {}),
+    "value head": (dict, {"critic": "head"}),
+    "adapter": (new_adapter, {}),
+    "two adapters": (new_adapter, {"critic": "adapter"}),
+    "adapter to start from": (lambda: {"model": start_adapter("default")}, {"critic": "adapter"}),
+    "adapter of another name": (lambda: {"model": start_adapter("mine")}, {}),
+    "KL in the reward": (dict, {"kl_placement": "reward", "whiten_rewards": True}),
+    "exact KL, old log-probabilities of the first pass": (
+        dict,
+        {"kl_estimator": "full", "num_mini_batches": 1, "num_ppo_epochs": 4},
+    ),
+    "early stop": (dict, {"target_kl": 1e-4, "learning_rate": 1e-2}),
+    "warm-up of the critic": (dict, {"critic_warmup_steps": 4}),
+    "stream": (lambda: {"train_dataset": stream()}, {"max_steps": 8}),
+}
+
+
+CASES = [("critic of its own", step) for step in STEPS]
+CASES += [(kind, step) for kind in list(KINDS)[1:] for step in ((6, 13) if kind != "stream" else (6,))]
+
+
+class SaveAt(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+def trainer_of(folder, kind="critic of its own", **options):
+    """A run that saves at `STEPS`, as any process would begin it."""
+    torch.manual_seed(0)
+    models, others = KINDS[kind]
+    given = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    given |= {"callbacks": [SaveAt(STEPS)]} | models()
+    return ppo_trainer(folder, given, **(OPTIONS | others | options))
+
+
+def lines(trainer, after=0):
+    """Log lines of the steps after this one, without what is a call's own; of a step's evaluations the last."""
+    return {
+        (line["step"], "eval_reward/score" in line): {
+            name: value for name, value in line.items() if not any(part in name for part in OWN)
+        }
+        for line in trainer.state.log_history
+        if line["step"] > after
+    }
+
+
+def require_equal(first, second):
+    """Equal to the last bit; nan is nan."""
+    assert first.keys() == second.keys()
+    for key, line in first.items():
+        assert line.keys() == second[key].keys()
+        for name, value in line.items():
+            other = second[key][name]
+            assert value == other or (math.isnan(value) and math.isnan(other)), (key, name, value, other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Of a kind, the run that never stopped: its folder with the checkpoints, its log and its weights."""
+
+    @functools.cache
+    def of(kind="critic of its own"):
+        folder = tmp_path_factory.mktemp("whole")
+        trainer = trainer_of(folder, kind)
+        trainer.train()
+        return folder, lines(trainer), snapshot(trainer.model)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The folder of a run that stopped after a checkpoint."""
+    folder = tmp_path_factory.mktemp("plain")
+    trainer_of(folder, max_steps=6).train()
+    return folder
+
+
+# --- the run that goes on
+
+
+@pytest.mark.parametrize("kind, step", CASES)
+def test_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind, step):
+    folder, expected, weights = whole(kind)
+    trainer = trainer_of(tmp_path, kind)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_completions_of_the_rollout_in_hand_are_shown_after_it(tmp_path):
+    options = {"eval_strategy": "no", "eval_on_start": False, "max_steps": 6}
+    trainer_of(tmp_path, **options).train()
+    table = tmp_path / "completions" / "completions_00006.parquet"
+    expected = pandas.read_parquet(table)
+    assert len(expected) == 4
+    table.unlink()
+    trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    pandas.testing.assert_frame_equal(pandas.read_parquet(table), expected)
+
+
+def test_rise_is_still_from_the_first_evaluation(plain, tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    scores, rises = logged(trainer, "eval_reward/score"), logged(trainer, "eval_reward/rise")
+    assert len(set(scores)) > 1
+    assert rises == pytest.approx([score - scores[0] for score in scores[-len(rises) :]], abs=1e-6)
+
+
+def test_true_takes_the_last_checkpoint(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
+    trainer = trainer_of(tmp_path / "run", max_steps=8)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    assert [step for step, _ in lines(trainer, after=6)] == [8, 8]
+
+
+def test_run_can_be_made_longer(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=12)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    assert trainer.state.global_step == 12
+
+
+def nothing(*args):
+    """What a part of the state that is forgotten does."""
+
+
+@pytest.mark.parametrize(
+    "part, name, instead, step",
+    [
+        *((part, "load_state_dict", nothing, 5) for part in (Coefficients, RunningMoments, HeldOut, LossLedger)),
+        (critic, "restore", nothing, 8),
+        (PPOTrainerX, "_get_train_sampler", GRPOTrainer._get_train_sampler, 8),
+        (PPOTrainerX, "_load_rng_state", nothing, 8),
+    ],
+)
+def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, name, instead, step):
+    """Without it, the run that goes on is another one."""
+    folder, expected, _ = whole()
+    monkeypatch.setattr(part, name, instead)
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    with pytest.raises(AssertionError):
+        require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
+
+
+def test_stream_that_has_begun_again_says_that_its_place_is_lost(tmp_path, caplog):
+    options = {"max_steps": 13, "eval_strategy": "no", "eval_on_start": False}
+    trainer_of(tmp_path, "stream", **options).train()
+    trainer_of(tmp_path, "stream", **options | {"max_steps": 14}).train(resume_from_checkpoint=True)
+    assert "The prompts are a stream, which the run had begun to read again" in caplog.text
+
+
+# --- what cannot go on
+
+
+def test_folder_without_checkpoints(tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ValueError, match=f"There is no checkpoint to resume from in {tmp_path}"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("absent", ["ppo_state.pt", "trainer_state.json"])
+def test_checkpoint_that_was_cut_off(plain, tmp_path, absent):
+    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / absent).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-6: it has no {absent}\. It was cut off"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_is_looked_at_before_models_are_loaded(tmp_path):
+    """As a recipe or a flag names it."""
+    with pytest.raises(ValueError, match=r"checkpoint-7: it has no trainer_state\.json, ppo_state\.pt"):
+        trainer_of(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gradient_accumulation_steps": 4}, "had batch_size=4; this one has batch_size=8"),
+        ({"num_ppo_epochs": 1, "seed": 7}, "had num_ppo_epochs=2, seed=42; this one has num_ppo_epochs=1, seed=7"),
+    ],
+)
+def test_run_with_other_rollouts(plain, tmp_path, options, message):
+    trainer = trainer_of(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+
+
+def test_run_on_other_prompts(plain, tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train_dataset = trainer.train_dataset.select(range(6))
+    with pytest.raises(ValueError, match="had prompts=8; this one has prompts=6"):
+        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+
+
+def test_checkpoint_without_an_optimizer(tmp_path):
+    trainer_of(tmp_path, max_steps=6, save_only_model=True).train()
+    assert not list(Path(get_last_checkpoint(tmp_path)).glob("ppo_state*"))
+    with pytest.raises(ValueError, match="`save_only_model`"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,58 @@
+"""PPO resumed in two processes on the CPU is the run that never stopped: DDP and real DeepSpeed, whole and LoRA."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import two_processes
+from scale import zero_runs
+
+
+# accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.
+pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
+
+DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload", "ppo_33b_4x80g")
+BY_JSON = {
+    f"{name}.json": {
+        "environment": {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "options": {"deepspeed": f"configs/deepspeed/{name}.json"},
+    }
+    for name in DEEPSPEED
+}
+PLAIN = {"environment": {}, "options": {}}
+TWO_ADAPTERS = {"adapter": True, "options": {"critic": "adapter"}}
+LAYOUTS = {
+    "DDP": PLAIN,
+    "DDP, LoRA": PLAIN | {"adapter": True},
+    "DDP, two adapters": PLAIN | TWO_ADAPTERS,
+    "DDP, value head": PLAIN | {"options": {"critic": "head"}},
+    **BY_JSON,
+    "zero2.json, LoRA": BY_JSON["zero2.json"] | {"adapter": True},
+    "zero3.json, LoRA": BY_JSON["zero3.json"] | {"adapter": True},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resuming")
+    zero_runs.save(folder)
+    (folder / "layouts.json").write_text(json.dumps(LAYOUTS))
+    worker = Path(zero_runs.__file__).with_name("resume_worker.py")
+    arguments = (worker, folder / "measured.pt", folder / "layouts.json")
+    return two_processes.measured(*arguments, deepspeed=True, timeout=900)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_run_is_the_run_that_never_stopped(measured, name):
+    whole, resumed = measured[name]["whole"], measured[name]["resumed"]
+    assert whole["wrapper"] == ("DeepSpeedEngine" if "json" in name else "DistributedDataParallel")
+    assert len(whole["lines"]) == 3
+    assert all(math.isfinite(value) for line in whole["lines"] for value in line.values())
+    pairs = zip(whole["lines"], resumed["lines"], strict=True)
+    differences = [abs(value - other[key]) for line, other in pairs for key, value in line.items()]
+    largest = max((weight - resumed["weights"][key]).abs().max().item() for key, weight in whole["weights"].items())
+    print(f"{name}: largest difference {max(differences):.1e} in the log, {largest:.1e} in the weights")
+    assert max(differences) <= 1e-6
+    assert largest <= 1e-6
