@@ -36,7 +36,7 @@ ELSEWHERE = {
     "pip install .": "the tests run on an installed package",
     'pip install ".[demo]"': "tests/test_wheel.py installs the wheel in an empty environment",
     "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
-        "tests/test_command_line.py starts two processes"
+        "tests/cli/test_launch.py starts two processes"
     ),
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode '
     "processed_logprobs": "needs vLLM and a GPU; tests/ppo/test_vllm.py has a server of its own",

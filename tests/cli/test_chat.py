@@ -1,0 +1,67 @@
+"""`trl-ext chat` answers as the model generates."""
+
+import pytest
+
+import tiny
+from trl_ext.cli.commands import chat
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def talk(monkeypatch, capsys, model, *said, options=()):
+    answers = iter([*said, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    chat.main([str(model), "--max_new_tokens", "5", *options])
+    return capsys.readouterr().out
+
+
+def test_chat_answers_as_the_model_generates(paths, monkeypatch, capsys):
+    model, tokenizer = tiny.tiny_actor().eval(), tiny.tiny_tokenizer()
+    assert tokenizer.chat_template
+    said = [{"role": "user", "content": "good film"}]
+    batch = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**batch, max_new_tokens=5, do_sample=False)[0, batch["input_ids"].size(1) :]
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert expected.strip()
+    assert expected in talk(monkeypatch, capsys, paths["actor"], "good film")
+
+
+def test_chat_remembers_until_it_starts_over(paths, monkeypatch, capsys):
+    asked, real = [], chat.pipeline
+    monkeypatch.setattr(chat, "pipeline", lambda *a, **k: Spy(real(*a, **k), asked))
+    talk(monkeypatch, capsys, paths["actor"], "one", "two", "/new", "three", options=["--system", "be brief"])
+    roles = [[message["role"] for message in messages] for messages in asked]
+    assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+    assert asked[2][1]["content"] == "three"
+
+
+class Spy:
+    """A pipeline that writes down what it is asked."""
+
+    def __init__(self, writer, asked):
+        self.writer, self.asked, self.model = writer, asked, writer.model
+
+    def __call__(self, messages, **options):
+        self.asked.append(list(messages))
+        return self.writer(messages, **options)
+
+
+def test_chat_needs_a_model(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no model: there is no config\.json and no adapter_config\.json"):
+        chat.main([str(tmp_path)])
+
+
+def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys):
+    model, tokenizer = tiny.tiny_actor(), tiny.tiny_tokenizer()
+    model.generation_config.eos_token_id = list(range(3, 64))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked, real = [], chat.pipeline
+    monkeypatch.setattr(chat, "pipeline", lambda *a, **k: Spy(real(*a, **k), asked))
+    talk(monkeypatch, capsys, tmp_path, "one", "two")
+    answer = asked[1][1]["content"]
+    assert len(tokenizer(answer)["input_ids"]) <= 1
+    with pytest.raises(SystemExit, match="is a reward model: it scores text and writes none"):
+        chat.main([str(paths["reward_model"])])

@@ -1,0 +1,160 @@
+"""Rows of the embedded data, of files, folders and mixtures: split, mapped and checked."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from cli_runs import error_of, plan_line, run_of, toy_run
+from trl_ext.cli.data import DataArguments, PairArguments, load_pairs, load_rows, load_splits
+from trl_ext.cli.main import main
+from trl_ext.conversions import to_prompts
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def no_embedded(*_):
+    raise AssertionError("the embedded data were asked for")
+
+
+@pytest.fixture
+def rows():
+    return Dataset.from_dict({"prompt": [f"p{i}" for i in range(20)]})
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    getattr(rows, f"to_{kind.removesuffix('l')}")(str(path))
+    splits = load_splits(DataArguments(dataset_name=str(path)), no_embedded, to_prompts)
+    assert (len(splits["train"]), len(splits["test"])) == (18, 2)
+    assert sorted([*splits["train"]["prompt"], *splits["test"]["prompt"]]) == sorted(rows["prompt"])
+
+
+def test_a_saved_folder_is_loaded_with_its_splits(rows, tmp_path):
+    DatasetDict(train=rows, test=rows.select([3])).save_to_disk(str(tmp_path / "both"))
+    rows.save_to_disk(str(tmp_path / "one"))
+    both = load_splits(
+        DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99), no_embedded, to_prompts
+    )
+    assert (both["train"]["prompt"], both["test"]["prompt"]) == ([f"p{i}" for i in range(5)], ["p3"])
+    assert len(load_splits(DataArguments(dataset_name=str(tmp_path / "one")), no_embedded, to_prompts)["test"]) == 2
+
+
+def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
+    DatasetDict(training=rows).save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(ValueError, match=r"no split 'train' but \['training'\]"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded, to_prompts)
+
+
+def test_embedded_data_get_the_sizes(rows):
+    def embedded(train_size, test_size):
+        return DatasetDict(train=rows.select(range(train_size)), test=rows.select(range(test_size)))
+
+    splits = load_splits(DataArguments(train_size=3, test_size=2), embedded, to_prompts)
+    assert (len(splits["train"]), len(splits["test"])) == (3, 2)
+
+
+def test_a_stream_holds_out_its_first_rows(rows, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    rows.to_json(path)
+    args = DataArguments(dataset_name=path, dataset_streaming=True, test_size=2, train_size=3)
+    splits = load_splits(args, no_embedded, to_prompts)
+    assert [row["prompt"] for row in splits["test"]] == ["p0", "p1"]
+    assert [row["prompt"] for row in splits["train"]] == ["p2", "p3", "p4"]
+    with pytest.raises(ValueError, match=r"no split 'test' was found: give `--test_size`"):
+        load_splits(DataArguments(dataset_name=path, streaming=True), no_embedded, to_prompts)
+
+
+def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, demo):
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    for file in files:
+        rows.to_json(file)
+    lines = "".join(f"  - {{path: json, data_files: {file}}}\n" for file in files)
+    _, data, *_ = toy_run(["--config", recipe(f"datasets:\n{lines}test_split_size: 0.25\n")], demo)
+    splits = load_splits(data, no_embedded, to_prompts)
+    assert (len(splits["train"]), len(splits["test"])) == (30, 10)
+    again = load_splits(data, no_embedded, to_prompts)
+    assert splits["test"]["prompt"] == again["test"]["prompt"]  # as on another rank
+    assert toy_run(["--datasets", "mine"], demo)[3].output_dir != "from-demo"
+
+
+def test_rows_to_score_are_those_of_the_test_split_or_all(rows, tmp_path):
+    rows = rows.add_column("chosen", ["yes"] * 20).add_column("rejected", ["no"] * 20)
+    rows.to_json(str(tmp_path / "rows.jsonl"))
+    DatasetDict(train=rows, test=rows.select([3, 4])).save_to_disk(str(tmp_path / "both"))
+    assert len(load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))) == 20
+    assert load_rows(DataArguments(dataset_name=str(tmp_path / "both"), test_size=1))["prompt"] == ["p3"]
+    with pytest.raises(ValueError, match=r"no split 'held' but \['train', 'test'\]"):
+        load_rows(
+            DataArguments(dataset_name=str(tmp_path / "both"), dataset_test_split="held", dataset_train_split="t")
+        )
+
+
+def test_columns_of_other_names_are_mapped_by_the_flag_that_the_error_gives(paths, tmp_path, capsys):
+    rows = [
+        {"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]}
+        for row in map(json.loads, Path(paths["pairs"]).read_text().splitlines())
+    ]
+    Dataset.from_list(rows).to_json(str(tmp_path / "other.jsonl"))
+    words = ["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "other.jsonl")}, output_dir=tmp_path), "--dry_run"]
+    said = error_of(words, capsys)
+    flag = re.search(r"`(--columns prompt=question chosen=good rejected=bad)`", said).group(1)
+    main([*words, *flag.split()])
+    mapped = capsys.readouterr().out
+    main(["dpo", *run_of("dpo", paths, output_dir=tmp_path), "--dry_run"])
+    assert mapped == capsys.readouterr().out
+
+
+def test_answers_with_labels_become_pairs_and_pairs_become_prompts(paths, tmp_path, capsys):
+    rows = [
+        {"prompt": f"good {i}", "completion": answer, "label": label}
+        for i in range(20)
+        for answer, label in ((" film", True), (" cat", False))
+    ]
+    Dataset.from_list(rows).to_json(str(tmp_path / "thumbs.jsonl"))
+    main(["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "thumbs.jsonl")}, output_dir=tmp_path), "--dry_run"])
+    assert "over 18 pairs" in plan_line(capsys.readouterr().out)  # two of twenty are held out
+    main(["ppo", *run_of("ppo", paths | {"prompts": paths["pairs"]}, output_dir=tmp_path), "--dry_run"])
+    assert "The first prompt" in capsys.readouterr().out
+
+
+def test_rows_of_one_prompt_are_held_out_together(paths, tmp_path):
+    """Else a held-out prompt would be one that was trained on."""
+    rows = [{"prompt": f"good {i}", "chosen": f" film {k}", "rejected": " cat"} for i in range(30) for k in range(3)]
+    Dataset.from_list(rows).to_json(str(tmp_path / "pairs.jsonl"))
+    splits = load_pairs(PairArguments(dataset_name=str(tmp_path / "pairs.jsonl")))
+    train, test = set(splits["train"]["prompt"]), set(splits["test"]["prompt"])
+    assert (len(train), len(test), train & test) == (27, 3, set())
+    assert (len(splits["train"]), len(splits["test"])) == (81, 9)
+    few = [{"prompt": f"good {i % 3}", "chosen": f" film {i}", "rejected": " cat"} for i in range(30)]
+    Dataset.from_list(few).to_json(str(tmp_path / "few.jsonl"))
+    splits = load_pairs(PairArguments(dataset_name=str(tmp_path / "few.jsonl")))
+    assert (len(splits["train"]), len(splits["test"])) == (27, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nosuch.jsonl", None, r"There is no file .*nosuch\.jsonl\. The nearest is .*pairs\.jsonl"),
+        ("pairs.tsv", "a\tb\n", r"pairs\.tsv is of no kind that is known by its name; those are \.json, \.jsonl"),
+        ("one.jsonl", '{"chosen": "a", "rejected": "b"}\n', "There is one row, and it takes two at least"),
+    ],
+)
+def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, paths, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    words = run_of("dpo", paths | {"pairs": str(tmp_path / name)}, output_dir=tmp_path)
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        main(["dpo", *words])
+
+
+def test_names_of_files_may_be_in_capitals(paths, tmp_path, capsys):
+    (tmp_path / "PAIRS.JSONL").write_text(Path(paths["pairs"]).read_text())
+    main(["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "PAIRS.JSONL")}, output_dir=tmp_path), "--dry_run"])
+    assert "over 36 pairs" in plan_line(capsys.readouterr().out)

@@ -1,0 +1,111 @@
+"""`--dry_run`: the batch plan, the memory plan and the sample are those of the run."""
+
+import re
+
+import pytest
+from trl import RewardTrainer
+
+from cli_runs import RECIPES, plan_line, run_of
+from commands import command
+from trl_ext import DPOTrainerX, PPOTrainerX
+from trl_ext.cli.main import main
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def dry(name, paths, capsys, *more, **options):
+    main([name, *run_of(name, paths, **options), "--dry_run", *more])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = path.parent.name
+    paths = paths | {"actor": paths["long"], "prompts": paths["many"], "reward_model": "outputs/not-there"}
+    recipe = ["--config", f"{name}/{path.stem}", "--gpu", "a100-80gb", "--nproc", "4"]
+    targets = ["--lora_target_modules", "all-linear"]  # one recipe names layers that the tiny model has not
+    text = dry(name, paths, capsys, *recipe, *targets, output_dir="out")
+    assert "× 4 process(es)" in plan_line(text)
+    assert ("It fits" in text) == (name != "reward")
+    assert "This was a dry run" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_train_epochs": 2.5, "gradient_accumulation_steps": 3}, {"max_steps": 7}], ids=str
+)
+def test_dry_run_of_dpo_counts_the_steps_of_the_trainer(options, paths, tmp_path, capsys):
+    options |= {"per_device_train_batch_size": 4, "output_dir": tmp_path}
+    steps = re.search(r"; (\d+) optimizer steps over 36 pairs", plan_line(dry("dpo", paths, capsys, **options)))
+    body = command("dpo")
+    trainer = body.build(*body.options(run_of("dpo", paths, **options, save_strategy="no", eval_strategy="no")).make())
+    trainer.train()
+    assert int(steps.group(1)) == trainer.state.max_steps
+
+
+def test_dry_run_of_ppo_prints_the_trainers_plan(paths, tmp_path, capsys):
+    options = {"per_device_train_batch_size": 4, "total_episodes": 24, "output_dir": tmp_path}
+    line = plan_line(dry("ppo", paths, capsys, **options))
+    body = command("ppo")
+    body.build(*body.options(run_of("ppo", paths, **options)).make()).train()
+    assert line in capsys.readouterr().out
+
+
+def sample_of(text, part):
+    """Token ids of a part of the sample."""
+    match = re.search(rf"^  {part} +(\d+) tokens  (.*)\n +([\d ]+)$", text, flags=re.MULTILINE)
+    ids = [int(word) for word in match.group(3).split()]
+    assert int(match.group(1)) == len(ids)
+    return ids
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dpo", DPOTrainerX), ("reward", RewardTrainer)])
+def test_sample_of_a_dry_run_is_what_the_trainer_trains_on(name, kind, paths, tmp_path, capsys):
+    options = {"output_dir": tmp_path, "max_length": 32}
+    text = dry(name, paths, capsys, **options)
+    body = command(name)
+    trainer = body.build(*body.options(run_of(name, paths, **options)).make())
+    assert isinstance(trainer, kind)
+    first = trainer.train_dataset[0]
+    parts = [column.removesuffix("_ids") for column in first if column.endswith("_ids")]
+    assert set(parts) >= {"chosen", "rejected"}
+    for part in parts:
+        assert sample_of(text, part) == list(first[f"{part}_ids"])
+
+
+def test_prompt_of_a_dry_run_is_what_the_actor_reads(paths, tmp_path, capsys):
+    text = dry("ppo", paths, capsys, output_dir=tmp_path)
+    body = command("ppo")
+    trainer = body.build(*body.options(run_of("ppo", paths, output_dir=tmp_path)).make())
+    assert isinstance(trainer, PPOTrainerX)
+    (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
+    assert sample_of(text, "prompt") == list(ids)
+
+
+def test_pair_that_is_too_long_is_named_in_a_dry_run(paths, tmp_path, capsys):
+    text = dry("reward", paths, capsys, output_dir=tmp_path, max_length=2)
+    assert "The first pair is left out: it is longer than `max_length=2`." in text
+
+
+def test_dry_run_without_a_gpu_plans_for_this_machine(paths, tmp_path, capsys):
+    assert "GiB on the process" in dry("dpo", paths, capsys, output_dir=tmp_path)
+    with pytest.raises(SystemExit, match="'gtx' is no GPU of the table"):
+        dry("dpo", paths, capsys, output_dir=tmp_path, gpu="gtx")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"per_device_train_batch_size": 64}, "has 36 prompts and a rollout takes 64"),
+        ({"reward_model_path": "outputs/none", "nproc": 0}, "`--nproc` is 0; it must be at least 1"),
+        ({"response_length": 4000}, "does not fit the model's context"),
+    ],
+)
+def test_dry_run_refuses_what_the_trainer_would(options, said, paths, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        dry("ppo", paths, capsys, output_dir=tmp_path, **options)
+    with pytest.raises(SystemExit, match="error: There is no reward at all"):
+        main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--dry_run"])

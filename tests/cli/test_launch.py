@@ -1,0 +1,71 @@
+"""How a command starts itself on several processes, and how it does not."""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+
+import two_processes
+from cli_runs import run_of
+from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
+from trl_ext.cli.options import read
+from trl_ext.cli.recipes import INSTALLED
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def asked(*words):
+    return read("", (LaunchArguments,), "", list(words))
+
+
+def test_flags_of_accelerate_are_those_that_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = INSTALLED / "accelerate"
+    assert accelerate_flags(asked("--nproc", "3")) == [
+        *("--config_file", str(configs / "ddp.yaml")),
+        *("--num_processes", "3"),
+    ]
+    words = ("--accelerate_config", "zero3_2nodes", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    assert accelerate_flags(asked(*words)) == [
+        *("--config_file", str(configs / "zero3_2nodes.yaml")),
+        *("--deepspeed_config_file", str(INSTALLED / "deepspeed" / "zero3.json")),
+        *("--machine_rank", "1", "--main_process_ip", "10.0.0.1"),
+    ]
+
+
+def test_a_file_of_one_process_is_not_for_several():
+    with pytest.raises(ValueError, match="starts one process, and `--nproc 2` asks for more"):
+        accelerate_flags(asked("--nproc", "2", "--accelerate_config", "single"))
+
+
+def test_command_launches_once(monkeypatch):
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert not launches(asked())
+    assert launches(asked("--nproc", "2"))
+    assert launches(asked("--accelerate_config", "zero3"))
+    with pytest.raises(ValueError, match="give `--accelerate_config` too"):
+        launches(asked("--machine_rank", "0"))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not launches(asked("--nproc", "2"))
+
+
+def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"has started 2 processes, and this one sees 1.*add `--use_cpu`"):
+        require_all(Namespace(world_size=1))
+    require_all(Namespace(world_size=2))
+
+
+@pytest.mark.distributed
+def test_nproc_starts_processes_that_train_one_model(paths, tmp_path):
+    short = {"max_steps": 1, "per_device_train_batch_size": 2, "output_dir": tmp_path / "out", "nproc": 2}
+    done = two_processes.run("-m", "trl_ext.cli", "dpo", *run_of("dpo", paths, **short), launch=(sys.executable,))
+    assert done.stdout.count("Everything is in") == 1
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["facts"]["hardware"] == "2 × CPU"

@@ -1,0 +1,77 @@
+"""`trl-ext` itself: its commands, the scripts that are the same, what ends a command in one sentence."""
+
+import sys
+import warnings
+
+import pytest
+
+from cli_runs import error_of, run_of
+from commands import ROOT, command
+from trl_ext import __version__
+from trl_ext.cli import closing
+from trl_ext.cli.main import COMMANDS, leave_out_noise, main
+from trl_ext.cli.options import usage_errors
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def test_usage_names_every_command_and_every_command_has_its_module(capsys):
+    main([])
+    without = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == without
+    for name in COMMANDS:
+        assert f"trl-ext {name} " in without
+        assert callable(command(name).main)
+    bodies = {path.stem for path in (ROOT / "trl_ext/cli/commands").glob("*.py")} - {"__init__"}
+    assert bodies == set(COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"trl-ext {__version__}\n"
+
+
+def test_misspelt_command_is_an_error_that_names_the_right_one(capsys):
+    said = error_of(["rewrad"], capsys)
+    assert "there is no command 'rewrad'. Did you mean `trl-ext reward`?" in said
+    assert "Did you mean" not in error_of(["xyzzy"], capsys)
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo", "dpo", "score"])
+def test_script_of_the_checkout_is_the_command(name, monkeypatch):
+    called = []
+    monkeypatch.setattr(command(name), "main", called.append)
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", "--model", "x"])
+    code = (ROOT / "scripts" / f"{name}.py").read_text()
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    assert called == [["--model", "x"]]
+
+
+def test_noise_of_other_packages_is_left_out_and_nothing_else(recwarn):
+    leave_out_noise()
+    warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+    warnings.warn("the other one is deprecated", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["the other one is deprecated"]
+
+
+def test_error_of_this_package_ends_a_run_in_one_sentence_and_another_keeps_its_traceback(paths, tmp_path):
+    with pytest.raises(SystemExit, match="error: There is no reward at all"):
+        main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--output_dir", str(tmp_path)])
+
+    with pytest.raises(ValueError, match="invalid literal"), usage_errors():
+        int("x")
+
+
+def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths, tmp_path, monkeypatch, capsys):
+    def missing(**_):
+        raise ImportError("Pictures need matplotlib")
+
+    monkeypatch.setattr(closing, "ReportCallback", missing)
+    short = {"max_steps": 1, "per_device_train_batch_size": 4, "output_dir": tmp_path}
+    main(["dpo", *run_of("dpo", paths, **short)])
+    printed = capsys.readouterr()
+    assert "There will be no report: Pictures need matplotlib" in printed.err
+    assert f"trl-ext report {tmp_path}" in printed.out
