@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 
 # What may be meant by an adapter in place of a model.
@@ -17,16 +17,30 @@ WAYS_OUT = {
 
 def text_config(model: Any, args: Any) -> Any:
     """
-    The text part of a model's config.
+    The text part of a language model's config.
 
     Args:
         model: a path or hub name, or a model.
         args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
+
+    Raises:
+        ValueError: when the path holds a model for scoring text.
     """
     if not isinstance(model, str):
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs).get_text_config()
+    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+    if is_for_scoring(config):
+        raise ValueError(
+            f"{model} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
+            "`reward_model` of PPO; what is trained and its reference are causal language models."
+        )
+    return config.get_text_config()
+
+
+def is_for_scoring(config: PretrainedConfig) -> bool:
+    """Whether a model was saved as one that scores text."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:

@@ -125,6 +125,13 @@ def test_reference_of_another_vocabulary_is_refused_before_it_is_loaded(tmp_path
         dpo_trainer(tmp_path, {"ref_model": str(tmp_path / "other")})
 
 
+@pytest.mark.parametrize("role", ["model", "ref_model"])
+def test_reward_model_as_policy_or_reference_is_refused(tmp_path, paths, role):
+    tiny.tiny_reward_model().save_pretrained(tmp_path / "scores")
+    with pytest.raises(ValueError, match="scores holds a LlamaForSequenceClassification, which scores text"):
+        dpo_trainer(tmp_path, {role: str(tmp_path / "scores")})
+
+
 def test_reference_that_is_an_adapter_alone_is_refused(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

@@ -139,6 +139,13 @@ def test_folder_with_an_adapter_alone_is_refused_with_a_way_out(tmp_path, paths,
         ppo_trainer(tmp_path, arguments)
 
 
+@pytest.mark.parametrize("role", ["model", "ref_model"])
+def test_reward_model_as_actor_or_reference_is_refused_before_its_weights_load(tmp_path, paths, role):
+    arguments = {"model": paths["actor"], "reward_model": paths["reward_model"]} | {role: paths["reward_model"]}
+    with pytest.raises(ValueError, match=r"reward_model\d* holds a LlamaForSequenceClassification, which scores text"):
+        ppo_trainer(tmp_path, arguments)
+
+
 def test_reward_model_without_a_trained_score_is_refused(tmp_path, paths):
     with pytest.raises(ValueError, match="holds a LlamaForCausalLM, whose score head would be untrained"):
         ppo_trainer(tmp_path, {"reward_model": paths["actor"]})

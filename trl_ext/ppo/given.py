@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from .._trl import get_config_model_id
-from ..pretrained import adapter_config, check_no_adapter
+from ..pretrained import adapter_config, check_no_adapter, text_config
 from ..zero import check_turns, check_unquantized
 from .adapter_checks import check_adapters
 from .config import PPOConfigX
@@ -127,6 +127,8 @@ def _check_whole_models(args: PPOConfigX, given: Given) -> None:
     for name, path in whole.items():
         if isinstance(path, str):
             check_no_adapter(path, name)
+            if name != "value_model":
+                text_config(path, args)  # refuses a model for scoring text
     if isinstance(given.value_model, PreTrainedModel):
         check_value_model(given.value_model)
     elif isinstance(given.value_model, str) and args.critic == "model":

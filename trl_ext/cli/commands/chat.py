@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
 
 from ...device import computes_in_bf16
-from ...pretrained import adapter_config
+from ...pretrained import adapter_config, is_for_scoring
 from ..options import usage_errors
 from ..parser import CommandParser
 
@@ -68,8 +68,7 @@ def scores(path: str) -> bool:
     adapter = adapter_config(path)
     if adapter is not None:
         return adapter.task_type == "SEQ_CLS"
-    names = AutoConfig.from_pretrained(path).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
+    return is_for_scoring(AutoConfig.from_pretrained(path))
 
 
 def read_line() -> str:
