@@ -46,8 +46,8 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX) -> Path | N
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     folder = Path(checkpoint)
-    names = [TRAINER_STATE_NAME, *(path_of_state(folder, rank, args).name for rank in range(args.world_size))]
-    absent = [name for name in names if not (folder / name).is_file()]
+    paths = [folder / TRAINER_STATE_NAME, path_of_state(folder, args)]
+    absent = [path.name for path in paths if not path.is_file()]
     if absent:
         raise ValueError(
             f"PPO cannot go on from {folder}: it has no {', '.join(absent)}. It was cut off, or was saved with "
@@ -57,9 +57,9 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX) -> Path | N
     return folder
 
 
-def path_of_state(checkpoint: str | Path, rank: int, args: PPOConfigX) -> Path:
-    """Of one rank; named like the Trainer's file of random numbers."""
-    return Path(checkpoint) / (f"ppo_state_{rank}.pt" if args.world_size > 1 else "ppo_state.pt")
+def path_of_state(checkpoint: str | Path, args: PPOConfigX) -> Path:
+    """This rank's file, named like the Trainer's of random numbers."""
+    return Path(checkpoint) / (f"ppo_state_{args.process_index}.pt" if args.world_size > 1 else "ppo_state.pt")
 
 
 def known_length(dataset: Any) -> int | None:
@@ -78,11 +78,11 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "micro_batches": [(m.rows, m.num_tokens, m.share) for m in trainer._micro_batches] if is_learning else [],
         "stop_learning": trainer._stop_learning,
         "left_out_steps": trainer._left_out_steps,
-        "metrics": dict(trainer._metrics["train"]),
+        "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
         "shown": json.dumps({name: _lists(trainer._logs[name]) for name in SHOWN}, default=str),
     }
     state |= {name: part.state_dict() for name, part in _parts(trainer).items()}
-    torch.save(state, path_of_state(checkpoint, trainer.args.process_index, trainer.args))
+    torch.save(state, path_of_state(checkpoint, trainer.args))
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:
@@ -92,8 +92,8 @@ def load_run(trainer: Any, checkpoint: Path) -> None:
     Raises:
         ValueError: when the run that wrote it had other options, or prompts, in `SHARED`.
     """
-    path = path_of_state(checkpoint, trainer.args.process_index, trainer.args)
-    state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), trainer.accelerator.device)
+    state = torch.load(path_of_state(checkpoint, trainer.args), map_location="cpu", weights_only=True)
+    state = send_to_device(state, trainer.accelerator.device)
     _require_same(state["shared"], _shared(trainer), checkpoint)
     for name, part in _parts(trainer).items():
         part.load_state_dict(state[name])
