@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
@@ -83,6 +90,20 @@ def tiny_reward_model(seed: int = 1, **overrides) -> LlamaForSequenceClassificat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForSequenceClassification(tiny_config(num_labels=1, **overrides)).eval()
+
+
+def tiny_mixture(seed: int = 0, output_router_logits: bool = True) -> MixtralForCausalLM:
+    """A mixture of four experts, two at a time, that may return its router logits."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    ids = {
+        name: getattr(tiny_config(), name) for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    }
+    config = MixtralConfig(num_key_value_heads=2, max_position_embeddings=128, **sizes, **experts, **ids)
+    config.output_router_logits = output_router_logits
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(config)
 
 
 def tiny_prompts(size: int = 16, seed: int = 0, conversational: bool = False) -> Dataset:

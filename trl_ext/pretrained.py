@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 
 # What may be meant by an adapter in place of a model.
@@ -36,6 +37,24 @@ def text_config(model: Any, args: Any) -> Any:
             "`reward_model` of PPO; what is trained and its reference are causal language models."
         )
     return config.get_text_config()
+
+
+def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
+    """
+    Loads into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
+    other names than the model has, and knows how to read them. In float32: the model may have several dtypes.
+
+    Args:
+        but_not: attribute of `model` whose weights are elsewhere.
+
+    Raises:
+        RuntimeError: when a weight of the model is not there.
+    """
+    saved = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    missing = model.load_state_dict(saved, strict=False).missing_keys
+    absent = [name for name in missing if but_not is None or not name.startswith(f"{but_not}.")]
+    if absent:
+        raise RuntimeError(f"{folder} lacks {len(absent)} of the model's weights, the first being {absent[0]}.")
 
 
 def is_for_scoring(config: PretrainedConfig) -> bool:

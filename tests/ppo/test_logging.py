@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 import oracles
 import tiny
@@ -16,17 +16,6 @@ from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, response_lengths, 
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tiny_mixtral(**options):
-    """A mixture of experts that returns its router logits."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
-    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = MixtralConfig(num_key_value_heads=2, max_position_embeddings=64, **sizes, **experts, **ids)
-    config.output_router_logits = options.get("output_router_logits", True)
-    return MixtralForCausalLM(config)
 
 
 def thousand(completions, **kwargs):
@@ -57,7 +46,7 @@ VARIANTS = {
     "early stop": {"target_kl": 1e-4, "num_ppo_epochs": 4, "learning_rate": 1e-2, "logging_steps": 3},
     "no value clipping": {"cliprange_value": None, "vf_coef": 2.0, "ent_coef": 0.0},
     "large scores": {"models": lambda: {"reward_model": None, "reward_funcs": thousand}},
-    "experts": {"models": lambda: {"model": tiny_mixtral()}},
+    "experts": {"models": lambda: {"model": tiny.tiny_mixture()}},
 }
 
 
@@ -145,12 +134,12 @@ def test_kl_in_the_reward_has_no_term_and_its_coefficient_is_logged(tmp_path):
 
 
 def test_router_loss_is_one_more_term(tmp_path):
-    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral()}))
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny.tiny_mixture()}))
     assert all(line["terms/aux_loss"] > 0 and line["coef/aux"] == 0.1 for line in lines)
     # It is asked for while learning, whatever the config says, and can be switched off.
-    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral(output_router_logits=False)}, max_steps=1))
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny.tiny_mixture(output_router_logits=False)}, max_steps=1))
     assert "terms/aux_loss" in lines[0]
-    lines = log_lines(ppo_run(tmp_path, {"model": tiny_mixtral()}, max_steps=1, router_aux_loss_coef=0.0))
+    lines = log_lines(ppo_run(tmp_path, {"model": tiny.tiny_mixture()}, max_steps=1, router_aux_loss_coef=0.0))
     assert "terms/aux_loss" not in lines[0]
 
 
@@ -456,7 +445,7 @@ def appearing(tmp_path):
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     runs = [
         ppo_run(tmp_path, held_out, target_kl=1.0, num_sample_generations=0, **evaluation),
-        ppo_run(tmp_path, {"model": tiny_mixtral()}, max_steps=1),
+        ppo_run(tmp_path, {"model": tiny.tiny_mixture()}, max_steps=1),
     ]
     keys = {key for trainer in runs for line in trainer.state.log_history for key in line}
     return {re.sub(r"rewards/\w+/", "rewards/<source>/", key) for key in keys}

@@ -1,10 +1,13 @@
 """A run that stopped and goes on from a checkpoint is the run that never stopped, to the last bit."""
 
 import functools
+import inspect
 import math
+import re
 import shutil
 from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -17,7 +20,7 @@ from trl import GRPOTrainer
 import tiny
 from ppo_runs import logged, ppo_trainer, snapshot
 from trl_ext import PPOTrainerX
-from trl_ext.ppo import critic
+from trl_ext.ppo import critic, resuming
 from trl_ext.ppo.coefficients import Coefficients
 from trl_ext.ppo.evaluation import HeldOut
 from trl_ext.ppo.metrics import LossLedger
@@ -61,6 +64,14 @@ def start_adapter(name):
     return get_peft_model(tiny.tiny_actor(), adapter, adapter_name=name)
 
 
+def bfloat16_trunk():
+    """A critic as people save memory: its trunk in 16 bits, its score head in 32."""
+    model = tiny.tiny_reward_model(7).bfloat16()
+    model.score.float()
+    model.score.register_forward_pre_hook(lambda head, inputs: tuple(states.float() for states in inputs))
+    return model
+
+
 def new_adapter():
     return {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
 
@@ -80,6 +91,9 @@ KINDS = {
     ),
     "early stop": (dict, {"target_kl": 1e-4, "learning_rate": 1e-2}),
     "warm-up of the critic": (dict, {"critic_warmup_steps": 4}),
+    "mixture of experts": (lambda: {"model": tiny.tiny_mixture()}, {}),
+    "critic of two dtypes": (lambda: {"value_model": bfloat16_trunk()}, {}),
+    "rate of the critic": (dict, {"critic_learning_rate": 1e-4}),
     "stream": (lambda: {"train_dataset": stream()}, {"max_steps": 8}),
 }
 
@@ -94,6 +108,17 @@ class SaveAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = state.global_step in self.steps
+
+
+class StopAt(TrainerCallback):
+    """What somebody does to a run that takes too long."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def trainer_of(folder, kind="critic of its own", **options):
@@ -162,7 +187,7 @@ def test_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind, step):
 
 
 def test_completions_of_the_rollout_in_hand_are_shown_after_it(tmp_path):
-    options = {"eval_strategy": "no", "eval_on_start": False, "max_steps": 6}
+    options = {"eval_strategy": "no", "max_steps": 6}
     trainer_of(tmp_path, **options).train()
     table = tmp_path / "completions" / "completions_00006.parquet"
     expected = pandas.read_parquet(table)
@@ -178,6 +203,53 @@ def test_rise_is_still_from_the_first_evaluation(plain, tmp_path):
     scores, rises = logged(trainer, "eval_reward/score"), logged(trainer, "eval_reward/rise")
     assert len(set(scores)) > 1
     assert rises == pytest.approx([score - scores[0] for score in scores[-len(rises) :]], abs=1e-6)
+
+
+def test_interrupted_run_is_resumed_by_the_same_trainer(whole, tmp_path):
+    """As in a notebook: nothing of what came after the checkpoint is left."""
+    folder, expected, weights = whole("rate of the critic")
+    trainer = trainer_of(tmp_path, "rate of the critic")
+    stop = StopAt(14)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    require_equal(lines(trainer, after=8), {key: line for key, line in expected.items() if key[0] > 8})
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_what_a_reward_function_logs_goes_on(tmp_path):
+    def length(completions, log_extra, log_metric, **kwargs):
+        lengths = [numpy.float32(len(text)) for text in completions]
+        log_extra("length", lengths)
+        log_metric("longest", max(lengths))
+        return [float(value) for value in lengths]
+
+    models = {"reward_funcs": [length], "train_dataset": tiny.tiny_prompts(8), "callbacks": [SaveAt(STEPS)]}
+    options = OPTIONS | {"max_steps": 6, "eval_strategy": "no", "eval_on_start": False}
+    ppo_trainer(tmp_path, models, **options).train()
+    table = tmp_path / "completions" / "completions_00006.parquet"
+    expected = pandas.read_parquet(table)
+    ppo_trainer(tmp_path, models, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert list(pandas.read_parquet(table)["length"]) == list(expected["length"])
+
+
+def test_held_out_prompts_are_not_answered_again_at_the_start(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=8)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    steps = [line["step"] for line in trainer.state.log_history if "eval_reward/score" in line]
+    assert steps == [0, 6, 8]
+    assert trainer.args.eval_on_start
+
+
+def test_state_of_a_run_is_saved_whole():
+    """What a run begins with is in a checkpoint, or is here."""
+    begins = set(re.findall(r"self\.(_\w+)(?:: [^=]+)? =", inspect.getsource(PPOTrainerX._start_run)))
+    elsewhere = {"_scores", "_last_loaded_step", "_leaves_out"}  # of one call; vLLM's; of one step
+    saved = inspect.getsource(resuming)
+    assert {name for name in begins if f"trainer.{name}" not in saved} == elsewhere
 
 
 def test_true_takes_the_last_checkpoint(plain, tmp_path):
@@ -233,18 +305,33 @@ def test_folder_without_checkpoints(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("absent", ["ppo_state.pt", "trainer_state.json"])
-def test_checkpoint_that_was_cut_off(plain, tmp_path, absent):
-    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
-    (tmp_path / "checkpoint-6" / absent).unlink()
-    with pytest.raises(ValueError, match=rf"checkpoint-6: it has no {absent}\. It was cut off"):
-        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+FILES = {
+    "trainer_state.json": "trainer_state.json",
+    "ppo_state.pt": "ppo_state.pt",
+    "rng_state.pth": "rng_state.pth",
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "model.safetensors": "weights of the actor",
+    "critic/model.safetensors": "critic/",
+}
 
 
-def test_checkpoint_is_looked_at_before_models_are_loaded(tmp_path):
+@pytest.mark.parametrize("file", FILES)
+def test_checkpoint_that_was_cut_off_is_refused_before_models_are_loaded(plain, tmp_path, file):
     """As a recipe or a flag names it."""
-    with pytest.raises(ValueError, match=r"checkpoint-7: it has no trainer_state\.json, ppo_state\.pt"):
-        trainer_of(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / file).unlink()
+    unloaded = {"model": str(plain / "nothing"), "reward_model": str(plain / "nothing")}
+    with pytest.raises(ValueError, match=rf"checkpoint-6: it has no {FILES[file]}\. It was cut off"):
+        resuming.find_checkpoint(str(tmp_path / "checkpoint-6"), trainer_of(tmp_path).args, tiny.tiny_prompts(8))
+    with pytest.raises(ValueError, match="It was cut off"):
+        ppo_trainer(tmp_path, unloaded, resume_from_checkpoint="true")
+
+
+def test_run_that_is_done_says_how_to_go_on(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=6)
+    with pytest.raises(ValueError, match=r"taken 6 optimizer steps, and this one ends after 6\. To train for longer"):
+        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
 
 
 @pytest.mark.parametrize(
@@ -261,8 +348,8 @@ def test_run_with_other_rollouts(plain, tmp_path, options, message):
 
 
 def test_run_on_other_prompts(plain, tmp_path):
-    trainer = trainer_of(tmp_path)
-    trainer.train_dataset = trainer.train_dataset.select(range(6))
+    models = {"train_dataset": tiny.tiny_prompts(6), "eval_dataset": tiny.tiny_prompts(3)}
+    trainer = ppo_trainer(tmp_path, models, **OPTIONS)
     with pytest.raises(ValueError, match="had prompts=8; this one has prompts=6"):
         trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path, disable_dropout
+from ..pretrained import restore_weights
 from ..zero import copy_of, copy_weights, fill_zeros
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 
@@ -305,4 +306,4 @@ def restore(critic: nn.Module, folder: str | Path) -> None:
     if isinstance(critic, ValueAdapter):
         restore_adapter(model, folder)
         return
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    restore_weights(model, folder)

@@ -14,7 +14,6 @@ from .adapter_checks import check_adapters
 from .config import PPOConfigX
 from .critic import check_value_checkpoint, check_value_model
 from .placement import check_placement
-from .resuming import find_checkpoint
 from .scorers import check_reward_checkpoint, check_reward_model
 
 
@@ -73,7 +72,6 @@ def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
 
 def check_given(args: PPOConfigX, given: Given) -> None:
     """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
-    find_checkpoint(args.resume_from_checkpoint, args)
     _check_presence(given)
     _check_identity(args, given)
     check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import logging
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from . import critic
 from .config import PPOConfigX
 from .rollout import MicroBatch, Rollout
 
@@ -23,38 +25,59 @@ logger = logging.get_logger(__name__)
 # What a rollout and its passes are cut by, and what it holds: a run that goes on has to have the same.
 SHARED = (
     *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
-    *("critic", "kl_placement", "kl_estimator"),
+    *("critic", "kl_placement", "needs_reference"),
 )
 # What GRPO shows of the last rollout; pictures in prompts are not kept.
 SHOWN = ("prompt", "completion", "rewards", "advantages", "extra")
+# A model's own files, of which one is in its folder.
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors")
 
 
-def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX) -> Path | None:
+def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: Any) -> Path | None:
     """
     The checkpoint to go on from, or `None` for a run that begins.
 
     Args:
         checkpoint: its folder; `True` for the last one in `args.output_dir`.
+        prompts: what the run trains on.
 
     Raises:
-        ValueError: when there is none, or one that lacks what PPO needs.
+        ValueError: when there is none, one that lacks what PPO needs, or one of a run that differs in `SHARED` or in
+            the number of prompts.
     """
     if not checkpoint:
         return None
-    if checkpoint is True:
+    if checkpoint in (True, "True", "true"):
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
-    folder = Path(checkpoint)
-    paths = [folder / TRAINER_STATE_NAME, path_of_state(folder, args)]
-    absent = [path.name for path in paths if not path.is_file()]
+    folder = Path(str(checkpoint))
+    absent = _absent(folder, args)
     if absent:
         raise ValueError(
             f"PPO cannot go on from {folder}: it has no {', '.join(absent)}. It was cut off, or was saved with "
             f"`save_only_model`, or not by {args.world_size} processes of PPOTrainerX. Resume from another one, or "
             "start a new run from this one's actor (`model`) and `critic/` (`value_model`)."
         )
+    saved, now = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)["shared"], shared(args, prompts)
+    others = [name for name in saved if saved[name] != now[name]]
+    if others:
+        before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
+        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. It has to be the same.")
     return folder
+
+
+def _absent(folder: Path, args: PPOConfigX) -> list[str]:
+    """What is missing of a checkpoint of this rank."""
+    numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    files = [TRAINER_STATE_NAME, path_of_state(folder, args).name, numbers]
+    if args.deepspeed_plugin is None:  # which saves its engine
+        files.append(SCHEDULER_NAME)
+        files += [] if list(folder.glob("optimizer_*")) else [OPTIMIZER_NAME]  # FSDP's is a folder
+    absent = [name for name in files if not (folder / name).is_file()]
+    held = {path.parent.name for path in folder.glob("**/*") if path.name in WEIGHTS}
+    absent += [] if critic.FOLDER in held else [f"{critic.FOLDER}/"]
+    return absent + ([] if held - {critic.FOLDER} else ["weights of the actor"])
 
 
 def path_of_state(checkpoint: str | Path, args: PPOConfigX) -> Path:
@@ -67,11 +90,18 @@ def known_length(dataset: Any) -> int | None:
     return len(dataset) if isinstance(dataset, Dataset) else None
 
 
+def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
+    """What a run and one that goes on from its checkpoint have in common, by name."""
+    options = {name: getattr(args, name) for name in SHARED}
+    return options | {"full_kl": args.kl_estimator == "full", "prompts": known_length(prompts)}
+
+
 def save_run(trainer: Any, checkpoint: str | Path) -> None:
     """Writes what `PPOTrainerX._start_run` begins with, as it is now on this rank."""
     is_learning = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
     state = {
-        "shared": _shared(trainer),
+        "shared": shared(trainer.args, trainer.train_dataset),
+        "global_step": trainer.state.global_step,
         "step": trainer._step,
         "passes_over_data": int(trainer.state.epoch),
         "rollout": trainer._rollout.tensors() if is_learning else None,
@@ -79,10 +109,12 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "stop_learning": trainer._stop_learning,
         "left_out_steps": trainer._left_out_steps,
         "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
-        "shown": json.dumps({name: _lists(trainer._logs[name]) for name in SHOWN}, default=str),
+        "shown": json.dumps(_shown(trainer), default=_plain),
     }
     state |= {name: part.state_dict() for name, part in _parts(trainer).items()}
-    torch.save(state, path_of_state(checkpoint, trainer.args))
+    path = path_of_state(checkpoint, trainer.args)
+    torch.save(state, path.with_suffix(".writing"))
+    path.with_suffix(".writing").replace(path)  # whole or not at all
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:
@@ -90,11 +122,15 @@ def load_run(trainer: Any, checkpoint: Path) -> None:
     Takes up what `save_run` wrote on this rank, after `PPOTrainerX._start_run`.
 
     Raises:
-        ValueError: when the run that wrote it had other options, or prompts, in `SHARED`.
+        ValueError: when there is nothing left to train.
     """
     state = torch.load(path_of_state(checkpoint, trainer.args), map_location="cpu", weights_only=True)
     state = send_to_device(state, trainer.accelerator.device)
-    _require_same(state["shared"], _shared(trainer), checkpoint)
+    if 0 < trainer.args.max_steps <= state["global_step"]:
+        raise ValueError(
+            f"The run saved in {checkpoint} has taken {state['global_step']} optimizer steps, and this one ends after "
+            f"{trainer.args.max_steps}. To train for longer, raise `total_episodes` or `max_steps`."
+        )
     for name, part in _parts(trainer).items():
         part.load_state_dict(state[name])
     if state["rollout"] is not None:
@@ -126,15 +162,16 @@ def _parts(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _shared(trainer: Any) -> dict[str, Any]:
-    return {name: getattr(trainer.args, name) for name in SHARED} | {"prompts": known_length(trainer.train_dataset)}
+def _shown(trainer: Any) -> dict[str, Any]:
+    """What the process that shows completions keeps of them."""
+    if not (trainer.log_completions and trainer.accelerator.is_main_process):
+        return {}
+    return {name: _lists(trainer._logs[name]) for name in SHOWN}
 
 
-def _require_same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    others = [name for name in saved if saved[name] != now[name]]
-    if others:
-        before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
-        raise ValueError(f"The run saved in {checkpoint} had {before}; this one has {here}. It has to be the same.")
+def _plain(value: Any) -> Any:
+    """What a reward function has logged, as a number where it is one."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _lists(values: Any) -> Any:

@@ -35,7 +35,7 @@ from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
-from ..pretrained import text_config
+from ..pretrained import restore_weights, text_config
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
@@ -73,7 +73,7 @@ class PPOTrainerX(GRPOTrainer):
     redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
     `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`, `_push_from_checkpoint`,
-    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `_issue_warnings_after_load`, `create_model_card`.
+    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -155,6 +155,7 @@ class PPOTrainerX(GRPOTrainer):
             tools=tools,
             environment_factory=environment_factory,
         ).with_paths_of(args)
+        find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_given(args, given)
         tokenizer = load_tokenizer(processing_class, given.model, args)
         context = getattr(text_config(given.model, args), "max_position_embeddings", None)
@@ -209,6 +210,10 @@ class PPOTrainerX(GRPOTrainer):
         self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
         self._passes_over_data = 0
+        for mode in ("train", "eval"):  # of a run that was interrupted
+            self._metrics[mode].clear()
+        for shown in (*self._logs.values(), self._pending_metrics, self._pending_extra_logs):
+            shown.clear()
         self.phases.forget()
 
     def _set_up_rewards(self, num_sources: int) -> None:
@@ -248,8 +253,9 @@ class PPOTrainerX(GRPOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.args.critic_learning_rate is not None:
+        if is_new and self.args.critic_learning_rate is not None:
             critic_module.give_own_rate(optimizer, self.critic, self.args.critic_learning_rate)
         return optimizer
 
@@ -259,16 +265,21 @@ class PPOTrainerX(GRPOTrainer):
         `output_dir`. Models, data and options are those that the run began with; what the checkpoint does not hold is
         the state of a reward function, an environment or vLLM's random numbers.
         """
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args, self.train_dataset)
         if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
             raise ValueError(
                 "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
             )
         self._start_run()
+        evaluates_first = self.args.eval_on_start
         if checkpoint is not None:
             load_run(self, checkpoint)
+            self.args.eval_on_start = False  # the run has begun before
         self.accelerator.print(batch_plan(self.args, known_length(self.train_dataset)))
-        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            self.args.eval_on_start = evaluates_first
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
@@ -659,27 +670,25 @@ class PPOTrainerX(GRPOTrainer):
         """With the random numbers, everything else that a run is made of on this rank."""
         super()._save_rng_state(output_dir)
         save_run(self, output_dir)
+        self.accelerator.wait_for_everyone()  # the Trainer's own state comes last, when that of every rank is there
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The actor from its own files, the critic from its folder."""
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
         if is_peft_model(self.model):  # the Trainer would take the critic's adapter for one of the actor's
             name = self.model.active_adapter
-            folder = Path(resume_from_checkpoint)
             restore_adapter(self.model, folder if name == "default" else folder / name)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        critic_module.restore(self.critic, Path(resume_from_checkpoint) / critic_module.FOLDER)
+            restore_weights(self.model, folder, but_not=critic_module.ATTRIBUTE)
+        critic_module.restore(self.critic, folder / critic_module.FOLDER)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
         self._last_loaded_step = -1  # vLLM has the last weights, not the best
-        if not self.is_deepspeed_enabled:  # its checkpoint holds the whole engine, the critic too
-            critic_module.restore(self.critic, Path(self.state.best_model_checkpoint) / critic_module.FOLDER)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The critic is not in the actor's files, by design."""
-        missing = [name for name in load_result.missing_keys if f"{critic_module.ATTRIBUTE}." not in name]
-        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # the checkpoint holds the whole engine, the critic too
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -120,7 +120,10 @@ def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sa
     The prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
     `<output_dir>/completions` with `log_completions=True`.
     """
-    before, after = (_completions(_table(Path(folder), step)) for step in (first_step, last_step))
+    paths = [_table(Path(folder), step) for step in (first_step, last_step)]
+    if not all(path.is_file() for path in paths):  # a run that was resumed into another folder
+        return []
+    before, after = map(_completions, paths)
     return [
         Sample(prompt, before[prompt][0], after[prompt][0], before[prompt][1], after[prompt][1])
         for prompt in before
