@@ -692,12 +692,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, adapter):
+@pytest.mark.parametrize("kind", ["whole", "adapter", "mixture of experts"])
+def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
     def models():
-        if adapter:
+        if kind == "adapter":
             return {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)}
-        return {}
+        return {} if kind == "whole" else {"model": tiny.tiny_mixture(output_router_logits=False)}
 
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     whole = dpo_runs.dpo_run(tmp_path / "whole", models(), **options)

@@ -21,7 +21,7 @@ from ..device import keep_4_bit_differentiable
 from ..last_line import LastLine, in_mode_of
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
-from ..pretrained import check_no_adapter, text_config, tokenizer_of
+from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
 from ..zero import check_unquantized
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
@@ -51,7 +51,7 @@ class DPOTrainerX(DPOTrainer):
 
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
     `compute_ref_log_probs`, `training_step`, `_compute_loss`, `log`, `evaluation_loop`, `evaluate`, `save_model`,
-    `create_model_card`.
+    `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -329,6 +329,19 @@ class DPOTrainerX(DPOTrainer):
         is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
         if is_own and not _internal_call and not self.args.push_to_hub:
             self.create_model_card()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer leaves out what is saved under other names, such as a mixture's experts (transformers#48805)."""
+        if is_peft_model(self.model) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            restore_weights(self.model, self.state.best_model_checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
