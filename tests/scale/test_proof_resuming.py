@@ -54,5 +54,4 @@ def test_resumed_run_is_the_run_that_never_stopped(measured, name):
     differences = [abs(value - other[key]) for line, other in pairs for key, value in line.items()]
     largest = max((weight - resumed["weights"][key]).abs().max().item() for key, weight in whole["weights"].items())
     print(f"{name}: largest difference {max(differences):.1e} in the log, {largest:.1e} in the weights")
-    assert max(differences) <= 1e-6
-    assert largest <= 1e-6
+    assert max(differences) == largest == 0.0
