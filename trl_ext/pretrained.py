@@ -1,5 +1,6 @@
 """What can be known of a model, or of an adapter, before its weights are loaded."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def text_config(model: Any, args: Any) -> Any:
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
     """
     Loads into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
-    other names than the model has, and knows how to read them. In float32: the model may have several dtypes.
+    other names than the model has, and knows how to read them.
 
     Args:
         but_not: attribute of `model` whose weights are elsewhere.
@@ -50,7 +51,9 @@ def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | N
     Raises:
         RuntimeError: when a weight of the model is not there.
     """
-    saved = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes)  # a model may have several
+    saved = type(model).from_pretrained(folder, dtype=widest).state_dict()
     missing = model.load_state_dict(saved, strict=False).missing_keys
     absent = [name for name in missing if but_not is None or not name.startswith(f"{but_not}.")]
     if absent:
