@@ -18,6 +18,8 @@ from datasets import Dataset
 
 import commands
 import tiny
+from test_page import run_folder
+from test_report import PPO_LOG, png_size
 from trl_ext import embedded
 
 
@@ -222,11 +224,40 @@ def test_commands_of_the_page_run(workplace, page):
     walk(page, python=False)
 
 
+def test_report_page_draws_one_run_then_two_then_one_until_it_is_done(tmp_path, monkeypatch, capsys):
+    """Its Python example is that of tests/test_model_card.py."""
+    monkeypatch.chdir(tmp_path)
+    demo, head = (
+        run_folder(tmp_path / "outputs" / name, PPO_LOG[:4], max_steps=3) for name in ("ppo-demo", "ppo-head")
+    )
+    one, two, watched = [text for language, text in steps("docs/report.md") if language == "bash"]
+
+    commands.run(one)
+    assert png_size(demo / "report.png")
+    assert not Path("report.html").exists()
+    commands.run(two)
+    assert all(name in Path("report.html").read_text(encoding="utf-8") for name in ("ppo-demo", "ppo-head"))
+    assert not (head / "report.html").exists()
+
+    waits = []
+
+    def sleep(seconds):
+        waits.append((seconds, 'http-equiv="refresh"' in (demo / "report.html").read_text(encoding="utf-8")))
+        run_folder(demo, PPO_LOG, global_step=3, max_steps=3)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    capsys.readouterr()
+    commands.run(watched)
+    assert waits == [(60, True)]
+    assert capsys.readouterr().out.count("ppo-demo: step ") == 2
+    assert 'http-equiv="refresh"' not in (demo / "report.html").read_text(encoding="utf-8")
+
+
 def test_walked_pages_are_all_that_have_commands():
     walked = {"README.md", "docs/dpo.md", "docs/migration.md", "docs/ppo.md", "docs/quickstart.md", "docs/theory.md"}
-    walked |= {"docs/command_line.md", "docs/tutorial.md"}
-    # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py, tests/test_callbacks_docs.py
-    walked |= {"docs/scale.md", "docs/launch.md", "docs/report.md"}
+    walked |= {"docs/command_line.md", "docs/report.md", "docs/tutorial.md"}
+    # tests/planner/test_planner_docs.py, tests/scale/test_proof_launch_page.py
+    walked |= {"docs/scale.md", "docs/launch.md"}
     found = {page for page in pages() if any(language == "bash" for language, _ in steps(page))}
     assert found == walked | MEASURED.keys()
     assert [page for page in pages() if commands_outside_bash((ROOT / page).read_text())] == []

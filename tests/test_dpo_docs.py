@@ -1,4 +1,4 @@
-"""docs/metrics.md names every key that DPOTrainerX logs beyond TRL's, and docs/dpo.md every option."""
+"""docs/metrics.md names every key that runs of DPO and of reward models log, and docs/dpo.md every option of DPO."""
 
 import dataclasses
 import re
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, RewardConfig, RewardTrainer
 
 import tiny
+from ppo.test_logging import FROM_THE_TRAINER
 from trl_ext import DPOConfigX, DPOTrainerX
 
 
@@ -21,9 +22,18 @@ def read(name):
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-def documented():
-    """The keys that open a row of the section on DPO."""
-    return re.findall(r"^\| `([^`]+)` \|", read("metrics.md").split("\n## DPO\n")[1], flags=re.MULTILINE)
+def documented(title):
+    """The keys that open a row of a section."""
+    section = read("metrics.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+
+
+def check(logged, rows, only_in_training=()):
+    """Every key is documented and every documented key is logged, in training and in an evaluation."""
+    assert len(rows) == len(set(rows))
+    assert {key for key in logged if not key.startswith("eval_")} == set(rows)
+    of_pairs = {key for key in rows if not key.startswith(only_in_training)}
+    assert {key.removeprefix("eval_") for key in logged if key.startswith("eval_")} == of_pairs
 
 
 def keys_of_a_run(trainer_class, config_class, folder, model, **more):
@@ -43,17 +53,21 @@ def keys_of_a_run(trainer_class, config_class, folder, model, **more):
     return {key for line in trainer.state.log_history for key in line}
 
 
-def test_every_key_beyond_trls_is_documented_and_every_documented_key_is_logged(tmp_path):
+def test_every_key_of_dpo_is_documented_and_every_documented_key_is_logged(tmp_path):
     model = tiny.save_tiny(tmp_path)["actor"]
-    ours = keys_of_a_run(DPOTrainerX, DPOConfigX, tmp_path / "ours", model, precompute_ref_log_probs=True)
-    of_trl = keys_of_a_run(DPOTrainer, DPOConfig, tmp_path / "trl", model)
-    assert of_trl <= ours
-    added = {re.sub(r"(preference/accuracy)/\w+", r"\1/<source>", key) for key in ours - of_trl}
-    rows = documented()
-    assert len(rows) == len(set(rows))
-    assert {key for key in added if not key.startswith("eval_")} == set(rows)
-    of_pairs = {key for key in rows if not key.startswith(("time/", "memory/", "tokens_per_second"))}
-    assert {key.removeprefix("eval_") for key in added if key.startswith("eval_")} == of_pairs
+    experts = str(tmp_path / "experts")
+    tiny.tiny_mixture().save_pretrained(experts)
+    tiny.tiny_tokenizer().save_pretrained(experts)
+    keys = keys_of_a_run(DPOTrainerX, DPOConfigX, tmp_path / "all", model, precompute_ref_log_probs=True)
+    keys |= keys_of_a_run(DPOTrainerX, DPOConfigX, tmp_path / "auxiliary", experts)
+    logged = {re.sub(r"(preference/accuracy)/\w+", r"\1/<source>", key) for key in keys - FROM_THE_TRAINER}
+    check(logged, documented("DPO"), ("time/", "memory/", "tokens_per_second"))
+
+
+def test_every_key_of_a_reward_run_is_documented_and_every_documented_key_is_logged(tmp_path):
+    model = tiny.save_tiny(tmp_path)["reward_model"]
+    keys = keys_of_a_run(RewardTrainer, RewardConfig, tmp_path / "reward", model)
+    check(keys - FROM_THE_TRAINER, documented("Reward models"))
 
 
 def test_every_option_beyond_trls_is_on_the_page():

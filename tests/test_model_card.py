@@ -3,6 +3,7 @@
 The hub is replaced where huggingface_hub has decided what to send: `create_commit` gets the files.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -25,9 +26,11 @@ import tiny
 from dpo_runs import TRLS, dpo_run, dpo_trainer, tiny_model, tiny_pairs
 from ppo_runs import ppo_run, ppo_trainer
 from test_examples import examples, run, workplace  # noqa: F401 (a fixture)
+from test_layers import PUBLIC_MODULES
 from trl_ext import ReportCallback, describe_reward_training
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
 from trl_ext.model_card import Metric, _cell, hub_name
+from trl_ext.ppo.card import CRITICS
 
 
 pytestmark = pytest.mark.integration
@@ -444,6 +447,16 @@ def test_card_of_a_reward_model_says_what_was_trained(tmp_path):
     assert same_weights(load(card, tmp_path)["model"], trainer.model)
     trainer.create_model_card()
     assert read(tmp_path).count("## The loss") == 1
+
+
+# --- the lines that load
+
+
+@pytest.mark.parametrize("code", CRITICS.values(), ids=CRITICS)
+def test_lines_that_load_a_critic_import_what_is_on_the_api_page(code):
+    for module, name in re.findall(r"^from (trl_ext[\w.]*) import (\w+)", code, flags=re.MULTILINE):
+        assert module in PUBLIC_MODULES
+        assert name in importlib.import_module(module).__all__
 
 
 # --- the picture

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .dpo.trainer import DPOTrainerX
     from .fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
+    from .ppo.critic import ValueHead
     from .ppo.trainer import PPOTrainerX
     from .reward_card import describe_reward_training
 
@@ -37,6 +38,7 @@ __all__ = [
     "PreferenceAccuracyCallback",
     "ReportCallback",
     "SampleCallback",
+    "ValueHead",
     "describe_reward_training",
     "save_base_fingerprint",
 ]
@@ -54,6 +56,7 @@ _HOMES = {
     "PreferenceAccuracyCallback": ".callbacks",
     "ReportCallback": ".callbacks",
     "SampleCallback": ".callbacks",
+    "ValueHead": ".ppo.critic",
     "describe_reward_training": ".reward_card",
     "save_base_fingerprint": ".fingerprint",
 }

@@ -32,7 +32,7 @@ CRITICS = {
     'critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")',
     "adapter": "from peft import AutoPeftModelForSequenceClassification\n\n"
     'critic = AutoPeftModelForSequenceClassification.from_pretrained(f"{folder}/critic", num_labels=1)',
-    "head": 'from trl_ext.ppo.critic import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")',
+    "head": 'from trl_ext import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")',
 }
 GAE = """\
 @inproceedings{schulman2016high,

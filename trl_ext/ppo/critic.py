@@ -39,10 +39,12 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Trunk states (N, H) -> state values (N,), in the unit of the returns."""
         weight, bias = self.score.weight.float(), self.score.bias.float()
         return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes `model.safetensors` and `config.json` for `from_pretrained`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME)

@@ -38,7 +38,13 @@ def memory(figure: Any, runs: Runs) -> None:
     finish(axis, "GiB at most")
 
 
-TIME = Panel("Time by phase", seconds, ("time/generate",), "Sampling is the largest part without vLLM.", per_run=True)
+TIME = Panel(
+    "Time by phase",
+    seconds,
+    ("time/generate",),
+    "Learning took longest in the runs that were measured, on a CPU.",
+    per_run=True,
+)
 THROUGHPUT = Panel(
     "Throughput",
     lines(("tokens_per_second", ""), ylabel="response tokens per second", evaluations=False),
