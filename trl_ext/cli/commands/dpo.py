@@ -22,6 +22,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
+from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, report_callbacks
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -46,10 +47,11 @@ class DPOArguments(LaunchArguments, PairArguments):
 
 
 def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
+    path = path_of(model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load_pairs(data)
     trainer = DPOTrainerX(
-        path_of(model),
+        path,
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
@@ -88,13 +90,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("dpo", given)
         data, model, args = given.make()
         require_all(args)
+        checkpoint = checkpoint_of(args)
     require_fit("dpo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()
     trainer.save_state()

@@ -32,12 +32,13 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
+from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, path_of
+from ..models import ModelArguments, path_of, require_judges
 from ..options import Options, read, usage_errors
 
 
@@ -77,11 +78,13 @@ def load(data: PPOArguments) -> DatasetDict:
 
 
 def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:
+    path = path_of(model, args)
+    require_judges(args.reward_model_path, data.value_model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load(data)
     return PPOTrainerX(
         args,
-        model=path_of(model, args),
+        model=path,
         train_dataset=splits["train"],
         value_model=data.value_model,
         eval_dataset=splits["test"],
@@ -134,13 +137,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("ppo", given)
         data, model, args = given.make()
         require_all(args)
+        checkpoint = checkpoint_of(args)
     require_fit("ppo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()
