@@ -27,7 +27,7 @@ from ppo_runs import ppo_run, ppo_trainer
 from test_examples import examples, run, workplace  # noqa: F401 (a fixture)
 from trl_ext import ReportCallback, describe_reward_training
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
-from trl_ext.model_card import Metric, _cell, hub_name
+from trl_ext.model_card import Metric, _cell, _table, hub_name
 
 
 pytestmark = pytest.mark.integration
@@ -153,6 +153,31 @@ def test_held_out_metrics_stand_before_and_after_with_their_intervals(ppo):
     in_training = [line for line in trainer.state.log_history if "terms/entropy" in line]
     entropies = [f"{line['terms/entropy']:.3f}" for line in (in_training[0], in_training[-1])]
     assert table(results, "in training")["entropy, nats per token"] == entropies
+
+
+def test_cell_of_another_step_than_its_columns_says_which():
+    log = [{"step": 1, "loss": 0.5}, {"step": 10, "loss": 0.25, "late": 3.0}, {"step": 12, "other": 1.0}]
+    rows = _table("in training", log, [Metric(key, key) for key in ("loss", "late", "other", "none")], "").splitlines()
+    assert rows == [
+        "| in training | step 1 | step 12 |",
+        "|---|---:|---:|",
+        "| loss | 0.500 | 0.250, step 10 |",
+        "| late |  | 3.000, step 10 |",
+        "| other |  | 1.000 |",
+    ]
+
+
+def test_evaluation_of_ties_alone_has_no_accuracy_in_the_metadata(tmp_path):
+    """A policy that has not moved is right about nothing: the table says so, and the hub is told nothing."""
+    trainer = dpo_run(tmp_path, {"eval_dataset": tiny_pairs(6, seed=5)}, learning_rate=0.0, **HELD_OUT)
+    trainer.save_model()
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert "preference/accuracy" not in [result.metric_type for result in results]
+    assert "loss" in [result.metric_type for result in results]
+    assert table(section(read(tmp_path), "Results"), "held out")["pairs in the right order (95% interval)"] == [
+        "all ties",
+        "all ties",
+    ]
 
 
 def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_interval(dpo):

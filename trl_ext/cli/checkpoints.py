@@ -9,7 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 def checkpoint_of(args: Any) -> str | None:
     """
-    The folder of `resume_from_checkpoint`; `None` for a run that begins. A last look at what is in it is the trainer's.
+    The folder of `resume_from_checkpoint`; `None` for a run that begins. What else is in it, the trainer checks.
 
     Raises:
         ValueError: when there is no such checkpoint.

@@ -9,6 +9,7 @@ said.
 """
 
 import copy
+
 from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
 
 from ...device import computes_in_bf16

@@ -64,13 +64,15 @@ def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTra
     return trainer
 
 
-def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Accuracy on the terminal; metrics.json, table.md."""
+def report(trainer: DPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    """Accuracy on the terminal; metrics.json, table.md. Without an evaluation at the start there is no before."""
     output = Path(trainer.args.output_dir)
-    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    (output / "table.md").write_text(preference_table({"before": before, "after": after}))
+    columns = {"after": after} if before is None else {"before": before, "after": after}
+    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    (output / "table.md").write_text(preference_table(columns))
+    accuracies = "; ".join(f"{accuracy_text(metrics)} {when}" for when, metrics in columns.items())
     print(
-        f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
+        f"Held-out pairs in the right order: {accuracies}, of "
         f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
         f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
         "completions."

@@ -93,22 +93,25 @@ def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTra
     )
 
 
-def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
-    """Before and after on the terminal and in metrics.json; samples.md."""
+def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any], shown: int) -> None:
+    """
+    Before and after on the terminal and in metrics.json; samples.md. Without an evaluation at the start there is no
+    before, and there are no samples of it.
+    """
     output, args = Path(trainer.args.output_dir), trainer.args
-    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    if args.log_completions:
+    columns = {"after": after} if before is None else {"before": before, "after": after}
+    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    if args.log_completions and before is not None:
         samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
         (output / "samples.md").write_text(samples_markdown(samples))
         print_samples(samples)
     rise, half_width, kl = (
         after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
     )
+    scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    print(
-        f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
-        f"by {rise:.3f}{interval}. KL to the reference: {kl:.2f} nats per sequence."
-    )
+    rose = f"; it rose by {rise:.3f}{interval}" if math.isfinite(rise) else ""
+    print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
 
 
 def options(argv: list[str] | None = None) -> Options:
