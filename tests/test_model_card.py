@@ -169,7 +169,8 @@ def test_cell_of_another_step_than_its_columns_says_which():
 
 def test_evaluation_of_ties_alone_has_no_accuracy_in_the_metadata(tmp_path):
     """A policy that has not moved is right about nothing: the table says so, and the hub is told nothing."""
-    trainer = dpo_run(tmp_path, {"eval_dataset": tiny_pairs(6, seed=5)}, learning_rate=0.0, **HELD_OUT)
+    models = {"eval_dataset": tiny_pairs(6, seed=5), "ref_model": tiny_model()}
+    trainer = dpo_run(tmp_path, models, learning_rate=0.0, **HELD_OUT)
     trainer.save_model()
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert "preference/accuracy" not in [result.metric_type for result in results]
@@ -328,7 +329,7 @@ def test_numbers_that_are_not_finite_stay_off_the_card(tmp_path):
         {"eval_reward/score": math.nan, "eval_kl/ref": 3.0, "step": 2},
     ]
     trainer.create_model_card()
-    assert table(read(tmp_path), "held out")["score"] == ["", "+1.000"]
+    assert table(read(tmp_path), "held out")["score"] == ["", "+1.000, step 0"]
     values = {
         result.metric_type: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
     }

@@ -110,7 +110,7 @@ def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str,
     )
     scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    rose = f"; it rose by {rise:.3f}{interval}" if math.isfinite(rise) else ""
+    rose = f"; it rose by {rise:.3f}{interval}" if before is not None and math.isfinite(rise) else ""
     print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
 
 
