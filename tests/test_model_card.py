@@ -196,6 +196,8 @@ def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_int
     assert rows["calibration error"] == ["all ties", f"{last['eval_preference/calibration_error']:.3f}"]
     assert rows["loss"][1] == f"{last['eval_loss']:.4f}"
     assert facts(card)["beta"] == "0.3"
+    ran = trainer.state.log_history[-1]["train_runtime"]  # after a resume, of the last call alone
+    assert facts(card)["time of the last `train()`"] == f"{ran:.0f} s"
     assert facts(card)["reference"] == "a frozen model of its own"
     assert "rafailov2023direct" in card
     assert same_weights(load(card, dpo[1], '"my-dpo"')["model"], trainer.model)

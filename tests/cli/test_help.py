@@ -125,6 +125,7 @@ def test_options_that_a_command_does_not_read_are_not_there(capsys):
         ("ppo", "gradient_accumulation_steps", "prompts of a rollout on each process"),
         ("score", "model", "Unset: outputs/dpo- demo."),
         ("score", "dataset_test_split", "Split to score."),
+        ("score", "dataset_streaming", "Read the rows while scoring."),
         ("plan", "model", "Unset: smollm2-135m-instruct."),
         ("plan", "prompt", "INT longest prompt. (default: 512)"),
         ("plan", "response", "INT longest response, or completion of a pair. (default: 512)"),

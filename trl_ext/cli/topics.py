@@ -60,6 +60,7 @@ TEXTS = {
         "model_revision": "Revision of the policy and its tokenizer; of no --ref_model.",
         "dataset_name": "A json, jsonl, csv or parquet file, a folder written by `save_to_disk`, or a hub name. "
         "Unset: the embedded pairs that the demo holds out.",
+        "dataset_streaming": "Read the rows while scoring.",
         "dataset_test_split": "Split to score.",
         "dataset_train_split": "Split to score where there is no `dataset_test_split`.",
         "test_size": "Pairs to score, at most. Unset: all.",
