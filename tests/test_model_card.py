@@ -29,7 +29,7 @@ from test_examples import examples, run, workplace  # noqa: F401 (a fixture)
 from test_layers import PUBLIC_MODULES
 from trl_ext import ReportCallback, describe_reward_training
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
-from trl_ext.model_card import Metric, _cell, hub_name
+from trl_ext.model_card import Metric, _cell, _table, hub_name
 from trl_ext.ppo.card import CRITICS
 
 
@@ -158,6 +158,32 @@ def test_held_out_metrics_stand_before_and_after_with_their_intervals(ppo):
     assert table(results, "in training")["entropy, nats per token"] == entropies
 
 
+def test_cell_of_another_step_than_its_columns_says_which():
+    log = [{"step": 1, "loss": 0.5}, {"step": 10, "loss": 0.25, "late": 3.0}, {"step": 12, "other": 1.0}]
+    rows = _table("in training", log, [Metric(key, key) for key in ("loss", "late", "other", "none")], "").splitlines()
+    assert rows == [
+        "| in training | step 1 | step 12 |",
+        "|---|---:|---:|",
+        "| loss | 0.500 | 0.250, step 10 |",
+        "| late |  | 3.000, step 10 |",
+        "| other |  | 1.000 |",
+    ]
+
+
+def test_evaluation_of_ties_alone_has_no_accuracy_in_the_metadata(tmp_path):
+    """A policy that has not moved is right about nothing: the table says so, and the hub is told nothing."""
+    models = {"eval_dataset": tiny_pairs(6, seed=5), "ref_model": tiny_model()}
+    trainer = dpo_run(tmp_path, models, learning_rate=0.0, **HELD_OUT)
+    trainer.save_model()
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert "preference/accuracy" not in [result.metric_type for result in results]
+    assert "loss" in [result.metric_type for result in results]
+    assert table(section(read(tmp_path), "Results"), "held out")["pairs in the right order (95% interval)"] == [
+        "all ties",
+        "all ties",
+    ]
+
+
 def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_interval(dpo):
     trainer, _, card = dpo
     text = section(card, "The loss")
@@ -173,6 +199,8 @@ def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_int
     assert rows["calibration error"] == ["all ties", f"{last['eval_preference/calibration_error']:.3f}"]
     assert rows["loss"][1] == f"{last['eval_loss']:.4f}"
     assert facts(card)["beta"] == "0.3"
+    ran = trainer.state.log_history[-1]["train_runtime"]  # after a resume, of the last call alone
+    assert facts(card)["time of the last `train()`"] == f"{ran:.0f} s"
     assert facts(card)["reference"] == "a frozen model of its own"
     assert "rafailov2023direct" in card
     assert same_weights(load(card, dpo[1], '"my-dpo"')["model"], trainer.model)
@@ -306,7 +334,7 @@ def test_numbers_that_are_not_finite_stay_off_the_card(tmp_path):
         {"eval_reward/score": math.nan, "eval_kl/ref": 3.0, "step": 2},
     ]
     trainer.create_model_card()
-    assert table(read(tmp_path), "held out")["score"] == ["", "+1.000"]
+    assert table(read(tmp_path), "held out")["score"] == ["", "+1.000, step 0"]
     values = {
         result.metric_type: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
     }

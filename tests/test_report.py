@@ -191,3 +191,12 @@ def test_brief_line_shows_what_the_log_has():
         "loss 0.5000  accuracy 0.750  margin +1.000  chosen drift +5.00  rejected drift -5.00"
     )
     assert brief_line({"reward/score": None, "other": 1}, PPO_LINE) == ""
+
+
+def test_brief_line_says_ties_as_the_summary_does():
+    for line in DPO_LOG[:4]:
+        ties = accuracy_text(line) == "all ties"
+        assert ("accuracy all ties" in brief_line(line, DPO_LINE)) == ties
+    assert brief_line(DPO_LOG[0], DPO_LINE).startswith(
+        "held-out loss 0.5000  held-out accuracy all ties  margin +0.000"
+    )

@@ -160,17 +160,20 @@ def _held_out(log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> li
 
 
 def _table(title: str, log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric], prefix: str) -> str:
-    """Each metric in the first and in the last line that has it, with the steps of the first metric's lines."""
-    rows = []
-    for metric in metrics:
-        lines = _lines(log, prefix + metric.key)
-        if lines:
-            ends = [_cell(line, metric, prefix) for line in ((lines[0], lines[-1]) if len(lines) > 1 else lines)]
-            rows.append(f"| {metric.name} | {' | '.join(ends[-2:] if len(ends) > 1 else ['', *ends])} |")
-    if not rows:
+    """Each metric in the first and in the last line that has it; a cell of another step than its column's says so."""
+    known = {metric: lines for metric in metrics if (lines := _lines(log, prefix + metric.key))}
+    if not known:
         return ""
-    steps = [line["step"] for metric in metrics for line in _lines(log, prefix + metric.key)]
-    return "\n".join([f"| {title} | step {min(steps)} | step {max(steps)} |", "|---|---:|---:|", *rows])
+    steps = [line["step"] for lines in known.values() for line in lines]
+    heads = (min(steps), max(steps))
+    rows = [f"| {title} | step {heads[0]} | step {heads[1]} |", "|---|---:|---:|"]
+    for metric, lines in known.items():
+        cells = [
+            _cell(line, metric, prefix) + ("" if line["step"] == head else f", step {line['step']}")
+            for line, head in zip((lines[0], lines[-1]), heads, strict=True)
+        ]
+        rows.append(f"| {metric.name} | {' | '.join(cells if len(lines) > 1 else ['', cells[1]])} |")
+    return "\n".join(rows)
 
 
 def _lines(log: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
@@ -178,8 +181,8 @@ def _lines(log: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]
 
 
 def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
-    """The value, with its 95% interval where one is logged. Who is right says nothing while all pairs are ties."""
-    if metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()}):
+    """The value, with its 95% interval where one is logged."""
+    if _is_of_ties(line, metric, prefix):
         return "all ties"
     key = prefix + metric.key
     value, half = metric.form.format(line[key]), line.get(f"{key}_ci95")
@@ -189,6 +192,11 @@ def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
     if low is None or high is None:
         return value
     return f"{value} ({metric.form.format(low)} to {metric.form.format(high)})"
+
+
+def _is_of_ties(line: Mapping[str, Any], metric: Metric, prefix: str) -> bool:
+    """Who is right says nothing while all pairs are ties."""
+    return metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()})
 
 
 def _options(args: Any) -> str:
@@ -227,7 +235,7 @@ def _complete_metadata(card: ModelCard, trainer: Any, training: Training, datase
         _eval_result(lines[-1][prefix + metric.key], metric, prefix, training.task, dataset_name)
         for prefix in _held_out(log, training.metrics)
         for metric in training.metrics
-        if (lines := _lines(log, prefix + metric.key))
+        if (lines := _lines(log, prefix + metric.key)) and not _is_of_ties(lines[-1], metric, prefix)
     ] or None
 
 

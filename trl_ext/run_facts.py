@@ -107,7 +107,7 @@ def machine_facts(trainer: Any) -> dict[str, Any]:
     return {
         "optimizer steps": state.global_step,
         "epochs": None if state.epoch is None else f"{state.epoch:.2f}",
-        "training time": None if seconds is None else f"{seconds:.0f} s",
+        "time of the last `train()`": None if seconds is None else f"{seconds:.0f} s",
         "computed in": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "hardware": hardware(args),
         "versions, beside those below": versions,

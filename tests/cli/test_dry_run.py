@@ -25,7 +25,8 @@ def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_pat
     monkeypatch.chdir(tmp_path)
     name = path.parent.name
     paths = paths | {"actor": paths["long"], "prompts": paths["many"], "reward_model": "outputs/not-there"}
-    recipe = ["--config", f"{name}/{path.stem}", "--gpu", "a100-80gb", "--nproc", "4"]
+    gpu = [] if name == "reward" else ["--gpu", "a100-80gb"]
+    recipe = ["--config", f"{name}/{path.stem}", *gpu, "--nproc", "4"]
     targets = ["--lora_target_modules", "all-linear"]  # one recipe names layers that the tiny model has not
     text = dry(name, paths, capsys, *recipe, *targets, output_dir="out")
     assert "× 4 process(es)" in plan_line(text)
@@ -107,5 +108,6 @@ def test_dry_run_without_a_gpu_plans_for_this_machine(paths, tmp_path, capsys):
 def test_dry_run_refuses_what_the_trainer_would(options, said, paths, tmp_path, capsys):
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         dry("ppo", paths, capsys, output_dir=tmp_path, **options)
+    assert "PPO plan:" not in capsys.readouterr().out  # what cannot be has no plan
     with pytest.raises(SystemExit, match="error: There is no reward at all"):
         main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--dry_run"])

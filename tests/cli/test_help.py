@@ -4,16 +4,20 @@ import dataclasses
 import re
 
 import pytest
+from trl import RewardConfig
 
 from cli_runs import TRAINING, error_of
 from trl_ext.cli import topics
 from trl_ext.cli.commands import plan
 from trl_ext.cli.main import main
+from trl_ext.cli.models import ModelArguments
+from trl_ext.dpo.config import SMOOTHED
 from trl_ext.planner import Layout
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+OTHERS = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 def help_of(name, capsys, option="--help"):
@@ -94,3 +98,64 @@ def test_plan_takes_both_spellings_and_explains_its_layout(capsys):
     first = re.search(r"^The 10 options that matter first:\n((?:  .*\n)+)", text, flags=re.MULTILINE).group(1)
     assert len(re.findall(r"^  --\w+", first, flags=re.MULTILINE)) == 10
     assert set(plan.LAYOUT_TEXTS) == {field.name for field in dataclasses.fields(Layout)}
+
+
+def text_of(name, option, capsys):
+    """The help of one option, in one line."""
+    entry = re.search(rf"^  (?:--\w+, )?--{option}\b.*\n(?:   .*\n)*", help_of(name, capsys), flags=re.MULTILINE)
+    return " ".join(entry.group(0).split()) if entry else None
+
+
+def test_options_that_a_command_does_not_read_are_not_there(capsys):
+    for name, options in topics.ABSENT.items():
+        every = help_of(name, capsys, "--help_all")
+        for option in options.split():
+            assert not re.search(rf"--{option}\b", every)
+            assert f"there is no option `--{option}`" in error_of([name, f"--{option}", "1"], capsys)
+    lora = {field.name for field in dataclasses.fields(ModelArguments) if "lora" in field.name}
+    assert lora <= set(topics.ABSENT["score"].split())
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [
+        *((name, "resume_from_checkpoint", "True for the last one in `--output_dir`") for name in TRAINING),
+        *((name, "output_dir", f"Unset: {RewardConfig(use_cpu=True, bf16=False).output_dir}.") for name in TRAINING),
+        ("dpo", "label_smoothing", f"--loss_type sigmoid`; also read by {', '.join(OTHERS[:-1])} and {OTHERS[-1]}."),
+        ("ppo", "gradient_accumulation_steps", "prompts of a rollout on each process"),
+        ("score", "model", "Unset: outputs/dpo- demo."),
+        ("score", "dataset_test_split", "Split to score."),
+        ("score", "dataset_streaming", "Read the rows while scoring."),
+        ("plan", "model", "Unset: smollm2-135m-instruct."),
+        ("plan", "prompt", "INT longest prompt. (default: 512)"),
+        ("plan", "response", "INT longest response, or completion of a pair. (default: 512)"),
+    ],
+)
+def test_help_of_an_option_is_what_the_command_does(name, option, said, capsys):
+    assert said in text_of(name, option, capsys)
+
+
+def test_label_smoothing_help_names_every_loss_that_reads_it():
+    assert {"sigmoid", *OTHERS} == SMOOTHED
+
+
+def test_plan_help_shows_the_layout_that_the_command_starts_from(capsys):
+    """Of every option, as a plan without a recipe has it."""
+    machine = plan.machine_of(plan.arguments().parse_args([]))
+    names, layout = plan.run_of(plan.arguments().parse_args([]), machine)
+    assert f"Unset: {names.actor}." in text_of("plan", "model", capsys)
+    for field in dataclasses.fields(Layout):
+        shown = re.search(r"\(default: (.*)\)$", text_of("plan", field.name, capsys)).group(1)
+        if field.name == "rollout":
+            assert (shown, layout.rollout) == ("micro_batch × accumulation", layout.micro_batch * layout.accumulation)
+        elif field.name in ("compute", "critic", "reward"):
+            assert str(getattr(layout, field.name)) in shown
+        else:
+            assert shown == str(getattr(layout, field.name))
+    for flags, compute in (
+        (["--zero_stage", "2"], "bf16"),
+        (["--method", "lora"], "bf16"),
+        (["--gpu", "cpu"], "fp32"),
+    ):
+        given = plan.arguments().parse_args(flags)
+        assert plan.run_of(given, plan.machine_of(given))[1].compute == compute

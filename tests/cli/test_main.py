@@ -40,7 +40,7 @@ def test_misspelt_command_is_an_error_that_names_the_right_one(capsys):
     assert "Did you mean" not in error_of(["xyzzy"], capsys)
 
 
-@pytest.mark.parametrize("name", ["reward", "ppo", "dpo", "score"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_script_of_the_checkout_is_the_command(name, monkeypatch):
     called = []
     monkeypatch.setattr(command(name), "main", called.append)

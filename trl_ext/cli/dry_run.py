@@ -21,9 +21,10 @@ from ..ppo.display import batch_plan
 from ..ppo.given import Given, check_given
 from ..ppo.prompts import check_datasets, prompt_ids
 from ..pretrained import text_config
+from .checkpoints import checkpoint_of
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
-from .models import path_of
+from .models import path_of, require_judges
 from .options import Options
 
 
@@ -43,17 +44,21 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
+    checkpoint_of(args)
+    path = path_of(model, args)
     splits, count = load(data), processes(given)
     rows = splits["train"]
-    tokenizer = AutoTokenizer.from_pretrained(path_of(model, args), revision=model.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
     with as_if_of(count):
-        print(batches(command, args, len(rows) if isinstance(rows, Dataset) else None, count), end="\n\n")
         if command == "ppo":
-            check_ppo(data, model, args, splits, tokenizer)
+            check_ppo(data, path, get_peft_config(model), args, splits, tokenizer)
             longest, sample = prompts(rows, tokenizer, args)
         else:
             check_columns(rows, splits["test"], tokenizer)
             longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
+        print(batches(command, args, len(rows) if isinstance(rows, Dataset) else None, count), end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
     print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
@@ -70,7 +75,7 @@ def as_if_of(count: int) -> Iterator[None]:
         state.num_processes = before
 
 
-def check_ppo(data: Any, model: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
+def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
     """
     What `PPOTrainerX` checks of prompts and models before it loads any. A reward model that is still to be trained is
     no error here.
@@ -78,12 +83,13 @@ def check_ppo(data: Any, model: Any, args: Any, splits: DatasetDict, tokenizer: 
     Raises:
         ValueError: as the trainer would.
     """
-    path = path_of(model, args)
     judge = args.reward_model_path
-    given = Given(model=path, value_model=data.value_model, peft_config=get_peft_config(model), reward_model=judge)
+    given = Given(model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge)
     if judge is not None and is_local(judge) and not Path(judge).is_dir():
+        require_judges(None, data.value_model)
         print(f"The reward model {judge} is not there yet.\n")
     else:
+        require_judges(judge, data.value_model)
         check_given(args, given)
     context = getattr(text_config(path, args), "max_position_embeddings", None)
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args)

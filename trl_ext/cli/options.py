@@ -39,7 +39,7 @@ class Options:
         """An instance of each of the command's classes, with `changes` over what was given."""
         values = vars(self.values) | changes
         return tuple(
-            kind(**{option.name: values[option.name] for option in fields(kind) if option.init})
+            kind(**{o.name: values[o.name] for o in fields(kind) if o.init and o.name in values})
             for kind in self.parser.dataclass_types
         )
 

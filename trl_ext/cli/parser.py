@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from trl import TrlParser
 
-from .topics import first_of, heading_of, order, topic_of
+from .topics import ABSENT, first_of, heading_of, order, text_of, topic_of
 
 
 WIDTH = 119  # columns of a help text
@@ -53,7 +53,9 @@ class OptionParser(TrlParser):
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         """As the parent does, by topic. A dataclass has the fields of its last base first, and so have the topics."""
-        hints, options = get_type_hints(dtype), [option for option in fields(dtype) if option.init]
+        absent = ABSENT.get(self.command, "").split()
+        hints = get_type_hints(dtype)
+        options = [option for option in fields(dtype) if option.init and option.name not in absent]
         owners = {o.name: next(c for c in dtype.__mro__ if o.name in inspect.get_annotations(c)) for o in options}
         for owner in reversed(dtype.__mro__):
             for option in options:
@@ -67,7 +69,7 @@ class OptionParser(TrlParser):
         self._parse_dataclass_field(group, option)
         for action in group._group_actions[known:]:
             # Some of the parents' texts hold a bare "%", which argparse would take for a format.
-            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", text_of(self.command, action.dest) or action.help or "")
             kind = getattr(action.type, "__name__", "")
             action.metavar = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL"}.get(kind)
             choices = "{" + ",".join(map(str, action.choices or [])) + "}"

@@ -34,6 +34,44 @@ _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.sp
 OTHERWISE = {
     "ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef num_generations"
 }
+# What a command does not have, though it shares a class of options that does.
+ABSENT = {
+    "reward": "gpu force",  # the planner plans PPO and DPO
+    "score": "use_peft use_rslora use_dora lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
+    "lora_modules_to_save lora_task_type train_size test_split_size",
+}
+# Texts of options that mean another thing here than where they are defined; "" stands for every command.
+TEXTS = {
+    "": {
+        "output_dir": "Folder of the run. Unset: trainer_output.",
+        "resume_from_checkpoint": "Folder checkpoint-N of a run to go on from, or True for the last one in "
+        "`--output_dir`. To train for longer, raise the number of epochs, steps or episodes.",
+    },
+    "dpo": {
+        "label_smoothing": "Share of labels that are flipped by mistake, in [0, 0.5): conservative DPO with "
+        "`--loss_type sigmoid`; also read by robust, exo_pair, aot and aot_unpaired.",
+    },
+    "ppo": {
+        "gradient_accumulation_steps": "Times `per_device_train_batch_size`: the prompts of a rollout on each "
+        "process. `num_mini_batches` says how many optimizer steps they make.",
+    },
+    "score": {
+        "model_name_or_path": "Policy: a folder with a model or an adapter, or a hub name. Unset: outputs/dpo-demo.",
+        "model_revision": "Revision of the policy and its tokenizer; of no --ref_model.",
+        "dataset_name": "A json, jsonl, csv or parquet file, a folder written by `save_to_disk`, or a hub name. "
+        "Unset: the embedded pairs that the demo holds out.",
+        "dataset_streaming": "Read the rows while scoring.",
+        "dataset_test_split": "Split to score.",
+        "dataset_train_split": "Split to score where there is no `dataset_test_split`.",
+        "test_size": "Pairs to score, at most. Unset: all.",
+        "dtype": "Data type of the weights. Unset: float32; of an adapter's base on a GPU bfloat16.",
+    },
+}
+
+
+def text_of(command: str, name: str) -> str | None:
+    """The help of an option, where it is not that of its class."""
+    return TEXTS.get(command, {}).get(name, TEXTS[""].get(name))
 
 
 def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:

@@ -107,7 +107,8 @@ class Layout:
         rollout: responses that are sampled at a time (PPO).
         score_batch: sequences in one scoring pass (PPO).
         epochs: passes over a rollout (PPO).
-        prompt, response: longest prompt and response, or completion of a pair.
+        prompt: longest prompt.
+        response: longest response, or completion of a pair.
         gradient_checkpointing: only the inputs of layers are kept for the backward pass.
         vllm_share: share of the GPU that a colocated vLLM takes.
         vllm_sleeps: vLLM gives that back while learning.

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
 
+from ..history import is_tie
+
 
 # Log key -> what the line calls it, and its format. A line shows those it has.
 PPO_LINE = {
@@ -51,9 +53,12 @@ class BriefProgress(ProgressCallback):
 
 
 def brief_line(logs: dict[str, Any], line: dict[str, tuple[str, str]]) -> str:
-    """The chosen metrics of a log line, as text."""
+    """The chosen metrics of a log line, as text. Who is right says nothing while all pairs are ties."""
     known = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-    return "  ".join(f"{name} {known[key]:{form}}" for key, (name, form) in line.items() if key in known)
+    texts = {key: f"{known[key]:{form}}" for key, (_, form) in line.items() if key in known}
+    if is_tie(known):
+        texts |= {key: "all ties" for key in texts if key.endswith("preference/accuracy")}
+    return "  ".join(f"{line[key][0]} {text}" for key, text in texts.items())
 
 
 def use_brief_progress(trainer: Any, line: dict[str, tuple[str, str]]) -> None:

@@ -237,12 +237,16 @@ def _of_sources(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
     return {source: ["" if v is None else f"{v:.1%}" for v in values] for source, values in known.items()}
 
 
-def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last log line with the metric `key`; evaluates where the last one is not of the last step."""
+def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """
+    The log lines with the metric `key` from before the first step, `None` without `eval_on_start`, and from behind the
+    last one; evaluates where that is not there yet.
+    """
 
     def held_out() -> list[dict[str, Any]]:
         return [line for line in trainer.state.log_history if key in line]
 
     if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    return held_out()[0], held_out()[-1]
+    first, last = held_out()[0], held_out()[-1]
+    return (first if first["step"] == 0 and first is not last else None), last

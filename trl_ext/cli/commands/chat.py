@@ -9,12 +9,12 @@ said.
 """
 
 import copy
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
 
 from ...device import computes_in_bf16
 from ...pretrained import adapter_config, is_for_scoring
+from ..models import require_model
 from ..options import usage_errors
 from ..parser import CommandParser
 
@@ -30,10 +30,8 @@ def arguments() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
-    path = Path(given.model)
     with usage_errors():
-        if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{path} holds no model: there is no config.json and no adapter_config.json in it.")
+        require_model(given.model, "the model to talk to", with_base=True)
         if scores(given.model):
             raise ValueError(f"{given.model} is a reward model: it scores text and writes none.")
         tokenizer = AutoTokenizer.from_pretrained(given.model)

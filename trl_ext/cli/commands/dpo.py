@@ -22,6 +22,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
+from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, report_callbacks
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -46,10 +47,11 @@ class DPOArguments(LaunchArguments, PairArguments):
 
 
 def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
+    path = path_of(model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load_pairs(data)
     trainer = DPOTrainerX(
-        path_of(model),
+        path,
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
@@ -62,13 +64,15 @@ def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTra
     return trainer
 
 
-def report(trainer: DPOTrainerX, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Accuracy on the terminal; metrics.json, table.md."""
+def report(trainer: DPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    """Accuracy on the terminal; metrics.json, table.md. Without an evaluation at the start there is no before."""
     output = Path(trainer.args.output_dir)
-    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    (output / "table.md").write_text(preference_table({"before": before, "after": after}))
+    columns = {"after": after} if before is None else {"before": before, "after": after}
+    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    (output / "table.md").write_text(preference_table(columns))
+    accuracies = "; ".join(f"{accuracy_text(metrics)} {when}" for when, metrics in columns.items())
     print(
-        f"Held-out pairs in the right order: {accuracy_text(before)} before; {accuracy_text(after)} after, of "
+        f"Held-out pairs in the right order: {accuracies}, of "
         f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
         f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
         "completions."
@@ -88,13 +92,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("dpo", given)
         data, model, args = given.make()
         require_all(args)
+        checkpoint = checkpoint_of(args)
     require_fit("dpo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()
     trainer.save_state()

@@ -36,6 +36,22 @@ def argument_texts(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for names, text in entries for name in re.findall(r"\w+", names)}
 
 
+START_MODEL, START_ACCUMULATION = "smollm2-135m-instruct", 16
+# What holds without a recipe, where it is not the default of `Layout`.
+START_TEXTS = {
+    "accumulation": str(START_ACCUMULATION),
+    "rollout": "micro_batch × accumulation",
+    "compute": "fp32 on a CPU; else bf16 with --zero_stage or --method, and autocast without",
+    "critic": "model; of DPO none",
+    "reward": "model; of DPO none",
+}
+# With what a model's sizes are those of another.
+MODEL_TEXTS = {
+    "model": f"The actor: its sizes. Unset: {START_MODEL}.",
+    "reward_model": "Its sizes. Unset: the actor's.",
+    "ref_model": "Its sizes. Unset: the actor's.",
+    "value_model": "The critic: its sizes. Unset: the reward model's.",
+}
 LAYOUT_TEXTS = argument_texts(Layout.__doc__ or "")
 CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
 
@@ -52,8 +68,8 @@ def arguments() -> CommandParser:
         groups[heading].add_argument(f"--{name}", **options)
 
     add("models", "from_config", metavar="RECIPE", help="A recipe of PPO or DPO: a path, or an installed one.")
-    for name in ("model", "reward_model", "ref_model", "value_model"):
-        add("models", name, metavar="NAME", help="Its sizes; unset: the actor's, of the critic the reward's.")
+    for name, text in MODEL_TEXTS.items():
+        add("models", name, metavar="NAME", help=text)
     add("hardware", "gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
     for name in ("gpu_memory", "host_memory"):
         add("hardware", name, type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, overriding.")
@@ -65,7 +81,10 @@ def arguments() -> CommandParser:
     add("answers", "picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
     for field in fields(Layout):
         default: Any = field.default if field.default is not MISSING else None
-        said = {"default": None, "help": f"{LAYOUT_TEXTS[field.name]} (default: {default})"}
+        said = {
+            "default": None,
+            "help": f"{LAYOUT_TEXTS[field.name]} (default: {START_TEXTS.get(field.name, default)})",
+        }
         if isinstance(default, bool):
             add("layout", field.name, action=argparse.BooleanOptionalAction, **said)
         else:
@@ -93,7 +112,7 @@ def machine_of(given: argparse.Namespace) -> Hardware:
 def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, Layout]:
     """The models and the layout: the recipe's, and over them the flags'."""
     flags = {f.name: getattr(given, f.name) for f in fields(Layout) if getattr(given, f.name) is not None}
-    names = ModelNames(given.model or "smollm2-135m-instruct")
+    names = ModelNames(given.model or START_MODEL)
     if given.from_config:
         recipe = find_config(given.from_config)
         trainer = flags.get("trainer") or recipe.resolve().parent.name
@@ -107,7 +126,7 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
         )
     else:
         compute = "fp32" if machine.is_cpu else "bf16" if flags.get("zero_stage") or "method" in flags else "autocast"
-        start: dict[str, Any] = {"compute": compute, "accumulation": 16}
+        start: dict[str, Any] = {"compute": compute, "accumulation": START_ACCUMULATION}
         if flags.get("trainer") == "dpo":
             start |= {"critic": "none", "reward": "none", "trainer": "dpo"}
         layout = Layout(**start)

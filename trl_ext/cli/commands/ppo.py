@@ -32,12 +32,13 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
+from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, path_of
+from ..models import ModelArguments, path_of, require_judges
 from ..options import Options, read, usage_errors
 
 
@@ -77,11 +78,13 @@ def load(data: PPOArguments) -> DatasetDict:
 
 
 def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:
+    path = path_of(model, args)
+    require_judges(args.reward_model_path, data.value_model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load(data)
     return PPOTrainerX(
         args,
-        model=path_of(model, args),
+        model=path,
         train_dataset=splits["train"],
         value_model=data.value_model,
         eval_dataset=splits["test"],
@@ -90,22 +93,25 @@ def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTra
     )
 
 
-def report(trainer: PPOTrainerX, before: dict[str, Any], after: dict[str, Any], shown: int) -> None:
-    """Before and after on the terminal and in metrics.json; samples.md."""
+def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any], shown: int) -> None:
+    """
+    Before and after on the terminal and in metrics.json; samples.md. Without an evaluation at the start there is no
+    before, and there are no samples of it.
+    """
     output, args = Path(trainer.args.output_dir), trainer.args
-    (output / "metrics.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    if args.log_completions:
+    columns = {"after": after} if before is None else {"before": before, "after": after}
+    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    if args.log_completions and before is not None:
         samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
         (output / "samples.md").write_text(samples_markdown(samples))
         print_samples(samples)
     rise, half_width, kl = (
         after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
     )
+    scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    print(
-        f"Held-out score: {before['eval_reward/score']:+.3f} before, {after['eval_reward/score']:+.3f} after; it rose "
-        f"by {rise:.3f}{interval}. KL to the reference: {kl:.2f} nats per sequence."
-    )
+    rose = f"; it rose by {rise:.3f}{interval}" if before is not None and math.isfinite(rise) else ""
+    print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
 
 
 def options(argv: list[str] | None = None) -> Options:
@@ -134,13 +140,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("ppo", given)
         data, model, args = given.make()
         require_all(args)
+        checkpoint = checkpoint_of(args)
     require_fit("ppo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()

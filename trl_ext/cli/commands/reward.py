@@ -25,6 +25,7 @@ from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
 from ...last_line import LastLine
 from ...report import REWARD_LINE, use_brief_progress
+from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -54,7 +55,9 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         args,
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
-        processing_class=AutoTokenizer.from_pretrained(path, revision=model.model_revision),
+        processing_class=AutoTokenizer.from_pretrained(
+            path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        ),
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
@@ -90,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             return launch("reward", given)
         data, model, args = given.make()
         require_all(args)
+        checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     with usage_errors():
         trainer = build(data, model, args)
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     describe_reward_training(trainer)
     for callback in (LastLine(), *report_callbacks(data.source)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

@@ -23,7 +23,7 @@ from trl import get_quantization_config, maybe_extract_prompt
 from ... import ImplicitReward, embedded
 from ...intervals import wilson_interval
 from ..data import DataArguments, load_rows
-from ..models import ModelArguments
+from ..models import ModelArguments, require_model
 from ..options import read, usage_errors
 
 
@@ -52,22 +52,41 @@ def load(data: ScoreArguments) -> Dataset:
     return load_rows(data)
 
 
-def load_model(path: str, data: ScoreArguments, model: ModelArguments) -> Any:
+def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision: str | None) -> Any:
     model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
     kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
     quantization = get_quantization_config(model)
     options = {} if quantization is None else {"quantization_config": quantization}
-    return kind.from_pretrained(path, device_map={"": device}, **model.init_kwargs(data.use_cpu), **options)
+    options |= model.init_kwargs(data.use_cpu) | {"revision": revision}
+    return kind.from_pretrained(path, device_map={"": device}, **options)
 
 
 def build(data: ScoreArguments, model: ModelArguments) -> ImplicitReward:
+    path, ref_path = paths_of(data, model)
+    policy = load_model(path, data, model, model.model_revision)
+    # A revision is the policy's: the reference is another model.
+    reference = None if ref_path is None else load_model(ref_path, data, model, None)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision)
+    return ImplicitReward(policy, reference, tokenizer, data.beta, data.batch_size)
+
+
+def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | None]:
+    """
+    The policy, and the reference where it is another model.
+
+    Raises:
+        ValueError: when one of them is not there.
+    """
     path, ref_path = model.model_name_or_path, data.ref_model
     if path is None:
+        if not Path(DEMO_POLICY).exists():
+            raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
         path, ref_path = DEMO_POLICY, ref_path or str(embedded.smollm2())
-    policy = load_model(path, data, model)
-    reference = None if ref_path is None else load_model(ref_path, data, model)
-    return ImplicitReward(policy, reference, AutoTokenizer.from_pretrained(path), data.beta, data.batch_size)
+    require_model(path, "--model", model.model_revision, with_base=True)
+    if ref_path is not None:
+        require_model(ref_path, "--ref_model", with_base=True)
+    return path, ref_path
 
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
@@ -83,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
     with usage_errors():
+        paths_of(data, model)
         scored = score(load(data), build(data, model))
     output = Path(data.output_file)
     output.parent.mkdir(parents=True, exist_ok=True)

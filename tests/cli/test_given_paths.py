@@ -1,0 +1,124 @@
+"""Models and checkpoints that there are not: one sentence, before any row is read."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
+
+import tiny
+from cli_runs import TRAINING, error_of, run_of
+from commands import command
+from trl_ext.cli.main import main
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def no_rows(monkeypatch):
+    """No command gets as far as its data."""
+
+    def load(*_):
+        raise AssertionError("the rows were read first")
+
+    for name in ("reward", "dpo"):
+        monkeypatch.setattr(command(name), "load_pairs", load)
+    for name in ("ppo", "score"):
+        monkeypatch.setattr(command(name), "load", load)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry"])
+def test_model_that_there_is_not_is_named(name, more, paths, tmp_path, no_rows, capsys):
+    said = error_of([name, *run_of(name, paths, model="nowhere", output_dir=tmp_path), *more], capsys)
+    assert said.startswith("error: nowhere (--model) is no folder here, and no model of that name came from the hub.")
+    assert len(said.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    said = error_of([name, *run_of(name, paths, model=tmp_path / "empty"), *more], capsys)
+    assert "(--model) holds no model: there is no config.json" in said
+    said = error_of([name, *run_of(name, paths, model=tmp_path / "none"), *more], capsys)
+    assert said.startswith(f"error: There is no folder {tmp_path / 'none'} (--model).")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry"])
+@pytest.mark.parametrize("option", ["reward_model_path", "value_model", "sft_model_path"])
+def test_other_models_of_ppo_are_named_too(option, more, paths, tmp_path, capsys):
+    flags = run_of("ppo", paths, output_dir=tmp_path, **{option: "nowhere"})
+    if option == "sft_model_path":
+        flags = flags[2:]  # without `--model`
+    assert error_of(["ppo", *flags, *more], capsys).startswith(f"error: nowhere (--{option}) is no folder here")
+
+
+def test_chat_and_score_name_the_model_that_there_is_not(paths, tmp_path, monkeypatch, no_rows, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert error_of(["chat", "nowhere"], capsys).startswith("error: nowhere (the model to talk to) is no folder here")
+    assert error_of(["score", "--model", "nowhere"], capsys).startswith("error: nowhere (--model) is no folder here")
+    said = error_of(["score", "--model", paths["actor"], "--ref_model", "nowhere"], capsys)
+    assert said.startswith("error: nowhere (--ref_model) is no folder here")
+    said = error_of(["score"], capsys)
+    assert said == "error: The demo's policy is not in outputs/dpo-demo: run `trl-ext dpo` first, or give `--model`."
+
+
+def test_base_of_an_adapter_that_there_is_not_is_named(tmp_path, no_rows, capsys):
+    adapter = get_peft_model(tiny.tiny_actor(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter.peft_config["default"].base_model_name_or_path = "nowhere"
+    adapter.save_pretrained(tmp_path)
+    for words in (["chat", str(tmp_path)], ["score", "--model", str(tmp_path)]):
+        assert error_of(words, capsys).startswith(f"error: nowhere (the base of the adapter {tmp_path}) is no folder")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry"])
+def test_checkpoint_that_there_is_not_is_named(name, more, paths, tmp_path, no_rows, capsys):
+    def said(checkpoint):
+        flags = run_of(name, paths, output_dir=tmp_path / "out", resume_from_checkpoint=checkpoint)
+        return error_of([name, *flags, *more], capsys)
+
+    assert said("nowhere").startswith("error: `--resume_from_checkpoint` is nowhere, and there is no such folder.")
+    assert "and it has no trainer_state.json" in said(tmp_path)
+    for word in ("True", "true"):
+        assert said(word) == f"error: There is no checkpoint to resume from in {tmp_path / 'out'}."
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_true_resumes_from_the_last_checkpoint(name, paths, tmp_path):
+    short = {"per_device_train_batch_size": 4, "output_dir": tmp_path, "save_steps": 1, "eval_strategy": "no"}
+    main([name, *run_of(name, paths, max_steps=2, **short)])
+    first = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    (tmp_path / "checkpoint-1" / "trainer_state.json").unlink()  # the last one it is
+    main([name, *run_of(name, paths, max_steps=3, resume_from_checkpoint="True", **short)])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    losses, begun = ([line for line in log if "loss" in line] for log in (state["log_history"], first))
+    assert losses[:1] == begun
+
+
+def test_tokenizers_get_the_revision_of_the_policy_and_remote_code(paths, tmp_path, monkeypatch):
+    """A revision is the policy's alone."""
+    asked, real = [], AutoTokenizer.from_pretrained
+
+    def tokenizer(path, **options):
+        asked.append(options)
+        return real(path, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
+    flags = run_of("reward", paths, output_dir=tmp_path, max_steps=1)
+    main(["reward", *flags, "--trust_remote_code", "--dry_run"])
+    assert asked[0]["trust_remote_code"] is True
+    asked.clear()
+    body = command("reward")
+    body.build(*body.options([*flags, "--trust_remote_code"]).make())
+    assert asked[0]["trust_remote_code"] is True
+
+    asked.clear()
+    body, loaded = command("score"), []
+    monkeypatch.setattr(body, "load_model", lambda path, data, model, revision: loaded.append(revision))
+    monkeypatch.setattr(body, "ImplicitReward", lambda *_: None)
+    body.build(
+        body.ScoreArguments(ref_model=paths["actor"]),
+        body.ModelArguments(model_name_or_path=paths["actor"], model_revision="mine"),
+    )
+    assert loaded == ["mine", None]
+    assert asked[0]["revision"] == "mine"
