@@ -115,7 +115,8 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 def result_rows(run: Run) -> list[list[str]]:
     """Name, value at the first and value at the last evaluation (of training, the first and the last line)."""
     rows = []
-    evaluations = [line for line in run.log if held_out_accuracy(run.log) in line]
+    accuracy = held_out_accuracy(run.log)
+    evaluations = [line for line in run.log if accuracy in line]
     if run.kind == "dpo" and evaluations and "eval_preference/accuracy_low" in evaluations[0]:
         rows = preference_rows([evaluations[0], evaluations[-1]])
     else:
@@ -127,7 +128,7 @@ def result_rows(run: Run) -> list[list[str]]:
             ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
             ("score in training", scores(run.log), "{:+.3f}"),
             ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
-            ("held-out accuracy", series(run.log, held_out_accuracy(run.log) or ""), "{:.1%}"),
+            ("held-out accuracy", series(run.log, accuracy or ""), "{:.1%}"),
             ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
             ("loss", series(run.log, "loss"), "{:.4f}"),
             ("tokens per response", series(run.log, "completions/mean_length"), "{:.1f}"),
