@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 
 FACTS = "run.json"  # written when a run begins, by `ReportCallback`
 STATE = "trainer_state.json"  # the Trainer's log
@@ -28,6 +30,33 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read ({error}); remove it, and what the run's log says is shown."
         ) from None
+
+
+def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
+    """
+    The checkpoint to go on from; `None` for a run that begins.
+
+    Args:
+        given: a checkpoint's folder; `True`, or the word as a command line has it, for the last one in `output_dir`.
+
+    Raises:
+        ValueError: when there is no such checkpoint.
+    """
+    if not given:
+        return None
+    folder = Path(str(given))
+    if str(given).lower() == "true":
+        last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+        if last is None:
+            raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
+        folder = Path(last)
+    if not (folder / STATE).is_file():
+        why = f"it has no {STATE}" if folder.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"`resume_from_checkpoint` is {folder}, and {why}. Give a folder checkpoint-N of an earlier run that was "
+            "saved whole, or True for the last one in the output folder."
+        )
+    return folder
 
 
 def begun_at(folder: str | Path) -> float | None:

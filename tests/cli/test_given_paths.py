@@ -76,7 +76,7 @@ def test_checkpoint_that_there_is_not_is_named(name, more, paths, tmp_path, no_r
         flags = run_of(name, paths, output_dir=tmp_path / "out", resume_from_checkpoint=checkpoint)
         return error_of([name, *flags, *more], capsys)
 
-    assert said("nowhere").startswith("error: `--resume_from_checkpoint` is nowhere, and there is no such folder.")
+    assert said("nowhere").startswith("error: `resume_from_checkpoint` is nowhere, and there is no such folder.")
     assert "and it has no trainer_state.json" in said(tmp_path)
     for word in ("True", "true"):
         assert said(word) == f"error: There is no checkpoint to resume from in {tmp_path / 'out'}."

@@ -306,7 +306,6 @@ def test_folder_without_checkpoints(tmp_path):
 
 
 FILES = {
-    "trainer_state.json": "trainer_state.json",
     "ppo_state.pt": "ppo_state.pt",
     "rng_state.pth": "rng_state.pth",
     "optimizer.pt": "optimizer.pt",
@@ -326,6 +325,13 @@ def test_checkpoint_that_was_cut_off_is_refused_before_models_are_loaded(plain, 
         resuming.find_checkpoint(str(tmp_path / "checkpoint-6"), trainer_of(tmp_path).args, tiny.tiny_prompts(8))
     with pytest.raises(ValueError, match="It was cut off"):
         ppo_trainer(tmp_path, unloaded, resume_from_checkpoint="true")
+
+
+def test_checkpoint_without_its_last_file(plain, tmp_path):
+    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-6, and it has no trainer_state\.json\."):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_run_that_is_done_says_how_to_go_on(plain, tmp_path):

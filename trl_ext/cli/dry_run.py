@@ -16,12 +16,12 @@ from trl import DPOTrainer, RewardTrainer, get_peft_config
 from .. import planner
 from .._trl import tokenised_pair
 from ..dpo.data import check_columns
+from ..places import checkpoint_of
 from ..planner.recipe import is_local
 from ..ppo.display import batch_plan
 from ..ppo.given import Given, check_given
 from ..ppo.prompts import check_datasets, prompt_ids
 from ..pretrained import text_config
-from .checkpoints import checkpoint_of
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
 from .models import path_of, require_judges
@@ -44,7 +44,7 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
-    checkpoint_of(args)
+    checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     path = path_of(model, args)
     splits, count = load(data), processes(given)
     rows = splits["train"]

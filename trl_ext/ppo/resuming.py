@@ -11,10 +11,10 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import logging
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..places import checkpoint_of
 from . import critic
 from .config import PPOConfigX
 from .rollout import MicroBatch, Rollout
@@ -45,13 +45,9 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         ValueError: when there is none, one that lacks what PPO needs, or one of a run that differs in `SHARED` or in
             the number of prompts.
     """
-    if not checkpoint:
+    folder = checkpoint_of(checkpoint, args.output_dir)
+    if folder is None:
         return None
-    if checkpoint in (True, "True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
-    folder = Path(str(checkpoint))
     absent = _absent(folder, args)
     if absent:
         raise ValueError(
@@ -70,7 +66,7 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
 def _absent(folder: Path, args: PPOConfigX) -> list[str]:
     """What is missing of a checkpoint of this rank."""
     numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    files = [TRAINER_STATE_NAME, path_of_state(folder, args).name, numbers]
+    files = [path_of_state(folder, args).name, numbers]
     if args.deepspeed_plugin is None:  # which saves its engine
         files.append(SCHEDULER_NAME)
         files += [] if list(folder.glob("optimizer_*")) else [OPTIMIZER_NAME]  # FSDP's is a folder

@@ -21,8 +21,8 @@ import torch
 from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX
+from ...places import checkpoint_of
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
-from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, report_callbacks
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -92,14 +92,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("dpo", given)
         data, model, args = given.make()
         require_all(args)
-        checkpoint = checkpoint_of(args)
+        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     require_fit("dpo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()
     trainer.save_state()

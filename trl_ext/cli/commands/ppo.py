@@ -24,6 +24,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ... import PPOConfigX, PPOTrainerX, embedded
 from ...conversions import to_prompts
+from ...places import checkpoint_of
 from ...report import (
     PPO_LINE,
     first_and_last_evaluation,
@@ -32,7 +33,6 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
-from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
@@ -140,14 +140,14 @@ def main(argv: list[str] | None = None) -> None:
             return launch("ppo", given)
         data, model, args = given.make()
         require_all(args)
-        checkpoint = checkpoint_of(args)
+        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     require_fit("ppo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, PPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()

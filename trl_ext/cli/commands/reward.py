@@ -24,8 +24,8 @@ from ... import describe_reward_training, save_base_fingerprint
 from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
 from ...last_line import LastLine
+from ...places import checkpoint_of
 from ...report import REWARD_LINE, use_brief_progress
-from ..checkpoints import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             return launch("reward", given)
         data, model, args = given.make()
         require_all(args)
-        checkpoint = checkpoint_of(args)
+        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     set_seed(args.seed)
     with usage_errors():
         trainer = build(data, model, args)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     describe_reward_training(trainer)
     for callback in (LastLine(), *report_callbacks(data.source)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
