@@ -1,5 +1,6 @@
 """`Phases`: seconds and peak memory go to the phase in which they were spent, alone and in PPO and DPO runs."""
 
+import mmap
 import time
 from types import SimpleNamespace
 
@@ -15,14 +16,17 @@ from trl_ext.phases import GIB, STATUS, Phases
 
 
 CPU = torch.device("cpu")
-MUCH = 200 * 2**20  # bytes, more than anything else here takes
+MIB = bytes(2**20)
+MUCH = 200 * len(MIB)  # bytes, more than anything else here takes
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and transformers, on the way through a run
 on_linux = pytest.mark.skipif(not STATUS.exists(), reason="the system keeps no peak that can be reset")
 
 
 def fill(*_, **__):
-    """Takes 200 MiB and gives them back."""
-    torch.ones(MUCH, dtype=torch.int8)
+    """Takes 200 MiB and gives them back; pages of their own, as an allocator may have as much at hand already."""
+    with mmap.mmap(-1, MUCH) as pages:
+        for _ in range(MUCH // len(MIB)):
+            pages.write(MIB)
 
 
 def memory(measured, *names):

@@ -175,9 +175,8 @@ def test_optimizer_of_the_file_would_lose_the_critics_learning_rate(tmp_path, de
 def test_quantized_model_is_refused_under_zero3_before_it_is_loaded(tmp_path, role):
     quantized = tmp_path / "quantized"
     in_4bit = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    config = tiny.tiny_config(
-        architectures=["LlamaForSequenceClassification"], num_labels=1, quantization_config=in_4bit
-    )
+    kind = "LlamaForCausalLM" if role == "model" else "LlamaForSequenceClassification"
+    config = tiny.tiny_config(architectures=[kind], num_labels=1, quantization_config=in_4bit)
     config.save_pretrained(quantized)
     models = {"model": tiny.tiny_actor(), "reward_model": tiny.tiny_reward_model()} | {role: str(quantized)}
     args = ppo_runs.ppo_config(tmp_path, deepspeed=str(DEEPSPEED / "zero3.json"))
