@@ -710,6 +710,18 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+def test_best_model_of_a_mixture_has_its_experts(tmp_path):
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"model": tiny.tiny_mixture(output_router_logits=False)})
+    best = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    for parameter in trainer.model.parameters():
+        parameter.data.zero_()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, best[name]), name
+
+
 class StopAtAnEvaluation(TrainerCallback):
     """As `EarlyStoppingCallback` does; the model is in evaluation mode then."""
 

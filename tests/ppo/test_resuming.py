@@ -13,12 +13,12 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 import tiny
-from ppo_runs import logged, ppo_trainer, snapshot
+from ppo_runs import changed, logged, ppo_trainer, snapshot
 from trl_ext import PPOTrainerX
 from trl_ext.ppo import critic, resuming
 from trl_ext.ppo.coefficients import Coefficients
@@ -294,6 +294,33 @@ def test_stream_that_has_begun_again_says_that_its_place_is_lost(tmp_path, caplo
     trainer_of(tmp_path, "stream", **options).train()
     trainer_of(tmp_path, "stream", **options | {"max_steps": 14}).train(resume_from_checkpoint=True)
     assert "The prompts are a stream, which the run had begun to read again" in caplog.text
+
+
+def test_best_model_of_a_mixture_has_its_experts(tmp_path):
+    trainer = trainer_of(tmp_path, "mixture of experts")
+    best = snapshot(trainer.model)
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    for parameter in trainer.model.parameters():
+        parameter.data.zero_()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    assert not changed(trainer.model, best)
+
+
+def test_patience_is_restored_where_it_is_asked_for(tmp_path):
+    """By the Trainer's option, which docs/ppo.md names: without it early stopping would begin to count anew."""
+
+    def run(**options):
+        models = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+        models["callbacks"] = [SaveAt((6,)), EarlyStoppingCallback(early_stopping_patience=3)]
+        best = {"metric_for_best_model": "eval_reward/score", "learning_rate": 0.0, "eval_steps": 2}
+        return ppo_trainer(tmp_path, models, **OPTIONS | best | options)
+
+    whole = run()
+    whole.train()
+    resumed = run(restore_callback_states_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert whole.state.global_step == resumed.state.global_step < 16
 
 
 # --- what cannot go on

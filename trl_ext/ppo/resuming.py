@@ -4,6 +4,7 @@ stopped: the rollout that is being learned from, the controllers, the moments of
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import logging
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..places import checkpoint_of
+from ..places import checkpoint_of, write_whole
 from . import critic
 from .config import PPOConfigX
 from .rollout import MicroBatch, Rollout
@@ -108,9 +109,7 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "shown": json.dumps(_shown(trainer), default=_plain),
     }
     state |= {name: part.state_dict() for name, part in _parts(trainer).items()}
-    path = path_of_state(checkpoint, trainer.args)
-    torch.save(state, path.with_suffix(".writing"))
-    path.with_suffix(".writing").replace(path)  # whole or not at all
+    write_whole(path_of_state(checkpoint, trainer.args), partial(torch.save, state))
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:

@@ -62,8 +62,7 @@ def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision:
     return kind.from_pretrained(path, device_map={"": device}, **options)
 
 
-def build(data: ScoreArguments, model: ModelArguments) -> ImplicitReward:
-    path, ref_path = paths_of(data, model)
+def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArguments) -> ImplicitReward:
     policy = load_model(path, data, model, model.model_revision)
     # A revision is the policy's: the reference is another model.
     reference = None if ref_path is None else load_model(ref_path, data, model, None)
@@ -102,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
     with usage_errors():
-        paths_of(data, model)
-        scored = score(load(data), build(data, model))
+        paths = paths_of(data, model)  # before any row is read
+        scored = score(load(data), build(*paths, data, model))
     output = Path(data.output_file)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored), encoding="utf-8")
