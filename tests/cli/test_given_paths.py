@@ -117,6 +117,8 @@ def test_tokenizers_get_the_revision_of_the_policy_and_remote_code(paths, tmp_pa
     monkeypatch.setattr(body, "load_model", lambda path, data, model, revision: loaded.append(revision))
     monkeypatch.setattr(body, "ImplicitReward", lambda *_: None)
     body.build(
+        paths["actor"],
+        paths["actor"],
         body.ScoreArguments(ref_model=paths["actor"]),
         body.ModelArguments(model_name_or_path=paths["actor"], model_revision="mine"),
     )
