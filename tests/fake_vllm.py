@@ -29,9 +29,19 @@ class Sampler:
         noise: standard deviation of what its log-probabilities are off by, as kernels of their own would have it.
         unavailable: every so many tokens the log-probability is NaN; 0 for never.
         model: of the actor's shape, to be filled; made here if not given.
+        folder: sampling options in the `generation_config.json` of the folder that it was loaded from.
+        logprobs_mode: what a server says about its log-probabilities.
     """
 
-    def __init__(self, noise: float = 0.0, unavailable: int = 0, model: nn.Module | None = None):
+    def __init__(
+        self,
+        noise: float = 0.0,
+        unavailable: int = 0,
+        model: nn.Module | None = None,
+        folder: dict[str, Any] | None = None,
+        logprobs_mode: str = "processed_logprobs",
+    ):
+        self.folder, self.logprobs_mode = folder or {}, logprobs_mode
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []  # the sampling options of each generation
         self.errors: list[list[float]] = []  # of each response: reported minus true log-probability, per token
@@ -70,16 +80,44 @@ class Sampler:
         ignore_eos: bool = False,
         **others: Any,
     ) -> tuple[list[int], list[float]]:
+        allowed = {"n", "logprobs", *PENALTIES_AND_CUTS}
+        assert others.keys() <= allowed, f"this stand-in does not know {others.keys() - allowed}"
         stops = {*stop_token_ids, *([] if ignore_eos else [self.model.config.eos_token_id])}
         ids, logps, errors = list(prompt), [], []
         while len(logps) < max_tokens and not (logps and ids[-1] in stops):
-            logits = self.model(torch.tensor([ids])).logits[0, -1] / temperature
+            logits = processed(self.model(torch.tensor([ids])).logits[0, -1], ids, temperature, **others)
             ids.append(torch.multinomial(logits.softmax(0), 1, generator=generator).item())
             errors.append(self.noise * torch.randn((), generator=generator).item())
             missing = self.unavailable and len(logps) % self.unavailable == 0
             logps.append(math.nan if missing else logits.log_softmax(0)[ids[-1]].item() + errors[-1])
         self.errors.append(errors)
         return ids[len(prompt) :], logps
+
+
+PENALTIES_AND_CUTS = ("top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def processed(
+    logits: torch.Tensor,
+    ids: list[int],
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    **others: Any,
+) -> torch.Tensor:
+    """(V,) logits of the next token as vLLM samples from them: penalties, temperature, then what is cut off."""
+    seen = torch.unique(torch.tensor(ids))
+    penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    logits = logits.index_copy(0, seen, penalised[seen]) / temperature
+    probabilities = logits.softmax(0)
+    is_cut = probabilities < min_p * probabilities.max()
+    ranked, order = probabilities.sort(descending=True)
+    is_cut[order] |= ranked.cumsum(0) - ranked >= top_p
+    if top_k > 0:
+        is_cut[order[top_k:]] = True
+    return logits.masked_fill(is_cut, -math.inf)
 
 
 class Engine:
@@ -127,7 +165,7 @@ class Engine:
 
 
 class Client:
-    """Plays `trl.generation.vllm_client.VLLMClient`, hence a server with `--logprobs-mode processed_logprobs`."""
+    """Plays `trl.generation.vllm_client.VLLMClient`, and the server behind it."""
 
     def __init__(self, sampler: Sampler, **options: Any):
         self.sampler, self.options = sampler, options
@@ -137,7 +175,7 @@ class Client:
         self.sampler.calls.append("join")
 
     def get_server_info(self) -> dict[str, Any]:
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+        return {"model_config": {"logprobs_mode": self.sampler.logprobs_mode}}
 
     def update_named_params(self, metadata: list[tuple], named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.sampler.calls.append("load")
@@ -149,7 +187,9 @@ class Client:
     def generate(self, prompts: list[list[int]], features: Any, n: int, generation_kwargs: dict, **options: Any):
         self.sampler.calls.append("generate")
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        answers = self.sampler.sample(repeated, **(options | generation_kwargs))
+        assert options.pop("structured_outputs_regex", None) is None
+        # An option that a request does not state is the folder's.
+        answers = self.sampler.sample(repeated, **(self.sampler.folder | options | generation_kwargs))
         return {
             "prompt_ids": prompts,
             "completion_ids": [ids for ids, _ in answers],

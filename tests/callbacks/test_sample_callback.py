@@ -72,6 +72,19 @@ def test_completions_are_those_of_the_model_and_of_its_start_in_any_trainer(tmp_
         assert start != end, f"{name} has learnt nothing that shows"
 
 
+def test_options_that_came_with_the_model_change_no_completion(tmp_path):
+    trainer = trl_runs.sft_trainer(tmp_path, max_steps=1)
+    own, model = trainer.model.generation_config, trainer.model.eval()
+    own.update(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, min_new_tokens=6, suppress_tokens=[9, 30])
+    start = [slow_completion(model, prompt, 6) for prompt in PROMPTS]
+    ids = tiny.tiny_tokenizer()(PROMPTS[0], return_tensors="pt").input_ids
+    assert tiny.tiny_tokenizer().decode(model.generate(ids, max_new_tokens=6)[0, ids.size(1) :]) != start[0]
+    trainer.add_callback(SampleCallback(PROMPTS, max_new_tokens=6))
+    trainer.train()
+    assert [row["actor"] for row in table(tmp_path, 0)] == start
+    assert trainer.model.generation_config is own
+
+
 def test_sampling_leaves_training_as_it_is(tmp_path):
     """No random number is drawn, and every module is in the mode that it was in."""
     plain = ppo_runs.ppo_run(tmp_path / "plain")

@@ -605,6 +605,20 @@ def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference
     assert "held-out prompts, actor and reference" in capsys.readouterr().out
 
 
+def test_completions_are_the_models_own_whatever_options_came_with_them(tmp_path):
+    models = {"model": dpo_runs.tiny_model(), "ref_model": dpo_runs.tiny_model(seed=1)}
+    for model in models.values():
+        model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, min_new_tokens=6)
+    options = {"generate_during_eval": True, "num_eval_samples": 3, "eval_max_new_tokens": 6}
+    trainer = dpo_runs.dpo_trainer(tmp_path, models | {"eval_dataset": dpo_runs.tiny_pairs(5, seed=4)}, **options)
+    trainer.evaluate()
+    rows = [json.loads(line) for line in (tmp_path / "completions" / "eval_step_00000.jsonl").read_text().splitlines()]
+    prompts = trainer.eval_dataset["prompt_ids"][:3]
+    assert [row["actor"] for row in rows] == [greedy(trainer.model.eval(), prompt, 6) for prompt in prompts]
+    assert [row["reference"] for row in rows] == [greedy(models["ref_model"].eval(), prompt, 6) for prompt in prompts]
+    assert models["model"].generation_config.num_beams == 3
+
+
 def test_several_held_out_sets_are_evaluated_and_completed_each(tmp_path):
     held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "two": dpo_runs.tiny_pairs(6, seed=5)}
     options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 1}

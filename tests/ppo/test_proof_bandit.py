@@ -96,6 +96,7 @@ def train(
         "disable_tqdm": True,
     }
     actor, tokenizer = tiny.tiny_actor(seed), tiny.tiny_tokenizer()
+    actor.generation_config.update(do_sample=True, min_p=0.5, typical_p=0.5, suppress_tokens=[20, 30])  # not PPO's
     reference = action_logps(actor, tokenizer)
     trainer = PPOTrainerX(
         PPOConfigX(**(settings | options)),

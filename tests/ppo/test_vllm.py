@@ -157,15 +157,6 @@ def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
         assert any(tiny.VOCABULARY.index("<eos>") in response for response in responses)
 
 
-def test_sampling_options_reach_the_engine(tmp_path):
-    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
-    with vllm() as sampler:
-        ppo_run(tmp_path, use_vllm=True, max_steps=1, generation_kwargs={"frequency_penalty": 0.1}, **options)
-    (request,) = sampler.requests
-    assert options.items() <= request.items()
-    assert (request["max_tokens"], request["n"], request["frequency_penalty"]) == (6, 1, 0.1)
-
-
 @pytest.mark.parametrize("name", ["max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"])
 def test_option_of_vllm_that_another_option_sets_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"`generation_kwargs` holds \['{name}'\]"):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 
+from ..decoding import generating_by, greedy_decoding
 from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
 
 
@@ -89,16 +90,7 @@ class SampleCallback(TrainerCallback):
         ]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
         device = next(model.parameters()).device
-        known = model.generation_config
-        pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
-        greedy = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            bos_token_id=known.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id if known.eos_token_id is None else known.eos_token_id,
-            pad_token_id=pad,
-        )
-        with evaluating(model):
+        greedy = greedy_decoding(model, tokenizer, self.max_new_tokens)
+        with evaluating(model), generating_by(model, greedy):
             output = model.generate(**batch.to(device), generation_config=greedy)
         return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)

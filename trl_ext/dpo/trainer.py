@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
+from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
 from ..last_line import LastLine, in_mode_of
 from ..model_card import card_name, complete_card, hub_name
@@ -315,9 +316,9 @@ class DPOTrainerX(DPOTrainer):
         training = model.training
         model.eval()
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
-            output = unwrapped.generate(
-                **batch, max_new_tokens=self.args.eval_max_new_tokens, do_sample=False, use_cache=True
-            )
+            greedy = greedy_decoding(unwrapped, self._tokenizer, self.args.eval_max_new_tokens)
+            with generating_by(unwrapped, greedy):
+                output = unwrapped.generate(**batch, generation_config=greedy)
         model.train(training)
         return self._tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
 

@@ -1,4 +1,7 @@
-"""What stops a run: rewards, losses and gradients that are not finite, and a reference that is not the start."""
+"""
+What stops a run: rewards, losses and gradients that are not finite, a reference that is not the start, and a server
+that reports other log-probabilities than those that it samples by.
+"""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -91,3 +94,18 @@ def require_same_policy(logps: Tensor, ref_logps: Tensor, mask: Tensor, toleranc
             "nats. The adapter's initial weights change the model (for example `init_lora_weights='pissa'`), or the "
             "model is not deterministic. Pass the starting policy as `ref_model`."
         )
+
+
+def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None:
+    """
+    Raises `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from, at
+    `temperature`: the correction divides by them.
+    """
+    mode = vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode == "processed_logprobs" or (mode == "raw_logprobs" and temperature == 1.0):
+        return
+    raise ValueError(
+        f"The vLLM server runs with `--logprobs-mode {mode}`, and reports other log-probabilities than those that it "
+        f"samples by at `temperature={temperature}`: the importance sampling correction would be wrong. Restart it "
+        "with `--logprobs-mode processed_logprobs`, or set `vllm_importance_sampling_correction=False`."
+    )

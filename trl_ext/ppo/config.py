@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from ..device import computes_in_bf16
 from ..ranges import check_ranges, default_of
 from ..zero import check_batch_fields, check_own_optimizer
-from .config_checks import check_options
+from .config_checks import check_options, check_sampling
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .options import (
     AdvantageOptions,
@@ -77,6 +77,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         if getattr(self, "bf16", None) is None:
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
+        check_sampling(self)
         check_own_optimizer(self, critic_learning_rate=self.critic_learning_rate)
 
     def _take_grpo_names(self) -> None:

@@ -44,11 +44,35 @@ MEANINGLESS_IN_PPO = {
     "generation_batch_size": _ROLLOUT,
 }
 
-# Generation options that PPO has under its own names, or fixes; the second line has vLLM's names.
+# Generation options that PPO has under its own names, or fixes; the last line has vLLM's names.
 NOT_FOR_GENERATION = {
     *("temperature", "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample"),
+    *("disable_compile", "bos_token_id", "pad_token_id"),
     *("max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"),
 }
+# Options of GRPO that sample from another distribution than the one that is scored, and the values at which they do
+# not; a cache in few bits does so too.
+SAMPLING = {
+    "top_p": (1.0,),
+    "top_k": (0,),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "vllm_structured_outputs_regex": (None,),
+}
+# What `generation_kwargs` may hold: how tokens are computed, not which. The second line has vLLM's names.
+HARMLESS_IN_GENERATION = {
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "detokenize", "priority"),
+}
+
+_NOT_SCORED = (
+    "may change what is sampled, while π_θ, π_old and π_ref are scored over the full distribution at `temperature`: "
+    "ratio, KL and gradient would be those of a policy that nobody sampled from."
+)
+_INSTEAD = (
+    "To sample more narrowly lower `temperature`, at which responses are scored too; truncate when the trained model "
+    "is used."
+)
 
 
 def check_options(args: Any) -> None:
@@ -82,12 +106,31 @@ def check_steps(args: Any) -> None:
 def check_responses(args: Any) -> None:
     if args.stop_token is not None and args.stop_token_id is not None:
         raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
-    twice = sorted(NOT_FOR_GENERATION & set(args.generation_kwargs or {}))
+
+
+def check_sampling(args: Any) -> None:
+    """
+    Raises `ValueError` for options with which tokens would not be drawn from the distribution that is scored: the
+    full one at `temperature`. To be called when `generation_kwargs` has been parsed.
+    """
+    for name, neutral in SAMPLING.items():
+        if getattr(args, name) not in neutral:
+            raise ValueError(f"`{name}={getattr(args, name)!r}` {_NOT_SCORED} Leave it at {neutral[0]!r}. {_INSTEAD}")
+    options = args.generation_kwargs or {}
+    twice = sorted(NOT_FOR_GENERATION & options.keys())
     if twice:
         raise ValueError(
             f"`generation_kwargs` holds {twice}, which `temperature`, `response_length` and `stop_token_id` say "
-            "already, or which PPO fixes. Remove them."
+            "already, or which the trainer fixes. Remove them."
         )
+    others = sorted(options.keys() - HARMLESS_IN_GENERATION)
+    if others:
+        raise ValueError(
+            f"`generation_kwargs` holds {others}: what is not among {sorted(HARMLESS_IN_GENERATION)} {_NOT_SCORED} "
+            f"Remove them. {_INSTEAD}"
+        )
+    if "quantized" in (args.cache_implementation, options.get("cache_implementation")):
+        raise ValueError(f"`cache_implementation='quantized'` {_NOT_SCORED} Take another cache.")
 
 
 def check_kl(args: Any) -> None:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
+from ..decoding import generating_by
 from ..fingerprint import save_base_fingerprint
 from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
@@ -41,7 +42,13 @@ from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
 from .assembly import choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
 from .card import ppo_training
-from .checks import require_finite_gradient, require_finite_rewards, require_finite_terms, require_same_policy
+from .checks import (
+    require_finite_gradient,
+    require_finite_rewards,
+    require_finite_terms,
+    require_processed_logprobs,
+    require_same_policy,
+)
 from .coefficients import Coefficients
 from .config import PPOConfigX
 from .display import batch_plan, print_samples
@@ -185,7 +192,7 @@ class PPOTrainerX(GRPOTrainer):
         )
         self.prompt_collator = data_collator
         self._set_up_rewards(num_sources)
-        self._set_stop_ids(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
+        self._set_up_sampling(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
         self._set_up_models(roles, given)
 
         # 3. The state of a run
@@ -222,10 +229,13 @@ class PPOTrainerX(GRPOTrainer):
         for i in range(num_sources, len(self.reward_funcs)):
             self.reward_funcs[i] = checked(self.reward_funcs[i], self.reward_func_names[i])
 
-    def _set_stop_ids(self, ids: list[int]) -> None:
+    def _set_up_sampling(self, ids: list[int]) -> None:
         """The tokens that end a response, and no others: vLLM would add those of the folder that it has loaded."""
         self.eos_token_ids = ids
         if self.use_vllm:
+            reads_logps = self.vllm_mode == "server" and self.vllm_importance_sampling_correction
+            if reads_logps and self.accelerator.is_main_process:
+                require_processed_logprobs(self.vllm_generation, self.temperature)
             stops = {"stop_token_ids": list(ids), "ignore_eos": True}
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:
@@ -347,13 +357,19 @@ class PPOTrainerX(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple:
         phase = self.phases.during("generate") if self.model.training else nullcontext()
-        with phase, without_router_logits(self.model), self._weights_for_generation():
+        with phase, without_router_logits(self.model), self._weights_for_generation(), self._own_distribution():
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
         # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
+
+    def _own_distribution(self) -> AbstractContextManager[None]:
+        """The actor is sampled from as it is scored, whatever options came with it (vLLM is told every one)."""
+        if self.use_vllm:
+            return nullcontext()
+        return generating_by(self.accelerator.unwrap_model(self.model), self.generation_config)
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
         """Under ZeRO-3 and with `ds3_gather_for_generation`, the actor's weights are gathered, once per rollout."""
