@@ -16,7 +16,7 @@ FIRST = {
 TOPICS = {
     "Loss and reference": "beta loss_type loss_weights label_smoothing max_length truncation_mode "
     "precompute_ref_log_probs sync_ref_model center_rewards_coefficient",
-    "Generation": "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs use_vllm vllm_mode "
+    "Generation": "generation_kwargs chat_template_kwargs use_vllm vllm_mode "
     "vllm_server_base_url vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode",
     "Model": "model_name_or_path dtype attn_implementation model_revision trust_remote_code",
     "Adapters and quantisation": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save "
@@ -52,6 +52,8 @@ TEXTS = {
         "`--loss_type sigmoid`; also read by robust, exo_pair, aot and aot_unpaired.",
     },
     "ppo": {
+        "generation_kwargs": "Options of transformers' GenerationConfig, or vLLM's SamplingParams, that do not change "
+        'what is sampled, such as `{"use_cache": false}`.',
         "gradient_accumulation_steps": "Times `per_device_train_batch_size`: the prompts of a rollout on each "
         "process. `num_mini_batches` says how many optimizer steps they make.",
     },
