@@ -1,6 +1,5 @@
 """From one of TRL's dataset formats to the one that a trainer needs: of a dataset, a stream, or a dict of either."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from datasets import Dataset
 from trl import maybe_convert_to_chatml, maybe_extract_prompt
 
 from .formats import CONVERSATION, SHAREGPT, TEXT, column_names, describe, of_each, rename, require
+from .plain import key_of
 
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _pair_up(dataset: Any) -> Dataset:
                 f"Row {i} has the label {row['label']!r}; the label of an unpaired preference is true or false, or 1 "
                 "or 0. Make it so with `dataset.map`."
             )
-        answers = prompts.setdefault(json.dumps(row["prompt"], sort_keys=True), _Answers())
+        answers = prompts.setdefault(key_of(row["prompt"]), _Answers())
         (answers.good if row["label"] else answers.bad).append(row)
     pairs = [answers.pairs() for answers in prompts.values()]
     one_sided = sum(not each for each in pairs)

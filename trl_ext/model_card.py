@@ -5,7 +5,6 @@ TRL's trainers write a card with their text, tags and citations. `complete_card`
 from the trainer and from what it has logged. TRL writes a card anew each time, so no section is ever in it twice.
 """
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
 from ._trl import get_config_model_id
 from .history import is_tie
 from .places import DATA_FILES, is_of_this_run, without_place
+from .plain import plain
 from .run_facts import base_name, changed_options, data_facts, machine_facts, model_facts
 
 
@@ -201,9 +201,9 @@ def _is_of_ties(line: Mapping[str, Any], metric: Metric, prefix: str) -> bool:
 
 def _options(args: Any) -> str:
     changed = {name: value for name, value in changed_options(args).items() if name not in OF_THE_MACHINE}
-    plain = json.loads(json.dumps(changed, default=str), parse_constant=str)
-    lines = yaml.safe_dump(without_place(plain), sort_keys=False, allow_unicode=True)
-    return f"Those that differ from the defaults of `{type(args).__name__}`:\n\n```yaml\n{lines}```" if plain else ""
+    options = plain(changed, not_finite=str)
+    lines = yaml.safe_dump(without_place(options), sort_keys=False, allow_unicode=True)
+    return f"Those that differ from the defaults of `{type(args).__name__}`:\n\n```yaml\n{lines}```" if options else ""
 
 
 def _loading(trainer: Any, lines: str) -> str:

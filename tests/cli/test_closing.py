@@ -1,13 +1,16 @@
 """The last lines of a run: the commands to look at it, to resume it, to go on from it, to talk to it."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
-from cli_runs import run_of
-from trl_ext.cli.closing import closing_lines, without
+from cli_runs import TRAINING, error_of, run_of
+from commands import command
+from trl_ext.cli.closing import closing_lines, resuming, without
 from trl_ext.cli.main import main
 
 
@@ -21,24 +24,99 @@ def last_lines(text):
     return lines[0].removeprefix("Everything is in "), dict(line.strip().split(maxsplit=1) for line in lines[1:])
 
 
-def test_last_lines_of_dpo_resume_it_and_talk_to_it(paths, tmp_path, capsys, monkeypatch):
+class StopAfter(TrainerCallback):
+    """What a callback does that has seen enough, or, with `error`, a user who has."""
+
+    def __init__(self, step, error=None):
+        self.step, self.error = step, error
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.error is not None:
+            raise self.error
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Ends the next run of a command early."""
+
+    def stop(name, step, error=None):
+        monkeypatch.setattr(command(name), "report_callbacks", lambda _: [StopAfter(step, error)])
+
+    return stop
+
+
+SHORT = {
+    "dpo": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1},
+    "reward": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1},
+    "ppo": {"total_episodes": 8, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "save_steps": 1},
+}
+
+
+def steps_taken(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["global_step"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths, tmp_path, stop_after, capsys):
+    """Beyond its end it would take another step and overwrite what it has left."""
     output = tmp_path / "a run"  # a folder that has to be quoted
-    short = {"max_steps": 1, "per_device_train_batch_size": 4, "output_dir": output, "save_steps": 1}
-    main(["dpo", *run_of("dpo", paths, **short)])
+    stop_after(name, 1)
+    main([name, *run_of(name, paths, output_dir=output, **SHORT[name])])
     place, lines = last_lines(capsys.readouterr().out)
-    assert place == str(output)
+    assert (place, steps_taken(output)) == (str(output), 1)
+    resume = shlex.split(lines["resume"])
+    assert resume[:2] == ["trl-ext", name]
+    assert resume[-2:] == ["--resume_from_checkpoint", str(output / "checkpoint-1")]
+    stop_after(name, 99)
+    main(resume[1:])
+    assert steps_taken(output) == 2
+    assert "resume" not in last_lines(capsys.readouterr().out)[1]
+
+    weights = (output / "model.safetensors").read_bytes()
+    for more in ([], ["--dry_run"]):
+        said = error_of([*resume[1:-1], str(output / "checkpoint-2"), *more], capsys)
+        assert "checkpoint-2 has taken 2 optimizer steps, and this one ends after 2. To train for longer" in said
+        assert said.count("\n") == 0
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
+def test_finished_run_of_epochs_is_refused_too(paths, tmp_path, stop_after, capsys):
+    """How many steps there are is known when the rows are."""
+    stop_after("dpo", 99)
+    words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, per_device_train_batch_size=36)]
+    words += ["--num_train_epochs", "1", "--resume_from_checkpoint", "True"]
+    main(words[:-2])
+    for more in ([], ["--dry_run"]):
+        assert "has taken 1 optimizer steps, and this one ends after 1" in error_of([*words, *more], capsys)
+    words[words.index("--num_train_epochs") + 1] = "2"
+    main(words)
+    assert steps_taken(tmp_path) == 2
+
+
+def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
+    words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"])]
+    stop_after("dpo", 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    said = capsys.readouterr().err
+    line = next(line for line in said.splitlines() if line.startswith("To go on from the last checkpoint: "))
+    assert line.endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
+
+
+def test_checkpoint_that_was_cut_off_is_named(paths, tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": ')
+    flags = run_of("dpo", paths, resume_from_checkpoint=tmp_path, max_steps=3)
+    said = error_of(["dpo", *flags], capsys)
+    assert f"{tmp_path / 'trainer_state.json'} cannot be read" in said
+
+
+def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):
+    output = tmp_path / "a run"
+    main(["dpo", *run_of("dpo", paths, max_steps=1, per_device_train_batch_size=4, output_dir=output)])
+    lines = last_lines(capsys.readouterr().out)[1]
     program, page = shlex.split(lines["look"])
     assert (program, Path(page).is_file()) == ("open", True)
-    resume = shlex.split(lines["resume"])
-    assert resume[:2] == ["trl-ext", "dpo"]
-    assert resume[-2:] == ["--resume_from_checkpoint", str(output / "checkpoint-1")]
-    resume[resume.index("--max_steps") + 1] = "2"
-    main(resume[1:])
-    state = json.loads((output / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    again = shlex.split(last_lines(capsys.readouterr().out)[1]["resume"])
-    assert again.count("--resume_from_checkpoint") == 1
-    assert again[-1] == str(output / "checkpoint-2")
     assert shlex.split(lines["chat"]) == ["trl-ext", "chat", str(output)]
 
 
@@ -59,32 +137,32 @@ def test_last_lines_of_ppo_go_on_from_actor_and_critic(paths, tmp_path, capsys):
     assert (tmp_path / "1-next" / "critic").is_dir()
 
 
-def test_last_lines_of_ppo_resume_it(paths, tmp_path, capsys):
-    """The second run ends where the first, longer one would have been; `next` does not resume."""
-    short = {"total_episodes": 4, "per_device_train_batch_size": 4, "output_dir": tmp_path, "save_steps": 2}
+def test_next_of_a_resumed_run_of_ppo_does_not_resume(paths, tmp_path, stop_after, capsys):
+    """The second run ends where one run of that length would have; its losses begin with the first one's."""
+    short = SHORT["ppo"] | {"total_episodes": 4, "output_dir": tmp_path}
     main(["ppo", *run_of("ppo", paths, **short)])
-    resume = shlex.split(last_lines(capsys.readouterr().out)[1]["resume"])
-    assert resume[:2] == ["trl-ext", "ppo"]
-    resume[resume.index("--total_episodes") + 1] = "8"
+    capsys.readouterr()
     before = json.loads((tmp_path / "trainer_state.json").read_text())
-    main(resume[1:])
+    main(["ppo", *run_of("ppo", paths, **short | {"total_episodes": 8}), "--resume_from_checkpoint", "True"])
     after = json.loads((tmp_path / "trainer_state.json").read_text())
     assert after["global_step"] == 2 * before["global_step"]
     first, both = ([line["loss"] for line in s["log_history"] if "loss" in line] for s in (before, after))
     assert both[: len(first)] == first
-    lines = last_lines(capsys.readouterr().out)[1]
-    assert "--resume_from_checkpoint" not in lines["next"]
-    assert lines["resume"].endswith(f"checkpoint-{after['global_step']}")
+    assert "--resume_from_checkpoint" not in last_lines(capsys.readouterr().out)[1]["next"]
 
 
-def test_checkpoint_of_an_earlier_run_is_not_resumed(paths, tmp_path, capsys):
-    short = {"max_steps": 3, "per_device_train_batch_size": 4, "output_dir": tmp_path, "save_steps": 1}
-    main(["dpo", *run_of("dpo", paths, **short)])
-    assert "checkpoint-3" in last_lines(capsys.readouterr().out)[1]["resume"]
-    main(["dpo", *run_of("dpo", paths, **short | {"max_steps": 1, "beta": 0.3})])
-    assert shlex.split(last_lines(capsys.readouterr().out)[1]["resume"])[-1] == str(tmp_path / "checkpoint-1")
-    main(["dpo", *run_of("dpo", paths, **short | {"max_steps": 1, "save_strategy": "no"})])
-    assert "resume" not in last_lines(capsys.readouterr().out)[1]
+def test_checkpoint_of_an_earlier_run_is_not_resumed(tmp_path):
+    """Nor one that was cut off, or a folder of another name."""
+    for name in ("checkpoint-3", "checkpoint-20", "checkpoint-best", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 30}')
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    assert resuming("dpo", tmp_path, []).endswith("checkpoint-20")
+    os.utime(tmp_path / "checkpoint-20", (1, 1))
+    (tmp_path / "run.json").write_text('{"begun": 1000.0}')
+    assert resuming("dpo", tmp_path, []).endswith("checkpoint-3")
+    os.utime(tmp_path / "checkpoint-3", (1, 1))
+    assert resuming("dpo", tmp_path, []) is None
 
 
 def test_next_of_a_reward_run_is_ppo_of_the_same_model_and_data(paths, tmp_path, capsys):

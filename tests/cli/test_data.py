@@ -1,6 +1,9 @@
 """Rows of the embedded data, of files, folders and mixtures: split, mapped and checked."""
 
+import datetime
+import decimal
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from cli_runs import error_of, plan_line, run_of, toy_run
 from trl_ext.cli.data import DataArguments, PairArguments, load_pairs, load_rows, load_splits
 from trl_ext.cli.main import main
-from trl_ext.conversions import to_prompts
+from trl_ext.conversions import to_preference, to_prompts
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
@@ -152,6 +155,53 @@ def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, pa
     words = run_of("dpo", paths | {"pairs": str(tmp_path / name)}, output_dir=tmp_path)
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         main(["dpo", *words])
+
+
+# What JSON does not have and a parquet file has.
+TIME = datetime.datetime(2025, 1, 2, tzinfo=datetime.UTC)
+ODD = {"when": TIME, "day": TIME.date(), "raw": b"\xff", "price": decimal.Decimal("1.10"), "weight": math.nan}
+
+
+def test_prompts_with_times_bytes_and_decimals_are_held_out_together(tmp_path):
+    def turn(role, text):
+        return [{"role": role, "content": text, **ODD}]
+
+    rows = [
+        {
+            "prompt": turn("user", f"good {i % 12}"),
+            "chosen": turn("assistant", f"a {i}"),
+            "rejected": turn("assistant", "b"),
+        }
+        for i in range(36)
+    ]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
+    splits = load_pairs(PairArguments(dataset_name=str(tmp_path / "p.parquet")))
+    train, test = ({row["prompt"][0]["content"] for row in splits[name]} for name in ("train", "test"))
+    assert (len(splits["train"]), len(splits["test"]), train & test) == (30, 6, set())
+    thumbs = [
+        {"prompt": turn("user", f"good {i}"), "completion": turn("assistant", str(label)), "label": label}
+        for i in range(4)
+        for label in (True, False)
+    ]
+    pairs = to_preference(Dataset.from_list(thumbs))
+    assert [row["chosen"][0]["content"] for row in pairs] == ["True"] * 4
+
+
+def test_scored_rows_are_json_whatever_they_hold(paths, tmp_path):
+    rows = [{"prompt": "good", "chosen": " film", "rejected": " cat", **ODD} for _ in range(3)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
+    words = ["--model", paths["actor"], "--ref_model", paths["long"], "--dataset_name", str(tmp_path / "p.parquet")]
+    main(["score", *words, "--output_file", str(tmp_path / "s.jsonl"), "--use_cpu"])
+    for line in (tmp_path / "s.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert row.pop("margin") == pytest.approx(row.pop("chosen_reward") - row.pop("rejected_reward"))
+        assert row == rows[0] | {
+            "when": "2025-01-02T00:00:00+00:00",
+            "day": "2025-01-02",
+            "raw": "/w==",
+            "price": "1.10",
+            "weight": None,
+        }
 
 
 def test_names_of_files_may_be_in_capitals(paths, tmp_path, capsys):

@@ -1,10 +1,15 @@
 """`--dry_run`: the batch plan, the memory plan and the sample are those of the run."""
 
+import datetime
+import decimal
 import re
+import shutil
 
 import pytest
+from datasets import Dataset
 from trl import RewardTrainer
 
+import tiny
 from cli_runs import RECIPES, plan_line, run_of
 from commands import command
 from trl_ext import DPOTrainerX, PPOTrainerX
@@ -75,6 +80,75 @@ def test_sample_of_a_dry_run_is_what_the_trainer_trains_on(name, kind, paths, tm
     assert set(parts) >= {"chosen", "rejected"}
     for part in parts:
         assert sample_of(text, part) == list(first[f"{part}_ids"])
+
+
+PROMPT, ANSWERS = [{"role": "user", "content": "what is"}], ("good film", "bad film")
+CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in ANSWERS)
+WHEN = datetime.datetime(2025, 1, 2)
+# A template that writes what a row may bring along, so that a sample without it is seen.
+TEMPLATE = "{% if tools %}{{ '<system> ' + tools[0]['name'] + ' ' }}{% endif %}{{ mark or '' }}" + tiny.CHAT_TEMPLATE
+CHATS = {
+    "chat": {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED},
+    "implicit prompt": {"chosen": PROMPT + CHOSEN, "rejected": PROMPT + REJECTED},
+    "tools": {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED, "tools": '[{"name": "cat"}]'},
+    "template": {
+        "prompt": PROMPT,
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+        "chat_template_kwargs": {"mark": "<system> dog "},
+    },
+    "times": {
+        "prompt": [PROMPT[0] | {"when": WHEN}],
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+        "when": WHEN,
+        "raw": b"\xff",
+        "price": decimal.Decimal("1.10"),
+    },
+}
+
+
+@pytest.fixture
+def chats(paths, tmp_path):
+    """Paths to data of conversations and to models whose template shows all that a row brings."""
+
+    def write(row):
+        path = tmp_path / "chats.parquet"
+        Dataset.from_list([row] * 12).to_parquet(str(path))
+        tokenizer = tiny.tiny_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        for name in ("actor", "reward_model"):
+            shutil.copytree(paths[name], tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+        models = {name: str(tmp_path / name) for name in ("actor", "reward_model")}
+        return paths | models | {"pairs": str(path), "prompts": str(path)}
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
+def test_sample_of_conversations_is_what_the_trainer_trains_on(name, row, chats, tmp_path, capsys):
+    there = chats(row)
+    text = dry(name, there, capsys, output_dir=tmp_path)
+    body = command(name)
+    first = body.build(*body.options(run_of(name, there, output_dir=tmp_path)).make()).train_dataset[0]
+    for part in ("prompt", "chosen", "rejected") if name == "dpo" else ("chosen", "rejected"):
+        assert sample_of(text, part) == list(first[f"{part}_ids"])
+    extra = {"tools": "<system> cat", "template": "<system> dog"}
+    for kind, words in extra.items():
+        assert (words in text) is (row is CHATS[kind])
+
+
+@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
+def test_prompt_of_conversations_is_what_the_actor_reads(row, chats, tmp_path, capsys):
+    there = chats(row)
+    options = {"output_dir": tmp_path, "per_device_train_batch_size": 4, "total_episodes": 4}
+    text = dry("ppo", there, capsys, **options)
+    body = command("ppo")
+    trainer = body.build(*body.options(run_of("ppo", there, **options)).make())
+    (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
+    assert sample_of(text, "prompt") == list(ids)
 
 
 def test_prompt_of_a_dry_run_is_what_the_actor_reads(paths, tmp_path, capsys):

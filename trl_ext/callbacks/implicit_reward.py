@@ -101,7 +101,8 @@ class ImplicitRewardCallback(TrainerCallback):
             [text_of(p[side]) for side in SIDES] for p in self.pairs
         ]:
             return None
-        return torch.tensor([[row[f"{side}_ref_logp"] for row in rows] for side in SIDES])
+        known = [[row[f"{side}_ref_logp"] for row in rows] for side in SIDES]
+        return None if any(None in each for each in known) else torch.tensor(known)
 
     def _logps(self, model: Any, processing_class: Any) -> Tensor:
         """(2, pairs): log-probabilities of the chosen and of the rejected completions, nats per sequence."""

@@ -1,6 +1,5 @@
 """`ReportCallback`: the report of a run, kept up to date while it runs."""
 
-import json
 import logging
 import math
 import time
@@ -14,6 +13,7 @@ import transformers
 from transformers import TrainerCallback
 
 from ..places import FACTS, STATE, begun_at, write_whole
+from ..plain import plain_file
 from ..report import write_report
 from ..report.drawing import matplotlib
 from ..run_facts import changed_options, hardware, model_facts, rows_of
@@ -98,7 +98,7 @@ class ReportCallback(TrainerCallback):
             self._write_facts(folder)
 
     def _write_facts(self, folder: Path) -> None:
-        text = json.dumps(self._known, indent=2, default=str, ensure_ascii=False) + "\n"
+        text = plain_file(self._known, not_finite=str)
         with _in_spite_of_errors():
             write_whole(folder / FACTS, lambda part: part.write_text(text, encoding="utf-8"))
 

@@ -1,6 +1,5 @@
 """What the callbacks share that ask the model something: when they ask whom, a table on the terminal and in a file."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..places import write_whole
+from ..plain import plain_line
 from ..report.tables import read_rows
 
 
@@ -113,7 +113,7 @@ def table_path(output_dir: str, folder: str, step: int) -> Path:
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(map(plain_line, rows))
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 

@@ -1,7 +1,6 @@
 """Which rows a command trains on, evaluates on or scores."""
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from .. import embedded
 from ..conversions import to_preference
 from ..formats import parse_columns
 from ..places import DATA_FILES
+from ..plain import key_of
 
 
 @dataclass
@@ -164,7 +164,7 @@ def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
 
 def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Rows to train on and a share to hold out. Rows of one prompt stay together, where there are prompts enough."""
-    prompts = [json.dumps(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else []
+    prompts = [key_of(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else []
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) == len(prompts) or len(distinct) < 10:
         parts = rows.train_test_split(test_size=share, seed=0)

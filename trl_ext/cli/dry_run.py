@@ -18,10 +18,11 @@ from .._trl import tokenised_pair
 from ..dpo.data import check_columns
 from ..places import checkpoint_of
 from ..planner.recipe import is_local
-from ..ppo.display import batch_plan
+from ..ppo.display import batch_plan, planned_steps
 from ..ppo.given import Given, check_given
 from ..ppo.prompts import check_datasets, prompt_ids
 from ..pretrained import text_config
+from ..steps_left import require_steps_left
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
 from .models import path_of, require_judges
@@ -44,7 +45,7 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
-    checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     path = path_of(model, args)
     splits, count = load(data), processes(given)
     rows = splits["train"]
@@ -56,9 +57,11 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
             check_ppo(data, path, get_peft_config(model), args, splits, tokenizer)
             longest, sample = prompts(rows, tokenizer, args)
         else:
-            check_columns(rows, splits["test"], tokenizer)
+            check_columns(rows, splits["test"], lambda: tokenizer)
             longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
-        print(batches(command, args, len(rows) if isinstance(rows, Dataset) else None, count), end="\n\n")
+        size = len(rows) if isinstance(rows, Dataset) else None
+        require_steps_left(checkpoint, optimizer_steps(command, args, size, count))
+        print(batches(command, args, size, count), end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
     print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
@@ -100,16 +103,24 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> str:
     if command == "ppo":
         return batch_plan(args.for_trainer_loop(), rows)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    steps = args.max_steps
-    if steps <= 0:
-        if rows is None:
-            raise ValueError("A stream has no length: give `--max_steps`.")
-        steps = math.ceil(args.num_train_epochs * math.ceil(math.ceil(rows / (per_device * count)) / accumulated))
+    steps = optimizer_steps(command, args, rows, count)
     of = f"{rows} pairs" if rows is not None else "a stream of pairs"
     return (
         f"{command.upper()} plan: {per_device * accumulated * count} pairs per optimizer step ({per_device} × "
         f"{accumulated} accumulated × {count} process(es)); {steps} optimizer steps over {of}."
     )
+
+
+def optimizer_steps(command: str, args: Any, rows: int | None, count: int) -> int:
+    """How many there will be, as the trainer counts them."""
+    if command == "ppo":
+        return planned_steps(args.for_trainer_loop(), rows)
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows is None:
+        raise ValueError("A stream has no length: give `--max_steps`.")
+    batches_per_epoch = math.ceil(rows / (args.per_device_train_batch_size * count))
+    return math.ceil(args.num_train_epochs * math.ceil(batches_per_epoch / args.gradient_accumulation_steps))
 
 
 def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:

@@ -1,6 +1,5 @@
 """What an evaluation shows people: completions of actor and reference, side by side."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..plain import plain_line
 
 
 FOLDER = "completions"
@@ -32,5 +33,5 @@ def write_completions(
     rows: list[dict[str, Any]] = [
         {"prompt": p, "actor": a, "reference": r} for p, a, r in zip(prompts, actor, reference, strict=True)
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(map(plain_line, rows)), encoding="utf-8")
     return path

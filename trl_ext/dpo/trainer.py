@@ -23,6 +23,7 @@ from ..last_line import LastLine, in_mode_of
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
+from ..steps_left import refuse_finished_checkpoints
 from ..zero import check_unquantized
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
@@ -115,6 +116,7 @@ class DPOTrainerX(DPOTrainer):
         )
         self.add_callback(self.phases)
         self.add_callback(LastLine())
+        refuse_finished_checkpoints(self)
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)

@@ -1,6 +1,5 @@
 """What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from ..plain import key_of
 
 
 def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict:
@@ -162,7 +163,7 @@ def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> Model
 
 
 def _identity(config: PretrainedConfig) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return key_of(config.to_dict())
 
 
 def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:

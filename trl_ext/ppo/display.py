@@ -21,11 +21,7 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
         args: the loop's config.
         num_prompts: size of the training set; `None` for a stream.
     """
-    if args.max_steps > 0:
-        steps = args.max_steps
-    else:  # an epoch has whole rollouts only
-        rollouts_per_epoch = (num_prompts or 0) // args.batch_size
-        steps = math.ceil(args.num_train_epochs * rollouts_per_epoch * args.optimizer_steps_per_rollout)
+    steps = planned_steps(args, num_prompts)
     rollouts = math.ceil(steps / args.optimizer_steps_per_rollout)
     return (
         f"PPO plan: {args.batch_size} prompts per rollout ({args.local_batch_size} × {args.world_size} process(es)), "
@@ -33,6 +29,14 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
         f"{args.per_device_train_batch_size} per process, {args.num_ppo_epochs} epoch(s); {steps} optimizer steps, "
         f"{args.optimizer_steps_per_rollout} per rollout; {rollouts} rollouts, {rollouts * args.batch_size} episodes."
     )
+
+
+def planned_steps(args: PPOConfigX, num_prompts: int | None) -> int:
+    """Optimizer steps of a run, from the loop's config and the size of the training set."""
+    if args.max_steps > 0:
+        return args.max_steps
+    rollouts_per_epoch = (num_prompts or 0) // args.batch_size  # an epoch has whole rollouts only
+    return math.ceil(args.num_train_epochs * rollouts_per_epoch * args.optimizer_steps_per_rollout)
 
 
 def print_samples(

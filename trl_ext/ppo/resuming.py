@@ -16,6 +16,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..places import checkpoint_of, write_whole
+from ..plain import plain
+from ..steps_left import require_steps_left
 from . import critic
 from .config import PPOConfigX
 from .rollout import MicroBatch, Rollout
@@ -43,8 +45,8 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         prompts: what the run trains on.
 
     Raises:
-        ValueError: when there is none, one that lacks what PPO needs, or one of a run that differs in `SHARED` or in
-            the number of prompts.
+        ValueError: when there is none, one that lacks what PPO needs, one of a run that differs in `SHARED` or in the
+            number of prompts, or one that has taken all steps of this run.
     """
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
@@ -61,7 +63,15 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
         raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. It has to be the same.")
+    require_steps_left(folder, _known_steps(args))
     return folder
+
+
+def _known_steps(args: PPOConfigX) -> int:
+    """Optimizer steps of the run; 0 or less where epochs set them."""
+    if args.total_episodes is None or args.num_total_batches is None:
+        return args.max_steps
+    return args.num_total_batches * args.optimizer_steps_per_rollout
 
 
 def _absent(folder: Path, args: PPOConfigX) -> list[str]:
@@ -106,26 +116,16 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "stop_learning": trainer._stop_learning,
         "left_out_steps": trainer._left_out_steps,
         "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
-        "shown": json.dumps(_shown(trainer), default=_plain),
+        "shown": json.dumps(plain(_shown(trainer), not_finite=float)),
     }
     state |= {name: part.state_dict() for name, part in _parts(trainer).items()}
     write_whole(path_of_state(checkpoint, trainer.args), partial(torch.save, state))
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:
-    """
-    Takes up what `save_run` wrote on this rank, after `PPOTrainerX._start_run`.
-
-    Raises:
-        ValueError: when there is nothing left to train.
-    """
+    """Takes up what `save_run` wrote on this rank, after `PPOTrainerX._start_run`."""
     state = torch.load(path_of_state(checkpoint, trainer.args), map_location="cpu", weights_only=True)
     state = send_to_device(state, trainer.accelerator.device)
-    if 0 < trainer.args.max_steps <= state["global_step"]:
-        raise ValueError(
-            f"The run saved in {checkpoint} has taken {state['global_step']} optimizer steps, and this one ends after "
-            f"{trainer.args.max_steps}. To train for longer, raise `total_episodes` or `max_steps`."
-        )
     for name, part in _parts(trainer).items():
         part.load_state_dict(state[name])
     if state["rollout"] is not None:
@@ -162,11 +162,6 @@ def _shown(trainer: Any) -> dict[str, Any]:
     if not (trainer.log_completions and trainer.accelerator.is_main_process):
         return {}
     return {name: _lists(trainer._logs[name]) for name in SHOWN}
-
-
-def _plain(value: Any) -> Any:
-    """What a reward function has logged, as a number where it is one."""
-    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _lists(values: Any) -> Any:

@@ -37,6 +37,7 @@ from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import restore_weights, text_config
+from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
@@ -199,6 +200,7 @@ class PPOTrainerX(GRPOTrainer):
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
+        refuse_finished_checkpoints(self)
         self._start_run()
 
     # ---- Set-up ----

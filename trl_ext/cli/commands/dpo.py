@@ -11,7 +11,6 @@ and after. The output folder gets the model (with --use_peft its adapter), the t
 with its picture, and the implicit rewards before and after in table.md.
 """
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,10 @@ from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX
 from ...places import checkpoint_of
+from ...plain import plain_file
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
-from ..closing import closing_lines, report_callbacks
+from ...steps_left import require_steps_left
+from ..closing import closing_lines, report_callbacks, running
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..fit import require_fit
@@ -68,7 +69,7 @@ def report(trainer: DPOTrainerX, before: dict[str, Any] | None, after: dict[str,
     """Accuracy on the terminal; metrics.json, table.md. Without an evaluation at the start there is no before."""
     output = Path(trainer.args.output_dir)
     columns = {"after": after} if before is None else {"before": before, "after": after}
-    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    (output / "metrics.json").write_text(plain_file(columns), encoding="utf-8")
     (output / "table.md").write_text(preference_table(columns))
     accuracies = "; ".join(f"{accuracy_text(metrics)} {when}" for when, metrics in columns.items())
     print(
@@ -93,13 +94,15 @@ def main(argv: list[str] | None = None) -> None:
         data, model, args = given.make()
         require_all(args)
         checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+        require_steps_left(checkpoint, args.max_steps)
     require_fit("dpo", data, model, args)
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, DPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with running("dpo", given, args):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
     trainer.save_model()
     trainer.save_state()

@@ -12,7 +12,6 @@ output folder gets the actor and its tokenizer, the critic in critic/, metrics.j
 samples.md with completions before and after.
 """
 
-import json
 import math
 import shlex
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from trl import get_peft_config, get_quantization_config
 from ... import PPOConfigX, PPOTrainerX, embedded
 from ...conversions import to_prompts
 from ...places import checkpoint_of
+from ...plain import plain_file
 from ...report import (
     PPO_LINE,
     first_and_last_evaluation,
@@ -33,7 +33,7 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
-from ..closing import closing_lines, program, report_callbacks, without
+from ..closing import closing_lines, program, report_callbacks, running, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
@@ -100,7 +100,7 @@ def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str,
     """
     output, args = Path(trainer.args.output_dir), trainer.args
     columns = {"after": after} if before is None else {"before": before, "after": after}
-    (output / "metrics.json").write_text(json.dumps(columns, indent=2) + "\n")
+    (output / "metrics.json").write_text(plain_file(columns), encoding="utf-8")
     if args.log_completions and before is not None:
         samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
         (output / "samples.md").write_text(samples_markdown(samples))
@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     use_brief_progress(trainer, PPO_LINE)
     for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with running("ppo", given, args):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     before, after = first_and_last_evaluation(trainer, "eval_reward/score")
     trainer.save_model()
     trainer.save_state()

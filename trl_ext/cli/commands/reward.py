@@ -12,7 +12,6 @@ pairs, and report.html with its picture. With --use_peft it gets the adapter wit
 --use_peft` on the same base, and base_model.json, a fingerprint of that base.
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from ...device import keep_4_bit_differentiable
 from ...intervals import wilson_interval
 from ...last_line import LastLine
 from ...places import checkpoint_of
+from ...plain import plain_file
 from ...report import REWARD_LINE, use_brief_progress
-from ..closing import closing_lines, program, report_callbacks
+from ...steps_left import refuse_finished_checkpoints, require_steps_left
+from ..closing import closing_lines, program, report_callbacks, running
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
@@ -61,6 +62,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    refuse_finished_checkpoints(trainer)
     keep_4_bit_differentiable(trainer.model)
     # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.
     for name, parameter in trainer.model.named_parameters():
@@ -77,7 +79,7 @@ def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
     print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
     facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
     output = Path(trainer.args.output_dir)
-    (output / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "metrics.json").write_text(plain_file(facts), encoding="utf-8")
 
 
 def options(argv: list[str] | None = None) -> Options:
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         data, model, args = given.make()
         require_all(args)
         checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+        require_steps_left(checkpoint, args.max_steps)
     set_seed(args.seed)
     with usage_errors():
         trainer = build(data, model, args)
@@ -101,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     describe_reward_training(trainer)
     for callback in (LastLine(), *report_callbacks(data.source)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with running("reward", given, args):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

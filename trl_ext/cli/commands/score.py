@@ -9,7 +9,6 @@ The pairs are those of `trl-ext dpo`; of data with several splits, those of `dat
 every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trl import get_quantization_config, maybe_extract_prompt
 
 from ... import ImplicitReward, embedded
 from ...intervals import wilson_interval
+from ...plain import plain_line
 from ..data import DataArguments, load_rows
 from ..models import ModelArguments, require_model
 from ..options import read, usage_errors
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         scored = score(load(data), build(*paths, data, model))
     output = Path(data.output_file)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored), encoding="utf-8")
+    output.write_text("".join(map(plain_line, scored)), encoding="utf-8")
     count, right = len(scored), sum(row["margin"] > 0 for row in scored)
     low, high = wilson_interval(right, count)
     print(
