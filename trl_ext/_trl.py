@@ -16,6 +16,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
+from trl.data_utils import _tokenize
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
 from trl.trainer import grpo_trainer
@@ -46,6 +47,7 @@ __all__ = [
     "is_async_callable",
     "pad",
     "prepare_frozen",
+    "reward_ids",
     "scoring_head",
     "tokenised_pair",
     "unwrap_model_for_generation",
@@ -212,3 +214,17 @@ def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any)
     first = Dataset.from_list([row]).to_iterable_dataset()  # which shows no progress bars
     rows = list(trainer._prepare_dataset(preparer, first, tokenizer, args, "first"))
     return {name: ids for name, ids in (rows[0] if rows else {}).items() if name.endswith("_ids")}
+
+
+def reward_ids(
+    tokenizer: Any, prompt: Any, answer: Any, tools: Any = None, template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """
+    The token ids of a prompt and an answer, text or messages, as TRL's RewardTrainer makes them of a row's `prompt`
+    and `chosen`.
+    """
+    whole = prompt + answer
+    if isinstance(whole, list):
+        return _tokenize(tokenizer, whole, tools=tools, **(template_kwargs or {}))["input_ids"]
+    eos = tokenizer.eos_token or ""
+    return _tokenize(tokenizer, whole if answer.endswith(eos) else whole + eos)["input_ids"]

@@ -36,7 +36,7 @@ from trl_ext.ppo.adapters import load_reward_adapter, stand_on
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 EQUAL = 1e-4
-PAD = tiny.VOCABULARY.index("<pad>")
+EOS = tiny.VOCABULARY.index("<eos>")
 
 STARTS = pytest.mark.parametrize("start", [False, True], ids=["new adapter", "from an adapter"])
 
@@ -148,12 +148,12 @@ def values_of(model, rollout):
 
 
 def scores_of(model, rollout):
-    """Scores of prompt and response: the score head at the last token that is not the pad token."""
+    """Scores of prompt and response: the score head at the end token, which one that was cut off gets too."""
     classifier, scores = model.get_base_model(), []
     for prompt, response in sequences(rollout):
-        ids = torch.cat([prompt, response])
-        states = classifier.model(ids[None]).last_hidden_state
-        scores.append(classifier.score(states)[0, (ids != PAD).nonzero()[-1, 0], 0])
+        words = response[:-1] if response[-1] < len(tiny.SPECIAL_TOKENS) else response
+        states = classifier.model(torch.cat([prompt, words, torch.tensor([EOS])])[None]).last_hidden_state
+        scores.append(classifier.score(states)[0, -1, 0])
     return torch.stack(scores)
 
 
@@ -321,6 +321,7 @@ def test_critic_starts_as_a_copy_of_the_reward_adapter(paths, tmp_path):
     """Its value at the last token of prompt and response is the score; then the two part."""
     trainer = ppo_trainer(tmp_path, four_roles.models(paths, quantization=None), critic="adapter")
     ids = torch.randint(7, 60, (3, 9))
+    ids[:, -1] = EOS
     scores = scores_of_ids(trainer, ids)
     torch.testing.assert_close(trainer.critic(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-6)
     assert scores.std() > 0.01
@@ -348,6 +349,7 @@ def test_critic_without_a_reward_adapter_is_the_actors_trunk_with_a_head_of_0(pa
 def test_critic_that_is_a_whole_model_starts_as_the_merged_reward_adapter(paths, tmp_path):
     trainer = ppo_trainer(tmp_path, four_roles.models(paths, quantization=None), critic="model")
     ids = torch.randint(7, 60, (3, 9))
+    ids[:, -1] = EOS
     scores = scores_of_ids(trainer, ids)
     torch.testing.assert_close(trainer.critic(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-5)
     assert not any("lora" in name for name, _ in trainer.critic.named_parameters())

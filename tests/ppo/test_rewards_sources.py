@@ -46,13 +46,19 @@ def record_inputs(model):
     return seen
 
 
-def sampled(rollout):
-    """The token ids of every sequence of a rollout, prompt and response, without padding."""
-    return [
-        rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
-        + rollout.response_ids[row][rollout.attended[row]].tolist()
-        for row in range(len(rollout))
-    ]
+def as_read(rollout):
+    """
+    The token ids that a reward model with the actor's tokenizer reads of each sequence: prompt and response as they
+    were sampled, and the end token, also of a response that was cut off, in the place of another special token.
+    """
+    special, rows = {*range(len(tiny.SPECIAL_TOKENS)), len(tiny.VOCABULARY)}, []  # [PAD] behind the vocabulary
+    for row in range(len(rollout)):
+        response = rollout.response_ids[row][rollout.attended[row]].tolist()
+        if response[-1] in special:
+            response.pop()
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+        rows.append([*prompt, *response, tiny.VOCABULARY.index("<eos>")])
+    return rows
 
 
 # --- ids or text: found out, not assumed
@@ -63,7 +69,7 @@ def test_model_with_the_actors_tokenizer_reads_the_ids_as_sampled(tmp_path):
     trainer = ppo_trainer(tmp_path, {"reward_model": path}, max_steps=1, response_length=30)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
-    assert seen == sampled(trainer._rollout)
+    assert seen == as_read(trainer._rollout)
     rollout = trainer._rollout
     assert rollout.has_eos.any()
     ends = rollout.response_ids[rollout.has_eos][0][rollout.attended[rollout.has_eos][0]]
@@ -74,7 +80,7 @@ def test_scores_are_the_models_own(tmp_path):
     trainer = ppo_run(tmp_path, max_steps=1)
     model = tiny.tiny_reward_model()
     with torch.no_grad():
-        expected = [model(torch.tensor([ids])).logits.item() for ids in sampled(trainer._rollout)]
+        expected = [model(torch.tensor([ids])).logits.item() for ids in as_read(trainer._rollout)]
     torch.testing.assert_close(trainer._rollout.scores, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert logged(trainer, "reward/score")[0] == pytest.approx(sum(expected) / 4, rel=1e-5)
 
@@ -86,15 +92,14 @@ def test_model_with_its_own_tokenizer_reads_text_in_its_own_ids(tmp_path, tokeni
     seen = record_inputs(trainer.reward_funcs[0])
     trainer.train()
     tokens = tiny.tiny_tokenizer()
-    # As in GRPO: the prompt as it was written and the response without its special tokens, with nothing between.
-    rollout = trainer._rollout
-    prompts = [tokens.decode(ids[mask]) for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    responses = [
-        tokens.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(rollout.response_ids, rollout.attended, strict=True)
+    rollout, own = trainer._rollout, AutoTokenizer.from_pretrained(path)
+    texts = [
+        tokens.decode([*prompt[of_prompt], *response[of_response]], skip_special_tokens=True)
+        for prompt, of_prompt, response, of_response in zip(
+            rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.attended, strict=True
+        )
     ]
-    own = AutoTokenizer.from_pretrained(path)
-    assert seen == [own(prompt + response)["input_ids"] for prompt, response in zip(prompts, responses, strict=True)]
+    assert seen == [own(text + "<eos>")["input_ids"] for text in texts]
 
 
 def test_given_tokenizer_decides_for_a_model_in_memory(tmp_path):
@@ -121,7 +126,7 @@ def test_pad_token_that_only_the_actors_tokenizer_has_changes_nothing(tmp_path, 
     trainer = ppo_trainer(tmp_path, models, max_steps=1)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
-    assert seen == sampled(trainer._rollout)
+    assert seen == as_read(trainer._rollout)
     assert tokenizer.pad_token == "[PAD]"  # the user's tokenizer is left alone
 
 
@@ -182,7 +187,7 @@ def test_sources_are_weighted_with_the_reward_model_first(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_funcs": functions}, reward_weights=[2.0, 10.0, -3.0], max_steps=1)
     rollout = trainer._rollout
     with torch.no_grad():
-        of_model = [tiny.tiny_reward_model()(torch.tensor([ids])).logits.item() for ids in sampled(rollout)]
+        of_model = [tiny.tiny_reward_model()(torch.tensor([ids])).logits.item() for ids in as_read(rollout)]
     lengths = response_lengths(tiny.tiny_tokenizer().batch_decode(rollout.response_ids, skip_special_tokens=True))
     expected = [
         2 * score + 10 * length - 3 * (row % 2 == 0)

@@ -74,10 +74,7 @@ def check_datasets(
     """Checks every map-style dataset's prompts, and the columns of a stream's first row."""
     if train_dataset is None:
         raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
-    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    datasets = {"train_dataset": train_dataset}
-    datasets |= {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
-    for name, dataset in datasets.items():
+    for name, dataset in named(train_dataset, eval_dataset).items():
         if isinstance(dataset, Dataset | IterableDataset):
             if next(iter(dataset), None) is None:
                 raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
@@ -96,6 +93,13 @@ def check_datasets(
         )
 
 
+def named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """A run's datasets, by what errors call them."""
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    datasets = {"train_dataset": train_dataset}
+    return datasets | {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
+
+
 def check_prompts(
     dataset: Dataset,
     name: str,
@@ -104,6 +108,7 @@ def check_prompts(
     response_length: int,
     num_proc: int | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    whose: str = "the model's",
 ) -> None:
     """
     Raises `ValueError` unless every row has a prompt that, with its response, fits the model's context.
@@ -114,6 +119,7 @@ def check_prompts(
         longest: the model's context in tokens; `None` when it has no limit.
         response_length: tokens that a response may have.
         template_kwargs: keyword arguments of the chat template.
+        whose: context, for the error.
     """
 
     def length(row: dict[str, Any]) -> dict[str, int]:
@@ -128,7 +134,7 @@ def check_prompts(
         if longest is not None and tokens + response_length > longest:
             raise ValueError(
                 f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
-                f"does not fit the model's context of {longest}. Shorten or remove it, or lower `response_length`."
+                f"does not fit {whose} context of {longest}. Shorten or remove it, or lower `response_length`."
             )
 
 

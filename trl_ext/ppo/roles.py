@@ -16,6 +16,7 @@ from .config import PPOConfigX
 from .critic import ValueAdapter, build_critic
 from .given import Given, Model
 from .placement import frozen_kwargs
+from .reward_forms import RewardForm
 from .scorers import TokenScorer, check_reward_model, checked, find_tokenizer, load_reward_model, reads_actor_ids
 
 
@@ -27,7 +28,7 @@ class Roles:
     Args:
         actor: the policy, before `peft_config` wraps it.
         reference: a frozen model, or `None`: an adapter of the actor, or no reference at all.
-        reward_funcs, reward_processing_classes: the reward sources, the reward model first.
+        reward_funcs: the reward sources, the reward model first.
         critic: the value model, value adapter or value head.
         reward_adapter: the reward model, where it is an adapter on the actor's base.
     """
@@ -35,7 +36,6 @@ class Roles:
     actor: PreTrainedModel
     reference: PreTrainedModel | None
     reward_funcs: list[Any]
-    reward_processing_classes: list[Any]
     critic: nn.Module
     reward_adapter: PeftModel | None
 
@@ -80,9 +80,9 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
     reward_adapter = None
     if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
         reward_adapter = load_reward_adapter(actor, given.reward_model)
-    functions, tokenizers, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
+    functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
     critic = _load_critic(args, given, actor, reward_adapter, shared, init_kwargs)
-    return Roles(actor, reference, functions, tokenizers, critic, reward_adapter)
+    return Roles(actor, reference, functions, critic, reward_adapter)
 
 
 def _check_merging(args: PPOConfigX, given: Given, actor: PreTrainedModel) -> None:
@@ -102,26 +102,25 @@ def _load_rewards(
     actor: PreTrainedModel,
     reward_adapter: PeftModel | None,
     init_kwargs: dict[str, Any],
-) -> tuple[list[Any], list[Any], PreTrainedModel | None]:
-    """What GRPO calls, its tokenizers, and the reward model if it reads the actor's token ids."""
+) -> tuple[list[Any], PreTrainedModel | None]:
+    """The reward sources, and the reward model if it reads the actor's token ids."""
     reward_model = given.reward_model if reward_adapter is None else reward_adapter
     sources = ([] if reward_model is None else [reward_model]) + given.reward_funcs
     tokenizers = _align(given.reward_processing_classes, sources)
-    functions, shared = [], None
     reward_kwargs = frozen_kwargs(args, init_kwargs, args.reward_model_quantization)
-    for i, source in enumerate(sources):
-        function, tokenizers[i], reads_ids = _reward_source(
-            source, tokenizers[i], tokenizer, actor.config.get_text_config().vocab_size, args, reward_kwargs
-        )
-        functions.append(function)
-        if i == 0 and reward_model is not None and reads_ids:
-            shared = function.model
+    vocabulary = actor.config.get_text_config().vocab_size
+    functions = [
+        _reward_source(source, own, tokenizer, vocabulary, args, reward_kwargs)
+        for source, own in zip(sources, tokenizers, strict=True)
+    ]
+    first = functions[0] if reward_model is not None else None
+    shared = first.model if isinstance(first, TokenScorer) and first.form.shares_ids else None
     if reward_adapter is not None and shared is None:
         raise ValueError(
             f"The reward adapter {reward_adapter.config.name_or_path} was trained with another tokenizer than the "
             "actor's. Train it with the actor's, or pass a whole model as `reward_model`."
         )
-    return functions, tokenizers, shared
+    return functions, shared
 
 
 def _load_critic(
@@ -179,20 +178,20 @@ def _align(processing_classes: list[Any] | Any | None, sources: list[Any]) -> li
 
 def _reward_source(
     source: Any, own_tokenizer: Any, tokenizer: Any, vocabulary: int, args: PPOConfigX, init_kwargs: dict[str, Any]
-) -> tuple[Any, Any, bool]:
-    """(what GRPO calls, its tokenizer, whether it is a model that reads the actor's ids)."""
+) -> Any:
+    """A reward function, checked as it answers, or a reward model in the form that it was trained on."""
     if isinstance(source, str):
         source = load_reward_model(source, init_kwargs)
     if not isinstance(source, nn.Module):
-        return checked(source, get_callable_name(source)), None, False
+        return checked(source, get_callable_name(source))
     check_reward_model(source)
     disable_dropout(source)
-    own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(source.config), args.trust_remote_code)
-    if not reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary):
-        return source, own_tokenizer, False
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config: Any = source.config
-    config.get_text_config().pad_token_id = pad_token_id
+    own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(config), args.trust_remote_code)
+    if isinstance(source, PeftModel) and own_tokenizer is not None:  # its config is the base's, not that of training
+        pad, eos = own_tokenizer.pad_token_id, own_tokenizer.eos_token_id
+        config.get_text_config().pad_token_id = eos if pad is None else pad
+    shares_ids = reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary)
+    form = RewardForm(own_tokenizer or tokenizer, tokenizer, shares_ids, args.chat_template_kwargs)
     name = (get_config_model_id(config) or "reward_model").rstrip("/").split("/")[-1]
-    scorer = TokenScorer(source, name, pad_token_id, args.local_rollout_forward_batch_size)
-    return scorer, None, True
+    return TokenScorer(source, name, form, args.local_rollout_forward_batch_size)

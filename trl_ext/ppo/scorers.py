@@ -2,10 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,37 +18,62 @@ from transformers import (
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, get_config_model_id, is_async_callable
+from ..formats import CONVERSATION, describe
+from .config import PPOConfigX
+from .prompts import check_prompts, named
+from .reward_forms import RewardForm, Text
 
 
 logger = logging.get_logger(__name__)
 
 # Text on which two tokenizers with one vocabulary would still differ: case, accents, digits, spaces, other scripts.
 PROBE = "Hello, World!  naïve café\n\t1234.5 don't 长城 <|x|> émile"
+# What families call their tables of absolute positions.
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_emb")
 
 
 class TokenScorer:
     """
-    A reward model that reads the actor's token ids: prompt and response as they were sampled.
+    A reward model, asked in the form that it was trained on ([`RewardForm`]).
 
-    The model reads its score at the last id that is not the pad token, as transformers' classifiers do. So where the
-    end token is also the pad token it is not read, neither here nor when the model was trained.
+    GRPO calls it as a reward function; the ids that were sampled reach it as `prompt_ids` and `completion_ids`.
 
-    GRPO calls it as a reward function; the ids reach it as `prompt_ids` and `completion_ids`.
+    transformers' classifiers of decoders read their score at the last id that is not the config's pad token: the one
+    that the model was trained with, which is kept, whatever the actor pads with. Where that is the end token too, it
+    is not read, neither here nor when the model was trained. One without a pad token is read at its last id.
 
     `ask` gives the scores (b,) of `input_ids` and `attention_mask`: the model does, unless it is an adapter on the
     actor's base, which is reached through the actor.
     """
 
-    def __init__(self, model: nn.Module, name: str, pad_token_id: int, batch_size: int):
+    def __init__(self, model: nn.Module, name: str, form: RewardForm, batch_size: int):
         self.model = model
         self.ask: Callable[..., Tensor] = self._ask_model
-        self.pad_token_id = pad_token_id
+        self.form = form
+        config: Any = model.config
+        self.config = config.get_text_config()
+        self.pad_token_id: int | None = self.config.pad_token_id
+        self.longest = longest_input(model)
         self.batch_size = batch_size
         self.__name__ = name
 
-    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[Text] | None = None,
+        completions: Sequence[Text] | None = None,
+        prompt_ids: Sequence[list[int]] | None = None,
+        completion_ids: Sequence[list[int]] | None = None,
+        environment: Sequence[str] | None = None,
+        **_: Any,
+    ) -> list[float]:
         """Scores, one per response."""
-        sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        if None in self.form.tools:  # one environment, or none: the column is the user's own
+            environment = None
+        given = (prompts, completions, prompt_ids, completion_ids, environment)
+        count = max(len(column) for column in given if column is not None)
+        rows = zip(*([None] * count if column is None else column for column in given), strict=True)
+        sequences = [self.form(*row) for row in rows]
+        self._check_lengths(sequences)
         scores: list[float] = []
         for start in range(0, len(sequences), self.batch_size):
             scores += self._score(sequences[start : start + self.batch_size]).tolist()
@@ -56,18 +82,78 @@ class TokenScorer:
     @torch.no_grad()
     def _score(self, sequences: list[list[int]]) -> Tensor:
         device = next(self.model.parameters()).device
+        pad, own = self.pad_token_id, self.config.pad_token_id
+        if pad is None:  # any id that no sequence ends with: each is read at its last one
+            pad = next(id_ for id_ in range(len(sequences) + 1) if all(ids[-1] != id_ for ids in sequences))
         rows = [torch.tensor(ids) for ids in sequences]
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return self.ask(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+        self.config.pad_token_id = pad
+        try:
+            return self.ask(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+        finally:
+            self.config.pad_token_id = own
 
     def _ask_model(self, **inputs: Tensor) -> Tensor:
         return self.model(**inputs).logits[:, 0]
+
+    def _check_lengths(self, sequences: list[list[int]]) -> None:
+        longest = max(sequences, key=len)
+        if self.longest is not None and len(longest) > self.longest:
+            raise ValueError(
+                f"The reward model {self.__name__!r} reads {self.longest} tokens, and a prompt with its answer has "
+                f"{len(longest)}: {self.form.tokenizer.decode(longest)!r:.200}. Lower `response_length`, shorten the "
+                "prompts, or pass a function in `reward_funcs` that cuts what it hands to the model."
+            )
+
+
+def check_readable(reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: PPOConfigX) -> None:
+    """
+    Raises `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and what
+    would not fit its table of positions with a response of `response_length` tokens.
+    """
+    datasets = named(train_dataset, eval_dataset).items()
+    for scorer in (source for source in reward_funcs if isinstance(source, TokenScorer)):
+        form, model = scorer.form, f"the reward model {scorer.__name__!r}"
+        for name, dataset in datasets:
+            if not isinstance(dataset, Dataset | IterableDataset):
+                continue
+            is_chat = describe(dataset).columns.get("prompt") == CONVERSATION
+            if is_chat and not form.tokenizer.chat_template:
+                raise ValueError(
+                    f"`{name}` holds conversations, and the tokenizer of {model} has no chat template. Pass the one "
+                    "that it was trained with in `reward_processing_classes`, its `chat_template` set; or give "
+                    "prompts of text."
+                )
+            if scorer.longest is not None and isinstance(dataset, Dataset):
+                longest = scorer.longest - form.behind(is_chat)
+                options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
+                check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s")
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; `None` where it has no table of positions, or none that ends."""
+    tables = [
+        # RoBERTa's begins behind the pad token's row.
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+    ]
+    config: Any = model.config
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if tables and declared:
+        tables.append(declared)  # OPT's table has two rows more than there are positions
+    return min(tables, default=None)
 
 
 def token_scorer(reward_func: Any) -> TokenScorer | None:
     """The [`TokenScorer`] that GRPO calls, or `None` for another kind of reward."""
     return reward_func if isinstance(reward_func, TokenScorer) else None
+
+
+def model_of_text(reward_func: Any) -> nn.Module | None:
+    """The reward model with a tokenizer of its own, as GRPO takes it, or `None` for another kind of reward."""
+    return reward_func.model if isinstance(reward_func, TokenScorer) and not reward_func.form.shares_ids else None
 
 
 def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:

@@ -65,7 +65,7 @@ from .resuming import find_checkpoint, known_length, load_run, save_run
 from .rewards import RunningMoments, weighted_scores
 from .roles import Roles, load_roles, load_tokenizer
 from .rollout import MicroBatch, Rollout
-from .scorers import checked, token_scorer
+from .scorers import TokenScorer, check_readable, checked, model_of_text, token_scorer
 
 
 PHASES = ("generate", "score", "learn")
@@ -173,17 +173,20 @@ class PPOTrainerX(GRPOTrainer):
         # 2. The four models
         set_seed(args.seed)
         roles = load_roles(args, tokenizer, given)
-        num_sources = len(roles.reward_funcs)
+        if environment_factory is None:
+            check_readable(roles.reward_funcs, train_dataset, eval_dataset, args)
         loop_args = args.for_trainer_loop()
         loop_args.model_init_kwargs = None  # every model is loaded
         super().__init__(
             model=roles.actor,
-            reward_funcs=roles.reward_funcs,
+            reward_funcs=[model_of_text(source) or source for source in roles.reward_funcs],
             args=loop_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            reward_processing_classes=roles.reward_processing_classes,
+            reward_processing_classes=[
+                scorer and scorer.form.tokenizer for scorer in map(token_scorer, roles.reward_funcs)
+            ],
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
@@ -192,7 +195,7 @@ class PPOTrainerX(GRPOTrainer):
             environment_factory=environment_factory,
         )
         self.prompt_collator = data_collator
-        self._set_up_rewards(num_sources)
+        self._set_up_rewards(roles.reward_funcs)
         self._set_up_sampling(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
         self._set_up_models(roles, given)
 
@@ -225,10 +228,18 @@ class PPOTrainerX(GRPOTrainer):
             shown.clear()
         self.phases.forget()
 
-    def _set_up_rewards(self, num_sources: int) -> None:
-        """Names every reward source, and checks the answers of those that an environment has added."""
+    def _set_up_rewards(self, sources: list[Any]) -> None:
+        """Names every reward source, has models asked in their own form, and checks what environments answer."""
         self.reward_func_names[:] = [name or "reward_model" for name in self.reward_func_names]
-        for i in range(num_sources, len(self.reward_funcs)):
+        self._text_scorers: dict[int, TokenScorer] = {}
+        for i, scorer in enumerate(map(token_scorer, sources)):
+            if scorer is None:
+                continue
+            scorer.form.tools = self._env_tools if self._multi_environment else {None: self.tools}
+            if not scorer.form.shares_ids:
+                scorer.model = self.reward_funcs[i]  # on its device, as GRPO has put it there
+                self._text_scorers[id(scorer.model)] = scorer
+        for i in range(len(sources), len(self.reward_funcs)):
             self.reward_funcs[i] = checked(self.reward_funcs[i], self.reward_func_names[i])
 
     def _set_up_sampling(self, ids: list[int]) -> None:
@@ -389,8 +400,13 @@ class PPOTrainerX(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         """GRPO's rewards (all samples, sources); keeps this rank's weighted sums, NaN where no source applies."""
-        with self._reward_weights.on_device():
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        sources = list(self.reward_funcs)
+        self.reward_funcs[:] = [self._text_scorers.get(id(source), source) for source in sources]
+        try:
+            with self._reward_weights.on_device():
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs[:] = sources
         start = self.accelerator.process_index * len(prompts)
         is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
