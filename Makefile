@@ -15,9 +15,9 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 # As in an activated environment: what a test or script starts by name (torchrun, ninja) is the environment's own.
 # Nothing here needs the model hub. Two test processes with one thread each use two cores; more threads only compete.
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test check proof gpu docs format wheel clean
+.PHONY: help setup demo test check proof measure gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -44,7 +44,7 @@ $(STAMP):
 demo: $(STAMP) ## train a reward model, then PPO against it, on a small real model
 	$(RUN) -m trl_ext.cli demo
 
-test: $(STAMP) ## run the tests, all but the tiers proof and gpu; ARGS="-k gae" goes to pytest
+test: $(STAMP) ## run the tests, all but the tiers proof, measure and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers and house rules
@@ -55,6 +55,9 @@ check: $(STAMP) ## format, lint, types, layers and house rules
 
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 	$(PYTEST) -m proof -s $(ARGS)
+
+measure: $(STAMP) ## repeat the runs behind the figures in docs/demo.md, at their size: about half an hour
+	$(PYTEST) -m measure -s $(ARGS)
 
 gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)

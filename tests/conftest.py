@@ -19,7 +19,7 @@ import tiny
 # Models this small lose time to threads, and pytest-xdist already fills the cores. It also fixes the order of sums.
 torch.set_num_threads(1)
 
-TIERS = {"unit", "integration", "distributed", "gpu", "proof"}
+TIERS = {"unit", "integration", "distributed", "gpu", "proof", "measure"}
 
 
 def pytest_collection_modifyitems(items):
