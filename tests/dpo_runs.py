@@ -4,6 +4,7 @@ import gc
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -205,6 +206,11 @@ def dpo_run(output_dir: str | Path, models: dict[str, Any] | None = None, **opti
     trainer = dpo_trainer(output_dir, models, **options)
     trainer.train()
     return trainer
+
+
+def not_at_the_start() -> Any:
+    """Within the context, a policy may differ from its reference at the first step, as after some steps."""
+    return mock.patch.object(DPOTrainerX, "_is_at_start", return_value=False)
 
 
 def lines(trainer: Any, key: str = "loss") -> list[dict[str, float]]:

@@ -1,6 +1,9 @@
 """DeepSpeed's ZeRO: its file against the options, and models whose weights stage 3 has spread over the ranks."""
 
 import copy
+import functools
+import inspect
+import types
 from typing import Any, TypeVar
 
 from torch import nn
@@ -114,11 +117,13 @@ def is_partitioned(model: nn.Module) -> bool:
 
 def copy_of(model: AnyModule) -> AnyModule:
     """
-    A copy of a model. Under ZeRO-3, `copy.deepcopy` would give one without weights: there a new model is made, and
+    Copies a model. Under ZeRO-3, `copy.deepcopy` would give one without weights: there a new model is made, and
     its parameters are filled one by one.
     """
     if not is_partitioned(model):
-        return copy.deepcopy(model)
+        twin = copy.deepcopy(model)
+        _forget_patches(twin)
+        return twin
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"Under ZeRO-3 a {type(model).__name__} cannot be copied: its weights are spread over the ranks. Pass the "
@@ -127,6 +132,40 @@ def copy_of(model: AnyModule) -> AnyModule:
     twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     copy_weights(model, twin)
     return twin.train(model.training)
+
+
+def _forget_patches(twin: nn.Module) -> None:
+    """
+    Gives the modules of a deep copy their class's forward back, where a trainer had put a function there that holds
+    on to a module: a deep copy of that function would go on computing with the original's weights.
+    """
+    for module in twin.modules():
+        for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
+            if _leads_away(vars(module).get(name), module):
+                setattr(module, name, types.MethodType(type(module).forward, module))
+
+
+def _leads_away(function: Any, itself: nn.Module) -> bool:
+    """Whether a function holds on to a module other than `itself`, by its closure or as that module's method."""
+    held, seen = [function], set()
+    while held:
+        each = held.pop()
+        if isinstance(each, nn.Module) and each is not itself:
+            return True
+        if id(each) not in seen:
+            seen.add(id(each))
+            held += _held_by(each)
+    return False
+
+
+def _held_by(function: Any) -> list[Any]:
+    if isinstance(function, types.MethodType):
+        return [function.__self__, function.__func__]
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.FunctionType):
+        return list(inspect.getclosurevars(function).nonlocals.values())
+    return []
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

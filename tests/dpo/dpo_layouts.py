@@ -61,7 +61,7 @@ def run(size: int, accumulation: int, adapter: bool = False, data: dict[str, Dat
     if adapter:
         models |= {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)}
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, dpo_runs.not_at_the_start():
         trainer = dpo_runs.dpo_run(folder, models, **(SETTINGS | sizes | options))
         trainer.evaluate()
     assert trainer._forwards[0].sharing

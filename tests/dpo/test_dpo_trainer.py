@@ -475,7 +475,8 @@ def test_metrics_of_a_logging_window_speak_of_all_its_pairs(tmp_path, ref, accum
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
     sizes |= {"max_steps": 4 // accumulation, "logging_steps": 4 // accumulation, "learning_rate": 0.0}
     trainer = dpo_runs.dpo_trainer(tmp_path, models, **sizes, **options)
-    trainer.train()
+    with dpo_runs.not_at_the_start():
+        trainer.train()
     trainer.evaluate()
     if ref == "adapter off":
         actor = trainer.model
@@ -592,7 +593,8 @@ def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference
         models |= {"ref_model": None, "model": dpo_runs.with_adapter(dpo_runs.tiny_model())}
         of_reference = dpo_runs.with_adapter(dpo_runs.tiny_model())
     options = {"generate_during_eval": True, "num_eval_samples": 3, "eval_max_new_tokens": 6, "learning_rate": 0.5}
-    trainer = dpo_runs.dpo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, **options)
+    with dpo_runs.not_at_the_start():
+        trainer = dpo_runs.dpo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, **options)
     files = sorted((tmp_path / "completions").glob("*.jsonl"))
     assert [path.name for path in files] == ["eval_step_00001.jsonl", "eval_step_00002.jsonl"]
     rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
@@ -710,7 +712,7 @@ class Interrupt(TrainerCallback):
 def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
     def models():
         if kind == "adapter":
-            return {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)}
+            return {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
         return {} if kind == "whole" else {"model": tiny.tiny_mixture(output_router_logits=False)}
 
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}

@@ -174,6 +174,17 @@ def test_given_reference_may_differ_from_the_start(tmp_path):
     ppo_run(tmp_path, {"peft_config": lora(init_lora_weights=False), "ref_model": tiny.tiny_actor()}, max_steps=1)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_copy_of_an_adapter_leaves_the_actor_as_it_was(tmp_path, start):
+    """Adding one more adapter with such a config takes its part out of the base once more."""
+    actor = get_peft_model(tiny.tiny_actor(), lora(init_lora_weights=start))
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        before = actor(input_ids=ids).logits
+        trainer = ppo_trainer(tmp_path, {"model": actor})
+        torch.testing.assert_close(trainer.model.eval()(input_ids=ids).logits, before)
+
+
 def opt(seed=0):
     """An architecture whose layers keep dropout as a number and call it as a function."""
     torch.manual_seed(seed)

@@ -1,6 +1,8 @@
 """What `trl_ext.zero` and the critic say of models that ZeRO-3 will partition, as far as one process can tell."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -61,6 +63,42 @@ def test_copy_is_a_copy_where_nothing_is_partitioned():
         assert name == its_name
         assert mine is not its
         assert torch.equal(mine, its)
+
+
+def with_functions_of_a_trainer(model):
+    """What trainers leave in a model: a forward that calls the original one, bound to that model."""
+    forward = model.forward
+
+    def patched(self, *args, **kwargs):
+        return forward(*args, **kwargs)
+
+    model.forward = types.MethodType(patched, model)
+    layer = model.model.layers[0].mlp
+    layer.forward = functools.partial(type(layer).forward, model.model.layers[0].mlp)
+    return model
+
+
+@torch.no_grad()
+def test_copy_computes_with_its_own_weights():
+    model = with_functions_of_a_trainer(with_functions_of_a_trainer(tiny.tiny_actor()))
+    ids = torch.tensor([[4, 5, 6]])
+    before = model(input_ids=ids).logits
+    twin = zero.copy_of(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(input_ids=ids).logits, before)
+    assert not model(input_ids=ids).logits.any()
+    twin.lm_head.weight.zero_()
+    assert not twin(input_ids=ids).logits.any()
+
+
+@torch.no_grad()
+def test_copy_keeps_functions_that_hold_on_to_nothing_else():
+    """Such as a kernel put in place of a layer's forward."""
+    model = tiny.tiny_actor()
+    model.model.norm.forward = types.MethodType(lambda self, states: states * self.weight, model.model.norm)
+    ids = torch.tensor([[4, 5, 6]])
+    assert torch.equal(zero.copy_of(model)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_partitioned_adapter_model_is_not_copied_into_an_empty_one():

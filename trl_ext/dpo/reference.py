@@ -1,12 +1,27 @@
-"""The reference of a DPO run, where it is loaded here and not by TRL: from a path, or in fewer bits."""
+"""
+The reference of a DPO run, where it is made here and not by TRL: from a path, in fewer bits, or as a copy of the
+policy; and the proof that training starts where it stands.
+"""
 
+import logging
 from typing import Any
 
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._trl import create_model_from_path, get_config_model_id
-from ..frozen import check_quantizable, quantization
+from ..frozen import check_quantizable, is_fsdp, quantization
+from ..zero import copy_of, is_partitioned
 from .config import DPOConfigX
+
+
+logger = logging.getLogger(__name__)
+
+# What rounding explains of |log π/π_ref| of a sequence before the first step, in nats per √token: the errors of single
+# tokens have either sign. References that were computed in other batches differ by that much; others hardly at all.
+ROUNDING, ROUNDING_16_BIT = 1e-3, 0.2
 
 
 def check_quantized_reference(args: DPOConfigX, model: Any, ref_model: Any, has_adapters: bool) -> None:
@@ -53,6 +68,125 @@ def load_reference(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     return create_model_from_path(ref_model or _path(model), **kwargs)
+
+
+def check_adapter_to_copy(model: Any) -> None:
+    """
+    Raises `ValueError` for a `PeftModel` of whose adapter TRL cannot make the reference: it copies the one that is
+    named "default" under the name "ref".
+    """
+    if not isinstance(model, PeftModel):
+        return
+    names, active = list(model.peft_config), list(model.active_adapters)
+    found = f"`model` is a {type(model).__name__} with the adapters {names}, of which {active} are active. "
+    if active != ["default"]:
+        raise ValueError(
+            f"{found}Without a `ref_model` the reference is a frozen copy of the adapter that training starts from, "
+            "which must be named 'default' and be the active one: leave `adapter_name` out where it is made or "
+            "loaded, or pass a `ref_model`."
+        )
+    if "ref" in names:
+        raise ValueError(
+            f"{found}The name 'ref' is needed for a frozen copy of 'default', the reference. Remove what an earlier "
+            "run has left with `model.delete_adapter('ref')`, or pass a `ref_model`."
+        )
+
+
+def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTrainedModel | None:
+    """
+    A frozen copy of a policy in memory, to be its reference: TRL would load its folder, which may hold another model.
+
+    Returns:
+        `None` where TRL needs none: the policy comes from a path, trains an adapter, or is asked before training.
+    """
+    is_asked_before = args.precompute_ref_log_probs and not is_fsdp(args)
+    if isinstance(model, str) or has_adapters or is_asked_before:
+        return None
+    return copy_of(model).requires_grad_(False).eval()
+
+
+def rounds_to_16_bits(model: nn.Module, args: DPOConfigX) -> bool:
+    """Whether log-probabilities are computed in 16 bits, or so, somewhere."""
+    is_quantized = getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False)
+    is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+    return bool(args.bf16 or args.fp16 or args.tf32 or is_quantized or is_short)
+
+
+def require_same_start(
+    logratios: Tensor, lengths: Tensor, policy: nn.Module, reference: nn.Module | None, args: DPOConfigX
+) -> None:
+    """
+    Args:
+        logratios (N,): log π_θ/π_ref of completions before the first step, in nats.
+        lengths (N,): their tokens.
+        policy: the actor, perhaps a `PeftModel`.
+        reference: where it is a model of its own.
+
+    Raises:
+        ValueError: when a reference that was not given is another model than the one that training starts from.
+    """
+    tolerance = ROUNDING_16_BIT if rounds_to_16_bits(policy, args) else ROUNDING
+    typical = (logratios.square() / lengths.clamp(min=1)).mean().sqrt().item()
+    if not typical > tolerance:  # what is not finite is reported elsewhere
+        return
+    found = (
+        f"before the first step log π/π_ref of {len(logratios)} completions is {logratios.abs().mean().item():.3g} "
+        f"nats in the mean, where rounding explains {tolerance * lengths.float().sqrt().mean().item():.1g}"
+    )
+    if reference is None and _has_virtual_tokens(policy):
+        logger.warning("The adapter's virtual tokens change the model before they have learnt anything: %s.", found)
+        return
+    raise ValueError(
+        "Without a `ref_model` the reference must be the model that training starts from; but "
+        f"{found}. " + _what_differs(policy, reference, args)
+    )
+
+
+def _what_differs(policy: Any, reference: nn.Module | None, args: DPOConfigX) -> str:
+    if isinstance(policy, PeftModel) and "ref" not in policy.peft_config:
+        adapters = ", ".join(f"{name!r}: {_start_of(config)}" for name, config in policy.peft_config.items())
+        return (
+            f"It is the policy without its adapter ({adapters}), which changes the model before it has learnt "
+            "anything. Start from an adapter that is 0 (LoRA's default), or give `ref_model`: the path or a copy of "
+            "the model to hold the policy to."
+        )
+    if reference is None:
+        made = "computed" if args.precompute_ref_log_probs else "made"
+        return (
+            f"It was {made} when the trainer was made, so the policy was changed after that, or its forward pass is "
+            "not deterministic. Change a model before it is given to the trainer."
+        )
+    names = [] if is_partitioned(policy) else _other_weights(policy, reference)
+    if names:
+        return (
+            f"{len(names)} weights differ, the first is {names[0]}: the checkpoint lacks it, so that it is drawn at "
+            "random each time it is loaded, or the policy was changed after the trainer was made. Load and change the "
+            "policy first and pass it as `model`; the reference is then a copy of it."
+        )
+    return (
+        "Their weights are equal, so the forward pass is not deterministic, or another one in training than in "
+        "evaluation: look for noise in the model's config, such as a router's jitter, and switch it off."
+    )
+
+
+def _has_virtual_tokens(policy: Any) -> bool:
+    return any(config.is_prompt_learning for config in getattr(policy, "peft_config", {}).values())
+
+
+def _start_of(config: Any) -> str:
+    init = getattr(config, "init_lora_weights", None)
+    return f"{type(config).__name__}" + ("" if init is None else f" with `init_lora_weights={init!r}`")
+
+
+def _other_weights(policy: nn.Module, reference: nn.Module) -> list[str]:
+    own = dict(policy.named_parameters())
+    return [
+        name
+        for name, weight in reference.named_parameters()
+        if name not in own
+        or own[name].shape != weight.shape
+        or not torch.equal(own[name].detach().to(weight.device, weight.dtype), weight)
+    ]
 
 
 def _path(model: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
+from ..adapter_copies import base_left_alone
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
 from ..last_line import LastLine, in_mode_of
@@ -24,6 +25,7 @@ from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
 from ..steps_left import refuse_finished_checkpoints
+from ..trained import RequireGradients, check_optimizer, check_trainable
 from ..zero import check_unquantized
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
@@ -33,8 +35,14 @@ from .display import show_completions, write_completions
 from .exactness import why_not_run
 from .forward import PairForward, recorded
 from .losses import divergence_score, implicit_reward, smoothing_term
-from .metrics import PreferenceLedger
-from .reference import check_quantized_reference, load_reference
+from .metrics import COLUMNS, PreferenceLedger
+from .reference import (
+    check_adapter_to_copy,
+    check_quantized_reference,
+    copy_at_start,
+    load_reference,
+    require_same_start,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +97,8 @@ class DPOTrainerX(DPOTrainer):
             check_vocabularies(config, text_config(ref_model, args))
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
+        if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
+            check_trainable(model, "policy")
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
             raise ValueError(
                 "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "
@@ -96,24 +106,29 @@ class DPOTrainerX(DPOTrainer):
             )
         if args.ref_model_quantization is not None:
             check_quantized_reference(args, model, ref_model, has_adapters)
+        if ref_model is None:
+            check_adapter_to_copy(model)
+        self._reference_is_start = ref_model is None and args.ref_model_quantization is None
         if args.ref_model_quantization is not None or isinstance(ref_model, str):
             ref_model = load_reference(args, model, ref_model, kwargs.get("quantization_config"))
+        elif ref_model is None:
+            ref_model = copy_at_start(model, args, has_adapters)
         self._context = getattr(config, "max_position_embeddings", None)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
         self._eval_prefix = "eval"
         self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
         self._tokens_logged = 0
-        super().__init__(
-            model,
-            ref_model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            **kwargs,
-        )
+        with base_left_alone(model):  # TRL copies an adapter that training starts from
+            super().__init__(
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+            )
+        if args.precompute_ref_log_probs and self._reference_is_start:
+            self.ref_model = None  # under FSDP a copy has been asked
+        trained = check_trainable(self.model, "policy")
+        check_optimizer(self.optimizer, {"policy": trained}, "Give it those of `model`, or leave it out.")
+        self._learning = RequireGradients("policy", trained)
+        self.add_callback(self._learning)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
@@ -189,6 +204,8 @@ class DPOTrainerX(DPOTrainer):
         logps, *of_reference = (self._completion_logps(output.log_probs, mask) for output in outputs)
         ref_logps = of_reference[0] if of_reference else self._precomputed_logps(inputs)
         logratios = logps - ref_logps
+        if self.model.training:
+            self._learning.check_graph(loss)
         # 2. What TRL's sigmoid loss leaves out
         if self.label_smoothing:
             loss = loss + self._smoothing(logratios)
@@ -231,7 +248,24 @@ class DPOTrainerX(DPOTrainer):
         if sources is not None and self.accelerator.num_processes > 1:
             sources = gather_object(sources)
         pairs = gather(pairs)
+        if self.model.training and self._reference_is_start and self._is_at_start():
+            self._require_same_start(pairs)
         self._ledgers[mode].add(pairs, None if sources is None else sources[: len(pairs)])
+
+    def _is_at_start(self) -> bool:
+        """Whether no optimizer step has been taken, here or before a checkpoint, and nothing is noisy on purpose."""
+        is_noisy = not self.args.disable_dropout or bool(self.args.neftune_noise_alpha)
+        return not (is_noisy or self._learning.has_begun or self.state.global_step)
+
+    def _require_same_start(self, pairs: Tensor) -> None:
+        columns = dict(zip(COLUMNS, pairs.unbind(1), strict=True))
+        logratios, lengths = (
+            torch.cat([columns[f"{side}_{name}"] for side in ("chosen", "rejected")])
+            for name in ("logratios", "lengths")
+        )
+        policy = self.accelerator.unwrap_model(self.model)
+        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        require_same_start(logratios, lengths, policy, reference, self.args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         with in_mode_of(logs, self.model):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .._trl import get_config_model_id
+from ..adapter_copies import CHANGE_THE_BASE
 from ..fingerprint import FILE, base_fingerprint, weights_fingerprint
 from ..frozen import is_fsdp
 from ..pretrained import adapter_config, check_no_adapter
@@ -19,9 +20,6 @@ from .config import PPOConfigX
 
 
 logger = logging.get_logger(__name__)
-
-# Initialisations of LoRA that subtract from the base what they put into the adapter.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapters(

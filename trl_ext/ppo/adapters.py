@@ -36,6 +36,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .._trl import disable_dropout
+from ..adapter_copies import base_left_alone
 
 
 # Names of adapters and, on the actor, of the modules that hold them. No PEFT function called for the actor's adapter
@@ -222,7 +223,8 @@ def saving_one_adapter(model: nn.Module) -> Iterator[None]:
 
 def copy_adapter(model: Any, name: str, copy_name: str) -> None:
     """Adds a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype, so that both compute the same."""
-    model.add_adapter(copy_name, model.peft_config[name])
+    with base_left_alone(model):
+        model.add_adapter(copy_name, model.peft_config[name])
     for parameter_name, parameter in list(model.named_parameters()):
         if f".{name}." in parameter_name:
             twin = model.get_parameter(parameter_name.replace(f".{name}.", f".{copy_name}."))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _trl
 from ..device import keep_4_bit_differentiable
+from ..trained import RequireGradients, check_optimizer, check_trainable
 from ..zero import declare_head, is_stage3
 from . import critic as critic_module
 from .adapters import REWARD, copy_adapter, stand_on
@@ -44,16 +45,13 @@ def choose_adapters(model: Any, args: PPOConfigX, copies_start: bool) -> str | N
     return REFERENCE
 
 
-def join_to_actor(
-    model: Any, roles: Roles, args: PPOConfigX, optimizer: torch.optim.Optimizer | None
-) -> tuple[list[nn.Module], LogitsHead]:
+def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], LogitsHead]:
     """
     Makes the critic and the reward adapter submodules of the actor, and has its forward answer for all three. A new
     adapter of the actor must be in it by now: it goes into every module whose name fits.
 
     Args:
         model: the actor, perhaps a `PeftModel`.
-        optimizer: the user's own, which has to hold what is trained.
 
     Returns:
         The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
@@ -68,12 +66,36 @@ def join_to_actor(
     keep_4_bit_differentiable(model)
     if isinstance(roles.critic, critic_module.ValueAdapter) and args.gradient_checkpointing:
         roles.critic.enable_gradient_checkpointing(args.gradient_checkpointing_kwargs)
-    critic_module.check_trained(model, roles.critic, optimizer)
     _trl.disable_dropout(model)
     head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter)
     if is_stage3(args):
         declare_head(actor)
     return attached, head
+
+
+def check_learning(
+    model: nn.Module, critic: nn.Module, args: PPOConfigX, optimizer: torch.optim.Optimizer | None
+) -> RequireGradients:
+    """
+    Args:
+        model: the actor, which holds `critic`.
+        optimizer: the user's own, which has to hold what is trained.
+
+    Returns:
+        The callback that looks for the actor's gradients.
+
+    Raises:
+        ValueError: when actor or critic would stay as they are.
+    """
+    of_critic = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    of_actor = check_trainable(model, "actor", but_not=of_critic)
+    check_optimizer(
+        optimizer,
+        {"actor": of_actor, "critic": of_critic},
+        "Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the trainer "
+        "(`learning_rate`, `critic_learning_rate`).",
+    )
+    return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
 
 
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:

@@ -228,30 +228,6 @@ def attach(critic: nn.Module, actor: PreTrainedModel | PeftModel) -> None:
     base.add_module(ATTRIBUTE, critic.to(base.device))
 
 
-def check_trained(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """
-    Raises `ValueError` for an actor with nothing to train, and for a user's optimizer that would leave the actor or
-    the critic as it is. `actor` holds `critic` as a submodule.
-    """
-    of_critic = {id(parameter) for parameter in critic.parameters()}
-    of_actor = {id(p) for p in actor.parameters() if p.requires_grad} - of_critic
-    if not of_actor:
-        raise ValueError(
-            "No parameter of the actor requires a gradient, so it would never learn. Load an adapter to train on with "
-            "`PeftModel.from_pretrained(..., is_trainable=True)`, or unfreeze the model."
-        )
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for role, parameters in (("actor", of_actor), ("critic", of_critic)):
-        if not parameters <= held:
-            raise ValueError(
-                f"The optimizer in `optimizers` does not hold all of the {role}'s parameters, so the {role} would not "
-                "learn. Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the "
-                "trainer (`learning_rate`, `critic_learning_rate`)."
-            )
-
-
 def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
     """Moves the critic's parameters into groups of their own, which differ in the learning rate alone."""
     of_critic = {id(parameter) for parameter in critic.parameters()}

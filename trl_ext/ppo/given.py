@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import get_config_model_id
 from ..pretrained import adapter_config, check_no_adapter, text_config
+from ..trained import check_trainable
 from ..zero import check_turns, check_unquantized
 from .adapter_checks import check_adapters
 from .config import PPOConfigX
@@ -74,6 +76,8 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
     _check_presence(given)
     _check_identity(args, given)
+    if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
+        check_trainable(given.model, "actor")
     check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)
     _check_whole_models(args, given)
     _check_rewards(args, given)

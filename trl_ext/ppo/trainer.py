@@ -41,7 +41,7 @@ from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
-from .assembly import choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
+from .assembly import check_learning, choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
 from .card import ppo_training
 from .checks import (
     require_finite_gradient,
@@ -263,7 +263,8 @@ class PPOTrainerX(GRPOTrainer):
         copies_start = self._reference_is_start and given.peft_config is None
         self._ref_adapter = choose_adapters(self.model, args, copies_start)
         self.critic: Any = roles.critic
-        self._attached, self._ref_logits = join_to_actor(self.model, roles, args, self.optimizer)
+        self._attached, self._ref_logits = join_to_actor(self.model, roles, args)
+        self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
         self._position_ids = accepts_position_ids(self.model)
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)

@@ -27,6 +27,7 @@ from ...places import checkpoint_of
 from ...plain import plain_file
 from ...report import REWARD_LINE, use_brief_progress
 from ...steps_left import refuse_finished_checkpoints, require_steps_left
+from ...trained import RequireGradients, check_trainable
 from ..closing import closing_lines, program, report_callbacks, running
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
@@ -68,6 +69,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     for name, parameter in trainer.model.named_parameters():
         if "score.modules_to_save." in name:
             parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
+    trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
     return trainer
 
 
