@@ -367,7 +367,6 @@ def test_command_line_sets_every_kind_of_option():
         ({"kl_controller": "band", "kl_band": [0.2]}, "`kl_band` is .*two numbers"),
         ({"kl_controller": "band", "kl_coef": 0.0}, "scales `kl_coef`, which is 0"),
         ({"old_kl_target": 0.1}, "`old_kl_target` steers `old_kl_coef`, which is 0"),
-        ({"target_kl": 0.1, "fp16": True, "bf16": False}, "`target_kl` .* fp16"),
     ],
 )
 def test_value_out_of_range_is_refused(options, message):

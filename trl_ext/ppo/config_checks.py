@@ -99,8 +99,6 @@ def check_steps(args: Any) -> None:
             f"`total_episodes={args.total_episodes}` sets the number of optimizer steps, and so does "
             f"`max_steps={args.max_steps}`. Keep one of them."
         )
-    if args.target_kl is not None and args.fp16:
-        raise ValueError("`target_kl` leaves out optimizer steps, which fp16 loss scaling cannot do; use bf16.")
 
 
 def check_responses(args: Any) -> None:

@@ -50,6 +50,7 @@ def print_samples(
             tokenizer.batch_decode(prompts, skip_special_tokens=True),
             tokenizer.batch_decode(responses),
             rollout.scores.tolist(),
+            rollout.scored.tolist(),
             strict=True,
         )
     )
@@ -59,6 +60,7 @@ def print_samples(
     table = Table(title=f"Samples at step {step}", show_lines=True)
     for column in ("prompt", "response", "score"):
         table.add_column(column)
-    for prompt, response, score in samples[:rows]:
-        table.add_row(Text(prompt), Text(response), f"{score:.3f}")  # as Text: "[/INST]" is no markup
+    for prompt, response, score, is_scored in samples[:rows]:
+        # As Text: "[/INST]" is no markup.
+        table.add_row(Text(prompt), Text(response), f"{score:.3f}" if is_scored else "none")
     Console().print(table)

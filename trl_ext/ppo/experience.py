@@ -1,5 +1,7 @@
 """From the scores of a rollout to its advantages and returns, and what the log says about both."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,15 +63,19 @@ def sequence_kl(rollout: Rollout) -> Tensor:
 
 
 def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:
-    """Log entries of a rollout, over all ranks. `total` is what `estimate_returns` returned."""
-    _, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
-    _, reward, _ = masked_moments(total, rollout.mask.any(dim=1), all_reduce)
-    _, mean, variance = masked_moments(rollout.advantages, rollout.mask, all_reduce)
+    """
+    Log entries of a rollout, over all ranks; NaN where there is nothing to take a mean of. `total` is what
+    `estimate_returns` returned.
+    """
+    num_scored, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
+    num_taught, reward, _ = masked_moments(total, rollout.mask.any(dim=1), all_reduce)
+    num_tokens, mean, variance = masked_moments(rollout.advantages, rollout.mask, all_reduce)
     explained = explained_variance(rollout.old_values, rollout.returns, rollout.mask, all_reduce)
-    return {
-        "reward/score": score.item(),
-        "reward/total": reward.item(),
-        "advantage/mean": mean.item(),
-        "advantage/std": variance.sqrt().item(),
-        "value/explained_variance": explained.item(),
+    measured = {
+        "reward/score": (score, num_scored),
+        "reward/total": (reward, num_taught),
+        "advantage/mean": (mean, num_tokens),
+        "advantage/std": (variance.sqrt(), num_tokens),
+        "value/explained_variance": (explained, num_tokens),
     }
+    return {name: value.item() if count > 0 else math.nan for name, (value, count) in measured.items()}

@@ -1,8 +1,10 @@
 """
 `LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window.
-`held_out_score`: what an evaluation says about the score, and about how far it rose.
+`held_out_score`: what an evaluation says about the score, and about how far it rose. What was not measured is in no
+line: a 0 would look like a measurement.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
@@ -85,8 +87,38 @@ class LossLedger:
             if f"terms/{term}" in line
         )
         line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
-        line["policy/ratio_max"] = max(0.0, *(step["ratio_max"] for step in steps))  # of a step without tokens, 0
+        line["policy/ratio_max"] = max(step["ratio_max"] for step in steps)
         return line
+
+
+# Metrics of a rollout for which GRPO has 0 where there was nothing to measure, which another key says by this value.
+_MEASURED_UNLESS = {
+    "completions/mean_terminated_length": ("completions/clipped_ratio", 1.0),
+    "completions/min_terminated_length": ("completions/clipped_ratio", 1.0),
+    "completions/max_terminated_length": ("completions/clipped_ratio", 1.0),
+    "tools/failure_frequency": ("tools/call_frequency", 0.0),
+}
+
+
+def mark_unmeasured(metrics: dict[str, list[float]], has_sampling_logps: bool) -> None:
+    """
+    Replaces, in GRPO's metrics of the last rollout, 0 by NaN where nothing was measured; GRPO's means leave that out.
+
+    Args:
+        has_sampling_logps: whether vLLM gave the log-probability of any token that counts.
+    """
+    for name, (other, value) in _MEASURED_UNLESS.items():
+        if name in metrics and metrics[other][-1] == value:
+            metrics[name][-1] = math.nan
+    for name in metrics:
+        if name.startswith("sampling/") and not has_sampling_logps:
+            metrics[name][-1] = math.nan
+
+
+def drop_unmeasured(metrics: dict[str, list[float]]) -> None:
+    """Removes the keys of a log line to come without any value but NaN."""
+    for name in [name for name, values in metrics.items() if all(math.isnan(value) for value in values)]:
+        del metrics[name]
 
 
 def _weighted_coefficient(weights: list[float], values: list[float]) -> float:

@@ -14,6 +14,7 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 
 import copy
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -58,7 +59,7 @@ from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, accepts_position_ids, without_router_logits
 from .given import Given, Model, check_given, resolve_args
 from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
-from .metrics import LossLedger
+from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
 from .placement import send_to_host
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .resuming import find_checkpoint, known_length, load_run, save_run
@@ -80,8 +81,8 @@ class PPOTrainerX(GRPOTrainer):
     `train`, `_get_train_sampler`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches
     redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`, `_push_from_checkpoint`,
-    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`,
+    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -319,8 +320,10 @@ class PPOTrainerX(GRPOTrainer):
 
     # ---- 1. Collect a rollout ----
 
-    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> MicroBatch | Rollout:
+    def _prepare_inputs(self, rows: list[dict[str, Any]] | MicroBatch) -> MicroBatch | Rollout:
         """A rollout every `num_ppo_epochs` passes over it; its mini-batches are redrawn for every pass."""
+        if isinstance(rows, MicroBatch):
+            return rows
         if not self.model.training:
             return self._collect_held_out(rows)
         step_of_pass = self._step % self.args.steps_per_generation
@@ -362,7 +365,16 @@ class PPOTrainerX(GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
+        mark_unmeasured(metrics, self._has_sampling_logps(batch))
         return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
+
+    def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
+        """Whether vLLM gave the log-probability of any token that counts, on any rank."""
+        if "importance_sampling_ratio" not in batch:
+            return False
+        counts = batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
+        known = counts & ~batch["sampling_per_token_logps"].isnan()
+        return self._sum_over_ranks(known.sum().float()).item() > 0
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], TokenisedPrompt):
@@ -506,6 +518,7 @@ class PPOTrainerX(GRPOTrainer):
             self._metrics["train"][name].append(value)
         # GRPO's table of completions shows advantages: of a response, the mean over its tokens.
         per_response = masked_mean(rollout.advantages, rollout.mask, dim=1)
+        per_response = per_response.masked_fill(~rollout.mask.any(dim=1), torch.nan)
         shown = self.accelerator.gather(per_response).tolist()
         for _ in shown:
             self._logs["advantages"].pop()
@@ -529,14 +542,36 @@ class PPOTrainerX(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._leaves_out = self._is_left_out()
+        if not self._leaves_out:
+            inputs = self._next_micro_batch(model, inputs)
+            self._leaves_out = inputs.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
         if self._leaves_out:
-            self._step += 1
-            self._left_out_steps += self.accelerator.sync_gradients
-            return torch.zeros((), device=self.accelerator.device)
+            return self._leave_out()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
         return loss
+
+    def _next_micro_batch(self, model: nn.Module, rows: list[dict[str, Any]]) -> MicroBatch:
+        """What the Trainer's step begins with, known before it: the time that it takes counts into `step_time`."""
+        start = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        micro_batch: Any = self._prepare_inputs(rows)
+        self._current_train_step_time += time.perf_counter() - start
+        return micro_batch
+
+    def _leave_out(self) -> Tensor:
+        """
+        Goes on without learning. There are no gradients then, which leave weights and the optimizer's moments alone;
+        zero gradients would let both go on moving.
+        """
+        self._step += 1
+        self._left_out_steps += self.accelerator.sync_gradients
+        if self.args.fp16:  # the loss scaler would ask for gradients
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        return torch.zeros((), device=self.accelerator.device)
 
     def _is_left_out(self) -> bool:
         """Whether an early stop has ended the learning from this rollout."""
@@ -572,12 +607,17 @@ class PPOTrainerX(GRPOTrainer):
         # The same number on every rank, so every rank decides alike.
         self._stop_learning = self.args.target_kl is not None and step["old_kl"] > self.args.target_kl
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if self._leaves_out else super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._leaves_out:  # DeepSpeed would repeat the last one
+            return None
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # loss scaling expects overflows
             parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
             require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
-        return 0.0 if self._leaves_out else grad_norm  # DeepSpeed would repeat the last one
+        return grad_norm
 
     def _drop_actor_gradients(self) -> None:
         """Absent gradients leave a parameter alone; zero ones would still decay it."""
@@ -649,12 +689,13 @@ class PPOTrainerX(GRPOTrainer):
                 # The Trainer's mean counts steps that an early stop has left out.
                 del logs["loss"]
                 logs.update(self._ledger.pop_window())
-                if self.args.target_kl is not None:
+                if self.args.target_kl is not None or self._left_out_steps:
                     logs["policy/steps_left_out"] = self._left_out_steps
                 self._left_out_steps = 0
                 logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
             elif not self.model.training:
                 logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
+            drop_unmeasured(self._metrics["train" if self.model.training else "eval"])
             super().log(logs, start_time)
 
     def _log_speed(self, rollout: Rollout) -> None:
