@@ -6,13 +6,15 @@ When a new TRL release changes one of them, this file and its test (`tests/test_
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import IterableDataset
+from datasets.iterable_dataset import ExamplesIterable
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
@@ -207,12 +209,19 @@ def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
 def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:
     """
     Token ids by column, as `trainer`, TRL's DPOTrainer or RewardTrainer, prepares a row of its dataset. It asks
-    nothing of itself for that but the tokenizer, so there is no need of a trainer, or of a model.
+    nothing of itself for that but the tokenizer, so there is no need of a trainer, or of a model; and it waits for no
+    other process, so that one may ask alone.
     """
     preparer: Any = object.__new__(trainer)
     preparer._tokenizer = tokenizer
-    first = Dataset.from_list([row]).to_iterable_dataset()  # which shows no progress bars
-    rows = list(trainer._prepare_dataset(preparer, first, tokenizer, args, "first"))
+    only = IterableDataset(ExamplesIterable(lambda: iter([(0, dict(row))]), {}))  # Python's objects, as they are
+    module: Any = sys.modules[trainer.__module__]
+    in_turns = module.global_then_local_main_first
+    module.global_then_local_main_first = nullcontext
+    try:
+        rows = list(trainer._prepare_dataset(preparer, only, tokenizer, args, "first"))
+    finally:
+        module.global_then_local_main_first = in_turns
     return {name: ids for name, ids in (rows[0] if rows else {}).items() if name.endswith("_ids")}
 
 

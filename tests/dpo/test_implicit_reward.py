@@ -2,15 +2,22 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
 
 import dpo_runs
 import ppo_runs
 import tiny
 from trl_ext import ImplicitReward
+from trl_ext.cli.commands import score as score_command
+from trl_ext.dpo.implicit_reward import pair_logps
 
 
 BETA = 0.3
+PAIR = ("prompt", "chosen", "rejected")
 
 
 def slow_reward(policy, reference, prompt, completion, tokenizer, beta=BETA):
@@ -166,3 +173,114 @@ def test_no_reference_is_refused_without_an_adapter():
 def test_reference_of_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocabulary of 64 tokens and `reference` one of 70"):
         ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(vocab_size=70), tiny.tiny_tokenizer())
+
+
+# --- as the training reads a pair
+
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ '<system> ' + tools[0]['name'] + ' <eos> ' }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% if loud %}{{ 'great ' }}{% endif %}{% endif %}"
+)
+
+
+def bos_tokenizer(template=TEMPLATE, pieces=False):
+    """One that begins every text with BOS. With `pieces`, words are made of letters, and tokens merge at seams."""
+    if pieces:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        corpus = ["the cat is happy and the dog is sad"] * 9
+        options = {"special_tokens": tiny.SPECIAL_TOKENS, "show_progress": False}
+        backend.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=64, **options))
+    else:
+        backend = tiny.tiny_tokenizer().backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+def said(role, text):
+    return [{"role": role, "content": text}]
+
+
+def chat(prompt, chosen, rejected, **columns):
+    return {"prompt": said("user", prompt), "chosen": said("assistant", chosen)} | {
+        "rejected": said("assistant", rejected),
+        **columns,
+    }
+
+
+CHATS = [("what is it ?", "a cat", "a dog or a bird"), ("who ?", "the dog", "we")]
+TRAINED = {  # what a pair is read with -> the tokenizer, the pairs
+    "a template that writes BOS": (bos_tokenizer(), [chat(*texts) for texts in CHATS]),
+    "tools": (bos_tokenizer(), [chat(*CHATS[0], tools=[{"name": "cat"}]), chat(*CHATS[1], tools=[{"name": "dog"}])]),
+    "tools as JSON": (bos_tokenizer(), [chat(*texts, tools='[{"name": "book"}]') for texts in CHATS]),
+    "keywords of the template": (
+        bos_tokenizer(),
+        [chat(*texts, chat_template_kwargs={"loud": loud}) for texts, loud in zip(CHATS, (True, False), strict=False)],
+    ),
+    "text with BOS": (bos_tokenizer(), [dict(zip(PAIR, texts, strict=False)) for texts in CHATS]),
+    "tokens over the seam": (
+        bos_tokenizer(pieces=True),
+        [
+            {"prompt": "the cat is ha", "chosen": "ppy", "rejected": "d"},
+            {"prompt": "the dog is", "chosen": " sad", "rejected": "n't"},
+            {"prompt": "and the ", "chosen": "cat", "rejected": "dog"},
+        ],
+    ),
+}
+
+
+def margins_of_training(folder, tokenizer, pairs):
+    """(chosen, rejected) rewards of TRL's own trainer, pair by pair."""
+    args = DPOConfig(str(folder), beta=BETA, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    rewards = []
+    for pair in pairs:
+        trainer = DPOTrainer(
+            model=dpo_runs.tiny_model(),
+            ref_model=dpo_runs.tiny_model(seed=1),
+            args=args,
+            train_dataset=Dataset.from_list([pair]),
+            processing_class=tokenizer,
+        )
+        trainer.model.eval()
+        with torch.no_grad():
+            trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        metrics = trainer._metrics["eval"]
+        rewards.append((metrics["rewards/chosen"][0], metrics["rewards/rejected"][0]))
+    return [list(side) for side in zip(*rewards, strict=True)]
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore:The tokenized prompt")
+@pytest.mark.parametrize("case", TRAINED)
+def test_rewards_of_a_pair_are_those_of_trls_trainer(tmp_path, case):
+    tokenizer, pairs = TRAINED[case]
+    score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tokenizer, BETA)
+    columns = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+    prompts, chosen, rejected = (columns.pop(name) for name in PAIR)
+    expected = margins_of_training(tmp_path, tokenizer, pairs)
+    found = score.of_pairs(prompts, chosen, rejected, **columns)
+    assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
+    # The command, the callback and PPO's reward function ask the same.
+    rows = Dataset.from_list(pairs)
+    scored = score_command.score(rows, score)
+    assert [row["margin"] for row in scored] == pytest.approx(
+        [a - b for a, b in zip(*expected, strict=True)], abs=1e-4
+    )
+    policy, reference = (pair_logps(model, tokenizer, pairs) for model in (score.policy, score.reference))
+    torch.testing.assert_close(BETA * (policy - reference), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    if case != "tokens over the seam":  # where it depends on the other completion
+        assert score(prompts, chosen, **columns) == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+
+
+def test_ranking_of_a_pair_is_that_of_its_margin():
+    """Also where a token of one of the two reaches over the end of the prompt."""
+    tokenizer, pairs = TRAINED["tokens over the seam"]
+    for seed in range(3):
+        score = ImplicitReward(dpo_runs.tiny_model(seed=seed), dpo_runs.tiny_model(seed=9), tokenizer)
+        for pair in pairs:
+            (good,), (bad,) = score.of_pairs(*([pair[name]] for name in PAIR))
+            assert score.rank(pair["prompt"], [pair["chosen"], pair["rejected"]]) == ([0, 1] if good > bad else [1, 0])

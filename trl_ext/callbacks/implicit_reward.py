@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..dpo.implicit_reward import completion_logps
+from ..dpo.implicit_reward import pair_logps
 from ..dpo.losses import implicit_reward
 from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
 
@@ -25,7 +25,8 @@ class ImplicitRewardCallback(TrainerCallback):
     For any trainer of a causal language model: of PPO and GRPO it says how their policy would order the pairs.
 
     Args:
-        pairs: rows with `prompt`, `chosen` and `rejected`, text or conversation, such as the first few of a dataset.
+        pairs: rows with `prompt`, `chosen` and `rejected`, text or conversation, such as the first few of a dataset;
+            with `tools` and `chat_template_kwargs` where it has them.
         beta: the β of r. Unset: the trainer's `beta`.
         every: optimizer steps. Unset: at every evaluation.
         reference: another model, where training does not start from the reference.
@@ -106,10 +107,5 @@ class ImplicitRewardCallback(TrainerCallback):
 
     def _logps(self, model: Any, processing_class: Any) -> Tensor:
         """(2, pairs): log-probabilities of the chosen and of the rejected completions, nats per sequence."""
-        tokenizer, prompts = tokenizer_of(processing_class), [pair["prompt"] for pair in self.pairs]
         with evaluating(model):
-            sides = [
-                completion_logps(model, tokenizer, prompts, [pair[side] for pair in self.pairs], self.batch_size)
-                for side in SIDES
-            ]
-        return torch.stack(sides)
+            return pair_logps(model, tokenizer_of(processing_class), self.pairs, self.batch_size)

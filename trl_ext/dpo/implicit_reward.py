@@ -1,7 +1,8 @@
 """`ImplicitReward`: a policy trained by DPO as a reward function."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,14 +10,18 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import maybe_apply_chat_template
+from trl import DPOTrainer
 
-from .._trl import use_adapter
+from .._trl import tokenised_pair, use_adapter
 from .checks import check_vocabularies
 from .losses import implicit_reward
 
 
 Text = str | list[dict[str, Any]]
+Cut = tuple[list[int], int]  # ids of prompt and completion, and how many belong to the prompt
+
+READ_BY_TEMPLATES = ("tools", "chat_template_kwargs")
+AS_IT_IS = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
 
 
 class ImplicitReward:
@@ -61,52 +66,98 @@ class ImplicitReward:
         self.beta = beta
         self.batch_size = batch_size
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **kwargs: Any) -> list[float]:
-        """A reward for each completion, text or conversation."""
-        logps = self._logps(self.policy, prompts, completions)
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        """
+        A reward for each completion, text or conversation. `tools` and `chat_template_kwargs`, one for each row, are
+        read as in training.
+        """
+        rows = zip(prompts, completions, completions, _rows_of(columns, len(prompts)), strict=True)
+        return self._rewards([_tokenise(self.tokenizer, *row) for row in rows])
+
+    def of_pairs(
+        self, prompts: Sequence[Text], chosen: Sequence[Text], rejected: Sequence[Text], **columns: Any
+    ) -> tuple[list[float], list[float]]:
+        """
+        The rewards of the chosen and of the rejected completions, cut from their prompt as in training: where a token
+        reaches over the end of the prompt in one of the two, both begin before it.
+        """
+        rows = list(zip(prompts, chosen, rejected, _rows_of(columns, len(prompts)), strict=True))
+        sequences = [_tokenise(self.tokenizer, prompt, good, bad, other) for prompt, good, bad, other in rows]
+        sequences += [_tokenise(self.tokenizer, prompt, bad, good, other) for prompt, good, bad, other in rows]
+        rewards = self._rewards(sequences)
+        return rewards[: len(rows)], rewards[len(rows) :]
+
+    def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
+        """The indices of the completions, the best first. All are cut where the first of them leaves the prompt."""
+        cuts = [_tokenise(self.tokenizer, prompt, completion)[1] for completion in completions]
+        first = completions[cuts.index(min(cuts))]
+        rewards = self._rewards([_tokenise(self.tokenizer, prompt, completion, first) for completion in completions])
+        return sorted(range(len(rewards)), key=lambda i: -rewards[i])
+
+    def _rewards(self, sequences: Sequence[Cut]) -> list[float]:
+        logps = completion_logps(self.policy, sequences, self.batch_size)
         if self.reference is not None:
-            ref_logps = self._logps(self.reference, prompts, completions)
+            ref_logps = completion_logps(self.reference, sequences, self.batch_size)
         else:
             adapters: Any = self.policy.peft_config
             with use_adapter(self.policy, "ref" if "ref" in adapters else None):
-                ref_logps = self._logps(self.policy, prompts, completions)
+                ref_logps = completion_logps(self.policy, sequences, self.batch_size)
         return implicit_reward(logps, ref_logps, self.beta).tolist()
 
-    def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
-        """The indices of the completions, the best first."""
-        rewards = self([prompt] * len(completions), completions)
-        return sorted(range(len(rewards)), key=lambda i: -rewards[i])
 
-    def _logps(self, model: nn.Module, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
-        return completion_logps(model, self.tokenizer, prompts, completions, self.batch_size)
+def pair_logps(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[str, Any]], batch_size: int = 16
+) -> Tensor:
+    """
+    (2, pairs) log π of the chosen and of the rejected completions, on the CPU, nats per sequence.
+
+    Args:
+        pairs: rows with `prompt`, `chosen`, `rejected` and, for conversations, `tools` and `chat_template_kwargs`.
+    """
+    sides = (("chosen", "rejected"), ("rejected", "chosen"))
+    sequences = [_tokenise(tokenizer, row["prompt"], row[one], row[two], row) for one, two in sides for row in pairs]
+    return completion_logps(model, sequences, batch_size).view(2, -1)
 
 
 @torch.no_grad()
-def completion_logps(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Text],
-    completions: Sequence[Text],
-    batch_size: int = 16,
-) -> Tensor:
-    """log π(completion | prompt), (N,) on the CPU, nats: summed over a completion's tokens, as in DPO's training."""
-    rows = [_tokenise(tokenizer, *row) for row in zip(prompts, completions, strict=True)]
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+def completion_logps(model: nn.Module, sequences: Sequence[Cut], batch_size: int = 16) -> Tensor:
+    """
+    log π(completion | prompt), (N,) on the CPU, nats: summed over a completion's tokens, as in DPO's training.
+
+    Args:
+        sequences: the ids of prompt and completion, and how many belong to the prompt.
+    """
+    parts = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
     return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in parts)])
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[list[int], int]:
-    """The ids of prompt and completion, and how many belong to the prompt, as in DPO's training."""
-    row = maybe_apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
-    whole = row["prompt"] + row["completion"]
-    if isinstance(prompt, str) and tokenizer.eos_token and not whole.endswith(tokenizer.eos_token):
-        whole += tokenizer.eos_token
-    ids, of_prompt = (tokenizer(text)["input_ids"] for text in (whole, row["prompt"]))
-    common = next((i for i, (a, b) in enumerate(zip(ids, of_prompt, strict=False)) if a != b), len(of_prompt))
-    return ids, min(common, len(ids) - 1)
+def _rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Of the columns that a reward function gets, those that a chat template reads, row by row."""
+    read = {name: columns[name] for name in READ_BY_TEMPLATES if columns.get(name) is not None}
+    return [{name: values[i] for name, values in read.items()} for i in range(count)]
 
 
-def _logps_of_batch(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    other: Text | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> Cut:
+    """
+    The ids of prompt and completion, and how many belong to the prompt, as `trl.DPOTrainer` makes them of a row.
+
+    Args:
+        other: the other completion of the pair, of which it depends where the prompt ends. `None`: there is none.
+        columns: what a chat template reads besides, such as `tools`.
+    """
+    row: dict[str, Any] = {"prompt": prompt, "chosen": completion, "rejected": completion if other is None else other}
+    row |= {name: columns[name] for name in READ_BY_TEMPLATES if columns is not None and columns.get(name) is not None}
+    ids = tokenised_pair(DPOTrainer, row, tokenizer, AS_IT_IS)
+    return ids["prompt_ids"] + ids["chosen_ids"], len(ids["prompt_ids"])
+
+
+def _logps_of_batch(model: nn.Module, rows: Sequence[Cut]) -> Tensor:
     sequences = [torch.tensor(ids) for ids, _ in rows]
     starts = torch.tensor([start for _, start in rows])
     device = next(model.parameters()).device

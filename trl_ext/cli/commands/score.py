@@ -27,6 +27,7 @@ from ..models import ModelArguments, require_model
 from ..options import read, usage_errors
 
 
+PAIR = ("prompt", "chosen", "rejected")
 DEMO_POLICY = "outputs/dpo-demo"
 
 
@@ -90,10 +91,11 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
     pairs = rows.map(maybe_extract_prompt)  # where there is none, it is what both answers begin with
-    sides = {side: reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")}
+    others = {name: pairs[name] for name in pairs.column_names if name not in PAIR}  # such as `tools`
+    rewards = reward.of_pairs(*(pairs[name] for name in PAIR), **others)
     return [
         row | {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
-        for row, chosen, rejected in zip(rows, sides["chosen"], sides["rejected"], strict=True)
+        for row, chosen, rejected in zip(rows, *rewards, strict=True)
     ]
 
 
