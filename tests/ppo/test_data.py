@@ -7,6 +7,7 @@ from transformers import DataCollatorWithPadding
 
 import tiny
 from ppo_runs import logged, ppo_run, ppo_trainer
+from trl_ext.ppo.prompts import unpadded, with_tokenised_prompts
 
 
 def tokens():
@@ -44,6 +45,88 @@ def test_token_ids_are_used_as_they_are(tmp_path, collate):
     assert sorted(prompts_of(trainer._rollout)) == sorted(data["input_ids"])
     retokenised = tokens()(tokens().batch_decode(data["input_ids"][:], skip_special_tokens=True))["input_ids"]
     assert sorted(retokenised) != sorted(data["input_ids"])  # the control: through text they would be others
+
+
+BARE = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [20, 21]]
+
+
+def padded(side, pad, rows=BARE, width=6):
+    """The rows at one width, and their masks."""
+    fills = [[pad] * (width - len(row)) for row in rows]
+    masks = [[0] * len(fill) + [1] * len(row) for fill, row in zip(fills, rows, strict=True)]
+    if side == "left":
+        return [fill + row for fill, row in zip(fills, rows, strict=True)], masks
+    return [row + fill for fill, row in zip(fills, rows, strict=True)], [mask[::-1] for mask in masks]
+
+
+@pytest.mark.parametrize("collate", [False, True], ids=["rows", "collated"])
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_padding_of_token_ids_is_taken_off(pad, side, with_mask, collate):
+    tokenizer = tokens()
+    tokenizer.pad_token = pad
+    collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8) if collate else None
+    ids, masks = padded(side, tokenizer.pad_token_id)
+    columns = {"input_ids": ids, "label": [1, 2, 3, 4]} | ({"attention_mask": masks} if with_mask else {})
+    rows = with_tokenised_prompts(Dataset.from_dict(columns).to_list(), tokenizer, collator, tokenizer.pad_token_id)
+    assert [row["prompt"].input_ids for row in rows] == BARE
+    assert [{**row, "prompt": str(row["prompt"])} for row in rows] == [
+        {"label": i + 1, "prompt": tokenizer.decode(ids)} for i, ids in enumerate(BARE)
+    ]
+
+
+def test_mask_decides_what_a_pad_token_is_and_end_tokens_within_a_prompt_stay():
+    ids = [2, 0, 7, 2, 8, 2]
+    assert unpadded({"input_ids": ids}, 0, 2) == [2, 7, 2, 8, 2]
+    assert unpadded({"input_ids": ids}, 2, 2) == [0, 7, 2, 8]  # as TRL 1.12 at the ends
+    assert unpadded({"input_ids": ids}, None, 2) == ids
+    assert unpadded({"input_ids": ids, "attention_mask": [1] * 6}, 0, 2) == ids
+    assert unpadded({"input_ids": ids, "attention_mask": [0, 1, 1, 0, 1, 1]}, 0, 2) == [0, 7, 8, 2]
+    assert unpadded({"input_ids": ids, "attention_mask": None}, 0, 2) == [2, 7, 2, 8, 2]
+    with pytest.raises(ValueError, match="6 tokens in `input_ids` and 2 in `attention_mask`"):
+        unpadded({"input_ids": ids, "attention_mask": [1, 1]}, 0, 2)
+
+
+@pytest.mark.parametrize("side, with_mask, collate", [("left", False, False), ("right", True, False), ("left", 0, 1)])
+def test_padded_prompts_are_scored_as_bare_ones(tmp_path, side, with_mask, collate):
+    """In training and in evaluation; log-probabilities are those of a plain forward pass of the bare ids."""
+    ids, masks = padded(side, 0)
+    data = Dataset.from_dict({"input_ids": ids} | ({"attention_mask": masks} if with_mask else {}))
+    seen = []
+
+    def note(prompt_ids, **kwargs):
+        seen.extend(prompt_ids)
+        return [0.0] * len(prompt_ids)
+
+    models = {"train_dataset": data, "eval_dataset": data, "reward_model": None, "reward_funcs": note}
+    models["data_collator"] = DataCollatorWithPadding(tokens()) if collate else None
+    trainer = ppo_run(tmp_path, models, max_steps=1, eval_strategy="steps", eval_steps=1, num_mini_batches=2)
+    assert len(seen) > 4
+    assert {tuple(row) for row in seen} == {tuple(row) for row in BARE}
+    rollout, temperature = trainer._rollout, trainer.args.temperature
+    for row, prompt in enumerate(prompts_of(rollout)):
+        response = rollout.response_ids[row][rollout.attended[row]].tolist()
+        with torch.no_grad():
+            logits = tiny.tiny_actor()(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(rollout.old_logps[row][rollout.attended[row]], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_of_padding_alone_is_refused(tmp_path):
+    data = Dataset.from_dict({"input_ids": [[7, 8], [0, 0], [9, 0], [10, 11]]})
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset` has an empty prompt"):
+        ppo_trainer(tmp_path, {"train_dataset": data})
+
+
+def test_pad_token_beyond_the_embedding_is_taken_off_too(tmp_path):
+    """As in scripts for TRL 1.12, which add "[PAD]" to the tokenizer and not to the model."""
+    tokenizer = tokens()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    ids, _ = padded("left", tokenizer.pad_token_id)
+    models = {"train_dataset": Dataset.from_dict({"input_ids": ids}), "processing_class": tokenizer}
+    trainer = ppo_run(tmp_path, models, max_steps=1)
+    assert sorted(prompts_of(trainer._rollout)) == sorted(BARE)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

@@ -95,7 +95,7 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
         require_judges(judge, data.value_model)
         check_given(args, given)
     context = getattr(text_config(path, args), "max_position_embeddings", None)
-    check_datasets(splits["train"], splits["test"], None, tokenizer, context, args)
+    check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
 
 
 def batches(command: str, args: Any, rows: int | None, count: int) -> str:
@@ -142,7 +142,7 @@ def memory(command: str, options: dict[str, Any], given: Options, count: int, lo
 def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str]:
     """Tokens of the longest of the first prompts, and the first of them, for people."""
     first = [row for row, _ in zip(rows, range(LOOKED_AT), strict=False)]
-    ids = [prompt_ids(row, tokenizer, args.chat_template_kwargs or {}) for row in first]
+    ids = [prompt_ids(row, tokenizer, args.chat_template_kwargs or {}, tokenizer.pad_token_id) for row in first]
     longest = max(map(len, ids))
     heading = f"The first prompt, as the actor reads it ({longest} tokens in the longest of {len(ids)} looked at):"
     return longest, f"{heading}\n{token_lines({'prompt': ids[0]}, tokenizer)}"

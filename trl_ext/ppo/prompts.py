@@ -1,10 +1,12 @@
 """Prompts: the columns a dataset may bring them in, and the checks that run before any model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl import is_conversational
 
 from ..conversions import ANSWERS
@@ -12,6 +14,9 @@ from ..formats import CONVERSATION, SHAREGPT, TEXT, describe, require, require_c
 from .config import PPOConfigX
 
 
+logger = logging.get_logger(__name__)
+
+READ = ("input_ids", "attention_mask")  # the columns of a tokenised prompt
 NO_IDS_TO_COLLATE = (
     "`data_collator` collates tokenised prompts, and {name} has no column `input_ids` but {columns}. Remove the "
     "collator: the trainer tokenises and pads `prompt` itself."
@@ -41,26 +46,60 @@ def is_tokenised(row: dict[str, Any]) -> bool:
 
 
 def with_tokenised_prompts(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, data_collator: Callable | None
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, data_collator: Callable | None, pad_id: int | None
 ) -> list[dict[str, Any]]:
     """
-    Rows with `input_ids` -> rows with a [`TokenisedPrompt`] under "prompt". A data collator sees the rows first, as in
-    TRL 1.12; the padding that it adds is taken off by its attention mask, or else by the pad token.
+    Rows with `input_ids` -> rows with a [`TokenisedPrompt`] under "prompt", without padding. A data collator sees the
+    rows first, as in TRL 1.12.
     """
-    if data_collator is None:
-        all_ids = [list(row["input_ids"]) for row in rows]
-    else:
-        batch = data_collator(rows)
-        ids = batch["input_ids"]
-        mask = batch["attention_mask"].bool() if "attention_mask" in batch else ids != tokenizer.pad_token_id
-        all_ids = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+    collated: Sequence[Mapping[str, Any]] = rows
+    if data_collator is not None:
+        batch = {
+            name: torch.as_tensor(column).tolist() for name, column in data_collator(rows).items() if name in READ
+        }
+        if "attention_mask" not in rows[0] and "attention_mask" in batch:
+            # The collator's mask knows what the collator has padded, not what a row was padded with before.
+            masks = batch.pop("attention_mask")
+            batch["input_ids"] = [_kept(*pair) for pair in zip(batch["input_ids"], masks, strict=True)]
+        collated = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    all_ids = [unpadded(row, pad_id, tokenizer.eos_token_id) for row in collated]
     texts = tokenizer.batch_decode(all_ids, skip_special_tokens=True)
     prompts = [TokenisedPrompt(text, ids) for text, ids in zip(texts, all_ids, strict=True)]
     return [
-        {name: value for name, value in row.items() if name not in ("input_ids", "attention_mask")}
-        | {"prompt": prompt}
+        {name: value for name, value in row.items() if name not in READ} | {"prompt": prompt}
         for row, prompt in zip(rows, prompts, strict=True)
     ]
+
+
+def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> list[int]:
+    """
+    A row's `input_ids` without padding, on whichever side: what its `attention_mask` leaves out, without one the pad
+    token, as in TRL 1.12. Where that is the end token too, it is padding at the ends of a row only, and a warning
+    says so once: between the turns of a conversation it is none.
+    """
+    ids = list(row["input_ids"])
+    if row.get("attention_mask") is not None:
+        return _kept(ids, row["attention_mask"])
+    if pad_id is None or pad_id not in ids:
+        return ids
+    if pad_id != eos_id:
+        return [id_ for id_ in ids if id_ != pad_id]
+    first = next((i for i, id_ in enumerate(ids) if id_ != pad_id), len(ids))
+    last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != pad_id), 0)
+    if last - first < len(ids):
+        logger.warning_once(
+            "Prompts in `input_ids` begin or end with the end token, which is the pad token too: it is taken for "
+            "padding. Give a column `attention_mask` if it belongs to the prompts."
+        )
+    return ids[first:last]
+
+
+def _kept(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    if len(mask) != len(ids):
+        raise ValueError(
+            f"A prompt has {len(ids)} tokens in `input_ids` and {len(mask)} in `attention_mask`; give one for each."
+        )
+    return [id_ for id_, is_kept in zip(ids, mask, strict=True) if is_kept]
 
 
 def check_datasets(
@@ -70,6 +109,7 @@ def check_datasets(
     tokenizer: Any,
     context: int | None,
     args: PPOConfigX,
+    pad_id: int | None = None,
 ) -> None:
     """Checks every map-style dataset's prompts, and the columns of a stream's first row."""
     if train_dataset is None:
@@ -83,9 +123,8 @@ def check_datasets(
             continue
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
-        check_prompts(
-            dataset, name, tokenizer, context, args.response_length, args.dataset_num_proc, args.chat_template_kwargs
-        )
+        options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
+        check_prompts(dataset, name, tokenizer, context, *options, pad_id=pad_id)
     if isinstance(train_dataset, Dataset) and len(train_dataset) < args.batch_size:
         raise ValueError(
             f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.batch_size} "
@@ -109,6 +148,7 @@ def check_prompts(
     num_proc: int | None = None,
     template_kwargs: dict[str, Any] | None = None,
     whose: str = "the model's",
+    pad_id: int | None = None,
 ) -> None:
     """
     Raises `ValueError` unless every row has a prompt that, with its response, fits the model's context.
@@ -120,10 +160,11 @@ def check_prompts(
         response_length: tokens that a response may have.
         template_kwargs: keyword arguments of the chat template.
         whose: context, for the error.
+        pad_id: what prompts in `input_ids` may be padded with.
     """
 
     def length(row: dict[str, Any]) -> dict[str, int]:
-        return {"length": len(prompt_ids(row, tokenizer, template_kwargs or {}))}
+        return {"length": len(prompt_ids(row, tokenizer, template_kwargs or {}, pad_id))}
 
     lengths = dataset.map(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
@@ -163,10 +204,15 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
         require_chat_template(dataset, tokenizer, name)
 
 
-def prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:
+def prompt_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any],
+    pad_id: int | None = None,
+) -> list[int]:
     """The tokens that the actor reads of a row's prompt; none of an empty one."""
     if is_tokenised(row):
-        return row["input_ids"]
+        return unpadded(row, pad_id, tokenizer.eos_token_id)
     prompt = row["prompt"]
     if not prompt or (is_conversational(row) and not any(message.get("content") for message in prompt)):
         return []

@@ -107,7 +107,9 @@ class TokenScorer:
             )
 
 
-def check_readable(reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: PPOConfigX) -> None:
+def check_readable(
+    reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: PPOConfigX, pad_id: int | None = None
+) -> None:
     """
     Raises `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and what
     would not fit its table of positions with a response of `response_length` tokens.
@@ -128,7 +130,7 @@ def check_readable(reward_funcs: list[Any], train_dataset: Any, eval_dataset: An
             if scorer.longest is not None and isinstance(dataset, Dataset):
                 longest = scorer.longest - form.behind(is_chat)
                 options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-                check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s")
+                check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s", pad_id=pad_id)
 
 
 def longest_input(model: nn.Module) -> int | None:

@@ -167,15 +167,16 @@ class PPOTrainerX(GRPOTrainer):
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_given(args, given)
         tokenizer = load_tokenizer(processing_class, given.model, args)
+        pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         context = getattr(text_config(given.model, args), "max_position_embeddings", None)
         if environment_factory is None:  # an environment may make its prompts itself
-            check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args)
+            check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
 
         # 2. The four models
         set_seed(args.seed)
         roles = load_roles(args, tokenizer, given)
         if environment_factory is None:
-            check_readable(roles.reward_funcs, train_dataset, eval_dataset, args)
+            check_readable(roles.reward_funcs, train_dataset, eval_dataset, args, pad_of_prompts)
         loop_args = args.for_trainer_loop()
         loop_args.model_init_kwargs = None  # every model is loaded
         super().__init__(
@@ -195,7 +196,7 @@ class PPOTrainerX(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.prompt_collator = data_collator
+        self.prompt_collator, self._pad_of_prompts = data_collator, pad_of_prompts
         self._set_up_rewards(roles.reward_funcs)
         self._set_up_sampling(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
         self._set_up_models(roles, given)
@@ -357,7 +358,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
         if is_tokenised(rows[0]):
-            rows = with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator)
+            rows = with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator, self._pad_of_prompts)
         elif self.prompt_collator is not None:
             raise ValueError(NO_IDS_TO_COLLATE.format(name="the stream", columns=list(rows[0])))
         batch = super()._generate_and_score_completions(rows)
