@@ -235,6 +235,17 @@ def test_model_that_the_planner_cannot_read_is_left_to_the_trainer(tmp_path):
     require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), asked, config, hardware=GPU)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("per layer"), KeyError("head_dim"), ValueError("no such model")])
+def test_planner_that_cannot_plan_ends_no_run(error, tmp_path, monkeypatch, capsys):
+    def cannot(*_):
+        raise error
+
+    monkeypatch.setattr(fit, "plan_run", cannot)
+    model, asked, config = arguments(tmp_path)
+    require_fit("ppo", model, asked, config, hardware=GPU)
+    assert f"Whether the run fits has not been planned: {error}" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_script_asks_before_it_builds(name, tmp_path, monkeypatch):

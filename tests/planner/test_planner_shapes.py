@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -132,3 +133,75 @@ def test_4_bit_loading_leaves_stacked_experts_as_they_are(tmp_path):
     loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     packed = sum(m.in_features * m.out_features for m in loaded.modules() if type(m).__name__ == "Linear4bit")
     assert packed == model_shape(config).linear
+
+
+GEMMA4 = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "vocab_size": 64, "head_dim": 4}
+GEMMA4 |= {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "num_kv_shared_layers": 0}
+GEMMA4 |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64}
+
+
+def test_layers_that_differ_count_by_their_mean():
+    """Gemma 4 has wider heads in some layers; its config refuses to say one width."""
+    config = AutoConfig.for_model("gemma4_text", **GEMMA4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    widths = [m.out_features for name, m in model.named_modules() if name.endswith("q_proj")]
+    assert len(set(widths)) == 2
+    shape = model_shape(config)
+    assert shape.query == round(sum(widths) / len(widths))
+    assert shape.parameters == count(model)
+    scored = model_shape(config, with_score=True)  # a family without a model that scores
+    assert scored.parameters == count(model.model) + config.hidden_size
+    assert scored.head == config.hidden_size
+
+
+def test_tower_of_a_multimodal_model_is_counted():
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 4, "patch_size": 2}
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={"model_type": "llama", "vocab_size": 64, "num_key_value_heads": 1, **text},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 8, **vision},
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    shape = model_shape(config)
+    assert shape.parameters == count(model) > count(model.model.language_model)
+    assert (shape.hidden, shape.layers, shape.query, shape.key) == (16, 2, 16, 8)
+
+
+# Configs as their classes make them: of state-space models, encoders, experts, layers that differ, and some that
+# transformers itself cannot build.
+ODD = "mamba rwkv aria_text deepseek_v2 gemma3n_text dbrx nemotron ministral roberta xglm reformer recurrent_gemma"
+
+
+@pytest.mark.parametrize("kind", ODD.split())
+@pytest.mark.parametrize("with_score", [False, True])
+def test_every_family_is_planned_or_refused_in_one_sentence(kind, with_score):
+    config = AutoConfig.for_model(kind)
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = 2
+    said = ""
+    try:
+        said = str(model_shape(config, with_score))
+    except ValueError as error:
+        said = str(error)
+    assert said.startswith(("ModelShape(", f"The planner cannot read the sizes of a {kind!r} model ("))
+    assert len(said.splitlines()) == 1
+
+
+def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
+    with pytest.raises(
+        ValueError, match=r"A LoRA adapter on \('q_proj',\) of a 'gpt2' model: Target modules .* not found"
+    ):
+        adapter_shape(AutoConfig.for_model("gpt2", n_layer=1), 4, ("q_proj",))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": "unheard-of"}']
+)
+def test_config_that_cannot_be_read_is_refused_in_one_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is no folder or hub name with a config that can be read"):
+        model_shape(str(tmp_path))

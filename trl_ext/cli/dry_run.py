@@ -135,7 +135,7 @@ def memory(command: str, options: dict[str, Any], given: Options, count: int, lo
         machine = replace(planner.this_machine(), gpus=count)
     try:
         return planner.plan_text(plan_run(command, options, machine, longest))
-    except ValueError as reason:
+    except Exception as reason:  # what cannot be planned may still be trained
         return f"Memory: not planned: {reason}"
 
 

@@ -43,7 +43,7 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
         hardware = this_machine()
     try:
         planned = plan_run(trainer, options, hardware)
-    except ValueError as reason:  # a model or a layout that the planner cannot read is the trainer's to refuse
+    except Exception as reason:  # what cannot be planned is the trainer's to refuse: a plan must not end a run
         print(f"Whether the run fits has not been planned: {reason}", file=sys.stderr)
         return
     if not planned.fits:

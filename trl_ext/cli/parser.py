@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from trl import TrlParser
 
+from .older_names import what_it_is_today
 from .topics import ABSENT, first_of, heading_of, order, text_of, topic_of
 
 
@@ -126,14 +127,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
-    """Unknown options, each with the nearest one that there is."""
-    names = [name for action in parser._actions for name in spellings(action)]
+    """Unknown options, each with what it is called today, or else the nearest one that there is."""
+    known = [name.lstrip("-") for action in parser._actions for name in spellings(action)]
     sentences = []
     for word in unknown:
+        dashes = "--" if word.startswith("-") else ""
         wanted = word.split("=")[0].lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(wanted, [name.lstrip("-") for name in names], n=1, cutoff=0.6)
-        meant = f"; did you mean `{'--' if word.startswith('-') else ''}{near[0]}`?" if near else "."
-        sentences.append(f"there is no option `{word.split('=')[0]}`{meant}")
+        meant = what_it_is_today(wanted, set(known))
+        if meant is None:
+            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+            ending = f"; did you mean `{dashes}{near[0]}`?" if near else "."
+        else:  # names of options in the spelling of the line, a flag's or a recipe's
+            named = re.sub("`(?=[a-z_0-9]+`)", f"`{dashes}", meant)
+            ending = f"; {named}."
+        sentences.append(f"there is no option `{word.split('=')[0]}`{ending}")
     return " ".join(sentences)
 
 

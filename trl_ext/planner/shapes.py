@@ -1,7 +1,7 @@
 """What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from ..plain import key_of
 
@@ -46,6 +53,10 @@ ALIASES |= {
     "70b": "llama-3.1-70b",
 }
 
+
+# What families call the experts of a layer, and those that a token visits.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 _SUFFIX = re.compile(r"-(instruct|chat|base|it|hf|dpo|sft|v[0-9.]+)+$")
 
@@ -124,7 +135,7 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         return _from_table(key)
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a family's own checks raise what they like
         if _built_in(_SUFFIX.sub("", key)):
             return _from_table(_SUFFIX.sub("", key))
         raise ValueError(
@@ -143,13 +154,23 @@ def _from_table(key: str) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig, with_score: bool = False) -> nn.Module:
-    """The model of `config` without storage: a causal LM, or with `with_score` a model with one score."""
+    """
+    Builds the model of `config` without storage: a language model, of a multimodal one with its towers, or with
+    `with_score` a model with one score; of a family that has none, the trunk with such a head.
+    """
     config = type(config).from_dict(config.to_dict())  # from_config notes its attention in it
+    config.architectures = None  # a text part names the whole model that it was taken from
     if with_score:
         config.num_labels = 1
-    auto = AutoModelForSequenceClassification if with_score else AutoModelForCausalLM
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    if with_score:
+        kinds = (AutoModelForSequenceClassification, AutoModel)
+    known = [auto for auto in kinds if type(config) in auto._model_mapping]
     with torch.device("meta"):
-        return auto.from_config(config)
+        model = (known or kinds)[0].from_config(config)
+        if with_score and known[:1] == [AutoModel]:
+            model.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+    return model
 
 
 def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> ModelShape:
@@ -170,17 +191,21 @@ def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
     try:
         model: Any = meta_model(config, with_score)
         return _count(model, config.get_text_config(), with_score)
-    except AttributeError as error:
-        raise ValueError(
-            f"The planner cannot read the sizes of a {config.model_type!r} model ({error}): it knows models with "
-            "attention heads, an embedding and a head."
-        ) from error
+    except Exception as error:  # the code of some 150 families, on configs that may be anybody's
+        raise _unplanned(config, error) from error
+
+
+def _unplanned(config: PretrainedConfig, error: Exception) -> ValueError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ValueError(
+        f"The planner cannot read the sizes of a {config.model_type!r} model ({reason:.200}): it knows models with "
+        "attention heads, an embedding and a head."
+    )
 
 
 def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     embedding = model.get_input_embeddings().weight
-    head = model.score.weight if with_score else model.get_output_embeddings().weight
+    head = _score_head(model) if with_score else model.get_output_embeddings().weight
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     inside = [weight.numel() for weight in linears if weight is not head and weight is not embedding]
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -191,25 +216,47 @@ def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
         layers=text.num_hidden_layers,
         vocab=text.vocab_size,
         inner=width,
-        query=text.num_attention_heads * head_size,
-        key=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
-        heads=text.num_attention_heads,
+        query=_mean(text, lambda layer: layer.num_attention_heads * _head_size(layer)),
+        key=_mean(text, lambda layer: _key_heads(layer) * _head_size(layer)),
+        heads=_mean(text, lambda layer: layer.num_attention_heads),
         parameters=total,
         active=total - round(experts * (1 - share)),
         linear=sum(inside),
-        head=head.numel(),
+        head=text.hidden_size if head is None else head.numel(),
         tied=head is embedding,
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         largest_linear=max(inside, default=0),
     )
 
 
+def _score_head(model: Any) -> Any:
+    """The weight of a linear score head; `None` where a family has another kind of classifier."""
+    heads = [getattr(model, name, None) for name in ("score", "classifier", "classification_head")]
+    return next((head.weight for head in heads if isinstance(head, nn.Linear)), None)
+
+
+def _mean(text: PretrainedConfig, size: Callable[[Any], int]) -> int:
+    """A size, of models whose layers differ its mean over the layers."""
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    return round(sum(size(layer) for layer in layers) / len(layers))
+
+
+def _head_size(layer: PretrainedConfig) -> int:
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+
+
+def _key_heads(layer: PretrainedConfig) -> int:
+    return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+
+
 def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]:
     """Parameters of all experts, the MLP's width that one token meets, and the share of the experts that it meets."""
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     if not experts:
-        return 0, _width(text), 1.0
-    visited = text.num_experts_per_tok
+        return 0, _mean(text, _width), 1.0
+    visited = next((n for name in VISITED if (n := getattr(text, name, None))), None)
+    if visited is None:
+        raise AttributeError(f"its config has none of {', '.join(VISITED)}, the experts that a token visits")
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return experts, visited * width, visited / _number_of_experts(text)
 
@@ -217,14 +264,12 @@ def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]
 def _width(text: PretrainedConfig) -> int:
     """Of the MLP; older families call it otherwise, or leave it at four times the hidden width."""
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-    return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
+    size = next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
+    return round(sum(size) / len(size)) if isinstance(size, list) else size  # Gemma 3n has one for each layer
 
 
 def _number_of_experts(text: PretrainedConfig) -> int:
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(text, name, None):
-            return getattr(text, name)
-    return 1
+    return next((n for name in EXPERTS if (n := getattr(text, name, None))), 1)
 
 
 def adapter_shape(
@@ -251,7 +296,11 @@ def _count_adapter(
 ) -> AdapterShape:
     modules = targets if isinstance(targets, str) else list(targets)
     lora = LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
-    model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
+    try:
+        model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT's, on modules that are not there or of a kind that it cannot adapt
+        reason = str(error).split("Please")[0].strip()
+        raise ValueError(f"A LoRA adapter on {targets} of a {config.model_type!r} model: {reason:.300}") from error
     text = config.get_text_config()
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     # Projections of one block read one input: what stands before the last "." but one names the block.

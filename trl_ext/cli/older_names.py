@@ -1,0 +1,171 @@
+"""What an option of TRL up to 1.15, LLaMA-Factory, OpenRLHF or the alignment handbook is called today."""
+
+# Name today -> the names that it had. One that is not an option of the command at hand is passed over, so that a name
+# may stand in several lines: the first that the command has is meant.
+NAMES_BEFORE = {
+    "model": "model_name pretrain model_path base_model actor_model_path",
+    "dtype": "torch_dtype model_dtype compute_dtype",
+    "attn_implementation": "flash_attn use_flash_attention_2 flash_attention",
+    "use_peft": "use_lora finetuning_type",
+    "lora_r": "lora_rank lora_dim peft_lora_r lora_dimension",
+    "lora_alpha": "peft_lora_alpha",
+    "lora_dropout": "peft_lora_dropout",
+    "lora_target_modules": "lora_target lora_modules target_modules peft_lora_target_modules",
+    "load_in_4bit": "quantization_bit bits quantization load_in_nf4",
+    "dataset_name": "dataset dataset_dir query_dataset prompt_data train_dataset data_path",
+    "datasets": "dataset_mixer dataset_mixture",
+    "dataset_config": "dataset_config_name",
+    "dataset_train_split": "dataset_splits train_split dataset_split prompt_split",
+    "dataset_test_split": "eval_split test_split",
+    "columns": "prompt_key input_key chosen_key rejected_key output_key",
+    "train_size": "max_samples max_train_samples",
+    "test_size": "max_eval_samples",
+    "test_split_size": "val_size",
+    "output_dir": "save_path ckpt_path",
+    "gamma": "gae_gamma discount discount_factor",
+    "lam": "gae_lambda gae_lam lambd lambda",
+    "kl_coef": "init_kl_coef init_kl_coeff kl_loss_coef kl_coeff",
+    "kl_estimator": "kl_penalty kl_type",
+    "kl_controller": "adap_kl_ctrl",
+    "kl_target": "ppo_target target",
+    "kl_horizon": "horizon",
+    "kl_placement": "use_kl_loss",
+    "cliprange": "clip_range eps_clip clip_ratio ppo_clip",
+    "cliprange_value": "vf_clip value_clip clip_range_value value_clip_range cliprange_vf",
+    "vf_coef": "value_loss_coef value_coef critic_loss_coef",
+    "ent_coef": "entropy_coeff entropy_loss_coef entropy_coefficient",
+    "num_ppo_epochs": "ppo_epochs update_epochs noptepochs",
+    "num_mini_batches": "mini_batch_size ppo_mini_batch_size nminibatches",
+    "total_episodes": "num_episodes episodes steps",
+    "local_rollout_forward_batch_size": "forward_batch_size micro_rollout_batch_size ppo_forward_batch_size",
+    "target_kl": "early_stopping",
+    "critic_learning_rate": "critic_lr value_learning_rate",
+    "critic": "value_head critic_type",
+    "value_model": "critic_pretrain value_model_path critic_model_path",
+    "reward_model_path": "reward_model reward_pretrain reward_model_name_or_path",
+    "reward_clip": "score_clip reward_clip_range cliprange_reward",
+    "normalize_rewards": "use_score_scaling use_score_norm normalize_reward ppo_score_norm reward_normalization",
+    "whiten_rewards": "ppo_whiten_rewards",
+    "whiten_advantages": "normalize_advantages advantage_whitening",
+    "response_length": "max_new_tokens max_completion_length generate_max_len max_response_length",
+    "eval_max_new_tokens": "max_new_tokens",
+    "use_vllm": "vllm_num_engines colocate_all_models",
+    "max_length": "max_prompt_length max_completion_length cutoff_len max_seq_length max_seq_len max_len "
+    "prompt_max_len generate_max_len max_target_length",
+    "beta": "pref_beta dpo_beta kto_beta loss_beta kl_coef",
+    "loss_type": "pref_loss dpo_loss",
+    "label_smoothing": "dpo_label_smoothing",
+    "loss_weights": "rpo_alpha pref_ftx",
+    "pack_pairs": "packing packing_samples",
+    "num_train_epochs": "max_epochs epochs num_epochs",
+    "per_device_train_batch_size": "train_batch_size micro_train_batch_size per_device_batch_size rollout_batch_size "
+    "train_micro_batch_size_per_gpu batch_size mini_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "learning_rate": "lr actor_learning_rate actor_lr",
+    "lr_scheduler_type": "lr_scheduler lr_schedule",
+    "warmup_steps": "warmup_ratio lr_warmup_ratio lr_warmup_steps",
+    "weight_decay": "l2",
+    "max_grad_norm": "max_norm grad_clip gradient_clipping",
+    "optim": "optimizer",
+    "max_steps": "steps",
+    "eval_strategy": "evaluation_strategy",
+    "use_cpu": "no_cuda",
+    "report_to": "log_with use_wandb use_tensorboard use_swanlab",
+    "project": "wandb_project tracker_project_name",
+    "run_name": "wandb_run_name exp_name",
+    "hub_token": "use_auth_token push_to_hub_token",
+    "hub_model_id": "push_to_hub_model_id",
+    "train_sampling_strategy": "group_by_length",
+    "accelerate_config": "zero_stage ds_config",
+    "resume_from_checkpoint": "load_checkpoint ckpt",
+    "use_liger_kernel": "enable_liger_kernel use_liger use_liger_loss",
+    "ref_model": "ref_model_path ref_model_name_or_path",
+    "output_file": "output_path",
+}
+TODAY: dict[str, list[str]] = {}
+for _name, _before in NAMES_BEFORE.items():
+    for _word in _before.split():
+        TODAY.setdefault(_word, []).append(_name)
+
+# What a name of today wants in place of the old value.
+OTHER_VALUES = {
+    "warmup_ratio": "a value below 1 is a share of the steps",
+    "lr_warmup_ratio": "a value below 1 is a share of the steps",
+    "finetuning_type": "with it a LoRA adapter is trained, without it the whole model",
+    "quantization_bit": "for 8 bits `load_in_8bit`",
+    "bits": "for 8 bits `load_in_8bit`",
+    "mini_batch_size": "the number of mini-batches in a rollout",
+    "ppo_mini_batch_size": "the number of mini-batches in a rollout",
+    "rpo_alpha": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
+    "pref_ftx": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
+    "max_prompt_length": "it holds for prompt and answer together",
+    "prompt_max_len": "it holds for prompt and answer together",
+    "adap_kl_ctrl": "proportional is the adaptive one",
+    "early_stopping": "the KL at which learning from a rollout ends",
+    "zero_stage": "zero1, zero2 or zero3",
+    "prompt_key": "write `columns` prompt=NAME",
+    "input_key": "write `columns` prompt=NAME",
+    "chosen_key": "write `columns` chosen=NAME",
+    "rejected_key": "write `columns` rejected=NAME",
+    "use_flash_attention_2": "flash_attention_2",
+    "group_by_length": "group_by_length is its value",
+    "use_wandb": "wandb is its value",
+    "use_tensorboard": "tensorboard is its value",
+}
+
+# What there is no option for, or none of the command at hand, and what to do.
+WITHOUT_OPTION = {
+    **dict.fromkeys(
+        ("max_prompt_length", "prompt_max_len", "cutoff_len", "max_seq_length", "max_length", "truncation_mode"),
+        "prompts are not cut; leave long ones out of the data",
+    ),
+    **dict.fromkeys(
+        ("ref_model", "ref_model_path", "ref_model_name_or_path"),
+        "the reference is the model that training starts from; in Python a trainer takes another one",
+    ),
+    **dict.fromkeys(
+        ("logging_dir", "logging_path", "tensorboard_dir"),
+        "set the environment variable TENSORBOARD_LOGGING_DIR, or a line of it under env: in a recipe",
+    ),
+    **dict.fromkeys(
+        ("template", "chat_template", "apply_chat_template", "input_template"),
+        "conversations are written with the chat template of the model's tokenizer",
+    ),
+    **dict.fromkeys(
+        ("label_pad_token_id", "padding_value", "is_encoder_decoder", "use_logits_to_keep", "force_use_ref_model"),
+        "it has no meaning any more; leave it out",
+    ),
+    **dict.fromkeys(
+        ("optimize_cuda_cache", "optimize_device_cache", "remove_padding", "preprocessing_num_workers"),
+        "it has no meaning here; leave it out",
+    ),
+    **dict.fromkeys(
+        ("n_samples_per_prompt", "num_return_sequences"), "a rollout has one answer to each prompt; raise the batch"
+    ),
+    **dict.fromkeys(
+        ("actor_num_nodes", "actor_num_gpus_per_node", "num_gpus", "num_nodes"),
+        "start several processes with `nproc` or `accelerate_config`",
+    ),
+    "overwrite_output_dir": "a run writes into its output folder; give another one to keep what is there",
+    "stage": "the command says it: `trl-ext dpo`, `trl-ext ppo` or `trl-ext reward`",
+    "tokenizer_name": "the tokenizer is that of the model",
+    "tokenizer_name_or_path": "the tokenizer is that of the model",
+    "reference_free": "DPO has a reference; TRL's CPO trainer has none",
+    "ratio_threshold": "a batch whose loss is not finite ends the run; `target_kl` stops learning from a rollout",
+    "target_kl": "it is an option of `trl-ext ppo`",
+}
+
+
+def what_it_is_today(name: str, known: set[str]) -> str | None:
+    """
+    Says what to give in place of an option of another time or package; `None` for a name that is not known here.
+
+    Args:
+        name: without hyphens, as `lora_rank`.
+        known: the options of the command, in the same form.
+    """
+    today = next((each for each in TODAY.get(name, ()) if each in known), None)
+    if today is not None:
+        more = OTHER_VALUES.get(name)
+        return f"today it is `{today}`" + (f" ({more})" if more else "")
+    return WITHOUT_OPTION.get(name)
