@@ -99,7 +99,7 @@ def test_forward_uses_the_head_on_cpu_and_trls_for_what_it_cannot_do(monkeypatch
     for dtype, times in ((torch.float32, 1), (torch.bfloat16, 0)):
         model = tiny.tiny_actor().to(dtype)
         _trl.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        add_actor_critic_forward(model)
+        add_actor_critic_forward(model).settle()
         used.clear()
         output = model(input_ids=ids, labels=ids, ppo_outputs=("log_probs", "entropy"))
         assert len(used) == times

@@ -60,7 +60,7 @@ ACTORS = {
 @pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.0.dev0"])
 def test_supported_version_is_accepted(monkeypatch, version):
     monkeypatch.setattr(trl, "__version__", version)
-    assert "fused_head_logits" in runpy.run_path(str(ROOT / "trl_ext" / "_trl.py"))
+    assert "FusedHead" in runpy.run_path(str(ROOT / "trl_ext" / "_trl.py"))
 
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.12.0", "1.17.0", "1.17.0.dev0", "2.0.0"])
@@ -100,7 +100,7 @@ def test_logits_of_the_fused_head_are_the_models_own(name, temperature):
         own = model(ids).logits / temperature
         states = model.base_model(ids).last_hidden_state
         _trl.add_fused_lm_head(model, temperature=temperature)
-        logits = _trl.fused_head_logits(model)(states.flatten(0, 1)).view_as(own)
+        logits = _trl.FusedHead(model).logits(states.flatten(0, 1)).view_as(own)
     torch.testing.assert_close(logits, own, rtol=1e-5, atol=1e-5)
     assert own.std() > 1e-3
 
@@ -191,30 +191,7 @@ def test_submodule_is_back_when_sending_breaks_off():
     assert len(owner) == 2
 
 
-# --- dropout and frozen models
-
-
-class Layer(nn.Module):
-    """Dropout in every form that transformers has."""
-
-    def __init__(self):
-        super().__init__()
-        self.module = nn.Dropout(0.1)
-        self.attention_dropout = 0.2  # Llama, Mistral, Qwen
-        self.dropout = 0.3  # OPT
-        self.hidden_dropout_prob = 0.4
-        self.layerdrop = 0.5  # OPT
-        self.dropped_tokens = 6
-        self.scaling = 0.7
-
-
-def test_dropout_is_turned_off_in_every_form():
-    layer = nn.Sequential(Layer())
-    _trl.disable_dropout(layer)
-    inner = layer[0]
-    assert inner.module.p == 0
-    assert inner.attention_dropout == inner.dropout == inner.hidden_dropout_prob == inner.layerdrop == 0
-    assert (inner.dropped_tokens, inner.scaling) == (6, 0.7)
+# --- frozen models
 
 
 def test_frozen_model_is_in_evaluation_mode_without_gradients():

@@ -5,9 +5,9 @@ When a new TRL release changes one of them, this file and its test (`tests/test_
 """
 
 import functools
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,9 +24,9 @@ from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_h
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (
+    FusedCausalLMOutput,
     add_fused_lm_head,
     create_model_from_path,
-    disable_dropout_in_model,
     get_callable_name,
     get_config_model_id,
     is_async_callable,
@@ -37,12 +37,12 @@ from trl.trainer.utils import (
 
 
 __all__ = [
+    "FusedCausalLMOutput",
+    "FusedHead",
     "add_fused_lm_head",
     "create_model_from_path",
-    "disable_dropout",
     "disable_gradient_checkpointing",
     "exclude_from_weight_sync",
-    "fused_head_logits",
     "gathered_for_generation",
     "get_callable_name",
     "get_config_model_id",
@@ -65,33 +65,56 @@ if not SUPPORTED[0] <= Version(Version(trl.__version__).base_version) < SUPPORTE
     )
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Turns dropout off, also where a layer keeps its probability as a number, such as Llama's `attention_dropout`."""
-    disable_dropout_in_model(model)
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
-
-
-def fused_head_logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+class FusedHead:
     """
-    The map from trunk states (n, H) to logits (n, V), float32 and divided by the temperature, that TRL's fused head
-    of `model` scores with: the architecture's logit scale and soft cap included.
-    """
-    nonlocals = inspect.getclosurevars(model.forward.__func__).nonlocals
-    temperature, scale = nonlocals["temperature"], nonlocals["logit_scale"]
-    softcap = nonlocals["final_logit_softcapping"]
+    TRL's fused head of a causal LM that `add_fused_lm_head` has patched: what it reads, and the map that it is.
 
-    def logits(states: torch.Tensor) -> torch.Tensor:
-        head = model.get_output_embeddings()
+    TRL knows the soft cap and the scale of the logits by the names that most architectures have for them in their
+    config; those of others are written into it here.
+
+    Attributes:
+        temperature: what logits are divided by.
+        outputs: the fields that are asked for.
+    """
+
+    SOFT_CAPS, DIVISORS = ("logits_soft_cap",), ("logits_mup_width_multiplier",)
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        function = _fused_forward_of(model)
+        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+        self.temperature: float = self._cells["temperature"].cell_contents
+        self.outputs: tuple[str, ...] = self._cells["outputs"].cell_contents
+        config = model.config.get_text_config()
+        for name in self.SOFT_CAPS:
+            if getattr(config, name, None) is not None:
+                self._cells["final_logit_softcapping"].cell_contents = getattr(config, name)
+        for name in self.DIVISORS:
+            if getattr(config, name, None) is not None:
+                self._cells["logit_scale"].cell_contents = 1 / getattr(config, name)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Trunk states (n, H) -> logits (n, V), float32 and divided by the temperature."""
+        head = self.model.get_output_embeddings()
+        softcap = self._cells["final_logit_softcapping"].cell_contents
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            scaled = head(states).float() * scale
+            scaled = head(states).float() * self._cells["logit_scale"].cell_contents
         if softcap is not None:
             scaled = softcap * torch.tanh(scaled / softcap)
-        return scaled / temperature
+        return scaled / self.temperature
 
-    return logits
+
+def _fused_forward_of(model: PreTrainedModel) -> Any:
+    """The function that `add_fused_lm_head` has made of the model's forward, below what was put around it since."""
+    around = [model.forward, vars(model).get("_original_forward")]  # the second under accelerate's autocast
+    while around:
+        function = around.pop()
+        function = getattr(function, "__func__", function)
+        if isinstance(function, types.FunctionType):
+            if {"logit_scale", "final_logit_softcapping"} <= set(function.__code__.co_freevars):
+                return function
+            around += [cell.cell_contents for cell in function.__closure__ or ()]
+    raise RuntimeError(f"{type(model).__name__} has no fused head of TRL's.")
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:

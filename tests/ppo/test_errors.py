@@ -187,7 +187,7 @@ def test_value_checkpoint_with_several_labels_is_refused_before_anything_is_load
 
 
 def test_value_model_without_a_score_head_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="LlamaForCausalLM, which has no `score` head"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which writes text and has no score head"):
         ppo_trainer(tmp_path, {"value_model": tiny.tiny_actor(1)})
 
 

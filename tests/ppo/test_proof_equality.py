@@ -14,9 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 import oracles
 import ppo_runs
 import tiny
-from trl_ext import PPOConfigX, PPOTrainerX, _trl
+from trl_ext import PPOConfigX, PPOTrainerX, heads
 from trl_ext.ppo import advantages as advantages_module
-from trl_ext.ppo import experience, learning, losses
+from trl_ext.ppo import assembly, experience, learning, losses
 from trl_ext.ppo.rollout import MicroBatch, Rollout
 
 
@@ -471,7 +471,8 @@ def test_first_step_has_ratio_exactly_1_and_kl_exactly_0(tmp_path, leash, num_mi
 
 @pytest.mark.integration
 def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(_trl, "disable_dropout", lambda model: None)
+    monkeypatch.setattr(assembly, "disable_noise", lambda model: None)
+    monkeypatch.setattr(heads, "silence", lambda *args: None)
     monkeypatch.setattr(PPOTrainerX, "_check_reference", lambda self, rollout: None)  # it stops such a run
     line = first_log_line(tmp_path, num_mini_batches=2)
     assert line["policy/ratio_max"] > 1.1

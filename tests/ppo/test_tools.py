@@ -64,7 +64,7 @@ def test_rollout_takes_over_grpos_masks():
     assert rollout.scored.tolist() == [True, True, False]
     assert rollout.scores.tolist() == [1.0, 2.0, 0.0]
     assert rollout.has_eos.tolist() == [True, False, False]  # in the second, an earlier turn ended
-    inputs = rollout.model_inputs(position_ids=True)
+    inputs = rollout.model_inputs()
     assert inputs["labels"].tolist()[0] == [-100, -100, 10, -100, 2, -100]
     assert inputs["attention_mask"].tolist()[0] == [0, 1, 1, 1, 1, 0]
     assert inputs["position_ids"].tolist()[0] == [0, 0, 1, 2, 3, 3]

@@ -68,6 +68,12 @@ class DPOConfigX(DPOConfig):
             raise ValueError(
                 f"`beta` is {self.beta}; the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start."
             )
+        if self.neftune_noise_alpha is not None and self.disable_dropout:
+            raise ValueError(
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` adds noise to the policy's embeddings in training, "
+                "and none to the reference's: the margins would measure it, and `disable_dropout=True` asks for a "
+                "policy without noise. Leave it out, or set `disable_dropout=False`, too."
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"`label_smoothing` is {self.label_smoothing}; the share of flipped labels must be in [0, 0.5): at 0.5"

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..noise import has_noise
 from . import attention
 
 
@@ -31,7 +32,9 @@ def why_not_run(args: Any, model: nn.Module, aux_loss: bool) -> str | None:
         return f"{learnt[0].value} puts virtual tokens before every row"
     if aux_loss:
         return "the load-balancing loss counts the tokens of every row"
-    if not args.disable_dropout and _dropout(model):
+    if args.neftune_noise_alpha is not None:
+        return "`neftune_noise_alpha` adds noise to embeddings: shared tokens would share it"
+    if not args.disable_dropout and has_noise(model):
         return "dropout is active (`disable_dropout=False`): shared tokens would share their mask"
     return None
 
@@ -76,12 +79,3 @@ def length_limit(model: PreTrainedModel) -> int | None:
         if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
             limits.append(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
     return min((limit for limit in limits if limit), default=None)
-
-
-def _dropout(model: nn.Module) -> bool:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            return True
-        if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
-            return True
-    return False

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..heads import ScoringHead
 from ..scoring import score_only
 from ..zero import is_partitioned
 from . import attention, flex
@@ -40,8 +41,11 @@ class PairForward:
     Args:
         model: the base causal LM.
         pack_pairs: all pairs of a batch in one row, where attention can go piece by piece; otherwise a row each.
+        role: what the model is in the run, for errors.
+        silent: whether the model has to be without noise when it is trained.
 
     Attributes:
+        head: what makes log-probabilities; it settles when sharing is asked for, or at the first batch.
         sharing: whether rows are shared. Off until `share` finds it exact.
         one_kernel: whether FlexAttention reads shared rows, not SDPA piece by piece; decided by the first rows on
             CUDA.
@@ -50,8 +54,9 @@ class PairForward:
         outputs: while a list, every scored batch's output is added to it.
     """
 
-    def __init__(self, model: PreTrainedModel, pack_pairs: bool = True):
+    def __init__(self, model: PreTrainedModel, pack_pairs: bool = True, role: str = "model", silent: bool = False):
         self.model = model
+        self.head = ScoringHead(model, role, silent)
         self.pack_pairs = pack_pairs
         self.sharing = False
         self.one_kernel: bool | None = None
@@ -77,6 +82,8 @@ class PairForward:
         Returns:
             Why rows are not shared; `None` where they are.
         """
+        if not is_partitioned(self.model):
+            self.head.settle()
         reason = why_not_model(self.model)
         if reason is None:
             attention.use(self.model)
@@ -94,6 +101,8 @@ class PairForward:
         # What PEFT names without passing it is not there; anything else, such as images, embeddings or router logits,
         # goes TRL's way.
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if not args and set(kwargs) <= {"input_ids", "attention_mask", "use_cache", "output_router_logits"}:
+            self.head.settle()
         if args or set(kwargs) != {"input_ids", "attention_mask", "use_cache"}:
             return self._fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
@@ -102,7 +111,7 @@ class PairForward:
             if self.limit is None or shared.longest <= self.limit:
                 return self._score_shared(shared, labels)
         scored = labels[:, 1:] != -100
-        with score_only(self.model.base_model, lambda states: states[:, :-1][scored]):
+        with score_only(self.head.trunk, lambda states: states[:, :-1][scored]):
             output = self._fused_forward(shift_labels=labels[:, 1:][scored][None], fused_lm_head=True, **kwargs)
         return _scatter(output, scored)
 
@@ -124,7 +133,7 @@ class PairForward:
             dtype = self.model.dtype
             hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             who_sees_whom = {"attention_mask": hidden.masked_fill_(~visible, torch.finfo(dtype).min)}
-        with score_only(self.model.base_model, lambda states: states.flatten(0, 1)[predicts]):
+        with score_only(self.head.trunk, lambda states: states.flatten(0, 1)[predicts]):
             output = self._fused_forward(
                 input_ids=shared.input_ids,
                 position_ids=shared.position_ids,

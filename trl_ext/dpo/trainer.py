@@ -20,13 +20,15 @@ from .._trl import unwrap_model_for_generation, use_adapter
 from ..adapter_copies import base_left_alone
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
+from ..frozen import is_fsdp
 from ..last_line import LastLine, in_mode_of
 from ..model_card import card_name, complete_card, hub_name
+from ..noise import disable_noise
 from ..phases import Phases
 from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable
-from ..zero import check_unquantized
+from ..zero import check_unquantized, is_partitioned
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
@@ -144,10 +146,13 @@ class DPOTrainerX(DPOTrainer):
             return
         actor = self.accelerator.unwrap_model(self.model)
         keep_4_bit_differentiable(actor)
-        models = [actor.get_base_model() if is_peft_model(actor) else actor]
+        models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
         if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model))
-        self._forwards = [PairForward(model, self.args.pack_pairs) for model in models]
+            models["ref_model"] = self.accelerator.unwrap_model(self.ref_model)
+        silent = self.args.disable_dropout
+        self._forwards = [PairForward(model, self.args.pack_pairs, role, silent) for role, model in models.items()]
+        for role, forward in zip(models, self._forwards, strict=True):
+            self._make_still(forward, is_frozen=role == "ref_model")
         if not self.args.prefix_sharing or self._is_vision_dataset:
             return
         of_run = why_not_run(self.args, actor, self.aux_loss_enabled)
@@ -162,6 +167,15 @@ class DPOTrainerX(DPOTrainer):
                     role,
                     forward.limit,
                 )
+
+    def _make_still(self, forward: PairForward, is_frozen: bool) -> None:
+        """Switches noise off where `disable_dropout` asks for it, and settles how the model is scored."""
+        if self.args.disable_dropout:
+            disable_noise(forward.model)
+            if is_frozen:
+                forward.model.eval()
+        if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
+            forward.head.settle()
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
         with PartialState().main_process_first():  # the others read its cache

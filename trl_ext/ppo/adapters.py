@@ -35,8 +35,8 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .._trl import disable_dropout
 from ..adapter_copies import base_left_alone
+from ..noise import disable_noise
 
 
 # Names of adapters and, on the actor, of the modules that hold them. No PEFT function called for the actor's adapter
@@ -84,7 +84,7 @@ def classifier_on_base(actor: PreTrainedModel | PeftModel) -> PreTrainedModel:
     for name in QUANTISATION:
         if hasattr(base, name):
             setattr(classifier, name, getattr(base, name))
-    disable_dropout(classifier)
+    disable_noise(classifier)
     return classifier
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .. import _trl
 from ..device import keep_4_bit_differentiable
+from ..frozen import is_fsdp
+from ..noise import disable_noise
 from ..trained import RequireGradients, check_optimizer, check_trainable
-from ..zero import declare_head, is_stage3
+from ..zero import declare_head, is_partitioned, is_stage3
 from . import critic as critic_module
 from .adapters import REWARD, copy_adapter, stand_on
 from .config import PPOConfigX
@@ -66,11 +68,22 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
     keep_4_bit_differentiable(model)
     if isinstance(roles.critic, critic_module.ValueAdapter) and args.gradient_checkpointing:
         roles.critic.enable_gradient_checkpointing(args.gradient_checkpointing_kwargs)
-    _trl.disable_dropout(model)
-    head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter)
+    disable_noise(model)
+    head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter, role="model")
     if is_stage3(args):
         declare_head(actor)
-    return attached, head
+    if can_be_asked(actor, args):
+        head.settle()
+        if isinstance(roles.critic, critic_module.ValueModel | critic_module.ValueAdapter):
+            roles.critic.values.settle()
+    return attached, head.logits
+
+
+def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
+    """Whether a model can be run here and now; one that will be partitioned or moved settles at its first call."""
+    if is_partitioned(model) or is_fsdp(args):
+        return False
+    return next(model.parameters()).device.type == args.device.type
 
 
 def check_learning(
@@ -102,7 +115,9 @@ def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) 
     """The reference, frozen on its device, answering as the actor does; and the head that makes its logits."""
     _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     head = add_actor_critic_forward(reference)
-    return _trl.prepare_frozen(reference, accelerator), head
+    if can_be_asked(reference, args):
+        head.settle()
+    return _trl.prepare_frozen(reference, accelerator), head.logits
 
 
 def place_reward_models(

@@ -79,20 +79,22 @@ def require_finite_gradient(
     )
 
 
-def require_same_policy(logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float) -> None:
+def require_same_policy(
+    logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float, adapters: Any = None
+) -> None:
     """
     Raises `ValueError` when a reference made from the actor differs from it before the first step.
 
     Args:
         logps, ref_logps: (b, T) nats.
         tolerance: largest difference of a token's log-probability that rounding explains.
+        adapters: PEFT's configs of the actor's adapters by name, if it has any.
     """
     difference = (logps - ref_logps).masked_fill(~mask, 0).abs().max().item()
     if not difference <= tolerance:
         raise ValueError(
             f"KL(actor ‖ reference) must be 0 before the first step, but log-probabilities differ by {difference:.3g} "
-            "nats. The adapter's initial weights change the model (for example `init_lora_weights='pissa'`), or the "
-            "model is not deterministic. Pass the starting policy as `ref_model`."
+            f"nats. {_why_they_differ(adapters)} Pass the starting policy as `ref_model`."
         )
 
 
@@ -109,3 +111,16 @@ def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None
         f"samples by at `temperature={temperature}`: the importance sampling correction would be wrong. Restart it "
         "with `--logprobs-mode processed_logprobs`, or set `vllm_importance_sampling_correction=False`."
     )
+
+
+def _why_they_differ(adapters: Any) -> str:
+    """The usual cause; noise is none, as it was looked for before."""
+    starts = {
+        name: getattr(config, "init_lora_weights", True) for name, config in (adapters or {}).items() if name != "ref"
+    }
+    changing = [f"`init_lora_weights={start!r}`" for start in starts.values() if start is not True]
+    if changing:
+        return f"The adapter's initial weights change the model ({changing[0]})."
+    if adapters:
+        return "The adapter's initial weights change the model."
+    return "The weights of one of the two have changed since the reference was made."

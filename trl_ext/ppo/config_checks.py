@@ -78,6 +78,7 @@ _INSTEAD = (
 def check_options(args: Any) -> None:
     """Raises `ValueError` for options of a `PPOConfigX` that do not go together."""
     refuse_meaningless(args)
+    refuse_noise(args)
     check_steps(args)
     check_responses(args)
     check_kl(args)
@@ -91,6 +92,15 @@ def refuse_meaningless(args: Any) -> None:
         unset = (default, 1) if name.startswith("num_generations") else (default,)
         if value not in unset:
             raise ValueError(f"`{name}={value!r}` is an option of GRPO that means nothing in PPO: {instead}.")
+
+
+def refuse_noise(args: Any) -> None:
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` adds noise to the embeddings in training, and PPO "
+            "compares the same policy's log-probabilities before and after a step: ratio and KL would measure the "
+            "noise. Leave it out."
+        )
 
 
 def check_steps(args: Any) -> None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .._trl import create_model_from_path, disable_dropout
+from .._trl import create_model_from_path
+from ..noise import disable_noise
 from ..pretrained import restore_weights
 from ..zero import copy_of, copy_weights, fill_zeros
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
+from .state_values import StateValues, last_linear
 
 
 ATTRIBUTE = CRITIC
@@ -70,10 +72,11 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self.values = StateValues(model, "the critic")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the trunk takes; returns state values (B, L)."""
-        return _state_values(self.model, *args, **kwargs)
+        return self.values(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that `AutoModelForSequenceClassification` loads."""
@@ -91,10 +94,11 @@ class ValueAdapter(nn.Module):
     def __init__(self, model: PeftModel):
         super().__init__()
         self.model = model
+        self.values = StateValues(model.get_base_model(), "the critic")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the trunk takes; returns state values (B, L)."""
-        return _state_values(self.model.get_base_model(), *args, **kwargs)
+        return self.values(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
@@ -114,17 +118,11 @@ def _of_model(state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     return {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
 
 
-def _state_values(classifier: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
-    trunk = getattr(classifier, classifier.base_model_prefix)
-    states = trunk(*args, use_cache=False, **kwargs).last_hidden_state
-    return classifier.score(states).float().squeeze(-1)
-
-
-def check_value_model(model: PreTrainedModel) -> None:
-    """Raises `ValueError` unless `model` is a sequence classification model with one label."""
-    if not isinstance(getattr(model, "score", None), nn.Module):
+def check_value_model(model: Any) -> None:
+    """Raises `ValueError` for a model that writes text, a quantised one, and one of several labels."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         raise ValueError(
-            f"The value model is a {type(model).__name__}, which has no `score` head. Pass a sequence "
+            f"The value model is a {type(model).__name__}, which writes text and has no score head. Pass a sequence "
             "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
         )
     if getattr(model, "is_quantized", False):
@@ -184,7 +182,7 @@ def build_critic(
         value_model = value_model.merge_and_unload()
     check_value_model(value_model)
     value_model.requires_grad_(True)
-    disable_dropout(value_model)
+    disable_noise(value_model)
     return ValueModel(value_model)
 
 
@@ -202,7 +200,8 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
             "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
         ) from error
     copy_weights(actor.base_model, model.base_model)
-    fill_zeros(model.score.weight)
+    for parameter in last_linear(model, StateValues(model, "the critic").trunk).parameters():
+        fill_zeros(parameter)
     return model
 
 

@@ -7,23 +7,21 @@ as in any forward. Only positions with a label are projected to the vocabulary.
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._trl import fused_head_logits
+from ..heads import ScoringHead
 from ..scoring import score_only
 from .critic import ValueHead
 from .kl import full_kl
+from .padding import LeftPadding
 
 
 # Logits of one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
@@ -67,8 +65,11 @@ class ActorCriticOutput(ModelOutput):
 
 
 def add_actor_critic_forward(
-    model: PreTrainedModel, critic: nn.Module | None = None, reward_model: nn.Module | None = None
-) -> LogitsHead:
+    model: PreTrainedModel,
+    critic: nn.Module | None = None,
+    reward_model: nn.Module | None = None,
+    role: str = "ref_model",
+) -> ScoringHead:
     """
     Extends `model.forward` with `ppo_outputs`, a tuple of the field names of [`ActorCriticOutput`] wanted; without it
     the forward is the original one, so generation is unchanged. The forward then also takes `labels` (−100 where
@@ -80,12 +81,15 @@ def add_actor_critic_forward(
             entropy will be asked for.
         critic: gives the state values, from the trunk's states if it is a [`ValueHead`], else from the inputs.
         reward_model: an adapter with a score head on the model's base, which gives the scores.
+        role: "model" for the actor, which has to be without noise, or "ref_model".
 
     Returns:
-        The model's map from trunk states to temperature-scaled logits.
+        The head that scores; its `logits` is the model's map from trunk states to temperature-scaled logits. It
+        settles at the first call at the latest.
     """
+    head = ScoringHead(model, role, silent=role == "model")
+    padding = LeftPadding(head.trunk, head.name)
     fused_forward = model.forward
-    logits_head = fused_head_logits(model)
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -100,27 +104,30 @@ def add_actor_critic_forward(
         if wanted == {"scores"}:
             inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
             return ActorCriticOutput(scores=reward_model(**inputs).logits[:, 0].float())
+        head.settle()
+        of_critic = dict(kwargs)
+        kwargs = padding.inputs(kwargs)
         reads_trunk = "state_values" in wanted and isinstance(critic, ValueHead)
         positions = _scored_positions(labels)
         output = ActorCriticOutput()
         states = None
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
             if wanted & {"log_probs", "entropy"}:
-                with score_only(self.base_model, lambda states: states[:, :-1][positions]) as compact:
-                    head = fused_forward(
+                with score_only(head.trunk, lambda states: states[:, :-1][positions]) as compact:
+                    scored = fused_forward(
                         *args, shift_labels=labels[:, 1:][positions][None], fused_lm_head=True, **kwargs
                     )
                 (states,) = compact
-                output.log_probs = _scatter(head.log_probs[0], positions)
-                output.entropy = None if head.entropy is None else _scatter(head.entropy[0], positions)
-                output.aux_loss = head.aux_loss
+                output.log_probs = _scatter(scored.log_probs[0], positions)
+                output.entropy = None if scored.entropy is None else _scatter(scored.entropy[0], positions)
+                output.aux_loss = scored.aux_loss
             elif wanted & {"trunk_states", "ref_kl"} or reads_trunk:
-                trunk = self.base_model(*args, use_cache=False, **kwargs)
+                trunk = head.trunk(*args, use_cache=False, **kwargs)
                 states = trunk.last_hidden_state[:, :-1][positions]
             if "ref_kl" in wanted:
                 chunk_size = max(1, CHUNK // self.config.get_text_config().vocab_size)
                 of_reference = ref_states[positions[:, -ref_states.size(1) :]]
-                exact = full_kl(states, logits_head, of_reference, ref_head, chunk_size)
+                exact = full_kl(states, head.logits, of_reference, ref_head, chunk_size)
                 output.ref_kl = _scatter(exact, positions)
         if "trunk_states" in wanted:
             output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))
@@ -128,12 +135,12 @@ def add_actor_critic_forward(
         if reads_trunk:
             output.state_values = _scatter(critic(states), positions)
         elif "state_values" in wanted:
-            kwargs.pop("output_router_logits", None)
-            output.state_values = critic(*args, **kwargs)[:, :-1].masked_fill(~positions, 0)
+            of_critic.pop("output_router_logits", None)
+            output.state_values = critic(*args, **of_critic)[:, :-1].masked_fill(~positions, 0)
         return output
 
     model.forward = types.MethodType(forward, model)
-    return logits_head
+    return head
 
 
 @contextmanager
@@ -151,12 +158,6 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if asked:
             config.output_router_logits = asked
-
-
-def accepts_position_ids(model: Any) -> bool:
-    """Whether the architecture takes explicit positions; with left-padded prompts they matter for absolute ones."""
-    base = model.get_base_model() if is_peft_model(model) else model
-    return "position_ids" in inspect.signature(type(base).forward).parameters
 
 
 def _scored_positions(labels: Tensor) -> Tensor:

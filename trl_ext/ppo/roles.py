@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .._trl import create_model_from_path, disable_dropout, get_callable_name, get_config_model_id
+from .._trl import create_model_from_path, get_callable_name, get_config_model_id
+from ..noise import disable_noise
 from ..pretrained import adapter_config, text_config
 from ..zero import copy_of
 from .adapters import critic_adapter, load_reward_adapter
@@ -159,7 +160,7 @@ def _load_reference(given: Given, actor: PreTrainedModel, init_kwargs: dict[str,
         reference = create_model_from_path(ref_model, **init_kwargs)
     else:
         reference = copy_of(actor) if ref_model is None else ref_model
-    disable_dropout(reference)
+    disable_noise(reference)
     return reference.requires_grad_(False).eval()
 
 
@@ -185,7 +186,7 @@ def _reward_source(
     if not isinstance(source, nn.Module):
         return checked(source, get_callable_name(source))
     check_reward_model(source)
-    disable_dropout(source)
+    disable_noise(source)
     config: Any = source.config
     own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(config), args.trust_remote_code)
     if isinstance(source, PeftModel) and own_tokenizer is not None:  # its config is the base's, not that of training

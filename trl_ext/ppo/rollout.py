@@ -116,23 +116,21 @@ class Rollout:
             self.first_logps = logps.new_zeros(self.response_ids.shape)
         self.first_logps[rows] = logps
 
-    def model_inputs(self, position_ids: bool) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Tensor]:
         """
-        What a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count) and, if
-        the architecture has them, positions that count real tokens only.
+        What a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count) and
+        positions that count real tokens only.
         """
         attention_mask = torch.cat([self.prompt_mask, self.attended], dim=1)
         labels = torch.cat(
             [torch.full_like(self.prompt_ids, -100), self.response_ids.masked_fill(~self.mask, -100)], dim=1
         )
-        inputs = {
+        return {
             "input_ids": torch.cat([self.prompt_ids, self.response_ids], dim=1),
             "attention_mask": attention_mask.long(),
             "labels": labels,
+            "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
         }
-        if position_ids:
-            inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        return inputs
 
 
 @dataclass

@@ -56,7 +56,7 @@ from .config import PPOConfigX
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
-from .forward import ActorCriticOutput, accepts_position_ids, without_router_logits
+from .forward import ActorCriticOutput, without_router_logits
 from .given import Given, Model, check_given, resolve_args
 from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
@@ -267,7 +267,6 @@ class PPOTrainerX(GRPOTrainer):
         self.critic: Any = roles.critic
         self._attached, self._ref_logits = join_to_actor(self.model, roles, args)
         self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
-        self._position_ids = accepts_position_ids(self.model)
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:
@@ -483,7 +482,9 @@ class PPOTrainerX(GRPOTrainer):
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps = self._forward(self.model, part, ("log_probs",)).log_probs
         exact = logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16
-        require_same_policy(logps, part.ref_logps, part.mask, tolerance=1e-3 if exact else 0.1)
+        require_same_policy(
+            logps, part.ref_logps, part.mask, 1e-3 if exact else 0.1, getattr(self.model, "peft_config", None)
+        )
 
     @property
     def _reads_old_logps_early(self) -> bool:
@@ -499,7 +500,7 @@ class PPOTrainerX(GRPOTrainer):
         if not outputs:
             return ActorCriticOutput()
         with self.accelerator.autocast():
-            output = model(**part.model_inputs(self._position_ids), ppo_outputs=outputs, **kwargs)
+            output = model(**part.model_inputs(), ppo_outputs=outputs, **kwargs)
         return output.at_last(part.response_ids.size(1))
 
     def _reference_forward(self, part: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:

@@ -1,0 +1,137 @@
+"""
+A model that computes the same twice: dropout, layer drop and router jitter switched off, and what else draws random
+numbers found and kept in evaluation mode.
+
+Ratio 1 and KL 0 at the start, and every log-ratio after it, are those of a policy without noise.
+"""
+
+import logging
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .probe import in_mode
+
+
+logger = logging.getLogger(__name__)
+
+# Attributes that hold a probability, or the width of a jitter, as a number or as numbers by adapter. Not
+# `router_jitter_noise`: Phi-MoE compares scores with it, in evaluation too.
+STRENGTHS = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
+
+# How often noise is looked for: what is within a module that draws itself shows when that has stopped.
+ROUNDS = 5
+
+
+def disable_noise(model: nn.Module) -> None:
+    """Sets to 0 whatever a module keeps as the strength of its noise: `nn.Dropout` in all its kinds, and numbers."""
+    for module in model.modules():
+        of_dropout = "drop" in type(module).__name__.lower()
+        for name, value in list(vars(module).items()):
+            if not (STRENGTHS.search(name) or (of_dropout and name == "p")):
+                continue
+            if isinstance(value, float):
+                setattr(module, name, 0.0)
+            elif isinstance(value, dict) and all(isinstance(each, float) for each in value.values()):
+                value.update(dict.fromkeys(value, 0.0))  # LoHa and LoKr, by adapter
+
+
+def has_noise(model: nn.Module) -> bool:
+    """Whether a module keeps a strength of noise above 0."""
+    for module in model.modules():
+        of_dropout = "drop" in type(module).__name__.lower()
+        for name, value in vars(module).items():
+            if STRENGTHS.search(name) or (of_dropout and name == "p"):
+                values = list(value.values()) if isinstance(value, dict) else [value]
+                if any(isinstance(each, float) and each > 0 for each in values):
+                    return True
+    return False
+
+
+@torch.no_grad()
+def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: float) -> None:
+    """
+    Switches off the noise of a model's training mode: the modules that still draw random numbers in it after
+    [`disable_noise`] compute as in evaluation mode from now on, with a line that names them.
+
+    Args:
+        name: the model's in messages.
+        answer: asks the model, the same each time.
+        allowed: mean difference of two answers that rounding explains.
+
+    Raises:
+        ValueError: when training mode still gives another answer than evaluation mode.
+    """
+    disable_noise(model)
+    with in_mode(model, training=True):
+        for _ in range(ROUNDS):
+            drawing = _drawing(model, answer)
+            if not drawing:
+                break
+            kinds = sorted({type(module).__name__ for module in drawing.values()})
+            first = next(iter(drawing))
+            logger.warning(
+                "%s draws random numbers while it is trained, in %s (%d modules, the first is `%s`). These compute "
+                "as in evaluation mode.",
+                name,
+                ", ".join(kinds),
+                len(drawing),
+                first,
+            )
+            for module in drawing.values():
+                module.register_forward_pre_hook(_as_in_evaluation)
+        training, again = answer(), answer()
+    with in_mode(model, training=False):
+        evaluating = answer()
+    difference = max((training - evaluating).abs().mean().item(), (training - again).abs().mean().item())
+    if not difference <= allowed:
+        source = f", in {', '.join(drawing)[:200]}" if drawing else ""
+        raise ValueError(
+            f"{name} does not compute the same twice{source}: log-probabilities of training and evaluation mode, or "
+            f"of two passes, differ by {difference:.2g} nats on average ({allowed:.2g} would be rounding). The ratio "
+            "and the KL would measure that noise. Switch it off in the model's config."
+        )
+
+
+def _as_in_evaluation(module: nn.Module, args: Any) -> None:
+    """Before each forward pass, as `model.train()` comes again at every step; children keep their mode."""
+    module.training = False
+
+
+def _drawing(model: nn.Module, answer: Callable[[], Tensor]) -> dict[str, nn.Module]:
+    """The modules that draw random numbers themselves, not their children, during `answer()`, by name."""
+    found: dict[str, nn.Module] = {}
+    states: list[list[Any]] = []  # of the modules that are running: [random state on entry, a child has drawn]
+    names = {module: name for name, module in model.named_modules()}
+    device = next(model.parameters()).device
+
+    def enter(module: nn.Module, args: Any) -> None:
+        states.append([_random_state(device), False])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        before, child_has = states.pop()
+        if _random_state(device) == before:
+            return
+        if states:
+            states[-1][1] = True
+        if not child_has:
+            found[names[module] or type(module).__name__] = module
+
+    handles = [module.register_forward_pre_hook(enter, prepend=True) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
+    try:
+        answer()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Of the generators that modules draw from."""
+    of_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return torch.get_rng_state().numpy().tobytes(), of_device, random.getstate()
