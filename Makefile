@@ -47,11 +47,11 @@ demo: $(STAMP) ## train a reward model, then PPO against it, on a small real mod
 test: $(STAMP) ## run the tests, all but the tiers proof, measure and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
 
-check: $(STAMP) ## format, lint, types, layers and house rules
+check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q tests/test_layers.py tests/test_house.py
+	$(PYTEST) -q tests/test_layers.py tests/test_house.py .ci/test_pins.py
 
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 	$(PYTEST) -m proof -s $(ARGS)
