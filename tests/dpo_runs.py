@@ -59,6 +59,16 @@ ARCHITECTURES = {
             "attn_implementation": "eager",
         },
     ),
+    "gemma2_short_window": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4,
+            "layer_types": ALTERNATING,
+            "attn_implementation": "eager",
+        },
+    ),
     "stablelm": ("StableLm", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     "gpt2": (
         "GPT2",

@@ -106,3 +106,12 @@ def test_forward_uses_the_head_on_cpu_and_trls_for_what_it_cannot_do(monkeypatch
         logps = torch.log_softmax(model(input_ids=ids).logits.float()[:, :-1], dim=-1)
         expected = logps.gather(2, ids[:, 1:, None]).squeeze(2)
         torch.testing.assert_close(output.log_probs, expected, **({} if times else {"atol": 0.05, "rtol": 0.05}))
+
+
+def test_the_head_that_scores_is_one_class_for_every_call():
+    """Another one each time would have torch.compile compile anew each time."""
+    heads = []
+    for _ in range(2):
+        with _trl.scoring_head(cpu_head.TokenLogProbs):
+            heads.append(_trl.trl_utils._ChunkedLogProbFunction)
+    assert heads[0] is heads[1] is not _trl.trl_utils._ChunkedLogProbFunction

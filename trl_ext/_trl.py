@@ -201,7 +201,15 @@ def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
     Everywhere else it stays TRL's.
     """
     original = trl_utils._ChunkedLogProbFunction
+    trl_utils._ChunkedLogProbFunction = _chosen_head(original, cpu_head)
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original
 
+
+@functools.cache  # one class, not one for every call: torch.compile would compile for each of them
+def _chosen_head(original: Any, cpu_head: type[torch.autograd.Function]) -> type:
     class Chosen:
         @staticmethod
         def apply(
@@ -222,11 +230,7 @@ def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
             with_grad = torch.is_grad_enabled()
             return cpu_head.apply(states, weight, targets, scale / temperature, outputs, with_grad)
 
-    trl_utils._ChunkedLogProbFunction = Chosen
-    try:
-        yield
-    finally:
-        trl_utils._ChunkedLogProbFunction = original
+    return Chosen
 
 
 def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:

@@ -5,7 +5,10 @@ Compared to 1e-5 are both losses, the first gradient by its norm, and every metr
 starts from other parameters, so that no log-ratio is 0 any more, also where the reference is a copy of the actor.
 """
 
+import functools
+
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -65,14 +68,14 @@ def differences(ours, theirs, undecided=False):
     return worst, dpo_runs.gradient_difference(gradient, trl_gradient)
 
 
-def assert_equals_trl(tmp_path, models=None, sharing=True, undecided=False, **options):
+def assert_equals_trl(tmp_path, models=None, sharing=True, undecided=False, tolerance=TOLERANCE, **options):
     models = models or {}
     with dpo_runs.not_at_the_start():
         ours = measured(tmp_path / "ours", dpo_runs.OURS, models, options)
     theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, models, options)
     worst, of_gradient = differences(ours, theirs, undecided)
-    assert worst[0] < TOLERANCE, worst
-    assert of_gradient < TOLERANCE
+    assert worst[0] < tolerance, worst
+    assert of_gradient < tolerance
     assert [forward.sharing for forward in ours[2]._forwards] == [sharing] * len(ours[2]._forwards)
 
 
@@ -166,6 +169,50 @@ def test_gradient_checkpointing_equals_trl(tmp_path, saved, mode, checkpointing)
     assert_equals_trl(tmp_path, models, **options)
 
 
+# In 16 bits: no further from TRL's numbers than rounding has moved these
+
+
+@pytest.fixture(scope="module")
+def in_float32(tmp_path_factory):
+    """TRL's run of an architecture in float32, once."""
+
+    @functools.cache
+    def run(name):
+        models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
+        return measured(tmp_path_factory.mktemp(name), dpo_runs.TRLS, models, {})
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_short_window", "gemma2", "mixtral"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_bf16_equals_trl_within_rounding(tmp_path, in_float32, name, weights):
+    models = {
+        "model": lambda: dpo_runs.tiny_model(name).to(weights),
+        "ref_model": lambda: dpo_runs.tiny_model(name, seed=1).to(weights),
+    }
+    ours = measured(tmp_path / "ours", dpo_runs.OURS, models, {"bf16": True})
+    theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, models, {"bf16": True})
+    assert [forward.sharing for forward in ours[2]._forwards] == [True, True]
+    (worst, name_of_worst), of_gradient = differences(ours, theirs, undecided=True)
+    (rounding, _), of_gradient_by_rounding = differences(theirs, in_float32(name), undecided=True)
+    assert of_gradient < 2 * of_gradient_by_rounding < 0.5
+    assert worst < 2 * rounding < 0.5, name_of_worst
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_bf16_shares_rows_for_an_adapter_and_for_a_precomputed_reference(tmp_path, saved, weights):
+    for mode in ("adapter off", "precomputed"):
+        models, options = reference_modes(saved, "llama")[mode]
+        models = models | {"model": lambda: dpo_runs.tiny_model().to(weights)}
+        ours = measured(tmp_path / mode, dpo_runs.OURS, {"ref_model": None} | models, options | {"bf16": True})
+        theirs = measured(tmp_path / mode, dpo_runs.TRLS, {"ref_model": None} | models, options | {"bf16": True})
+        worst, of_gradient = differences(ours, theirs, undecided=True)
+        assert all(forward.sharing for forward in ours[2]._forwards)
+        assert worst[0] < 3e-2, worst
+        assert of_gradient < 3e-2
+
+
 # Data
 
 
@@ -255,10 +302,24 @@ def test_evaluation_equals_trl(tmp_path):
 # Models that cannot share, and a mistake
 
 
-@pytest.mark.parametrize("name", ["mistral_short_window", "mamba", "bloom"])
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
 def test_model_that_cannot_share_equals_trl(tmp_path, name):
     models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
-    assert_equals_trl(tmp_path, models, sharing=name == "mistral_short_window")
+    assert_equals_trl(tmp_path, models, sharing=False)
+
+
+@pytest.mark.parametrize("name", ["mistral_short_window", "gemma2_short_window"])
+def test_sequences_beyond_a_window_equal_trl(tmp_path, name):
+    models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
+    assert_equals_trl(tmp_path, models)
+
+
+@pytest.mark.parametrize("size, accumulation", [(4, 1), (2, 2)])
+def test_mixture_of_experts_with_its_auxiliary_loss_equals_trl(tmp_path, size, accumulation):
+    """The load-balancing loss is of the tokens in TRL's rows, without padding: what pairs share counts twice."""
+    models = {"model": lambda: dpo_runs.tiny_model("mixtral", router_aux_loss_coef=0.5, output_router_logits=True)}
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    assert_equals_trl(tmp_path, models, **sizes)
 
 
 def test_control_an_unnoticed_mistake_in_the_layout_shows_here(tmp_path, monkeypatch):
@@ -274,7 +335,7 @@ def test_control_an_unnoticed_mistake_in_the_layout_shows_here(tmp_path, monkeyp
             start += span.size
         return shared
 
-    monkeypatch.setattr(trainer_module.PairForward, "_probe", lambda self: None)
+    monkeypatch.setattr(trainer_module.PairForward, "_differs", lambda *args: None)
     monkeypatch.setattr("trl_ext.dpo.forward.share_prefixes", late)
     worst, of_gradient = differences(measured(tmp_path / "ours", dpo_runs.OURS, {}, {}), theirs)
     assert worst[0] > 1e-3

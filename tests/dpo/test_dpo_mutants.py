@@ -7,6 +7,7 @@ import pytest
 from transformers import AttentionInterface
 
 import mutants
+from dpo.test_pair_forward import DYNAMIC
 from trl_ext.dpo import attention
 
 
@@ -23,7 +24,7 @@ FILES = {
 
 ALL_IN_ONE = {"case": "all", "per_row": None}
 ALL_BY_TWO = {"case": "all", "per_row": 2}
-PIECES = {"case": "all", "per_row": 2, "heads": (4, 2), "scaling": 0.7}
+PIECES = {"case": "all", "per_row": 2, "heads": (4, 2), "scaling": 0.7, "window": None}
 REWARD = {"rows": None, "batch_size": 4}  # `rows` is filled in from the test's own module
 
 # (module, text in its source, what a mistake would have written, test that must notice, its parameters)
@@ -141,34 +142,54 @@ MUTANTS = [
     # attention.py
     (
         "attention",
-        "causal_lower_right(span.rejected, keys.size(2))",
-        "torch.ones(span.rejected, keys.size(2)).bool()",
+        "causal_lower_right(size, seen)",
+        "torch.ones(size, seen).bool()",
         "pieces_equal",
         PIECES,
     ),
     ("attention", "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", "pieces_equal", PIECES),
     (
         "attention",
-        "[:, :, : span.common]",
-        "[:, :, : span.common + span.chosen]",
+        "[:, :, start : span.common]",
+        "[:, :, start : span.common + span.chosen]",
         "pieces_equal",
         PIECES,
     ),
     ("attention", "is_causal=True, scale=scaling", "is_causal=False, scale=scaling", "pieces_equal", PIECES),
-    ("attention", "attn_mask=sees, scale=scaling", "attn_mask=sees", "pieces_equal", PIECES),
-    ("attention", "key, value = repeat_kv(key, groups)", "key, value = key.repeat(1, groups, 1, 1)", "pieces", PIECES),
+    ("attention", "attn_mask=lower_right, scale=scaling", "attn_mask=lower_right", "pieces_equal", PIECES),
+    ("attention", "distance < window", "distance <= window", "pieces_equal", PIECES | {"window": 2}),
+    (
+        "attention",
+        "max(span.common + 1 - window, 0)",
+        "max(span.common - window, 1)",
+        "pieces_equal",
+        PIECES | {"window": 2},
+    ),
+    (
+        "attention",
+        "key, value = repeat_kv(key, groups)",
+        "key, value = key.repeat(1, groups, 1, 1)",
+        "pieces_equal",
+        PIECES,
+    ),
     # flex.py
-    ("flex", "(query >= key) & ", "", "blocks_are", {"case": "small", "per_row": None}),
-    ("flex", "(tail[row, key] == -1) | ", "", "blocks_are", {"case": "small", "per_row": None}),
-    ("flex", "lower[inner, inner].tril(-1)", "lower[inner, inner]", "blocks_are", {"case": "long", "per_row": 1}),
+    ("flex", "(query >= key) & ", "", "blocks_are", {"case": "small", "per_row": None, "window": None}),
+    ("flex", "(tail[row, key] == -1) | ", "", "blocks_are", {"case": "small", "per_row": None, "window": None}),
+    ("flex", "lower.tril(-1) &", "lower &", "blocks_are", {"case": "long", "per_row": 1, "window": None}),
     (
         "flex",
-        "touched[_covering(tail, end)",
-        "touched[_inside(tail, end)",
+        "near, inner = _covering(tail, end),",
+        "near, inner = _inside(tail, end),",
         "blocks_are",
-        {"case": "long", "per_row": 1},
+        {"case": "long", "per_row": 1, "window": None},
     ),
-    ("flex", "slice(-(-first // BLOCK),", "slice(first // BLOCK,", "blocks_are", {"case": "long", "per_row": 1}),
+    (
+        "flex",
+        "slice(-(-first // BLOCK),",
+        "slice(first // BLOCK,",
+        "blocks_are",
+        {"case": "long", "per_row": 1, "window": None},
+    ),
     ("flex", "torch.stack(touched) & ~torch.stack(whole)", "torch.stack(touched)", "blocks_spare", {}),
     # metrics.py
     ("metrics", "right = margins > 0", "right = margins >= 0", "margin_of_0", {}),
@@ -214,15 +235,9 @@ MUTANTS = [
     ("implicit_reward", "key=lambda i: -rewards[i]", "key=lambda i: rewards[i]", "ranking", {}),
     # forward.py, exactness.py
     ("forward", "packed_index[:, :-1][scored]", "packed_index[:, 1:][scored]", "shared_rows_give_way", {}),
-    ("forward", "self.limit is None or shared.longest <= self.limit", "True", "shared_rows_give_way", {}),
-    ("forward", "position_ids=shared.position_ids,", "", "shared_rows_give_way", {}),
-    (
-        "exactness",
-        '"sliding_attention" in kinds',
-        "False",
-        "length_limit",
-        {"name": "gemma2", "overrides": {}, "limit": 64},
-    ),
+    ("forward", "shared.longest > self.limit", "False", "shared_rows_give_way", {}),
+    ("forward", '"position_ids": shared.position_ids', "", "shared_rows_give_way", {}),
+    ("exactness", "limits.append(", "print(", "length_limit", {"name": "llama", "overrides": DYNAMIC, "limit": 128}),
 ]
 
 
@@ -230,7 +245,7 @@ MUTANTS = [
 def test_dpo_mutant_is_caught(mutant, monkeypatch):
     module_name, text, mistake, beginning, parameters = mutant
     # A mutant of attention.py registers its attention: afterwards the name is the real one's again.
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, attention.shared_attention)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention.shared_attention)
     module = importlib.import_module(f"trl_ext.dpo.{module_name}")
     test, tests = mutants.find_test(Path(__file__).with_name(f"{FILES[module_name]}.py"), beginning)
     if "rows" in parameters:

@@ -373,6 +373,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_pair(tmp_path)
 # Why prefixes are not shared: one line each, and TRL's numbers
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 6}
+
+
 def dropout_model():
     return dpo_runs.tiny_model(attention_dropout=0.3)
 
@@ -388,20 +391,20 @@ REASONS = {
         {},
         r"Prefixes are not shared \(actor\): PROMPT_TUNING puts virtual tokens before every row",
     ),
-    "experts": (
-        {"model": lambda: dpo_runs.tiny_model("mixtral", router_aux_loss_coef=0.1)},
+    "activated adapter": (
+        {"ref_model": None, "peft_config": LoraConfig(task_type="CAUSAL_LM", r=2, alora_invocation_tokens=[20])},
         {},
-        r"Prefixes are not shared \(actor\): the load-balancing loss counts the tokens",
+        r"Prefixes are not shared \(actor\): an activated LoRA looks for its invocation tokens",
     ),
     "alibi": (
         {"model": lambda: dpo_runs.tiny_model("bloom")},
         {},
         r"Prefixes are not shared \(actor\): BloomForCausalLM ",
     ),
-    "window": (
-        {"model": lambda: dpo_runs.tiny_model("mistral_short_window")},
-        {},
-        r"Prefixes are shared \(actor\) in batches whose sequences have at most 6 tokens",
+    "rotary embedding": (
+        {"model": lambda: dpo_runs.tiny_model(rope_parameters=DYNAMIC)},
+        {"max_length": None},
+        r"Prefixes are shared \(actor\) in batches whose sequences have at most 6 tokens.*rope_parameters",
     ),
 }
 

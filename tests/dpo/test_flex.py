@@ -41,17 +41,26 @@ def batch(pairs):
     return ids, mask
 
 
+# As models ask for: grouped; wider queries than values (MLA); wider than the hidden size says (Gemma), with a window.
+HEADS_OF_MODELS = [
+    attention.Heads(4, 2, 16, 16, None, None),
+    attention.Heads(4, 4, 24, 16, 0.3, None),
+    attention.Heads(4, 1, 32, 32, 1.0, 200),
+]
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     monkeypatch.setattr(flex, "_kernel", lambda: flex_attention)
 
 
+@pytest.mark.parametrize("window", [None, 1, 128, 300])
 @pytest.mark.parametrize("per_row", [None, 1])
 @pytest.mark.parametrize("case", ROWS)
-def test_blocks_are_those_of_the_mask(case, per_row):
+def test_blocks_are_those_of_the_mask(case, per_row, window):
     """A block is computed if it has a visible score, and needs no mask if it has only such."""
     shared = share_prefixes(*batch(ROWS[case]), per_row)
-    blocks, mask = flex.block_mask_of(shared), attention_mask_of(shared)
+    blocks, mask = flex.block_mask_of(shared, window), attention_mask_of(shared, window)
     width = mask.size(-1)
     assert (create_mask(blocks.mask_mod, len(mask), 1, width, width, device="cpu") == mask).all()
     in_part, whole = (
@@ -70,7 +79,8 @@ def test_blocks_are_those_of_the_mask(case, per_row):
             assert in_part[r][i] | whole[r][i] >= {j for j, piece in enumerate(pieces) if piece.any()}
             assert in_part[r][i] & whole[r][i] == set()
             assert whole[r][i] <= {j for j, piece in enumerate(pieces) if piece.all()}
-            assert in_part[r][i] <= {j for j, piece in enumerate(pieces) if piece.any()}
+            if window is None:  # at its far end some blocks turn out to be empty
+                assert in_part[r][i] <= {j for j, piece in enumerate(pieces) if piece.any()}
 
 
 def test_blocks_spare_what_nobody_sees():
@@ -80,13 +90,14 @@ def test_blocks_spare_what_nobody_sees():
     assert blocks.full_kv_num_blocks.sum() == 2 * (12 * 11 // 2 + 4 * 3 // 2 + 4 * 8)
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize("case", ROWS)
-def test_flex_equals_dense_attention(case, heads, uncompiled):
+def test_flex_equals_dense_attention(case, heads, window, uncompiled):
     shared = share_prefixes(*batch(ROWS[case]))
     leaves, real = [leaf.detach() for leaf in tensors(shared, *heads)], real_tokens(shared)
-    got = flex.attend(*leaves, flex.block_mask_of(shared), 0.7)
-    expected = dense(*leaves, attention_mask_of(shared), 0.7)
+    got = flex.attend(*leaves, flex.Blocks(shared)[window], 0.7)
+    expected = dense(*leaves, attention_mask_of(shared, window), 0.7)
     torch.testing.assert_close(got[real], expected[real], **oracles.FLOAT64)
 
 
@@ -110,23 +121,32 @@ def test_a_model_that_attends_by_flex_gives_the_same_log_probabilities(uncompile
     torch.testing.assert_close(got, expected, **oracles.FLOAT32)
 
 
+HEADS = attention.Heads(2, 1, 16, 16, None, None)
+CPU = torch.device("cpu")
+
+
 def test_a_kernel_that_cannot_run_here_is_a_reason(uncompiled):
     """Torch has no backward of it on a CPU."""
-    reason = flex.why_not(dpo_runs.tiny_model(), torch.device("cpu"), attention.pieces)
-    assert "NotImplementedError" in reason
+    assert "NotImplementedError" in flex.why_not([HEADS], torch.float32, CPU, attention.pieces)
 
 
-def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch):
-    model = dpo_runs.tiny_model()
+@pytest.mark.parametrize("heads", HEADS_OF_MODELS)
+def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch, heads):
+    """It is tried at the heads that a model asks for, of which queries and values may differ in width."""
+    plain = heads._replace(window=None)
+    asked = []
 
-    def of_pieces(*qkv_blocks, factor=1.0):
-        rows, _ = flex._example(model, torch.device("cpu"))
-        return attention.pieces(*qkv_blocks[:3], rows) * factor
+    def of_pieces(query, key, value, blocks, scaling, factor=1.0):
+        asked.append((query.size(1), key.size(1), query.size(3), value.size(3), scaling))
+        *sizes, _, window = heads
+        rows, _ = flex._example(*sizes, query.dtype, CPU)
+        return attention.pieces(query, key, value, rows, scaling, window) * factor
 
     monkeypatch.setattr(flex, "attend", of_pieces)
-    assert flex.why_not(model, torch.device("cpu"), attention.pieces) is None
+    assert flex.why_not([heads], torch.float32, CPU, attention.pieces) is None
+    assert set(asked) == {tuple(plain)[:5]}
     monkeypatch.setattr(flex, "attend", lambda *args: of_pieces(*args, factor=1.02))
-    assert "it is off by" in flex.why_not(model, torch.device("cpu"), attention.pieces)
+    assert "it is off by" in flex.why_not([heads], torch.float32, CPU, attention.pieces)
 
 
 # On a GPU
@@ -134,9 +154,9 @@ def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_flex_gives_what_the_pieces_give_on_cuda(dtype):
-    model = dpo_runs.tiny_model().to("cuda", dtype)
-    assert flex.why_not(model, torch.device("cuda"), attention.pieces) is None
+@pytest.mark.parametrize("heads", HEADS_OF_MODELS)
+def test_flex_gives_what_the_pieces_give_on_cuda(heads, dtype):
+    assert flex.why_not([heads], dtype, torch.device("cuda"), attention.pieces) is None
 
 
 @pytest.mark.gpu

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpo_runs
 from trl_ext._trl import add_fused_lm_head
-from trl_ext.dpo import attention, forward
+from trl_ext.dpo import forward
 from trl_ext.dpo.exactness import length_limit
 from trl_ext.dpo.forward import PairForward, recorded
 
@@ -73,14 +74,17 @@ def test_shared_rows_score_what_trl_scores(name, pack_pairs, monkeypatch):
     shapes = []
     pairs._fused_forward = lambda **kwargs: shapes.append(kwargs["input_ids"].shape) or fused(**kwargs)
     assert_equal(scored(ours, batch), scored(theirs, batch))
-    shared = name != "mistral_short_window"  # its window of 6 is shorter than the sequences: TRL's layout
-    assert shapes == [rows[0].input_ids.shape if shared else batch["input_ids"].shape]
+    assert shapes == [rows[0].input_ids.shape]
     assert rows[0].input_ids.size(0) == (1 if pack_pairs and name != "gemma2" else 4)
+    assert pairs.limit is pairs.row_limit is None  # windows of 6 and of 64 tokens, too
 
 
-def test_shared_rows_give_way_only_in_batches_beyond_the_window():
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+
+
+def test_shared_rows_give_way_only_in_batches_beyond_the_limit():
     """The sequences of this batch have at most 6 tokens; one more and TRL's layout is taken."""
-    theirs, ours, pairs = both("mistral_short_window")
+    theirs, ours, pairs = both("llama", max_position_embeddings=6, **DYNAMIC)
     assert pairs.share() is None
     assert pairs.limit == 6
     calls, fused = [], pairs._fused_forward
@@ -166,7 +170,7 @@ def test_model_that_no_mask_can_mend_is_refused_by_name_and_scored_as_trl_does(n
     assert not pairs.sharing
     assert type(ours).__name__ in reason
     assert re.search(REFUSED[name], reason), reason
-    assert not attention.in_use(ours)
+    assert not pairs.piecewise
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     assert_equal(scored(ours, batch), scored(theirs, batch))
 
@@ -188,19 +192,20 @@ def test_probe_alone_would_refuse_what_the_list_explains(name, monkeypatch):
 def test_probe_refuses_an_attention_that_lets_the_rejected_tokens_see_the_chosen_ones(monkeypatch):
     def leaky(module, query, key, value, attention_mask, scaling=None, shared_rows=None, **kwargs):
         visible = torch.ones(query.size(2), query.size(2)).tril().bool()
-        return attention.sdpa_attention_forward(module, query, key, value, visible, scaling=scaling)
+        mask = attention_mask if shared_rows is None else visible
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaky)
-    _, ours, pairs = both("llama")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", leaky)
+    _, _, pairs = both("llama")
     assert pairs.share() is None  # with a mask over the row instead
-    assert ours.config._attn_implementation == "sdpa"
+    assert not pairs.piecewise
     monkeypatch.setattr(
         forward, "attention_mask_of", lambda shared: torch.ones(1, 1, *2 * shared.input_ids.shape[1:]) > 0
     )
-    _, ours, pairs = both("llama")
-    assert "gives other log-probabilities on shared rows" in pairs.share()
+    _, _, pairs = both("llama")
+    reason = pairs.share()
+    assert reason.count("gives other log-probabilities on shared rows") == 2  # piece by piece, and with a mask
     assert not pairs.sharing
-    assert ours.config._attn_implementation == "sdpa"
 
 
 def test_probe_refuses_wrong_positions(monkeypatch):
@@ -222,7 +227,7 @@ def test_a_model_with_an_attention_of_its_own_is_shared_with_a_mask():
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     theirs, ours, pairs = both("stablelm", attn_implementation="sdpa")
     assert pairs.share() is None
-    assert not attention.in_use(ours)
+    assert not pairs.piecewise
     assert_equal(scored(ours, batch), scored(theirs, batch))
 
 
@@ -237,9 +242,8 @@ def test_probe_takes_an_exception_as_a_reason(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(forward, "share_prefixes", broken)
-    _, ours, pairs = both("llama")
+    _, _, pairs = both("llama")
     assert "cannot be run on shared rows (RuntimeError: no such kernel)" in pairs.share()
-    assert ours.config._attn_implementation == "sdpa"
 
 
 def test_probe_leaves_mode_and_generator_as_they_were():
@@ -262,20 +266,7 @@ def test_probe_passes_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "name, overrides, limit",
-    [
-        ("llama", {}, None),
-        ("mistral", {}, 64),
-        ("mistral", {"sliding_window": None}, None),
-        ("gemma2", {}, 64),
-        ("gemma2", {"layer_types": ["full_attention"] * 2}, None),
-        ("qwen2", {}, None),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            128,
-        ),
-    ],
+    "name, overrides, limit", [("llama", {}, None), ("llama", DYNAMIC, 128), ("mistral", {}, None)]
 )
-def test_length_limit_is_the_window_or_the_length_a_rotary_embedding_was_made_for(name, overrides, limit):
+def test_length_limit_is_the_length_a_rotary_embedding_was_made_for(name, overrides, limit):
     assert length_limit(dpo_runs.tiny_model(name, **overrides)) == limit

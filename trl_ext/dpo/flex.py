@@ -7,8 +7,7 @@ pieces compute, forward and backward, is tried out once for every model.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,45 +22,75 @@ TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-8}
 TOLERANCE_16_BIT = 3e-2
 
 
-def block_mask_of(shared: SharedRows) -> BlockMask:
+class Blocks:
+    """The block masks of some rows, one for each window that a layer asks for; `None` is none."""
+
+    def __init__(self, shared: SharedRows):
+        self.shared = shared
+        self.masks: dict[int | None, BlockMask] = {}
+
+    def __getitem__(self, window: int | None) -> BlockMask:
+        if window is not None and self.shared.longest <= window:
+            window = None
+        if window not in self.masks:
+            self.masks[window] = block_mask_of(self.shared, window)
+        return self.masks[window]
+
+
+def block_mask_of(shared: SharedRows, window: int | None = None) -> BlockMask:
     """The mask of `prefix_sharing.attention_mask_of` in blocks of 128 × 128 scores."""
     width = shared.input_ids.size(1)
     device = shared.input_ids.device
-    touched, whole = zip(*(_blocks(row, width) for row in shared.rows), strict=True)
+    touched, whole = zip(*(_blocks(row, width, window) for row in shared.rows), strict=True)
     seen_in_part = torch.stack(touched) & ~torch.stack(whole)
-    pair, tail = membership(shared)
+    (pair, tail), position = membership(shared), shared.position_ids
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_sequence = (tail[row, key] == -1) | (tail[row, query] == tail[row, key])
         return (query >= key) & (pair[row, query] == pair[row, key]) & in_sequence
 
+    def sees_near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = position[row, query] - position[row, key] < window  # type: ignore[operator]
+        return sees(row, head, query, key) & near
+
     return BlockMask.from_kv_blocks(
         *_indices(seen_in_part, device),
         *_indices(torch.stack(whole), device),
         BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
+        mask_mod=sees if window is None else sees_near,
         seq_lengths=(width, width),
     )
 
 
-def _blocks(row: tuple[Span, ...], width: int) -> tuple[Tensor, Tensor]:
+def _blocks(row: tuple[Span, ...], width: int, window: int | None = None) -> tuple[Tensor, Tensor]:
     """(n, n) each, n blocks of a row: which hold a visible score, and which hold no other."""
     count = -(-width // BLOCK)
     touched, whole = torch.zeros(2, count, count, dtype=torch.bool)
     lower = torch.ones(count, count, dtype=torch.bool).tril()
     start = 0
-    for span in (*row, Span(width - sum(span.size for span in row), 0, 0)):  # the last one is padding
+    padding = Span(width - sum(span.size for span in row), 0, 0)
+    for span in (*row, padding):
+        window = None if span is padding else window  # padding is at position 0 throughout
         tail, end = start + span.common + span.chosen, start + span.size
         for first, last in ((start, tail), (tail, end)):  # two triangles
             if last > first:
                 near, inner = _covering(first, last), _inside(first, last)
-                touched[near, near] |= lower[near, near]
-                whole[inner, inner] |= lower[inner, inner].tril(-1)
-        if span.rejected and span.common:  # and between them a rectangle
-            touched[_covering(tail, end), _covering(start, start + span.common)] = True
-            whole[_inside(tail, end), _inside(start, start + span.common)] = True
+                touched[near, near] |= (lower & _nearer(count, window, 1 - BLOCK))[near, near]
+                whole[inner, inner] |= (lower.tril(-1) & _nearer(count, window, BLOCK - 1))[inner, inner]
+        if span.rejected and span.common:  # and between them a rectangle, which the chosen tokens hold apart
+            reach = None if window is None else window + span.chosen
+            near, inner = _covering(tail, end), _inside(tail, end)
+            common, whole_common = _covering(start, start + span.common), _inside(start, start + span.common)
+            touched[near, common] |= _nearer(count, reach, 1 - BLOCK)[near, common]
+            whole[inner, whole_common] = _nearer(count, reach, BLOCK - 1)[inner, whole_common]
         start = end
     return touched, whole
+
+
+def _nearer(count: int, window: int | None, apart: int) -> Tensor:
+    """(count, count): whether query and key are less than `window` places apart, `apart` more than their blocks."""
+    first = torch.arange(count) * BLOCK
+    return first[:, None] - first + apart < (window if window is not None else count * BLOCK * 2)
 
 
 def _covering(first: int, last: int) -> slice:
@@ -90,42 +119,49 @@ def attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scaling
     return output.transpose(1, 2).contiguous()
 
 
-def why_not(model: Any, device: torch.device, pieces: Callable[..., Tensor]) -> str | None:
+def why_not(
+    heads: Iterable[tuple], dtype: torch.dtype, device: torch.device, pieces: Callable[..., Tensor]
+) -> str | None:
     """
-    Why FlexAttention cannot stand in for `pieces` at the heads of `model`; `None` if it gives the same outputs and
-    gradients.
+    Why FlexAttention cannot stand in for `pieces` at these heads; `None` if it gives the same outputs and gradients.
 
     Args:
-        pieces: (query, key, value, shared rows) -> (R, T, heads, D).
+        heads: what the layers of a model ask for, each an `attention.Heads`.
+        dtype: of queries, keys and values.
+        pieces: (query, key, value, shared rows, scaling, window) -> (R, T, heads, E).
     """
-    rows, leaves = _example(model, device)
+    return next(filter(None, (_why_not_for(each, dtype, device, pieces) for each in dict.fromkeys(heads))), None)
+
+
+def _why_not_for(heads: tuple, dtype: torch.dtype, device: torch.device, pieces: Callable[..., Tensor]) -> str | None:
+    queries, keys, width, value_width, scaling, window = heads
+    rows, leaves = _example(queries, keys, width, value_width, dtype, device)
     try:
-        blocks = block_mask_of(rows)
-        got = _output_and_gradients(lambda q, k, v: attend(q, k, v, blocks), leaves)
+        blocks = block_mask_of(rows, window)
+        got = _output_and_gradients(lambda q, k, v: attend(q, k, v, blocks, scaling), leaves)
     except Exception as error:  # a kernel that cannot be compiled here is no reason to stop
         return f"{type(error).__name__}: {error}"
-    expected = _output_and_gradients(lambda q, k, v: pieces(q, k, v, rows), leaves)
+    expected = _output_and_gradients(lambda q, k, v: pieces(q, k, v, rows, scaling, window), leaves)
     off = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
     tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BIT)
     return None if off <= tolerance else f"it is off by {off:.2g}, more than {tolerance}"
 
 
-def _example(model: Any, device: torch.device) -> tuple[SharedRows, list[Tensor]]:
+def _example(
+    queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[SharedRows, list[Tensor]]:
     """A pair over several blocks, with padding behind it, and random queries, keys and values for it."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     span = Span(common=150, chosen=150, rejected=280)
-    width = span.size + 20
-    ids = torch.zeros(1, width, dtype=torch.long, device=device)
+    size = span.size + 20
+    ids = torch.zeros(1, size, dtype=torch.long, device=device)
+    positions = torch.arange(size, device=device)
+    positions[span.common + span.chosen :] -= span.chosen
     generator = torch.Generator().manual_seed(0)
     leaves = [
-        torch.randn(1, count, width, size, generator=generator).to(device, model.dtype).requires_grad_()
-        for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)
+        torch.randn(1, count, size, dim, generator=generator).to(device, dtype).requires_grad_()
+        for count, dim in ((queries, width), (keys, width), (keys, value_width))
     ]
-    return SharedRows(ids, ids, ((span,),), ids), leaves
+    return SharedRows(ids, positions[None], ((span,),), ids), leaves
 
 
 def _output_and_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:

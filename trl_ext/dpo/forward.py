@@ -12,26 +12,31 @@ import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..heads import ScoringHead
 from ..scoring import score_only
 from ..zero import is_partitioned
-from . import attention, flex
-from .exactness import length_limit, why_not_model
+from . import attention, flex, probe
+from .exactness import KINDS_OF_LAYERS, is_harmless, length_limit, lengths, shrunk, why_not_model
 from .prefix_sharing import SharedRows, attention_mask_of, share_prefixes
 
 
 logger = logging.getLogger(__name__)
 
-# The largest mean difference of the probe's log-probabilities, in nats, that rounding explains.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-TOLERANCE_16_BIT = 0.1
+# Tokens in the longest sequence of the first trial; what a length of the config becomes for a trial, where the model
+# reads it; up to which a length is tried as it is.
+SHORT = 12
+SHRUNK = 8
+LONGEST = 512
+UNTRIED = "cannot be tried out"
+INPUTS = {"input_ids", "attention_mask", "use_cache"}
 
 
 class PairForward:
@@ -47,10 +52,12 @@ class PairForward:
     Attributes:
         head: what makes log-probabilities; it settles when sharing is asked for, or at the first batch.
         sharing: whether rows are shared. Off until `share` finds it exact.
+        piecewise: whether attention goes piece by piece, or by FlexAttention; otherwise by a mask over the row.
         one_kernel: whether FlexAttention reads shared rows, not SDPA piece by piece; decided by the first rows on
             CUDA.
-        limit: sequences longer than this many tokens are computed as TRL does: a sliding window or a long-context
-            rotary embedding would tell the layouts apart.
+        limit: batches with sequences longer than this many tokens are computed as TRL does.
+        row_limit: rows are not longer than this many tokens, for models that count places in the row.
+        limited_by: what in the config the two limits are of.
         outputs: while a list, every scored batch's output is added to it.
     """
 
@@ -59,9 +66,13 @@ class PairForward:
         self.head = ScoringHead(model, role, silent)
         self.pack_pairs = pack_pairs
         self.sharing = False
+        self.piecewise = False
         self.one_kernel: bool | None = None
         self.limit = length_limit(model)
+        self.row_limit: int | None = None
+        self.limited_by: list[str] = ["rope_parameters"] if self.limit else []
         self.outputs: list[ModelOutput] | None = None
+        self._heads: list[attention.Heads] = []
         self._fused_forward = fused_forward = model.forward
 
         @functools.wraps(type(model).forward)
@@ -75,114 +86,242 @@ class PairForward:
 
         model.forward = types.MethodType(forward, model)
 
-    def share(self) -> str | None:
+    def share(self, aux_loss: bool = False) -> str | None:
         """
         Switches sharing on where random pairs have the same log-probabilities both ways.
+
+        Args:
+            aux_loss: whether a mixture of experts' load-balancing loss has to be the same, too.
 
         Returns:
             Why rows are not shared; `None` where they are.
         """
         if not is_partitioned(self.model):
             self.head.settle()
-        reason = why_not_model(self.model)
-        if reason is None:
-            attention.use(self.model)
-            reason = None if is_partitioned(self.model) else self._probe()
-            if reason is not None and attention.in_use(self.model):
-                # A model with an attention class of its own may still be exact with a mask over the row.
-                attention.stop_using(self.model)
-                reason = self._probe()
-        if reason is not None:
-            attention.stop_using(self.model)
-        self.sharing = reason is None
-        return reason
+        reasons = [why_not_model(self.model)]
+        was_training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device.type
+        if reasons == [None]:
+            # A model with an attention of its own may still be exact with a mask over the row.
+            asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
+            for self.piecewise in [True, False] if asks_sdpa else [False]:
+                reasons.append(self._probe(aux_loss))
+                in_fewer_bits = torch.is_autocast_enabled(device)
+                with torch.autocast(device, enabled=False):
+                    if reasons[-1] is None and in_fewer_bits:  # more digits tell more apart
+                        reasons[-1] = self._probe(aux_loss)
+                    if reasons[-1] is None:
+                        self._find_limits(aux_loss)
+                        break
+        self.model.train(was_training)
+        self.sharing = reasons[-1] is None
+        self.piecewise &= self.sharing
+        said = list(dict.fromkeys(filter(None, reasons)))
+        if self.sharing and said:
+            logger.info("Attention over shared rows reads a mask: %s.", said[0])
+        return None if self.sharing else "; with a mask over the row, ".join(said)
+
+    # ---- A batch ----
 
     def _score(self, *args: Any, labels: Tensor, **kwargs: Any) -> ModelOutput:
-        # What PEFT names without passing it is not there; anything else, such as images, embeddings or router logits,
-        # goes TRL's way.
+        # What PEFT names without passing it is not there; anything else, such as images or embeddings, goes TRL's way.
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if not args and set(kwargs) <= {"input_ids", "attention_mask", "use_cache", "output_router_logits"}:
+        if not args and kwargs.keys() - {"output_router_logits"} <= INPUTS:
             self.head.settle()
-        if args or set(kwargs) != {"input_ids", "attention_mask", "use_cache"}:
+        if args or kwargs.keys() - {"output_router_logits"} != INPUTS:
             return self._fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
         if self.sharing and len(ids) % 2 == 0 and _is_padded_right(mask):
             shared = self._share(ids, mask)
-            if self.limit is None or shared.longest <= self.limit:
-                return self._score_shared(shared, labels)
+            if shared is not None:
+                return self._score_shared(shared, labels, **kwargs)
         scored = labels[:, 1:] != -100
         with score_only(self.head.trunk, lambda states: states[:, :-1][scored]):
             output = self._fused_forward(shift_labels=labels[:, 1:][scored][None], fused_lm_head=True, **kwargs)
         return _scatter(output, scored)
 
-    def _share(self, ids: Tensor, mask: Tensor) -> SharedRows:
+    def _share(self, ids: Tensor, mask: Tensor) -> SharedRows | None:
+        """As many pairs in a row as it may hold; `None` if a sequence or a row of one pair is too long."""
         # With a mask over the whole row, pairs side by side would pay for scores between them.
-        packed = self.pack_pairs and attention.in_use(self.model)
-        return share_prefixes(ids, mask, pairs_per_row=None if packed else 1)
+        pairs_per_row = len(ids) // 2 if self.pack_pairs and self.piecewise else 1
+        shared = share_prefixes(ids, mask, pairs_per_row)
+        if self.limit is not None and shared.longest > self.limit:
+            return None
+        while self.row_limit is not None and shared.input_ids.size(1) > self.row_limit:
+            if pairs_per_row == 1:
+                return None
+            pairs_per_row = (pairs_per_row + 1) // 2
+            shared = share_prefixes(ids, mask, pairs_per_row)
+        return shared
 
-    def _score_shared(self, shared: SharedRows, labels: Tensor) -> ModelOutput:
+    def _score_shared(self, shared: SharedRows, labels: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         scored = labels[:, 1:] != -100
         predicts = shared.packed_index[:, :-1][scored]
-        if attention.in_use(self.model):
-            # A mask of four dimensions is passed on as it is; the attention function reads the rows instead.
-            who_sees_whom = {"attention_mask": predicts.new_ones(1, 1, 1, 1).bool(), "shared_rows": shared}
-            if self._uses_flex(shared):
-                who_sees_whom["shared_blocks"] = flex.block_mask_of(shared)
+        kwargs |= {"input_ids": shared.input_ids, "position_ids": shared.position_ids}
+        if self.piecewise:
+            mask: Any = attention.placeholder(self.model.dtype, labels.device)
+            kwargs |= {"shared_rows": shared} | self._kernel(shared)
         else:
-            visible = attention_mask_of(shared)
-            dtype = self.model.dtype
-            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            who_sees_whom = {"attention_mask": hidden.masked_fill_(~visible, torch.finfo(dtype).min)}
-        with score_only(self.head.trunk, lambda states: states.flatten(0, 1)[predicts]):
+            mask = self._masks(shared)
+        with (
+            _given_rows(self.head.trunk, shared, mask),
+            score_only(self.head.trunk, lambda states: states.flatten(0, 1)[predicts]),
+        ):
             output = self._fused_forward(
-                input_ids=shared.input_ids,
-                position_ids=shared.position_ids,
+                # TRL's mask, which its load-balancing loss reads; the trunk is given that of the rows.
+                attention_mask=attention_mask,
                 shift_labels=labels[:, 1:][scored][None],
                 fused_lm_head=True,
-                **who_sees_whom,
+                **kwargs,
             )
         return _scatter(output, scored)
 
-    def _uses_flex(self, shared: SharedRows) -> bool:
-        """Whether to attend by FlexAttention: on CUDA, if it gives what the pieces give."""
+    def _kernel(self, shared: SharedRows) -> dict[str, Any]:
+        """Arguments for an attention by FlexAttention: on CUDA, if it gives what the pieces give."""
+        if not self._heads:  # the first call says what the layers ask for
+            return {"shared_heads": self._heads}
         if self.one_kernel is None and shared.input_ids.is_cuda:
-            reason = flex.why_not(self.model, shared.input_ids.device, attention.pieces)
+            device, dtype = shared.input_ids.device, self.model.dtype
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+            reason = flex.why_not(self._heads, dtype, device, attention.pieces)
             if reason is not None:
                 logger.warning("FlexAttention is not used; attention goes piece by piece (%s).", reason)
             self.one_kernel = reason is None
-        return bool(self.one_kernel)
+        return {"shared_blocks": flex.Blocks(shared)} if self.one_kernel else {}
+
+    def _masks(self, shared: SharedRows) -> Any:
+        """Who sees whom, in the form that the model's own attention reads; by kind of layer where a window matters."""
+        config = self.model.config.get_text_config()
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        everything = self._mask(attention_mask_of(shared))
+        if not window or shared.longest <= window or (kinds and "sliding_attention" not in kinds):
+            return everything
+        near = self._mask(attention_mask_of(shared, window))
+        return {"full_attention": everything, "sliding_attention": near} if kinds else near
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        if self.model.config.get_text_config()._attn_implementation == "sdpa":
+            return visible
+        dtype = self.model.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    # ---- What is exact ----
+
+    def _probe(self, aux_loss: bool = False) -> str | None:
+        """What differs for short pairs, in words."""
+        if is_partitioned(self.model):  # no forward can be run of it here
+            return None
+        known = [value for name, value in lengths(self.model) if name in KINDS_OF_LAYERS]
+        length = min([SHORT, *known, *([self.limit] if self.limit else [])])
+        common, tail = length // 2, length - length // 2
+        return self._differs([(common, tail, max(tail - 1, 1)), (common, max(tail - 2, 1), tail)], aux_loss)
+
+    def _find_limits(self, aux_loss: bool) -> None:
+        """Goes beyond every length in the config, one after the other, the smallest first."""
+        for name, value in lengths(self.model):
+            if is_harmless(self.model, name, value):
+                continue
+            by_sequence = self._beyond(name, value, aux_loss)
+            if by_sequence is None:
+                continue
+            self.limited_by.append(name)
+            if not by_sequence:
+                self.row_limit = value
+                return
+            self.limit = min(value, self.limit or value)
+
+    def _beyond(self, name: str, value: int, aux_loss: bool) -> bool | None:
+        """Whether, for this length, sequences have to be shorter, or rows (`False`), or neither of them (`None`)."""
+        if is_partitioned(self.model):
+            return name in KINDS_OF_LAYERS
+        if value > SHRUNK and self._reads(name, value):
+            with shrunk(self.model, name, value, SHRUNK):
+                return self._beyond_as_it_is(SHRUNK, aux_loss)
+        return self._beyond_as_it_is(value, aux_loss) if value <= LONGEST else name in KINDS_OF_LAYERS
+
+    def _reads(self, name: str, value: int) -> bool:
+        """Whether another value of this field changes what the model computes, so that a small one can be tried."""
+        try:
+            batch = probe.pairs(self.model, [_longer_than(SHRUNK)])
+            before = self._plain(batch).log_probs
+            with shrunk(self.model, name, value, SHRUNK):
+                return not torch.allclose(self._plain(batch).log_probs, before, rtol=0, atol=1e-2)
+        except Exception:  # whatever it is, nothing has been learnt about this field
+            return False
+
+    def _beyond_as_it_is(self, value: int, aux_loss: bool) -> bool | None:
+        longer = UNTRIED if self.limit else self._differs([_longer_than(value)], aux_loss)
+        if longer is None:
+            return None
+        sequence = min(value, self.limit or value)
+        by_sequence = self._differs(_in_rows_longer_than(value, sequence), aux_loss) is None
+        # Where TRL's rows cannot be as long, no more can be asked for.
+        return None if by_sequence and UNTRIED in longer else by_sequence
+
+    def _differs(self, sizes: list[tuple[int, int, int]], aux_loss: bool) -> str | None:
+        asked: dict[str, Any] = {"output_router_logits": True} if aux_loss else {}
+        try:
+            batch = probe.pairs(self.model, sizes)
+            plain, shared = partial(self._plain, **asked), partial(self._over_rows, **asked)
+            return probe.what_differs(self.model, batch, plain, shared)
+        except Exception as error:  # TRL's own rows cannot be run, so there is nothing to compare with
+            return f"{type(self.model).__name__} {UNTRIED} ({type(error).__name__}: {error})"
 
     @torch.no_grad()
-    def _probe(self) -> str | None:
-        """Two random pairs both ways; what differs, in words."""
-        parameter = next(self.model.parameters())
-        vocabulary = self.model.config.get_text_config().vocab_size
-        length = min(12, self.limit or 12)
-        prompt = length // 2
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (4, length), generator=generator)
-        ids[2:, :prompt] = ids[:2, :prompt]
-        mask = torch.ones_like(ids)
-        mask[1, length - 2 :] = mask[2, length - 1 :] = 0
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, :prompt] = -100
-        ids, mask, labels = (x.to(parameter.device) for x in (ids, mask, labels))
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            expected = self._fused_forward(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-            got = self._score_shared(self._share(ids, mask), labels)
-        except Exception as error:  # whatever it is, it is a reason
-            return f"{type(self.model).__name__} cannot be run on shared rows ({type(error).__name__}: {error})"
-        finally:
-            self.model.train(was_training)
-        scored = labels[:, 1:] != -100
-        if not torch.isfinite(expected.log_probs[scored]).all():
-            return f"{type(self.model).__name__} gives log-probabilities that are not finite"
-        difference = (got.log_probs - expected.log_probs)[scored].abs().mean().item()
-        if difference <= TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT):
-            return None
-        return f"{type(self.model).__name__} gives other log-probabilities on shared rows ({difference:.2g} nats)"
+    def _plain(self, batch: probe.Pairs, **asked: Any) -> ModelOutput:
+        return self._fused_forward(**vars(batch), **asked, use_cache=False, fused_lm_head=True)
+
+    @torch.no_grad()
+    def _over_rows(self, batch: probe.Pairs, **asked: Any) -> ModelOutput:
+        shared = self._share(batch.input_ids, batch.attention_mask)
+        if shared is None:
+            raise ValueError("the pairs that are tried out are longer than the limits found so far")
+        return self._score_shared(shared, batch.labels, attention_mask=batch.attention_mask, **asked)
+
+
+def _longer_than(length: int) -> tuple[int, int, int]:
+    """A pair (common, chosen, rejected) of sequences of more than `length` tokens."""
+    common = length // 2
+    tail = length - common + max(length // 4, 16)
+    return common, tail, tail - 1
+
+
+def _in_rows_longer_than(length: int, sequence: int) -> list[tuple[int, int, int]]:
+    """Pairs of sequences of at most `sequence` tokens; the longest rows that they fit in have more than `length`."""
+    common = sequence // 4
+    tail = sequence - common
+    return [(common, tail, tail - 1)] * (length // (common + 2 * tail - 1) + 1)
+
+
+@contextmanager
+def _given_rows(trunk: nn.Module, shared: SharedRows, mask: Any) -> Iterator[None]:
+    """
+    Within the context, `trunk` is given `mask` instead of TRL's, and the router logits of its tokens in the rows,
+    (R · T, experts) in each layer, come back in TRL's layout (2B · L, experts).
+    """
+
+    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"attention_mask": mask}
+
+    def lay_out(module: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput:
+        routers = getattr(output, "router_logits", None)
+        if routers is not None:
+            places = shared.packed_index.flatten()
+            output.router_logits = tuple(logits.reshape(-1, logits.size(-1))[places] for logits in routers)
+        return output
+
+    handles = [
+        trunk.register_forward_pre_hook(see, with_kwargs=True),
+        trunk.register_forward_hook(lay_out),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _scatter(output: ModelOutput, scored: Tensor) -> ModelOutput:

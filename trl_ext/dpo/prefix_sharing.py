@@ -112,14 +112,16 @@ def membership(shared: SharedRows) -> tuple[Tensor, Tensor]:
     return pair.to(shared.input_ids.device), tail.to(shared.input_ids.device)
 
 
-def attention_mask_of(shared: SharedRows) -> Tensor:
+def attention_mask_of(shared: SharedRows, window: int | None = None) -> Tensor:
     """
-    Who sees whom, as a mask (R, 1, T, T), True for yes: a token sees those before it in its own sequence, and itself;
-    padding sees padding, since a softmax over nothing is NaN.
+    Who sees whom, as a mask (R, 1, T, T), True for yes: a token sees those before it in its own sequence, and itself,
+    with a `window` the last so many of them; padding sees padding, since a softmax over nothing is NaN.
     """
     pair, tail = membership(shared)
     in_sequence = (tail[:, None, :] == -1) | (tail[:, :, None] == tail[:, None, :])
     sees = (pair[:, :, None] == pair[:, None, :]) & in_sequence
+    if window is not None:  # in positions of the sequence, not in places of the row
+        sees &= shared.position_ids[:, :, None] - shared.position_ids[:, None, :] < window
     return sees.tril().unsqueeze(1)
 
 

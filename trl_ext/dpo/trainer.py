@@ -155,18 +155,32 @@ class DPOTrainerX(DPOTrainer):
             self._make_still(forward, is_frozen=role == "ref_model")
         if not self.args.prefix_sharing or self._is_vision_dataset:
             return
-        of_run = why_not_run(self.args, actor, self.aux_loss_enabled)
+        of_run = why_not_run(self.args, actor)
         for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
-            reason = of_run or forward.share()
+            with self.accelerator.autocast():  # as in training
+                reason = of_run or forward.share(self.aux_loss_enabled and role == "actor")
             if reason is not None:
                 logger.warning("Prefixes are not shared (%s): %s.", role, reason)
-            elif forward.limit is not None and (self.args.max_length or forward.limit + 1) > forward.limit:
-                logger.warning(
-                    "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: beyond that a "
-                    "sliding window, an attention chunk or the rotary embedding would see the difference.",
-                    role,
-                    forward.limit,
-                )
+            else:
+                self._say_limits(role, forward)
+
+    def _say_limits(self, role: str, forward: PairForward) -> None:
+        names = ", ".join(forward.limited_by)
+        if forward.limit is not None and (self.args.max_length or forward.limit + 1) > forward.limit:
+            logger.warning(
+                "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: longer ones would see "
+                "the difference (%s).",
+                role,
+                forward.limit,
+                names,
+            )
+        if forward.row_limit is not None:
+            logger.warning(
+                "Prefixes are shared (%s) in rows of at most %d tokens: the model counts places in the row (%s).",
+                role,
+                forward.row_limit,
+                names,
+            )
 
     def _make_still(self, forward: PairForward, is_frozen: bool) -> None:
         """Switches noise off where `disable_dropout` asks for it, and settles how the model is scored."""

@@ -1,0 +1,221 @@
+"""What is tried out before rows are shared: families whose attention reads more than who sees whom, and roundings."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import dpo_runs
+from dpo.test_pair_forward import assert_equal, both, scored
+from trl_ext._trl import add_fused_lm_head
+from trl_ext.dpo import attention, probe
+from trl_ext.dpo.exactness import is_harmless, lengths
+from trl_ext.dpo.forward import PairForward
+
+
+FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+INDEX = LATENT | {"index_n_heads": 2, "index_head_dim": 8}
+NEO = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "attention_types": [[["global", "local"], 1]],
+    "max_position_embeddings": 40,
+    **dict.fromkeys(("embed_dropout", "resid_dropout", "attention_dropout"), 0.0),
+}
+ALTERNATING = ["sliding_attention", "full_attention"]
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+
+# Name -> type of config, what it needs beside the usual sizes, and what comes of it: piece by piece, limit of a
+# sequence, limit of a row.
+FAMILIES = {
+    "a window over places of the row": ("gpt_neo", NEO | {"window_size": 16}, (False, None, 16)),
+    "a mask over all positions": ("gpt_neo", NEO | {"window_size": 39}, (False, None, 39)),
+    "a learnt mask": ("doge", {"keep_window_size": 16, "head_dim": 8}, (False, 16, None)),
+    "an index of the best keys": ("deepseek_v32", INDEX | {"index_topk": 16}, (False, 16, None)),
+    "sinks": ("gpt_oss", {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4}, (False, None, None)),
+    "a window in every layer": ("phi3", {"sliding_window": 6}, (True, None, None)),
+    "a window in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        (True, None, None),
+    ),
+    "a window too long to try": ("mistral", {"sliding_window": 4096}, (True, None, None)),
+    "values narrower than queries": ("deepseek_v3", LATENT, (True, None, None)),
+    "heads wider in some layers": (
+        "gemma4_text",
+        PER_LAYER | {"head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "layer_types": ALTERNATING},
+        (True, None, None),
+    ),
+}
+
+
+def family(kind, options, attn_implementation=None):
+    """A model of a family, with weights that let every part of it be heard."""
+    sizes = dpo_runs.SIZES
+    if kind == "gpt_neo":
+        sizes = {key: value for key, value in sizes.items() if not key.startswith("num_")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **(sizes | options))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "dt_proj" in name or name.endswith(".A"):
+                parameter.data.normal_(std=0.3)
+    add_fused_lm_head(model, outputs=FIELDS)
+    return model.float().eval()
+
+
+def pairs_of(sizes):
+    """TRL's batch of pairs of (common, chosen, rejected) random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for common, chosen, rejected in sizes:
+        ids = torch.randint(10, 64, (common + chosen + rejected,), generator=generator).tolist()
+        start = ids[:common]
+        rows.append(
+            ([*start, 7, *ids[common + 1 : common + chosen]], [*start, 8, *ids[common + chosen + 1 :]], common)
+        )
+    return dpo_runs.batch_of(rows)
+
+
+BATCHES = {
+    "short": pairs_of([(3, 2, 3)] * 2),
+    "long rows": pairs_of([(4, 6, 5)] * 4),
+    "long sequences": pairs_of([(8, 12, 10), (2, 20, 22)]),
+    "long common parts": pairs_of([(20, 4, 5), (24, 3, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_with_an_attention_of_its_own_is_scored_as_trl_does(name):
+    """In batches below, at and beyond every length of its config, also those where TRL's rows are taken."""
+    kind, options, expected = FAMILIES[name]
+    theirs, ours = family(kind, options), family(kind, options)
+    pairs = PairForward(ours)
+    assert pairs.share() is None
+    assert (pairs.piecewise, pairs.limit, pairs.row_limit) == expected
+    for batch in BATCHES.values():
+        assert_equal(scored(ours, batch), scored(theirs, batch))
+
+
+@pytest.mark.parametrize("name", ["sinks", "a window in some layers", "heads wider in some layers"])
+def test_family_with_a_window_is_scored_as_trl_does_with_a_mask(name):
+    kind, options, _ = FAMILIES[name]
+    theirs, ours = family(kind, options, "eager"), family(kind, options, "eager")
+    pairs = PairForward(ours)
+    assert pairs.share() is None
+    assert (pairs.piecewise, pairs.limit, pairs.row_limit) == (False, None, None)
+    for batch in BATCHES.values():
+        assert_equal(scored(ours, batch), scored(theirs, batch))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_has_its_own_attention_back_outside_shared_rows(name, monkeypatch):
+    """Plain forwards, after batches in shared rows: bit by bit those of a model and of an SDPA that are left alone."""
+    kind, options, _ = FAMILIES[name]
+    untouched, ours = family(kind, options), family(kind, options)
+    PairForward(ours).share()
+    scored(ours, BATCHES["short"])
+    inputs = {key: BATCHES["long sequences"][key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        got = ours(**inputs).logits
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
+        expected = untouched(**inputs).logits
+    assert ours.config._attn_implementation == untouched.config._attn_implementation
+    assert (got == expected).all()
+
+
+def test_a_window_that_the_model_does_not_pass_on_is_found_out(monkeypatch):
+    """The layers' attention does not hear of it: sequences within the window alone are shared."""
+
+    def deaf(*args, sliding_window=None, **kwargs):
+        return attention.shared_attention(*args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", deaf)
+    _, _, pairs = both("mistral_short_window")
+    assert pairs.share() is None
+    assert (pairs.piecewise, pairs.limit) == (True, 6)
+    _, ours, pairs = both("mistral", sliding_window=4096)
+    assert pairs.share() is None
+    assert (pairs.piecewise, pairs.limit) == (True, 4096)
+    assert ours.config.sliding_window == 4096  # after the trial
+
+
+def test_lengths_are_the_fields_that_count_tokens():
+    config = {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    model = dpo_runs.tiny_model("mistral", **config)
+    assert lengths(model) == [("sliding_window", 6), ("max_position_embeddings", 128)]
+    assert is_harmless(model, "max_position_embeddings", 128)
+    assert not is_harmless(model, "sliding_window", 6)
+    kind, options, _ = FAMILIES["a mask over all positions"]
+    assert not is_harmless(family(kind, options), "max_position_embeddings", 40)
+
+
+# How far apart rounding alone sets two ways
+
+
+PRECISIONS = [
+    (torch.float32, False),
+    (torch.float32, True),
+    (torch.bfloat16, False),
+    (torch.bfloat16, True),
+    (torch.float16, False),
+]
+
+
+@pytest.mark.parametrize("weights, autocast", PRECISIONS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt2", "stablelm"])
+def test_probe_passes_what_is_exact_in_every_precision(name, weights, autocast):
+    model = both(name)[1].to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert PairForward(model).share() is None
+
+
+@pytest.mark.parametrize("weights, autocast", PRECISIONS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_probe_finds_a_fault_of_less_than_a_tenth_of_a_nat(name, weights, autocast, monkeypatch):
+    """Scores too large by a twentieth; with weights in 16 bits, whose rounding is 0.005 nats and more, by half."""
+    pieces, factor = attention.pieces, 1.05 if weights == torch.float32 else 1.5
+    _, model, pairs = both(name, **({"initializer_range": 0.1} if name == "llama" else {}))
+    model.to(weights)
+    off = []
+    apart = probe._apart
+    monkeypatch.setattr(probe, "_apart", lambda *args: off.append(apart(*args)) or off[-1])
+    monkeypatch.setattr(attention, "pieces", lambda query, *args: pieces(query * factor, *args))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        pairs.share()
+    assert off[0] < 0.1
+    assert not pairs.piecewise  # with a mask instead
+
+
+def test_rounding_is_that_of_the_numbers_computed_with():
+    model = both("llama")[1]
+    batch = probe.pairs(model, [(4, 3, 2)])
+    plain = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
+    apart = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            probe.rounded_once(model) as dtypes,
+        ):
+            rounded = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
+        assert dtypes == [dtype]
+        apart[dtype] = (rounded - plain).abs().max().item()
+    assert apart[torch.float32] < 1e-4 < 1e-3 < apart[torch.bfloat16]
+    again = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
+    assert (again == plain).all()

@@ -1,0 +1,119 @@
+"""
+Whether shared rows give a model its own log-probabilities, tried out: random pairs both ways, told apart by what
+rounding alone does to that model.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+
+# How many times as much as one rounding of the embeddings the two ways may be apart: every layer rounds, too. And in
+# nats what is always let pass: the last digits of a log-probability.
+ROUNDINGS = 3
+LAST_DIGITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch in TRL's layout, (2B, L) each: chosen, then rejected sequences, padded on the right."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+Scored = Callable[[Pairs], ModelOutput]
+
+
+def pairs(model: PreTrainedModel, sizes: list[tuple[int, int, int]]) -> Pairs:
+    """
+    Random pairs of `sizes` (common, chosen, rejected) tokens; scored are those that are not common.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    length = max(common + max(tails) for common, *tails in sizes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, len(sizes), length), generator=generator)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, (common, *tails) in enumerate(sizes):
+        ids[1, i, :common] = ids[0, i, :common]
+        for side, tail in enumerate(tails):
+            mask[side, i, : common + tail] = 1
+            labels[side, i, common : common + tail] = ids[side, i, common : common + tail]
+    device = next(model.parameters()).device
+    return Pairs(*(x.flatten(0, 1).to(device) for x in (ids, mask, labels)))
+
+
+@torch.no_grad()
+def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Scored) -> str | None:
+    """
+    What tells `shared` from `plain`, in words; `None` if it is no more than rounding.
+
+    Args:
+        model: what both call.
+        plain, shared: the log-probabilities of a batch, (2B, L - 1), and where it is asked for the `aux_loss`.
+    """
+    name = type(model).__name__
+    expected = plain(batch)
+    scored = batch.labels[:, 1:] != -100
+    if not torch.isfinite(expected.log_probs[scored]).all():
+        return f"{name} gives log-probabilities that are not finite"
+    with rounded_once(model) as dtypes:
+        rounded = plain(batch)
+    try:
+        got = shared(batch)
+    except Exception as error:  # whatever it is, it is a reason
+        return f"{name} cannot be run on shared rows ({type(error).__name__}: {error})"
+    digits = LAST_DIGITS[dtypes[0]]
+    off, by_rounding = _apart(got, expected, scored), _apart(rounded, expected, scored)
+    if not off <= max(ROUNDINGS * by_rounding, digits):
+        return f"{name} gives other log-probabilities on shared rows ({off:.2g} nats; rounding: {by_rounding:.2g})"
+    if expected.aux_loss is not None:
+        off, by_rounding = ((x.aux_loss - expected.aux_loss).abs().item() for x in (got, rounded))
+        if not off <= max(ROUNDINGS * by_rounding, digits):
+            return f"{name} gives another load-balancing loss on shared rows ({off:.2g}; rounding: {by_rounding:.2g})"
+    return None
+
+
+def _apart(one: ModelOutput, other: ModelOutput, scored: Tensor) -> float:
+    """Mean absolute difference, in nats, of the chosen or of the rejected completions, whichever is larger."""
+    apart = (one.log_probs - other.log_probs).abs().float() * scored
+    sides = zip(apart.chunk(2), scored.chunk(2), strict=True)
+    return max((side.sum() / counts.sum().clamp(min=1)).item() for side, counts in sides)
+
+
+@contextmanager
+def rounded_once(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
+    """
+    Within the context, every token's embedding is off by one unit in its last place, in the numbers that the model
+    computes with; which these are stands in the list after a forward.
+    """
+    dtypes: list[torch.dtype] = []
+    generator = torch.Generator().manual_seed(1)
+
+    def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:
+        device = states.device.type
+        autocast = torch.is_autocast_enabled(device) and states.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
+        if any(not each.is_floating_point() for each in model.parameters()):  # packed weights, read in 16 bits
+            dtype = torch.bfloat16
+        dtypes.append(dtype)
+        unit = torch.finfo(dtype).eps
+        if dtype == torch.float32 and device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+            unit = 2.0**-10  # TF32
+        sign = torch.randint(2, states.shape, generator=generator).to(states.device) * 2 - 1
+        wide = states if states.dtype == torch.float64 else states.float()
+        return (wide * (1 + unit * sign)).to(states.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(shift)
+    try:
+        yield dtypes
+    finally:
+        handle.remove()
