@@ -1,6 +1,6 @@
-"""That the last steps of a run are logged too, whatever `logging_steps` is."""
+"""That the last steps of a run are logged too, whatever `logging_steps` is, and the loss of the whole run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,3 +35,24 @@ def in_mode_of(logs: Mapping[str, Any], model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.training = was_training
+
+
+def whole_run_loss(lines: Sequence[Mapping[str, Any]], resumed_at: int) -> float | None:
+    """
+    The mean loss over the steps of a run that went on from a checkpoint, from its lines; `None` without a line. The
+    Trainer's `train_loss` is that of the steps after the checkpoint.
+
+    Args:
+        lines: the state's `log_history`.
+        resumed_at: step of the checkpoint. The Trainer loses what had not been logged then.
+    """
+    total, steps, last = 0.0, 0, 0
+    for line in lines:
+        if "loss" in line:
+            since = resumed_at if last < resumed_at < line["step"] else last
+            total, steps, last = (
+                total + line["loss"] * (line["step"] - since),
+                steps + line["step"] - since,
+                line["step"],
+            )
+    return total / steps if steps else None

@@ -11,14 +11,14 @@ import numpy
 import pandas
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 import tiny
-from ppo_runs import changed, logged, ppo_trainer, snapshot
+from ppo_runs import changed, logged, ppo_config, ppo_trainer, snapshot
 from trl_ext import PPOTrainerX
 from trl_ext.ppo import critic, resuming
 from trl_ext.ppo.coefficients import Coefficients
@@ -50,8 +50,8 @@ OPTIONS = {
     "num_completions_to_print": 0,
     "optim": "adamw_torch",
 }
-# What a clock says, and the Trainer's loss over the steps of this call.
-OWN = ("time", "memory", "per_second", "train_loss")
+# What a clock says.
+OWN = ("time", "memory", "per_second")
 
 
 def stream():
@@ -142,7 +142,7 @@ def lines(trainer, after=0):
 
 
 def require_equal(first, second):
-    """Equal to the last bit; nan is nan."""
+    """Equal to the last bit, the loss of the whole run too; nan is nan."""
     assert first.keys() == second.keys()
     for key, line in first.items():
         assert line.keys() == second[key].keys()
@@ -180,7 +180,8 @@ def plain(tmp_path_factory):
 def test_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind, step):
     folder, expected, weights = whole(kind)
     trainer = trainer_of(tmp_path, kind)
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    output = trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert output.training_loss == output.metrics["train_loss"] == trainer.state.log_history[-1]["train_loss"]
     require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
@@ -380,11 +381,82 @@ def test_run_with_other_rollouts(plain, tmp_path, options, message):
         trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
 
 
-def test_run_on_other_prompts(plain, tmp_path):
-    models = {"train_dataset": tiny.tiny_prompts(6), "eval_dataset": tiny.tiny_prompts(3)}
-    trainer = ppo_trainer(tmp_path, models, **OPTIONS)
-    with pytest.raises(ValueError, match="had prompts=8; this one has prompts=6"):
-        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+OTHER_PROMPTS = {
+    "fewer": (lambda: tiny.tiny_prompts(6), "had prompts=8, checksum.*; this one has prompts=6, checksum"),
+    "others": (
+        lambda: tiny.tiny_prompts(8, seed=5),
+        r"had checksum_of_prompts=\d+; this one has checksum_of_prompts=",
+    ),
+    "in another order": (lambda: tiny.tiny_prompts(8).select(range(7, -1, -1)), "had checksum_of_prompts="),
+}
+
+
+@pytest.mark.parametrize("step", [6, 4], ids=["amid a rollout", "between rollouts"])
+@pytest.mark.parametrize("name", OTHER_PROMPTS)
+def test_run_on_other_prompts(plain, tmp_path, name, step):
+    prompts, message = OTHER_PROMPTS[name]
+    trainer = ppo_trainer(tmp_path, {"train_dataset": prompts(), "eval_dataset": tiny.tiny_prompts(3)}, **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(plain / f"checkpoint-{step}"))
+
+
+def test_prompts_are_the_same_whatever_stands_beside_them_and_however_they_are_read(plain, tmp_path):
+    prompts = tiny.tiny_prompts(8)
+    others = prompts.add_column("answer", list(range(8))).with_format("torch")
+    assert resuming.checksum(others) == resuming.checksum(prompts)
+    ids = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    assert resuming.checksum(Dataset.from_list(ids)) != resuming.checksum(Dataset.from_list(ids[::-1]))
+
+
+# Option, its value before and in the run that would go on.
+OF_THE_ROLLOUT = {
+    "temperature": (1.0, 0.7),
+    "response_length": (6, 9),
+    "stop_token": (None, "eos"),
+    "stop_token_id": (None, 9),
+    "missing_eos_penalty": (None, 1.0),
+    "normalize_rewards": (True, False),
+    "reward_clip": (None, 1.0),
+    "reward_weights": (None, [0.5]),
+    "whiten_rewards": (False, True),
+    "whiten_advantages": (True, False),
+    "gamma": (1.0, 0.9),
+    "lam": (0.95, 0.5),
+    "advantage_estimator": ("gae", "2_step"),
+    "mask_truncated_completions": (False, True),
+    "cast_lm_head_to_fp32": (False, True),
+    "bf16": (False, True),
+    "chat_template_kwargs": (None, {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_ROLLOUT)
+def test_run_whose_rollout_was_made_otherwise(plain, tmp_path, name):
+    """Refused amid a rollout; between two, the next is made by the new option."""
+    before, now = OF_THE_ROLLOUT[name]
+    args, prompts = ppo_config(tmp_path, use_cpu=True, **(OPTIONS | {name: now})), tiny.tiny_prompts(8)
+    message = rf"had {name}={re.escape(str(before))}; this one has {name}={re.escape(str(now))}\. A rollout is being"
+    with pytest.raises(ValueError, match=message):
+        resuming.find_checkpoint(str(plain / "checkpoint-6"), args, prompts)
+    assert resuming.find_checkpoint(str(plain / "checkpoint-4"), args, prompts)
+
+
+@pytest.mark.parametrize("name, before, now", [("kl_coef", 0.05, 0.1), ("kl_estimator", "k1", "k3")])
+def test_kl_in_the_reward_of_a_rollout_is_kept(tmp_path, name, before, now):
+    options = OPTIONS | {"kl_placement": "reward", "kl_controller": "fixed", "kl_band": [0.5, 2.0], "max_steps": 6}
+    options |= {"eval_strategy": "no", "eval_on_start": False}
+    models = {"train_dataset": tiny.tiny_prompts(8), "callbacks": [SaveAt((6,))]}
+    ppo_trainer(tmp_path, models, **options).train()
+    args = ppo_config(tmp_path, **(options | {name: now, "max_steps": 8}))
+    with pytest.raises(ValueError, match=f"had {name}={before}; this one has {name}={now}"):
+        resuming.find_checkpoint(str(tmp_path / "checkpoint-6"), args, models["train_dataset"])
+
+
+def test_options_of_learning_may_change_amid_a_rollout(plain, tmp_path):
+    others = {"learning_rate": 1e-4, "cliprange": 0.1, "vf_coef": 0.1, "ent_coef": 0.0, "logging_steps": 1}
+    trainer = trainer_of(tmp_path, max_steps=8, **others)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    assert trainer.state.global_step == 8
 
 
 def test_checkpoint_without_an_optimizer(tmp_path):

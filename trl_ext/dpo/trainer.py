@@ -21,7 +21,7 @@ from ..adapter_copies import base_left_alone
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
 from ..frozen import is_fsdp
-from ..last_line import LastLine, in_mode_of
+from ..last_line import LastLine, in_mode_of, whole_run_loss
 from ..model_card import card_name, complete_card, hub_name
 from ..noise import disable_noise
 from ..phases import Phases
@@ -62,8 +62,8 @@ class DPOTrainerX(DPOTrainer):
     - Pairs whose completions are equal are dropped, with a warning.
 
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `log`, `evaluation_loop`, `evaluate`, `save_model`,
-    `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
+    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `evaluation_loop`,
+    `evaluate`, `save_model`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -295,7 +295,15 @@ class DPOTrainerX(DPOTrainer):
         reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         require_same_start(logratios, lengths, policy, reference, self.args)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self._initial_global_step:
+            logs["train_loss"] = (
+                whole_run_loss(self.state.log_history, self._initial_global_step) or logs["train_loss"]
+            )
         with in_mode_of(logs, self.model):
             self._log_pairs(logs)
             super().log(logs, start_time)

@@ -39,6 +39,7 @@ class LossLedger:
         self._micro_batches: list[PPOTerms] = []
         self._window: list[dict[str, float]] = []
         self._coefficients: list[dict[str, float]] = []
+        self._loss_of_run, self._steps_of_run = 0.0, 0
 
     def add(self, terms: PPOTerms) -> None:
         """Enters one micro-batch. The terms are shares of the optimizer batch's mean, so they add up."""
@@ -56,14 +57,24 @@ class LossLedger:
         self._micro_batches.clear()
         self._window.append(step)
         self._coefficients.append(asdict(coef))
+        weighted = (coef.of(term) * step[term] for term in COEFFICIENT_OF if term in step)
+        self._loss_of_run += -step["clip_objective"] + sum(weighted)
+        self._steps_of_run += 1
         return step
 
+    @property
+    def mean_loss(self) -> float | None:
+        """Over the steps taken since the run began, also before it was resumed; `None` without one."""
+        return self._loss_of_run / self._steps_of_run if self._steps_of_run else None
+
     def state_dict(self) -> dict[str, Any]:
-        """The open window, for a checkpoint; one is written between optimizer steps."""
-        return {"window": self._window, "coefficients": self._coefficients}
+        """The open window and the run's loss, for a checkpoint; one is written between optimizer steps."""
+        of_run = {"loss_of_run": self._loss_of_run, "steps_of_run": self._steps_of_run}
+        return {"window": self._window, "coefficients": self._coefficients, **of_run}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window, self._coefficients = list(state["window"]), list(state["coefficients"])
+        self._loss_of_run, self._steps_of_run = state["loss_of_run"], state["steps_of_run"]
 
     def pop_window(self) -> dict[str, float]:
         """The log line of the optimizer steps since the last call; empty when none was taken."""

@@ -3,10 +3,11 @@ What a checkpoint of PPO holds beside weights, optimizer and random numbers, so 
 stopped: the rollout that is being learned from, the controllers, the moments of the scores, the log's open window.
 """
 
+import functools
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,6 +31,15 @@ SHARED = (
     *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
+# What has gone into a rollout that is being learned from, and into the log-probabilities that it is compared with.
+PENDING = (
+    *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
+    *("mask_truncated_completions", "bf16", "fp16", "cast_lm_head_to_fp32"),
+    *("reward_weights", "missing_eos_penalty", "normalize_rewards", "reward_clip", "whiten_rewards"),
+    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
+    *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
+)
 # What GRPO shows of the last rollout; pictures in prompts are not kept.
 SHOWN = ("prompt", "completion", "rewards", "advantages", "extra")
 # A model's own files, of which one is in its folder.
@@ -45,8 +55,8 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         prompts: what the run trains on.
 
     Raises:
-        ValueError: when there is none, one that lacks what PPO needs, one of a run that differs in `SHARED` or in the
-            number of prompts, or one that has taken all steps of this run.
+        ValueError: when there is none, one that lacks what PPO needs, one of a run that differs in `SHARED`, in its
+            prompts or, where it stopped amid a rollout, in `PENDING`, or one that has taken all steps of this run.
     """
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
@@ -58,13 +68,21 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
             f"`save_only_model`, or not by {args.world_size} processes of PPOTrainerX. Resume from another one, or "
             "start a new run from this one's actor (`model`) and `critic/` (`value_model`)."
         )
-    saved, now = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)["shared"], shared(args, prompts)
+    state = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)
+    _require_same(folder, state["shared"], shared(args, prompts), "It has to be the same.")
+    advice = (
+        "A rollout is being learned from that was made with it: keep it, or go on from a checkpoint between rollouts."
+    )
+    _require_same(folder, state["pending"], pending(args), advice)
+    require_steps_left(folder, _known_steps(args))
+    return folder
+
+
+def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advice: str) -> None:
     others = [name for name in saved if saved[name] != now[name]]
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
-        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. It has to be the same.")
-    require_steps_left(folder, _known_steps(args))
-    return folder
+        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}")
 
 
 def _known_steps(args: PPOConfigX) -> int:
@@ -100,7 +118,27 @@ def known_length(dataset: Any) -> int | None:
 def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
     """What a run and one that goes on from its checkpoint have in common, by name."""
     options = {name: getattr(args, name) for name in SHARED}
-    return options | {"full_kl": args.kl_estimator == "full", "prompts": known_length(prompts)}
+    known = {"prompts": known_length(prompts), "checksum_of_prompts": checksum(prompts)}
+    return options | {"full_kl": args.kl_estimator == "full"} | known
+
+
+@functools.lru_cache(maxsize=1)  # a run has it in every checkpoint
+def checksum(prompts: Any) -> int | None:
+    """CRC-32 of the prompts of a dataset, in their order; `None` of a stream."""
+    if not isinstance(prompts, Dataset):
+        return None
+    columns = [name for name in ("prompt", "input_ids") if name in prompts.column_names]
+    batches = prompts.select_columns(columns).with_format(None).iter(1000)
+    return functools.reduce(lambda found, batch: crc32(repr(batch).encode(), found), batches, 0)
+
+
+def pending(args: PPOConfigX) -> dict[str, Any]:
+    """What has gone into a rollout of a run, by name."""
+    options = {name: getattr(args, name) for name in PENDING}
+    if args.needs_reference and args.kl_placement == "reward":
+        options |= {"kl_estimator": args.kl_estimator or "k1"}
+        options |= {"kl_coef": args.kl_coef} if args.kl_controller == "fixed" else {}
+    return options
 
 
 def save_run(trainer: Any, checkpoint: str | Path) -> None:
@@ -108,6 +146,7 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
     is_learning = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
     state = {
         "shared": shared(trainer.args, trainer.train_dataset),
+        "pending": pending(trainer.args) if is_learning else {},
         "global_step": trainer.state.global_step,
         "step": trainer._step,
         "passes_over_data": int(trainer.state.epoch),
@@ -119,7 +158,7 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "shown": json.dumps(plain(_shown(trainer), not_finite=float)),
     }
     state |= {name: part.state_dict() for name, part in _parts(trainer).items()}
-    write_whole(path_of_state(checkpoint, trainer.args), partial(torch.save, state))
+    write_whole(path_of_state(checkpoint, trainer.args), functools.partial(torch.save, state))
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:

@@ -302,7 +302,8 @@ class PPOTrainerX(GRPOTrainer):
             self.args.eval_on_start = False  # the run has begun before
         self.accelerator.print(batch_plan(self.args, known_length(self.train_dataset)))
         try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            return output._replace(training_loss=output.metrics["train_loss"])
         finally:
             self.args.eval_on_start = evaluates_first
 
@@ -686,6 +687,9 @@ class PPOTrainerX(GRPOTrainer):
     # ---- Log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self._ledger.mean_loss is not None:
+            # The Trainer's is of the steps since a checkpoint, and counts steps that were left out.
+            logs["train_loss"] = self._ledger.mean_loss
         with in_mode_of(logs, self.model):
             if "loss" in logs:
                 # The Trainer's mean counts steps that an early stop has left out.
