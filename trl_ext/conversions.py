@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from trl import maybe_convert_to_chatml, maybe_extract_prompt
 
-from .formats import CONVERSATION, SHAREGPT, TEXT, column_names, describe, of_each, rename, require
+from .formats import CONVERSATION, SHAREGPT, SYSTEM, TEXT, column_names, describe, of_each, rename, require, text_of
 from .plain import key_of
 
 
@@ -25,7 +25,9 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
     """
     Pairs: `chosen` and `rejected`, and `prompt` where it is given. A dataset that has them stays as it is, but for:
 
-    - Conversations with `from` and `value` get `role` and `content`.
+    - Conversations with `from` and `value` get `role` and `content`; a content in parts of text becomes their text.
+    - A column `system` becomes the first turn of the prompt, which makes conversations of text.
+    - A prompt that both completions begin with again is taken off them.
     - A text `prompt` beside conversations becomes the turns that they begin with (`trl.maybe_extract_prompt`), or, of
       conversations that hold answers only, a turn of the user.
     - Unpaired preferences: the good and the bad completions of a prompt are paired in their order, the shorter list
@@ -33,27 +35,30 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
       completions have one label only are left out, with a warning.
 
     Args:
-        columns: names to change first, new -> old; see [`rename`].
+        columns: names to change first, new -> old; see [`rename`]. `{"prompt": "instruction+input"}` joins columns.
 
     Raises:
         ValueError: when there are no pairs in it.
     """
     if isinstance(dataset, dict):
         return of_each(dataset, lambda each: to_preference(each, columns))
-    dataset = _with_roles(rename(dataset, columns or {}))
+    dataset = _with_plain_text(_with_roles(rename(dataset, columns or {})))
+    if describe(dataset).name in ("preference", "unpaired preference"):
+        dataset = _with_system(dataset)
     found = describe(dataset)
     if found.name == "unpaired preference":
         return _pair_up(dataset)
     require(dataset, "preference")
     if found.columns.get("prompt") == TEXT and found.columns["chosen"] == found.columns["rejected"] == CONVERSATION:
         return dataset.map(_with_turns)
-    return dataset
+    return dataset.map(_without_prompt_again) if _repeats_prompt(next(iter(dataset))) else dataset
 
 
 def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     """
     Prompts: `prompt`, or `input_ids` as they are, without the columns of answers, and with all others, which reward
-    functions may read. The prompt of a conversation in `messages` is all before its last answer. That of pairs without
+    functions may read. Content in parts, and `system`, are as in [`to_preference`]. The prompt of a conversation in
+    `messages` is all before its last answer. That of pairs without
     `prompt` is what they have in common (`trl.maybe_extract_prompt`), in hh-rlhf's format up to "Assistant:".
 
     Args:
@@ -64,7 +69,7 @@ def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     """
     if isinstance(dataset, dict):
         return of_each(dataset, lambda each: to_prompts(each, columns))
-    dataset = _with_roles(rename(dataset, columns or {}))
+    dataset = _with_system(_with_plain_text(_with_roles(rename(dataset, columns or {}))))
     found = describe(dataset)
     if found.name == "preference with an implicit prompt":
         dataset = dataset.map(_common_beginning)
@@ -92,6 +97,56 @@ def _with_roles(dataset: Any) -> Any:
         return {name: value for name, value in row.items() if name not in CHATS} | chats
 
     return dataset.map(convert, remove_columns=column_names(dataset))
+
+
+def _with_plain_text(dataset: Any) -> Any:
+    """Contents that come in parts of text become text; with other parts, such as images, they stay."""
+    first = next(iter(dataset), None) or {}
+    chats = [name for name in CHATS if isinstance(first.get(name), list) and any(map(_in_parts, first[name]))]
+
+    def join(row: dict[str, Any]) -> dict[str, Any]:
+        return dict(row) | {name: [_joined(message) for message in row[name]] for name in chats}
+
+    return dataset.map(join, remove_columns=column_names(dataset)) if chats else dataset
+
+
+def _in_parts(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else None
+    return bool(content) and isinstance(content, list) and all(part.get("type") == "text" for part in content)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"content": text_of(message)} if _in_parts(message) else message
+
+
+def _with_system(dataset: Any) -> Any:
+    """A text column `system` beside `prompt` becomes the first turn of a conversation."""
+    columns = describe(dataset).columns
+    if columns.get(SYSTEM) not in (TEXT, "nothing") or columns.get("prompt") not in (TEXT, CONVERSATION):
+        return dataset
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        sides = {name: row[name] for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)}
+        turns = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+        prompt, system = row["prompt"], row.get(SYSTEM)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system and messages[0]["role"] != SYSTEM:
+            messages = [{"role": SYSTEM, "content": system}, *messages]
+        return {name: value for name, value in row.items() if name != SYSTEM} | turns | {"prompt": messages}
+
+    return dataset.map(convert, remove_columns=column_names(dataset))
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    """Whether both answers of a pair begin with its prompt."""
+    prompt: Any = row.get("prompt")
+    answers = (row["chosen"], row["rejected"])
+    return bool(prompt) and all(type(a) is type(prompt) and a[: len(prompt)] == prompt for a in answers)
+
+
+def _without_prompt_again(row: dict[str, Any]) -> dict[str, Any]:
+    again = len(row["prompt"]) if _repeats_prompt(row) else 0
+    return {side: row[side][again:] for side in ("chosen", "rejected")}
 
 
 def _copies(messages: Any) -> Any:

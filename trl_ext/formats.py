@@ -11,6 +11,7 @@ knows, [`require`] says of a dataset that a trainer cannot use what was found, a
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -59,6 +60,12 @@ SYNONYMS = {
     "rejected": "rejected_response response_rejected rejected_answer answer_rejected bad dispreferred worse loser "
     "negative rejected_completion",
 }
+
+
+# Columns that are a part of a prompt and no column that a trainer reads.
+SYSTEM = "system"
+SYSTEMS = (SYSTEM, "system_prompt", "system_message")
+LEFT_OUT = {"preference": (*SYSTEMS, "instruction", "input"), "prompts": SYSTEMS}
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
     The dataset with columns renamed.
 
     Args:
-        columns: new name -> the name it has.
+        columns: new name -> the name it has; several names with a plus between them are joined, as paragraphs.
 
     Raises:
         ValueError: for a name that the dataset does not have, with the nearest that it has; and where the new name is
@@ -137,6 +144,7 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
     """
     if isinstance(dataset, dict):
         return of_each(dataset, lambda each: rename(each, columns))
+    dataset, columns = _with_joined(dataset, columns)
     names = column_names(dataset)
     for new, old in columns.items():
         if old not in names:
@@ -150,6 +158,23 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
             )
     changes = {old: new for new, old in columns.items() if old != new}
     return dataset.rename_columns(changes) if changes else dataset
+
+
+def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The dataset with columns of text such as "instruction+input" joined, and what is left to rename."""
+    left, names = dict(columns), column_names(dataset)
+    for new, old in columns.items():
+        parts = [part.strip() for part in old.split("+")]
+        if old in names or len(parts) < 2 or not set(parts) <= set(names):
+            continue
+
+        def join(row: dict[str, Any], new: str = new, parts: list[str] = parts) -> dict[str, Any]:
+            others = {name: value for name, value in row.items() if name not in parts}
+            return others | {new: "\n\n".join(row[part] for part in parts if row[part])}
+
+        dataset = dataset.map(join, remove_columns=names)
+        names, left = column_names(dataset), {key: value for key, value in left.items() if key != new}
+    return dataset, left
 
 
 def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
@@ -197,6 +222,7 @@ def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset"
     """
     found, (formats, _, wanted, needs) = describe(dataset), TASKS[task]
     if any(FORMATS[each].keys() <= found.columns.keys() for each in formats):
+        _require_whole_prompts(dataset, task, name)
         return
     missing = [repr(each) for each in wanted if each not in found.columns and (task == "prompts" or each != "prompt")]
     what = f" (in TRL's terms {found.name})" if found.name else ""
@@ -204,6 +230,41 @@ def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset"
         f"`{name}` has no column {' and '.join(missing)}; its columns are {found}{what}. {needs} "
         f"{_way_out(dataset, task)}"
     )
+
+
+def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
+    """Raises `ValueError` where a column looks like a part of the prompt, and no trainer would read it."""
+    columns = describe(dataset).columns
+    if "input_ids" in columns or {"image", "images"} & columns.keys():
+        return
+    has_prompt = "prompt" in columns
+    lost: dict[str, str] = {}
+    for row in islice(iter(dataset), 8):
+        read = squashed("".join(_text_of_cell(row[column]) for column in ("prompt", "chosen") if column in row))
+        for column in LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split()):
+            text = _text_of_cell(row.get(column)) if _kind(row.get(column)) in CELLS else ""
+            if squashed(text) not in read:
+                lost.setdefault(column, text)
+    if not lost:
+        return
+    parts = (["prompt"] if has_prompt else []) + [column for column in lost if column not in SYSTEMS]
+    systems = [column for column in lost if column in SYSTEMS]
+    mapping = {} if parts in ([], ["prompt"]) else {"prompt": "+".join(parts)}
+    if systems and systems[0] != SYSTEM:
+        mapping[SYSTEM] = systems[0]
+    flag = f"`--columns {' '.join(f'{new}={old}' for new, old in mapping.items())}`, in Python " if mapping else ""
+    raise ValueError(
+        f"`{name}` has the columns {', '.join(map(repr, columns))}. Nothing would read "
+        f"{' and '.join(map(repr, lost))}, and what is read does not hold it: {next(iter(lost.values()))!r:.80}. Make "
+        f"it a part of the prompt: {flag}`trl_ext.conversions.to_{task}(dataset{f', {mapping}' if mapping else ''})`; "
+        f"or remove it: `dataset.remove_columns({list(lost)})`."
+    )
+
+
+def _text_of_cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "".join(text_of(part) if isinstance(part, dict) else str(part) for part in value)
+    return str(value or "")
 
 
 def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, name: str = "dataset") -> None:
@@ -251,3 +312,19 @@ def of_each(datasets: dict[str, Any], change: Callable[[Any], Any]) -> Any:
         except ValueError as error:
             raise ValueError(f"In the split {name!r}: {error}") from error
     return type(datasets)(changed) if isinstance(datasets, DatasetDict | IterableDatasetDict) else changed
+
+
+# ---- Messages ----
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, which may come in parts."""
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
+def squashed(text: str) -> str:
+    """Without white space, which templates strip and add."""
+    return "".join(text.split())

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from ..formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
+from ..rendering import check_pairs
 
 
 logger = logging.getLogger(__name__)
@@ -35,17 +37,27 @@ def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[],
                 raise ValueError(f"`{name}` has no rows.")
             require(dataset, "preference", name)
             _check_row(name, dataset)
-            _check_template(name, dataset, tokenizer)
         if isinstance(dataset, Dataset):
             _check_cells(name, dataset)
+        if isinstance(dataset, Dataset | IterableDataset):
+            _check_written(name, dataset, tokenizer)
 
 
-def _check_template(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None:
+def _check_written(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None:
     columns = describe(dataset).columns
-    if columns["chosen"] == CONVERSATION and not {"image", "images"} & columns.keys():
-        known = tokenizer()
-        if known is not None:
-            require_chat_template(dataset, known, name)
+    if {"image", "images"} & columns.keys():
+        return
+    known = tokenizer()
+    if known is None:
+        return
+    if columns["chosen"] == CONVERSATION:
+        require_chat_template(dataset, known, name)
+    elif isinstance(known, PreTrainedTokenizerBase) and known.eos_token is None:
+        raise ValueError(
+            f"`{name}` holds text, which ends with the tokenizer's eos token, and the tokenizer has none. Set "
+            "`processing_class.eos_token`."
+        )
+    check_pairs(dataset, name, known)
 
 
 def _check_row(name: str, dataset: Any) -> None:
@@ -66,6 +78,8 @@ def _check_row(name: str, dataset: Any) -> None:
             + (TO_ONE_KIND if "prompt" in text and len(text) == 1 else "")
         )
     is_conversation = not isinstance(row["chosen"], str)
+    for column in NEEDED if is_conversation else ():
+        _check_roles(row[column], "prompt" in row, f"`{column}` of the first row of `{name}`")
     if is_conversation and "prompt" not in row and row["chosen"][0] != row["rejected"][0]:
         raise ValueError(
             f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
@@ -77,12 +91,31 @@ def _check_cells(name: str, dataset: Dataset) -> None:
     """Raises `ValueError` for cells that hold nothing: TRL would stumble over them somewhere in the tokenisation."""
     for column in (*OPTIONAL, *NEEDED):
         if column in dataset.column_names:
-            empty = [i for i, value in enumerate(dataset[column]) if value is None or value == []]
+            cells = dataset[column]
+            empty = [i for i, value in enumerate(cells) if value is None or value == []]
+            if not empty and column in NEEDED and isinstance(cells[0], list):
+                for i, messages in enumerate(cells):
+                    _check_roles(messages, "prompt" in dataset.column_names, f"`{column}` of row {i} of `{name}`")
             if empty:
                 raise ValueError(
                     f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(dataset)} rows, the first is "
                     f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
                 )
+
+
+def _check_roles(messages: list[dict[str, Any]], has_prompt: bool, whose: str) -> None:
+    """Raises `ValueError` for an answer that the assistant does not begin, or does not end."""
+    roles = [message.get("role") for message in messages]
+    if roles[-1] != "assistant":
+        raise ValueError(
+            f"{whose} ends with a message of the role {roles[-1]!r} (roles {roles}); an answer is the assistant's. "
+            "Give it the role 'assistant', or drop the row."
+        )
+    if has_prompt and roles[0] not in ("assistant", "tool"):
+        raise ValueError(
+            f"{whose} begins with a message of the role {roles[0]!r} (roles {roles}), and there is a `prompt` before "
+            "it. Where the answers repeat the prompt, `trl_ext.conversions.to_preference(dataset)` takes it off them."
+        )
 
 
 def _is_conversation(value: Any) -> bool:

@@ -26,6 +26,7 @@ from ..model_card import card_name, complete_card, hub_name
 from ..noise import disable_noise
 from ..phases import Phases
 from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
+from ..rendering import with_template_kwargs
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable
 from ..zero import check_unquantized, is_partitioned
@@ -193,7 +194,7 @@ class DPOTrainerX(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
         with PartialState().main_process_first():  # the others read its cache
-            dataset = drop_equal_pairs(dataset, dataset_name)
+            dataset = with_template_kwargs(drop_equal_pairs(dataset, dataset_name))
         rows = len(dataset) if isinstance(dataset, Dataset) else None
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)

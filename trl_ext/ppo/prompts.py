@@ -11,6 +11,7 @@ from trl import is_conversational
 
 from ..conversions import ANSWERS
 from ..formats import CONVERSATION, SHAREGPT, TEXT, describe, require, require_chat_template
+from ..rendering import check_written_prompts
 from .config import PPOConfigX
 
 
@@ -119,6 +120,7 @@ def check_datasets(
             if next(iter(dataset), None) is None:
                 raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
             check_columns(dataset, name, tokenizer)
+            check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs)
         if not isinstance(dataset, Dataset):
             continue
         if collator is not None and "input_ids" not in dataset.column_names:
@@ -189,6 +191,11 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
     prompt = columns.get("prompt")
     if "input_ids" in columns:
         return
+    if prompt not in (TEXT, CONVERSATION, SHAREGPT, "empty list", "nothing"):
+        raise ValueError(
+            f"The column 'prompt' of `{name}` holds {prompt}; PPO reads text or conversations there, and token ids in "
+            "`input_ids`. Write them as text, for example `dataset.map(lambda row: {'prompt': str(row['prompt'])})`."
+        )
     if prompt == SHAREGPT:
         raise ValueError(
             f"The prompts of `{name}` are messages with `from` and `value`; PPO reads `role` and `content`. "

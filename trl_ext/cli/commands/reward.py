@@ -21,10 +21,12 @@ from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_c
 
 from ... import describe_reward_training, save_base_fingerprint
 from ...device import keep_4_bit_differentiable
+from ...dpo.data import check_columns
 from ...intervals import wilson_interval
 from ...last_line import LastLine
 from ...places import checkpoint_of
 from ...plain import plain_file
+from ...rendering import with_template_kwargs
 from ...report import REWARD_LINE, use_brief_progress
 from ...steps_left import refuse_finished_checkpoints, require_steps_left
 from ...trained import RequireGradients, check_trainable
@@ -52,14 +54,16 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     splits = load_pairs(data)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    check_columns(splits["train"], splits["test"], lambda: tokenizer)
     trainer = RewardTrainer(
         path,
         args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["test"],
-        processing_class=AutoTokenizer.from_pretrained(
-            path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-        ),
+        train_dataset=with_template_kwargs(splits["train"]),
+        eval_dataset=with_template_kwargs(splits["test"]),
+        processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )

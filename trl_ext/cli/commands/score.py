@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import get_quantization_config, maybe_extract_prompt
 
 from ... import ImplicitReward, embedded
+from ...dpo.data import check_columns
 from ...intervals import wilson_interval
 from ...plain import plain_line
 from ..data import DataArguments, load_rows
@@ -90,6 +91,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
 
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
+    check_columns(rows, None, lambda: reward.tokenizer)
     pairs = rows.map(maybe_extract_prompt)  # where there is none, it is what both answers begin with
     others = {name: pairs[name] for name in pairs.column_names if name not in PAIR}  # such as `tools`
     rewards = reward.of_pairs(*(pairs[name] for name in PAIR), **others)
