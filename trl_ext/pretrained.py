@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 
@@ -82,6 +82,12 @@ def adapter_config(path: Any) -> PeftConfig | None:
     if not isinstance(path, str) or not (Path(path) / "adapter_config.json").exists():
         return None
     return PeftConfig.from_pretrained(path)
+
+
+def adapter_configs(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
+    """The configs of the adapters that a model holds, and of the new one that it will get."""
+    held = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    return held if peft_config is None else [*held, peft_config]
 
 
 def check_no_adapter(path: str, name: str) -> None:

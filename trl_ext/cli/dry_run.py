@@ -15,6 +15,7 @@ from trl import DPOTrainer, RewardTrainer, get_peft_config
 
 from .. import planner
 from .._trl import tokenised_pair
+from ..context import context_limit
 from ..dpo.data import check_columns
 from ..places import checkpoint_of
 from ..planner.recipe import is_local
@@ -94,7 +95,7 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
     else:
         require_judges(judge, data.value_model)
         check_given(args, given)
-    context = getattr(text_config(path, args), "max_position_embeddings", None)
+    context = context_limit(text_config(path, args), generates=True)
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
 
 

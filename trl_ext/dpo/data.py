@@ -214,7 +214,8 @@ def check_tokenised(
         if long:
             raise ValueError(
                 f"{long} of {len(dataset)} rows of the {name} dataset are longer than the model's context of "
-                f"{context} tokens. Set `max_length` to at most {context}; it is {max_length}."
+                f"{context} tokens. Set `max_length` to at most {context}; it is {max_length}. A model that reads "
+                "more than its config says needs that in its config (`rope_parameters`, `max_position_embeddings`)."
             )
 
 

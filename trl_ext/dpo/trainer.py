@@ -18,6 +18,7 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..adapter_copies import base_left_alone
+from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
 from ..frozen import is_fsdp
@@ -25,7 +26,7 @@ from ..last_line import LastLine, in_mode_of, whole_run_loss
 from ..model_card import card_name, complete_card, hub_name
 from ..noise import disable_noise
 from ..phases import Phases
-from ..pretrained import check_no_adapter, restore_weights, text_config, tokenizer_of
+from ..pretrained import adapter_configs, check_no_adapter, restore_weights, text_config, tokenizer_of
 from ..rendering import with_template_kwargs
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable
@@ -116,7 +117,7 @@ class DPOTrainerX(DPOTrainer):
             ref_model = load_reference(args, model, ref_model, kwargs.get("quantization_config"))
         elif ref_model is None:
             ref_model = copy_at_start(model, args, has_adapters)
-        self._context = getattr(config, "max_position_embeddings", None)
+        self._context = context_limit(config, *adapter_configs(model, kwargs.get("peft_config")))
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
         self._eval_prefix = "eval"

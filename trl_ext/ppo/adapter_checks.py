@@ -14,7 +14,7 @@ from .._trl import get_config_model_id
 from ..adapter_copies import CHANGE_THE_BASE
 from ..fingerprint import FILE, base_fingerprint, weights_fingerprint
 from ..frozen import is_fsdp
-from ..pretrained import adapter_config, check_no_adapter
+from ..pretrained import adapter_config, adapter_configs, check_no_adapter
 from .adapters import CRITIC, REWARD
 from .config import PPOConfigX
 
@@ -26,7 +26,7 @@ def check_adapters(
     args: PPOConfigX, model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None
 ) -> None:
     """Raises `ValueError` for adapters of actor, critic and reward model that cannot make a run."""
-    for config in _configs_of_actor(model, peft_config):
+    for config in adapter_configs(model, peft_config):
         _check_actors_adapter(config, _head_name(model))
     has_adapter = peft_config is not None or isinstance(model, PeftModel)
     if args.critic == "adapter":
@@ -40,11 +40,6 @@ def check_adapters(
     for role, folder in on_base.items():
         _check_score_adapter(role, folder)
         _check_same_base(role, folder, model, args)
-
-
-def _configs_of_actor(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
-    held = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
-    return held if peft_config is None else [*held, peft_config]
 
 
 def _head_name(model: Any) -> str:
@@ -117,7 +112,7 @@ def _check_reward_task(folder: str, has_adapter: bool) -> None:
 
 
 def _check_base_is_shareable(args: PPOConfigX, model: Any, peft_config: PeftConfig | None) -> None:
-    for config in _configs_of_actor(model, peft_config):
+    for config in adapter_configs(model, peft_config):
         init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
         if bias != "none" or str(init).startswith(CHANGE_THE_BASE):
             what = f"bias={bias!r}" if bias != "none" else f"init_lora_weights={init!r}"

@@ -31,13 +31,14 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
+from ..context import context_limit
 from ..decoding import generating_by
 from ..fingerprint import save_base_fingerprint
 from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
-from ..pretrained import restore_weights, text_config
+from ..pretrained import adapter_configs, restore_weights, text_config
 from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
 from . import critic as critic_module
@@ -168,7 +169,8 @@ class PPOTrainerX(GRPOTrainer):
         check_given(args, given)
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
-        context = getattr(text_config(given.model, args), "max_position_embeddings", None)
+        adapters = adapter_configs(given.model, peft_config)
+        context = context_limit(text_config(given.model, args), *adapters, generates=True)
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
 
