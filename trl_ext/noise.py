@@ -64,7 +64,7 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
         allowed: mean difference of two answers that rounding explains.
 
     Raises:
-        ValueError: when training mode still gives another answer than evaluation mode.
+        ValueError: when training mode still gives another answer than evaluation mode, or the answer is NaN.
     """
     disable_noise(model)
     with in_mode(model, training=True):
@@ -87,6 +87,8 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
         training, again = answer(), answer()
     with in_mode(model, training=False):
         evaluating = answer()
+    if evaluating.isnan().any():
+        raise ValueError(f"{name} gives NaN before it has been trained here: look at its weights and its dtype.")
     difference = max((training - evaluating).abs().mean().item(), (training - again).abs().mean().item())
     if not difference <= allowed:
         source = f", in {', '.join(drawing)[:200]}" if drawing else ""

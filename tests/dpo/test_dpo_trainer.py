@@ -143,6 +143,24 @@ def test_different_vocabularies_are_refused_with_both_sizes(tmp_path):
     assert "give the model that the policy started from" in str(error.value)
 
 
+@pytest.mark.parametrize("metric", [None, "eval_rewards/accuracies"])
+def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path, metric):
+    pairs = dpo_runs.tiny_pairs(4)
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": metric}
+    with pytest.raises(ValueError, match=r"2 held-out sets bear their names.*'eval_a_rewards/accuracies' or 'eval_b"):
+        dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": {"a": pairs, "b": pairs}}, **best)
+
+
+def test_reference_that_is_not_finite_is_named(tmp_path):
+    reference = dpo_runs.tiny_model(seed=1)
+    reference.model.norm.weight.data.fill_(torch.nan)
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"ref_model": reference})
+    with pytest.raises(FloatingPointError, match=r"it is the reference that gives others. It does not learn") as error:
+        trainer.train()
+    assert "learning rate" not in str(error.value)
+
+
 def test_generation_needs_a_reference_that_is_kept(tmp_path):
     with pytest.raises(ValueError, match=r"with `precompute_ref_log_probs` no\s+reference is kept"):
         dpo_runs.dpo_trainer(tmp_path, {"ref_model": None}, generate_during_eval=True, precompute_ref_log_probs=True)

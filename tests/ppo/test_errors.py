@@ -319,6 +319,38 @@ def test_policy_loss_that_is_not_finite_names_the_sample_that_did_it(tmp_path):
     assert_only_the_first_checkpoint_is_there(tmp_path)
 
 
+def spoilt(model):
+    model.model.norm.weight.data.fill_(math.nan)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kl_placement": "reward"}, {"kl_estimator": "full"}], ids=["loss", "reward", "full"]
+)
+def test_reference_that_gives_nan_is_named_and_the_learning_rate_is_not_blamed(tmp_path, options):
+    trainer = ppo_trainer(tmp_path, {"ref_model": tiny.tiny_actor(5)}, **options)
+    spoilt(trainer.ref_model)
+    said = "The reference model gives log-probabilities that are not finite at step 0: nan in the response with token"
+    with pytest.raises(FloatingPointError, match=said) as error:
+        trainer.train()
+    assert "learning rate" not in str(error.value)
+
+
+@pytest.mark.parametrize("step, cure", [(0, "It has not been trained here"), (2, "Lower the learning rate")])
+def test_critic_that_gives_nan_is_named(tmp_path, step, cure):
+    trainer = ppo_trainer(tmp_path)
+    trainer.critic.model.score.register_forward_hook(
+        lambda module, args, output: output * math.nan if trainer.state.global_step == step else output
+    )
+    with pytest.raises(FloatingPointError, match=rf"The critic gives values .* at step {step}: nan in .* {cure}"):
+        trainer.train()
+
+
+def test_critic_that_gives_nan_before_training_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"critic.* gives NaN before it has been trained here"):
+        ppo_trainer(tmp_path, {"value_model": spoilt(tiny.tiny_reward_model(5))})
+
+
 @pytest.mark.parametrize(
     "value, max_grad_norm, where",
     [

@@ -191,3 +191,44 @@ def test_samples_may_hold_what_looks_like_markup(tmp_path, capsys):
     }
     ppo_trainer(tmp_path, models).generate_completions()
     assert "[/INST]" in capsys.readouterr().out
+
+
+# --- the best checkpoint
+
+EVERY_TWO = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+EVERY_TWO |= {"per_device_eval_batch_size": 2, "num_sample_generations": 0}
+
+
+def rises_and_falls(completions, trainer_state, **kwargs):
+    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
+
+
+@pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
+def test_best_checkpoint_is_that_of_the_highest_held_out_score(tmp_path, how):
+    """Without a metric, which the Trainer would set to a loss that PPO has not."""
+    models = {"reward_model": None, "reward_funcs": rises_and_falls, "eval_dataset": tiny.tiny_prompts(3)}
+    trainer = ppo_run(tmp_path, models, **(EVERY_TWO | how))
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.0, 2)
+    assert max(logged(trainer, "eval_reward/score")) == 0.0
+    assert trainer.args.greater_is_better
+
+
+def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path):
+    models = {"reward_model": None, "reward_funcs": rises_and_falls}
+    models["eval_dataset"] = {"a": tiny.tiny_prompts(3), "b": tiny.tiny_prompts(3)}
+    best = EVERY_TWO | {"load_best_model_at_end": True}
+    for metric in (None, "eval_reward/score"):
+        with pytest.raises(ValueError, match=r"2 held-out sets bear their names.*'eval_a_reward/score' or 'eval_b_"):
+            ppo_trainer(tmp_path, models, **best, metric_for_best_model=metric)
+    trainer = ppo_run(tmp_path, models, **best, metric_for_best_model="eval_b_reward/score")
+    assert trainer.state.best_global_step == 2
+
+
+def test_several_sets_may_be_evaluated_by_hand(tmp_path):
+    sets = {"a": tiny.tiny_prompts(3, seed=3), "b": tiny.tiny_prompts(4, seed=4)}
+    trainer = ppo_trainer(tmp_path, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate(sets)
+    for name, prompts in sets.items():
+        alone = trainer.evaluate(prompts)
+        for key in ("reward/score", "reward/score_ci95", "kl/ref", "completions/clipped_ratio"):
+            assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"])

@@ -24,12 +24,19 @@ def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> 
 
 
 def require_finite(
-    loss: Tensor, logratios: Tensor, input_ids: Tensor, attention_mask: Tensor, tokenizer: Any, step: int
+    loss: Tensor,
+    logps: Tensor,
+    logratios: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tokenizer: Any,
+    step: int,
 ) -> None:
     """
     Args:
         loss: of the batch, a scalar.
-        logratios (2B,): log π_θ/π_ref, chosen then rejected.
+        logps (2B,): log π_θ, chosen then rejected.
+        logratios (2B,): log π_θ/π_ref.
         input_ids, attention_mask (2B, L).
         step: optimizer steps taken so far.
 
@@ -46,7 +53,17 @@ def require_finite(
     raise FloatingPointError(
         f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has log-ratios of "
         f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected) to the reference; its chosen "
-        f"sequence begins {text!r}. Nothing of this batch was learnt. A lower "
-        "learning rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the weights "
-        "that were loaded."
+        f"sequence begins {text!r}. Nothing of this batch was learnt. {_cure(logps, logratios)}"
+    )
+
+
+def _cure(logps: Tensor, logratios: Tensor) -> str:
+    if torch.isfinite(logps).all() and not torch.isfinite(logratios).all():
+        return (
+            "The policy's own log-probabilities are finite: it is the reference that gives others. It does not learn, "
+            "so look at its weights and its dtype."
+        )
+    return (
+        "A lower learning rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the "
+        "weights that were loaded."
     )

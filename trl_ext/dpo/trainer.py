@@ -18,6 +18,7 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..adapter_copies import base_left_alone
+from ..best_metric import check_metric_of_sets
 from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
@@ -93,6 +94,8 @@ class DPOTrainerX(DPOTrainer):
             args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
+        if args is not None:
+            check_metric_of_sets(args, eval_dataset, example="rewards/accuracies")
         check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
         config = text_config(model, args)
         if isinstance(ref_model, str):
@@ -240,7 +243,9 @@ class DPOTrainerX(DPOTrainer):
         if self.label_smoothing:
             loss = loss + self._smoothing(logratios)
         ids, attended = inputs["input_ids"], inputs["attention_mask"]
-        require_finite(loss, logratios.detach(), ids, attended, self._tokenizer, self.state.global_step)
+        require_finite(
+            loss, logps.detach(), logratios.detach(), ids, attended, self._tokenizer, self.state.global_step
+        )
         # 3. For the log
         self._record(logps.detach(), logratios.detach(), mask, sources)
         return (loss, *rest) if return_outputs else loss

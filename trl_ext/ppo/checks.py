@@ -39,6 +39,31 @@ def require_finite_rewards(
     )
 
 
+# What each of the other models says of a rollout before it is learned from, and which model that is.
+_SAID_BY = {
+    "ref_logps": "The reference model gives log-probabilities",
+    "old_logps": "The actor gives log-probabilities",
+    "old_values": "The critic gives values",
+}
+
+
+def require_finite_scores(rollout: Rollout, step: int) -> None:
+    """Raises `FloatingPointError` naming the model that gave NaN or ±inf for a token that counts, and a response."""
+    for name, said in _SAID_BY.items():
+        scores = getattr(rollout, name)
+        if scores is None:
+            continue
+        bad = ~torch.isfinite(scores) & rollout.mask
+        if bad.any():
+            row, token = bad.nonzero()[0].tolist()
+            still = step == 0 or name == "ref_logps"
+            cure = "It has not been trained here: look" if still else "Lower the learning rate, or look"
+            raise FloatingPointError(
+                f"{said} that are not finite at step {step}: {scores[row, token].item()} in the response with token "
+                f"ids {rollout.response_ids[row].tolist()}. {cure} at its weights and its dtype."
+            )
+
+
 def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
     """Raises `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
     if torch.isfinite(terms.total):
@@ -54,7 +79,7 @@ def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], r
     sample = f" First in the response with token ids {rollout.response_ids[min(rows)].tolist()}." if rows else ""
     raise FloatingPointError(
         f"The loss is {terms.total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
-        "Nothing was updated. Lower the learning rate, or look at the data and the dtype."
+        f"Nothing was updated. {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
     )
 
 
@@ -75,7 +100,7 @@ def require_finite_gradient(
     updated = "The weights were updated with it: start again from a checkpoint." if applied else "Nothing was updated."
     raise FloatingPointError(
         f"The gradient norm is {value.item()} at step {step}; not finite in {where if bad else 'no local shard'}. "
-        f"{updated} Lower the learning rate, or look at the data and the dtype."
+        f"{updated} {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
     )
 
 

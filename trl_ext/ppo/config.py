@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from ..device import computes_in_bf16
 from ..ranges import check_ranges, default_of
 from ..zero import check_batch_fields, check_own_optimizer
-from .config_checks import check_options, check_sampling
+from .config_checks import BEST_METRIC, check_options, check_sampling
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .options import (
     AdvantageOptions,
@@ -74,6 +74,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         self.kl_band = [float(end) for end in self.kl_band]
         check_ranges(self)
         check_options(self)
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = BEST_METRIC  # the Trainer would take the loss, which PPO has none of
         if getattr(self, "bf16", None) is None:
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()

@@ -7,6 +7,9 @@ from .advantages import find_estimator
 from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
 
 
+# What the best checkpoint is chosen by, unless another metric is named.
+BEST_METRIC = "eval_reward/score"
+
 # Options of GRPO that mean nothing in PPO, and what to do instead.
 _GROUPS = "PPO samples one response per prompt and has no groups; raise the batch size instead"
 _LOSS = "PPO has one loss, the clipped objective"
@@ -80,6 +83,7 @@ def check_options(args: Any) -> None:
     refuse_meaningless(args)
     refuse_noise(args)
     check_steps(args)
+    check_best_metric(args)
     check_responses(args)
     check_kl(args)
     check_frozen_models(args)
@@ -108,6 +112,21 @@ def check_steps(args: Any) -> None:
         raise ValueError(
             f"`total_episodes={args.total_episodes}` sets the number of optimizer steps, and so does "
             f"`max_steps={args.max_steps}`. Keep one of them."
+        )
+
+
+def check_best_metric(args: Any) -> None:
+    """Raises `ValueError` for a metric that PPO does not have, or that says which way is better to nobody."""
+    if args.metric_for_best_model in ("loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model={args.metric_for_best_model!r}`: PPO has no held-out loss. Use "
+            f"{BEST_METRIC!r}, or leave it unset."
+        )
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if schedule in ("reduce_lr_on_plateau", "greedy") and args.metric_for_best_model is None:
+        raise ValueError(
+            f"`lr_scheduler_type={schedule!r}` follows a metric. Set `metric_for_best_model`, such as "
+            f"{BEST_METRIC!r}, and say with `lr_scheduler_kwargs={'mode': 'max'}` that higher is better."
         )
 
 

@@ -56,6 +56,8 @@ class LeftPadding:
             alone = torch.cat([self._states(row, torch.ones_like(row)) for row in rows])
             allowed = tolerance(self.trunk, lambda: self._states(rows[0], torch.ones_like(rows[0])))
             differences = {way: self._distance(rows, alone, way) for way in (takes, not takes)}
+        if alone.isnan().any():  # the padding is not what is wrong with it
+            return
         fits = [way for way, difference in differences.items() if difference <= allowed]
         if fits:
             self._takes_positions = fits[0]

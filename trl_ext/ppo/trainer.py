@@ -31,6 +31,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
+from ..best_metric import check_metric_of_sets
 from ..context import context_limit
 from ..decoding import generating_by
 from ..fingerprint import save_base_fingerprint
@@ -48,6 +49,7 @@ from .card import ppo_training
 from .checks import (
     require_finite_gradient,
     require_finite_rewards,
+    require_finite_scores,
     require_finite_terms,
     require_processed_logprobs,
     require_same_policy,
@@ -167,6 +169,7 @@ class PPOTrainerX(GRPOTrainer):
         ).with_paths_of(args)
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_given(args, given)
+        check_metric_of_sets(args, eval_dataset, example="reward/score")
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         adapters = adapter_configs(given.model, peft_config)
@@ -467,6 +470,7 @@ class PPOTrainerX(GRPOTrainer):
             rollout.old_logps = torch.cat([part.log_probs for part in parts])
         if self.args.needs_reference:
             self._score_with_reference(rollout, size)
+        require_finite_scores(rollout, self.state.global_step)
 
     def _score_with_reference(self, rollout: Rollout, size: int) -> None:
         outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
