@@ -18,7 +18,8 @@ from .critic import ValueAdapter, build_critic
 from .given import Given, Model
 from .placement import frozen_kwargs
 from .reward_forms import RewardForm
-from .scorers import TokenScorer, check_reward_model, checked, find_tokenizer, load_reward_model, reads_actor_ids
+from .reward_functions import checked
+from .scorers import TokenScorer, check_reward_model, find_tokenizer, load_reward_model, reads_actor_ids
 
 
 @dataclass

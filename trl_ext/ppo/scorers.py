@@ -1,7 +1,5 @@
-"""Where scores come from: reward models, on token ids or on text, and Python functions, checked as they answer."""
+"""Where scores come from: reward models, on token ids or on text."""
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .._trl import create_model_from_path, get_config_model_id, is_async_callable
+from .._trl import create_model_from_path, get_config_model_id
 from ..formats import CONVERSATION, describe
 from .config import PPOConfigX
 from .prompts import check_prompts, named
@@ -237,39 +235,3 @@ def reads_actor_ids(
         )
     logger.info("No tokenizer is saved beside the reward model: it reads the actor's token ids.")
     return True
-
-
-def checked(function: Callable, name: str) -> Callable:
-    """
-    The reward function, refusing NaN and ±inf with its name and the sample. `None` still means "does not apply".
-    """
-    if is_async_callable(function):
-
-        @functools.wraps(function)
-        async def checked_async(*args, **kwargs):
-            return _check_scores(await function(*args, **kwargs), name, kwargs)
-
-        checked_async.__name__ = name  # what GRPO logs it under
-        return checked_async
-
-    @functools.wraps(function)
-    def checked_sync(*args, **kwargs):
-        return _check_scores(function(*args, **kwargs), name, kwargs)
-
-    checked_sync.__name__ = name
-    return checked_sync
-
-
-def _check_scores(scores: list[float | None], name: str, inputs: dict[str, Any]) -> list[float | None]:
-    for row, score in enumerate(scores):
-        if score is not None and not math.isfinite(score):
-            prompts, completions = inputs.get("prompts"), inputs.get("completions")
-            sample = (
-                f"prompt {prompts[row]!r}, response {completions[row]!r}" if prompts and completions else f"row {row}"
-            )
-            step = getattr(inputs.get("trainer_state"), "global_step", "?")
-            raise FloatingPointError(
-                f"The reward {name!r} is {score} at step {step} for {sample}. Return a finite number, or `None` where "
-                "it does not apply."
-            )
-    return scores

@@ -66,10 +66,11 @@ from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
 from .placement import send_to_host
 from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .resuming import find_checkpoint, known_length, load_run, save_run
+from .reward_functions import checked, named_apart
 from .rewards import RunningMoments, weighted_scores
 from .roles import Roles, load_roles, load_tokenizer
 from .rollout import MicroBatch, Rollout
-from .scorers import TokenScorer, check_readable, checked, model_of_text, token_scorer
+from .scorers import TokenScorer, check_readable, model_of_text, token_scorer
 
 
 PHASES = ("generate", "score", "learn")
@@ -237,7 +238,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _set_up_rewards(self, sources: list[Any]) -> None:
         """Names every reward source, has models asked in their own form, and checks what environments answer."""
-        self.reward_func_names[:] = [name or "reward_model" for name in self.reward_func_names]
+        self.reward_func_names[:] = named_apart([name or "reward_model" for name in self.reward_func_names])
         self._text_scorers: dict[int, TokenScorer] = {}
         for i, scorer in enumerate(map(token_scorer, sources)):
             if scorer is None:
@@ -248,6 +249,9 @@ class PPOTrainerX(GRPOTrainer):
                 self._text_scorers[id(scorer.model)] = scorer
         for i in range(len(sources), len(self.reward_funcs)):
             self.reward_funcs[i] = checked(self.reward_funcs[i], self.reward_func_names[i])
+        for source, name in zip(self.reward_funcs, self.reward_func_names, strict=True):
+            if not isinstance(source, nn.Module):
+                source.__name__ = name
 
     def _set_up_sampling(self, ids: list[int]) -> None:
         """The tokens that end a response, and no others: vLLM would add those of the folder that it has loaded."""
