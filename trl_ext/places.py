@@ -59,6 +59,11 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
     return folder
 
 
+def is_local(path: str) -> bool:
+    """Whether a name is a folder's rather than the hub's, which is "name" or "owner/name"."""
+    return Path(path).exists() or path.startswith((".", "/", "outputs/")) or path.count("/") > 1
+
+
 def begun_at(folder: str | Path) -> float | None:
     """When the last run in a folder began, seconds since the epoch; `None` where no `run.json` says it."""
     path = Path(folder) / FACTS

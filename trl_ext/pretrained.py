@@ -8,30 +8,38 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from .places import is_local
+
 
 # What may be meant by an adapter in place of a model.
 WAYS_OUT = {
-    "model": "Pass `AutoPeftModelForCausalLM.from_pretrained(...)` to train it further",
+    "model": "In Python pass `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` to train it further",
     "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
     "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
 }
 
 
-def text_config(model: Any, args: Any) -> Any:
+def text_config(model: Any, args: Any, name: str = "model") -> Any:
     """
     The text part of a language model's config.
 
     Args:
         model: a path or hub name, or a model.
         args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
+        name: the argument that the model was given as.
 
     Raises:
-        ValueError: when the path holds a model for scoring text.
+        ValueError: when the path holds no model, one that cannot be read, or one for scoring text.
     """
     if not isinstance(model, str):
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+    require_model(model, name, kwargs.get("revision"))
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+    except Exception as error:  # of transformers, of the family's own checks, of the hub
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config of {model} ({name}) cannot be read: {reason:.400}") from error
     if is_for_scoring(config):
         raise ValueError(
             f"{model} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
@@ -108,3 +116,96 @@ def check_no_adapter(path: str, name: str) -> None:
         f"The folder {path} ({name}) holds an adapter without its base model. {way_out}, "
         "or save the whole model with `merge_and_unload().save_pretrained(...)` and give that folder."
     )
+
+
+def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
+    """
+    Looks for the config of a model, or of an adapter, and loads nothing else.
+
+    Args:
+        path: a folder, or a hub name.
+        what: it is, for the error.
+        with_base: whether an adapter's base is needed, too.
+
+    Raises:
+        ValueError: when there is none, here or on the hub.
+    """
+    adapter = adapter_config(path)
+    if adapter is not None:
+        if with_base and adapter.base_model_name_or_path:
+            require_model(adapter.base_model_name_or_path, f"the base of the adapter {path}", adapter.revision)
+        return
+    _require_no_gguf(path, what)
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(
+                f"{path} ({what}) holds no model: there is no config.json and no adapter_config.json in it. Give the "
+                "folder that a model was saved to."
+            )
+        return
+    if Path(path).is_file():
+        raise ValueError(f"{path} ({what}) is a file. Give the folder that a model was saved to.")
+    if is_local(path):
+        raise ValueError(f"There is no folder {path} ({what}). Give the folder that a model was saved to.")
+    try:
+        PretrainedConfig.get_config_dict(path, revision=revision)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} ({what}) is no folder here, and no model of that name came from the hub. Give the folder that a "
+            f"model was saved to, or a hub name; one that is not in the hub's cache needs a network. The hub: {reason}"
+        ) from error
+
+
+def _require_no_gguf(path: str, what: str) -> None:
+    """GGUF files, also beside a config, have to be converted once: what is trained is saved as safetensors."""
+    folder = Path(path)
+    files = [folder] if folder.is_file() else sorted(folder.iterdir()) if folder.is_dir() else []
+    gguf = next((file for file in files if file.suffix.lower() == ".gguf"), None)
+    if gguf is None or any(file.suffix in (".safetensors", ".bin") for file in files):
+        return
+    raise ValueError(
+        f"{path} ({what}) holds its weights as GGUF. Convert them once: "
+        f"`AutoModelForCausalLM.from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r})`, the same with "
+        "AutoTokenizer, and `save_pretrained(...)` of both into a folder to give here."
+    )
+
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
+
+
+def require_tokenizer(path: str, what: str) -> None:
+    """
+    Raises:
+        ValueError: for a folder that holds no file of a tokenizer.
+    """
+    if not path:
+        raise ValueError(
+            "The model comes from no folder, where its tokenizer could be: give it as `processing_class`."
+        )
+    folder = Path(path)
+    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        raise ValueError(
+            f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
+            "Python give it as `processing_class`."
+        )
+
+
+def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
+    """
+    Loads the tokenizer of a model.
+
+    Args:
+        path: a folder, or a hub name.
+        what: it is, for the error.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: when there is none, or none that can be read.
+    """
+    require_tokenizer(path, what)
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # of transformers, tokenizers, sentencepiece, the hub: each raises its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The tokenizer of {path} ({what}) cannot be read: {reason:.400}") from error

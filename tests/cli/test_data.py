@@ -145,6 +145,17 @@ def test_rows_of_one_prompt_are_held_out_together(paths, tmp_path):
     [
         ("nosuch.jsonl", None, r"There is no file .*nosuch\.jsonl\. The nearest is .*pairs\.jsonl"),
         ("pairs.tsv", "a\tb\n", r"pairs\.tsv is of no kind that is known by its name; those are \.json, \.jsonl"),
+        ("empty.json", "", r"The file .*empty\.json is empty\."),
+        ("empty.jsonl", " \n\n", r"The file .*empty\.jsonl is empty\."),
+        ("empty.csv", "", r"The file .*empty\.csv is empty\."),
+        ("empty.parquet", "", r"The file .*empty\.parquet is empty\."),
+        ("list.json", "[]", r"list\.json"),
+        ("heads.csv", "chosen,rejected\n", r"heads\.csv holds no rows"),
+        ("cut.json", '[{"chosen": "a", "rejec', r"cut\.json cannot be read: \w+: .+"),
+        ("cut.jsonl", '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rej', r"cut\.jsonl cannot be read: \w+: .+"),
+        ("text.jsonl", "what is this", r"text\.jsonl cannot be read: \w+: .+"),
+        ("odd.csv", 'chosen,rejected\n"a,b\n', r"odd\.csv cannot be read: \w+: .+"),
+        ("bad.parquet", "PAR1 and no more", r"bad\.parquet cannot be read: \w+: .+"),
         ("one.jsonl", '{"chosen": "a", "rejected": "b"}\n', "There is one row, and it takes two at least"),
     ],
 )
@@ -153,8 +164,22 @@ def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, pa
     if content is not None:
         (tmp_path / name).write_text(content)
     words = run_of("dpo", paths | {"pairs": str(tmp_path / name)}, output_dir=tmp_path)
-    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+    with pytest.raises(SystemExit, match=f"error: .*{said}") as end:
         main(["dpo", *words])
+    assert len(end.value.code.splitlines()) == 1
+
+
+def test_data_of_other_kinds_that_cannot_be_read_are_named_too(paths, tmp_path, capsys):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    (tmp_path / "nothing").mkdir()
+    for name in (tmp_path / "saved", tmp_path / "nothing", "no/such-data"):
+        said = error_of(["dpo", *run_of("dpo", paths | {"pairs": str(name)}, output_dir=tmp_path)], capsys)
+        assert said.startswith(f"error: {name} cannot be read: ")
+    (tmp_path / "cut.jsonl").write_text('{"chosen": "a", "rej')
+    words = run_of("dpo", paths | {"pairs": str(tmp_path / "cut.jsonl")}, output_dir=tmp_path, test_size=1)
+    said = error_of(["dpo", *words, "--dataset_streaming", "--max_steps", "1"], capsys)
+    assert "cannot be read: " in said
 
 
 # What JSON does not have and a parquet file has.

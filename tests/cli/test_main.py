@@ -75,3 +75,30 @@ def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths,
     printed = capsys.readouterr()
     assert "There will be no report: Pictures need matplotlib" in printed.err
     assert f"trl-ext report {tmp_path}" in printed.out
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo", "dpo"])
+def test_option_that_transformers_refuses_ends_in_a_sentence_too(name, capsys):
+    for flags, said in (
+        (["--logging_steps", "0"], "error: logging strategy IntervalStrategy.STEPS requires non-zero --logging_steps"),
+        (["--per_device_train_batch_size", "0"], "error: `per_device_train_batch_size` is 0; it must be"),
+        (["--report_to", "wandbb"], "error: `report_to` has 'wandbb'; it may have"),
+    ):
+        assert error_of([name, *flags], capsys).startswith(said)
+
+
+def test_broken_files_that_options_name_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("beta: [\nmodel: x\n")
+    (tmp_path / "b.yaml").write_bytes(b"beta: \xff\n")
+    (tmp_path / "z.json").write_text("{")
+    (tmp_path / "a.yaml").write_text("distributed_type: [\n")
+    for flags, said in (
+        (["--config", tmp_path / "r.yaml"], f"The recipe {tmp_path / 'r.yaml'} is no YAML: "),
+        (["--config", tmp_path / "b.yaml"], f"The recipe {tmp_path / 'b.yaml'} is no YAML: "),
+        (["--config", tmp_path], f"There is no file {tmp_path}, here or"),
+        (["--deepspeed", tmp_path / "z.json"], f"The DeepSpeed file {tmp_path / 'z.json'} is no JSON: "),
+        (["--accelerate_config", tmp_path / "a.yaml"], f"The accelerate file {tmp_path / 'a.yaml'} is no YAML: "),
+    ):
+        text = error_of(["dpo", *map(str, flags)], capsys)
+        assert text.startswith(f"error: {said}")
+        assert len(text.splitlines()) == 1

@@ -14,6 +14,7 @@ from ..conversions import to_preference
 from ..formats import parse_columns
 from ..places import DATA_FILES
 from ..plain import key_of
+from .options import is_ours
 
 
 @dataclass
@@ -118,12 +119,31 @@ def load_rows(args: DataArguments) -> Dataset:
 
 
 def _load(args: DataArguments) -> DatasetDict:
+    try:
+        return _read(args)
+    except Exception as error:  # of datasets, pyarrow, pandas and the hub: each raises its own
+        if is_ours(error):
+            raise
+        if "corresponds to no data" in str(error):  # what `datasets` says of a file with a heading alone
+            raise ValueError(f"{args.source} holds no rows.") from error
+        raise ValueError(f"{args.source} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom, in one line: `datasets` says no more than that something did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _read(args: DataArguments) -> DatasetDict:
     if args.datasets:
         # The rows that `test_split_size` holds out are drawn below, by a seed: on every rank the same.
         return get_dataset(DatasetMixtureConfig(args.datasets, args.streaming or args.dataset_streaming))
     name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
     if path.is_file() or path.suffix.lower() in DATA_FILES:
+        _require_content(path)
         return load_dataset(_builder(path), data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
@@ -143,8 +163,20 @@ def _builder(path: Path) -> str:
     return DATA_FILES[path.suffix.lower()]
 
 
+def _require_content(path: Path) -> None:
+    """Raises `ValueError` for a file of nothing, or of blanks alone."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if not file.read(4096).strip():
+                raise ValueError(f"The file {path} is empty.")
+
+
 def _require_rows(rows: Any, name: str) -> None:
-    if next(iter(rows), None) is None:
+    try:
+        first = next(iter(rows), None)
+    except Exception as error:  # a stream is read here for the first time
+        raise ValueError(f"The {name} cannot be read: {_reason(error)}") from error
+    if first is None:
         raise ValueError(f"The {name} holds no rows.")
 
 

@@ -10,19 +10,18 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
 from trl import DPOTrainer, RewardTrainer, get_peft_config
 
 from .. import planner
 from .._trl import tokenised_pair
 from ..context import context_limit
 from ..dpo.data import check_columns
-from ..places import checkpoint_of
-from ..planner.recipe import is_local
+from ..places import checkpoint_of, is_local
 from ..ppo.display import batch_plan, planned_steps
 from ..ppo.given import Given, check_given
 from ..ppo.prompts import check_datasets, prompt_ids
-from ..pretrained import text_config
+from ..pretrained import load_tokenizer, text_config
+from ..startable import require_writable
 from ..steps_left import require_steps_left
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
@@ -47,12 +46,11 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
     checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+    require_writable(args.output_dir)
     path = path_of(model, args)
     splits, count = load(data), processes(given)
     rows = splits["train"]
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     with as_if_of(count):
         if command == "ppo":
             check_ppo(data, path, get_peft_config(model), args, splits, tokenizer)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from .options import Options
-from .recipes import find_config
+from .recipes import find_config, read_yaml
 
 
 @dataclass
@@ -119,7 +118,7 @@ def accelerate_file(given: Options) -> tuple[Path, dict[str, Any]]:
     """The file that the processes are started with, and what is in it."""
     usual = "ddp" if (given.nproc or 1) > 1 else "single"
     file = find_config(given.accelerate_config or usual, "accelerate")
-    return file, yaml.safe_load(file.read_text())
+    return file, read_yaml(file, "accelerate file")
 
 
 def deepspeed_of(settings: dict[str, Any]) -> str | None:

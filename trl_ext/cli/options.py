@@ -1,6 +1,7 @@
 """What a command was given, by default, recipe and flag, and the objects that are made of it."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..device import computes_in_bf16
+from ..startable import check_startable
 from .parser import OptionParser, is_negation, misspelt
 from .recipes import find_config, read_recipe
 
@@ -36,12 +38,21 @@ class Options:
         return getattr(self.values, name)
 
     def make(self, **changes: Any) -> tuple:
-        """An instance of each of the command's classes, with `changes` over what was given."""
+        """
+        Makes an instance of each of the command's classes, with `changes` over what was given.
+
+        Raises:
+            ValueError: for options that cannot be, also where TRL or transformers says so.
+        """
         values = vars(self.values) | changes
-        return tuple(
-            kind(**{o.name: values[o.name] for o in fields(kind) if o.init and o.name in values})
-            for kind in self.parser.dataclass_types
-        )
+        check_startable(self.values)
+        try:
+            return tuple(
+                kind(**{o.name: values[o.name] for o in fields(kind) if o.init and o.name in values})
+                for kind in self.parser.dataclass_types
+            )
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def read(
@@ -111,13 +122,13 @@ def usage_errors() -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
-        if not _is_ours(error):
+    except (ValueError, ImportError) as error:  # an extra that is not installed is one, too
+        if not is_ours(error):
             raise
         raise SystemExit(f"error: {error}") from error
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Whether the error was raised in this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -186,3 +197,7 @@ def _find_deepspeed(values: argparse.Namespace) -> None:
     file = getattr(values, "deepspeed", None)
     if isinstance(file, str) and file.endswith(".json"):
         values.deepspeed = str(find_config(file, "deepspeed"))
+        try:
+            json.loads(Path(values.deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"The DeepSpeed file {values.deepspeed} is no JSON: {error}") from error

@@ -42,10 +42,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the file is no YAML, or does not hold `option: value` lines.
     """
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is no YAML: {error}") from error
+    recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
     return recipe
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """
+    What a YAML file holds; an empty mapping where it holds nothing.
+
+    Args:
+        what: the file is, for the error.
+
+    Raises:
+        ValueError: when it is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The {what} {path} is no YAML: {' '.join(str(error).split())}") from error

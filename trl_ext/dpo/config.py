@@ -7,10 +7,17 @@ from trl import DPOConfig
 
 from ..device import computes_in_bf16
 from ..frozen import QUANTIZATIONS
-from ..ranges import COUNT, check_ranges, one_of
+from ..ranges import COUNT, check_ranges, one_of, require
+from ..startable import check_startable
 from ..zero import check_batch_fields
 
 
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+TRUNCATIONS = ("keep_start", "keep_end")
 # Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 
@@ -59,10 +66,16 @@ class DPOConfigX(DPOConfig):
     )
 
     def __post_init__(self):
+        check_startable(self)
         if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         check_ranges(self)
+        unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
+        if unknown:
+            raise ValueError(f"`loss_type` has {unknown}, which there is not; it may have {', '.join(LOSS_TYPES)}.")
+        require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
+        require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")
         if not self.beta > 0:
             raise ValueError(

@@ -27,8 +27,16 @@ from ..last_line import LastLine, in_mode_of, whole_run_loss
 from ..model_card import card_name, complete_card, hub_name
 from ..noise import disable_noise
 from ..phases import Phases
-from ..pretrained import adapter_configs, check_no_adapter, restore_weights, text_config, tokenizer_of
+from ..pretrained import (
+    adapter_configs,
+    check_no_adapter,
+    require_tokenizer,
+    restore_weights,
+    text_config,
+    tokenizer_of,
+)
 from ..rendering import with_template_kwargs
+from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable
 from ..zero import check_unquantized, is_partitioned
@@ -97,11 +105,16 @@ class DPOTrainerX(DPOTrainer):
         if args is not None:
             check_metric_of_sets(args, eval_dataset, example="rewards/accuracies")
         check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
+        if isinstance(model, str):
+            check_no_adapter(model, "model")
         config = text_config(model, args)
+        if processing_class is None:
+            require_tokenizer(model if isinstance(model, str) else model.config._name_or_path, "model")
+        make_folder(args.output_dir)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")
         if ref_model is not None:
-            check_vocabularies(config, text_config(ref_model, args))
+            check_vocabularies(config, text_config(ref_model, args, "ref_model"))
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..places import is_local
 from .layout import CPU, GPUS, Hardware, Layout
 from .planning import ModelNames
 from .shapes import load_config
@@ -26,11 +27,6 @@ def names_from_options(options: Mapping[str, Any]) -> ModelNames:
     has_config = reward is not None and (Path(reward) / "config.json").is_file()
     # A reward model that is still to be trained has, in the recipes, the actor's base.
     return ModelNames(actor, reward=reward if has_config or (reward and not is_local(reward)) else None)
-
-
-def is_local(path: str) -> bool:
-    """Whether a name is a folder's rather than the hub's, which is "name" or "owner/name"."""
-    return Path(path).exists() or path.startswith((".", "/", "outputs/")) or path.count("/") > 1
 
 
 def layout_from_options(

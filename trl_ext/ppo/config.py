@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from ..device import computes_in_bf16
 from ..ranges import check_ranges, default_of
+from ..startable import check_startable
 from ..zero import check_batch_fields, check_own_optimizer
 from .config_checks import BEST_METRIC, check_options, check_sampling
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
@@ -70,6 +71,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     """
 
     def __post_init__(self):
+        check_startable(self)
         self._take_grpo_names()
         self.kl_band = [float(end) for end in self.kl_band]
         check_ranges(self)

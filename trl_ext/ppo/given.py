@@ -130,7 +130,7 @@ def _check_whole_models(args: PPOConfigX, given: Given) -> None:
         if isinstance(path, str):
             check_no_adapter(path, name)
             if name == "model" or (name == "ref_model" and args.needs_reference):
-                text_config(path, args)  # refuses a model for scoring text
+                text_config(path, args, name)  # refuses a model for scoring text
     if isinstance(given.value_model, PreTrainedModel):
         check_value_model(given.value_model)
     elif isinstance(given.value_model, str) and args.critic == "model":

@@ -6,8 +6,9 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from .. import pretrained
 from .._trl import create_model_from_path, get_callable_name, get_config_model_id
 from ..noise import disable_noise
 from ..pretrained import adapter_config, text_config
@@ -49,7 +50,7 @@ def load_tokenizer(
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         revision = (args.model_init_kwargs or {}).get("revision")
-        processing_class = AutoTokenizer.from_pretrained(
+        processing_class = pretrained.load_tokenizer(
             path, revision=revision, trust_remote_code=args.trust_remote_code, truncation_side="left"
         )
     if isinstance(processing_class, ProcessorMixin):

@@ -40,6 +40,7 @@ from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import adapter_configs, restore_weights, text_config
+from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
 from . import critic as critic_module
@@ -177,6 +178,7 @@ class PPOTrainerX(GRPOTrainer):
         context = context_limit(text_config(given.model, args), *adapters, generates=True)
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
+        make_folder(args.output_dir)
 
         # 2. The four models
         set_seed(args.seed)

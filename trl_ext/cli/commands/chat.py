@@ -10,11 +10,10 @@ said.
 
 import copy
 
-from transformers import AutoConfig, AutoTokenizer, TextStreamer, pipeline
+from transformers import AutoConfig, TextStreamer, pipeline
 
 from ...device import computes_in_bf16
-from ...pretrained import adapter_config, is_for_scoring
-from ..models import require_model
+from ...pretrained import adapter_config, is_for_scoring, load_tokenizer, require_model
 from ..options import usage_errors
 from ..parser import CommandParser
 
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         require_model(given.model, "the model to talk to", with_base=True)
         if scores(given.model):
             raise ValueError(f"{given.model} is a reward model: it scores text and writes none.")
-        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        tokenizer = load_tokenizer(given.model)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
     writer = pipeline(
         "text-generation",

@@ -16,7 +16,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 from ... import describe_reward_training, save_base_fingerprint
@@ -26,8 +26,10 @@ from ...intervals import wilson_interval
 from ...last_line import LastLine
 from ...places import checkpoint_of
 from ...plain import plain_file
+from ...pretrained import load_tokenizer
 from ...rendering import with_template_kwargs
 from ...report import REWARD_LINE, use_brief_progress
+from ...startable import make_folder
 from ...steps_left import refuse_finished_checkpoints, require_steps_left
 from ...trained import RequireGradients, check_trainable
 from ..closing import closing_lines, program, report_callbacks, running
@@ -53,10 +55,9 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     if model.use_peft and model.lora_modules_to_save is None:
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    make_folder(args.output_dir)
+    tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-    )
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
     trainer = RewardTrainer(
         path,

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import get_quantization_config, maybe_extract_prompt
 
 from ... import ImplicitReward, embedded
 from ...dpo.data import check_columns
 from ...intervals import wilson_interval
 from ...plain import plain_line
+from ...pretrained import load_tokenizer, require_model
+from ...startable import require_writable
 from ..data import DataArguments, load_rows
-from ..models import ModelArguments, require_model
+from ..models import ModelArguments
 from ..options import read, usage_errors
 
 
@@ -68,7 +70,7 @@ def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArg
     policy = load_model(path, data, model, model.model_revision)
     # A revision is the policy's: the reference is another model.
     reference = None if ref_path is None else load_model(ref_path, data, model, None)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision)
+    tokenizer = load_tokenizer(path, revision=model.model_revision)
     return ImplicitReward(policy, reference, tokenizer, data.beta, data.batch_size)
 
 
@@ -105,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
     with usage_errors():
+        require_writable(Path(data.output_file).parent, "output_file")
         paths = paths_of(data, model)  # before any row is read
         scored = score(load(data), build(*paths, data, model))
     output = Path(data.output_file)
