@@ -29,9 +29,10 @@ def text_config(model: Any, args: Any, name: str = "model") -> Any:
         name: the argument that the model was given as.
 
     Raises:
-        ValueError: when the path holds no model, one that cannot be read, or one for scoring text.
+        ValueError: when the path holds no model, one that cannot be read, one for scoring text, or an encoder-decoder.
     """
     if not isinstance(model, str):
+        refuse_encoder_decoder(model.config, type(model).__name__)
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     require_model(model, name, kwargs.get("revision"))
@@ -45,7 +46,20 @@ def text_config(model: Any, args: Any, name: str = "model") -> Any:
             f"{model} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
             "`reward_model` of PPO; what is trained and its reference are causal language models."
         )
+    refuse_encoder_decoder(config, model)
     return config.get_text_config()
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: for a model whose encoder would read the answers that it is trained on, or scored by.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder ({config.model_type}): prompt and answer would both go through its "
+            "encoder, and it would be trained on what it has read. Use a decoder-only model."
+        )
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
@@ -75,7 +89,7 @@ def is_for_scoring(config: PretrainedConfig) -> bool:
 
 def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
     """The tokenizer that a trainer will take; `None` where it is not to be had from the model's path."""
-    path = model if isinstance(model, str) else model.config._name_or_path
+    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
     if processing_class is not None or not path:
         return processing_class
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
@@ -83,6 +97,35 @@ def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **kwargs)
     except (OSError, ValueError):  # the trainer will say so
         return None
+
+
+# The share of ids that mean something else from which on two tokenizers are two; below, tokens were renamed.
+RENAMED = 0.01
+
+
+def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
+    """
+    Args:
+        tokenizer: of the run; without one nothing is checked.
+        model: a path, or a model that came from one. Nothing is checked where no tokenizer is saved there.
+        name: the argument that it was given as.
+
+    Raises:
+        ValueError: when ids mean other tokens to that model.
+    """
+    its = None if tokenizer is None else tokenizer_of(model, None, args)
+    if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
+        return
+    mine, others = ({id_: token for token, id_ in each.get_vocab().items()} for each in (tokenizer, its))
+    common = mine.keys() & others.keys()
+    differing = [id_ for id_ in common if mine[id_] != others[id_]]
+    if common and len(differing) > RENAMED * len(common):
+        first = min(differing)
+        raise ValueError(
+            f"`{name}` was trained with another tokenizer than the model: {len(differing)} of {len(common)} ids mean "
+            f"other tokens to it (id {first} is {mine[first]!r} here and {others[first]!r} there). It reads the same "
+            "ids, so give one that shares the tokenizer."
+        )
 
 
 def adapter_config(path: Any) -> PeftConfig | None:

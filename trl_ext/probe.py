@@ -57,7 +57,7 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
         return output + output * (2 * up - 1) * _precision(model)
 
     expected = answer()
-    handle = model.get_input_embeddings().register_forward_hook(round_once_more)
+    handle = _embeddings(model).register_forward_hook(round_once_more)
     try:
         moved = (answer() - expected).abs().mean().item()
     finally:
@@ -78,4 +78,12 @@ def _precision(model: Any) -> float:
 
 
 def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return _embeddings(model).weight.device
+
+
+def _embeddings(model: Any) -> Any:
+    """The module that reads token ids; of a wrapper that does not say, the first of its kind."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return next(module for module in model.modules() if isinstance(module, nn.Embedding))

@@ -111,7 +111,7 @@ def test_given_tokenizer_decides_for_a_model_in_memory(tmp_path):
 
 
 def test_model_in_memory_with_too_few_tokens_must_bring_its_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"knows 32 tokens and the actor's tokenizer 64.*`reward_processing_classes`"):
+    with pytest.raises(ValueError, match=r"knows 32 tokens and the actor 64.*`reward_processing_classes`"):
         ppo_trainer(tmp_path, {"reward_model": tiny.tiny_reward_model(vocab_size=32)})
 
 

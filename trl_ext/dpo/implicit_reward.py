@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
+from ..pretrained import refuse_encoder_decoder
 from .checks import check_vocabularies
 from .losses import implicit_reward
 
@@ -58,6 +59,9 @@ class ImplicitReward:
             raise ValueError(
                 "`reference` is None and the policy has no adapter to switch off: give the model DPO started from."
             )
+        for model in (policy, reference):
+            if model is not None:
+                refuse_encoder_decoder(model.config, type(model).__name__)
         if reference is not None:
             check_vocabularies(policy.config.get_text_config(), reference.config.get_text_config(), "reference")
         self.policy = policy.eval()

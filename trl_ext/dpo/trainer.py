@@ -30,12 +30,14 @@ from ..phases import Phases
 from ..pretrained import (
     adapter_configs,
     check_no_adapter,
+    check_same_tokens,
     require_tokenizer,
     restore_weights,
     text_config,
     tokenizer_of,
 )
 from ..rendering import with_template_kwargs
+from ..rounding import warn_of_rounding
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable
@@ -115,6 +117,7 @@ class DPOTrainerX(DPOTrainer):
             check_no_adapter(ref_model, "ref_model")
         if ref_model is not None:
             check_vocabularies(config, text_config(ref_model, args, "ref_model"))
+            check_same_tokens(tokenizer_of(model, processing_class, args), ref_model, "ref_model", args)
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
@@ -152,6 +155,7 @@ class DPOTrainerX(DPOTrainer):
         self.add_callback(self.phases)
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
+        warn_of_rounding(self.model, self.args.learning_rate, self.is_deepspeed_enabled, "policy")
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)

@@ -75,6 +75,12 @@ def classifier_on_base(actor: PreTrainedModel | PeftModel) -> PreTrainedModel:
         )
     classifier = _without_trunk(kind, config)
     setattr(classifier, classifier.base_model_prefix, base.base_model)
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise ValueError(
+            f"{kind.__name__} has no `score` layer, which an adapter of critic or reward model trains beside it. Use "
+            "`critic='head'`, or `critic='model'` where that family has a classifier, and a whole model as "
+            "`reward_model`."
+        )
     head = base.get_output_embeddings().weight
     dtype = next(parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
     width, has_bias = classifier.score.in_features, classifier.score.bias is not None
@@ -204,7 +210,19 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Ten
 def restore_adapter(model: PeftModel, folder: str | Path) -> None:
     """Loads what was saved in `folder` into the adapter of `model` that is active."""
     (name,) = model.active_adapters
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
+    with without_other_roles(model):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
+
+
+@contextmanager
+def without_other_roles(model: PeftModel) -> Iterator[None]:
+    """Within the context, PEFT finds no wrappers of critic and reward model among those of the actor's adapter."""
+    modules = model._modules
+    model._modules = {name: each for name, each in modules.items() if name not in (CRITIC, REWARD)}
+    try:
+        yield
+    finally:
+        model._modules = modules
 
 
 @contextmanager
@@ -216,7 +234,8 @@ def saving_one_adapter(model: nn.Module) -> Iterator[None]:
     peft_model: Any = model
     peft_model.save_pretrained = partial(peft_model.save_pretrained, selected_adapters=peft_model.active_adapters)
     try:
-        yield
+        with without_other_roles(peft_model):
+            yield
     finally:
         del peft_model.save_pretrained
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import _trl
 from ..device import keep_4_bit_differentiable
@@ -131,4 +133,7 @@ def place_reward_models(
         if scorer is not None and scorer.model is reward_adapter:
             scorer.ask = ask_adapter
         elif scorer is not None:
+            is_of_ones_own = not isinstance(scorer.model, PreTrainedModel | PeftModel)
             scorer.model = _trl.prepare_frozen(scorer.model, accelerator)
+            if is_of_ones_own:
+                scorer.try_out()

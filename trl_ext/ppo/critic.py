@@ -12,13 +12,16 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path
+from ..device import keep_4_bit_differentiable
+from ..heads import trunk_of
 from ..noise import disable_noise
 from ..pretrained import restore_weights
-from ..zero import copy_of, copy_weights, fill_zeros
+from ..probe import in_mode, probe_rows
+from ..zero import copy_of, copy_weights, fill_zeros, is_partitioned
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 from .state_values import StateValues, last_linear
 
@@ -79,8 +82,21 @@ class ValueModel(nn.Module):
         return self.values(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes a folder that `AutoModelForSequenceClassification` loads."""
-        self.model.save_pretrained(folder, state_dict=_of_model(state_dict))
+        """
+        Writes a folder that `AutoModelForSequenceClassification` loads; for a class of one's own that cannot save
+        itself, `model.safetensors` with its state, and its config where that can.
+        """
+        tensors = _of_model(state_dict)
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder, state_dict=tensors)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = self.model.state_dict() if tensors is None else tensors
+        # Cloned, as a file cannot hold one tensor under two names.
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, Path(folder) / SAFE_WEIGHTS_NAME)
+        if isinstance(self.model.config, PretrainedConfig):
+            self.model.config.save_pretrained(folder)
 
 
 class ValueAdapter(nn.Module):
@@ -130,7 +146,12 @@ def check_value_model(model: Any) -> None:
             "The critic would be a quantised model, which cannot be trained. Pass a `value_model` in full precision, "
             "or `critic='head'` for a value head on the actor's trunk."
         )
-    _check_single_value(model.config.num_labels)
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"The value model {type(model).__name__} has no `config`: give it one (`vocab_size`, `num_labels=1`, "
+            "`pad_token_id`), or choose `critic='head'` for a value head on the actor's trunk."
+        )
+    _check_single_value(getattr(model.config, "num_labels", 1))
 
 
 def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
@@ -168,7 +189,7 @@ def build_critic(
         init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
     """
     if kind == "head":
-        return ValueHead(actor.config.get_text_config().hidden_size, dtype=_float_dtype(actor))
+        return ValueHead(_width_of_states(actor), dtype=_float_dtype(actor))
     if isinstance(value_model, str):
         value_model = create_model_from_path(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
@@ -184,6 +205,18 @@ def build_critic(
     value_model.requires_grad_(True)
     disable_noise(value_model)
     return ValueModel(value_model)
+
+
+@torch.no_grad()
+def _width_of_states(actor: Any) -> int:
+    """H of the trunk's last states, which some families, such as OPT, project once more."""
+    base = actor.get_base_model() if is_peft_model(actor) else actor
+    if is_partitioned(base):  # nothing can be run: the head's weight, as DeepSpeed has noted its shape
+        return base.get_output_embeddings().weight.ds_shape[-1]
+    trunk = trunk_of(base)
+    keep_4_bit_differentiable(base)
+    with in_mode(trunk, training=False):
+        return trunk(input_ids=probe_rows(trunk)[-1], use_cache=False).last_hidden_state.size(-1)
 
 
 def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
@@ -283,4 +316,7 @@ def restore(critic: nn.Module, folder: str | Path) -> None:
     if isinstance(critic, ValueAdapter):
         restore_adapter(model, folder)
         return
-    restore_weights(model, folder)
+    if hasattr(model, "from_pretrained"):
+        restore_weights(model, folder)
+    else:
+        model.load_state_dict(load_file(Path(folder) / SAFE_WEIGHTS_NAME))

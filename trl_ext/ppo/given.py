@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
-from ..pretrained import adapter_config, check_no_adapter, text_config
+from ..pretrained import adapter_config, check_no_adapter, check_same_tokens, refuse_encoder_decoder, text_config
 from ..trained import check_trainable
 from ..zero import check_turns, check_unquantized
 from .adapter_checks import check_adapters
@@ -92,6 +92,39 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     check_turns(args, has_tools=given.has_tools)
 
 
+def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises `ValueError` for a reference or critic that does not know every id that the actor can sample, or knows it
+    as another token, and for the exact KL between two vocabularies.
+    """
+    vocabulary = text_config(given.model, args).vocab_size
+    others = {"ref_model": given.ref_model if args.needs_reference else None}
+    if args.critic == "model":
+        others["value_model"] = given.value_model
+    for name, model in others.items():
+        if model is None:
+            continue
+        its = _vocabulary(model, args)
+        exact = name == "ref_model" and args.kl_estimator == "full"
+        if its is not None and (its < vocabulary or (exact and its != vocabulary)):
+            why = (
+                "the actor may sample any of its ids" if its < vocabulary else "the exact KL sums over one vocabulary"
+            )
+            raise ValueError(
+                f"The actor has a vocabulary of {vocabulary} tokens and `{name}` one of {its}; {why}. Give a model "
+                f"with the actor's vocabulary, or load it and call `resize_token_embeddings({vocabulary})`."
+            )
+        check_same_tokens(tokenizer, model, name, args)
+
+
+def _vocabulary(model: Any, args: PPOConfigX) -> int | None:
+    """Rows of a model's embedding, from its config; `None` for a class of one's own that does not say."""
+    config = model.config if not isinstance(model, str) else None
+    if config is None:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+
+
 def _check_presence(given: Given) -> None:
     if given.model is None:
         raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
@@ -127,11 +160,13 @@ def _check_whole_models(args: PPOConfigX, given: Given) -> None:
         {} if args.critic == "adapter" else {"value_model": given.value_model}
     )
     for name, path in whole.items():
+        if isinstance(path, nn.Module) and name != "value_model":
+            refuse_encoder_decoder(path.config, type(path).__name__)
         if isinstance(path, str):
             check_no_adapter(path, name)
             if name == "model" or (name == "ref_model" and args.needs_reference):
                 text_config(path, args, name)  # refuses a model for scoring text
-    if isinstance(given.value_model, PreTrainedModel):
+    if isinstance(given.value_model, nn.Module):
         check_value_model(given.value_model)
     elif isinstance(given.value_model, str) and args.critic == "model":
         check_value_checkpoint(given.value_model, args.trust_remote_code)
@@ -140,7 +175,7 @@ def _check_whole_models(args: PPOConfigX, given: Given) -> None:
 def _check_rewards(args: PPOConfigX, given: Given) -> None:
     whole = [] if adapter_config(given.reward_model) else [given.reward_model]
     for source in [*whole, *given.reward_funcs]:
-        if isinstance(source, PreTrainedModel | PeftModel):
+        if isinstance(source, nn.Module):
             check_reward_model(source)
         elif isinstance(source, str):
             check_no_adapter(source, "reward model")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -20,7 +21,14 @@ from .given import Given, Model
 from .placement import frozen_kwargs
 from .reward_forms import RewardForm
 from .reward_functions import checked
-from .scorers import TokenScorer, check_reward_model, find_tokenizer, load_reward_model, reads_actor_ids
+from .scorers import (
+    TokenScorer,
+    check_reward_model,
+    find_tokenizer,
+    is_function,
+    load_reward_model,
+    reads_actor_ids,
+)
 
 
 @dataclass
@@ -185,10 +193,12 @@ def _reward_source(
     """A reward function, checked as it answers, or a reward model in the form that it was trained on."""
     if isinstance(source, str):
         source = load_reward_model(source, init_kwargs)
+    if is_function(source):  # GRPO would take a module for a model
+        return checked(partial(source), type(source).__name__)
     if not isinstance(source, nn.Module):
         return checked(source, get_callable_name(source))
     check_reward_model(source)
-    disable_noise(source)
+    disable_noise(source.eval())
     config: Any = source.config
     own_tokenizer = own_tokenizer or find_tokenizer(get_config_model_id(config), args.trust_remote_code)
     if isinstance(source, PeftModel) and own_tokenizer is not None:  # its config is the base's, not that of training

@@ -1,5 +1,6 @@
 """Where scores come from: reward models, on token ids or on text."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..formats import CONVERSATION, describe
+from ..zero import is_partitioned
 from .config import PPOConfigX
 from .prompts import check_prompts, named
 from .reward_forms import RewardForm, Text
@@ -92,8 +94,22 @@ class TokenScorer:
         finally:
             self.config.pad_token_id = own
 
+    def try_out(self) -> None:
+        """Asks a model of a class of one's own for a score; `_ask_model` says what is wrong with the answer."""
+        if not is_partitioned(self.model):
+            self._score([[1, 2, 3]])
+
     def _ask_model(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).logits[:, 0]
+        output = self.model(**inputs)
+        scores = getattr(output, "logits", output)
+        if not isinstance(scores, Tensor) or scores.numel() != len(inputs["input_ids"]):
+            raise ValueError(
+                f"The reward model {self.__name__!r} ({type(self.model).__name__}) returns "
+                f"{tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__} for "
+                f"{len(inputs['input_ids'])} sequences. It has to return `logits` of shape (sequences, 1), one score "
+                "each; or wrap it in a function for `reward_funcs`."
+            )
+        return scores.flatten()
 
     def _check_lengths(self, sequences: list[list[int]]) -> None:
         longest = max(sequences, key=len)
@@ -175,8 +191,28 @@ def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel
 
 
 def check_reward_model(model: PreTrainedModel) -> None:
-    """Raises `ValueError` for a reward model in memory that gives more than one score."""
-    check_single_label(model.config.num_labels, get_config_model_id(model.config) or type(model).__name__)
+    """
+    Raises `ValueError` for a reward model in memory that gives more than one score, or says too little of itself; a
+    module that takes what a reward function takes is one.
+    """
+    if is_function(model):
+        return
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(
+            f"The reward model {type(model).__name__} has no `config` of transformers, which says how many tokens it "
+            "knows and how many labels it has. Give it one (`vocab_size`, `num_labels=1`, `pad_token_id`), or wrap it "
+            "in a function for `reward_funcs`."
+        )
+    check_single_label(config.num_labels, get_config_model_id(config) or type(model).__name__)
+
+
+def is_function(source: Any) -> bool:
+    """Whether a module takes what TRL gives a reward function, and no token ids."""
+    if not isinstance(source, nn.Module) or hasattr(source, "config"):
+        return False
+    parameters = inspect.signature(source.forward).parameters
+    return "input_ids" not in parameters and bool({"completions", "prompts", "completion_ids"} & parameters.keys())
 
 
 def check_single_label(num_labels: int, name: str) -> None:
@@ -225,13 +261,12 @@ def reads_actor_ids(
         actor_vocabulary: rows of the actor's embedding; it can sample no id beyond.
     """
     vocabulary = reward_model.config.get_text_config().vocab_size
-    needed = min(len(actor_tokenizer), actor_vocabulary)
     if reward_tokenizer is not None:
-        return vocabulary >= needed and same_tokenizer(actor_tokenizer, reward_tokenizer, actor_vocabulary)
-    if vocabulary < needed:
+        return vocabulary >= actor_vocabulary and same_tokenizer(actor_tokenizer, reward_tokenizer, actor_vocabulary)
+    if vocabulary < actor_vocabulary:
         raise ValueError(
-            f"The reward model knows {vocabulary} tokens and the actor's tokenizer {needed}, and no tokenizer is "
-            "saved beside the reward model. Pass its tokenizer as `reward_processing_classes`."
+            f"The reward model knows {vocabulary} tokens and the actor {actor_vocabulary}, and no tokenizer is saved "
+            "beside the reward model: it could not read every id. Pass its tokenizer as `reward_processing_classes`."
         )
     logger.info("No tokenizer is saved beside the reward model: it reads the actor's token ids.")
     return True

@@ -57,8 +57,18 @@ class StateValues:
         with in_mode(self.trunk, training=False):
             first = states()
             allowed = tolerance(self.trunk, states, first.abs().mean().item())
+            self._require_causal(rows[0], allowed)
             self._try_head(first)
         silence(self.trunk, self.name, states, allowed)
+
+    def _require_causal(self, row: Tensor, allowed: float) -> None:
+        half = (row.size(1) + 1) // 2
+        whole, alone = (self.trunk(input_ids=ids, use_cache=False).last_hidden_state for ids in (row, row[:, :half]))
+        if not (whole[:, :half] - alone).float().abs().mean().item() <= allowed:
+            raise ValueError(
+                f"{self.name} reads the tokens that follow: its value of a state would know the rest of the answer. "
+                "Pass a causal `value_model`, or choose `critic='head'` for a value head on the actor's trunk."
+            )
 
     def _try_head(self, states: Tensor) -> None:
         dtype = next(parameter.dtype for parameter in self.classifier.parameters() if parameter.is_floating_point())
@@ -95,6 +105,11 @@ class StateValues:
 
 def _trunk_of(classifier: nn.Module, name: str) -> Any:
     """The part of a classifier that ends in the last hidden states, by its `base_model_prefix` or by its kind."""
+    if getattr(getattr(classifier, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder, whose encoder reads the whole answer: it has no value of a state within "
+            "it. Pass a causal `value_model`, or choose `critic='head'` for a value head on the actor's trunk."
+        )
     named = getattr(classifier, getattr(classifier, "base_model_prefix", None) or "base_model", None)
     if isinstance(named, PreTrainedModel) and named is not classifier:
         return named

@@ -40,6 +40,7 @@ from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..phases import Phases
 from ..pretrained import adapter_configs, restore_weights, text_config
+from ..rounding import warn_of_rounding
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
@@ -61,7 +62,7 @@ from .display import batch_plan, print_samples
 from .evaluation import HeldOut, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, without_router_logits
-from .given import Given, Model, check_given, resolve_args
+from .given import Given, Model, check_given, check_ids, resolve_args
 from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
 from .placement import send_to_host
@@ -176,6 +177,7 @@ class PPOTrainerX(GRPOTrainer):
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         adapters = adapter_configs(given.model, peft_config)
         context = context_limit(text_config(given.model, args), *adapters, generates=True)
+        check_ids(args, given, tokenizer)
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
         make_folder(args.output_dir)
@@ -278,6 +280,7 @@ class PPOTrainerX(GRPOTrainer):
         self.critic: Any = roles.critic
         self._attached, self._ref_logits = join_to_actor(self.model, roles, args)
         self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
+        warn_of_rounding(self.model, args.learning_rate, self.is_deepspeed_enabled, "actor and critic")
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:

@@ -16,7 +16,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 from ... import describe_reward_training, save_base_fingerprint
@@ -26,9 +26,10 @@ from ...intervals import wilson_interval
 from ...last_line import LastLine
 from ...places import checkpoint_of
 from ...plain import plain_file
-from ...pretrained import load_tokenizer
+from ...pretrained import load_tokenizer, refuse_encoder_decoder
 from ...rendering import with_template_kwargs
 from ...report import REWARD_LINE, use_brief_progress
+from ...rounding import warn_of_rounding
 from ...startable import make_folder
 from ...steps_left import refuse_finished_checkpoints, require_steps_left
 from ...trained import RequireGradients, check_trainable
@@ -51,6 +52,9 @@ class RewardArguments(LaunchArguments, PairArguments):
 
 def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
     path = path_of(model)
+    refuse_encoder_decoder(
+        AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code), path
+    )
     model.lora_task_type = "SEQ_CLS"
     if model.use_peft and model.lora_modules_to_save is None:
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
@@ -74,6 +78,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     for name, parameter in trainer.model.named_parameters():
         if "score.modules_to_save." in name:
             parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
+    warn_of_rounding(trainer.model, args.learning_rate, trainer.is_deepspeed_enabled, "reward model")
     trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
     return trainer
 

@@ -1,0 +1,57 @@
+"""Weights in 16 bits that a step of the learning rate does not move, told before training."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import dpo_runs
+import ppo_runs
+import tiny
+from trl_ext.rounding import moving_share
+
+
+def test_share_is_that_of_the_weights_which_a_step_changes():
+    """Next to w in bfloat16, 2^(⌊log2 |w|⌋ − 7) away, is the next number; half of that, and no less, is a step."""
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 0.02
+    weights = nn.Parameter(values.bfloat16())
+    step = 3e-6
+    by_hand = [step >= 2.0 ** (math.floor(math.log2(abs(w))) - 8) for w in weights.tolist() if w]
+    assert moving_share([weights], step) == pytest.approx(sum(by_hand) / len(by_hand), abs=5e-3)
+    assert 0.005 < moving_share([weights], step) < 0.1
+
+
+def test_share_by_an_optimizer():
+    weights = nn.Parameter((torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
+    before = weights.detach().clone()
+    optimizer = torch.optim.AdamW([weights], lr=1e-5, weight_decay=0.0)
+    weights.grad = torch.randn(4000).bfloat16()
+    optimizer.step()
+    assert moving_share([nn.Parameter(before)], 1e-5) == pytest.approx(
+        (weights != before).float().mean().item(), abs=0.05
+    )
+
+
+def test_float32_weights_have_no_share():
+    assert moving_share(tiny.tiny_actor().parameters(), 1e-6) is None
+
+
+@pytest.mark.parametrize("dtype, rate, warns", [("bfloat16", 1e-6, 1), ("bfloat16", 1e-2, 0), ("float32", 1e-6, 0)])
+def test_both_trainers_say_it_once_with_figures_and_the_cure(tmp_path, caplog, dtype, rate, warns):
+    of_type = getattr(torch, dtype)
+    dpo_runs.dpo_trainer(
+        tmp_path,
+        {"model": tiny.tiny_actor().to(of_type), "ref_model": tiny.tiny_actor(1).to(of_type)},
+        learning_rate=rate,
+    )
+    ppo_runs.ppo_trainer(
+        tmp_path,
+        {"model": tiny.tiny_actor().to(of_type), "value_model": tiny.tiny_reward_model(2).to(of_type)},
+        learning_rate=rate,
+    )
+    lines = [r.getMessage() for r in caplog.records if "rounds to nothing" in r.getMessage()]
+    assert len(lines) == 2 * warns
+    for line in lines:
+        assert "are trained in bfloat16, and a step of learning_rate=1e-06 moves " in line
+        assert "`bf16=True`" in line

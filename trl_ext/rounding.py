@@ -1,0 +1,57 @@
+"""Weights in 16 bits that are trained in full: most steps of a usual size round to nothing, which is said once."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 4096  # elements of a parameter that are looked at
+ENOUGH = 0.5
+
+
+@torch.no_grad()
+def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | None:
+    """
+    The share of elements in 16 bits that a change of `step` moves: those whose neighbouring numbers are less than
+    2 · `step` away. Adam's first steps are of the size of the learning rate, and later ones seldom larger. `None`
+    without such elements.
+    """
+    moving = total = 0.0
+    for parameter in parameters:
+        if parameter.dtype not in (torch.bfloat16, torch.float16) or parameter.numel() == 0:
+            continue
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // SAMPLED)]
+        stays = (values.float() - step).to(values.dtype) == values
+        stays &= (values.float() + step).to(values.dtype) == values
+        moving += parameter.numel() * (1 - stays.float().mean().item())
+        total += parameter.numel()
+    return moving / total if total else None
+
+
+def warn_of_rounding(model: nn.Module, learning_rate: float, has_master_weights: bool, what: str = "model") -> None:
+    """
+    Args:
+        has_master_weights: whether the optimizer keeps weights in float32 of its own, as DeepSpeed's does.
+        what: the model is, for the line.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if has_master_weights or not learning_rate > 0:
+        return
+    share = moving_share(trained, learning_rate)
+    if share is None or share >= ENOUGH:
+        return
+    dtype = str(next(p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16))).removeprefix("torch.")
+    logger.warning(
+        "The weights of the %s are trained in %s, and a step of learning_rate=%.2g moves %.0f%% of them: for the rest "
+        "it is less than half the distance to the next number, and rounds to nothing. Keep the weights in float32 "
+        "(`dtype='float32'`) and compute in bfloat16 (`bf16=True`), or train an adapter, or raise the learning rate.",
+        what,
+        dtype,
+        learning_rate,
+        100 * share,
+    )
