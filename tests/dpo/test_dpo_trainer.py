@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 from trl import DPOConfig
@@ -141,15 +141,6 @@ def test_different_vocabularies_are_refused_with_both_sizes(tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 64 tokens and `ref_model` one of 70") as error:
         dpo_runs.dpo_trainer(tmp_path, {"ref_model": dpo_runs.tiny_model(vocab_size=70)})
     assert "give the model that the policy started from" in str(error.value)
-
-
-@pytest.mark.parametrize("metric", [None, "eval_rewards/accuracies"])
-def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path, metric):
-    pairs = dpo_runs.tiny_pairs(4)
-    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
-    best |= {"load_best_model_at_end": True, "metric_for_best_model": metric}
-    with pytest.raises(ValueError, match=r"2 held-out sets bear their names.*'eval_a_rewards/accuracies' or 'eval_b"):
-        dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": {"a": pairs, "b": pairs}}, **best)
 
 
 def test_reference_that_is_not_finite_is_named(tmp_path):
@@ -655,17 +646,57 @@ def test_several_held_out_sets_are_evaluated_and_completed_each(tmp_path):
         assert json.loads(row)["prompt"] == pairs[0]["prompt"].strip()
 
 
-def test_metrics_of_several_held_out_sets_bear_their_names(tmp_path):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_metrics_of_several_held_out_sets_bear_their_names(tmp_path, by_hand):
     """TRL has one name for all of them."""
     held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "b/c": dpo_runs.tiny_pairs(6, seed=5)}
-    trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out})
-    metrics = trainer.evaluate()
-    assert "eval_rewards/accuracies" not in metrics
+    trainer = dpo_runs.dpo_trainer(tmp_path, {} if by_hand else {"eval_dataset": held_out})
+    metrics = trainer.evaluate(held_out if by_hand else None)
     for name, size in (("one", 5), ("b/c", 6)):
         alone = trainer.evaluate(held_out[name])
         assert metrics[f"eval_{name}_preference/pairs"] == size
         for key in ("rewards/accuracies", "preference/accuracy", "kl/ref", "loss"):
             assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"])
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_metrics_of_several_held_out_sets_together_are_those_of_one_set_of_all(tmp_path, by_hand):
+    """Under the names that docs and the Trainer's options know."""
+    parts = [dpo_runs.tiny_pairs(size, seed=seed) for size, seed in ((4, 4), (8, 5), (6, 6))]
+    parts = [part.add_column("source", [str(i % 2) for i in range(len(part))]) for part in parts]
+    held_out = dict(zip("abc", parts, strict=True))
+    whole = dpo_runs.dpo_trainer(tmp_path, per_device_eval_batch_size=2).evaluate(concatenate_datasets(parts))
+    models = {} if by_hand else {"eval_dataset": held_out}
+    trainer = dpo_runs.dpo_trainer(tmp_path, models, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate(held_out if by_hand else None)
+    of_the_run = ("runtime", "_per_second", "memory/", "num_tokens", "model_preparation_time", "epoch")
+    expected = {key: value for key, value in whole.items() if not any(part in key for part in of_the_run)}
+    assert "eval_rewards/accuracies" in expected
+    assert "eval_preference/accuracy/1" in expected
+    # Logits are TRL's means over the tokens of a batch, accuracies over its pairs.
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    together = trainer.state.log_history[-1]
+    assert together["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
+    assert len(dpo_runs.lines(trainer, "eval_loss")) == 1
+
+
+@pytest.mark.parametrize("metric", ["eval_rewards/accuracies", "eval_loss", "eval_b_rewards/margins", None])
+def test_best_model_is_chosen_with_several_held_out_sets(tmp_path, metric):
+    class Told(TrainerCallback):
+        heard: list[dict] = []
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            self.heard.append(metrics)
+
+    told = Told()
+    held_out = {"a": dpo_runs.tiny_pairs(4, seed=4), "b": dpo_runs.tiny_pairs(4, seed=5)}
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "learning_rate": 0.5}
+    trainer = dpo_runs.dpo_run(tmp_path, {"eval_dataset": held_out, "callbacks": [told]}, **each, **best)
+    values = [heard[metric or "eval_loss"] for heard in told.heard if (metric or "eval_loss") in heard]
+    assert len(values) == 2
+    choose = min if metric in (None, "eval_loss") else max
+    assert trainer.state.best_metric == choose(values)
 
 
 def test_pairs_without_a_prompt_are_left_out_of_the_completions(tmp_path, caplog):

@@ -1,6 +1,6 @@
 """`PreferenceLedger`: pairs of a logging window or of an evaluation, over all ranks, and what they say together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ COLUMNS = (
 )
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 CALIBRATION_BINS = 10
+AVERAGED = ("loss", "rewards/", "logps/", "logits/", "entropy", "mean_token_accuracy", "aux_loss")
 
 
 class PreferenceLedger:
@@ -77,6 +78,23 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
         of_source = torch.tensor([name == source for name in sources])
         metrics[f"preference/accuracy/{source}"] = right[of_source].float().mean().item()
     return metrics
+
+
+def pooled(sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """
+    Averages over held-out sets, weighted by their pairs, what TRL averages itself: the loss, rewards, log-probs
+    and logits. What is no mean, such as a quantile, comes from a ledger of all pairs.
+
+    Args:
+        sets: the metrics of each set, by the prefix of their names.
+    """
+    names = [{key.removeprefix(prefix) for key in metrics} for prefix, metrics in sets.items()]
+    shared = sorted(name for name in set.intersection(*names) if name.startswith(AVERAGED)) if names else []
+    pairs = {prefix: metrics[f"{prefix}preference/pairs"] for prefix, metrics in sets.items()}
+    return {
+        name: sum(metrics[prefix + name] * pairs[prefix] for prefix, metrics in sets.items()) / sum(pairs.values())
+        for name in shared
+    }
 
 
 def calibration_error(probabilities: Tensor) -> float:

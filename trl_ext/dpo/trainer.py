@@ -18,7 +18,6 @@ from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..adapter_copies import base_left_alone
-from ..best_metric import check_metric_of_sets
 from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
@@ -50,7 +49,7 @@ from .display import show_completions, write_completions
 from .exactness import why_not_run
 from .forward import PairForward, recorded
 from .losses import divergence_score, implicit_reward, smoothing_term
-from .metrics import COLUMNS, PreferenceLedger
+from .metrics import COLUMNS, PreferenceLedger, pooled
 from .reference import (
     check_adapter_to_copy,
     check_quantized_reference,
@@ -87,6 +86,7 @@ class DPOTrainerX(DPOTrainer):
     """
 
     data_collator: Any
+    control: Any
 
     def __init__(
         self,
@@ -104,8 +104,6 @@ class DPOTrainerX(DPOTrainer):
             args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
-        if args is not None:
-            check_metric_of_sets(args, eval_dataset, example="rewards/accuracies")
         check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
         if isinstance(model, str):
             check_no_adapter(model, "model")
@@ -302,7 +300,9 @@ class DPOTrainerX(DPOTrainer):
         pairs = gather(pairs)
         if self.model.training and self._reference_is_start and self._is_at_start():
             self._require_same_start(pairs)
-        self._ledgers[mode].add(pairs, None if sources is None else sources[: len(pairs)])
+        for ledger in (mode, "together") if mode == "eval" else (mode,):
+            if ledger in self._ledgers:
+                self._ledgers[ledger].add(pairs, None if sources is None else sources[: len(pairs)])
 
     def _is_at_start(self) -> bool:
         """Whether no optimizer step has been taken, here or before a checkpoint, and nothing is noisy on purpose."""
@@ -369,14 +369,34 @@ class DPOTrainerX(DPOTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(held_out, dict):
+            sets = {name: name if eval_dataset is None else part for name, part in held_out.items()}
+            return self._evaluate_sets(sets, ignore_keys, metric_key_prefix)
         self._eval_prefix = metric_key_prefix
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(held_out, str):  # one of several, by its name; the Trainer comes back for each of them
             held_out = self.eval_dataset[held_out]
         if self.args.generate_during_eval and isinstance(held_out, Dataset):
             self._complete_prompts(held_out, metric_key_prefix)
         return metrics
+
+    def _evaluate_sets(
+        self, sets: dict[str, Any], ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
+        """
+        Evaluates held-out sets, each under its own name; and all their pairs together under the names of a single
+        set, which is what the best model is chosen by.
+        """
+        self._ledgers["together"] = PreferenceLedger()
+        each = {name: self.evaluate(of, ignore_keys, f"{metric_key_prefix}_{name}") for name, of in sets.items()}
+        prefixed = {f"{metric_key_prefix}_{name}_": metrics for name, metrics in each.items()}
+        exact = self._ledgers.pop("together").pop()
+        together = {f"{metric_key_prefix}_{key}": value for key, value in (pooled(prefixed) | exact).items()}
+        self._eval_prefix = metric_key_prefix
+        self.log(together)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, together)
+        return {key: value for metrics in each.values() for key, value in metrics.items()} | together
 
     def _complete_prompts(self, held_out: Dataset, name: str) -> None:
         """Shows and writes down what actor and reference make of the first prompts of the held-out set `name`."""
