@@ -47,6 +47,23 @@ def test_margin_of_0_is_not_right():
     assert metrics.preference_metrics(pairs)["preference/accuracy"] == 0
 
 
+def test_as_many_sources_as_pairs_take_one_pass():
+    """A column of ids: a pass over all pairs for each of them would take hours."""
+    count, compared = 20_000, []
+
+    class Name(str):
+        def __eq__(self, other):
+            compared.append(1)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    names = [Name(i) for i in range(count)]
+    got = metrics.preference_metrics(columns(rows(50) * (count // 50)), names)
+    assert sum(key.startswith("preference/accuracy/") for key in got) == count
+    assert len(compared) < 100 * count
+
+
 def test_accuracy_of_each_source():
     pairs = rows(30)
     names = [("a", "b b", "c")[i % 3] for i in range(30)]

@@ -74,10 +74,15 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
     correlation = _correlation(margins, pairs["chosen_lengths"] - pairs["rejected_lengths"])
     if correlation is not None:
         metrics["preference/length_correlation"] = correlation
-    for source in sorted(set(sources)):
-        of_source = torch.tensor([name == source for name in sources])
-        metrics[f"preference/accuracy/{source}"] = right[of_source].float().mean().item()
-    return metrics
+    return metrics | _accuracies(right, sources)
+
+
+def _accuracies(right: Tensor, sources: Sequence[str]) -> dict[str, float]:
+    """The accuracy of each source, in one pass over the pairs: there may be as many sources as pairs."""
+    of_source: dict[str, list[float]] = {}
+    for source, is_right in zip(sources, right.tolist(), strict=False):  # without the column there are no names
+        of_source.setdefault(source, []).append(float(is_right))
+    return {f"preference/accuracy/{name}": sum(of) / len(of) for name, of in sorted(of_source.items())}
 
 
 def pooled(sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
