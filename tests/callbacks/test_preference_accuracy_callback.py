@@ -56,3 +56,13 @@ def test_what_dpotrainerx_logs_is_left_alone(tmp_path):
     for one, other in zip(plain, with_callback(trainer), strict=True):
         assert one.keys() == other.keys()
         assert all(one[key] == other[key] for key in one if key.startswith(("preference/", "eval_preference/")))
+
+
+def test_mean_over_batches_of_other_sizes_is_not_told_as_a_share(tmp_path, capsys):
+    """Six of nine pairs right in batches of eight and one say 37.5% or 87.5%: no share of nine."""
+    models = {"eval_dataset": dpo_runs.tiny_pairs(9)}
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    with_callback(dpo_runs.dpo_trainer(tmp_path / "trl", models, side=dpo_runs.TRLS, **options))
+    assert "Step 1: about " in capsys.readouterr().out
+    with_callback(dpo_runs.dpo_trainer(tmp_path / "ours", models, **options))
+    assert "about" not in capsys.readouterr().out

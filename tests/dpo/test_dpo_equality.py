@@ -250,7 +250,7 @@ def conversations():
             {
                 "prompt": [{"role": "user", "content": row["prompt"].strip()}],
                 "chosen": [{"role": "assistant", "content": row["chosen"]}],
-                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"].removesuffix("<eos>")}],
             }
             for row in dpo_runs.tiny_pairs().to_list()
         ]

@@ -20,7 +20,7 @@ class PreferenceAccuracyCallback(TrainerCallback):
 
     The keys go into `state.log_history`, hence into checkpoints and the report; dashboards of `report_to` have
     received the line before a callback is called. In an evaluation whose last batch is smaller, a mean over batches
-    differs a little from the share of pairs.
+    is not the share of pairs, and the sentence says "about".
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,15 @@ class PreferenceAccuracyCallback(TrainerCallback):
             pairs = per_step * max(1, state.global_step - self._step_of_last_line)
             self._step_of_last_line = state.global_step
             _add_interval(line, "", pairs)
-        held_out = _pairs_of(kwargs.get("eval_dataloader"))
+        loader = kwargs.get("eval_dataloader")
+        held_out = _pairs_of(loader)
         if any(f"eval_{name}" in line for name in NAMES) and held_out:
+            counted = "eval_pairs" in line or "eval_preference/accuracy" in line  # by the trainer, pair by pair
             _add_interval(line, "eval_", held_out)
             if state.is_world_process_zero:
-                print(f"Step {state.global_step}: {_sentence(line)}", flush=True)
+                size = args.eval_batch_size * args.world_size
+                about = "" if counted or held_out < size or held_out % size == 0 else "about "
+                print(f"Step {state.global_step}: {about}{_sentence(line)}", flush=True)
 
 
 def _add_interval(line: dict[str, Any], prefix: str, pairs: int) -> None:

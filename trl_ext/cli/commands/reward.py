@@ -39,6 +39,7 @@ from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, path_of
 from ..options import Options, read, usage_errors
+from ..reward_trainer import CountingRewardTrainer
 
 
 DEMO = "reward/demo"
@@ -63,7 +64,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
-    trainer = RewardTrainer(
+    trainer = CountingRewardTrainer(
         path,
         args,
         train_dataset=with_template_kwargs(splits["train"]),
@@ -85,8 +86,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
 
 def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
     """Accuracy with its interval on the terminal and in metrics.json."""
-    # RewardTrainer averages over batches, so the count of right pairs is exact where batches are of one size.
-    count, accuracy = len(trainer.eval_dataset), metrics["eval_accuracy"]
+    count, accuracy = int(metrics["eval_pairs"]), metrics["eval_accuracy"]
     low, high = wilson_interval(accuracy * count, count)
     print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
     facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
