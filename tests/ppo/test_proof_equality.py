@@ -317,6 +317,33 @@ def test_loss_and_gradient_equal_the_slow_oracle(tmp_path, critic, kl_estimator,
     assert difference(loss_and_gradients(trainer, rollout), slow_loss_and_gradients(trainer, rollout)) < 1e-5
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_bf16_loss_and_gradient_equal_the_slow_oracle_within_rounding(tmp_path, critic, weights):
+    """No further from the oracle in float32 than twice what computing in 16 bits does to the oracle itself."""
+    models = {
+        "model": tiny.tiny_actor(0).to(weights),
+        "ref_model": tiny.tiny_actor(5).to(weights),
+        "value_model": None if critic == "head" else tiny.tiny_reward_model(7).to(weights),
+    }
+    trainer = make_trainer(tmp_path, critic=critic, bf16=True, **(COEF | models))
+    rollout = old_rollout(trainer)
+    exact = slow_loss_and_gradients(trainer, rollout)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = slow_loss_and_gradients(trainer, rollout)
+    with trainer.compute_loss_context_manager():
+        got = loss_and_gradients(trainer, rollout)
+    assert apart(got, exact) < 2 * apart(rounded, exact) < 0.3
+
+
+def apart(one, other):
+    """The relative difference of two (loss, gradients): of the loss, or of all gradients by their norm."""
+    squares = [(one[1][name].double() - gradient.double()).square().sum() for name, gradient in other[1].items()]
+    size = sum(gradient.double().square().sum() for gradient in other[1].values())
+    return max(abs(one[0] - other[0]) / abs(other[0]), (sum(squares) / size).sqrt().item())
+
+
 def shifted(function):
     """A forward pass whose outputs are one position late."""
 
