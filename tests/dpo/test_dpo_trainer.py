@@ -436,6 +436,17 @@ def test_log_says_nothing_where_all_is_shared(tmp_path, caplog):
     assert not warnings_of(caplog)
 
 
+def test_torch_compile_compiles_nothing_anew_in_every_step(tmp_path, caplog):
+    """Batches of other lengths; TRL's numbers."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = dpo_runs.dpo_run(tmp_path / "compiled", max_steps=4, **options)
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 2  # the wrapper of either model
+    assert losses(compiled) == losses(dpo_runs.dpo_run(tmp_path / "plain", max_steps=4))
+    assert any("`torch_compile` compiles nothing here" in line for line in warnings_of(caplog))
+
+
 def test_options_of_sharing_change_the_path_and_no_number(tmp_path):
     """Rows and tokens that went through the actor, batch by batch."""
     results, shapes = {}, {}

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import dpo_runs
 import oracles
+from dpo import test_probe as families
 from dpo.test_pair_forward import both
 from dpo.test_shared_attention import dense, real_tokens, tensors
 from trl_ext.dpo import attention, flex
@@ -182,3 +183,50 @@ def test_rows_of_many_lengths_stay_in_the_kernel_on_cuda():
         torch.cuda.reset_peak_memory_stats()
         flex.attend(*leaves, flex.block_mask_of(shared)).sum().backward()
         assert torch.cuda.max_memory_allocated() < 8 * size**2 * 4
+
+
+def runs_of(tmp_path, name, weights, monkeypatch, **options):
+    """Losses and first gradient of our run by FlexAttention, of ours piece by piece, and of TRL's, in bf16."""
+    models = {
+        "model": lambda: families.family_in(name, 0).to(weights),
+        "ref_model": lambda: families.family_in(name, 1).to(weights),
+    }
+    runs = {}
+    for way, side in {"flex": dpo_runs.OURS, "pieces": dpo_runs.OURS, "TRL": dpo_runs.TRLS}.items():
+        with monkeypatch.context() as patch:
+            if way == "pieces":
+                patch.setattr(flex, "why_not", lambda *args: "not wanted here")
+            keep = dpo_runs.KeepGradients()
+            made = {key: value() for key, value in models.items()} | {"callbacks": [keep]}
+            trainer = dpo_runs.dpo_trainer(tmp_path / way, made, side, bf16=True, **options)
+            trainer.train()
+        if way != "TRL":
+            assert [forward.sharing for forward in trainer._forwards] == [True, True]
+            assert [bool(forward.one_kernel) for forward in trainer._forwards] == [
+                way == "flex" and not options["use_cpu"]
+            ] * 2
+        runs[way] = [line["loss"] for line in dpo_runs.lines(trainer)], keep.steps[0]
+    return runs
+
+
+def assert_near(runs, tolerance):
+    for way in ("flex", "pieces"):
+        assert runs[way][0] == pytest.approx(runs["TRL"][0], rel=tolerance)
+        assert dpo_runs.gradient_difference(runs[way][1], runs["TRL"][1]) < tolerance
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["llama", "values narrower than queries", "heads wider in some layers"])
+def test_bf16_runs_equal_trl_on_a_cpu(tmp_path, name, monkeypatch):
+    """The same as below; on a CPU both ways go piece by piece."""
+    assert_near(runs_of(tmp_path, name, torch.float32, monkeypatch, use_cpu=True, max_steps=1), 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral_short_window", "values narrower than queries", "heads wider in some layers"]
+)
+def test_bf16_runs_equal_trl_on_cuda(tmp_path, name, weights, monkeypatch):
+    """By FlexAttention and piece by piece, for heads of every width that families have, and a sliding window."""
+    assert_near(runs_of(tmp_path, name, weights, monkeypatch, use_cpu=False), 5e-2)

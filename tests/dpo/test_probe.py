@@ -64,19 +64,32 @@ FAMILIES = {
 }
 
 
+def family_in(name, seed=0):
+    """The model of a row of `FAMILIES`, or else of an architecture of `dpo_runs`, before TRL has had it."""
+    if name not in FAMILIES:
+        return dpo_runs.tiny_model(name, seed)
+    return plain_family(*FAMILIES[name][:2], seed=seed)
+
+
 def family(kind, options, attn_implementation=None):
+    """A model of a family with TRL's fused head."""
+    model = plain_family(kind, options, attn_implementation)
+    add_fused_lm_head(model, outputs=FIELDS)
+    return model
+
+
+def plain_family(kind, options, attn_implementation=None, seed=0):
     """A model of a family, with weights that let every part of it be heard."""
     sizes = dpo_runs.SIZES
     if kind == "gpt_neo":
         sizes = {key: value for key, value in sizes.items() if not key.startswith("num_")}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = AutoConfig.for_model(kind, **(sizes | options))
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "dt_proj" in name or name.endswith(".A"):
                 parameter.data.normal_(std=0.3)
-    add_fused_lm_head(model, outputs=FIELDS)
     return model.float().eval()
 
 

@@ -337,6 +337,29 @@ def test_bf16_loss_and_gradient_equal_the_slow_oracle_within_rounding(tmp_path, 
     assert apart(got, exact) < 2 * apart(rounded, exact) < 0.3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_bf16_run_on_cuda_equals_one_on_a_cpu_in_float32(tmp_path, critic, weights):
+    """The same rollout, whose old log-probabilities and values are the CPU's."""
+    models = {
+        "model": tiny.tiny_actor(0).to(weights),
+        "ref_model": tiny.tiny_actor(5).to(weights),
+        "value_model": None if critic == "head" else tiny.tiny_reward_model(7).to(weights),
+    }
+    exact = make_trainer(tmp_path / "cpu", critic=critic, bf16=False, **COEF)
+    rollout = old_rollout(exact)
+    trainer = make_trainer(tmp_path / "cuda", critic=critic, bf16=True, use_cpu=False, **(COEF | models))
+    if critic == "head":
+        trainer.critic.score.load_state_dict(exact.critic.score.state_dict())
+    on_cuda = Rollout(**{name: x.cuda() if torch.is_tensor(x) else x for name, x in vars(rollout).items()})
+    with trainer.compute_loss_context_manager():
+        loss, by_name = loss_and_gradients(trainer, on_cuda)
+    got = loss, {name: gradient.float().cpu() for name, gradient in by_name.items()}
+    expected = loss_and_gradients(exact, rollout)
+    assert apart(got, expected) < 0.1
+
+
 def apart(one, other):
     """The relative difference of two (loss, gradients): of the loss, or of all gradients by their norm."""
     squares = [(one[1][name].double() - gradient.double()).square().sum() for name, gradient in other[1].items()]

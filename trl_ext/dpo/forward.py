@@ -75,6 +75,9 @@ class PairForward:
         self._heads: list[attention.Heads] = []
         self._fused_forward = fused_forward = model.forward
 
+        # Rows have another length and other pairs in every batch: torch.compile would compile anew for each, and does
+        # not see that the hooks of `score_only` are others in every call.
+        @torch.compiler.disable
         @functools.wraps(type(model).forward)
         def forward(_: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
             if not fused_lm_head:

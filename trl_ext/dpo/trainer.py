@@ -164,15 +164,17 @@ class DPOTrainerX(DPOTrainer):
         """Replaces the forward of actor and reference, once; says whether prefixes are shared, and why not."""
         if self._forwards:
             return
-        actor = self.accelerator.unwrap_model(self.model)
+        actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         keep_4_bit_differentiable(actor)
         models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
         if self.ref_model is not None:
-            models["ref_model"] = self.accelerator.unwrap_model(self.ref_model)
+            models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         silent = self.args.disable_dropout
         self._forwards = [PairForward(model, self.args.pack_pairs, role, silent) for role, model in models.items()]
         for role, forward in zip(models, self._forwards, strict=True):
             self._make_still(forward, is_frozen=role == "ref_model")
+        if self.args.torch_compile:
+            logger.warning("`torch_compile` compiles nothing here: pairs are scored in other rows in every batch.")
         if not self.args.prefix_sharing or self._is_vision_dataset:
             return
         of_run = why_not_run(self.args, actor)
