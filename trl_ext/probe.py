@@ -1,7 +1,7 @@
 """A few random sequences to ask a model about before the first step, and how far rounding alone moves its answers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,12 +33,17 @@ def probe_rows(model: Any) -> list[Tensor]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within the context every module trains, or evaluates, and draws no random number that the run would miss."""
+    """
+    Within the context every module trains, or evaluates, and draws no random number that the run would miss. Weights
+    in float32 are asked in float32, also where the run computes in 16 bits: what differs there hides in rounding.
+    """
     modes = {module: module.training for module in model.modules()}
     device = _device(model)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    autocast = nullcontext() if dtypes - {torch.float32} else torch.autocast(device.type, enabled=False)
     model.train(training)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast:
             yield
     finally:
         for module, mode in modes.items():

@@ -59,6 +59,7 @@ class StateValues:
             allowed = tolerance(self.trunk, states, first.abs().mean().item())
             self._require_causal(rows[0], allowed)
             self._try_head(first)
+            self._require_last_token(rows[0], allowed)
         silence(self.trunk, self.name, states, allowed)
 
     def _require_causal(self, row: Tensor, allowed: float) -> None:
@@ -78,6 +79,19 @@ class StateValues:
             raise ValueError(self._no_value(f"{type(error).__name__}: {error}")) from error
         if shape != states[None].shape[:2]:
             raise ValueError(self._no_value(f"values of shape {tuple(shape)} for {len(states)} states"))
+
+    def _require_last_token(self, row: Tensor, allowed: float) -> None:
+        """What a head is asked for one state at a time must be that of the sequence; RoBERTa's reads its first."""
+        if isinstance(getattr(self.classifier, "score", None), nn.Module):
+            return
+        last = self.of_states(self.trunk(input_ids=row, use_cache=False).last_hidden_state)[0, -1]
+        output = self.classifier.forward(input_ids=row, attention_mask=torch.ones_like(row))
+        score = getattr(output, "logits", output).float()
+        if score.numel() != 1:  # of every token
+            return
+        off = (score.flatten()[0] - last).abs().item()
+        if not off <= max(allowed, 1e-3 * last.abs().item()):
+            raise ValueError(self._no_value(f"it reads other tokens than the last: its score is {off:.2g} from that"))
 
     def _no_value(self, why: str) -> str:
         return (
