@@ -25,6 +25,7 @@ from ..frozen import is_fsdp
 from ..last_line import LastLine, in_mode_of, whole_run_loss
 from ..model_card import card_name, complete_card, hub_name
 from ..noise import disable_noise
+from ..one_run import name_run
 from ..phases import Phases
 from ..pretrained import (
     adapter_configs,
@@ -111,6 +112,7 @@ class DPOTrainerX(DPOTrainer):
         if processing_class is None:
             require_tokenizer(model if isinstance(model, str) else model.config._name_or_path, "model")
         make_folder(args.output_dir)
+        name_run(args)
         if isinstance(ref_model, str):
             check_no_adapter(ref_model, "ref_model")
         if ref_model is not None:

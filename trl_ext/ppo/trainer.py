@@ -38,6 +38,7 @@ from ..fingerprint import save_base_fingerprint
 from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
+from ..one_run import go_on_logging, name_run
 from ..phases import Phases
 from ..pretrained import adapter_configs, restore_weights, text_config
 from ..rounding import warn_of_rounding
@@ -181,6 +182,7 @@ class PPOTrainerX(GRPOTrainer):
         if environment_factory is None:  # an environment may make its prompts itself
             check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
         make_folder(args.output_dir)
+        name_run(args)
 
         # 2. The four models
         set_seed(args.seed)
@@ -662,6 +664,7 @@ class PPOTrainerX(GRPOTrainer):
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        go_on_logging(self)
         self._held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without

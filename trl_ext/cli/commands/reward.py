@@ -24,6 +24,7 @@ from ...device import keep_4_bit_differentiable
 from ...dpo.data import check_columns
 from ...intervals import wilson_interval
 from ...last_line import LastLine
+from ...one_run import name_run
 from ...places import checkpoint_of
 from ...plain import plain_file
 from ...pretrained import load_tokenizer, refuse_encoder_decoder
@@ -61,6 +62,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
         model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     make_folder(args.output_dir)
+    name_run(args)
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
