@@ -309,8 +309,8 @@ def test_gradients_of_a_random_configuration_are_the_oracles(tmp_path, seed):
 
 
 @pytest.mark.proof
-def test_gradients_of_100_random_configurations_are_the_oracles(tmp_path):
-    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(100)}
+def test_gradients_of_60_random_configurations_are_the_oracles(tmp_path):
+    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(60)}
     print(f"largest relative difference of a gradient: {max(differences.values()):.1e}")
     assert {seed: worst for seed, worst in differences.items() if worst >= 1e-4} == {}
 
