@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 from trl.trainer import dpo_trainer as trl_dpo
@@ -31,6 +31,7 @@ from trl_ext import ReportCallback, describe_reward_training
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
 from trl_ext.model_card import Metric, _cell, _table, hub_name
 from trl_ext.ppo.card import CRITICS
+from trl_ext.run_facts import model_facts
 
 
 pytestmark = pytest.mark.integration
@@ -609,3 +610,14 @@ def test_pushed_reward_model_has_the_sections(tmp_path, hub):
     trainer.train()
     trainer.push_to_hub()
     assert "## The loss" in hub[-1].files["README.md"].decode()
+
+
+@pytest.mark.parametrize("role", ["critic", "reward_model"])
+def test_facts_of_an_actor_leave_out_the_roles_on_its_base(role):
+    """Also where such a role's own parameters have other names than LoRA's."""
+    actor = get_peft_model(tiny.tiny_actor(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = model_facts(actor)
+    attached = torch.nn.Module()
+    attached.base, attached.token_deltas = actor.get_base_model().model, torch.nn.Linear(16, 3)
+    actor.add_module(role, attached)
+    assert model_facts(actor) == before

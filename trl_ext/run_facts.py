@@ -1,6 +1,7 @@
 """What a trainer knows of its run, in words: the model, the adapter, the data, the machine, the options."""
 
 import dataclasses
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,7 @@ from ._trl import get_config_model_id
 from .places import read_facts, without_place
 
 
-ATTACHED = ("critic", "reward")  # modules that hang on an actor and are no part of it
+ATTACHED = ("critic", "reward_model")  # modules that hang on an actor and are no part of it
 
 
 def base_name(model: Any) -> str:
@@ -43,17 +44,17 @@ def _base(model: Any) -> Any:
 def _sizes(model: Any) -> tuple[int, int]:
     """Parameters that are trained, and all; of a model that ZeRO-3 has partitioned, its full sizes."""
     attached = [getattr(owner, name, None) for owner in (model, _base(model)) for name in ATTACHED]
-    others = {id(p) for module in attached if isinstance(module, torch.nn.Module) for p in _own(module)}
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters() if id(p) not in others]
+    parameters = {id(p): p for module in _outside(model, attached) for p in module.parameters(recurse=False)}
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters.values()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def _own(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Parameters of a role that are not the actor's: an adapter stands on the actor's base."""
-    parameters = dict(module.named_parameters())
-    if not any("lora_" in name for name in parameters):
-        return list(parameters.values())
-    return [p for name, p in parameters.items() if "lora_" in name or "score." in name]
+def _outside(module: torch.nn.Module, attached: list[Any]) -> Iterator[torch.nn.Module]:
+    """The modules of the actor: a role that is an adapter has modules of its own around the actor's base."""
+    yield module
+    for child in module.children():
+        if not any(child is each for each in attached):
+            yield from _outside(child, attached)
 
 
 def adapter_words(config: Any) -> str:
