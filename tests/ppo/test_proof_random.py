@@ -140,7 +140,7 @@ class Oracle:
         said = [function([response])[0] for function in functions]
         if len(weights) > len(said):  # the reward model was trained on texts with one end token behind them
             text = list(response)
-            while text and text[-1] < len(tiny.SPECIAL_TOKENS):
+            if text[-1] < len(tiny.SPECIAL_TOKENS):
                 text.pop()
             ids = torch.tensor([[*prompt, *text, 2]])
             said.insert(0, self.reward(input_ids=ids).logits.item())
@@ -309,8 +309,8 @@ def test_gradients_of_a_random_configuration_are_the_oracles(tmp_path, seed):
 
 
 @pytest.mark.proof
-def test_gradients_of_60_random_configurations_are_the_oracles(tmp_path):
-    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(60)}
+def test_gradients_of_82_random_configurations_are_the_oracles(tmp_path):
+    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(82)}
     print(f"largest relative difference of a gradient: {max(differences.values()):.1e}")
     assert {seed: worst for seed, worst in differences.items() if worst >= 1e-4} == {}
 
