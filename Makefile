@@ -17,7 +17,8 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test check proof measure gpu docs format wheel clean
+=======
+.PHONY: help setup demo test check proof measure families gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -58,6 +59,9 @@ proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 
 measure: $(STAMP) ## repeat the runs behind the figures in docs/demo.md, at their size: about half an hour
 	$(PYTEST) -m measure -s $(ARGS)
+
+families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m families.prove $(ARGS)
 
 gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)

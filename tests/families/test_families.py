@@ -1,0 +1,128 @@
+"""
+Of the proof over all families (`make families`), one family of each kind; the page holds what the proof says of them;
+and the proof notices what it is there to notice.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+from families import dpo_family, ppo_family, table
+from families.configs import families, family_config
+from families.prove import quiet
+from families.prove_one import prove
+from families.verdict import NOISE
+from trl_ext.dpo import forward as dpo_forward
+from trl_ext.ppo.padding import LeftPadding
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+
+KINDS = [
+    "llama",
+    "gpt2",  # absolute positions
+    "gpt_neo",  # a window that counts row positions
+    "bloom",  # ALiBi
+    "gemma3_text",  # a window in some layers
+    "mixtral",  # experts, and noise in their router
+    "opt",  # a trunk that ends narrower than it is
+    "modernbert-decoder",  # a head that is more than one matrix
+    "doge",  # a mask that is learnt
+    "recurrent_gemma",
+    "gpt_oss",  # sinks
+    "deepseek_v3",  # keys and values in a latent space
+]
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    quiet()
+
+
+def rows_of_page() -> dict[str, list[str]]:
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {family: cells.split(" | ") for family, cells in rows}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the families' own code, about their own options
+@pytest.mark.parametrize("family", KINDS)
+def test_family_is_as_the_page_says(family):
+    result = prove(family, NOISE)
+    cells = [table.cell(result, *column) for column in table.COLUMNS]
+    assert not table.BAD & set(cells), {name: result[name] for name in ("dpo", "ppo")}
+    assert cells == rows_of_page()[family]
+
+
+def test_page_has_every_family_of_this_transformers():
+    text = PAGE.read_text(encoding="utf-8")
+    if (
+        f"transformers {transformers.__version__}," in text
+    ):  # with another version, `make families` writes another page
+        missing = [family for family in families() if f"`{family}`" not in text]
+        assert not missing
+
+
+def test_page_proves_sixty_families_of_each_trainer_and_none_is_wrong():
+    rows = rows_of_page()
+    assert not table.BAD & {cell for cells in rows.values() for cell in cells}
+    for heading in table.HEADINGS:
+        if heading != "PPO, model":  # transformers has fewer classifiers
+            column = table.HEADINGS.index(heading)
+            assert sum(cells[column] in ("shared rows", "TRL's rows", "exact") for cells in rows.values()) >= 60, (
+                heading
+            )
+
+
+# The proof notices
+
+
+def test_control_a_wrong_mask_of_shared_rows_is_wrong(monkeypatch):
+    """Rejected tails that come one position late, behind the back of what would refuse them."""
+    share = dpo_forward.share_prefixes
+
+    def late(*args, **kwargs):
+        shared = share(*args, **kwargs)
+        for row, spans in enumerate(shared.rows):
+            start = 0
+            for span in spans:
+                shared.position_ids[row, start + span.common + span.chosen : start + span.size] += 1
+                start += span.size
+        return shared
+
+    monkeypatch.setattr(dpo_forward.PairForward, "_probe", lambda self, aux_loss=False: None)
+    monkeypatch.setattr(dpo_forward, "share_prefixes", late)
+    assert dpo_family.judge_one("llama", "float32", noise=0.0).outcome == "wrong"
+
+
+def test_control_positions_that_count_padding_are_wrong(monkeypatch):
+    def without_positions(self, kwargs):
+        return {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+    monkeypatch.setattr(LeftPadding, "inputs", without_positions)
+    assert ppo_family.judge_one("gpt2", "head", "float32", noise=0.0).outcome == "wrong"
+
+
+def test_control_an_error_of_another_library_is_no_refusal(monkeypatch):
+    def crash(*args, **kwargs):
+        raise ValueError("from elsewhere")
+
+    monkeypatch.setattr(ppo_family, "Step", crash)
+    assert ppo_family.judge_one("llama", "head", "float32", noise=0.0).outcome == "crashed"
+
+
+# Its configs
+
+
+@pytest.mark.parametrize("family, field", [("gemma3_text", "sliding_window"), ("doge", "keep_window_size")])
+def test_config_has_windows_shorter_than_the_rows(family, field):
+    longest = max(len(prompt) + len(side) for prompt, *sides in dpo_family.tokenised_pairs() for side in sides)
+    assert getattr(family_config(family), field) < longest // 2
+
+
+def test_config_with_noise_has_it_everywhere():
+    config = family_config("mixtral", noise=0.1)
+    assert config.attention_dropout == config.router_jitter_noise == 0.1
