@@ -175,7 +175,7 @@ def judge_one(family: str, critic: str, precision: str, noise: float) -> Verdict
                 return Verdict("refused", reason=one_line(error))
             reason = one_line(error)
     else:
-        failure = generating_fails(family, precision)
+        failure = transformers_fails(family, precision)
         return Verdict("transformers fails" if failure else "crashed", reason=failure or reason)
     try:
         right = Plainly(family, critic, step, "float32", noise)
@@ -219,16 +219,16 @@ def reads_padding(actor: nn.Module, step: Step) -> bool:
     return False
 
 
-def generating_fails(family: str, precision: str) -> str:
-    """What goes wrong when transformers generates with the family, padded on the left; empty if nothing does."""
+def transformers_fails(family: str, precision: str) -> str:
+    """What goes wrong when transformers generates with the family, padded on the left, or trains it; else empty."""
     ids = torch.randint(3, 64, (2, 9))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
+    sampling = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
     try:
         with in_precision(precision):
-            member(family, 0).generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=True, pad_token_id=0
-            )
+            member(family, 0).generate(input_ids=ids, attention_mask=mask, **sampling)
+            plain_distribution(member(family, 0), ids[0, :4].tolist(), ids[0, 4:].tolist()).sum().backward()
     except Exception as error:  # whatever it is, it is the family's
-        return f"generating: {one_line(error)}"
+        return one_line(error)
     return ""
