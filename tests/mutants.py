@@ -56,5 +56,5 @@ def assert_caught(
             if attribute in vars(tests) and getattr(tests, attribute) is getattr(module, attribute):
                 monkeypatch.setattr(tests, attribute, value)
             monkeypatch.setattr(module, attribute, value)
-    with pytest.raises((AssertionError, pytest.fail.Exception, IndexError, RuntimeError)):
+    with pytest.raises((AssertionError, pytest.fail.Exception, IndexError, RuntimeError, ValueError)):
         test(**parameters)

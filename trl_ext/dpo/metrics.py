@@ -78,9 +78,9 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
 
 
 def _accuracies(right: Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """The accuracy of each source, in one pass over the pairs: there may be as many sources as pairs."""
+    """Return the accuracy of each source, in one pass over the pairs: there may be as many sources as pairs."""
     of_source: dict[str, list[float]] = {}
-    for source, is_right in zip(sources, right.tolist(), strict=False):  # without the column there are no names
+    for source, is_right in zip(sources, right.tolist() if sources else [], strict=True):
         of_source.setdefault(source, []).append(float(is_right))
     return {f"preference/accuracy/{name}": sum(of) / len(of) for name, of in sorted(of_source.items())}
 
