@@ -17,7 +17,6 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-=======
 .PHONY: help setup demo test check proof measure families gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

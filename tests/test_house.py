@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -149,6 +150,11 @@ def test_script_stays_short(path):
 
 def test_readme_opens_with_the_two_commands():
     assert fenced_commands(read("README.md"))[:2] == ["make demo", "make test"]
+
+
+def test_makefile_can_be_read_and_names_every_target_in_its_help():
+    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"make (\w+)", printed)) == set(re.findall(r"^([a-z]+):.*##", read("Makefile"), flags=re.M))
 
 
 def test_ci_calls_what_the_readme_names():
