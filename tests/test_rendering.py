@@ -31,6 +31,11 @@ READS_PARTS = tiny.CHAT_TEMPLATE.replace(
     "message['content']", "(message['content'] if message['content'] is string else message['content'][0]['text'])"
 )
 
+ESCAPES = tiny.CHAT_TEMPLATE.replace(  # as Llama 3.1
+    "message['content']", "(message['content'] | tojson if message['role'] == 'tool' else message['content'])"
+)
+TOOLS_AND_PARTS = "{{ tools | tojson }}" + READS_PARTS
+
 
 def tokenizer(template=tiny.CHAT_TEMPLATE, bos=False):
     made = tiny.tiny_tokenizer()
@@ -133,6 +138,12 @@ ACCEPTED = {
     "white space": (tokenizer(), chat(chosen="  a cat\n\n", rejected="\ta dog")),
     "text": (tokenizer(bos=True), TEXT),
     "text that ends": (tokenizer(), TEXT | {"chosen": "a cat<eos>"}),
+    "a tool's JSON, written as a text of JSON": (
+        tokenizer(ESCAPES),
+        chat()
+        | {"prompt": said("user", "who ?") + said("assistant", "") + said("tool", '{"sky": "so "é"",\n "n": 1}')},
+    ),
+    "parts that are read beside tools": (tokenizer(TOOLS_AND_PARTS), IN_PARTS | {"tools": '[{"type": "function"}]'}),
     "one answer begins as the prompt does": (tokenizer(), TEXT | {"chosen": "who is it ? a cat"}),
 }
 
@@ -180,6 +191,11 @@ PROMPTS = {
         "leaves out a part of the prompt of row 0",
     ),
     "text with BOS": (tokenizer(bos=True), {"prompt": "<bos> who ?"}, "begins with '<bos>', and the tokenizer"),
+    "ids with BOS, behind padding": (
+        tokenizer(bos=True),
+        {"input_ids": [0, 1, 1, 20], "attention_mask": [0, 1, 1, 1]},
+        "begins with '<bos>', and the tokenizer",
+    ),
     "ids with BOS": (tokenizer(bos=True), {"input_ids": [1, 1, 20]}, "begins with '<bos>', and the tokenizer"),
     "a message with an end": (tokenizer(), {"prompt": said("user", "<bos> who ?")}, "is written as text already"),
     "numbers": (tokenizer(), {"prompt": 7}, "'prompt' of `train_dataset` holds number; PPO reads text"),
@@ -236,7 +252,7 @@ def test_question_that_the_answers_begin_with_is_no_error():
     row = {"question": "who is it ?", "chosen": "who is it ? a cat", "rejected": "who is it ? a dog", "system": ""}
     check_columns(Dataset.from_list([row] * 2), None, tokenizer)
     prompts = Dataset.from_list([{"prompt": "who ?", "question": "who ?", "system": None}] * 2)
-    rendering.check_written_prompts(prompts, "prompts", tokenizer(), None)
+    rendering.check_written_prompts(prompts, "prompts", tokenizer(), None, list)
 
 
 def test_system_of_a_later_row_is_seen_too():
@@ -265,6 +281,37 @@ def test_conversions_join_parts_and_take_a_repeated_prompt_off():
     }
     assert to_preference(Dataset.from_list([chat() | implicit(chat())]))[0] == chat()
     assert to_preference(Dataset.from_list([TEXT | implicit(TEXT)]))[0] == TEXT
+
+
+def test_padding_that_is_the_bos_token_is_no_second_bos(tmp_path):
+    """As GPT-2's `<|endoftext|>`, which is BOS, EOS and, in most scripts, the pad token."""
+    known = tokenizer()
+    known.bos_token = known.pad_token = known.eos_token
+    pad = known.pad_token_id
+    for row in ({"input_ids": [pad, pad, 20, 21], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [pad, pad, 20, 21]}):
+        models = {"train_dataset": Dataset.from_list([row] * 8), "processing_class": known}
+        trainer = ppo_runs.ppo_trainer(tmp_path, models)
+        assert trainer.train_dataset[0] == row
+
+
+GREETINGS = [TEXT | {"prompt": "Hello", "chosen": "Hello to you", "rejected": "Hello ."}] + [TEXT] * 3
+
+
+def test_answers_that_greet_as_their_prompt_does_repeat_no_prompt():
+    rows = Dataset.from_list(GREETINGS)
+    check_columns(rows, None, tokenizer)
+    assert to_preference(rows)[:] == rows[:]
+    repeated = [TEXT | implicit(TEXT)] * 4 + [TEXT]
+    assert list(to_preference(Dataset.from_list(repeated))) == [TEXT] * 5
+
+
+def test_repeated_prompt_is_taken_off_whatever_white_space_is_around_it():
+    rows = Dataset.from_list([TEXT | {"chosen": "\nwho is it ?\na cat", "rejected": "who is it ?\na dog"}] * 2)
+    with pytest.raises(ValueError, match="would stand there twice"):
+        check_columns(rows, None, tokenizer)
+    cured = to_preference(rows)
+    check_columns(cured, None, tokenizer)
+    assert cured[0] == TEXT | {"chosen": "\na cat", "rejected": "\na dog"}
 
 
 # --- keyword arguments of the template

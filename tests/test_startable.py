@@ -49,6 +49,7 @@ def test_option_that_no_run_can_have_is_refused(kind, options, said, tmp_path):
         ({"report_to": ["trackio"]}, "trackio", "pip install trackio"),
         ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
         ({"optim": "paged_adamw_8bit"}, "bitsandbytes", "pip install 'trl-ext[qlora]'"),
+        ({"optim": "adamw_torch_8bit"}, "torchao", "pip install torchao"),
         ({"deepspeed": "zero.json"}, "deepspeed", "pip install 'trl-ext[deepspeed]'"),
     ],
     ids=str,

@@ -3,12 +3,27 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 from trl import maybe_convert_to_chatml, maybe_extract_prompt
 
-from .formats import CONVERSATION, SHAREGPT, SYSTEM, TEXT, column_names, describe, of_each, rename, require, text_of
+from .formats import (
+    CONVERSATION,
+    LOOKED_AT,
+    SHAREGPT,
+    SYSTEM,
+    TEXT,
+    after_prompt,
+    are_most,
+    column_names,
+    describe,
+    of_each,
+    rename,
+    require,
+    text_of,
+)
 from .plain import key_of
 
 
@@ -17,6 +32,7 @@ logger = logging.getLogger(__name__)
 ANSWERS = ("chosen", "rejected", "completion", "completions", "messages")
 LABELS = {"label": "completion", "labels": "completions"}  # column -> what it says something about
 CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+SIDES = ("chosen", "rejected")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> those that chat templates know
 TURN = "\n\nAssistant:"  # what opens an answer in Anthropic's hh-rlhf
 
@@ -27,7 +43,7 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
 
     - Conversations with `from` and `value` get `role` and `content`; a content in parts of text becomes their text.
     - A column `system` becomes the first turn of the prompt, which makes conversations of text.
-    - A prompt that both completions begin with again is taken off them.
+    - A prompt that both completions begin with again, in most of the first rows, is taken off them.
     - A text `prompt` beside conversations becomes the turns that they begin with (`trl.maybe_extract_prompt`), or, of
       conversations that hold answers only, a turn of the user.
     - Unpaired preferences: the good and the bad completions of a prompt are paired in their order, the shorter list
@@ -51,7 +67,8 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
     require(dataset, "preference")
     if found.columns.get("prompt") == TEXT and found.columns["chosen"] == found.columns["rejected"] == CONVERSATION:
         return dataset.map(_with_turns)
-    return dataset.map(_without_prompt_again) if _repeats_prompt(next(iter(dataset))) else dataset
+    repeats = [_repeats_prompt(row) for row in islice(iter(dataset), LOOKED_AT)]
+    return dataset.map(_without_prompt_again) if are_most(repeats) else dataset
 
 
 def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
@@ -139,14 +156,13 @@ def _with_system(dataset: Any) -> Any:
 
 def _repeats_prompt(row: dict[str, Any]) -> bool:
     """Whether both answers of a pair begin with its prompt."""
-    prompt: Any = row.get("prompt")
-    answers = (row["chosen"], row["rejected"])
-    return bool(prompt) and all(type(a) is type(prompt) and a[: len(prompt)] == prompt for a in answers)
+    return all(after_prompt(row[side], row.get("prompt")) is not None for side in SIDES)
 
 
 def _without_prompt_again(row: dict[str, Any]) -> dict[str, Any]:
-    again = len(row["prompt"]) if _repeats_prompt(row) else 0
-    return {side: row[side][again:] for side in ("chosen", "rejected")}
+    if not _repeats_prompt(row):
+        return {side: row[side] for side in SIDES}
+    return {side: after_prompt(row[side], row["prompt"]) for side in SIDES}
 
 
 def _copies(messages: Any) -> Any:

@@ -9,7 +9,7 @@ knows, [`require`] says of a dataset that a trainer cannot use what was found, a
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -62,6 +62,7 @@ SYNONYMS = {
 }
 
 
+LOOKED_AT = 8  # rows of a dataset
 # Columns that are a part of a prompt and no column that a trainer reads.
 SYSTEM = "system"
 SYSTEMS = (SYSTEM, "system_prompt", "system_message")
@@ -239,7 +240,7 @@ def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: 
         return
     has_prompt = "prompt" in columns
     lost: dict[str, str] = {}
-    for row in islice(iter(dataset), 8):
+    for row in islice(iter(dataset), LOOKED_AT):
         read = squashed("".join(_text_of_cell(row[column]) for column in ("prompt", "chosen") if column in row))
         for column in LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split()):
             text = _text_of_cell(row.get(column)) if _kind(row.get(column)) in CELLS else ""
@@ -323,6 +324,25 @@ def text_of(message: dict[str, Any]) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return "" if content is None else str(content)
+
+
+def after_prompt(answer: Any, prompt: Any) -> Any:
+    """
+    What an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it does not.
+    White space around a text prompt does not count.
+    """
+    if not prompt or type(answer) is not type(prompt) or (isinstance(prompt, str) and not prompt.strip()):
+        return None
+    if answer[: len(prompt)] == prompt:
+        return answer[len(prompt) :]
+    if isinstance(prompt, str) and answer.lstrip().startswith(prompt.strip()):
+        return answer.lstrip()[len(prompt.strip()) :]
+    return None
+
+
+def are_most(of_rows: Sequence[bool]) -> bool:
+    """Whether it is so of more rows than not: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
+    return 2 * sum(of_rows) > len(of_rows)
 
 
 def squashed(text: str) -> str:

@@ -1,7 +1,7 @@
 """Whether the first rows of a dataset are written as they are meant: prompt and answers there, nothing twice."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -9,13 +9,11 @@ from datasets import Dataset, Features, Json
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
-from .formats import column_names, squashed, text_of
+from .formats import LOOKED_AT, after_prompt, are_most, column_names, squashed, text_of
 
 
-LOOKED_AT = 8  # rows of a dataset
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message that hold what was thought before its content
 BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that join parts
-PARTS = ("{'type':", '{"type":')  # how Python and JSON write the parts of a content
 
 
 def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
@@ -26,13 +24,14 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor, which takes images too
         return
-    for number, row in _first(dataset):
+    rows = list(_first(dataset))
+    _check_once(rows, name)
+    for number, row in rows:
         where = f"row {number} of `{name}`"
         kept: Any = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         pair: Any = maybe_extract_prompt(kept)
         if isinstance(pair["chosen"], str):
             _check_text(pair["prompt"], where, tokenizer)
-            _check_once(kept, where)
             continue
         options = {"tools": _tools(row), **template_kwargs(row)}
         for side in ("chosen", "rejected"):
@@ -41,10 +40,17 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
             _check_messages(pair[side], written, f"`{side}` of {where}", tokenizer, BY_PAIRS, answers=True)
 
 
-def check_written_prompts(dataset: Any, name: str, tokenizer: Any, options: dict[str, Any] | None) -> None:
+def check_written_prompts(
+    dataset: Any,
+    name: str,
+    tokenizer: Any,
+    options: dict[str, Any] | None,
+    ids_of: Callable[[dict[str, Any]], list[int]],
+) -> None:
     """
     Args:
         options: keyword arguments of the chat template.
+        ids_of: gives the ids that are read of a row with `input_ids`: without padding, which may be the BOS token.
 
     Raises:
         ValueError: as [`check_pairs`], of prompts.
@@ -52,7 +58,7 @@ def check_written_prompts(dataset: Any, name: str, tokenizer: Any, options: dict
     for number, row in _first(dataset):
         where, prompt = f"row {number} of `{name}`", row.get("prompt")
         if "input_ids" in row:
-            _check_bos(list(row["input_ids"]), where, tokenizer)
+            _check_bos(ids_of(row), where, tokenizer)
         elif isinstance(prompt, str):
             _check_text(prompt, where, tokenizer)
         elif prompt:
@@ -114,7 +120,8 @@ def _check_messages(
     plain = squashed(written)
     for number, message in enumerate(messages):
         text = text_of(message)
-        if isinstance(message.get("content"), list) and any(part in written and part not in text for part in PARTS):
+        content = message.get("content")
+        if isinstance(content, list) and any(form in written for part in content for form in (str(part), _json(part))):
             raise ValueError(
                 f"The content of {whose} is a list of parts, which the chat template writes out as they stand: "
                 f"{written!r:.200}." + _joined_by(messages, conversion)
@@ -122,7 +129,7 @@ def _check_messages(
         is_learnt = answers and number == len(messages) - 1
         thoughts = [str(message[key]) for key in THOUGHTS if is_learnt and message.get(key)]
         is_past = message.get("role") == "assistant" and not is_learnt
-        missing = [part for part in ([] if is_past else [text, *thoughts]) if squashed(part) not in plain]
+        missing = [part for part in ([] if is_past else [text, *thoughts]) if not _is_in(part, plain)]
         if missing:
             raise ValueError(
                 f"The chat template leaves out a part of {whose}: it says {missing[0]!r:.120}, and what is written is "
@@ -130,6 +137,16 @@ def _check_messages(
                 "thought), or take out of the data what is not to be learnt."
             )
         _check_marks(text, plain, whose, tokenizer)
+
+
+def _is_in(text: str, plain: str) -> bool:
+    """Whether a text is written as it is or, as what a tool returns in Llama 3.1's template, as JSON."""
+    return squashed(text) in plain or squashed(_json(text)[1:-1]) in plain
+
+
+def _json(value: Any) -> str:
+    """As the filter `tojson` of chat templates."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
@@ -156,13 +173,20 @@ def _check_bos(ids: list[int], where: str, tokenizer: Any) -> None:
         )
 
 
-def _check_once(row: dict[str, Any], where: str) -> None:
-    prompt = row.get("prompt", "").strip()
-    if prompt and len(prompt) > 3 and all(row[side].lstrip().startswith(prompt) for side in ("chosen", "rejected")):
+def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:
+    repeats = [_repeats_prompt(row) for _, row in rows]
+    if are_most(repeats):
+        number, row = rows[repeats.index(True)]
         raise ValueError(
-            f"`chosen` and `rejected` of {where} begin with the prompt, which would stand there twice: "
-            f"{row['chosen']!r:.120}. `trl_ext.conversions.to_preference(dataset)` takes it off."
+            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
+            f"twice: {row['chosen']!r:.120}. `trl_ext.conversions.to_preference(dataset)` takes it off."
         )
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    prompt = row.get("prompt")
+    sides = (row["chosen"], row["rejected"])
+    return isinstance(prompt, str) and all(after_prompt(side, prompt) is not None for side in sides)
 
 
 def _joined_by(messages: list[dict[str, Any]], conversion: str) -> str:

@@ -26,8 +26,9 @@ LOGGERS = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
-# Optimizers that are bitsandbytes'.
+# In the names of optimizers that are bitsandbytes'; PyTorch's own of 4 and 8 bits are torchao's.
 OF_BITSANDBYTES = ("8bit", "bnb", "paged")
+OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
 def check_startable(options: Any) -> None:
@@ -69,7 +70,9 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
             raise ValueError(f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.")
         needed.append((f"`report_to={logger}`", LOGGERS[logger], LOGGERS[logger][0]))
     optimizer = str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
-    if any(part in optimizer for part in OF_BITSANDBYTES):
+    if optimizer in OF_TORCHAO:
+        needed.append((f"`optim={optimizer}`", ("torchao",), "torchao"))
+    elif any(part in optimizer for part in OF_BITSANDBYTES):
         needed.append((f"`optim={optimizer}`", ("bitsandbytes",), "'trl-ext[qlora]'"))
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(options, name, False):

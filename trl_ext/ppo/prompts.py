@@ -1,6 +1,7 @@
 """Prompts: the columns a dataset may bring them in, and the checks that run before any model is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def check_datasets(
             if next(iter(dataset), None) is None:
                 raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
             check_columns(dataset, name, tokenizer)
-            check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs)
+            ids_of = partial(unpadded, pad_id=pad_id, eos_id=getattr(tokenizer, "eos_token_id", None))
+            check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs, ids_of)
         if not isinstance(dataset, Dataset):
             continue
         if collator is not None and "input_ids" not in dataset.column_names:
