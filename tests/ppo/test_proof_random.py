@@ -296,7 +296,9 @@ def worst_difference(folder, seed):
         for (name, parameter), gradient in zip(named, expected, strict=True):
             gradient = torch.zeros_like(parameter) if gradient is None else gradient
             found = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
-            worst = max(worst, (found - gradient).norm().item() / max(gradient.norm().item(), 1e-3 * scale))
+            # Where every token is clipped all gradients are 0, and so have ours to be.
+            size = max(gradient.norm().item(), 1e-3 * scale, 1e-6)
+            worst = max(worst, (found - gradient).norm().item() / size)
     return worst, learned
 
 
@@ -309,8 +311,8 @@ def test_gradients_of_a_random_configuration_are_the_oracles(tmp_path, seed):
 
 
 @pytest.mark.proof
-def test_gradients_of_82_random_configurations_are_the_oracles(tmp_path):
-    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(82)}
+def test_gradients_of_100_random_configurations_are_the_oracles(tmp_path):
+    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(100)}
     print(f"largest relative difference of a gradient: {max(differences.values()):.1e}")
     assert {seed: worst for seed, worst in differences.items() if worst >= 1e-4} == {}
 
