@@ -791,6 +791,19 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_closing_line_of_a_mixture_has_the_auxiliary_loss_as_trl_s_has(tmp_path, strategy):
+    closing = []
+    for side in (dpo_runs.OURS, dpo_runs.TRLS):
+        trainer = dpo_runs.dpo_trainer(
+            tmp_path, {"model": tiny.tiny_mixture()}, side, logging_steps=10, logging_strategy=strategy
+        )
+        trainer.train()
+        closing.append(trainer.state.log_history[-1])
+    assert "train_loss" in closing[0]
+    assert closing[0]["aux_loss"] == pytest.approx(closing[1]["aux_loss"], rel=1e-5)
+
+
 def test_best_model_of_a_mixture_has_its_experts(tmp_path):
     trainer = dpo_runs.dpo_trainer(tmp_path, {"model": tiny.tiny_mixture(output_router_logits=False)})
     best = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

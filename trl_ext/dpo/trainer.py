@@ -328,13 +328,19 @@ class DPOTrainerX(DPOTrainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs and self._initial_global_step:
-            logs["train_loss"] = (
-                whole_run_loss(self.state.log_history, self._initial_global_step) or logs["train_loss"]
-            )
+        if "train_loss" in logs:
+            self._close(logs)
         with in_mode_of(logs, self.model):
             self._log_pairs(logs)
             super().log(logs, start_time)
+
+    def _close(self, logs: dict[str, float]) -> None:
+        """Gives the closing line the loss of the whole run, also a resumed one, and a mixture's auxiliary loss."""
+        lines = self.state.log_history
+        if self._initial_global_step:
+            logs["train_loss"] = whole_run_loss(lines, self._initial_global_step) or logs["train_loss"]
+        if self.aux_loss_enabled:  # the line of the last step took it
+            logs.update(next(({"aux_loss": line["aux_loss"]} for line in reversed(lines) if "aux_loss" in line), {}))
 
     def _log_pairs(self, logs: dict[str, float]) -> None:
         """Adds what the ledger and the phases say to a line."""
