@@ -1,9 +1,10 @@
-"""Copies of an adapter beside it, which leave the base as it is."""
+"""Copies of an adapter beside it, which are whole and leave the base as it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 
@@ -25,3 +26,36 @@ def base_left_alone(model: Any) -> Iterator[None]:
     finally:
         for config, start in zip(changed, written, strict=True):
             config.init_lora_weights = start
+
+
+@torch.no_grad()
+def copy_weights(model: PeftModel, name: str, copy_name: str) -> None:
+    """
+    Gives the adapter `copy_name` the weights of `name`, which has the same config, in their dtype. The adapter's name
+    stands within a parameter's (LoRA) or at its end (VeRA, IA3, LoHa and others).
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for place, tensor in tensors.items():
+        parts = place.split(".")
+        twin = tensors.get(".".join(copy_name if part == name else part for part in parts))
+        if name in parts and twin is not None and twin.shape == tensor.shape:
+            twin.data = tensor.detach().clone()
+
+
+@contextmanager
+def copied_whole(model: Any, name: str) -> Iterator[None]:
+    """Within the context, an adapter that is added to a `PeftModel` has all the weights of its adapter `name`."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    add = model.add_adapter
+
+    def add_copy(adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        add(adapter_name, *args, **kwargs)
+        copy_weights(model, name, adapter_name)
+
+    model.add_adapter = add_copy
+    try:
+        yield
+    finally:
+        del model.add_adapter

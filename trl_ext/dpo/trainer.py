@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
-from ..adapter_copies import base_left_alone
+from ..adapter_copies import base_left_alone, copied_whole
 from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
 from ..device import keep_4_bit_differentiable
@@ -142,7 +142,7 @@ class DPOTrainerX(DPOTrainer):
         self._eval_prefix = "eval"
         self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
         self._tokens_logged = 0
-        with base_left_alone(model):  # TRL copies an adapter that training starts from
+        with base_left_alone(model), copied_whole(model, "default"):  # TRL copies an adapter that training starts from
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..adapter_copies import base_left_alone
+from ..adapter_copies import base_left_alone, copy_weights
 from ..noise import disable_noise
 
 
@@ -244,8 +244,7 @@ def copy_adapter(model: Any, name: str, copy_name: str) -> None:
     """Adds a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype, so that both compute the same."""
     with base_left_alone(model):
         model.add_adapter(copy_name, model.peft_config[name])
-    for parameter_name, parameter in list(model.named_parameters()):
-        if f".{name}." in parameter_name:
-            twin = model.get_parameter(parameter_name.replace(f".{name}.", f".{copy_name}."))
-            twin.data = parameter.data.clone()
-            twin.requires_grad_(False)
+    copy_weights(model, name, copy_name)
+    for parameter_name, parameter in model.named_parameters():
+        if copy_name in parameter_name.split("."):
+            parameter.requires_grad_(False)
