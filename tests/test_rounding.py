@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 import dpo_runs
@@ -51,7 +52,19 @@ def test_both_trainers_say_it_once_with_figures_and_the_cure(tmp_path, caplog, d
         learning_rate=rate,
     )
     lines = [r.getMessage() for r in caplog.records if "rounds to nothing" in r.getMessage()]
-    assert len(lines) == 2 * warns
+    assert [line.split()[4] for line in lines] == ["policy", "actor", "critic"] * warns
     for line in lines:
         assert "are trained in bfloat16, and a step of learning_rate=1e-06 moves " in line
         assert "`bf16=True`" in line
+
+
+def test_each_role_of_ppo_is_told_of_at_its_own_rate(tmp_path, caplog):
+    """The adapter is in float32; the critic has weights in bfloat16, and, in the second run, steps that they feel."""
+    for critic_rate in (1e-6, 1e-2):
+        models = {"model": tiny.tiny_actor().bfloat16(), "value_model": tiny.tiny_reward_model(2).bfloat16()}
+        models |= {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2)}
+        ppo_runs.ppo_trainer(tmp_path, models, critic_learning_rate=critic_rate, learning_rate=1e-6)
+    (line,) = [r.getMessage() for r in caplog.records if "rounds to nothing" in r.getMessage()]
+    assert line.startswith(
+        "The weights of the critic are trained in bfloat16, and a step of critic_learning_rate=1e-06"
+    )

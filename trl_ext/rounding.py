@@ -33,13 +33,21 @@ def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | Non
     return moving / total if total else None
 
 
-def warn_of_rounding(model: nn.Module, learning_rate: float, has_master_weights: bool, what: str = "model") -> None:
+def warn_of_rounding(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    has_master_weights: bool,
+    what: str,
+    option: str = "learning_rate",
+) -> None:
     """
     Args:
+        parameters: of a role; those that require a gradient are looked at.
         has_master_weights: whether the optimizer keeps weights in float32 of its own, as DeepSpeed's does.
-        what: the model is, for the line.
+        what: the role, for the line.
+        option: that sets its learning rate.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     if has_master_weights or not learning_rate > 0:
         return
     share = moving_share(trained, learning_rate)
@@ -47,11 +55,12 @@ def warn_of_rounding(model: nn.Module, learning_rate: float, has_master_weights:
         return
     dtype = str(next(p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16))).removeprefix("torch.")
     logger.warning(
-        "The weights of the %s are trained in %s, and a step of learning_rate=%.2g moves %.0f%% of them: for the rest "
-        "it is less than half the distance to the next number, and rounds to nothing. Keep the weights in float32 "
+        "The weights of the %s are trained in %s, and a step of %s=%.2g moves %.0f%% of them: for the rest it is less "
+        "than half the distance to the next number, and rounds to nothing. Keep the weights in float32 "
         "(`dtype='float32'`) and compute in bfloat16 (`bf16=True`), or train an adapter, or raise the learning rate.",
         what,
         dtype,
+        option,
         learning_rate,
         100 * share,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r")
 # Logger of `report_to` -> packages of which one is enough.
 LOGGERS = {
     "azure_ml": ("azureml",),
@@ -37,7 +37,7 @@ def check_startable(options: Any) -> None:
         options: of a run, as attributes; one that is missing is passed over.
 
     Raises:
-        ValueError: for a batch of less than one row, a negative learning rate or number of epochs, or a package that
+        ValueError: for a batch of less than one row, an adapter of rank 0, a negative learning rate or number of epochs, or a package that
             an option needs and that is not installed.
     """
     _check_numbers(options)
@@ -52,7 +52,7 @@ def is_installed(package: str) -> bool:
 
 
 def _check_numbers(options: Any) -> None:
-    for name in BATCHES:
+    for name in COUNTS:
         value = getattr(options, name, None)
         if value is not None and (value != int(value) or value < 1):
             raise ValueError(f"`{name}` is {value}; it must be an integer of at least 1.")

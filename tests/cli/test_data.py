@@ -169,6 +169,14 @@ def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, pa
     assert len(end.value.code.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("test_split_size", "`test_split_size` is 2; it is a share"), ("lora_r", "`lora_r` is 0; it")]
+)
+def test_number_that_is_none_of_its_kind_is_refused_in_one_sentence(option, said, paths, tmp_path, capsys):
+    words = run_of("dpo", paths, output_dir=tmp_path, **{option: 0 if option == "lora_r" else 2})
+    assert said in error_of(["dpo", *words], capsys)
+
+
 def test_data_of_other_kinds_that_cannot_be_read_are_named_too(paths, tmp_path, capsys):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{")

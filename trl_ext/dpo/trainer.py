@@ -155,7 +155,7 @@ class DPOTrainerX(DPOTrainer):
         self.add_callback(self.phases)
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
-        warn_of_rounding(self.model, self.args.learning_rate, self.is_deepspeed_enabled, "policy")
+        warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "policy")
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)

@@ -14,6 +14,7 @@ from .. import _trl
 from ..device import keep_4_bit_differentiable
 from ..frozen import is_fsdp
 from ..noise import disable_noise
+from ..rounding import warn_of_rounding
 from ..trained import RequireGradients, check_optimizer, check_trainable
 from ..zero import declare_head, is_partitioned, is_stage3
 from . import critic as critic_module
@@ -111,6 +112,18 @@ def check_learning(
         "(`learning_rate`, `critic_learning_rate`).",
     )
     return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
+
+
+def warn_of_small_steps(model: nn.Module, critic: nn.Module, args: PPOConfigX, has_master_weights: bool) -> None:
+    """Warns for actor and critic, each at its own learning rate, as [`warn_of_rounding`]; `model` holds `critic`."""
+    of_critic = list(critic.parameters())
+    others = set(map(id, of_critic))
+    of_actor = [parameter for parameter in model.parameters() if id(parameter) not in others]
+    warn_of_rounding(of_actor, args.learning_rate, has_master_weights, "actor")
+    if args.critic_learning_rate is None:
+        warn_of_rounding(of_critic, args.learning_rate, has_master_weights, "critic")
+    else:
+        warn_of_rounding(of_critic, args.critic_learning_rate, has_master_weights, "critic", "critic_learning_rate")
 
 
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:

@@ -41,13 +41,20 @@ from ..model_card import card_name, complete_card, hub_name
 from ..one_run import go_on_logging, name_run
 from ..phases import Phases
 from ..pretrained import adapter_configs, restore_weights, text_config
-from ..rounding import warn_of_rounding
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
-from .assembly import check_learning, choose_adapters, join_to_actor, place_reference, place_reward_models, stop_ids
+from .assembly import (
+    check_learning,
+    choose_adapters,
+    join_to_actor,
+    place_reference,
+    place_reward_models,
+    stop_ids,
+    warn_of_small_steps,
+)
 from .card import ppo_training
 from .checks import (
     require_finite_gradient,
@@ -282,7 +289,7 @@ class PPOTrainerX(GRPOTrainer):
         self.critic: Any = roles.critic
         self._attached, self._ref_logits = join_to_actor(self.model, roles, args)
         self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
-        warn_of_rounding(self.model, args.learning_rate, self.is_deepspeed_enabled, "actor and critic")
+        warn_of_small_steps(self.model, self.critic, args, self.is_deepspeed_enabled)
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:

@@ -81,7 +81,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     for name, parameter in trainer.model.named_parameters():
         if "score.modules_to_save." in name:
             parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
-    warn_of_rounding(trainer.model, args.learning_rate, trainer.is_deepspeed_enabled, "reward model")
+    warn_of_rounding(trainer.model.parameters(), args.learning_rate, trainer.is_deepspeed_enabled, "reward model")
     trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
     return trainer
 
