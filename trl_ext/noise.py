@@ -87,8 +87,7 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
         training, again = answer(), answer()
     with in_mode(model, training=False):
         evaluating = answer()
-    if evaluating.isnan().any():
-        raise ValueError(f"{name} gives NaN before it has been trained here: look at its weights and its dtype.")
+    require_numbers(evaluating, name)
     difference = max((training - evaluating).abs().mean().item(), (training - again).abs().mean().item())
     if not difference <= allowed:
         source = f", in {', '.join(drawing)[:200]}" if drawing else ""
@@ -102,6 +101,12 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
 def _as_in_evaluation(module: nn.Module, args: Any) -> None:
     """Before each forward pass, as `model.train()` comes again at every step; children keep their mode."""
     module.training = False
+
+
+def require_numbers(answer: Tensor, name: str) -> None:
+    """Raises `ValueError` for NaN in a model's answer, which every comparison would lay to something else."""
+    if answer.isnan().any():
+        raise ValueError(f"{name} gives NaN before it has been trained here: look at its weights and its dtype.")
 
 
 def _drawing(model: nn.Module, answer: Callable[[], Tensor]) -> dict[str, nn.Module]:

@@ -37,8 +37,8 @@ def check_startable(options: Any) -> None:
         options: of a run, as attributes; one that is missing is passed over.
 
     Raises:
-        ValueError: for a batch of less than one row, an adapter of rank 0, a negative learning rate or number of epochs, or a package that
-            an option needs and that is not installed.
+        ValueError: for a batch of less than one row, an adapter of rank 0, a negative learning rate or number of
+            epochs, or a package that an option needs and that is not installed.
     """
     _check_numbers(options)
     for asked, packages, install in _needed(options):

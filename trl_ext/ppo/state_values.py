@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..heads import trunk_gives
-from ..noise import silence
+from ..noise import require_numbers, silence
 from ..probe import in_mode, probe_rows, tolerance
 from .padding import LeftPadding
 
@@ -46,7 +46,7 @@ class StateValues:
         Switches the trunk's noise off, and tries the head.
 
         Raises:
-            ValueError: for noise that does not stop, and for a head that gives no value for a state.
+            ValueError: for NaN, for noise that does not stop, and for a head that gives no value for a state.
         """
         self._is_settled = True
         rows = probe_rows(self.trunk)
@@ -56,6 +56,7 @@ class StateValues:
 
         with in_mode(self.trunk, training=False):
             first = states()
+            require_numbers(first, self.name)
             allowed = tolerance(self.trunk, states, first.abs().mean().item())
             self._require_causal(rows[0], allowed)
             self._try_head(first)
