@@ -1,6 +1,7 @@
 """Evaluation: held-out prompts answered, scored, compared with the first time; samples shown on the way."""
 
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,61 @@ def test_held_out_kl_is_the_mean_over_prompts_with_a_last_batch_of_another_size(
     assert metrics["eval_kl/ref"] == pytest.approx(sum(sums) / 5, rel=1e-5)
 
 
+def test_what_is_said_of_responses_is_of_all_of_them_whatever_the_batches(tmp_path):
+    """Seven prompts in batches of 2, 2, 2 and 1; the slow loop has every response by itself."""
+    prompts = Dataset.from_dict({"prompt": ["the cat"] * 4 + ["a dog", "one bird", "two books of one"]})
+    seen = []
+
+    def graded(prompts, completion_ids, **kwargs):
+        seen.extend(completion_ids)
+        return [float(len(prompt)) for prompt in prompts]
+
+    def silent(prompts, **kwargs):
+        return [None if prompt == "the cat" else float(len(prompt)) for prompt in prompts]
+
+    def mute(prompts, **kwargs):
+        return [2.0 if prompt == "a dog" else None for prompt in prompts]
+
+    models = {"reward_model": None, "reward_funcs": [graded, silent, mute], "eval_dataset": prompts}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=2, response_length=40)
+    metrics = trainer.evaluate()
+    lengths = [float(len(ids)) for ids in seen]
+    ended = [length for length, ids in zip(lengths, seen, strict=True) if ids[-1] == 2]
+    assert len(lengths) == 7
+    assert len(set(ended)) > 1
+    assert len(ended) < 7
+    grades = [float(len(prompt)) for prompt in prompts["prompt"]]
+    expected = {
+        "rewards/graded/mean": statistics.mean(grades),
+        "rewards/graded/std": statistics.stdev(grades),
+        "rewards/silent/mean": statistics.mean(grades[4:]),
+        "rewards/silent/std": statistics.stdev(grades[4:]),
+        "rewards/mute/mean": 2.0,
+        "reward/score": (sum(grades) + sum(grades[4:]) + 2) / 7,
+        "completions/mean_length": statistics.mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / 7,
+        "completions/mean_terminated_length": statistics.mean(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+    }
+    found = {key: value for key, value in metrics.items() if key.removeprefix("eval_") in expected}
+    assert found == pytest.approx({f"eval_{key}": value for key, value in expected.items()}, rel=1e-5)
+    assert "eval_rewards/mute/std" not in metrics
+
+
+def test_one_batch_of_held_out_prompts_gives_what_grpo_gives(tmp_path, monkeypatch):
+    held_out = {"eval_dataset": tiny.tiny_prompts(6, seed=3)}
+    trainer = ppo_trainer(tmp_path, held_out, per_device_eval_batch_size=6, response_length=4)
+    ours = trainer.evaluate()
+    monkeypatch.setattr("trl_ext.ppo.evaluation.held_out_responses", lambda columns: {})
+    grpos = trainer.evaluate()
+    keys = [key for key in grpos if key.startswith(("eval_completions/", "eval_rewards/"))]
+    assert len(keys) >= 6
+    assert {key: ours[key] for key in keys} == pytest.approx({key: grpos[key] for key in keys}, rel=1e-5)
+
+
 def test_rise_is_measured_on_the_same_prompts_only(tmp_path):
     first, other = tiny.tiny_prompts(3, seed=3), tiny.tiny_prompts(3, seed=4)
     trainer = ppo_trainer(tmp_path, {"eval_dataset": first})
@@ -155,7 +211,8 @@ def test_held_out_prompts_without_an_answer_have_no_kl():
         old_logps=torch.zeros(2, 3),
         ref_logps=torch.zeros(2, 3),
     )
-    held_out.add(rollout, [{"prompt": "a"}, {"prompt": "b"}])
+    nothing = {"length": torch.zeros(2), "ended": torch.zeros(2)}
+    held_out.add(rollout, [{"prompt": "a"}, {"prompt": "b"}], nothing)
     metrics = held_out.metrics("eval")
     assert metrics["reward/score"] == [0.0]
     assert all(math.isfinite(value) for (value,) in metrics.values())

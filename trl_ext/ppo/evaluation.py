@@ -1,7 +1,7 @@
 """Evaluation: what held-out prompts score, how far that is from their first scores in the run, and the KL."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 from zlib import crc32
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import PPOConfigX
 from .experience import sequence_kl
-from .metrics import held_out_score
+from .metrics import held_out_responses, held_out_score
 from .rollout import Rollout
 
 
@@ -34,6 +34,21 @@ def named_after_set(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 
+def lengths_and_ends(
+    ids: list[list[int]], tool_mask: list[list[int]] | None, end_ids: Container[int], device: torch.device
+) -> dict[str, Tensor]:
+    """
+    Of b responses two columns (b,): `length`, the tokens that the model wrote, and `ended`, 1 with an end token.
+
+    Args:
+        ids: of each response.
+        tool_mask: 0 at tokens that a tool wrote.
+    """
+    lengths = [len(row) for row in ids] if tool_mask is None else [sum(row) for row in tool_mask]
+    columns = {"length": lengths, "ended": [row[-1] in end_ids for row in ids]}
+    return {name: torch.tensor(column, dtype=torch.float32, device=device) for name, column in columns.items()}
+
+
 class HeldOut:
     """
     The evaluations of a run: each collects its batches, and is compared with the first of the same prompts.
@@ -52,6 +67,7 @@ class HeldOut:
         self._scores: list[Tensor] = []
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
+        self._responses: list[dict[str, Tensor]] = []
 
     def state_dict(self) -> dict[tuple[str, int], Tensor]:
         """The first scores of every set of prompts, for a checkpoint."""
@@ -65,9 +81,15 @@ class HeldOut:
         """Batches of this evaluation that this rank has answered."""
         return len(self._scores)
 
-    def add(self, rollout: Rollout, rows: list[dict[str, Any]]) -> None:
-        """Takes in a batch; its KL too where the reference has scored it."""
+    def add(self, rollout: Rollout, rows: list[dict[str, Any]], responses: dict[str, Tensor]) -> None:
+        """
+        Takes in a batch; its KL too where the reference has scored it.
+
+        Args:
+            responses: columns (b,) for `held_out_responses`, of this rank.
+        """
         self._scores.append(self._gather(rollout.scores.masked_fill(~rollout.scored, torch.nan)))
+        self._responses.append({name: self._gather(column) for name, column in responses.items()})
         self._prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
         if rollout.ref_logps is not None:
             self._kls.append(self._gather(sequence_kl(rollout)))
@@ -79,6 +101,8 @@ class HeldOut:
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
+        columns = {name: torch.cat([batch[name] for batch in self._responses]) for name in self._responses[0]}
+        metrics |= {key: [value] for key, value in held_out_responses(columns).items()}
         if self._kls:
             kls = torch.cat(self._kls)
             known = kls[~kls.isnan()]

@@ -1,7 +1,7 @@
 """
 `LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window.
-`held_out_score`: what an evaluation says about the score, and about how far it rose. What was not measured is in no
-line: a 0 would look like a measurement.
+`held_out_score`: what an evaluation says about the score, and about how far it rose; `held_out_responses`: about the
+responses. What was not measured is in no line: a 0 would look like a measurement.
 """
 
 import math
@@ -164,4 +164,31 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
             line[name] = known.mean().item()
         if len(known) > 1:
             line[f"{name}_ci95"] = half_width(known)
+    return line
+
+
+def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
+    """
+    What GRPO says of a batch of responses, of all the held-out ones together; its own mean over batches would count a
+    smaller last batch as a whole one, and a mean of shortest lengths is no shortest length.
+
+    Args:
+        columns: (N,) of every response: `length`, tokens that the model wrote; `ended`, 1 where it ended by itself,
+            else 0; `rewards/<source>`, NaN where the source said nothing.
+
+    Returns:
+        Values by log key; what cannot be said is left out.
+    """
+    lengths, ended = columns["length"], columns["ended"].bool()
+    line = {"completions/clipped_ratio": (~ended).float().mean().item()}
+    for name, known in (("length", lengths), ("terminated_length", lengths[ended])):
+        if len(known):
+            statistics = {"mean": known.mean(), "min": known.min(), "max": known.max()}
+            line |= {f"completions/{statistic}_{name}": value.item() for statistic, value in statistics.items()}
+    for name in [name for name in columns if name.startswith("rewards/")]:
+        known = columns[name][~columns[name].isnan()]
+        if len(known):
+            line[f"{name}/mean"] = known.mean().item()
+        if len(known) > 1:
+            line[f"{name}/std"] = known.std().item()
     return line

@@ -67,7 +67,7 @@ from .checks import (
 from .coefficients import Coefficients
 from .config import PPOConfigX
 from .display import batch_plan, print_samples
-from .evaluation import HeldOut, named_after_set, samples_are_due
+from .evaluation import HeldOut, lengths_and_ends, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, without_router_logits
 from .given import Given, Model, check_given, check_ids, resolve_args
@@ -240,6 +240,7 @@ class PPOTrainerX(GRPOTrainer):
         self._rollout: Rollout | None = None
         self._micro_batches: list[MicroBatch] = []
         self._scores: Tensor | None = None
+        self._responses: dict[str, Tensor] = {}  # of this rank's last batch, for `held_out_responses`
         self._stop_learning = self._leaves_out = False
         self._left_out_steps = 0
         self._passes_over_data = 0
@@ -411,6 +412,8 @@ class PPOTrainerX(GRPOTrainer):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        self._responses = lengths_and_ends(completion_ids, tool_mask, ends, self.accelerator.device)
         # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
@@ -448,7 +451,10 @@ class PPOTrainerX(GRPOTrainer):
         is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
         require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
-        self._scores = weighted_scores(rewards, self.reward_weights)[start : start + len(prompts)]
+        own = slice(start, start + len(prompts))
+        self._scores = weighted_scores(rewards, self.reward_weights)[own]
+        for name, column in zip(self.reward_func_names, rewards.unbind(1), strict=True):
+            self._responses[f"rewards/{name}"] = column[own]
         return rewards
 
     def _ask_reward_adapter(self, **inputs: Tensor) -> Tensor:
@@ -667,7 +673,7 @@ class PPOTrainerX(GRPOTrainer):
         rollout = self._generate_and_score_completions(rows)
         if self.args.needs_reference:
             self._score_with_models(rollout)
-        self._held_out.add(rollout, rows)
+        self._held_out.add(rollout, rows, self._responses)
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
