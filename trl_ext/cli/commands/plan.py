@@ -158,5 +158,9 @@ def answer(given: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
-    with usage_errors():
-        answer(given)
+    try:
+        with usage_errors():
+            answer(given)
+    except Exception as error:  # configs are anybody's, and so is what reading one of them raises
+        text = " ".join(str(error).split())
+        raise SystemExit(f"error: {type(error).__name__}: {text}") from error

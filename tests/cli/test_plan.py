@@ -1,0 +1,44 @@
+"""`trl-ext plan` ends in one sentence, whatever goes wrong on the way."""
+
+import json
+
+import pytest
+
+from trl_ext.cli.commands import plan
+
+
+def ended_with(*argv):
+    with pytest.raises(SystemExit) as stopped:
+        plan.main([*map(str, argv)])
+    return str(stopped.value)
+
+
+def test_error_of_another_package_is_one_sentence_with_its_class(monkeypatch):
+    def broken(*args):
+        raise TypeError("unsupported operand\n  type(s)")
+
+    monkeypatch.setattr("trl_ext.planner.plan", broken)
+    assert ended_with("--model", "135m") == "error: TypeError: unsupported operand type(s)"
+
+
+@pytest.mark.parametrize("name, said", [("missing/plan.png", "FileNotFoundError"), ("plan.abc", "ValueError")])
+def test_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, name, said):
+    sentence = ended_with("--model", "135m", "--picture", tmp_path / name)
+    assert sentence.startswith(f"error: {said}: ")
+    assert "\n" not in sentence
+    assert "GiB" in capsys.readouterr().out  # what could be said stands before it
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_size": "wide"},
+        {"model_type": "llama", "num_attention_heads": 0},
+        [],
+    ],
+)
+def test_config_that_makes_no_sense_is_one_sentence(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sentence = ended_with("--model", tmp_path)
+    assert sentence.startswith("error: ")
+    assert "\n" not in sentence
