@@ -76,6 +76,14 @@ def test_padding_of_token_ids_is_taken_off(pad, side, with_mask, collate):
     ]
 
 
+def test_ids_of_a_dataset_in_a_format_of_tensors_are_numbers():
+    rows = Dataset.from_dict({"input_ids": [[0, 5, 6]], "attention_mask": [[0, 1, 1]]}).with_format("torch")
+    for row in (rows[0], {"input_ids": rows[0]["input_ids"]}):
+        ids = unpadded(row, 0, 2)
+        assert ids == [5, 6]
+        assert {type(id_) for id_ in ids} == {int}
+
+
 def test_mask_decides_what_a_pad_token_is_and_end_tokens_within_a_prompt_stay():
     ids = [2, 0, 7, 2, 8, 2]
     assert unpadded({"input_ids": ids}, 0, 2) == [2, 7, 2, 8, 2]

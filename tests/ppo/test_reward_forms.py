@@ -23,6 +23,8 @@ from trl import RewardTrainer
 import tiny
 from ppo import four_roles
 from ppo_runs import ppo_trainer
+from trl_ext.ppo.reward_forms import RewardForm
+from trl_ext.ppo.scorers import TokenScorer
 
 
 PLAIN = (
@@ -215,6 +217,16 @@ def test_text_goes_on_from_the_prompt_with_the_space_that_was_sampled(tmp_path):
     assert answer == "happy"
     form = next(iter(trainer._text_scorers.values())).form
     assert form("the cat is", answer, prompt_ids, answer_ids) == trained_on(own, "the cat is", " happy")
+
+
+def test_token_that_the_reward_model_has_no_embedding_of_is_named():
+    """Added to the tokenizer alone: an embedding answers it with an error without a name, on a GPU with an assert."""
+    model, tokenizer = tiny.tiny_reward_model(1), tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    scorer = TokenScorer(model, "judge", RewardForm(tokenizer, tokenizer, shares_ids=False), 4)
+    assert len(scorer(["who is it ?"], ["a cat"])) == 1
+    with pytest.raises(ValueError, match=rf"'judge' knows {model.config.vocab_size} tokens, .* \('zebra'\)\. Give"):
+        scorer(["who is it ?", "who is it ?"], ["a cat", "a zebra"])
 
 
 def test_reward_model_that_knows_no_template_is_refused_for_conversations(tmp_path):

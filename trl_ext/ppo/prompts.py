@@ -79,7 +79,7 @@ def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> 
     token, as in TRL 1.12. Where that is the end token too, it is padding at the ends of a row only, and a warning
     says so once: between the turns of a conversation it is none.
     """
-    ids = list(row["input_ids"])
+    ids = [int(id_) for id_ in row["input_ids"]]  # of a tensor or an array too
     if row.get("attention_mask") is not None:
         return _kept(ids, row["attention_mask"])
     if pad_id is None or pad_id not in ids:

@@ -74,6 +74,7 @@ class TokenScorer:
         rows = zip(*([None] * count if column is None else column for column in given), strict=True)
         sequences = [self.form(*row) for row in rows]
         self._check_lengths(sequences)
+        self._check_ids(sequences)
         scores: list[float] = []
         for start in range(0, len(sequences), self.batch_size):
             scores += self._score(sequences[start : start + self.batch_size]).tolist()
@@ -118,6 +119,17 @@ class TokenScorer:
                 f"The reward model {self.__name__!r} reads {self.longest} tokens, and a prompt with its answer has "
                 f"{len(longest)}: {self.form.tokenizer.decode(longest)!r:.200}. Lower `response_length`, shorten the "
                 "prompts, or pass a function in `reward_funcs` that cuts what it hands to the model."
+            )
+
+    def _check_ids(self, sequences: list[list[int]]) -> None:
+        """A tokenizer with tokens that were added after the model's embedding had been made."""
+        known = getattr(self.config, "vocab_size", None)
+        highest = max((id_ for ids in sequences for id_ in ids), default=0)
+        if known is not None and highest >= known:
+            raise ValueError(
+                f"The reward model {self.__name__!r} knows {known} tokens, and its tokenizer has written the id "
+                f"{highest} ({self.form.tokenizer.decode([highest])!r}). Give the tokenizer that it was trained with, "
+                "or train it with the token: `model.resize_token_embeddings(len(tokenizer))`."
             )
 
 
