@@ -32,10 +32,8 @@ def plain(value: Any, not_finite: Callable[[float], Any] = lambda number: None) 
     if isinstance(value, list | tuple):
         return [plain(each, not_finite) for each in value]
     if hasattr(value, "tolist"):  # of an array, a tensor, a scalar of numpy
-        is_of_time = getattr(getattr(value, "dtype", None), "kind", "") in (
-            "M",
-            "m",
-        )  # a list has nanoseconds as integers
+        # A list of numpy's times has nanoseconds as integers.
+        is_of_time = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")
         listed = (value.astype(str) if is_of_time else value).tolist()
         return str(value) if type(listed) is type(value) else plain(listed, not_finite)
     return _text(value)
@@ -52,7 +50,7 @@ def plain_file(value: Any, not_finite: Callable[[float], Any] = lambda number: N
 
 
 def key_of(value: Any) -> str:
-    """Gives a text that is the same for equal values, and for no others."""
+    """Gives a text that tells values apart as far as JSON does: a date is as its text, a tuple as a list."""
     return json.dumps(plain(value, str), sort_keys=True)
 
 
