@@ -175,6 +175,32 @@ def test_adapter_on_the_head_is_scored_and_trained():
     assert model.get_parameter("base_model.model.lm_head.lora_A.default.weight").grad.abs().max() > 0
 
 
+class WithBranch(nn.Module):
+    """A head of two parts, of which the second is 0 at the start; its `weight` is the first's."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.weight = head.weight
+        self.branch = nn.Linear(head.in_features, head.out_features, bias=False)
+        nn.init.zeros_(self.branch.weight)
+        self.bias = None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(states, self.weight) + self.branch(states)
+
+
+def test_part_of_a_head_that_is_0_at_the_start_learns():
+    model = family("llama")
+    model.lm_head = WithBranch(model.lm_head)
+    _trl.add_fused_lm_head(model)
+    head = ScoringHead(model, "model")
+    head.settle()
+    assert head.uses_own
+    ids = torch.tensor([[4, 9, 8, 7]])
+    model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum().backward()
+    assert model.lm_head.branch.weight.grad.abs().max() > 0
+
+
 def test_asking_leaves_mode_and_generator_as_they_were():
     model = family("modernbert_decoder").train()
     _trl.add_fused_lm_head(model)

@@ -99,7 +99,7 @@ class ScoringHead:
 
     def _choose(self, rows: list[Tensor], allowed: float) -> None:
         difference = self._distance(rows)
-        if difference <= allowed and not _is_adapted(self.model.get_output_embeddings()):
+        if difference <= allowed and not _holds_more(self.model.get_output_embeddings()):
             return
         self.uses_own = True
         of_own = self._distance(rows)
@@ -197,9 +197,12 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     return trunks[0] if len(trunks) == 1 else model
 
 
-def _is_adapted(head: nn.Module) -> bool:
-    """Whether PEFT has put an adapter on the head: TRL reads the weight that it stands on."""
-    return type(head).__module__.startswith("peft.")
+def _holds_more(head: nn.Module) -> bool:
+    """
+    Whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that may be 0
+    at the start, so that no probe sees it, and would then never learn.
+    """
+    return not {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
 
 
 class _States(BaseModelOutputWithPastAndCrossAttentions):

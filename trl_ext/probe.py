@@ -1,5 +1,6 @@
 """A few random sequences to ask a model about before the first step, and how far rounding alone moves its answers."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 
 LENGTHS = (12, 9)
+SPECIAL = re.compile(r"_token_(id|index)$")
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 # A mean difference in nats that is rounding whatever the model; and how many times what one rounding, of the
@@ -17,18 +19,25 @@ FLOOR, ROUNDINGS = 1e-4, 8
 
 
 def probe_rows(model: Any) -> list[Tensor]:
-    """Two rows (1, L) of random token ids, of different lengths within the context, without special tokens."""
+    """Two rows (1, L) of random ordinary tokens, of different lengths within the context."""
     config = model.config.get_text_config()
     contexts = [value for name in CONTEXTS if isinstance(value := getattr(config, name, None), int) and value > 0]
     shorten = max(LENGTHS) - min([max(LENGTHS), *contexts])
-    special: set[Any] = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        ids = getattr(config, name, None)
-        special |= set(ids) if isinstance(ids, list) else {ids}
-    ordinary = torch.tensor([token for token in range(min(config.vocab_size, 1000)) if token not in special] or [0])
+    ordinary = ordinary_tokens(model)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(len(ordinary), (1, max(length - shorten, 1)), generator=generator) for length in LENGTHS]
     return [ordinary[row].to(_device(model)) for row in rows]
+
+
+def ordinary_tokens(model: Any) -> Tensor:
+    """Up to 1000 token ids that the config gives no meaning of their own, such as padding or the place of an image."""
+    special: set[Any] = set()
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if SPECIAL.search(name):
+                special |= set(value) if isinstance(value, list) else {value}
+    size = model.config.get_text_config().vocab_size
+    return torch.tensor([token for token in range(min(size, 1000)) if token not in special] or [0])
 
 
 @contextmanager
@@ -55,31 +64,42 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
     The mean difference of `answer()` that rounding explains on this model, in its arithmetic: ROUNDINGS times what
     it changes when the output of the embeddings is rounded once more, and at least FLOOR · `scale`.
     """
-    generator = torch.Generator().manual_seed(1)
-
-    def round_once_more(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        up = torch.rand(output.shape, generator=generator).round().to(output)
-        return output + output * (2 * up - 1) * _precision(model)
-
+    unit = torch.finfo(arithmetic(model)).eps
+    if _device(model).type == "cuda":
+        unit = max(unit, 2**-11)  # TF32 is float32 with 10 bits
     expected = answer()
-    handle = _embeddings(model).register_forward_hook(round_once_more)
-    try:
+    with rounded_once(model, unit):
         moved = (answer() - expected).abs().mean().item()
-    finally:
-        handle.remove()
     return max(FLOOR * scale, ROUNDINGS * moved)
 
 
-def _precision(model: Any) -> float:
-    """The relative rounding error of the arithmetic at hand, by the model's weights, autocast and quantisation."""
+@contextmanager
+def rounded_once(model: Any, unit: float) -> Iterator[None]:
+    """Within the context, every number of a token's embedding is off by `unit` of itself, up or down."""
+    generator = torch.Generator().manual_seed(1)
+
+    def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:
+        sign = torch.randint(2, states.shape, generator=generator).to(states.device) * 2 - 1
+        wide = states if states.dtype == torch.float64 else states.float()
+        return (wide * (1 + unit * sign)).to(states.dtype)
+
+    handle = _embeddings(model).register_forward_hook(shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def arithmetic(model: Any) -> torch.dtype:
+    """The coarsest numbers that a model computes with here: by its weights, autocast and quantisation."""
     device = _device(model).type
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and dtypes != {torch.float64}:
         dtypes.add(torch.get_autocast_dtype(device))
-    if any(not dtype.is_floating_point for dtype in dtypes):  # packed weights, read in 16 bits
-        dtypes.add(torch.bfloat16)
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    return max(coarsest, 2**-11) if device == "cuda" else coarsest  # TF32 is float32 with 10 bits
+    wide = {dtype for dtype in dtypes if dtype.is_floating_point and torch.finfo(dtype).bits >= 16}
+    if wide != dtypes:  # packed weights, read in 16 bits
+        wide.add(torch.bfloat16)
+    return max(wide, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _device(model: Any) -> torch.device:

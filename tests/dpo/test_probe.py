@@ -7,10 +7,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpo_runs
 from dpo.test_pair_forward import assert_equal, both, scored
+from families.configs import family_config, family_model
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.dpo import attention, probe
 from trl_ext.dpo.exactness import is_harmless, lengths
 from trl_ext.dpo.forward import PairForward
+from trl_ext.probe import arithmetic, ordinary_tokens, rounded_once
 
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -222,13 +224,38 @@ def test_rounding_is_that_of_the_numbers_computed_with():
     plain = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
     apart = {}
     for dtype in (torch.float32, torch.bfloat16):
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-            probe.rounded_once(model) as dtypes,
-        ):
-            rounded = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
-        assert dtypes == [dtype]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert arithmetic(model) == dtype
+            with rounded_once(model, torch.finfo(dtype).eps):
+                rounded = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
         apart[dtype] = (rounded - plain).abs().max().item()
     assert apart[torch.float32] < 1e-4 < 1e-3 < apart[torch.bfloat16]
     again = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
     assert (again == plain).all()
+
+
+@pytest.mark.parametrize("weight", [torch.uint8, torch.float8_e4m3fn])
+def test_packed_weights_are_read_in_16_bits(weight):
+    model = dpo_runs.tiny_model()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=weight), requires_grad=False)
+    assert arithmetic(model) == torch.bfloat16
+    assert arithmetic(dpo_runs.tiny_model().double()) == torch.float64
+
+
+def test_trial_rows_hold_ordinary_tokens_only():
+    """No padding, and no place of an image, whose features would be asked for."""
+    model = dpo_runs.tiny_model()
+    model.config.image_token_id = 7
+    model.config.eos_token_id = [2, 9]
+    assert ordinary_tokens(model).tolist() == sorted(set(range(64)) - {0, 1, 2, 7, 9})
+
+
+@pytest.mark.parametrize("seed", [3, 8])
+def test_limit_of_a_learnt_mask_is_found_whatever_the_weights(seed):
+    """With these weights one pair beyond the limit comes out right by chance."""
+    model = family_model(family_config("doge"), seed)
+    add_fused_lm_head(model)
+    pairs = PairForward(model)
+    assert pairs.share() is None
+    assert pairs.limit == model.config.keep_window_size == 6

@@ -248,7 +248,7 @@ class PairForward:
     def _reads(self, name: str, value: int) -> bool:
         """Whether another value of this field changes what the model computes, so that a small one can be tried."""
         try:
-            batch = probe.pairs(self.model, [_longer_than(SHRUNK)])
+            batch = probe.pairs(self.model, _longer_than(SHRUNK))
             before = self._plain(batch).log_probs
             with shrunk(self.model, name, value, SHRUNK):
                 return not torch.allclose(self._plain(batch).log_probs, before, rtol=0, atol=1e-2)
@@ -256,7 +256,7 @@ class PairForward:
             return False
 
     def _beyond_as_it_is(self, value: int, aux_loss: bool) -> bool | None:
-        longer = UNTRIED if self.limit else self._differs([_longer_than(value)], aux_loss)
+        longer = UNTRIED if self.limit else self._differs(_longer_than(value), aux_loss)
         if longer is None:
             return None
         sequence = min(value, self.limit or value)
@@ -285,11 +285,13 @@ class PairForward:
         return self._score_shared(shared, batch.labels, attention_mask=batch.attention_mask, **asked)
 
 
-def _longer_than(length: int) -> tuple[int, int, int]:
-    """A pair (common, chosen, rejected) of sequences of more than `length` tokens."""
-    common = length // 2
-    tail = length - common + max(length // 4, 16)
-    return common, tail, tail - 1
+def _longer_than(length: int) -> list[tuple[int, int, int]]:
+    """Pairs (common, chosen, rejected) of sequences of more than `length` tokens; one may come out right by chance."""
+    pairs = []
+    for common in (length // 2, length // 4, length):
+        tail = length - common + max(length // 4, 16)
+        pairs.append((common, tail, tail - 1))
+    return pairs
 
 
 def _in_rows_longer_than(length: int, sequence: int) -> list[tuple[int, int, int]]:

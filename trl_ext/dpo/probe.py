@@ -3,15 +3,15 @@ Whether shared rows give a model its own log-probabilities, tried out: random pa
 rounding alone does to that model.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from ..probe import arithmetic, rounded_once
 
 
 # How many times as much as one rounding of the embeddings the two ways may be apart: every layer rounds, too. And in
@@ -65,13 +65,14 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Sc
     scored = batch.labels[:, 1:] != -100
     if not torch.isfinite(expected.log_probs[scored]).all():
         return f"{name} gives log-probabilities that are not finite"
-    with rounded_once(model) as dtypes:
+    dtype = arithmetic(model)
+    with rounded_once(model, unit_of(dtype, batch.input_ids.device)):
         rounded = plain(batch)
     try:
         got = shared(batch)
     except Exception as error:  # whatever it is, it is a reason
         return f"{name} cannot be run on shared rows ({type(error).__name__}: {error})"
-    digits = LAST_DIGITS[dtypes[0]]
+    digits = LAST_DIGITS[dtype]
     off, by_rounding = _apart(got, expected, scored), _apart(rounded, expected, scored)
     if not off <= max(ROUNDINGS * by_rounding, digits):
         return f"{name} gives other log-probabilities on shared rows ({off:.2g} nats; rounding: {by_rounding:.2g})"
@@ -89,31 +90,8 @@ def _apart(one: ModelOutput, other: ModelOutput, scored: Tensor) -> float:
     return max((side.sum() / counts.sum().clamp(min=1)).item() for side, counts in sides)
 
 
-@contextmanager
-def rounded_once(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
-    """
-    Within the context, every token's embedding is off by one unit in its last place, in the numbers that the model
-    computes with; which these are stands in the list after a forward.
-    """
-    dtypes: list[torch.dtype] = []
-    generator = torch.Generator().manual_seed(1)
-
-    def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:
-        device = states.device.type
-        autocast = torch.is_autocast_enabled(device) and states.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
-        if any(not each.is_floating_point() for each in model.parameters()):  # packed weights, read in 16 bits
-            dtype = torch.bfloat16
-        dtypes.append(dtype)
-        unit = torch.finfo(dtype).eps
-        if dtype == torch.float32 and device == "cuda" and torch.get_float32_matmul_precision() != "highest":
-            unit = 2.0**-10  # TF32
-        sign = torch.randint(2, states.shape, generator=generator).to(states.device) * 2 - 1
-        wide = states if states.dtype == torch.float64 else states.float()
-        return (wide * (1 + unit * sign)).to(states.dtype)
-
-    handle = model.get_input_embeddings().register_forward_hook(shift)
-    try:
-        yield dtypes
-    finally:
-        handle.remove()
+def unit_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative size of one rounding; TF32's, where products of float32 are computed in it."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-10
+    return torch.finfo(dtype).eps
