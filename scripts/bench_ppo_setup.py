@@ -66,7 +66,10 @@ def baseline_python(folder: Path) -> str:
 
 
 def save_models(config: dict[str, Any], folder: Path) -> None:
-    """Random actor and reward model. Their vocabulary lacks the tokenizer's end token, so no response ends early."""
+    """
+    Random actor and reward model. The actor's vocabulary lacks the end token, so no response ends early; the reward
+    model reads one behind each.
+    """
     set_seed(0)
     size = config["vocab_size"]
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)} | {"<end>": size}, unk_token="w0"))
@@ -74,5 +77,6 @@ def save_models(config: dict[str, Any], folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
     config = config | {"bos_token_id": None, "eos_token_id": None, "num_labels": 1}
     for name, architecture in {"actor": Qwen2ForCausalLM, "reward": Qwen2ForSequenceClassification}.items():
-        architecture(Qwen2Config(**config)).save_pretrained(folder / name)
+        known = size + (name == "reward")
+        architecture(Qwen2Config(**config | {"vocab_size": known})).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -60,7 +60,7 @@ def test_help_shows_the_defaults_of_own_data(capsys):
     ("arguments", "said"),
     [
         (["dpo", "--lerning_rate", "1"], "there is no option `--lerning_rate`; did you mean `--learning_rate`?"),
-        (["ppo", "--kl-coeff=1"], "there is no option `--kl-coeff`; did you mean `--kl_coef`?"),
+        (["ppo", "--kl-coeff=1"], "there is no option `--kl-coeff`; today it is `--kl_coef`."),
         (["reward", "--xyzzyx"], "there is no option `--xyzzyx`. `--help_all` lists every option."),
         (["dpo", "--beta", "-1"], "`beta` is -1.0"),
         (

@@ -443,11 +443,14 @@ def collect_with_tools(tmp_path, monkeypatch, **options):
 
 @torch.no_grad()
 def slow_advantages(trainer, rollout):
-    """Score at the last token that counts, KL at each, then GAE over the tokens that count: one sequence at a time."""
-    plain, args = PlainModels.of(trainer), trainer.args
+    """
+    Score at the last token that counts, KL at each, then GAE over the tokens that count: one sequence at a time. No
+    answer has an end token, and reward models are trained with one.
+    """
+    plain, args, end = PlainModels.of(trainer), trainer.args, trainer.processing_class.eos_token_id
     advantages, values = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape)
     for row, ids, places in sequences(rollout):
-        score = plain.reward(input_ids=torch.tensor([ids])).logits[0, 0].item()
+        score = plain.reward(input_ids=torch.tensor([[*ids, end]])).logits[0, 0].item()
         policy, reference = plain.probabilities(plain.actor, ids), plain.probabilities(plain.reference, ids)
         leash = [math.log(policy[k - 1, ids[k]] / reference[k - 1, ids[k]]) for _, k in places]
         own_values = [plain.values(ids)[k - 1].item() for _, k in places]
