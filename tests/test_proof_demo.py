@@ -23,7 +23,7 @@ from trl_ext import embedded
 ROOT = Path(__file__).parents[1]
 
 # Flags of the command that differ from the recipe's.
-SHORT = {"reward": ("--test_size", "128"), "ppo": (), "dpo": ("--train_size", "384", "--test_size", "128")}
+SHORT = {"reward": ("--test_size", "128"), "ppo": (), "dpo": ()}
 OF_THE_PAGE = {"reward": ("--test_size", "250"), "ppo": ("--test_size", "288"), "dpo": ()}
 SIZES = [
     pytest.param(SHORT, marks=pytest.mark.proof, id="short"),

@@ -48,6 +48,7 @@ def rows_of_page() -> dict[str, list[str]]:
     return {family: cells.split(" | ") for family, cells in rows}
 
 
+@pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")  # of the families' own code, about their own options
 @pytest.mark.parametrize("family", KINDS)
 def test_family_is_as_the_page_says(family):
