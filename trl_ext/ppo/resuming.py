@@ -40,6 +40,7 @@ PENDING = (
     *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
     *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
 )
+CHECKSUM = "checksum of the prompts"
 # What GRPO shows of the last rollout; pictures in prompts are not kept.
 SHOWN = ("prompt", "completion", "rewards", "advantages", "extra")
 # A model's own files, of which one is in its folder.
@@ -80,6 +81,10 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
 
 def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advice: str) -> None:
     others = [name for name in saved if saved[name] != now[name]]
+    if others == [CHECKSUM]:
+        raise ValueError(
+            f"The run saved in {folder} had other prompts, as many as this one, or another order. {advice}"
+        )
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
         raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}")
@@ -118,7 +123,7 @@ def known_length(dataset: Any) -> int | None:
 def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
     """What a run and one that goes on from its checkpoint have in common, by name."""
     options = {name: getattr(args, name) for name in SHARED}
-    known = {"prompts": known_length(prompts), "checksum_of_prompts": checksum(prompts)}
+    known = {"prompts": known_length(prompts), CHECKSUM: checksum(prompts)}
     return options | {"full_kl": args.kl_estimator == "full"} | known
 
 
