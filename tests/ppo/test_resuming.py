@@ -248,7 +248,7 @@ def test_held_out_prompts_are_not_answered_again_at_the_start(plain, tmp_path):
 def test_state_of_a_run_is_saved_whole():
     """What a run begins with is in a checkpoint, or is here."""
     begins = set(re.findall(r"self\.(_\w+)(?:: [^=]+)? =", inspect.getsource(PPOTrainerX._start_run)))
-    elsewhere = {"_scores", "_last_loaded_step", "_leaves_out"}  # of one call; vLLM's; of one step
+    elsewhere = {"_scores", "_responses", "_last_loaded_step", "_leaves_out"}  # of one call; vLLM's; of one step
     saved = inspect.getsource(resuming)
     assert {name for name in begins if f"trainer.{name}" not in saved} == elsewhere
 

@@ -57,7 +57,7 @@ def run(case: str, folder: Path, deepspeed: str | None, per_process: int) -> dic
             nn.init.normal_(trainer.critic.score.weight, std=0.5)
         trainer.train()
         kept = PPO_LINES if algorithm == "ppo" else DPO_LINES
-        lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+        lines = [line for line in trainer.state.log_history if "learning_rate" in line]
         return {
             "lines": [{key: line[key] for key in line if key.startswith(kept)} for line in lines],
             "parameters": zero_runs.full_weights(trainer.model),
