@@ -56,7 +56,7 @@ check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 	$(PYTEST) -m proof -s $(ARGS)
 
-measure: $(STAMP) ## repeat the runs behind the figures in docs/demo.md, at their size: about half an hour
+measure: $(STAMP) ## repeat the runs of PPO behind the figures in docs/demo.md: about twenty minutes
 	$(PYTEST) -m measure -s $(ARGS)
 
 families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those
