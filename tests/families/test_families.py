@@ -6,6 +6,7 @@ and the proof notices what it is there to notice.
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
 
@@ -40,7 +41,12 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(autouse=True)
 def _quiet():
+    """Other tests of this process print as they do."""
+    verbosity = transformers.logging.get_verbosity()
     quiet()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    datasets.enable_progress_bars()
 
 
 def rows_of_page() -> dict[str, list[str]]:
