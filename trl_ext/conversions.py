@@ -155,7 +155,7 @@ def _with_system(dataset: Any) -> Any:
 
 
 def _repeats_prompt(row: dict[str, Any]) -> bool:
-    """Whether both answers of a pair begin with its prompt."""
+    """Return whether both answers of a pair begin with its prompt."""
     return all(after_prompt(row[side], row.get("prompt")) is not None for side in SIDES)
 
 

@@ -158,7 +158,7 @@ class ScoringHead:
     def _score(
         self, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any
     ) -> FusedCausalLMOutput:
-        """What TRL's fused forward returns, from the logits of the model's own."""
+        """Return what TRL's fused forward does, from the logits of the model's own."""
         output = self._plain(*args, **(kwargs | {"use_cache": False}))
         logits: Any = output.logits
         if shift_labels is None and labels is not None:

@@ -41,7 +41,7 @@ def disable_noise(model: nn.Module) -> None:
 
 
 def has_noise(model: nn.Module) -> bool:
-    """Whether a module keeps a strength of noise above 0."""
+    """Return whether a module keeps a strength of noise above 0."""
     for module in model.modules():
         of_dropout = "drop" in type(module).__name__.lower()
         for name, value in vars(module).items():
@@ -139,6 +139,6 @@ def _drawing(model: nn.Module, answer: Callable[[], Tensor]) -> dict[str, nn.Mod
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """Of the generators that modules draw from."""
+    """Return the state of the generators that modules draw from."""
     of_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     return torch.get_rng_state().numpy().tobytes(), of_device, random.getstate()

@@ -60,7 +60,7 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
 
 
 def is_local(path: str) -> bool:
-    """Whether a name is a folder's rather than the hub's, which is "name" or "owner/name"."""
+    """Return whether a name is a folder's rather than the hub's, which is "name" or "owner/name"."""
     return Path(path).exists() or path.startswith((".", "/", "outputs/")) or path.count("/") > 1
 
 

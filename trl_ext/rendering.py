@@ -1,4 +1,4 @@
-"""Whether the first rows of a dataset are written as they are meant: prompt and answers there, nothing twice."""
+"""Check that the first rows of a dataset are written as they are meant: prompt and answers there, nothing twice."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -140,7 +140,7 @@ def _check_messages(
 
 
 def _is_in(text: str, plain: str) -> bool:
-    """Whether a text is written as it is or, as what a tool returns in Llama 3.1's template, as JSON."""
+    """Return whether a text is written as it is or, as what a tool returns in Llama 3.1's template, as JSON."""
     return squashed(text) in plain or squashed(_json(text)[1:-1]) in plain
 
 

@@ -47,7 +47,7 @@ def check_startable(options: Any) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not imported."""
+    """Return whether a package can be imported; it is not imported."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
@@ -63,7 +63,7 @@ def _check_numbers(options: Any) -> None:
 
 
 def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
-    """What was asked for, the packages of which it needs one, and what installs that."""
+    """Return what was asked for, the packages of which it needs one, and what installs that."""
     needed = []
     for logger in _loggers(getattr(options, "report_to", None)):
         if logger not in LOGGERS:

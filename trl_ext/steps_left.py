@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint has a step left to take."""
+"""Tell a run that has a step left to take after its checkpoint from a finished one."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def require_steps_left(checkpoint: Path | None, max_steps: int) -> None:
 
 
 def has_steps_left(folder: str | Path) -> bool:
-    """Whether the run or the checkpoint in a folder had steps left to take when its state was written."""
+    """Return whether the run or the checkpoint in a folder had steps left to take when its state was written."""
     if not (Path(folder) / STATE).is_file():
         return False
     taken, all_steps = steps_of(folder)

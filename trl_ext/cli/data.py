@@ -130,7 +130,7 @@ def _load(args: DataArguments) -> DatasetDict:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, in one line: `datasets` says no more than that something did."""
+    """Return what went wrong at the bottom, in one line: `datasets` says no more than that something did."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -111,7 +111,7 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> str:
 
 
 def optimizer_steps(command: str, args: Any, rows: int | None, count: int) -> int:
-    """How many there will be, as the trainer counts them."""
+    """Count the optimizer steps that there will be, as the trainer does."""
     if command == "ppo":
         return planned_steps(args.for_trainer_loop(), rows)
     if args.max_steps > 0:

@@ -1,4 +1,4 @@
-"""What an option of TRL up to 1.15, LLaMA-Factory, OpenRLHF or the alignment handbook is called today."""
+"""Today's names of options of TRL up to 1.15, LLaMA-Factory, OpenRLHF and the alignment handbook."""
 
 # Name today -> the names that it had. One that is not an option of the command at hand is passed over, so that a name
 # may stand in several lines: the first that the command has is meant.

@@ -107,7 +107,7 @@ def lengths(model: PreTrainedModel) -> list[tuple[str, int]]:
 
 
 def is_harmless(model: PreTrainedModel, name: str, value: int) -> bool:
-    """Whether the model's structure shows that rows may be longer than this length of its config."""
+    """Return whether the model's structure shows that rows may be longer than this length of its config."""
     kind = KINDS_OF_LAYERS.get(name)
     if kind is not None:
         kinds = getattr(model.config.get_text_config(), "layer_types", None)

@@ -214,7 +214,7 @@ class PairForward:
     # ---- What is exact ----
 
     def _probe(self, aux_loss: bool = False) -> str | None:
-        """What differs for short pairs, in words."""
+        """Say what differs for short pairs."""
         if is_partitioned(self.model):  # no forward can be run of it here
             return None
         known = [value for name, value in lengths(self.model) if name in KINDS_OF_LAYERS]

@@ -136,7 +136,7 @@ def completion_logps(model: nn.Module, sequences: Sequence[Cut], batch_size: int
 
 
 def _rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Of the columns that a reward function gets, those that a chat template reads, row by row."""
+    """Return, row by row, the columns of a reward function that a chat template reads."""
     read = {name: columns[name] for name in READ_BY_TEMPLATES if columns.get(name) is not None}
     return [{name: values[i] for name, values in read.items()} for i in range(count)]
 

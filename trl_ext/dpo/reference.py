@@ -106,7 +106,7 @@ def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTraine
 
 
 def rounds_to_16_bits(model: nn.Module, args: DPOConfigX) -> bool:
-    """Whether log-probabilities are computed in 16 bits, or so, somewhere."""
+    """Return whether log-probabilities are computed in 16 bits, or so, somewhere."""
     is_quantized = getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False)
     is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
     return bool(args.bf16 or args.fp16 or args.tf32 or is_quantized or is_short)

@@ -138,7 +138,7 @@ def checksum(prompts: Any) -> int | None:
 
 
 def pending(args: PPOConfigX) -> dict[str, Any]:
-    """What has gone into a rollout of a run, by name."""
+    """Return the options that have gone into a rollout, by name."""
     options = {name: getattr(args, name) for name in PENDING}
     if args.needs_reference and args.kl_placement == "reward":
         options |= {"kl_estimator": args.kl_estimator or "k1"}

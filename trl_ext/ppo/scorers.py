@@ -1,4 +1,4 @@
-"""Where scores come from: reward models, on token ids or on text."""
+"""Sources of scores: reward models, on token ids or on text."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -220,7 +220,7 @@ def check_reward_model(model: PreTrainedModel) -> None:
 
 
 def is_function(source: Any) -> bool:
-    """Whether a module takes what TRL gives a reward function, and no token ids."""
+    """Return whether a module takes what TRL gives a reward function, and no token ids."""
     if not isinstance(source, nn.Module) or hasattr(source, "config"):
         return False
     parameters = inspect.signature(source.forward).parameters

@@ -394,7 +394,7 @@ class PPOTrainerX(GRPOTrainer):
         return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
-        """Whether vLLM gave the log-probability of any token that counts, on any rank."""
+        """Return whether vLLM gave the log-probability of any token that counts, on any rank."""
         if "importance_sampling_ratio" not in batch:
             return False
         counts = batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
