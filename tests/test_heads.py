@@ -38,6 +38,13 @@ def family(name: str, dtype: torch.dtype = torch.float32, **overrides) -> nn.Mod
     return model.to(dtype).eval()
 
 
+def member(config: str, options: dict) -> nn.Module:
+    """A tiny model of a family whose config is given by its class."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(getattr(transformers, config)(**(dpo_runs.SIZES | options))).eval()
+
+
 def logits_by_hand(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
     """(L, V) of one row of ids (1, L), by the model's own forward."""
     with torch.no_grad():
@@ -91,6 +98,49 @@ def test_head_maps_trunk_states_to_the_models_logits(name):
     with torch.no_grad():
         states = head.trunk(input_ids=row, use_cache=False).last_hidden_state[0]
         assert torch.allclose(head.logits(states), expected / 0.7, atol=1e-5)
+
+
+PHIMOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+
+
+def test_load_balancing_loss_is_that_of_the_models_own_forward(caplog):
+    """TRL reads `num_experts` of every config; Phimoe's has another name for it."""
+    model = member("PhimoeConfig", PHIMOE)
+    ids = torch.randint(7, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    asked = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True}
+    with torch.no_grad():
+        expected = model(**asked, use_cache=False).aux_loss.item()
+        _trl.add_fused_lm_head(model)
+        head = ScoringHead(model, "model")
+        with pytest.raises(AttributeError, match="num_experts"):  # the control
+            model(**asked, labels=ids, fused_lm_head=True)
+        head.settle()
+        assert head.settle_aux_loss()
+        assert model(**asked, labels=ids, fused_lm_head=True).aux_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert "leaves that loss out" in caplog.text
+
+
+@pytest.mark.parametrize("config, options, has_loss", [("MixtralConfig", {}, True), ("DogeConfig", {}, False)])
+def test_load_balancing_loss_is_known_to_be_there_or_not(config, options, has_loss, caplog):
+    model = member(config, options)
+    _trl.add_fused_lm_head(model)
+    head = ScoringHead(model, "model")
+    head.settle()
+    assert head.settle_aux_loss() == has_loss
+    assert not head.uses_own
+    assert "load-balancing" not in caplog.text
+
+
+def test_load_balancing_loss_that_fails_is_refused_with_the_option(monkeypatch):
+    model = member("MixtralConfig", {})
+    monkeypatch.setattr(transformers.models.mixtral.modeling_mixtral, "load_balancing_loss_func", None)
+    _trl.add_fused_lm_head(model)
+    head = ScoringHead(model, "model")
+    head.settle()
+    with pytest.raises(ValueError, match=r"of MixtralForCausalLM \(`model`\) cannot be computed.*_coef=0\.0"):
+        head.settle_aux_loss()
 
 
 def test_what_stands_between_trunk_and_projection_learns():

@@ -1,9 +1,15 @@
-"""Which arithmetic fits the device."""
+"""What the device and the model can do: arithmetic, 4-bit weights, gradient checkpointing."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # what transformers calls it, earlier and now
 
 
 def computes_in_bf16(use_cpu: bool = False) -> bool:
@@ -23,3 +29,19 @@ def keep_4_bit_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+def drop_checkpointing(model: nn.Module, args: Any) -> None:
+    """
+    Switches off the run's gradient checkpointing, TRL's default, with a warning, where transformers has none for the
+    family. It saves memory and changes no number.
+    """
+    names = [name for name in CHECKPOINTING if getattr(args, name, False)]
+    if names and not getattr(model, "supports_gradient_checkpointing", True):
+        for name in names:
+            setattr(args, name, False)
+        logger.warning(
+            "transformers has no gradient checkpointing for %s: `gradient_checkpointing` is switched off. If memory "
+            "runs short, take smaller batches per device and more `gradient_accumulation_steps`.",
+            type(model).__name__,
+        )

@@ -26,6 +26,8 @@ from .scoring import score_only
 
 logger = logging.getLogger(__name__)
 
+AUX_ROUNDING = 0.02  # share of a load-balancing loss that bfloat16 explains; another formula is further off
+
 
 class ScoringHead:
     """
@@ -97,6 +99,45 @@ class ScoringHead:
         if self.silent:
             silence(self.model, self.name, answer, allowed)
 
+    @torch.no_grad()
+    def settle_aux_loss(self) -> bool:
+        """
+        Chooses the model's own head where TRL's does not give the load-balancing loss of a mixture of experts: TRL
+        has Mixtral's formula, and Mixtral's names in the config, for every family.
+
+        Returns:
+            Whether the model has that loss: its config may speak of experts that it was built without.
+
+        Raises:
+            ValueError: when the model's own forward fails at it.
+        """
+        ids, mask = _padded(probe_rows(self.model))
+        asked: dict[str, Any] = {"attention_mask": mask, "output_router_logits": True, "use_cache": False}
+        with in_mode(self.model, training=False):
+            try:
+                expected = getattr(self._plain(input_ids=ids, **asked), "aux_loss", None)
+            except Exception as error:  # of the family's own code: whatever it is, training would end in it
+                raise ValueError(
+                    f"The load-balancing loss of {self.name} cannot be computed ({type(error).__name__}: {error}), "
+                    "and `router_aux_loss_coef`, or where it is not set the config, asks for it. Set "
+                    "`router_aux_loss_coef=0.0`."
+                ) from error
+            if expected is None or self.uses_own:
+                return expected is not None
+            try:
+                got = self._forward(input_ids=ids, labels=ids, fused_lm_head=True, **asked).aux_loss
+                self.uses_own = not bool((got - expected).abs() <= AUX_ROUNDING * expected.abs())
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # for other names
+                self.uses_own = True
+        if self.uses_own:
+            logger.warning(
+                "The load-balancing loss of %s is another than TRL's fused head computes: logits are computed as the "
+                "model does, which keeps all of them, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` "
+                "leaves that loss out.",
+                self.name,
+            )
+        return True
+
     def _choose(self, rows: list[Tensor], allowed: float) -> None:
         difference = self._distance(rows)
         if difference <= allowed and not _holds_more(self.model.get_output_embeddings()):
@@ -123,8 +164,7 @@ class ScoringHead:
 
     def _distance(self, rows: list[Tensor]) -> float:
         """Mean difference between what is scored, in a padded batch, and the model's own forward, in nats."""
-        ids = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
+        ids, mask = _padded(rows)
         scored = mask[:, 1:].bool()
         try:
             with score_only(self.trunk, lambda states: states[:, :-1][scored]):
@@ -171,6 +211,12 @@ class ScoringHead:
         return FusedCausalLMOutput(
             loss=loss, **statistics, label_mask=scored, aux_loss=getattr(output, "aux_loss", None)
         )
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows (1, L) of ids as one batch, and its mask, (rows, longest) each."""
+    ids = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+    return ids, nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
 
 
 def _statistics(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:

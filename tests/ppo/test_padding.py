@@ -9,6 +9,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     BloomForSequenceClassification,
+    DogeConfig,
+    DogeForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -130,3 +132,27 @@ def test_ppo_of_such_a_model_stops_before_a_step_unless_prompts_are_of_one_lengt
     even = tiny.tiny_prompts(16).map(lambda row: {"prompt": "one two three"})
     trainer = ppo_runs.ppo_run(tmp_path, models | {"train_dataset": even}, critic="head", max_steps=1)
     assert trainer.state.global_step == 1
+
+
+def test_model_that_selects_keys_reads_no_padded_row_longer_than_its_selection():
+    """Equal tokens score alike, and which of them is selected hangs on the row's length."""
+    model = made(
+        DogeForCausalLM, DogeConfig(keep_window_size=6, head_dim=8, initializer_range=0.5, **USUAL)
+    ).base_model
+    for layer in model.layers:
+        layer.self_attn.A.data.fill_(-0.5)
+    rows = padded_rows()
+    rows["input_ids"][1, 4:] = torch.tensor([7, 8, 7, 8, 7])
+    longer = {name: torch.nn.functional.pad(value, (7, 0)) for name, value in rows.items()}
+    repeated = torch.tensor([[7, 8, 9] * 4])
+    beside = torch.nn.functional.pad(repeated, (0, 7))
+    with torch.no_grad():
+        alone = model(input_ids=repeated).last_hidden_state
+        padded = model(input_ids=beside, attention_mask=(beside != 0).long()).last_hidden_state[:, :12]
+    assert (padded - alone).abs().max() > 1e-2  # transformers' own: there is nothing to be equal to
+    padding = LeftPadding(model, "DogeForCausalLM (`model`)")
+    padding.inputs({name: value[:, 3:] for name, value in rows.items()})  # as long as the selection
+    padding.inputs({name: value[:1] for name, value in rows.items()})  # without padding
+    for each in (rows, longer):
+        with pytest.raises(ValueError, match=r"Doge.* selects 6 tokens .*`keep_window_size`.* together within 6"):
+            padding.inputs(each)

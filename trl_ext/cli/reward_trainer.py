@@ -8,6 +8,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardTrainer
 
+from ..device import drop_checkpointing
+
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class CountingRewardTrainer(RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._in_order: dict[str, list[Tensor]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
+        drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

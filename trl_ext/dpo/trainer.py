@@ -20,7 +20,7 @@ from .._trl import unwrap_model_for_generation, use_adapter
 from ..adapter_copies import base_left_alone, copied_whole
 from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
-from ..device import keep_4_bit_differentiable
+from ..device import drop_checkpointing, keep_4_bit_differentiable
 from ..frozen import is_fsdp
 from ..last_line import LastLine, in_mode_of, whole_run_loss
 from ..model_card import card_name, complete_card, hub_name
@@ -88,6 +88,7 @@ class DPOTrainerX(DPOTrainer):
 
     data_collator: Any
     control: Any
+    aux_loss_enabled: bool  # TRL's, of a mixture of experts
 
     def __init__(
         self,
@@ -168,6 +169,7 @@ class DPOTrainerX(DPOTrainer):
             return
         actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         keep_4_bit_differentiable(actor)
+        drop_checkpointing(actor, self.args)
         models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
         if self.ref_model is not None:
             models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
@@ -214,6 +216,8 @@ class DPOTrainerX(DPOTrainer):
                 forward.model.eval()
         if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
             forward.head.settle()
+            if self.aux_loss_enabled and not is_frozen:
+                self.aux_loss_enabled = forward.head.settle_aux_loss()
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
         with PartialState().main_process_first():  # the others read its cache

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import _trl
-from ..device import keep_4_bit_differentiable
+from ..device import drop_checkpointing, keep_4_bit_differentiable
 from ..frozen import is_fsdp
+from ..heads import ScoringHead
 from ..noise import disable_noise
 from ..rounding import warn_of_rounding
 from ..trained import RequireGradients, check_optimizer, check_trainable
@@ -50,7 +51,7 @@ def choose_adapters(model: Any, args: PPOConfigX, copies_start: bool) -> str | N
     return REFERENCE
 
 
-def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], LogitsHead]:
+def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
     """
     Makes the critic and the reward adapter submodules of the actor, and has its forward answer for all three. A new
     adapter of the actor must be in it by now: it goes into every module whose name fits.
@@ -60,7 +61,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
 
     Returns:
         The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
-        makes the actor's logits.
+        scores.
     """
     actor = model.get_base_model() if is_peft_model(model) else model
     critic_module.attach(roles.critic, model)
@@ -69,6 +70,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
         stand_on(model, roles.reward_adapter, REWARD)
         attached.append(roles.reward_adapter)
     keep_4_bit_differentiable(model)
+    drop_checkpointing(actor, args)
     if isinstance(roles.critic, critic_module.ValueAdapter) and args.gradient_checkpointing:
         roles.critic.enable_gradient_checkpointing(args.gradient_checkpointing_kwargs)
     disable_noise(model)
@@ -79,7 +81,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
         head.settle()
         if isinstance(roles.critic, critic_module.ValueModel | critic_module.ValueAdapter):
             roles.critic.values.settle()
-    return attached, head.logits
+    return attached, head
 
 
 def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:

@@ -38,6 +38,7 @@ class LeftPadding:
         """
         if self._takes_positions is None:
             self._find_out()
+        self._check_selection(kwargs["attention_mask"])
         if self._difference and not bool(kwargs["attention_mask"][:, 0].all()):
             raise ValueError(
                 f"{self.name} reads the padding of shorter prompts: its states differ by {self._difference:.1%} from "
@@ -45,6 +46,17 @@ class LeftPadding:
                 "another family."
             )
         return kwargs if self._takes_positions else {k: v for k, v in kwargs.items() if k != "position_ids"}
+
+    def _check_selection(self, mask: Tensor) -> None:
+        """Of keys that score alike, as those of equal tokens, the length of the row decides which Doge selects."""
+        config: Any = self.trunk.config
+        selected = getattr(config.get_text_config(), "keep_window_size", None)
+        if selected is not None and mask.size(1) > selected and not bool(mask.all()):
+            raise ValueError(
+                f"{self.name} selects {selected} tokens to attend to (`keep_window_size`), and which ones depends on "
+                f"the padding of its rows, here {mask.size(1)} tokens long. Keep prompts and `response_length` "
+                f"together within {selected} tokens, or use a model of another family."
+            )
 
     @torch.no_grad()
     def _find_out(self) -> None:

@@ -47,6 +47,7 @@ from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
 from .assembly import (
+    can_be_asked,
     check_learning,
     choose_adapters,
     join_to_actor,
@@ -69,7 +70,7 @@ from .config import PPOConfigX
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
-from .forward import ActorCriticOutput, without_router_logits
+from .forward import ActorCriticOutput, LogitsHead, without_router_logits
 from .given import Given, Model, check_given, check_ids, resolve_args
 from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
@@ -125,6 +126,8 @@ class PPOTrainerX(GRPOTrainer):
             known.
         FloatingPointError: during training, for a reward, loss or gradient that is not finite.
     """
+
+    aux_loss_enabled: bool  # GRPO's, of a mixture of experts
 
     _tag_names: ClassVar = ["trl", "ppo", "trl-ext"]
     _name = "PPO"
@@ -288,7 +291,10 @@ class PPOTrainerX(GRPOTrainer):
         copies_start = self._reference_is_start and given.peft_config is None
         self._ref_adapter = choose_adapters(self.model, args, copies_start)
         self.critic: Any = roles.critic
-        self._attached, self._ref_logits = join_to_actor(self.model, roles, args)
+        self._attached, head = join_to_actor(self.model, roles, args)
+        self._ref_logits: LogitsHead = head.logits
+        if self.aux_loss_enabled and can_be_asked(self.model, args):
+            self.aux_loss_enabled = head.settle_aux_loss()
         self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
         warn_of_small_steps(self.model, self.critic, args, self.is_deepspeed_enabled)
         if self.use_vllm:
