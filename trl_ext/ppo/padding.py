@@ -38,8 +38,10 @@ class LeftPadding:
         """
         if self._takes_positions is None:
             self._find_out()
-        self._check_selection(kwargs["attention_mask"])
-        if self._difference and not bool(kwargs["attention_mask"][:, 0].all()):
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            self._check_selection(mask)
+        if mask is not None and self._difference and not bool(mask[:, 0].all()):
             raise ValueError(
                 f"{self.name} reads the padding of shorter prompts: its states differ by {self._difference:.1%} from "
                 "those of the same tokens without padding. Give it prompts of one length in tokens, or use a model of "
