@@ -38,7 +38,7 @@ def expected_loss(logits: Tensor, kl: Estimator, beta: float, rewards: Tensor = 
 
 
 def descend(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, learning_rate: float) -> list[Tensor]:
-    """What gradient descent on `loss` goes through: `start`, and the parameters after every step."""
+    """Return what gradient descent on `loss` goes through: `start`, and the parameters after every step."""
     history = [start]
     for _ in range(steps):
         parameters = history[-1].clone().requires_grad_()

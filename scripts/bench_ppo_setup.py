@@ -21,7 +21,7 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 def shape(critics: list[str], batch: int, length: int, epochs: int, **config: Any) -> dict[str, Any]:
     """
-    What is measured, on models with this `Qwen2Config`.
+    Return what is measured, on models with this `Qwen2Config`.
 
     Args:
         critics: the values of `critic` to measure beside the baseline.

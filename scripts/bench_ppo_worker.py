@@ -69,7 +69,7 @@ class UpdateClock(TrainerCallback):
 
 
 def options(job: dict[str, Any]) -> dict[str, Any]:
-    """What both trainers are told: one mini-batch and one micro-batch, float32, no gradient checkpointing."""
+    """Return what both trainers are told: one mini-batch and one micro-batch, float32, no gradient checkpointing."""
     sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1, "num_mini_batches": 1}
     sizes |= {"num_ppo_epochs": job["epochs"], "response_length": job["response"]}
     sizes |= {"total_episodes": job["batch"] * job["updates"], "output_dir": job["output_dir"]}

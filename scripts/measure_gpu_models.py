@@ -97,7 +97,7 @@ def _fill(module: nn.Module, config: PretrainedConfig, device: str) -> None:
 
 
 def _mark_packed(model: Any, dtype: torch.dtype) -> Any:
-    """What transformers notes on a model that it has loaded in 4 bits."""
+    """Return what transformers notes on a model that it has loaded in 4 bits."""
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model.config.quantization_config = options
     model.hf_quantizer = AutoHfQuantizer.from_config(options)

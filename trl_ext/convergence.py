@@ -44,12 +44,12 @@ class Trend:
 
     @property
     def is_up(self) -> bool:
-        """Whether they have risen by more than the interval."""
+        """Return whether they have risen by more than the interval."""
         return self.rise > self.half_width
 
     @property
     def is_down(self) -> bool:
-        """Whether they have fallen by more than it."""
+        """Return whether they have fallen by more than it."""
         return self.rise < -self.half_width
 
 
@@ -60,7 +60,7 @@ def verdict(
     min_accuracy: float = MIN_ACCURACY,
 ) -> Verdict:
     """
-    What a log says about its run.
+    Return what a log says about its run.
 
     Args:
         log: `state.log_history` of PPOTrainerX, GRPOTrainer, RLOOTrainer, DPOTrainerX, DPOTrainer or RewardTrainer.

@@ -14,7 +14,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # what t
 
 def computes_in_bf16(use_cpu: bool = False) -> bool:
     """
-    Whether the device is a GPU that computes in bfloat16. A CPU is about four times slower in it than in float32.
+    Return whether the device is a GPU that computes in bfloat16. A CPU is four times slower in it than in float32.
     """
     return torch.cuda.is_available() and not use_cpu and torch.cuda.is_bf16_supported()
 

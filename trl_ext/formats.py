@@ -99,7 +99,7 @@ def describe(dataset: Dataset | IterableDataset) -> Format:
 
 
 def _kind(value: Any) -> str:
-    """What a cell holds, in words."""
+    """Return what a cell holds, in words."""
     if isinstance(value, list | tuple) and value:
         if isinstance(value[0], dict):
             is_message = {"role": CONVERSATION, "from": SHAREGPT}
@@ -328,8 +328,8 @@ def text_of(message: dict[str, Any]) -> str:
 
 def after_prompt(answer: Any, prompt: Any) -> Any:
     """
-    What an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it does not.
-    White space around a text prompt does not count.
+    Return what an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it
+    does not. White space around a text prompt does not count.
     """
     if not prompt or type(answer) is not type(prompt) or (isinstance(prompt, str) and not prompt.strip()):
         return None
@@ -341,7 +341,7 @@ def after_prompt(answer: Any, prompt: Any) -> Any:
 
 
 def are_most(of_rows: Sequence[bool]) -> bool:
-    """Whether it is so of more rows than not: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
+    """Return whether it is so of most rows: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
     return 2 * sum(of_rows) > len(of_rows)
 
 

@@ -31,14 +31,14 @@ def quantization(bits: str, args: Any) -> BitsAndBytesConfig:
 
 
 def spread_by(args: Any) -> str | None:
-    """What partitions every model of the run over the ranks, frozen ones too; `None` when nothing does."""
+    """Return what partitions every model of the run over the ranks, frozen ones too; `None` when nothing does."""
     if is_stage3(args):
         return "DeepSpeed ZeRO-3"
     return "FSDP" if is_fsdp(args) else None
 
 
 def is_fsdp(args: Any) -> bool:
-    """Whether training arguments, or accelerate's launcher, ask for FSDP."""
+    """Return whether training arguments, or accelerate's launcher, ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 

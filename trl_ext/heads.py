@@ -245,8 +245,8 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 
 def _holds_more(head: nn.Module) -> bool:
     """
-    Whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that may be 0
-    at the start, so that no probe sees it, and would then never learn.
+    Return whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that
+    may be 0 at the start, so that no probe sees it, and would then never learn.
     """
     return not {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
 

@@ -84,7 +84,7 @@ def contributions(log: Log) -> dict[str, Series]:
 
 
 def is_tie(metrics: Mapping[str, Any]) -> bool:
-    """Whether a log line of DPO says that all margins are 0, up to rounding: the policy is the reference."""
+    """Return whether a log line of DPO says that all margins are 0, up to rounding: the policy is the reference."""
     ends = [metrics.get(f"{prefix}rewards/margins_{end}") for prefix in ("", "eval_") for end in ("p10", "p90")]
     known = [abs(margin) for margin in ends if margin is not None]
     return bool(known) and max(known) < TIE

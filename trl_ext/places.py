@@ -16,7 +16,7 @@ DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "par
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """
-    What `run.json` says of the last run in a folder; nothing where there is none.
+    Return what `run.json` says of the last run in a folder; nothing where there is none.
 
     Raises:
         ValueError: for a file that is no JSON.
@@ -75,8 +75,8 @@ def begun_at(folder: str | Path) -> float | None:
 
 def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
     """
-    Whether a file or folder is there and is not what an earlier run left: it is no older than the run's beginning.
-    Without `run.json` nothing says so, and all that is there counts.
+    Return whether a file or folder is there and is not what an earlier run left: it is no older than the run's
+    beginning. Without `run.json` nothing says so, and all that is there counts.
 
     Args:
         path: a table, a picture, a checkpoint.

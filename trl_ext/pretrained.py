@@ -83,7 +83,7 @@ def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | N
 
 
 def is_for_scoring(config: PretrainedConfig) -> bool:
-    """Whether a model was saved as one that scores text."""
+    """Return whether a model was saved as one that scores text."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 

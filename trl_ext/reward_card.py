@@ -45,7 +45,7 @@ def describe_reward_training(trainer: Any) -> None:
 
 
 def reward_training(trainer: Any) -> Training:
-    """What a `trl.RewardTrainer` says about itself."""
+    """Return what a `trl.RewardTrainer` says about itself."""
     args, columns = trainer.args, trainer.train_dataset.column_names or ()
     centering = args.center_rewards_coefficient
     return Training(

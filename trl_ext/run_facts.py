@@ -17,7 +17,7 @@ ATTACHED = ("critic", "reward_model")  # modules that hang on an actor and are n
 
 
 def base_name(model: Any) -> str:
-    """What the model was trained from: a hub name, of a folder only its name, else the architecture."""
+    """Return what the model was trained from: a hub name, of a folder only its name, else the architecture."""
     return without_place(get_config_model_id(model.config) or "") or type(_base(model)).__name__
 
 
@@ -80,7 +80,7 @@ def quantisation_words(config: Any) -> str | None:
 
 
 def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
-    """What was trained on and held out; the name is `dataset_name`, else what `run.json` says."""
+    """Return what was trained on and held out; the name is `dataset_name`, else what `run.json` says."""
     name = without_place(dataset_name) or read_facts(trainer.args.output_dir).get("data")
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     rows = [f"{key} {rows_of(each)}".strip() for key, each in held_out.items() if each is not None]

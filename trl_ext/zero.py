@@ -63,7 +63,7 @@ def check_own_optimizer(args: Any, **unread: Any) -> None:
 
 
 def is_stage3(args: Any) -> bool:
-    """Whether training arguments ask for ZeRO-3."""
+    """Return whether training arguments ask for ZeRO-3."""
     return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
@@ -111,7 +111,7 @@ def check_turns(args: Any, has_tools: bool) -> None:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
+    """Return whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -146,7 +146,7 @@ def _forget_patches(twin: nn.Module) -> None:
 
 
 def _leads_away(function: Any, itself: nn.Module) -> bool:
-    """Whether a function holds on to a module other than `itself`, by its closure or as that module's method."""
+    """Return whether a function holds on to a module other than `itself`, by closure or as that module's method."""
     held, seen = [function], set()
     while held:
         each = held.pop()

@@ -121,7 +121,7 @@ def _in_spite_of_errors() -> Iterator[None]:
 
 
 def facts_of(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:
-    """What is trained, on what, with what; in words."""
+    """Return what is trained, on what, with what; in words."""
     facts = {} if model is None else model_facts(model)
     facts["training data"] = rows_of(getattr(train_dataloader, "dataset", None))
     facts["hardware"] = hardware(args)

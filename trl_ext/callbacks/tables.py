@@ -93,7 +93,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def takes_part(args: Any, state: Any) -> bool:
-    """Whether this process computes: all do where the weights are spread over them, else the main process alone."""
+    """Return whether this process computes: all do where weights are spread over them, else the main one alone."""
     return state.is_world_process_zero or is_deepspeed_zero3_enabled() or bool(args.fsdp)
 
 

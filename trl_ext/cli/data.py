@@ -152,7 +152,7 @@ def _read(args: DataArguments) -> DatasetDict:
 
 
 def _builder(path: Path) -> str:
-    """What `load_dataset` calls a file's kind; `ValueError` for a file that is not there, or is of another kind."""
+    """Return what `load_dataset` calls a file's kind; `ValueError` for one that is not there, or of another kind."""
     if not path.is_file():
         names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in DATA_FILES]
         near = difflib.get_close_matches(str(path), names, n=1, cutoff=0)

@@ -79,8 +79,8 @@ def as_if_of(count: int) -> Iterator[None]:
 
 def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
     """
-    What `PPOTrainerX` checks of prompts and models before it loads any. A reward model that is still to be trained is
-    no error here.
+    Check what `PPOTrainerX` checks of prompts and models before it loads any. A reward model that is still to be
+    trained is no error here.
 
     Raises:
         ValueError: as the trainer would.
@@ -98,7 +98,7 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
 
 
 def batches(command: str, args: Any, rows: int | None, count: int) -> str:
-    """What makes an optimizer step, and how many there will be, as the trainer counts them."""
+    """Return what makes an optimizer step, and how many there will be, as the trainer counts them."""
     if command == "ppo":
         return batch_plan(args.for_trainer_loop(), rows)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps

@@ -52,12 +52,12 @@ OF_ACCELERATE = ("machine_rank", "main_process_ip", "main_process_port")
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process: torchrun, or accelerate."""
+    """Return whether a launcher has started this process: torchrun, or accelerate."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def launches(given: Options) -> bool:
-    """Whether the command is to start processes, and has not been started by a launcher."""
+    """Return whether the command is to start processes, and has not been started by a launcher."""
     asked = given.nproc is not None or given.accelerate_config is not None
     require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):

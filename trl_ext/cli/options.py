@@ -129,7 +129,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether the error was raised in this package."""
+    """Return whether the error was raised in this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

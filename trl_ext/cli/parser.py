@@ -150,5 +150,5 @@ def spellings(action: argparse.Action) -> list[str]:
 
 
 def is_negation(name: str) -> bool:
-    """Whether a flag is argparse's `--no_x` of an option that is on by default."""
+    """Return whether a flag is argparse's `--no_x` of an option that is on by default."""
     return name.startswith(("--no_", "--no-"))

@@ -50,7 +50,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path, what: str) -> Any:
     """
-    What a YAML file holds; an empty mapping where it holds nothing.
+    Return what a YAML file holds; an empty mapping where it holds nothing.
 
     Args:
         what: the file is, for the error.

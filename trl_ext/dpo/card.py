@@ -45,7 +45,7 @@ FORMULAS = {
 
 
 def dpo_training(trainer: Any) -> Training:
-    """What a `DPOTrainerX` says about itself."""
+    """Return what a `DPOTrainerX` says about itself."""
     args = trainer.args
     facts = {name: ", ".join(value) if isinstance(value := getattr(args, name), list) else value for name in OPTIONS}
     return Training(

@@ -34,7 +34,7 @@ COUNTS_OTHERS = re.compile(
 
 def why_not_run(args: Any, model: nn.Module) -> str | None:
     """
-    What in a run speaks against shared rows, `None` if nothing does.
+    Return what in a run speaks against shared rows, `None` if nothing does.
 
     Args:
         args: the `DPOConfigX`.
@@ -56,7 +56,7 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
 
 
 def why_not_model(model: PreTrainedModel) -> str | None:
-    """What in a model's interface speaks against shared rows, `None` if nothing does."""
+    """Return what in a model's interface speaks against shared rows, `None` if nothing does."""
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return f"{type(model).__name__} takes no `position_ids`"
@@ -66,7 +66,7 @@ def why_not_model(model: PreTrainedModel) -> str | None:
 
 
 def explanation(model: PreTrainedModel) -> str | None:
-    """What is known about a model that no mask can mend."""
+    """Return what is known about a model that no mask can mend."""
     config = model.config.get_text_config()
     name = type(model).__name__
     recurrent = RECURRENT & set(getattr(config, "layer_types", None) or ())

@@ -246,7 +246,7 @@ class PairForward:
         return self._beyond_as_it_is(value, aux_loss) if value <= LONGEST else name in KINDS_OF_LAYERS
 
     def _reads(self, name: str, value: int) -> bool:
-        """Whether another value of this field changes what the model computes, so that a small one can be tried."""
+        """Return whether another value of this field changes what the model computes: a small one can be tried."""
         try:
             batch = probe.pairs(self.model, _longer_than(SHRUNK))
             before = self._plain(batch).log_probs

@@ -41,7 +41,7 @@ def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: 
 
 def smoothing_term(margins: Tensor, label_smoothing: float) -> Tensor:
     """
-    What label smoothing adds to −log σ(m): ε·m, because log σ(m) − log σ(−m) = m. Of any score difference m (B,).
+    Return what label smoothing adds to −log σ(m) of any score difference m (B,): ε·m, as log σ(m) − log σ(−m) = m.
     """
     return label_smoothing * margins
 

@@ -54,7 +54,7 @@ def pairs(model: PreTrainedModel, sizes: list[tuple[int, int, int]]) -> Pairs:
 @torch.no_grad()
 def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Scored) -> str | None:
     """
-    What tells `shared` from `plain`, in words; `None` if it is no more than rounding.
+    Return what tells `shared` from `plain`, in words; `None` if it is no more than rounding.
 
     Args:
         model: what both call.

@@ -313,7 +313,7 @@ class DPOTrainerX(DPOTrainer):
                 self._ledgers[ledger].add(pairs, None if sources is None else sources[: len(pairs)])
 
     def _is_at_start(self) -> bool:
-        """Whether no optimizer step has been taken, here or before a checkpoint, and nothing is noisy on purpose."""
+        """Return whether no optimizer step was taken, here or before a checkpoint, and nothing is noisy on purpose."""
         is_noisy = not self.args.disable_dropout or bool(self.args.neftune_noise_alpha)
         return not (is_noisy or self._learning.has_begun or self.state.global_step)
 

@@ -31,7 +31,7 @@ Proposal = tuple[str, str, dict[str, Any]]
 
 def changes(layout: Layout, hardware: Hardware, keeping_training: bool = False) -> Iterator[Change]:
     """
-    What can be changed in a layout, from the cheapest to the dearest.
+    Return what can be changed in a layout, from the cheapest to the dearest.
 
     Args:
         keeping_training: only changes after which the same parameters are trained.
@@ -116,8 +116,8 @@ def _less_training(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
 
 def smallest_change(failed: Plan) -> list[Change]:
     """
-    What makes a plan fit: the cheapest single change that leaves the training as it is, else the fewest of those
-    together, else the cheapest that trains less, else all that is needed together. Empty where nothing does.
+    Return what makes a plan fit: the cheapest single change that leaves the training as it is, else the fewest of
+    those together, else the cheapest that trains less, else all that is needed together. Empty where nothing does.
     """
     for keeping in (True, False):
         for change in changes(failed.layout, failed.hardware, keeping):

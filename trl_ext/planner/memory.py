@@ -82,7 +82,7 @@ def scale_bytes(bits: int, nested: bool) -> float:
 
 def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardware: Hardware) -> Usage:
     """
-    What a model that learns holds all the time.
+    Return what a model that learns holds all the time.
 
     Args:
         frozen: bytes of its weights that do not learn.
@@ -190,7 +190,7 @@ def _shared_row_copies(shape: ModelShape, layout: Layout) -> float:
 
 
 def _casts_adapter_inputs(layout: Layout) -> bool:
-    """Whether each adapted module casts its input to the adapter's dtype, or autocast's, and keeps the copy."""
+    """Return whether each adapted module casts its input to the adapter's dtype, or autocast's, and keeps the copy."""
     if layout.method == "lora":
         return layout.compute == "bf16" and layout.zero_stage == 0
     return layout.compute == "fp32"

@@ -91,8 +91,8 @@ def _compute(options: Mapping[str, Any], hardware: Hardware, has_deepspeed: bool
 
 def _deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What the planner reads of a DeepSpeed file, the run's or that of `accelerate launch`: stage, offloading, buckets.
-    "auto" is what transformers fills in.
+    Return what the planner reads of a DeepSpeed file, the run's or that of `accelerate launch`: stage, offloading,
+    buckets. "auto" is what transformers fills in.
     """
     given = options.get("deepspeed") or getattr(options.get("deepspeed_plugin"), "deepspeed_config", None)
     if not given:

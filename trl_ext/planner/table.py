@@ -76,7 +76,7 @@ def markdown(headers: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def verdict(planned: Plan) -> str:
-    """Whether it fits, with what was added for the device."""
+    """Return whether it fits, with what was added for the device."""
     hardware = planned.hardware
     where = "the process" if hardware.is_cpu else "each GPU"
     added = (
@@ -100,7 +100,7 @@ def verdict(planned: Plan) -> str:
 
 
 def change_text(found: list[Change], failed: Plan) -> str:
-    """What would make it fit."""
+    """Return what would make it fit."""
     if not found:
         return (
             "No change that the planner knows makes it fit: sample fewer responses at a time (`accumulation`), "

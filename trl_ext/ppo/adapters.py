@@ -159,7 +159,7 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
 
 
 def _in_float32(model: Any) -> bool:
-    """Whether adapters of a 16-bit model are kept in float32. As in TRL: not under ZeRO-3, which mixes no dtypes."""
+    """Return whether adapters of a 16-bit model are kept in float32. As in TRL: not under ZeRO-3, of one dtype."""
     return not is_deepspeed_zero3_enabled() or bool(getattr(model, "is_quantized", False))
 
 

@@ -68,7 +68,7 @@ def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
 
 
 def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
-    """What the critic is trained to predict (S1 §4.2.2).
+    """Return what the critic is trained to predict (S1 §4.2.2).
 
     V_target = Â + V_old, per token
     """

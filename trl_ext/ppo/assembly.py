@@ -85,7 +85,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
 
 
 def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
-    """Whether a model can be run here and now; one that will be partitioned or moved settles at its first call."""
+    """Return whether a model can be run here and now; one yet to be spread or moved settles at its first call."""
     if is_partitioned(model) or is_fsdp(args):
         return False
     return next(model.parameters()).device.type == args.device.type

@@ -53,7 +53,7 @@ ZIEGLER = """\
 
 
 def ppo_training(trainer: Any) -> Training:
-    """What a `PPOTrainerX` says about itself."""
+    """Return what a `PPOTrainerX` says about itself."""
     args = trainer.args
     facts = {
         "critic": f"{args.critic} ({type(trainer.critic).__name__})",

@@ -47,7 +47,7 @@ class Coefficients:
         self._kl, self._old_kls = None, []
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen and where the controllers are, for a checkpoint."""
+        """Return what has been seen and where the controllers are, for a checkpoint."""
         coefs = {"reference": self._reference.coef, "old_policy": self._old_policy.coef}
         return {"coefs": coefs, "kl": self._kl, "old_kls": self._old_kls}
 

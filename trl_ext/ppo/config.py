@@ -214,7 +214,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the run reads KL(π_θ ‖ π_ref)."""
+        """Return whether the run reads KL(π_θ ‖ π_ref)."""
         return self.kl_coef != 0
 
     @property

@@ -15,7 +15,7 @@ from .rollout import Rollout
 
 
 def samples_are_due(args: PPOConfigX, global_step: int, max_steps: int) -> bool:
-    """Whether the rollout that follows is one of the `num_sample_generations` before which samples are shown."""
+    """Return whether the rollout that follows is one of `num_sample_generations`, before which samples are shown."""
     if args.num_sample_generations == 0:
         return False
     rollouts = math.ceil(max_steps / args.optimizer_steps_per_rollout)

@@ -48,17 +48,17 @@ class Given:
 
     @property
     def has_other_reward(self) -> bool:
-        """Whether something other than `reward_model` gives a reward."""
+        """Return whether something other than `reward_model` gives a reward."""
         return bool(self.reward_funcs) or self.environment_factory is not None
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the actor trains an adapter."""
+        """Return whether the actor trains an adapter."""
         return self.peft_config is not None or isinstance(self.model, PeftModel)
 
     @property
     def has_tools(self) -> bool:
-        """Whether a response may take several turns."""
+        """Return whether a response may take several turns."""
         return bool(self.tools) or self.environment_factory is not None
 
 

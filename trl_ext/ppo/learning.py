@@ -27,7 +27,7 @@ def draw_micro_batches(
 
 
 def reads_full_kl(args: PPOConfigX) -> bool:
-    """Whether the loss holds the exact KL to the reference, summed over the vocabulary."""
+    """Return whether the loss holds the exact KL to the reference, summed over the vocabulary."""
     return args.needs_reference and args.kl_placement == "loss" and args.kl_estimator == "full"
 
 

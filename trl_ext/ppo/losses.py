@@ -115,7 +115,7 @@ class PPOCoefficients:
     aux: float = 0.0
 
     def of(self, term: str) -> float:
-        """What a term of `COEFFICIENT_OF` is multiplied by in the total: negative if it is maximised."""
+        """Return what a term of `COEFFICIENT_OF` is multiplied by in the total: negative if it is maximised."""
         return sign(term) * getattr(self, COEFFICIENT_OF[term])
 
 
@@ -224,7 +224,7 @@ def ppo_terms(
 
 
 def _total(objective: Tensor, terms: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:
-    """What the optimizer minimises; a term that is None is not part of it."""
+    """Return what the optimizer minimises; a term that is None is not part of it."""
     total = -objective
     for name, term in terms.items():
         total = total if term is None else total + coef.of(name) * term

@@ -169,8 +169,8 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
 
 def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
     """
-    What GRPO says of a batch of responses, of all the held-out ones together; its own mean over batches would count a
-    smaller last batch as a whole one, and a mean of shortest lengths is no shortest length.
+    Return what GRPO says of a batch of responses, of all the held-out ones together; its own mean over batches would
+    count a smaller last batch as a whole one, and a mean of shortest lengths is no shortest length.
 
     Args:
         columns: (N,) of every response: `length`, tokens that the model wrote; `ended`, 1 where it ended by itself,

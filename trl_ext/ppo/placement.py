@@ -159,7 +159,7 @@ def without_models_of(actor: nn.Module, models: Iterable[nn.Module]) -> list[nn.
 
 
 def placement_line(reference: WaitingWeights, rewards: WaitingWeights, device: torch.device) -> str:
-    """What `offload_frozen_models` does in this run, in one line."""
+    """Return what `offload_frozen_models` does in this run, in one line."""
     if reference.gigabytes + rewards.gigabytes > 0:
         return (
             f"Frozen models wait in host memory while nothing reads them: {rewards.gigabytes:.2f} GB of reward "

@@ -43,7 +43,7 @@ class TokenisedPrompt(str):
 
 
 def is_tokenised(row: dict[str, Any]) -> bool:
-    """Whether the row's prompt comes as token ids."""
+    """Return whether the row's prompt comes as token ids."""
     return "input_ids" in row
 
 

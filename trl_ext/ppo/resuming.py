@@ -98,7 +98,7 @@ def _known_steps(args: PPOConfigX) -> int:
 
 
 def _absent(folder: Path, args: PPOConfigX) -> list[str]:
-    """What is missing of a checkpoint of this rank."""
+    """Return what is missing of a checkpoint of this rank."""
     numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     files = [path_of_state(folder, args).name, numbers]
     if args.deepspeed_plugin is None:  # which saves its engine
@@ -121,7 +121,7 @@ def known_length(dataset: Any) -> int | None:
 
 
 def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
-    """What a run and one that goes on from its checkpoint have in common, by name."""
+    """Return what a run and one that goes on from its checkpoint have in common, by name."""
     options = {name: getattr(args, name) for name in SHARED}
     known = {"prompts": known_length(prompts), CHECKSUM: checksum(prompts)}
     return options | {"full_kl": args.kl_estimator == "full"} | known
@@ -202,7 +202,7 @@ def _parts(trainer: Any) -> dict[str, Any]:
 
 
 def _shown(trainer: Any) -> dict[str, Any]:
-    """What the process that shows completions keeps of them."""
+    """Return what the process that shows completions keeps of them."""
     if not (trainer.log_completions and trainer.accelerator.is_main_process):
         return {}
     return {name: _lists(trainer._logs[name]) for name in SHOWN}

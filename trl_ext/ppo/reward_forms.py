@@ -98,13 +98,13 @@ class RewardForm:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _added_behind_text(self) -> list[int]:
-        """What the tokenizer itself puts behind a text: SEP, or another end token."""
+        """Return what the tokenizer itself puts behind a text: SEP, or another end token."""
         plain, whole = self._ids(ANSWER), self.tokenizer(ANSWER)["input_ids"]
         before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[before + len(plain) :]
 
     def _written_behind_an_answer(self) -> list[int] | None:
-        """What the chat template writes behind an answer's words; `None` where it does not write them once."""
+        """Return what the chat template writes behind an answer's words; `None` where it does not write them once."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
         written = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs)
         return self._ids(written.partition(ANSWER)[2]) if written.count(ANSWER) == 1 else None

@@ -97,7 +97,7 @@ class RunningMoments:
         self.count, self.mean, self.variance = total, self.mean + delta * count / total, squares / total
 
     def state_dict(self) -> dict[str, float]:
-        """What `load_state_dict` takes, for a checkpoint: count, mean and variance."""
+        """Return what `load_state_dict` takes, for a checkpoint: count, mean and variance."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:

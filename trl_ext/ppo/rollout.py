@@ -118,8 +118,8 @@ class Rollout:
 
     def model_inputs(self) -> dict[str, Tensor]:
         """
-        What a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count) and
-        positions that count real tokens only.
+        Return what a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count)
+        and positions that count real tokens only.
         """
         attention_mask = torch.cat([self.prompt_mask, self.attended], dim=1)
         labels = torch.cat(

@@ -247,9 +247,9 @@ def find_tokenizer(path: str | None, trust_remote_code: bool = False) -> PreTrai
 
 def same_tokenizer(actors: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, actor_vocabulary: int) -> bool:
     """
-    Whether two tokenizers turn text into the same ids and ids into the same text. What does not count: ids of the
-    actor's tokenizer that the actor does not have, and a pad token that only one of the two has, which is never read
-    (scripts for TRL 1.12 add one).
+    Return whether two tokenizers turn text into the same ids and ids into the same text. What does not count: ids of
+    the actor's tokenizer that the actor does not have, and a pad token that only one of the two has, which is never
+    read (scripts for TRL 1.12 add one).
     """
     if actors is other:
         return True
@@ -266,8 +266,8 @@ def reads_actor_ids(
     actor_vocabulary: int,
 ) -> bool:
     """
-    Whether the reward model shares the actor's tokenizer. A model with no tokenizer of its own to be found, made in
-    memory as in scripts for TRL 1.12, must have a vocabulary that holds every id of the actor's.
+    Return whether the reward model shares the actor's tokenizer. A model with no tokenizer of its own to be found,
+    made in memory as in scripts for TRL 1.12, must have a vocabulary that holds every id of the actor's.
 
     Args:
         actor_vocabulary: rows of the actor's embedding; it can sample no id beyond.

@@ -82,7 +82,7 @@ class StateValues:
             raise ValueError(self._no_value(f"values of shape {tuple(shape)} for {len(states)} states"))
 
     def _require_last_token(self, row: Tensor, allowed: float) -> None:
-        """What a head is asked for one state at a time must be that of the sequence; RoBERTa's reads its first."""
+        """Require that a head gives for a state alone what it gives for the sequence; RoBERTa's reads the first."""
         if isinstance(getattr(self.classifier, "score", None), nn.Module):
             return
         last = self.of_states(self.trunk(input_ids=row, use_cache=False).last_hidden_state)[0, -1]

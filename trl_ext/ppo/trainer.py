@@ -526,8 +526,8 @@ class PPOTrainerX(GRPOTrainer):
     @property
     def _reads_old_logps_early(self) -> bool:
         """
-        Whether old log-probabilities are read before the first learning pass gives them: by the KL in the reward, or
-        by a second mini-batch, which the first one's optimizer step has made old.
+        Return whether old log-probabilities are read before the first learning pass gives them: by the KL in the
+        reward, or by a second mini-batch, which the first one's optimizer step has made old.
         """
         in_reward = self.args.needs_reference and self.args.kl_placement == "reward"
         return in_reward or self.args.num_mini_batches > 1 or not self.model.training
@@ -592,7 +592,7 @@ class PPOTrainerX(GRPOTrainer):
         return loss
 
     def _next_micro_batch(self, model: nn.Module, rows: list[dict[str, Any]]) -> MicroBatch:
-        """What the Trainer's step begins with, known before it: the time that it takes counts into `step_time`."""
+        """Return what the Trainer's step begins with, known before it: its time counts into `step_time`."""
         start = time.perf_counter()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -613,7 +613,7 @@ class PPOTrainerX(GRPOTrainer):
         return torch.zeros((), device=self.accelerator.device)
 
     def _is_left_out(self) -> bool:
-        """Whether an early stop has ended the learning from this rollout."""
+        """Return whether an early stop has ended the learning from this rollout."""
         return self._stop_learning and self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:

@@ -25,7 +25,7 @@ def reward(figure: Any, runs: Runs) -> None:
 
 
 def frontier(figure: Any, runs: Runs) -> None:
-    """What the reward has cost in KL: a point for every rollout, later ones stronger; diamonds for evaluations."""
+    """Draw what the reward has cost in KL: a point for each rollout, later ones stronger; diamonds for evaluations."""
     axis = figure.subplots()
     for run in runs:
         shade = COLOURS[colour(runs, run)]

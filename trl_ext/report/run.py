@@ -57,7 +57,7 @@ class Run:
 
     @property
     def is_silent(self) -> bool:
-        """Whether a run that is not finished has been quiet for so long that it will hardly go on."""
+        """Return whether a run that is not finished has been quiet for so long that it will hardly go on."""
         return not self.is_finished and self.heard is not None and time.time() - self.heard > self.silent_after
 
     @property

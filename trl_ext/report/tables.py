@@ -82,7 +82,7 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
 
 
 def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
-    """What `ImplicitRewardCallback` wrote first and last."""
+    """Return what `ImplicitRewardCallback` wrote first and last."""
     files = _files(Path(folder), "implicit_rewards/step_*.jsonl")
     if not files:
         return []

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def scores(path: str) -> bool:
-    """Whether a folder or hub name holds a model, or an adapter, for scoring text."""
+    """Return whether a folder or hub name holds a model, or an adapter, for scoring text."""
     adapter = adapter_config(path)
     if adapter is not None:
         return adapter.task_type == "SEQ_CLS"
@@ -69,7 +69,7 @@ def scores(path: str) -> bool:
 
 
 def read_line() -> str:
-    """What was typed; nothing at the end of the input."""
+    """Return what was typed; nothing at the end of the input."""
     try:
         return input("> ").strip()
     except EOFError:

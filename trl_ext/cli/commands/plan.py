@@ -31,7 +31,7 @@ FIRST_OPTIONS = "from_config model trainer method gpu gpus zero_stage prompt res
 
 
 def argument_texts(docstring: str) -> dict[str, str]:
-    """What the section "Args" of a docstring says about each name; names may share a line."""
+    """Return what the section "Args" of a docstring says about each name; names may share a line."""
     entries = re.findall(r"^        ([\w, `]+): ((?:.+\n)(?:            .+\n)*)", docstring, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in re.findall(r"\w+", names)}
 
