@@ -4,11 +4,33 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
 
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r")
+
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",  # an adapter times 0 learns nothing
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_epsilon",
+    "seed",
+    "data_seed",
+    "dataloader_num_workers",
+)
 # Logger of `report_to` -> packages of which one is enough.
 LOGGERS = {
     "azure_ml": ("azureml",),
@@ -46,6 +68,49 @@ def check_startable(options: Any) -> None:
             raise ValueError(f"{asked} needs {' or '.join(packages)}: `pip install {install}`, or leave it out.")
 
 
+def check_optimizable(args: Any) -> None:
+    """
+    Makes the optimizer and the schedule of a run for a single number.
+
+    Args:
+        args: the trainer's config. What DeepSpeed makes of it is not tried.
+
+    Raises:
+        ValueError: for what torch or transformers refuse, such as a schedule that lacks one of its arguments, or an
+            optimizer whose package is missing.
+    """
+    if args.deepspeed:
+        return
+    number, steps = nn.Parameter(torch.zeros(1)), max(args.max_steps, 1000)
+    with _refusal("optim", args.optim, "optim_args", args.optim_args):
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        except ValueError as error:
+            if "pass a `model`" in str(error):  # of GaLore, APOLLO and LOMO, which look for layers by name
+                kind, options = torch.optim.SGD, {"lr": args.learning_rate}
+            else:
+                raise
+        optimizer = kind([number], **options)
+    with _refusal("lr_scheduler_type", args.lr_scheduler_type, "lr_scheduler_kwargs", args.lr_scheduler_kwargs):
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+
+
+@contextmanager
+def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        given = f"`{name}={getattr(value, 'value', value)}` with `{name_of_more}={more}`"
+        raise ValueError(f"{given} is refused: {reason.rstrip('.')}. Mend that, or take another `{name}`.") from error
+
+
 def is_installed(package: str) -> bool:
     """Return whether a package can be imported; it is not imported."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
@@ -56,10 +121,20 @@ def _check_numbers(options: Any) -> None:
         value = getattr(options, name, None)
         if value is not None and (value != int(value) or value < 1):
             raise ValueError(f"`{name}` is {value}; it must be an integer of at least 1.")
-    for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay"):
+    for name in NOT_NEGATIVE:
         value = getattr(options, name, None)
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"`{name}` is {value}; it must be 0 or above.")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        value = getattr(options, name, None)
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be 0 or above and below 1.")
+    for what in ("logging", "save", "eval"):
+        strategy, value = (getattr(options, f"{what}_{part}", None) for part in ("strategy", "steps"))
+        if getattr(strategy, "value", strategy) == "steps" and isinstance(value, int | float) and value <= 0:
+            raise ValueError(
+                f"`{what}_steps` is {value}; it must be above 0. For none at all set `{what}_strategy=no`."
+            )
 
 
 def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from trl import DPOTrainer, RewardTrainer, get_peft_config
+from trl import DPOTrainer, RewardTrainer
 
 from .. import planner
 from .._trl import tokenised_pair
@@ -48,12 +48,13 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     require_writable(args.output_dir)
     path = path_of(model, args)
+    adapter = model.adapter("SEQ_CLS" if command == "reward" else "CAUSAL_LM")
     splits, count = load(data), processes(given)
     rows = splits["train"]
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     with as_if_of(count):
         if command == "ppo":
-            check_ppo(data, path, get_peft_config(model), args, splits, tokenizer)
+            check_ppo(data, path, adapter, args, splits, tokenizer)
             longest, sample = prompts(rows, tokenizer, args)
         else:
             check_columns(rows, splits["test"], lambda: tokenizer)

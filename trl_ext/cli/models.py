@@ -1,13 +1,19 @@
 """The options of the model to start from."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ModelConfig
+from peft import PeftConfig
+from torch import nn
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .. import embedded
 from ..device import computes_in_bf16
 from ..pretrained import check_no_adapter, require_model
+from .options import package_of
 
 
 @dataclass
@@ -35,6 +41,103 @@ class ModelArguments(ModelConfig):
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         return kwargs
+
+    def adapter(self, task: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftConfig | None:
+        """
+        Return the config of the adapter to train; `None` without --use_peft.
+
+        Args:
+            task: PEFT's type of what is trained.
+            modules_to_save: modules to train in full where none are given.
+
+        Raises:
+            ValueError: for a task type other than `task`, a pattern of modules that is none, or quantised weights
+                without an adapter.
+        """
+        if self.lora_task_type not in ("CAUSAL_LM", task):
+            raise ValueError(f"`lora_task_type` is {self.lora_task_type}; this command trains {task}: leave it out.")
+        bits = "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+        if bits and not self.use_peft:
+            raise ValueError(f"`--load_in_{bits}` without an adapter: such weights are not trained. Add `--use_peft`.")
+        config = get_peft_config(self)
+        if config is None:
+            return None
+        config.task_type = task
+        config.modules_to_save = config.modules_to_save or modules_to_save
+        if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+            try:
+                re.compile(config.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"`lora_target_modules` is {config.target_modules!r}, which is no regular expression ({error}). "
+                    "Give names of modules, or all-linear."
+                ) from error
+            # PEFT takes a lone word for a pattern of the whole name, `model.layers.0.self_attn.q_proj`.
+            if re.fullmatch(r"[\w.]+", config.target_modules):
+                config.target_modules = {config.target_modules}
+        return config
+
+    def quantization(self) -> Any:
+        """
+        Return how the weights are quantised as they are loaded; `None` if they are not.
+
+        Raises:
+            ValueError: for options that bitsandbytes does not have.
+        """
+        try:
+            return get_quantization_config(self)
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def model_errors(model: ModelArguments) -> Iterator[None]:
+    """
+    Says in one sentence, with the cure, what transformers, PEFT or TRL refuse as they make the model.
+
+    Raises:
+        ValueError: for an error that one of them raises itself; another keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, TypeError) as error:
+        said, package = " ".join(str(error).split()), package_of(error)
+        attention = model.attn_implementation
+        if isinstance(error, TypeError) and not (package == "transformers" and "unexpected keyword argument" in said):
+            raise
+        if isinstance(error, TypeError):
+            cure = "Correct `--model_init_kwargs`, or leave it out."
+        elif package == "peft" and model.use_peft:
+            cure = "Change `--lora_target_modules`; all-linear adapts every linear layer."
+        elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
+            cure = f"Leave out `--attn_implementation {attention}`, or give sdpa or eager."
+        elif package == "trl":
+            cure = ""
+        else:
+            raise
+        raise ValueError(f"{said.rstrip('.')}. {cure}".strip()) from error
+
+
+def require_adapted(model: nn.Module, given: ModelArguments) -> None:
+    """
+    Args:
+        model: with its adapter.
+        given: the options that the adapter was made of.
+
+    Raises:
+        ValueError: for a name that no module has. PEFT passes it over if it finds another one.
+    """
+    if not given.use_peft:
+        return
+    names = [name for name, _ in model.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        listed = getattr(given, f"lora_{option}") or ()
+        for wanted in () if isinstance(listed, str) else listed:  # PEFT itself refuses a pattern that finds none
+            if not any(f".{name}.".endswith(f".{wanted}.") for name in names):
+                raise ValueError(
+                    f"`--lora_{option}` has {wanted}, and no module of the model is called that. Correct the name, or "
+                    "leave it out."
+                )
 
 
 def path_of(model: ModelArguments, args: Any = None) -> str:

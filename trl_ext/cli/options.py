@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..device import computes_in_bf16
-from ..startable import check_startable
+from ..startable import check_optimizable, check_startable
 from .parser import OptionParser, is_negation, misspelt
 from .recipes import find_config, read_recipe
 
@@ -47,12 +48,19 @@ class Options:
         values = vars(self.values) | changes
         check_startable(self.values)
         try:
-            return tuple(
+            made = tuple(
                 kind(**{o.name: values[o.name] for o in fields(kind) if o.init and o.name in values})
                 for kind in self.parser.dataclass_types
             )
-        except ValueError as error:
+        except OSError as error:
+            names = [f"`{name}`" for name, value in values.items() if error.filename and value == error.filename]
+            raise ValueError(f"{' and '.join(names) or 'A file'} cannot be read: {error}. Give another.") from error
+        except (ValueError, TypeError) as error:  # of the keys of a mapping, too
             raise ValueError(" ".join(str(error).split())) from error
+        for each in made:
+            if isinstance(each, TrainingArguments):
+                check_optimizable(each)
+        return made
 
 
 def read(
@@ -130,10 +138,15 @@ def usage_errors() -> Iterator[None]:
 
 def is_ours(error: BaseException) -> bool:
     """Return whether the error was raised in this package."""
+    return package_of(error) == PACKAGE
+
+
+def package_of(error: BaseException) -> str:
+    """Return the name of the package that raised the error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == PACKAGE
+    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def _apply_recipe(parser: OptionParser, path: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import get_peft_config, get_quantization_config
 
 from ... import DPOConfigX, DPOTrainerX
 from ...places import checkpoint_of
@@ -29,7 +28,7 @@ from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, path_of
+from ..models import ModelArguments, model_errors, path_of, require_adapted
 from ..options import Options, read, usage_errors
 
 
@@ -50,15 +49,18 @@ class DPOArguments(LaunchArguments, PairArguments):
 def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
     path = path_of(model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    adapter, quantization = model.adapter(), model.quantization()
     splits = load_pairs(data)
-    trainer = DPOTrainerX(
-        path,
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["test"],
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )
+    with model_errors(model):
+        trainer = DPOTrainerX(
+            path,
+            args=args,
+            train_dataset=splits["train"],
+            eval_dataset=splits["test"],
+            peft_config=adapter,
+            quantization_config=quantization,
+        )
+    require_adapted(trainer.model, model)
     if data.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from trl import get_peft_config, get_quantization_config
 
 from ... import PPOConfigX, PPOTrainerX, embedded
 from ...conversions import to_prompts
@@ -38,7 +37,7 @@ from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, path_of, require_judges
+from ..models import ModelArguments, model_errors, path_of, require_adapted, require_judges
 from ..options import Options, read, usage_errors
 
 
@@ -81,16 +80,20 @@ def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTra
     path = path_of(model, args)
     require_judges(args.reward_model_path, data.value_model)
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    adapter, quantization = model.adapter(), model.quantization()
     splits = load(data)
-    return PPOTrainerX(
-        args,
-        model=path,
-        train_dataset=splits["train"],
-        value_model=data.value_model,
-        eval_dataset=splits["test"],
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )
+    with model_errors(model):
+        trainer = PPOTrainerX(
+            args,
+            model=path,
+            train_dataset=splits["train"],
+            value_model=data.value_model,
+            eval_dataset=splits["test"],
+            peft_config=adapter,
+            quantization_config=quantization,
+        )
+    require_adapted(trainer.model, model)
+    return trainer
 
 
 def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any], shown: int) -> None:

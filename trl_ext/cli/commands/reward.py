@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, set_seed
-from trl import RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+from trl import RewardConfig, RewardTrainer
 
 from ... import describe_reward_training, save_base_fingerprint
 from ...device import keep_4_bit_differentiable
@@ -38,7 +38,7 @@ from ..closing import closing_lines, program, report_callbacks, running
 from ..data import PairArguments, load_pairs
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, path_of
+from ..models import ModelArguments, model_errors, path_of, require_adapted
 from ..options import Options, read, usage_errors
 from ..reward_trainer import CountingRewardTrainer
 
@@ -57,24 +57,25 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     refuse_encoder_decoder(
         AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code), path
     )
-    model.lora_task_type = "SEQ_CLS"
-    if model.use_peft and model.lora_modules_to_save is None:
-        model.lora_modules_to_save = ["score"]  # the new head is trained in full
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+    # The new head is trained in full.
+    adapter, quantization = model.adapter("SEQ_CLS", ["score"]), model.quantization()
     make_folder(args.output_dir)
     name_run(args)
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
-    trainer = CountingRewardTrainer(
-        path,
-        args,
-        train_dataset=with_template_kwargs(splits["train"]),
-        eval_dataset=with_template_kwargs(splits["test"]),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )
+    with model_errors(model):
+        trainer = CountingRewardTrainer(
+            path,
+            args,
+            train_dataset=with_template_kwargs(splits["train"]),
+            eval_dataset=with_template_kwargs(splits["test"]),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            quantization_config=quantization,
+        )
+    require_adapted(trainer.model, model)
     refuse_finished_checkpoints(trainer)
     keep_4_bit_differentiable(trainer.model)
     # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.

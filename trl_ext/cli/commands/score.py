@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from trl import get_quantization_config, maybe_extract_prompt
+from trl import maybe_extract_prompt
 
 from ... import ImplicitReward, embedded
 from ...dpo.data import check_columns
@@ -60,7 +60,7 @@ def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision:
     model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
     kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
-    quantization = get_quantization_config(model)
+    quantization = model.quantization()
     options = {} if quantization is None else {"quantization_config": quantization}
     options |= model.init_kwargs(data.use_cpu) | {"revision": revision}
     return kind.from_pretrained(path, device_map={"": device}, **options)

@@ -1,0 +1,116 @@
+"""Options of model, adapter, optimizer and schedule that cannot be: one sentence with the cure."""
+
+import pytest
+from peft import LoraConfig
+from transformers import Trainer
+
+import tiny
+from cli_runs import TRAINING, error_of, run_of
+from trl_ext.cli.main import main
+from trl_ext.cli.models import ModelArguments, model_errors, require_adapted
+
+
+# Of TRL, transformers and torch themselves, on the way through whole commands.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+LORA = "--use_peft"
+OF_THE_MODEL = {
+    f"{LORA} --lora_target_modules nothing": "Change `--lora_target_modules`; all-linear adapts every",
+    f"{LORA} --lora_target_modules q_proj nothing": "`--lora_target_modules` has nothing, and no module",
+    f"{LORA} --lora_modules_to_save nothing": "`--lora_modules_to_save` has nothing, and no module",
+    f"{LORA} --lora_target_modules [": "`lora_target_modules` is '[', which is no regular expression",
+    f"{LORA} --lora_task_type TOKEN_CLS": "`lora_task_type` is TOKEN_CLS; this command trains CAUSAL_LM: leave it out",
+    f"{LORA} --lora_r 0": "`lora_r` is 0; it must be an integer of at least 1",
+    f"{LORA} --lora_alpha 0": "`lora_alpha` is 0; it must be an integer of at least 1",
+    f"{LORA} --lora_dropout 2": "`lora_dropout` is 2.0; it must be 0 or above and below 1",
+    f"{LORA} --load_in_4bit --bnb_4bit_quant_storage x": "`bnb_4bit_quant_storage` must be a valid string (one of",
+    f"{LORA} --load_in_4bit --bnb_4bit_quant_type x": "invalid choice: 'x'",
+    "--load_in_4bit": "`--load_in_4bit` without an adapter: such weights are not trained. Add `--use_peft`.",
+    "--attn_implementation flash_attention_9": "Leave out `--attn_implementation flash_attention_9`, or give sdpa",
+    "--attn_implementation none/of-the-hub": "Leave out `--attn_implementation none/of-the-hub`, or give sdpa",
+    "--dtype foo": "invalid choice: 'foo'",
+    "--pad_token nothing": "The specified `pad_token` ('nothing') is not found in the vocabulary",
+    """--model_init_kwargs {"foo":1}""": "Correct `--model_init_kwargs`, or leave it out.",
+}
+OF_THE_TRAINING = {
+    "--optim nothing": "invalid choice: 'nothing'",
+    "--optim galore_adamw": "`optim=galore_adamw` with `optim_args=None` is refused: You need to install `galore",
+    "--adam_beta1 2": "`adam_beta1` is 2.0; it must be 0 or above and below 1",
+    "--lr_scheduler_type nothing": "invalid choice: 'nothing'",
+    "--lr_scheduler_type cosine_with_min_lr": "One of min_lr or min_lr_rate should be set through the `lr_sched",
+    """--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs {"foo":1}""": "unexpected keyword argument 'foo'. Mend",
+    "--report_to nothing": "`report_to` has 'nothing'; it may have",
+    "--deepspeed missing.json": "There is no file missing.json, here or among the installed ones",
+    "--accelerator_config missing.json": "`accelerator_config` cannot be read: [Errno 2] No such file",
+    """--accelerator_config {"foo":1}""": "unexpected keyword argument 'foo'",
+    "--eval_strategy steps --eval_steps -1": "`eval_steps` is -1.0; it must be above 0. For none at all",
+    "--save_steps 0": "`save_steps` is 0.0; it must be above 0. For none at all set `save_strategy=no`.",
+    "--seed -1": "`seed` is -1; it must be 0 or above",
+}
+
+
+def refusal(name, words, paths, tmp_path, capsys):
+    given = {word.removeprefix("--") for word in words.split() if word.startswith("--")}
+    flags = run_of(name, paths, **{} if "report_to" in given else {"output_dir": tmp_path})
+    if "report_to" in given:
+        flags = flags[: flags.index("--report_to")]
+    return error_of([name, *flags, *words.split()], capsys)
+
+
+@pytest.mark.parametrize("words", OF_THE_MODEL | OF_THE_TRAINING)
+def test_what_other_packages_refuse_is_one_sentence(words, paths, tmp_path, capsys):
+    said = refusal("dpo", words, paths, tmp_path, capsys)
+    assert (OF_THE_MODEL | OF_THE_TRAINING)[words] in said
+    assert "invalid choice" in said or said.count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+@pytest.mark.parametrize("words", [*list(OF_THE_MODEL)[:2], "--attn_implementation flash_attention_9", "--seed -1"])
+def test_other_commands_refuse_it_alike(name, words, paths, tmp_path, capsys):
+    said = refusal(name, words, paths, tmp_path, capsys)
+    assert said.startswith("error: ")
+    assert any(part in said for part in ("`--lora_target_modules`", "`--attn_implementation", "`seed`"))
+
+
+def test_missing_attention_package_is_named(paths, tmp_path, capsys):
+    said = refusal("dpo", "--attn_implementation flash_attention_2", paths, tmp_path, capsys)
+    assert "FlashAttention2" in said
+    assert said.endswith("Leave out `--attn_implementation flash_attention_2`, or give sdpa or eager.")
+
+
+def test_advice_of_a_refusal_trains(paths, tmp_path, monkeypatch):
+    """What the sentences above say to give, and a lone name, which PEFT would take for a pattern."""
+    began = []
+
+    def begin(trainer, **_):
+        began.append(trainer)
+        raise SystemExit("begins")
+
+    monkeypatch.setattr(Trainer, "_inner_training_loop", begin)
+    for more in ("q_proj", "all-linear", ".*q_proj"):
+        with pytest.raises(SystemExit, match="begins"):
+            main(["dpo", *run_of("dpo", paths, output_dir=tmp_path), "--use_peft", "--lora_target_modules", more])
+        adapted = {name for name, _ in began[-1].model.named_modules() if name.endswith("lora_A")}
+        assert any("q_proj" in name for name in adapted)
+        assert any("k_proj" in name for name in adapted) == (more == "all-linear")
+
+
+def test_error_that_no_option_explains_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), model_errors(ModelArguments()):
+        1 / 0  # noqa: B018
+    with pytest.raises(TypeError), model_errors(ModelArguments()):
+        LoraConfig("too", "many", "words", *range(99))
+
+
+def test_names_are_looked_for_in_a_model_with_an_adapter_alone():
+    model = tiny.tiny_actor()
+    require_adapted(model, ModelArguments(lora_target_modules=["q_proj", "nothing"]))
+    given = ModelArguments(use_peft=True, lora_target_modules=["q_proj", "proj"])
+    with pytest.raises(ValueError, match="`--lora_target_modules` has proj, and no module"):
+        require_adapted(model, given)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_dry_run_checks_the_adapter(name, paths, tmp_path, capsys):
+    assert "`lora_task_type`" in refusal(
+        name, "--use_peft --lora_task_type TOKEN_CLS --dry_run", paths, tmp_path, capsys
+    )
