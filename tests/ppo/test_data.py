@@ -62,14 +62,16 @@ def padded(side, pad, rows=BARE, width=6):
 @pytest.mark.parametrize("collate", [False, True], ids=["rows", "collated"])
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])
 def test_padding_of_token_ids_is_taken_off(pad, side, with_mask, collate):
     tokenizer = tokens()
-    tokenizer.pad_token = pad
+    tokenizer.pad_token = pad or "<eos>"  # what people pad with
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8) if collate else None
     ids, masks = padded(side, tokenizer.pad_token_id)
     columns = {"input_ids": ids, "label": [1, 2, 3, 4]} | ({"attention_mask": masks} if with_mask else {})
-    rows = with_tokenised_prompts(Dataset.from_dict(columns).to_list(), tokenizer, collator, tokenizer.pad_token_id)
+    rows = with_tokenised_prompts(
+        Dataset.from_dict(columns).to_list(), tokenizer, collator, pad and tokenizer.pad_token_id
+    )
     assert [row["prompt"].input_ids for row in rows] == BARE
     assert [{**row, "prompt": str(row["prompt"])} for row in rows] == [
         {"label": i + 1, "prompt": tokenizer.decode(ids)} for i, ids in enumerate(BARE)
@@ -88,7 +90,7 @@ def test_mask_decides_what_a_pad_token_is_and_end_tokens_within_a_prompt_stay():
     ids = [2, 0, 7, 2, 8, 2]
     assert unpadded({"input_ids": ids}, 0, 2) == [2, 7, 2, 8, 2]
     assert unpadded({"input_ids": ids}, 2, 2) == [0, 7, 2, 8]  # as TRL 1.12 at the ends
-    assert unpadded({"input_ids": ids}, None, 2) == ids
+    assert unpadded({"input_ids": ids}, None, 2) == [0, 7, 2, 8]  # where there is no pad token, as usual
     assert unpadded({"input_ids": ids, "attention_mask": [1] * 6}, 0, 2) == ids
     assert unpadded({"input_ids": ids, "attention_mask": [0, 1, 1, 0, 1, 1]}, 0, 2) == [0, 7, 8, 2]
     assert unpadded({"input_ids": ids, "attention_mask": None}, 0, 2) == [2, 7, 2, 8, 2]
@@ -246,3 +248,20 @@ def test_response_ends_at_any_declared_end_token_unless_told_otherwise(tmp_path)
 def test_columns_that_nobody_reads_do_no_harm(tmp_path):
     data = tokenised_prompts(8).map(lambda row: {"lengths": len(row["input_ids"])})
     assert ppo_run(tmp_path, {"train_dataset": data}, max_steps=1).state.global_step == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("column, cell", [("tools", '[{"name": "look"}]'), ("chat_template_kwargs", {"think": False})])
+def test_options_of_each_row_are_refused_where_a_template_would_read_them(tmp_path, column, cell, stream):
+    """They were left out of the prompt without a word."""
+
+    def data(value, **kind):
+        rows = tiny.tiny_prompts(4, **kind).to_list()
+        return Dataset.from_list([row | {column: value} for row in rows])
+
+    chats = data(cell, conversational=True)
+    chats = chats.to_iterable_dataset() if stream else chats
+    with pytest.raises(ValueError, match=rf"`train_dataset` has the column `{column}`, .*`chat_template_kwargs` in"):
+        ppo_trainer(tmp_path, {"train_dataset": chats})
+    for harmless in (data(cell), data(None, conversational=True)):  # text has no template
+        ppo_trainer(tmp_path, {"train_dataset": harmless.to_iterable_dataset() if stream else harmless})

@@ -266,3 +266,24 @@ def test_reward_adapter_is_read_at_the_pad_token_of_its_training(tmp_path):
     assert trainer.reward_funcs[0](prompt_ids=[ids[:2]], completion_ids=[ids[2:]]) == pytest.approx(
         [at_the_end], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["another template", "another vocabulary, another template"])
+def test_chats_in_token_ids_are_refused_by_a_reward_model_of_another_template(tmp_path, kind):
+    """They would be read as text that the reward model was not trained on."""
+    actors = bytes_tokenizer()
+    own = bytes_tokenizer(OTHER) if kind == "another template" else another_vocabulary(OTHER)
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors))}
+    models["reward_model"] = save_judge(tmp_path / "judge", own)
+    chat = actors.apply_chat_template(PROMPTS["chat"][0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    text = actors(PROMPTS["text"][0])["input_ids"]
+
+    def made(ids, **more):
+        padded = Dataset.from_dict({"input_ids": [ids + [actors.pad_token_id] * 3] * 4})
+        return ppo_trainer(tmp_path, models | {"train_dataset": padded} | more)
+
+    with pytest.raises(ValueError, match=r"conversations in `input_ids`.*'judge' has another one.*`prompt`"):
+        made(chat)
+    made(text)
+    own.chat_template = actors.chat_template  # what the error says
+    made(chat, reward_processing_classes=own)

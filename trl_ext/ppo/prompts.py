@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from trl import is_conversational
 
 from ..conversions import ANSWERS
-from ..formats import CONVERSATION, SHAREGPT, TEXT, describe, require, require_chat_template
+from ..formats import CONVERSATION, LOOKED_AT, SHAREGPT, TEXT, describe, require, require_chat_template
 from ..rendering import check_written_prompts
 from .config import PPOConfigX
 
@@ -22,6 +23,13 @@ READ = ("input_ids", "attention_mask")  # the columns of a tokenised prompt
 NO_IDS_TO_COLLATE = (
     "`data_collator` collates tokenised prompts, and {name} has no column `input_ids` but {columns}. Remove the "
     "collator: the trainer tokenises and pads `prompt` itself."
+)
+
+
+OF_EACH_ROW = (
+    "Where they are the same for all rows, give them there and remove the column; else write the prompts out, "
+    "`tokenizer.apply_chat_template(row['prompt'], tokenize=False, add_generation_prompt=True, ...)`, as text. A "
+    "column for a reward function takes another name."
 )
 
 
@@ -76,13 +84,14 @@ def with_tokenised_prompts(
 def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> list[int]:
     """
     A row's `input_ids` without padding, on whichever side: what its `attention_mask` leaves out, without one the pad
-    token, as in TRL 1.12. Where that is the end token too, it is padding at the ends of a row only, and a warning
-    says so once: between the turns of a conversation it is none.
+    token, as in TRL 1.12. Where that is the end token too, or there is none and rows are padded with the end token, it
+    is padding at the ends of a row only, and a warning says so once: between the turns of a conversation it is none.
     """
     ids = [int(id_) for id_ in row["input_ids"]]  # of a tensor or an array too
     if row.get("attention_mask") is not None:
         return _kept(ids, row["attention_mask"])
-    if pad_id is None or pad_id not in ids:
+    pad_id = eos_id if pad_id is None else pad_id
+    if pad_id not in ids:
         return ids
     if pad_id != eos_id:
         return [id_ for id_ in ids if id_ != pad_id]
@@ -90,8 +99,8 @@ def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> 
     last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != pad_id), 0)
     if last - first < len(ids):
         logger.warning_once(
-            "Prompts in `input_ids` begin or end with the end token, which is the pad token too: it is taken for "
-            "padding. Give a column `attention_mask` if it belongs to the prompts."
+            "Prompts in `input_ids` begin or end with the end token, and the tokenizer has no other pad token: it is "
+            "taken for padding. Give a column `attention_mask` if it belongs to the prompts."
         )
     return ids[first:last]
 
@@ -193,6 +202,12 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
     prompt = columns.get("prompt")
     if "input_ids" in columns:
         return
+    for column in ("tools", "chat_template_kwargs") if prompt == CONVERSATION else ():
+        if any(_cells(dataset, column)):
+            raise ValueError(
+                f"`{name}` has the column `{column}`, which PPO does not read: every prompt is written with the same "
+                f"options, those of the trainer's `tools` and of `chat_template_kwargs` in `PPOConfigX`. {OF_EACH_ROW}"
+            )
     if prompt not in (TEXT, CONVERSATION, SHAREGPT, "empty list", "nothing"):
         raise ValueError(
             f"The column 'prompt' of `{name}` holds {prompt}; PPO reads text or conversations there, and token ids in "
@@ -211,6 +226,13 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
         )
     if prompt == CONVERSATION:
         require_chat_template(dataset, tokenizer, name)
+
+
+def _cells(dataset: Dataset | IterableDataset, column: str) -> list[Any]:
+    """A column, as far as it can be read: of a stream its beginning; none where there is no such column."""
+    if isinstance(dataset, Dataset):
+        return list(dataset[column]) if column in dataset.column_names else []
+    return [row.get(column) for row in islice(dataset, LOOKED_AT)]
 
 
 def prompt_ids(

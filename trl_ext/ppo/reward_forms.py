@@ -60,6 +60,17 @@ class RewardForm:
             return self._of_ids(prompt_ids, answer_ids)
         return reward_ids(self.tokenizer, prompt, self._text_of(answer, prompt_ids, answer_ids))
 
+    def cannot_read(self, prompt_ids: list[int]) -> bool:
+        """
+        Whether a prompt's ids are those of a chat by the actor's template, and the reward model's template is another:
+        they cannot be taken back to messages, for it to write them its own way.
+        """
+        theirs, own = self.actors.chat_template, self.tokenizer.chat_template
+        if not theirs or not own or theirs == own:
+            return False
+        opening = self._opening_of_an_answer()
+        return bool(opening) and prompt_ids[-len(opening) :] == opening
+
     def behind(self, is_chat: bool) -> int:
         """Tokens that stand behind an answer."""
         return len((self._behind_chat or ()) if is_chat else self._behind_text)
@@ -102,6 +113,13 @@ class RewardForm:
         plain, whole = self._ids(ANSWER), self.tokenizer(ANSWER)["input_ids"]
         before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[before + len(plain) :]
+
+    def _opening_of_an_answer(self) -> list[int]:
+        """What the actor's chat template writes for an answer to go on from; nothing where it writes none."""
+        messages, options = [{"role": "user", "content": "?"}], self.template_kwargs | {"tokenize": False}
+        without = self.actors.apply_chat_template(messages, **options)
+        with_opening = self.actors.apply_chat_template(messages, **(options | {"add_generation_prompt": True}))
+        return self.actors(with_opening.removeprefix(without), add_special_tokens=False)["input_ids"]
 
     def _written_behind_an_answer(self) -> list[int] | None:
         """Return what the chat template writes behind an answer's words; `None` where it does not write them once."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from transformers import (
 from transformers.utils import logging
 
 from .._trl import create_model_from_path, get_config_model_id
-from ..formats import CONVERSATION, describe
+from ..formats import CONVERSATION, LOOKED_AT, describe
 from ..zero import is_partitioned
 from .config import PPOConfigX
-from .prompts import check_prompts, named
+from .prompts import check_prompts, is_tokenised, named, unpadded
 from .reward_forms import RewardForm, Text
 
 
@@ -153,10 +154,22 @@ def check_readable(
                     "that it was trained with in `reward_processing_classes`, its `chat_template` set; or give "
                     "prompts of text."
                 )
+            _check_ids_readable(dataset, name, form, model, pad_id)
             if scorer.longest is not None and isinstance(dataset, Dataset):
                 longest = scorer.longest - form.behind(is_chat)
                 options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
                 check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s", pad_id=pad_id)
+
+
+def _check_ids_readable(dataset: Any, name: str, form: RewardForm, model: str, pad_id: int | None) -> None:
+    for row in islice(dataset, LOOKED_AT):
+        if is_tokenised(row) and form.cannot_read(unpadded(row, pad_id, form.actors.eos_token_id)):
+            raise ValueError(
+                f"`{name}` holds conversations in `input_ids`, written by the actor's chat template, and the "
+                f"tokenizer of {model} has another one. Give the messages in a column `prompt`, which it writes its "
+                "own way; or, if it was trained on text like this, set the `chat_template` of its tokenizer in "
+                "`reward_processing_classes` to the actor's."
+            )
 
 
 def longest_input(model: nn.Module) -> int | None:
