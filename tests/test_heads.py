@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import dpo_runs
 import ppo_runs
 import tiny
+from families.configs import family_config, family_model
 from trl_ext import _trl
 from trl_ext.heads import ScoringHead
 
@@ -223,6 +224,18 @@ def test_adapter_on_the_head_is_scored_and_trained():
     assert torch.allclose(output.log_probs[0], expected, atol=1e-5)
     output.log_probs.sum().backward()
     assert model.get_parameter("base_model.model.lm_head.lora_A.default.weight").grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("run", [dpo_runs.dpo_trainer, ppo_runs.ppo_trainer])
+def test_auxiliary_loss_that_is_asked_for_and_not_there_is_an_error(tmp_path, run):
+    """Llama 4's config has a coefficient, and its forward no such loss: left to the config it is left out."""
+    model = family_model(family_config("llama4_text"))
+    others = {"reward_model": None, "reward_funcs": ppo_runs.response_lengths} if run is ppo_runs.ppo_trainer else {}
+    options = {"critic": "head"} if others else {}
+    with pytest.raises(ValueError, match=r"`router_aux_loss_coef=0\.01` .* of Llama4ForCausalLM .* Leave it out"):
+        run(tmp_path, {"model": model, **others}, router_aux_loss_coef=0.01, **options)
+    model = family_model(family_config("llama4_text", output_router_logits=True))
+    assert run(tmp_path, {"model": model, **others}, **options).aux_loss_enabled is False
 
 
 class WithBranch(nn.Module):

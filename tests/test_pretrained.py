@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from trl import RewardConfig
 
 import dpo_runs
 import ppo_runs
@@ -12,6 +14,7 @@ import tiny
 from trl_ext import ImplicitReward, _trl
 from trl_ext.cli.commands import reward
 from trl_ext.cli.models import ModelArguments
+from trl_ext.cli.reward_trainer import CountingRewardTrainer
 from trl_ext.dpo import reference as dpo_reference
 from trl_ext.ppo import roles
 from trl_ext.pretrained import check_same_tokens
@@ -137,3 +140,67 @@ def test_reward_model_that_does_not_know_every_id_is_refused_or_reads_text(tmp_p
     trainer = ppo_runs.ppo_trainer(tmp_path, models)
     rewards = trainer._calculate_rewards([{}], ["one two"], [" three"], [[10, 100, 2]])
     assert torch.isfinite(rewards).all()
+
+
+def of_pairs(folder, tokenizer, rows):
+    reward = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tokenizer)
+    return reward.of_pairs(rows["prompt"], rows["chosen"], rows["rejected"])
+
+
+def dpo(folder, tokenizer, rows):
+    return dpo_runs.dpo_trainer(folder, {"processing_class": tokenizer, "train_dataset": rows})
+
+
+def dpo_of_a_stream(folder, tokenizer, rows):
+    return dpo(folder, tokenizer, rows.to_iterable_dataset()).train()
+
+
+def dpo_from_a_path(folder, tokenizer, rows):
+    models = {"model": saved(tiny.tiny_actor(), folder / "policy"), "ref_model": None}
+    return dpo_runs.dpo_trainer(folder, models | {"processing_class": tokenizer, "train_dataset": rows})
+
+
+def ppo(folder, tokenizer, rows):
+    return ppo_runs.ppo_trainer(folder, {"processing_class": tokenizer, "train_dataset": rows})
+
+
+def ppo_of_ids(folder, tokenizer, rows):
+    return ppo(folder, tokenizer, rows.map(lambda row: tokenizer(row["prompt"])).select_columns("input_ids"))
+
+
+def ppo_of_a_stream(folder, tokenizer, rows):
+    return ppo_runs.ppo_trainer(
+        folder, {"processing_class": tokenizer, "train_dataset": rows.to_iterable_dataset()}, max_steps=4
+    ).train()
+
+
+def reward_training(folder, tokenizer, rows):
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    args = RewardConfig(str(folder), **options)
+    return CountingRewardTrainer(tiny.tiny_reward_model(), args, train_dataset=rows, processing_class=tokenizer)
+
+
+TRAINERS = [dpo, dpo_from_a_path, dpo_of_a_stream, ppo, ppo_of_ids, ppo_of_a_stream, reward_training, of_pairs]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reader", TRAINERS)
+def test_token_without_an_embedding_is_named(tmp_path, reader):
+    """Added to the tokenizer alone, or of another model's: an embedding answers it with an error without a name."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["zebra", "gnu"])  # which are in no row yet
+    rows = dpo_runs.tiny_pairs()
+    reader(tmp_path / "known", tokenizer, rows)
+    rows = Dataset.from_list([*rows.to_list()[:-1], rows[-1] | {"prompt": "the zebra is "}])
+    with pytest.raises(ValueError, match=r"knows 64 tokens, and a .* has the id 64 \('zebra'\)\. Give the tokenizer"):
+        reader(tmp_path / "unknown", tokenizer, rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reader", [dpo, reward_training])
+def test_padding_without_an_embedding_is_refused(tmp_path, reader):
+    """It would stand in the config of the model that is saved, which could not be loaded again."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    with pytest.raises(ValueError, match=r"knows 64 tokens, and the pad token has the id 64 \('<padding>'\)"):
+        reader(tmp_path, tokenizer, dpo_runs.tiny_pairs())

@@ -1,16 +1,64 @@
-"""Copies of an adapter beside it, which are whole and leave the base as it is."""
+"""Copies of an adapter beside it, which are whole and leave the base as it is; and a base that nothing trains."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 
 
 # Starts of LoRA that take out of the base's weights what they put into the adapter, whenever one with that config is
 # added: a copy of the adapter would take it out a second time.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_copyable(config: PeftConfig | None) -> None:
+    """
+    Args:
+        config: of an adapter; `None` for one that is not there, which others say.
+
+    Raises:
+        ValueError: for an adapter that trains biases of the base: PEFT holds no second one beside it.
+    """
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"The adapter that training starts from has `bias={bias!r}`: it trains biases of the base, so that no "
+            "frozen copy of it can be the reference. Make it with `bias='none'`, or pass a `ref_model`."
+        )
+
+
+def check_base_is_kept(model: Any) -> None:
+    """
+    Raises:
+        ValueError: for a `PeftModel` that also trains parameters of its base, where the reference is that base.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    prefix = getattr(model.base_model, "prefix", None)
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and not model.peft_config.keys() & set(name.split("."))
+        and not (prefix and prefix in name)
+    ]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} parameters of the base are trained beside the adapter, the first is {trained[0]}. The "
+            "reference is that base, with a frozen adapter or none, so it would move with them. Freeze them (an "
+            "adapter with `bias='none'` leaves biases alone), or pass a `ref_model`."
+        )
+
+
+def config_of_copy(config: PeftConfig) -> PeftConfig:
+    """Return the config for a frozen copy of an adapter. AdaLoRA takes another only if that is not trained."""
+    if isinstance(config, AdaLoraConfig):
+        config = copy.copy(config)
+        config.inference_mode = True
+    return config
 
 
 @contextmanager
@@ -50,8 +98,8 @@ def copied_whole(model: Any, name: str) -> Iterator[None]:
         return
     add = model.add_adapter
 
-    def add_copy(adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        add(adapter_name, *args, **kwargs)
+    def add_copy(adapter_name: str, config: PeftConfig) -> None:
+        add(adapter_name, config_of_copy(config))
         copy_weights(model, name, adapter_name)
 
     model.add_adapter = add_copy

@@ -100,16 +100,19 @@ class ScoringHead:
             silence(self.model, self.name, answer, allowed)
 
     @torch.no_grad()
-    def settle_aux_loss(self) -> bool:
+    def settle_aux_loss(self, asked_coef: float | None = None) -> bool:
         """
         Chooses the model's own head where TRL's does not give the load-balancing loss of a mixture of experts: TRL
         has Mixtral's formula, and Mixtral's names in the config, for every family.
+
+        Args:
+            asked_coef: the coefficient that the run sets; `None` where it takes the config's.
 
         Returns:
             Whether the model has that loss: its config may speak of experts that it was built without.
 
         Raises:
-            ValueError: when the model's own forward fails at it.
+            ValueError: when the model's own forward fails at it, or has none and the run asks for it.
         """
         ids, mask = _padded(probe_rows(self.model))
         asked: dict[str, Any] = {"attention_mask": mask, "output_router_logits": True, "use_cache": False}
@@ -122,6 +125,11 @@ class ScoringHead:
                     "and `router_aux_loss_coef`, or where it is not set the config, asks for it. Set "
                     "`router_aux_loss_coef=0.0`."
                 ) from error
+            if expected is None and asked_coef:
+                raise ValueError(
+                    f"`router_aux_loss_coef={asked_coef}` weighs the load-balancing loss of {self.name}, whose "
+                    "forward gives none. Leave it out."
+                )
             if expected is None or self.uses_own:
                 return expected is not None
             try:

@@ -1,5 +1,6 @@
 """What can be known of a model, or of an adapter, before its weights are loaded."""
 
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,40 @@ def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
             f"other tokens to it (id {first} is {mine[first]!r} here and {others[first]!r} there). It reads the same "
             "ids, so give one that shares the tokenizer."
         )
+
+
+def known_tokens(model: Any, config: Any) -> int | None:
+    """
+    Return how many tokens a model has an embedding of; `None` for a class of one's own that does not say.
+
+    Args:
+        model: in memory, or a path.
+        config: its text config.
+    """
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return getattr(config, "vocab_size", None)
+
+
+def check_known(ids: Iterable[int | None], known: int | None, tokenizer: Any, whose: str, where: str) -> None:
+    """
+    Args:
+        ids: of tokens that the model is to read; `None` for one that there is not.
+        known: how many it has an embedding of.
+        whose: model it is, and `where` the ids come from, for the error.
+
+    Raises:
+        ValueError: for an id that the model has no embedding of, as when tokens were added to its tokenizer alone.
+    """
+    unknown = None if known is None else next((i for i in ids if i is not None and not 0 <= i < known), None)
+    if unknown is None:
+        return
+    token = f" ({tokenizer.decode([unknown])!r})" if unknown > 0 else ""
+    raise ValueError(
+        f"{whose} knows {known} tokens, and {where} has the id {unknown}{token}. Give the tokenizer that it was "
+        "trained with, or train it with the token: `model.resize_token_embeddings(len(tokenizer))`."
+    )
 
 
 def adapter_config(path: Any) -> PeftConfig | None:

@@ -686,9 +686,11 @@ def test_metrics_of_several_held_out_sets_together_are_those_of_one_set_of_all(t
     assert "eval_preference/accuracy/1" in expected
     # Logits are TRL's means over the tokens of a batch, accuracies over its pairs.
     assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    together = trainer.state.log_history[-1]
-    assert together["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
-    assert len(dpo_runs.lines(trainer, "eval_loss")) == 1
+    # A line for each set, as TRL has them, the last of which is that of all, too.
+    lines = trainer.state.log_history
+    assert [[name for name in "abc" if f"eval_{name}_loss" in line] for line in lines] == [["a"], ["b"], ["c"]]
+    assert ["eval_loss" in line for line in lines] == [False, False, True]
+    assert lines[-1]["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["eval_rewards/accuracies", "eval_loss", "eval_b_rewards/margins", None])

@@ -1,6 +1,7 @@
 """TRL's `RewardTrainer`, counting: pairs in the right order, and pairs that are left out."""
 
 import logging
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from trl import RewardTrainer
 
 from ..device import drop_checkpointing
+from ..pretrained import check_known, known_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -21,13 +23,24 @@ class CountingRewardTrainer(RewardTrainer):
     where TRL's is a mean over batches, whatever their sizes; an evaluation logs their number as `eval_pairs`.
 
     Raises:
-        ValueError: when no pair is left.
+        ValueError: when no pair is left, or one has a token that the model has no embedding of.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._in_order: dict[str, list[Tensor]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)
+        self._check_known()
+
+    def _check_known(self) -> None:
+        tokenizer: Any = self.processing_class
+        config: Any = self.model.config
+        known = known_tokens(self.model, config.get_text_config())
+        check_known([tokenizer.pad_token_id], known, tokenizer, "The reward model", "the pad token")
+        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            for side in ("chosen_ids", "rejected_ids") if isinstance(dataset, Dataset) else ():
+                ids = chain.from_iterable(dataset[side])
+                check_known(ids, known, tokenizer, "The reward model", f"a row of the {name} dataset")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

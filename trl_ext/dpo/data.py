@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
+from ..pretrained import check_known
 from ..rendering import check_pairs
 
 
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NEEDED = ("chosen", "rejected")
 OPTIONAL = ("prompt",)
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 SOURCE = "source"
 FROM_SHAREGPT = " `trl_ext.conversions.to_preference(dataset)` makes that of 'from' and 'value'."
 TO_ONE_KIND = " `trl_ext.conversions.to_preference(dataset)` makes turns of the prompts."
@@ -146,13 +149,37 @@ def _differs(chosen: Any, rejected: Any) -> bool:
     return chosen != rejected
 
 
+def check_rows_known(dataset: Any, name: str, tokenizer: Any, known: int | None) -> Any:
+    """
+    Return the dataset, tokenised, looked through for ids that the policy has no embedding of; a stream is looked
+    through as its rows come.
+
+    Args:
+        known: how many tokens the policy has an embedding of.
+
+    Raises:
+        ValueError: when there is one, or padding is one.
+    """
+    check_known([tokenizer.pad_token_id], known, tokenizer, "The policy", "the pad token")
+
+    def check(*ids: list[int]) -> bool:
+        check_known(chain(*ids), known, tokenizer, "The policy", f"a row of the {name} dataset")
+        return True
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(check, input_columns=IDS)
+    for row in zip(*(dataset[column] for column in IDS), strict=True):
+        check(*row)
+    return dataset
+
+
 def drop_equal_tokens(dataset: Any, name: str, max_length: int | None, truncation_mode: str) -> Any:
     """
     The dataset, tokenised, without rows whose completions are equal as the model sees them: written differently and
     tokenised alike, or cut to `max_length` before they differ. Says how many.
     """
     keep = partial(_differs_cut, max_length=max_length, from_end=truncation_mode == "keep_end")
-    kept = dataset.filter(keep, input_columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    kept = dataset.filter(keep, input_columns=IDS)
     dropped = len(dataset) - len(kept) if isinstance(dataset, Dataset) else 0
     what = f"`chosen` and `rejected` have the same tokens within `max_length={max_length}`"
     if dropped and len(kept) == 0:
@@ -220,8 +247,7 @@ def check_tokenised(
 
 
 def _lengths(dataset: Dataset) -> list[tuple[int, int, int]]:
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return list(zip(*([len(ids) for ids in dataset[column]] for column in columns), strict=True))
+    return list(zip(*([len(ids) for ids in dataset[column]] for column in IDS), strict=True))
 
 
 class SourceCollator:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
-from ..pretrained import refuse_encoder_decoder
+from ..pretrained import check_known, known_tokens, refuse_encoder_decoder
 from .checks import check_vocabularies
 from .losses import implicit_reward
 
@@ -99,13 +100,13 @@ class ImplicitReward:
         return sorted(range(len(rewards)), key=lambda i: -rewards[i])
 
     def _rewards(self, sequences: Sequence[Cut]) -> list[float]:
-        logps = completion_logps(self.policy, sequences, self.batch_size)
+        logps = completion_logps(self.policy, self.tokenizer, sequences, self.batch_size)
         if self.reference is not None:
-            ref_logps = completion_logps(self.reference, sequences, self.batch_size)
+            ref_logps = completion_logps(self.reference, self.tokenizer, sequences, self.batch_size)
         else:
             adapters: Any = self.policy.peft_config
             with use_adapter(self.policy, "ref" if "ref" in adapters else None):
-                ref_logps = completion_logps(self.policy, sequences, self.batch_size)
+                ref_logps = completion_logps(self.policy, self.tokenizer, sequences, self.batch_size)
         return implicit_reward(logps, ref_logps, self.beta).tolist()
 
 
@@ -120,17 +121,24 @@ def pair_logps(
     """
     sides = (("chosen", "rejected"), ("rejected", "chosen"))
     sequences = [_tokenise(tokenizer, row["prompt"], row[one], row[two], row) for one, two in sides for row in pairs]
-    return completion_logps(model, sequences, batch_size).view(2, -1)
+    return completion_logps(model, tokenizer, sequences, batch_size).view(2, -1)
 
 
 @torch.no_grad()
-def completion_logps(model: nn.Module, sequences: Sequence[Cut], batch_size: int = 16) -> Tensor:
+def completion_logps(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Cut], batch_size: int = 16
+) -> Tensor:
     """
     log π(completion | prompt), (N,) on the CPU, nats: summed over a completion's tokens, as in DPO's training.
 
     Args:
         sequences: the ids of prompt and completion, and how many belong to the prompt.
+
+    Raises:
+        ValueError: for an id that the model has no embedding of.
     """
+    ids, known = chain.from_iterable(ids for ids, _ in sequences), known_tokens(model, getattr(model, "config", None))
+    check_known(ids, known, tokenizer, f"The {type(model).__name__}", "a prompt with its completion")
     parts = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
     return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in parts)])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._trl import create_model_from_path, get_config_model_id
+from ..adapter_copies import check_copyable
 from ..frozen import check_quantizable, is_fsdp, quantization
 from ..zero import copy_of, is_partitioned
 from .config import DPOConfigX
@@ -90,6 +91,7 @@ def check_adapter_to_copy(model: Any) -> None:
             f"{found}The name 'ref' is needed for a frozen copy of 'default', the reference. Remove what an earlier "
             "run has left with `model.delete_adapter('ref')`, or pass a `ref_model`."
         )
+    check_copyable(model.peft_config["default"])
 
 
 def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTrainedModel | None:

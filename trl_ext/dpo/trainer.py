@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
-from ..adapter_copies import base_left_alone, copied_whole
+from ..adapter_copies import base_left_alone, check_base_is_kept, copied_whole
 from ..context import context_limit
 from ..decoding import generating_by, greedy_decoding
 from ..device import drop_checkpointing, keep_4_bit_differentiable
@@ -31,6 +31,7 @@ from ..pretrained import (
     adapter_configs,
     check_no_adapter,
     check_same_tokens,
+    known_tokens,
     require_tokenizer,
     restore_weights,
     text_config,
@@ -45,7 +46,15 @@ from ..zero import check_unquantized, is_partitioned
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
-from .data import SOURCE, SourceCollator, check_columns, check_tokenised, drop_equal_pairs, drop_equal_tokens
+from .data import (
+    SOURCE,
+    SourceCollator,
+    check_columns,
+    check_rows_known,
+    check_tokenised,
+    drop_equal_pairs,
+    drop_equal_tokens,
+)
 from .display import show_completions, write_completions
 from .exactness import why_not_run
 from .forward import PairForward, recorded
@@ -138,9 +147,11 @@ class DPOTrainerX(DPOTrainer):
         elif ref_model is None:
             ref_model = copy_at_start(model, args, has_adapters)
         self._context = context_limit(config, *adapter_configs(model, kwargs.get("peft_config")))
+        self._known = known_tokens(model, config)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
-        self._eval_prefix = "eval"
+        self._eval_prefix = self._prefix_of_all = "eval"
+        self._sets: dict[str, dict[str, float]] = {}  # of several held-out sets, by the prefix of their names
         self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
         self._tokens_logged = 0
         with base_left_alone(model), copied_whole(model, "default"):  # TRL copies an adapter that training starts from
@@ -151,6 +162,8 @@ class DPOTrainerX(DPOTrainer):
             self.ref_model = None  # under FSDP a copy has been asked
         trained = check_trainable(self.model, "policy")
         check_optimizer(self.optimizer, {"policy": trained}, "Give it those of `model`, or leave it out.")
+        if self._reference_is_start and not args.precompute_ref_log_probs:
+            check_base_is_kept(self.model)
         self._learning = RequireGradients("policy", trained)
         self.add_callback(self._learning)
         self.add_callback(self.phases)
@@ -217,7 +230,7 @@ class DPOTrainerX(DPOTrainer):
         if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
             forward.head.settle()
             if self.aux_loss_enabled and not is_frozen:
-                self.aux_loss_enabled = forward.head.settle_aux_loss()
+                self.aux_loss_enabled = forward.head.settle_aux_loss(self.args.router_aux_loss_coef)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
         with PartialState().main_process_first():  # the others read its cache
@@ -225,6 +238,7 @@ class DPOTrainerX(DPOTrainer):
         rows = len(dataset) if isinstance(dataset, Dataset) else None
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)
+        dataset = check_rows_known(dataset, dataset_name, self._tokenizer, self._known)
         with PartialState().main_process_first():
             return drop_equal_tokens(dataset, dataset_name, args.max_length, args.truncation_mode)
 
@@ -359,6 +373,11 @@ class DPOTrainerX(DPOTrainer):
             collected = self._metrics[mode]
             logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
             collected.clear()
+            if self._sets:
+                self._sets[f"{self._eval_prefix}_"] = dict(logs)
+                if all(self._sets.values()):  # the last one
+                    together = pooled(self._sets) | self._ledgers["together"].pop()
+                    logs.update({f"{self._prefix_of_all}_{key}": value for key, value in together.items()})
 
     def _speed(self) -> dict[str, float]:
         """Seconds by phase and tokens per second of learning, since the last line of training."""
@@ -399,18 +418,20 @@ class DPOTrainerX(DPOTrainer):
         self, sets: dict[str, Any], ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
         """
-        Evaluates held-out sets, each under its own name; and all their pairs together under the names of a single
-        set, which is what the best model is chosen by.
+        Evaluates held-out sets, each under its own name. The line of the last one also has the metrics of all their
+        pairs together under the names of a single set, which is what the best model is chosen by.
         """
         self._ledgers["together"] = PreferenceLedger()
-        each = {name: self.evaluate(of, ignore_keys, f"{metric_key_prefix}_{name}") for name, of in sets.items()}
-        prefixed = {f"{metric_key_prefix}_{name}_": metrics for name, metrics in each.items()}
-        exact = self._ledgers.pop("together").pop()
-        together = {f"{metric_key_prefix}_{key}": value for key, value in (pooled(prefixed) | exact).items()}
-        self._eval_prefix = metric_key_prefix
-        self.log(together)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, together)
-        return {key: value for metrics in each.values() for key, value in metrics.items()} | together
+        self._prefix_of_all = metric_key_prefix
+        self._sets = {f"{metric_key_prefix}_{name}_": {} for name in sets}
+        metrics: dict[str, float] = {}
+        try:
+            for name, of in sets.items():
+                metrics |= self.evaluate(of, ignore_keys, f"{metric_key_prefix}_{name}")
+        finally:
+            self._sets = {}
+            del self._ledgers["together"]
+        return metrics
 
     def _complete_prompts(self, held_out: Dataset, name: str) -> None:
         """Shows and writes down what actor and reference make of the first prompts of the held-out set `name`."""

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..adapter_copies import base_left_alone, copy_weights
+from ..adapter_copies import base_left_alone, config_of_copy, copy_weights
 from ..noise import disable_noise
 
 
@@ -243,7 +243,7 @@ def saving_one_adapter(model: nn.Module) -> Iterator[None]:
 def copy_adapter(model: Any, name: str, copy_name: str) -> None:
     """Adds a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype, so that both compute the same."""
     with base_left_alone(model):
-        model.add_adapter(copy_name, model.peft_config[name])
+        model.add_adapter(copy_name, config_of_copy(model.peft_config[name]))
     copy_weights(model, name, copy_name)
     for parameter_name, parameter in model.named_parameters():
         if copy_name in parameter_name.split("."):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
+from ..adapter_copies import check_copyable
 from ..pretrained import adapter_config, check_no_adapter, check_same_tokens, refuse_encoder_decoder, text_config
 from ..trained import check_trainable
 from ..zero import check_turns, check_unquantized
@@ -184,6 +185,9 @@ def _check_rewards(args: PPOConfigX, given: Given) -> None:
 
 def _check_reference_adapter(args: PPOConfigX, given: Given) -> None:
     adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
+    others = (given.ref_model, args.ref_adapter_name, given.peft_config)
+    if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
+        check_copyable(adapters.get(args.model_adapter_name or given.model.active_adapter))
     if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
         raise ValueError(
             f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "

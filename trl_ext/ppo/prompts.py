@@ -13,6 +13,7 @@ from trl import is_conversational
 
 from ..conversions import ANSWERS
 from ..formats import CONVERSATION, LOOKED_AT, SHAREGPT, TEXT, describe, require, require_chat_template
+from ..pretrained import check_known
 from ..rendering import check_written_prompts
 from .config import PPOConfigX
 
@@ -121,8 +122,14 @@ def check_datasets(
     context: int | None,
     args: PPOConfigX,
     pad_id: int | None = None,
+    known: int | None = None,
 ) -> None:
-    """Checks every map-style dataset's prompts, and the columns of a stream's first row."""
+    """
+    Checks every map-style dataset's prompts, and the columns of a stream's first row.
+
+    Args:
+        known: how many tokens the actor has an embedding of.
+    """
     if train_dataset is None:
         raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
     for name, dataset in named(train_dataset, eval_dataset).items():
@@ -137,7 +144,7 @@ def check_datasets(
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-        check_prompts(dataset, name, tokenizer, context, *options, pad_id=pad_id)
+        check_prompts(dataset, name, tokenizer, context, *options, pad_id=pad_id, known=known)
     if isinstance(train_dataset, Dataset) and len(train_dataset) < args.batch_size:
         raise ValueError(
             f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.batch_size} "
@@ -162,9 +169,11 @@ def check_prompts(
     template_kwargs: dict[str, Any] | None = None,
     whose: str = "the model's",
     pad_id: int | None = None,
+    known: int | None = None,
 ) -> None:
     """
-    Raises `ValueError` unless every row has a prompt that, with its response, fits the model's context.
+    Raises `ValueError` unless every row has a prompt of tokens that the actor knows, which fits the model's context
+    with its response.
 
     Args:
         dataset: a map-style dataset with `prompt` (text or conversation) or `input_ids` (a list of token ids).
@@ -174,10 +183,13 @@ def check_prompts(
         template_kwargs: keyword arguments of the chat template.
         whose: context, for the error.
         pad_id: what prompts in `input_ids` may be padded with.
+        known: how many tokens the actor has an embedding of.
     """
 
     def length(row: dict[str, Any]) -> dict[str, int]:
-        return {"length": len(prompt_ids(row, tokenizer, template_kwargs or {}, pad_id))}
+        ids = prompt_ids(row, tokenizer, template_kwargs or {}, pad_id)
+        check_known(ids, known, tokenizer, "The actor", f"a prompt of `{name}`")
+        return {"length": len(ids)}
 
     lengths = dataset.map(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"

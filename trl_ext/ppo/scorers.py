@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..formats import CONVERSATION, LOOKED_AT, describe
+from ..pretrained import check_known, known_tokens
 from ..zero import is_partitioned
 from .config import PPOConfigX
 from .prompts import check_prompts, is_tokenised, named, unpadded
@@ -123,15 +124,9 @@ class TokenScorer:
             )
 
     def _check_ids(self, sequences: list[list[int]]) -> None:
-        """A tokenizer with tokens that were added after the model's embedding had been made."""
-        known = getattr(self.config, "vocab_size", None)
-        highest = max((id_ for ids in sequences for id_ in ids), default=0)
-        if known is not None and highest >= known:
-            raise ValueError(
-                f"The reward model {self.__name__!r} knows {known} tokens, and its tokenizer has written the id "
-                f"{highest} ({self.form.tokenizer.decode([highest])!r}). Give the tokenizer that it was trained with, "
-                "or train it with the token: `model.resize_token_embeddings(len(tokenizer))`."
-            )
+        known, ids = known_tokens(self.model, self.config), chain.from_iterable(sequences)
+        whose = f"The reward model {self.__name__!r}"
+        check_known(ids, known, self.form.tokenizer, whose, "a prompt with its answer")
 
 
 def check_readable(

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
+from ..adapter_copies import check_base_is_kept
 from ..best_metric import check_metric_of_sets
 from ..context import context_limit
 from ..decoding import generating_by
@@ -40,7 +41,7 @@ from ..masked import masked_mean, masked_moments
 from ..model_card import card_name, complete_card, hub_name
 from ..one_run import go_on_logging, name_run
 from ..phases import Phases
-from ..pretrained import adapter_configs, restore_weights, text_config
+from ..pretrained import adapter_configs, check_known, known_tokens, restore_weights, text_config
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..zero import is_stage3
@@ -187,10 +188,13 @@ class PPOTrainerX(GRPOTrainer):
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         adapters = adapter_configs(given.model, peft_config)
-        context = context_limit(text_config(given.model, args), *adapters, generates=True)
+        actor_config = text_config(given.model, args)
+        context = context_limit(actor_config, *adapters, generates=True)
+        self._known = known_tokens(given.model, actor_config)
         check_ids(args, given, tokenizer)
         if environment_factory is None:  # an environment may make its prompts itself
-            check_datasets(train_dataset, eval_dataset, data_collator, tokenizer, context, args, pad_of_prompts)
+            of_actor = (tokenizer, context, args, pad_of_prompts, self._known)
+            check_datasets(train_dataset, eval_dataset, data_collator, *of_actor)
         make_folder(args.output_dir)
         name_run(args)
 
@@ -290,11 +294,13 @@ class PPOTrainerX(GRPOTrainer):
         self._reference_is_start = args.needs_reference and all(other is None for other in others)
         copies_start = self._reference_is_start and given.peft_config is None
         self._ref_adapter = choose_adapters(self.model, args, copies_start)
+        if args.needs_reference and roles.reference is None:
+            check_base_is_kept(self.model)
         self.critic: Any = roles.critic
         self._attached, head = join_to_actor(self.model, roles, args)
         self._ref_logits: LogitsHead = head.logits
         if self.aux_loss_enabled and can_be_asked(self.model, args):
-            self.aux_loss_enabled = head.settle_aux_loss()
+            self.aux_loss_enabled = head.settle_aux_loss(self.args.router_aux_loss_coef)
         self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
         warn_of_small_steps(self.model, self.critic, args, self.is_deepspeed_enabled)
         if self.use_vllm:
@@ -409,8 +415,11 @@ class PPOTrainerX(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], TokenisedPrompt):
-            return [prompt.input_ids for prompt in prompts], None, {}
-        return super()._tokenize_prompts(prompts)
+            tokenised: Any = [prompt.input_ids for prompt in prompts], None, {}
+        else:
+            tokenised = super()._tokenize_prompts(prompts)
+        check_known(chain.from_iterable(tokenised[0]), self._known, self._tokenizer, "The actor", "a prompt")
+        return tokenised
 
     def _generate(self, prompts: list[Any]) -> tuple:
         phase = self.phases.during("generate") if self.model.training else nullcontext()
