@@ -1,6 +1,7 @@
 """What every test shares: no network, no GPU unless asked for, fixed seeds, one thread, tiny models."""
 
 import os
+from pathlib import Path
 
 
 # Before any import below: these libraries read their environment once.
@@ -33,6 +34,18 @@ def pytest_collection_modifyitems(items):
 def _fixed_seeds():
     """Python, NumPy and torch start every test from the same state."""
     set_seed(0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves a run's report empty: drawing it takes most of a tiny run's time, and tests of reports do that."""
+    from trl_ext.callbacks import report
+
+    def touch(folders, **_):
+        for folder in folders:
+            (Path(folder) / "report.html").touch()
+
+    monkeypatch.setattr(report, "write_report", touch)
 
 
 @pytest.fixture

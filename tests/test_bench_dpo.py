@@ -1,7 +1,10 @@
 """The DPO benchmark: its shapes have the lengths they claim, its bound counts what is computed, and it runs."""
 
+import contextlib
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +16,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield lambda name: __import__(name)
-    for name in ("bench_dpo", "bench_dpo_setup"):
+    for name in ("bench_dpo", "bench_dpo_setup", "bench_dpo_worker"):
         sys.modules.pop(name, None)
 
 
@@ -60,7 +63,15 @@ def test_row_compares_medians_without_first_steps(script):
 
 
 def test_benchmark_runs_both_trainers_in_turns(script, monkeypatch, capsys):
-    bench = script("bench_dpo")
+    bench, worker = script("bench_dpo"), script("bench_dpo_worker")
+
+    def run_here(command, stdout, stderr, env):
+        assert command[:2] == [sys.executable, SCRIPTS / "bench_dpo_worker.py"]
+        with contextlib.redirect_stdout(stdout):
+            worker.main(json.loads(command[2]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
     monkeypatch.setattr(sys, "argv", ["bench_dpo.py", "--shapes", "tiny", "--runs", "1", "--steps", "2"])
     bench.main()
     lines = capsys.readouterr().out.splitlines()

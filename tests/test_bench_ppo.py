@@ -80,10 +80,12 @@ def test_one_update_is_refused(script, monkeypatch):
         script("bench_ppo").main()
 
 
-def test_failed_run_says_what_it_printed(script, monkeypatch, tmp_path):
-    bench = script("bench_ppo")
-    with pytest.raises(RuntimeError, match=r"(?s)run of head ended with 1.*no-such-folder"):
-        bench.measure(sys.executable, _job(script, "head") | {"models": "no-such-folder"}, tmp_path / "no-such-folder")
+def test_failed_run_says_what_it_printed(script, tmp_path):
+    bench, python = script("bench_ppo"), tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no GPU for $1 >&2\nexit 7\n")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"(?s)run of head ended with 7.*no GPU for .*bench_ppo_worker\.py"):
+        bench.measure(str(python), _job(script, "head"), tmp_path)
 
 
 def test_clock_splits_an_update_into_its_phases(script, monkeypatch):
@@ -118,9 +120,19 @@ def _job(script, trainer):
 
 
 @pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainer", ["model", "head"])
-def test_run_of_our_trainer_on_the_tiny_shape(script, tmp_path, trainer):
+def test_run_of_our_trainer_on_the_tiny_shape(script, tmp_path, monkeypatch, trainer):
+    """One in a process of its own, as the benchmark starts it, the other in this one."""
     bench, setup = script("bench_ppo"), script("bench_ppo_setup")
+    if trainer == "head":
+        worker = script("bench_ppo_worker")
+
+        def run_here(command, **_):
+            worker.main(json.loads(command[2]))
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(bench.subprocess, "run", run_here)
     setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
     measured = bench.measure(sys.executable, _job(script, trainer), tmp_path)
     assert len(measured["updates"]) == 2

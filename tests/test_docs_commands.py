@@ -158,6 +158,7 @@ def walk(page, python=True):
     return names
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_quick_start_runs_from_top_to_bottom(workplace):
     trainer = walk("docs/quickstart.md")["trainer"]
     assert trainer.state.global_step > 0
@@ -168,6 +169,7 @@ def test_quick_start_runs_from_top_to_bottom(workplace):
     assert len((workplace / "out/scores.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tutorial_runs_from_top_to_bottom(workplace):
     names = walk("docs/tutorial.md")
     for folder in ("reward", "dpo", "ppo", "dpo-then-ppo"):
@@ -217,6 +219,7 @@ def test_migration_page_makes_a_config_like_trl112(workplace):
     assert args.for_trainer_loop().kl_estimator == "k1"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/dpo.md", "docs/ppo.md", "docs/theory.md"])
 def test_commands_of_the_page_run(workplace, page):
     """Its Python examples, where it has some, are those of tests/test_examples.py."""

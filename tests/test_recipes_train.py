@@ -18,7 +18,7 @@ from trl_ext.cli.main import main
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
-pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 RECIPES = [
     path
     for name in ("reward", "ppo", "dpo")

@@ -6,6 +6,11 @@ from datasets import Dataset
 import tiny
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(undrawn):
+    """tests/test_scripts.py has runs whose reports are drawn."""
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """Tiny models, 40 prompts and 40 pairs."""

@@ -1,7 +1,6 @@
 """How a command starts itself on several processes, and how it does not."""
 
 import json
-import sys
 from argparse import Namespace
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 import two_processes
 from cli_runs import run_of
 from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
+from trl_ext.cli.main import main
 from trl_ext.cli.options import read
 from trl_ext.cli.recipes import INSTALLED
 
@@ -61,10 +61,12 @@ def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):
 
 
 @pytest.mark.distributed
-def test_nproc_starts_processes_that_train_one_model(paths, tmp_path):
+def test_nproc_starts_processes_that_train_one_model(paths, tmp_path, monkeypatch, capfd):
+    for name, value in two_processes.environment().items():
+        monkeypatch.setenv(name, value)
     short = {"max_steps": 1, "per_device_train_batch_size": 2, "output_dir": tmp_path / "out", "nproc": 2}
-    done = two_processes.run("-m", "trl_ext.cli", "dpo", *run_of("dpo", paths, **short), launch=(sys.executable,))
-    assert done.stdout.count("Everything is in") == 1
+    main(["dpo", *run_of("dpo", paths, **short)])
+    assert capfd.readouterr().out.count("Everything is in") == 1
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 1
     facts = json.loads((tmp_path / "out" / "run.json").read_text())

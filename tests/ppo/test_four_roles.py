@@ -478,6 +478,7 @@ def test_no_role_repacks_the_4_bit_weights_in_an_evaluation(paths, tmp_path, mon
 # --- two processes
 
 
+@pytest.mark.proof
 @pytest.mark.distributed
 def test_two_processes_change_nothing(tmp_path, monkeypatch):
     """DDP, on a 4-bit base and with gradient checkpointing: the losses and adapters of one process."""

@@ -11,8 +11,9 @@ import two_processes
 SCRIPT = Path(__file__).resolve().parent / "vllm_layouts.py"
 
 
+@pytest.mark.proof
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=pytest.mark.proof)])
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_actor_is_sent_whole_and_the_critic_is_neither_sent_nor_gathered(tmp_path, engine):
     """The engine's log-probabilities are the trainer's in each of three rollouts, colocated and as a server."""
     tiny.save_tiny(tmp_path)
