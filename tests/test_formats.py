@@ -185,6 +185,11 @@ def test_error_leads_to_a_dataset_that_can_be_used(make):
             "preference",
             r"\(in TRL's terms unpaired preference\)\. Training on preferences needs .*to_preference\(dataset\)`",
         ),
+        (
+            {"prompt": "a", "completion": "b", "label": "good"},
+            "preference",
+            r"A `label` of true or false, or 1 or 0, .* with `dataset\.map`, then .*to_preference\(dataset\)`",
+        ),
         ({"messages": USER + ANSWER}, "prompts", r"modeling, conversations\)\. PPO needs .*to_prompts\(dataset\)`"),
         ({"chosen": "ab", "rejected": "ac"}, "prompts", r"no column 'prompt'; .* implicit prompt\)\. .*to_prompts"),
         ({"text": "a"}, "prompts", r"as in `--columns prompt=question`.*docs/datasets.md has the formats"),

@@ -290,6 +290,11 @@ def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
         return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`."
     if found in TASKS[task][1]:
         return f"`trl_ext.conversions.to_{task}(dataset)` makes it so."
+    if found == "prompt-completion" and "label" in column_names(dataset):
+        return (
+            "A `label` of true or false, or 1 or 0, would tell good completions from bad ones: make it so with "
+            "`dataset.map`, then pairs with `trl_ext.conversions.to_preference(dataset)`."
+        )
     example = "prompt=question chosen=good rejected=bad" if task == "preference" else "prompt=question"
     return (
         f"Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the formats."

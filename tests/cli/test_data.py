@@ -73,6 +73,13 @@ def test_a_stream_holds_out_its_first_rows(rows, tmp_path):
         load_splits(DataArguments(dataset_name=path, streaming=True), no_embedded, to_prompts)
 
 
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_stream_needs_the_number_of_steps(name, paths, tmp_path, capsys):
+    words = [name, *run_of(name, paths, output_dir=tmp_path, dataset_streaming=True, test_size=4)]
+    for more in ([], ["--dry_run"]):
+        assert error_of([*words, *more], capsys) == "error: A stream has no length: give `--max_steps`."
+
+
 def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, demo):
     files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     for file in files:
@@ -83,6 +90,9 @@ def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, dem
     assert (len(splits["train"]), len(splits["test"])) == (30, 10)
     again = load_splits(data, no_embedded, to_prompts)
     assert splits["test"]["prompt"] == again["test"]["prompt"]  # as on another rank
+    data.dataset_train_split = "none"
+    with pytest.raises(ValueError, match=r"^json, json has no split 'none' but \['train'\]"):
+        load_splits(data, no_embedded, to_prompts)
     assert toy_run(["--datasets", "mine"], demo)[3].output_dir != "from-demo"
 
 

@@ -80,7 +80,11 @@ def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths,
 @pytest.mark.parametrize("name", ["reward", "ppo", "dpo"])
 def test_option_that_transformers_refuses_ends_in_a_sentence_too(name, capsys):
     for flags, said in (
-        (["--logging_steps", "0"], "error: logging strategy IntervalStrategy.STEPS requires non-zero --logging_steps"),
+        (["--dataloader_prefetch_factor", "2"], "error: --dataloader_prefetch_factor can only be set when data is"),
+        (
+            ["--logging_steps", "0"],
+            "error: `logging_steps` is 0.0; it must be above 0. For none at all set `logging_str",
+        ),
         (["--per_device_train_batch_size", "0"], "error: `per_device_train_batch_size` is 0; it must be"),
         (["--report_to", "wandbb"], "error: `report_to` has 'wandbb'; it may have"),
     ):

@@ -21,6 +21,15 @@ def test_error_of_another_package_is_one_sentence_with_its_class(monkeypatch):
     assert ended_with("--model", "135m") == "error: TypeError: unsupported operand type(s)"
 
 
+def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model_name_or_path: smollm2-135m-instruct\n")
+    said = ended_with("--from_config", recipe)
+    assert said == f"error: {recipe} is in no folder `ppo` or `dpo`: say which it is with `--trainer`."
+    plan.main(["--from_config", str(recipe), "--trainer", "dpo"])
+    assert "GiB" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, said", [("missing/plan.png", "FileNotFoundError"), ("plan.abc", "ValueError")])
 def test_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, name, said):
     sentence = ended_with("--model", "135m", "--picture", tmp_path / name)

@@ -92,7 +92,7 @@ def load_splits(
     splits = _load(args)
     if args.dataset_train_split not in splits:
         raise ValueError(
-            f"{args.dataset_name} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
+            f"{args.source} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
             "`--dataset_train_split`."
         )
     _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
@@ -105,6 +105,15 @@ def load_splits(
     return DatasetDict(train=_first(train, args.train_size), test=_first(test, args.test_size))
 
 
+def require_steps(rows: Any, max_steps: int) -> None:
+    """
+    Raises:
+        ValueError: for a stream without `max_steps`: nobody knows how many steps an epoch has.
+    """
+    if isinstance(rows, IterableDataset) and max_steps <= 0:
+        raise ValueError("A stream has no length: give `--max_steps`.")
+
+
 def load_rows(args: DataArguments) -> Dataset:
     """All pairs of the test split, or of the training split where there is no other; at most `test_size`."""
     splits = _load(args)
@@ -113,7 +122,7 @@ def load_rows(args: DataArguments) -> Dataset:
             _require_rows(splits[name], f"split {name!r} of {args.source}")
             return _first(to_preference(splits[name], parse_columns(args.columns or ())), args.test_size)
     raise ValueError(
-        f"{args.dataset_name} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
+        f"{args.source} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
         "`--dataset_test_split`."
     )
 

@@ -58,7 +58,8 @@ class ImplicitReward:
             raise ValueError(f"`beta` is {beta}; give the β > 0 that the policy was trained with.")
         if reference is None and not is_peft_model(policy):
             raise ValueError(
-                "`reference` is None and the policy has no adapter to switch off: give the model DPO started from."
+                "`reference` is None and the policy has no adapter to switch off: give the model that DPO started "
+                "from, in `trl-ext score` with `--ref_model`."
             )
         for model in (policy, reference):
             if model is not None:

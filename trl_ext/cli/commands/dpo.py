@@ -24,7 +24,7 @@ from ...plain import plain_file
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
 from ...steps_left import require_steps_left
 from ..closing import closing_lines, report_callbacks, running
-from ..data import PairArguments, load_pairs
+from ..data import PairArguments, load_pairs, require_steps
 from ..dry_run import dry_run
 from ..fit import require_fit
 from ..launch import LaunchArguments, launch, launches, require_all
@@ -51,6 +51,7 @@ def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTra
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     adapter, quantization = model.adapter(), model.quantization()
     splits = load_pairs(data)
+    require_steps(splits["train"], args.max_steps)
     with model_errors(model):
         trainer = DPOTrainerX(
             path,

@@ -117,7 +117,7 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
         recipe = find_config(given.from_config)
         trainer = flags.get("trainer") or recipe.resolve().parent.name
         if trainer not in CONFIGS:
-            raise SystemExit(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with --trainer.")
+            raise ValueError(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with `--trainer`.")
         config = CONFIGS[trainer]
         options = recipe_options((DataArguments, ModelArguments, config), recipe)
         names, layout = (

@@ -35,7 +35,7 @@ from ...startable import make_folder
 from ...steps_left import refuse_finished_checkpoints, require_steps_left
 from ...trained import RequireGradients, check_trainable
 from ..closing import closing_lines, program, report_callbacks, running
-from ..data import PairArguments, load_pairs
+from ..data import PairArguments, load_pairs, require_steps
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, model_errors, path_of, require_adapted
@@ -64,6 +64,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     name_run(args)
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
+    require_steps(splits["train"], args.max_steps)
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
     with model_errors(model):
         trainer = CountingRewardTrainer(
