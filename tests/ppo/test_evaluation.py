@@ -11,7 +11,7 @@ from datasets import Dataset
 import tiny
 from ppo_runs import changed, logged, ppo_run, ppo_trainer, snapshot
 from trl_ext.ppo.evaluation import HeldOut
-from trl_ext.ppo.metrics import held_out_score
+from trl_ext.ppo.metrics import held_out_score, means_of_batches
 
 
 def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
@@ -162,6 +162,39 @@ def test_one_batch_of_held_out_prompts_gives_what_grpo_gives(tmp_path, monkeypat
     assert {key: ours[key] for key in keys} == pytest.approx({key: grpos[key] for key in keys}, rel=1e-5)
 
 
+def test_what_a_reward_function_logs_is_of_all_responses_whatever_the_batches(tmp_path):
+    """Seven prompts in batches of 3, 3 and 1: a mean of means would count the last like three."""
+    prompts = Dataset.from_dict({"prompt": ["the cat"] * 3 + ["a dog"] * 3 + ["two books of one"]})
+    counted = []
+
+    def graded(prompts, log_metric, **kwargs):
+        lengths = [float(len(prompt)) for prompt in prompts]
+        log_metric("length", statistics.mean(lengths))
+        if len(counted) != 3:  # not in the second batch
+            counted.extend(lengths)
+            log_metric("seldom", statistics.mean(lengths))
+        else:
+            counted.append(None)
+        return lengths
+
+    models = {"reward_model": None, "reward_funcs": graded, "eval_dataset": prompts}
+    metrics = ppo_trainer(tmp_path, models, per_device_eval_batch_size=3).evaluate()
+    lengths = [len(prompt) for prompt in prompts["prompt"]]
+    assert metrics["eval_length"] == pytest.approx(statistics.mean(lengths))
+    assert metrics["eval_seldom"] == pytest.approx(statistics.mean(counted[:3] + counted[4:]))
+
+
+def test_rates_of_tools_are_over_responses_and_over_calls():
+    batches = [
+        {"tools/call_frequency": 1.0, "tools/failure_frequency": 0.5},  # 4 calls of 4 responses, 2 fail
+        {"tools/call_frequency": 0.0, "tools/failure_frequency": math.nan},
+        {"tools/call_frequency": 3.0, "tools/failure_frequency": 1 / 3},  # 3 calls of 1 response, 1 fails
+    ]
+    line = means_of_batches(batches, [4, 4, 1])
+    assert line == pytest.approx({"tools/call_frequency": 7 / 9, "tools/failure_frequency": 3 / 7})
+    assert means_of_batches(batches[1:2], [4]) == {"tools/call_frequency": 0.0}
+
+
 def test_rise_is_measured_on_the_same_prompts_only(tmp_path):
     first, other = tiny.tiny_prompts(3, seed=3), tiny.tiny_prompts(3, seed=4)
     trainer = ppo_trainer(tmp_path, {"eval_dataset": first})
@@ -212,7 +245,7 @@ def test_held_out_prompts_without_an_answer_have_no_kl():
         ref_logps=torch.zeros(2, 3),
     )
     nothing = {"length": torch.zeros(2), "ended": torch.zeros(2)}
-    held_out.add(rollout, [{"prompt": "a"}, {"prompt": "b"}], nothing)
+    held_out.add(rollout, [{"prompt": "a"}, {"prompt": "b"}], nothing, {})
     metrics = held_out.metrics("eval")
     assert metrics["reward/score"] == [0.0]
     assert all(math.isfinite(value) for (value,) in metrics.values())

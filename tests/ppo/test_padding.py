@@ -99,6 +99,21 @@ def test_model_that_counts_from_another_number_is_not_told_positions():
         assert (model(**rows).last_hidden_state[1, 4:] - expected).abs().max() > 1e-2  # the control
 
 
+@pytest.mark.parametrize("own, actors", [(0, 2), (5, 0)])
+def test_model_whose_pad_token_is_another_than_the_actors_counts_from_its_own(own, actors):
+    """RoBERTa counts from the ids that are not its pad token, whatever the mask says."""
+    config = RobertaConfig(
+        is_decoder=True, max_position_embeddings=64, initializer_range=0.5, **(USUAL | {"pad_token_id": own})
+    )
+    model = made(RobertaForCausalLM, config).base_model
+    rows = padded_rows()
+    rows["input_ids"][1, :4] = actors
+    with torch.no_grad():
+        expected = model(input_ids=rows["input_ids"][1:, 4:]).last_hidden_state[0]
+        told = LeftPadding(model, "it").inputs(rows)
+        assert torch.allclose(model(**told).last_hidden_state[1, 4:], expected, atol=1e-5)
+
+
 RWKV = RwkvConfig(hidden_size=16, num_hidden_layers=2, context_length=64, **IDS)
 BART = BartConfig(
     d_model=16,

@@ -307,3 +307,26 @@ def test_held_out_prompts_are_answered_by_vllm_too(tmp_path):
         assert math.isfinite(metrics["eval_reward/score"])
         assert sampler.calls[-1] == "sleep"
         assert "generate" in sampler.calls
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
+def test_difference_of_an_evaluation_is_of_all_its_tokens_whatever_the_batches(tmp_path, mode):
+    """Five prompts in batches of 2, 2 and 1; the stand-in knows what it has reported wrongly."""
+    options = {"per_device_eval_batch_size": 2, "use_vllm": True, "vllm_importance_sampling_mode": mode}
+    options |= {"vllm_importance_sampling_clip_max": None, "vllm_importance_sampling_clip_min": 1e-6}
+    with vllm(noise=0.3, unavailable=4) as sampler:
+        trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(5, seed=3)}, response_length=9, **options)
+        metrics = trainer.evaluate()
+    assert len(sampler.errors) == 5
+    known = [[error for i, error in enumerate(errors) if i % 4] for errors in sampler.errors]
+    every = [abs(error) for errors in known for error in errors]
+    assert metrics[f"eval_{DIFFERENCE}/mean"] == pytest.approx(sum(every) / len(every), rel=1e-3)
+    assert metrics[f"eval_{DIFFERENCE}/max"] == pytest.approx(max(every), rel=1e-3)
+    if mode == "token_truncate":  # 1 where nothing was reported
+        ratios = [math.exp(-error) if i % 4 else 1.0 for errors in sampler.errors for i, error in enumerate(errors)]
+    else:
+        ratios = [math.exp(-sum(errors)) for errors in known]
+    ratio = "eval_sampling/importance_sampling_ratio"
+    assert metrics[f"{ratio}/mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
+    assert metrics[f"{ratio}/min"] == pytest.approx(min(ratios), rel=1e-3)
+    assert metrics[f"{ratio}/max"] == pytest.approx(max(ratios), rel=1e-3)

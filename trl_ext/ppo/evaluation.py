@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import PPOConfigX
 from .experience import sequence_kl
-from .metrics import held_out_responses, held_out_score
+from .metrics import held_out_responses, held_out_score, means_of_batches
 from .rollout import Rollout
 
 
@@ -49,6 +49,30 @@ def lengths_and_ends(
     return {name: torch.tensor(column, dtype=torch.float32, device=device) for name, column in columns.items()}
 
 
+def of_sampling(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """
+    Columns (b,) of how far vLLM's probabilities are from the trainer's, as GRPO counts: of log-probabilities where
+    vLLM gave one, of its correction everywhere. None without that correction.
+    """
+    if "importance_sampling_ratio" not in batch:
+        return {}
+    counts = batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
+    difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs()
+    ratio = batch["importance_sampling_ratio"]
+    of_tokens = ratio.shape == counts.shape  # or of whole responses
+    corrected = counts if of_tokens else torch.ones_like(ratio, dtype=torch.bool)
+    columns = {}
+    for name, values, mask in (
+        ("sampling_logp_difference", difference, counts & ~difference.isnan()),
+        ("importance_sampling_ratio", ratio, corrected),
+    ):
+        columns[f"sampling/{name}/sum"] = values.masked_fill(~mask, 0).sum(1)
+        columns[f"sampling/{name}/count"] = mask.sum(1).float()
+        columns[f"sampling/{name}/min"] = values.masked_fill(~mask, torch.inf).amin(1)
+        columns[f"sampling/{name}/max"] = values.masked_fill(~mask, -torch.inf).amax(1)
+    return columns
+
+
 class HeldOut:
     """
     The evaluations of a run: each collects its batches, and is compared with the first of the same prompts.
@@ -68,6 +92,8 @@ class HeldOut:
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
         self._responses: list[dict[str, Tensor]] = []
+        self._said: list[dict[str, float]] = []
+        self._sizes: list[int] = []
 
     def state_dict(self) -> dict[tuple[str, int], Tensor]:
         """The first scores of every set of prompts, for a checkpoint."""
@@ -81,13 +107,18 @@ class HeldOut:
         """Batches of this evaluation that this rank has answered."""
         return len(self._scores)
 
-    def add(self, rollout: Rollout, rows: list[dict[str, Any]], responses: dict[str, Tensor]) -> None:
+    def add(
+        self, rollout: Rollout, rows: list[dict[str, Any]], responses: dict[str, Tensor], said: dict[str, float]
+    ) -> None:
         """
         Takes in a batch; its KL too where the reference has scored it.
 
         Args:
             responses: columns (b,) for `held_out_responses`, of this rank.
+            said: what else GRPO says of the batch, over all ranks.
         """
+        self._said.append(said)
+        self._sizes.append(len(rows))
         self._scores.append(self._gather(rollout.scores.masked_fill(~rollout.scored, torch.nan)))
         self._responses.append({name: self._gather(column) for name, column in responses.items()})
         self._prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
@@ -102,7 +133,8 @@ class HeldOut:
         self._first_scores.setdefault(same_prompts, scores)
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
         columns = {name: torch.cat([batch[name] for batch in self._responses]) for name in self._responses[0]}
-        metrics |= {key: [value] for key, value in held_out_responses(columns).items()}
+        said = means_of_batches(self._said, self._sizes) | held_out_responses(columns)
+        metrics |= {key: [value] for key, value in said.items()}
         if self._kls:
             kls = torch.cat(self._kls)
             known = kls[~kls.isnan()]

@@ -167,6 +167,23 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
     return line
 
 
+def means_of_batches(batches: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
+    """
+    What is known of batches alone, over all their responses: calls of tools, and what reward functions log by
+    `log_metric`, each a mean over its batch; of failures, over the calls.
+
+    Args:
+        sizes: responses in each batch; ranks have as many.
+    """
+    line = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch):
+        known = [(b, size) for b, size in zip(batches, sizes, strict=True) if not math.isnan(b.get(name, math.nan))]
+        weights = [size * (b["tools/call_frequency"] if name == "tools/failure_frequency" else 1) for b, size in known]
+        if sum(weights) > 0:
+            line[name] = sum(b[name] * w for (b, _), w in zip(known, weights, strict=True)) / sum(weights)
+    return line
+
+
 def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
     """
     Return what GRPO says of a batch of responses, of all the held-out ones together; its own mean over batches would
@@ -174,7 +191,8 @@ def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
 
     Args:
         columns: (N,) of every response: `length`, tokens that the model wrote; `ended`, 1 where it ended by itself,
-            else 0; `rewards/<source>`, NaN where the source said nothing.
+            else 0; `rewards/<source>`, NaN where the source said nothing; `sampling/<what>/sum`, `count`, `min` and
+            `max` over the tokens of each.
 
     Returns:
         Values by log key; what cannot be said is left out.
@@ -191,4 +209,10 @@ def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
             line[f"{name}/mean"] = known.mean().item()
         if len(known) > 1:
             line[f"{name}/std"] = known.std().item()
+    for name in [name.removesuffix("/sum") for name in columns if name.endswith("/sum")]:
+        sums, count, low, high = (columns[f"{name}/{each}"] for each in ("sum", "count", "min", "max"))
+        if count.any():
+            line |= {f"{name}/mean": (sums.sum() / count.sum()).item(), f"{name}/max": high.max().item()}
+            if name == "sampling/importance_sampling_ratio":  # as GRPO has it
+                line[f"{name}/min"] = low.min().item()
     return line

@@ -31,7 +31,8 @@ class LeftPadding:
 
     def inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """
-        The arguments of the trunk, with `position_ids` only where it reads them.
+        The arguments of the trunk: `position_ids` only where it reads them, and its own pad token at what the mask
+        leaves out, from which some families count instead of from the mask.
 
         Raises:
             ValueError: for a padded batch, when the model cannot read one.
@@ -47,7 +48,16 @@ class LeftPadding:
                 "those of the same tokens without padding. Give it prompts of one length in tokens, or use a model of "
                 "another family."
             )
+        if mask is not None and "input_ids" in kwargs:
+            kwargs = kwargs | {"input_ids": self._with_own_pads(kwargs["input_ids"], mask)}
         return kwargs if self._takes_positions else {k: v for k, v in kwargs.items() if k != "position_ids"}
+
+    def _with_own_pads(self, ids: Tensor, mask: Tensor) -> Tensor:
+        trunk: Any = self.trunk
+        config = trunk.config.get_text_config()
+        pad: Any = getattr(config, "pad_token_id", None)
+        known = pad is not None and 0 <= pad < config.vocab_size
+        return ids.masked_fill(~mask.bool(), pad) if known else ids
 
     def _check_selection(self, mask: Tensor) -> None:
         """Of keys that score alike, as those of equal tokens, the length of the row decides which Doge selects."""
@@ -84,6 +94,7 @@ class LeftPadding:
             nn.utils.rnn.pad_sequence([row[0].flip(0) for row in each], batch_first=True).flip(1)
             for each in (rows, [torch.ones_like(row) for row in rows])
         )
+        ids = self._with_own_pads(ids, mask)
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if with_positions else {}
         try:
             return (self._states(ids, mask, **positions) - alone).abs().mean().item()

@@ -69,7 +69,7 @@ from .checks import (
 from .coefficients import Coefficients
 from .config import PPOConfigX
 from .display import batch_plan, print_samples
-from .evaluation import HeldOut, lengths_and_ends, named_after_set, samples_are_due
+from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
 from .experience import estimate_returns, rollout_metrics, sequence_kl
 from .forward import ActorCriticOutput, LogitsHead, without_router_logits
 from .given import Given, Model, check_given, check_ids, resolve_args
@@ -403,6 +403,7 @@ class PPOTrainerX(GRPOTrainer):
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
         mark_unmeasured(metrics, self._has_sampling_logps(batch))
+        self._responses |= of_sampling(batch)
         return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
@@ -685,10 +686,13 @@ class PPOTrainerX(GRPOTrainer):
         # Every evaluation draws the same random numbers: what differs between two of them is the policy.
         batch = self._held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(self.args.seed + batch)
+        metrics = self._metrics["eval"]
+        before = {name: len(values) for name, values in metrics.items()}
         rollout = self._generate_and_score_completions(rows)
         if self.args.needs_reference:
             self._score_with_models(rollout)
-        self._held_out.add(rollout, rows, self._responses)
+        said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
+        self._held_out.add(rollout, rows, self._responses, said)
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
