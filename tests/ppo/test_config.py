@@ -341,7 +341,10 @@ def test_command_line_sets_every_kind_of_option():
         ({"kl_controller": "proportional", "kl_target": -1.0}, "`kl_target` is -1.0; it must be above 0"),
         ({"generation_kwargs": {"temperature": 0.5}}, r"`generation_kwargs` holds \['temperature'\], which"),
         ({"metric_for_best_model": "loss"}, "PPO has no held-out loss. Use 'eval_reward/score'"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows a metric. Set `metric_for_best_model`"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "follows a metric. Set `metric_for_best_model`.*`eval_strategy",
+        ),
         ({"gamma": 1.1}, "`gamma` is 1.1; it must be from 0 to 1"),
         ({"lam": -0.1}, "`lam` is -0.1"),
         ({"kl_coef": -0.1}, "`kl_coef` is -0.1"),

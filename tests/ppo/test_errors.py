@@ -1,6 +1,7 @@
 """What is refused before anything is loaded, and what stops a run."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -413,3 +414,12 @@ def test_adapter_that_is_loaded_frozen_is_an_error(tmp_path):
             reward_model=tiny.tiny_reward_model(),
             train_dataset=tiny.tiny_prompts(),
         )
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4], [True] * 4, [["a", "b"]] * 4, [{"a": "b"}] * 4, [[7, 8]] * 4])
+def test_prompts_of_another_kind_start_when_the_advice_is_followed_to_the_letter(tmp_path, values):
+    dataset = prompts(prompt=values)
+    with pytest.raises(ValueError, match="The column 'prompt' of `train_dataset` holds") as error:
+        ppo_trainer(tmp_path, {"train_dataset": dataset})
+    (advice,) = re.findall(r"`(dataset\..*)`", str(error.value))
+    ppo_trainer(tmp_path, {"train_dataset": eval(advice, {"dataset": dataset})})

@@ -18,12 +18,14 @@ from transformers import (
     ModernBertDecoderForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    PretrainedConfig,
 )
 
 import ppo_runs
 import tiny
 from ppo_runs import ppo_run, ppo_trainer
 from trl_ext.ppo.critic import ValueModel, build_critic, restore
+from trl_ext.ppo.state_values import StateValues
 
 
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -150,6 +152,27 @@ def test_reward_model_of_ones_own_scores_is_copied_as_the_critic_and_survives_sa
     again = ppo_trainer(tmp_path, {"reward_model": Wrapped()}, max_steps=3)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 3
+
+
+class Holding(nn.Module):
+    """A model of a user that holds a whole classifier; its config says what an error asks for, and no more."""
+
+    def __init__(self, seed: int = 1):
+        super().__init__()
+        self.inner = tiny.tiny_reward_model(seed)
+        self.config = PretrainedConfig(vocab_size=64, num_labels=1, pad_token_id=0)
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_trunk_of_a_classifier_within_a_class_of_ones_own_is_the_classifiers():
+    model = Holding()
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad():
+        expected = model.inner.score(model.inner.model(ids).last_hidden_state)[..., 0]
+        found = StateValues(model, "the critic")(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 class Bare(nn.Module):

@@ -126,7 +126,8 @@ def check_best_metric(args: Any) -> None:
     if schedule in ("reduce_lr_on_plateau", "greedy") and args.metric_for_best_model is None:
         raise ValueError(
             f"`lr_scheduler_type={schedule!r}` follows a metric. Set `metric_for_best_model`, such as "
-            f"{BEST_METRIC!r}, and say with `lr_scheduler_kwargs={{'mode': 'max'}}` that higher is better."
+            f"{BEST_METRIC!r}, say with `lr_scheduler_kwargs={{'mode': 'max'}}` that higher is better, and measure "
+            "it: `eval_strategy='steps'` with `eval_steps` and an `eval_dataset`."
         )
 
 

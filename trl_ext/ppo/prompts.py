@@ -220,10 +220,17 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
                 f"`{name}` has the column `{column}`, which PPO does not read: every prompt is written with the same "
                 f"options, those of the trainer's `tools` and of `chat_template_kwargs` in `PPOConfigX`. {OF_EACH_ROW}"
             )
+    if prompt == "token ids":
+        raise ValueError(
+            f"The column 'prompt' of `{name}` holds token ids; PPO reads these in `input_ids`. Rename it: "
+            "`dataset.rename_column('prompt', 'input_ids')`."
+        )
     if prompt not in (TEXT, CONVERSATION, SHAREGPT, "empty list", "nothing"):
         raise ValueError(
             f"The column 'prompt' of `{name}` holds {prompt}; PPO reads text or conversations there, and token ids in "
-            "`input_ids`. Write them as text, for example `dataset.map(lambda row: {'prompt': str(row['prompt'])})`."
+            "`input_ids`. Write them as text in a new column, for example "
+            "`dataset.map(lambda row: {'text': str(row['prompt'])}).remove_columns('prompt').rename_column('text', "
+            "'prompt')`: in the old one datasets would make numbers of it again."
         )
     if prompt == SHAREGPT:
         raise ValueError(
