@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from trl import RewardConfig, RewardTrainer
 
 import dpo_runs
@@ -103,3 +104,33 @@ def test_guard_of_reward_training_stops_a_run_of_trl(tmp_path):
     trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
     with pytest.raises(ValueError, match="The loss depends on none of the reward model's 1 trained parameters"):
         trainer.train()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("critic", ["head", "model", "adapter"])
+def test_critic_of_an_earlier_run_is_neither_saved_nor_trained(tmp_path, critic, caplog):
+    """The model that PPO has trained goes on to another trainer in the same process, or is saved by hand."""
+    model = tiny.tiny_actor()
+    if critic == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    own = set(model.state_dict())
+    ppo_runs.ppo_run(tmp_path / "ppo", {"model": model}, critic=critic)
+    if critic == "adapter":
+        model.delete_adapter("ref")
+    else:
+        model.save_pretrained(tmp_path / "by_hand")
+        assert load_file(tmp_path / "by_hand" / "model.safetensors").keys() == own
+    assert set(model.state_dict()) > own
+    trainer = dpo_runs.dpo_trainer(tmp_path / "dpo", {"model": model, "ref_model": None})
+    assert "still held the critic of an earlier run" in caplog.text
+    assert {name for name in trainer.model.state_dict() if ".ref." not in name} == own
+    trainer.train()
+    assert dpo_runs.lines(trainer)[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    if critic == "adapter":
+        model.delete_adapter("ref")
+    again = ppo_runs.ppo_run(tmp_path / "again", {"model": model}, critic="head")
+    assert {name.rpartition("critic.")[2] for name in again.model.state_dict() if "critic." in name} == {
+        "score.weight",
+        "score.bias",
+    }
+    assert ppo_runs.log_lines(again)[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .probe import in_mode
+from .probe import in_mode, probe_rows
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,14 @@ def has_noise(model: nn.Module) -> bool:
                 if any(isinstance(each, float) and each > 0 for each in values):
                     return True
     return False
+
+
+@torch.no_grad()
+def draws_noise(model: nn.Module) -> bool:
+    """Return whether a model draws random numbers when it is trained, wherever it keeps their strength; tried out."""
+    row = probe_rows(model)[0]
+    with in_mode(model, training=True):
+        return bool(_drawing(model, lambda: model(input_ids=row, use_cache=False).logits))
 
 
 @torch.no_grad()

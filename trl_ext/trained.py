@@ -1,5 +1,9 @@
-"""A run that would train nothing: refused before it starts, or before its first optimizer step."""
+"""
+A run that would train nothing, refused before it starts, or before its first optimizer step; and what an earlier run
+has left in a model, which would be trained and saved with it.
+"""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,10 +14,34 @@ from transformers import TrainerCallback
 from .frozen import is_fsdp
 
 
+logger = logging.getLogger(__name__)
+
 WAYS_OUT = (
     "`merge_and_unload()` leaves every weight frozen: call `model.requires_grad_(True)` after it. Load an adapter to "
     "train on with `PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config` for a new one."
 )
+
+
+def lend(owner: Any, name: str, module: nn.Module) -> None:
+    """Makes `module` a submodule of `owner` for a run; `save_pretrained` of the owner leaves it out."""
+    owner.add_module(name, module)
+    vars(owner).setdefault("_lent", set()).add(name)
+    keys = {f"{name}.{key}" for key in module.state_dict()}
+    owner._keys_to_ignore_on_save = {*(getattr(owner, "_keys_to_ignore_on_save", None) or ()), *keys}
+
+
+def take_back(model: Any) -> None:
+    """Takes off a model in memory what an earlier run has lent it, such as PPO's critic, and says so."""
+    owners = [module for module in model.modules() if "_lent" in vars(module)] if isinstance(model, nn.Module) else []
+    for owner in owners:
+        names = vars(owner).pop("_lent")
+        for name in names & owner._modules.keys():
+            delattr(owner, name)
+        logger.warning(
+            "%s still held the %s of an earlier run, which is taken off it: that run cannot go on.",
+            type(owner).__name__,
+            " and ".join(sorted(names)),
+        )
 
 
 def check_trainable(model: nn.Module, role: str, but_not: Iterable[nn.Parameter] = ()) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -773,14 +774,16 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapter", "mixture of experts"])
+@pytest.mark.parametrize("kind", ["whole", "adapter", "mixture of experts", "a reference that follows"])
 def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
     def models():
         if kind == "adapter":
             return {"ref_model": None, "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
-        return {} if kind == "whole" else {"model": tiny.tiny_mixture(output_router_logits=False)}
+        return {"model": tiny.tiny_mixture(output_router_logits=False)} if kind == "mixture of experts" else {}
 
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    if kind == "a reference that follows":
+        options |= {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1}
     whole = dpo_runs.dpo_run(tmp_path / "whole", models(), **options)
     with pytest.raises(KeyboardInterrupt):
         dpo_runs.dpo_run(tmp_path / "cut", models() | {"callbacks": [Interrupt()]}, **options)
@@ -791,6 +794,14 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
     for key in ("loss", "rewards/margins", "preference/gradient_weight", "logps/chosen_drift", "grad_norm"):
         expected = [line[key] for line in dpo_runs.lines(whole)]
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_run_whose_reference_followed_is_not_resumed_without_it(tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    dpo_runs.dpo_run(tmp_path, **options)
+    shutil.rmtree(tmp_path / "checkpoint-1" / "ref_model")
+    with pytest.raises(ValueError, match=r"checkpoint-1/ref_model is not there.*`sync_ref_model`"):
+        dpo_runs.dpo_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.parametrize("strategy", ["steps", "no"])

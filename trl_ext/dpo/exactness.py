@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..noise import has_noise
+from ..frozen import is_fsdp
+from ..noise import draws_noise, has_noise
+from ..zero import is_partitioned
 
 
 # Layers that read every token before them in the row, whatever a mask says; the names of `config.layer_types`.
@@ -50,7 +52,8 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
             return f"{kind} reads the row as a whole"
     if args.neftune_noise_alpha is not None:
         return "`neftune_noise_alpha` adds noise to embeddings: shared tokens would share it"
-    if not args.disable_dropout and has_noise(model):
+    cannot_be_asked = is_partitioned(model) or is_fsdp(args)
+    if not args.disable_dropout and (has_noise(model) or (not cannot_be_asked and draws_noise(model))):
         return "dropout is active (`disable_dropout=False`): shared tokens would share their mask"
     return None
 

@@ -41,7 +41,7 @@ from ..rendering import with_template_kwargs
 from ..rounding import warn_of_rounding
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
-from ..trained import RequireGradients, check_optimizer, check_trainable
+from ..trained import RequireGradients, check_optimizer, check_trainable, take_back
 from ..zero import check_unquantized, is_partitioned
 from .card import dpo_training
 from .checks import check_vocabularies, require_finite
@@ -71,6 +71,8 @@ from .reference import (
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "ref_model"  # the folder in a checkpoint of a reference that follows the policy
+
 
 class DPOTrainerX(DPOTrainer):
     """
@@ -85,7 +87,8 @@ class DPOTrainerX(DPOTrainer):
 
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
     `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `evaluation_loop`,
-    `evaluate`, `save_model`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
+    `evaluate`, `save_model`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
+    `_load_best_model`, `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -115,6 +118,7 @@ class DPOTrainerX(DPOTrainer):
             args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
+        take_back(model)
         check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
         if isinstance(model, str):
             check_no_adapter(model, "model")
@@ -481,6 +485,27 @@ class DPOTrainerX(DPOTrainer):
         is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
         if is_own and not _internal_call and not self.args.push_to_hub:
             self.create_model_card()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random numbers the reference, where it follows the policy."""
+        super()._save_rng_state(output_dir)
+        if self.args.sync_ref_model and self.args.should_save and not self._reference_is_spread():
+            self.accelerator.unwrap_model(self.ref_model).save_pretrained(Path(output_dir) / REFERENCE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.sync_ref_model and checkpoint is not None:
+            folder = Path(checkpoint) / REFERENCE
+            if self._reference_is_spread() or not folder.is_dir():
+                raise ValueError(
+                    f"{folder} is not there, or cannot be read into a partitioned model (ZeRO-3, FSDP): with "
+                    "`sync_ref_model` the reference has followed the policy, so the run cannot be resumed. Start a "
+                    "new one from the checkpoint's model."
+                )
+            restore_weights(self.accelerator.unwrap_model(self.ref_model), folder)
+
+    def _reference_is_spread(self) -> bool:
+        return is_fsdp(self.args) or is_partitioned(self.accelerator.unwrap_model(self.ref_model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The Trainer leaves out what is saved under other names, such as a mixture's experts (transformers#48805)."""

@@ -37,6 +37,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..adapter_copies import base_left_alone, config_of_copy, copy_weights
 from ..noise import disable_noise
+from ..trained import lend
 
 
 # Names of adapters and, on the actor, of the modules that hold them. No PEFT function called for the actor's adapter
@@ -181,7 +182,7 @@ def stand_on(actor: PeftModel, model: nn.Module, name: str) -> None:
     devices = {parameter.device for parameter in actor.parameters()}
     if len(devices) == 1:  # a base that is spread over devices has its adapters there already
         model.to(devices.pop())
-    actor.add_module(name, model)
+    lend(actor, name, model)
 
 
 def _of_adapter(name: str) -> bool:

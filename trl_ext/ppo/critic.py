@@ -21,6 +21,7 @@ from ..heads import trunk_of
 from ..noise import disable_noise
 from ..pretrained import restore_weights
 from ..probe import in_mode, probe_rows
+from ..trained import lend
 from ..zero import copy_of, copy_weights, fill_zeros, is_partitioned
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 from .state_values import StateValues, last_linear
@@ -257,7 +258,7 @@ def attach(critic: nn.Module, actor: PreTrainedModel | PeftModel) -> None:
         stand_on(actor, critic, ATTRIBUTE)
         return
     base = actor.get_base_model() if is_peft_model(actor) else actor
-    base.add_module(ATTRIBUTE, critic.to(base.device))
+    lend(base, ATTRIBUTE, critic.to(base.device))
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:

@@ -44,6 +44,7 @@ from ..phases import Phases
 from ..pretrained import adapter_configs, check_known, known_tokens, restore_weights, text_config
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
+from ..trained import take_back
 from ..zero import is_stage3
 from . import critic as critic_module
 from .adapters import restore_adapter, saving_one_adapter
@@ -182,6 +183,8 @@ class PPOTrainerX(GRPOTrainer):
             tools=tools,
             environment_factory=environment_factory,
         ).with_paths_of(args)
+        for earlier in (given.model, given.ref_model):
+            take_back(earlier)
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_given(args, given)
         check_metric_of_sets(args, eval_dataset, example="reward/score")
