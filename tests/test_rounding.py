@@ -68,3 +68,14 @@ def test_each_role_of_ppo_is_told_of_at_its_own_rate(tmp_path, caplog):
     assert line.startswith(
         "The weights of the critic are trained in bfloat16, and a step of critic_learning_rate=1e-06"
     )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("run", [dpo_runs.dpo_trainer, ppo_runs.ppo_trainer])
+def test_evaluation_that_casts_the_weights_for_good_says_so(tmp_path, run, caplog):
+    held_out = dpo_runs.tiny_pairs(4) if run is dpo_runs.dpo_trainer else tiny.tiny_prompts(4)
+    for option in ({}, {"bf16_full_eval": True}):
+        trainer = run(tmp_path, {"eval_dataset": held_out}, per_device_eval_batch_size=4, use_cpu=True, **option)
+        trainer.evaluate()
+        is_cast = next(trainer.model.parameters()).dtype == torch.bfloat16
+        assert is_cast == ("`bf16_full_eval` casts the weights" in caplog.text) == bool(option)

@@ -1,7 +1,8 @@
-"""Weights in 16 bits that are trained in full: most steps of a usual size round to nothing, which is said once."""
+"""Weights in 16 bits: in full training most steps of a usual size round to nothing; options that cast to them."""
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,18 @@ def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | Non
         moving += parameter.numel() * (1 - stays.float().mean().item())
         total += parameter.numel()
     return moving / total if total else None
+
+
+def warn_of_casting(trainer: Any) -> None:
+    """Says, before an evaluation outside of training, that the Trainer is about to cast the model for good."""
+    names = [name for name in ("fp16_full_eval", "bf16_full_eval") if getattr(trainer.args, name)]
+    is_wide = any(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    if names and is_wide and not trainer.is_in_train:
+        logger.warning(
+            "`%s` casts the weights to 16 bits for good in an evaluation outside of training: what is trained or "
+            "saved after it has them. Leave it out, or evaluate after saving.",
+            names[0],
+        )
 
 
 def warn_of_rounding(

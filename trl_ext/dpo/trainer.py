@@ -38,7 +38,7 @@ from ..pretrained import (
     tokenizer_of,
 )
 from ..rendering import with_template_kwargs
-from ..rounding import warn_of_rounding
+from ..rounding import warn_of_casting, warn_of_rounding
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import RequireGradients, check_optimizer, check_trainable, take_back
@@ -400,6 +400,7 @@ class DPOTrainerX(DPOTrainer):
     # ---- 4. Evaluate ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        warn_of_casting(self)
         with self.phases.during("evaluate"):
             return super().evaluation_loop(*args, **kwargs)
 

@@ -42,6 +42,7 @@ from ..model_card import card_name, complete_card, hub_name
 from ..one_run import go_on_logging, name_run
 from ..phases import Phases
 from ..pretrained import adapter_configs, check_known, known_tokens, restore_weights, text_config
+from ..rounding import warn_of_casting
 from ..startable import make_folder
 from ..steps_left import refuse_finished_checkpoints
 from ..trained import take_back
@@ -699,6 +700,7 @@ class PPOTrainerX(GRPOTrainer):
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        warn_of_casting(self)
         go_on_logging(self)
         self._held_out.start()
         device = self.accelerator.device
