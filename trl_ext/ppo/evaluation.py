@@ -118,8 +118,8 @@ class HeldOut:
             said: what else GRPO says of the batch, over all ranks.
         """
         self._said.append(said)
+        self._sizes.append(len(rows))
         self._scores.append(self._gather(rollout.scores.masked_fill(~rollout.scored, torch.nan)))
-        self._sizes.append(len(self._scores[-1]))
         self._responses.append({name: self._gather(column) for name, column in responses.items()})
         self._prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
         if rollout.ref_logps is not None:

@@ -173,7 +173,7 @@ def means_of_batches(batches: list[dict[str, float]], sizes: list[int]) -> dict[
     `log_metric`, each a mean over its batch; of failures, over the calls.
 
     Args:
-        sizes: responses in each batch over all ranks, without those to prompts that fill up the last one.
+        sizes: responses in each batch; ranks have as many.
     """
     line = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
