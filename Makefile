@@ -51,7 +51,7 @@ check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q tests/test_layers.py tests/test_house.py .ci/test_pins.py
+	$(PYTEST) -q tests/test_layers.py tests/docs/test_house.py .ci/test_pins.py
 
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 	$(PYTEST) -m proof -s $(ARGS)
@@ -60,7 +60,7 @@ measure: $(STAMP) ## repeat the runs of PPO behind the figures in docs/demo.md: 
 	$(PYTEST) -m measure -s $(ARGS)
 
 families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m families.prove $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/helpers $(RUN) -m families.prove $(ARGS)
 
 gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)

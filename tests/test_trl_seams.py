@@ -1,6 +1,5 @@
 """The seams to TRL: the supported range, the private names, and what is assumed about them."""
 
-import inspect
 import re
 import runpy
 from pathlib import Path
@@ -26,13 +25,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from trl import GRPOTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
+import overrides
 import tiny
 from ppo_runs import ppo_trainer, snapshot
-from trl_ext import PPOTrainerX, _trl
+from trl_ext import _trl
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,12 +78,33 @@ def test_range_is_the_one_that_the_package_declares():
 # --- the hooks
 
 
-@pytest.mark.parametrize(
-    "name", ["_tokenize_prompts", "_generate", "_calculate_rewards", "_generate_and_score_completions", "_save"]
-)
-def test_hook_takes_what_its_parent_takes(name):
-    mine, its = (inspect.signature(getattr(owner, name)).parameters for owner in (PPOTrainerX, GRPOTrainer))
-    assert len(mine) == len(its)
+HOOKS = [(trainer, name) for trainer in overrides.TRAINERS for name in sorted(overrides.overridden(trainer))]
+
+
+@pytest.mark.parametrize("trainer, name", HOOKS)
+def test_hook_takes_what_its_parent_takes(trainer, name):
+    mine, its = (list(signature.parameters.values()) for signature in overrides.overridden(trainer)[name])
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in mine)
+    own = [parameter for parameter in mine if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert len(own) == len(its) or (hands_on and len(own) < len(its))
+    assert [parameter.name for parameter in own][2:] == [parameter.name for parameter in its][2 : len(own)]
+
+
+# Private state of GRPO's, DPO's and the Trainer's that an override cannot do without.
+TOUCHED = {
+    "PPOTrainerX": {
+        *("_step", "_last_loaded_step", "_tokenizer", "_signature_columns"),
+        *("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_current_train_step_time"),
+        *("_env_tools", "_multi_environment"),
+    },
+    "DPOTrainerX": {"_metrics", "_tokenizer", "_signature_columns", "_is_vision_dataset", "_initial_global_step"},
+    "RewardTrainerX": {"_metrics"},
+}
+
+
+@pytest.mark.parametrize("trainer", overrides.TRAINERS)
+def test_private_state_that_is_touched_is_listed(trainer):
+    assert overrides.touched(trainer) == TOUCHED[trainer]
 
 
 # --- the fused head

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .dpo.config import DPOConfigX
     from .dpo.implicit_reward import ImplicitReward
     from .dpo.trainer import DPOTrainerX
-    from .fingerprint import save_base_fingerprint
+    from .models.fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
-    from .ppo.critic import ValueHead
+    from .ppo.roles.critic import ValueHead
     from .ppo.trainer import PPOTrainerX
-    from .reward_card import describe_reward_training
+    from .reward.trainer import RewardTrainerX
 
 __version__ = "0.1.0.dev0"
 
@@ -37,9 +37,9 @@ __all__ = [
     "PPOTrainerX",
     "PreferenceAccuracyCallback",
     "ReportCallback",
+    "RewardTrainerX",
     "SampleCallback",
     "ValueHead",
-    "describe_reward_training",
     "save_base_fingerprint",
 ]
 
@@ -55,10 +55,10 @@ _HOMES = {
     "PPOTrainerX": ".ppo.trainer",
     "PreferenceAccuracyCallback": ".callbacks",
     "ReportCallback": ".callbacks",
+    "RewardTrainerX": ".reward.trainer",
     "SampleCallback": ".callbacks",
-    "ValueHead": ".ppo.critic",
-    "describe_reward_training": ".reward_card",
-    "save_base_fingerprint": ".fingerprint",
+    "ValueHead": ".ppo.roles.critic",
+    "save_base_fingerprint": ".models.fingerprint",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import ppo_runs
 import trl_runs
 from trl_ext import ConvergenceCallback
-from trl_ext.convergence import verdict
+from trl_ext.runs.convergence import verdict
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

@@ -5,7 +5,7 @@ import pytest
 import dpo_runs
 import trl_runs
 from trl_ext import PreferenceAccuracyCallback
-from trl_ext.intervals import wilson_interval
+from trl_ext.statistics import wilson_interval
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

@@ -11,8 +11,8 @@ import ppo_runs
 import tiny
 import trl_runs
 from trl_ext import ReportCallback, SampleCallback
-from trl_ext.places import begun_at, is_of_this_run
 from trl_ext.report import read_run
+from trl_ext.runs.folder import begun_at, is_of_this_run
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

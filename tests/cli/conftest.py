@@ -8,7 +8,7 @@ import tiny
 
 @pytest.fixture(autouse=True)
 def _undrawn(undrawn):
-    """tests/test_scripts.py has runs whose reports are drawn."""
+    """tests/scripts/test_scripts.py has runs whose reports are drawn."""
 
 
 @pytest.fixture(scope="module")

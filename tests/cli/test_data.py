@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from cli_runs import error_of, plan_line, run_of, toy_run
 from trl_ext.cli.data import DataArguments, PairArguments, load_pairs, load_rows, load_splits
 from trl_ext.cli.main import main
-from trl_ext.conversions import to_preference, to_prompts
+from trl_ext.data.conversions import to_preference, to_prompts
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.

@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 
 from commands import command
-from trl_ext import embedded
 from trl_ext.cli.commands import demo
+from trl_ext.data import demo as embedded
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.

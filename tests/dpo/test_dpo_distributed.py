@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import dpo_layouts
 import two_processes
-from dpo import dpo_layouts
 
 
 TOLERANCE = 1e-4  # of numbers near 0.1 and above, after four steps in float32

@@ -14,8 +14,8 @@ from peft import LoraConfig
 
 import dpo_runs
 import tiny
-from trl_ext.dpo import prefix_sharing
 from trl_ext.dpo import trainer as trainer_module
+from trl_ext.packing import segments
 
 
 TOLERANCE = 1e-5
@@ -326,7 +326,7 @@ def test_mixture_of_experts_with_its_auxiliary_loss_equals_trl(tmp_path, size, a
 def test_control_an_unnoticed_mistake_in_the_layout_shows_here(tmp_path, monkeypatch):
     """Rejected tails one position late, behind the probe's back."""
     theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, {}, {})
-    share = prefix_sharing.share_prefixes
+    share = segments.share_prefixes
 
     def late(*args, **kwargs):
         shared = share(*args, **kwargs)

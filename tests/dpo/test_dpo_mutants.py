@@ -7,20 +7,21 @@ import pytest
 from transformers import AttentionInterface
 
 import mutants
-from dpo.test_pair_forward import DYNAMIC
-from trl_ext.dpo import attention
+from pair_forwards import DYNAMIC
+from trl_ext.packing import attention
 
 
 FILES = {
-    "losses": "test_dpo_losses",
-    "prefix_sharing": "test_prefix_sharing",
-    "attention": "test_shared_attention",
-    "flex": "test_flex",
-    "metrics": "test_dpo_metrics",
-    "implicit_reward": "test_implicit_reward",
-    "exactness": "test_pair_forward",
-    "forward": "test_pair_forward",
+    "losses": "dpo/test_dpo_losses",
+    "segments": "packing/test_segments",
+    "attention": "packing/test_shared_attention",
+    "flex": "packing/test_flex",
+    "metrics": "dpo/test_dpo_metrics",
+    "implicit_reward": "dpo/test_implicit_reward",
+    "exactness": "dpo/test_pair_forward",
+    "forward": "dpo/test_pair_forward",
 }
+PACKING = {"segments", "attention", "flex", "exactness"}
 
 ALL_IN_ONE = {"case": "all", "per_row": None}
 ALL_BY_TWO = {"case": "all", "per_row": 2}
@@ -92,53 +93,53 @@ MUTANTS = [
         {"name": "alpha_divergence", "alpha": 0.5},
     ),
     ("losses", ".clamp(max=80)", "", "divergence_score_stays", {}),
-    # prefix_sharing.py
-    ("prefix_sharing", "cumprod(1).sum(1)", "sum(1)", "layout_names", {"case": "alike again later", "per_row": 1}),
+    # segments.py
+    ("segments", "cumprod(1).sum(1)", "sum(1)", "layout_names", {"case": "alike again later", "per_row": 1}),
     (
-        "prefix_sharing",
+        "segments",
         " & real[:size] & real[size:]",
         "",
         "layout_does_not",
         {"pad": 21, "per_row": None},
     ),
     (
-        "prefix_sharing",
+        "segments",
         "(rejected + span.common, span.rejected)]",
         "(rejected, span.rejected)]",
         "layout_holds",
         ALL_IN_ONE,
     ),
-    ("prefix_sharing", "(start + whole, span.rejected)]", "(start, span.rejected)]", "layout_holds", ALL_IN_ONE),
-    ("prefix_sharing", "source_index % length", "source_index % (length + 1)", "layout_holds", ALL_BY_TWO),
-    ("prefix_sharing", "= source_index % length", "= target_index % width", "layout_holds", ALL_BY_TWO),
-    ("prefix_sharing", "spans[pair - place : pair])", "spans[:pair])", "layout_holds", ALL_BY_TWO),
-    ("prefix_sharing", "start = row * width +", "start = row +", "layout_holds", ALL_BY_TWO),
+    ("segments", "(start + whole, span.rejected)]", "(start, span.rejected)]", "layout_holds", ALL_IN_ONE),
+    ("segments", "source_index % length", "source_index % (length + 1)", "layout_holds", ALL_BY_TWO),
+    ("segments", "= source_index % length", "= target_index % width", "layout_holds", ALL_BY_TWO),
+    ("segments", "spans[pair - place : pair])", "spans[:pair])", "layout_holds", ALL_BY_TWO),
+    ("segments", "start = row * width +", "start = row +", "layout_holds", ALL_BY_TWO),
     (
-        "prefix_sharing",
+        "segments",
         "packed_index[1] = torch.where(same.long().cumprod(1).bool(), packed_index[0], packed_index[1])",
         "pass",
         "layout_finds",
         ALL_IN_ONE,
     ),
     (
-        "prefix_sharing",
+        "segments",
         "torch.where(same.long().cumprod(1).bool(), packed",
         "torch.where(same, packed",
         "layout_finds",
         {"case": "alike again later", "per_row": 1},
     ),
-    ("prefix_sharing", "max(span.chosen, span.rejected)", "span.chosen", "layout_names", ALL_IN_ONE),
-    ("prefix_sharing", " & in_sequence", "", "mask_says", ALL_IN_ONE),
-    ("prefix_sharing", "(pair[:, :, None] == pair[:, None, :]) & ", "", "mask_says", ALL_IN_ONE),
-    ("prefix_sharing", "(tail[:, None, :] == -1) | ", "", "mask_lets", {"case": "plain"}),
+    ("segments", "max(span.chosen, span.rejected)", "span.chosen", "layout_names", ALL_IN_ONE),
+    ("segments", " & in_sequence", "", "mask_says", ALL_IN_ONE),
+    ("segments", "(pair[:, :, None] == pair[:, None, :]) & ", "", "mask_says", ALL_IN_ONE),
+    ("segments", "(tail[:, None, :] == -1) | ", "", "mask_lets", {"case": "plain"}),
     (
-        "prefix_sharing",
+        "segments",
         "tail[r, start + span.common : whole], tail[r, whole",
         "tail[r, start + span.common + 1 : whole], tail[r, whole",
         "mask_lets",
         {"case": "plain"},
     ),
-    ("prefix_sharing", "sees.tril()", "sees", "mask_lets", {"case": "plain"}),
+    ("segments", "sees.tril()", "sees", "mask_lets", {"case": "plain"}),
     # attention.py
     (
         "attention",
@@ -246,8 +247,9 @@ def test_dpo_mutant_is_caught(mutant, monkeypatch):
     module_name, text, mistake, beginning, parameters = mutant
     # A mutant of attention.py registers its attention: afterwards the name is the real one's again.
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention.shared_attention)
-    module = importlib.import_module(f"trl_ext.dpo.{module_name}")
-    test, tests = mutants.find_test(Path(__file__).with_name(f"{FILES[module_name]}.py"), beginning)
+    room = "packing" if module_name in PACKING else "dpo"
+    module = importlib.import_module(f"trl_ext.{room}.{module_name}")
+    test, tests = mutants.find_test(Path(__file__).parents[1] / f"{FILES[module_name]}.py", beginning)
     if "rows" in parameters:
         parameters = parameters | {"rows": tests.texts}
     mutants.assert_caught(module, text, mistake, test, tests, parameters, monkeypatch)

@@ -451,7 +451,7 @@ def test_torch_compile_compiles_nothing_anew_in_every_step(tmp_path, caplog):
 def test_options_of_sharing_change_the_path_and_no_number(tmp_path):
     """Rows and tokens that went through the actor, batch by batch."""
     results, shapes = {}, {}
-    for options in ({}, {"pack_pairs": False}, {"prefix_sharing": False}):
+    for options in ({}, {"packing": False}):
         trainer = dpo_runs.dpo_trainer(tmp_path, **options)
         seen = shapes[str(options)] = []
         trainer.model.model.embed_tokens.register_forward_hook(
@@ -466,11 +466,10 @@ def test_options_of_sharing_change_the_path_and_no_number(tmp_path):
             }
             for line in dpo_runs.lines(trainer)
         ]
-    packed, rows, plain = shapes.values()
+    packed, plain = shapes.values()
     assert {shape[0] for shape in packed} == {1}
-    assert {shape[0] for shape in rows} == {4}
     assert {shape[0] for shape in plain} == {8}
-    assert all(p.numel() < r.numel() < q.numel() for p, r, q in zip(packed, rows, plain, strict=True))
+    assert all(p.numel() < q.numel() for p, q in zip(packed, plain, strict=True))
     first, *others = results.values()
     for other in others:
         for mine, theirs in zip(first, other, strict=True):

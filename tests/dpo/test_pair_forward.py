@@ -8,13 +8,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpo_runs
-from trl_ext._trl import add_fused_lm_head
+from pair_forwards import DYNAMIC, assert_equal, both, scored
 from trl_ext.dpo import forward
-from trl_ext.dpo.exactness import length_limit
 from trl_ext.dpo.forward import PairForward, recorded
+from trl_ext.packing.exactness import length_limit
 
 
-FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 SHARED = ["llama", "qwen2", "qwen3", "mistral", "mistral_short_window", "gemma2", "gpt2", "opt", "mixtral"]
 REFUSED = {
     "bloom": "takes no `position_ids`|ALiBi",
@@ -22,33 +21,6 @@ REFUSED = {
     "mamba": "takes no `position_ids`|state-space",
     "qwen3_next": "is recurrent .*linear_attention",
 }
-
-
-def scored(model, batch, checkpointing=None):
-    """What TRL reads of a batch, and the gradient of a loss of log-probabilities and entropies."""
-    model.zero_grad()
-    output = model(**batch, use_cache=False, fused_lm_head=True)
-    weights = torch.randn(output.log_probs.shape, generator=torch.Generator().manual_seed(2))
-    ((output.log_probs * weights).sum() + (output.entropy * weights.roll(1, 0)).sum()).backward()
-    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal(got, expected, tolerance=1e-5):
-    (output, gradients), (wanted, wanted_gradients) = got, expected
-    for name in FIELDS:
-        mine, theirs = getattr(output, name).float(), getattr(wanted, name).float()
-        assert mine.shape == theirs.shape
-        assert (mine - theirs).norm() <= tolerance * theirs.norm(), name
-    assert (output.label_mask == wanted.label_mask).all()
-    assert dpo_runs.gradient_difference(gradients, wanted_gradients) < tolerance
-
-
-def both(name, pack_pairs=True, **overrides):
-    """The same model twice: with TRL's forward, and scored by a `PairForward`."""
-    theirs, ours = dpo_runs.tiny_model(name, **overrides), dpo_runs.tiny_model(name, **overrides)
-    for model in (theirs, ours):
-        add_fused_lm_head(model, outputs=FIELDS)
-    return theirs, ours, PairForward(ours, pack_pairs)
 
 
 def spy_on_rows(monkeypatch):
@@ -63,11 +35,10 @@ def spy_on_rows(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("pack_pairs", [True, False])
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_rows_score_what_trl_scores(name, pack_pairs, monkeypatch):
+def test_shared_rows_score_what_trl_scores(name, monkeypatch):
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
-    theirs, ours, pairs = both(name, pack_pairs)
+    theirs, ours, pairs = both(name)
     assert pairs.share() is None
     assert pairs.sharing
     rows, fused = spy_on_rows(monkeypatch), pairs._fused_forward
@@ -75,11 +46,8 @@ def test_shared_rows_score_what_trl_scores(name, pack_pairs, monkeypatch):
     pairs._fused_forward = lambda **kwargs: shapes.append(kwargs["input_ids"].shape) or fused(**kwargs)
     assert_equal(scored(ours, batch), scored(theirs, batch))
     assert shapes == [rows[0].input_ids.shape]
-    assert rows[0].input_ids.size(0) == (1 if pack_pairs and name != "gemma2" else 4)
+    assert rows[0].input_ids.size(0) == (1 if name != "gemma2" else 4)
     assert pairs.limit is pairs.row_limit is None  # windows of 6 and of 64 tokens, too
-
-
-DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 
 
 def test_shared_rows_give_way_only_in_batches_beyond_the_limit():

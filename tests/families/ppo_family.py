@@ -82,7 +82,7 @@ class Step:
             self.head = {name: tensor.clone() for name, tensor in trainer.critic.state_dict().items()}
             trainer.train()
         self.args, self.line, self.gradient = trainer.args, ppo_runs.log_lines(trainer)[0], keep.gradient
-        held = trainer._rollout
+        held = trainer.run_state.rollout
         self.prompts = [ids[mask].tolist() for ids, mask in zip(held.prompt_ids, held.prompt_mask, strict=True)]
         self.responses = [ids[mask].tolist() for ids, mask in zip(held.response_ids, held.attended, strict=True)]
         per_token = {"logps": held.old_logps, "ref_logps": held.ref_logps, "values": held.old_values}

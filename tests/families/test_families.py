@@ -16,7 +16,7 @@ from families.prove import quiet
 from families.prove_one import prove
 from families.verdict import NOISE
 from trl_ext.dpo import forward as dpo_forward
-from trl_ext.ppo.padding import LeftPadding
+from trl_ext.ppo.roles.padding import LeftPadding
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"

@@ -107,7 +107,7 @@ def test_option_of_ppo_reaches_the_layout(options, expected):
         ({}, {"reference": "model", "prompt": 512, "response": 512}),
         ({"precompute_ref_log_probs": True}, {"reference": "none"}),
         ({"use_peft": True}, {"reference": "adapter"}),
-        ({"prefix_sharing": False}, {"share_prefixes": False}),
+        ({"packing": False}, {"share_prefixes": False}),
         ({"max_length": 2048, "per_device_train_batch_size": 2}, {"response": 1024, "micro_batch": 2}),
     ],
 )

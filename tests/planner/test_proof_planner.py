@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-# Six of the runs of docs/measurements.md; `scripts/measure_memory.py` repeats all.
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+# Six of the runs of docs/measurements.md; `benchmarks/measure_memory.py` repeats all.
 RUNS = ["ppo-model", "ppo-head-checkpointing", "ppo-lora", "ppo-qlora", "dpo-full", "dpo-lora"]
 
 

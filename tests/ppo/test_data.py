@@ -1,5 +1,8 @@
 """Prompts: text, conversations, token ids used as they are, a collator, streams; and where a response ends."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,7 +10,7 @@ from transformers import DataCollatorWithPadding
 
 import tiny
 from ppo_runs import logged, ppo_run, ppo_trainer
-from trl_ext.ppo.prompts import unpadded, with_tokenised_prompts
+from trl_ext.ppo.data import TokenisedPrompt, unpadded, with_tokenised_prompts
 
 
 def tokens():
@@ -24,17 +27,23 @@ def tokenised_prompts(size=8):
     return Dataset.from_dict({"input_ids": rows})
 
 
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda prompt: pickle.loads(pickle.dumps(prompt))])
+def test_tokenised_prompt_is_copied_with_its_ids(remake):
+    again = remake(TokenisedPrompt("the cat", [10, 11]))
+    assert (again, again.input_ids, type(again)) == ("the cat", [10, 11], TokenisedPrompt)
+
+
 def test_text_prompts_are_tokenised(tmp_path):
     data = tiny.tiny_prompts(4)
     trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1)
-    assert sorted(prompts_of(trainer._rollout)) == sorted(tokens()(data["prompt"][:])["input_ids"])
+    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(tokens()(data["prompt"][:])["input_ids"])
 
 
 def test_conversations_are_rendered_with_the_chat_template_and_open_the_answer(tmp_path):
     data = tiny.tiny_prompts(4, conversational=True)
     trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1)
     texts = [f"<user> {row[0]['content']} <eos> <assistant>" for row in data["prompt"]]
-    assert sorted(prompts_of(trainer._rollout)) == sorted(tokens()(texts)["input_ids"])
+    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(tokens()(texts)["input_ids"])
 
 
 @pytest.mark.parametrize("collate", [False, True])
@@ -42,7 +51,7 @@ def test_token_ids_are_used_as_they_are(tmp_path, collate):
     data = tokenised_prompts(4)
     collator = DataCollatorWithPadding(tokens()) if collate else None
     trainer = ppo_run(tmp_path, {"train_dataset": data, "data_collator": collator}, max_steps=1)
-    assert sorted(prompts_of(trainer._rollout)) == sorted(data["input_ids"])
+    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(data["input_ids"])
     retokenised = tokens()(tokens().batch_decode(data["input_ids"][:], skip_special_tokens=True))["input_ids"]
     assert sorted(retokenised) != sorted(data["input_ids"])  # the control: through text they would be others
 
@@ -114,7 +123,7 @@ def test_padded_prompts_are_scored_as_bare_ones(tmp_path, side, with_mask, colla
     trainer = ppo_run(tmp_path, models, max_steps=1, eval_strategy="steps", eval_steps=1, num_mini_batches=2)
     assert len(seen) > 4
     assert {tuple(row) for row in seen} == {tuple(row) for row in BARE}
-    rollout, temperature = trainer._rollout, trainer.args.temperature
+    rollout, temperature = trainer.run_state.rollout, trainer.args.temperature
     for row, prompt in enumerate(prompts_of(rollout)):
         response = rollout.response_ids[row][rollout.attended[row]].tolist()
         with torch.no_grad():
@@ -136,7 +145,7 @@ def test_pad_token_beyond_the_embedding_is_taken_off_too(tmp_path):
     ids, _ = padded("left", tokenizer.pad_token_id)
     models = {"train_dataset": Dataset.from_dict({"input_ids": ids}), "processing_class": tokenizer}
     trainer = ppo_run(tmp_path, models, max_steps=1)
-    assert sorted(prompts_of(trainer._rollout)) == sorted(BARE)
+    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(BARE)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -151,7 +160,7 @@ def test_collator_is_honoured_and_its_padding_is_taken_off(tmp_path, with_mask):
 
     data = tokenised_prompts(4)
     trainer = ppo_run(tmp_path, {"train_dataset": data, "data_collator": last_two}, max_steps=1)
-    assert sorted(prompts_of(trainer._rollout)) == sorted(row[-2:] for row in data["input_ids"])
+    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(row[-2:] for row in data["input_ids"])
     assert calls == [4]
 
 
@@ -204,7 +213,7 @@ def test_shuffling_can_be_switched_off(tmp_path, shuffled):
     data = tiny.tiny_prompts(8)
     trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1, shuffle_dataset=shuffled)
     in_order = tokens()(data["prompt"][:4])["input_ids"]
-    assert (prompts_of(trainer._rollout) == in_order) is not shuffled
+    assert (prompts_of(trainer.run_state.rollout) == in_order) is not shuffled
 
 
 def test_stream_of_prompts_trains(tmp_path):
@@ -231,7 +240,7 @@ def test_response_ends_at_any_declared_end_token_unless_told_otherwise(tmp_path)
     options = {"max_steps": 1, "response_length": 40, "per_device_train_batch_size": 8, "temperature": 2.0}
 
     def ends(**stop):
-        rollout = ppo_run(tmp_path, {"model": actor()}, **options, **stop)._rollout
+        rollout = ppo_run(tmp_path, {"model": actor()}, **options, **stop).run_state.rollout
         responses = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.attended, strict=True)]
         last = {response[-1] for response, ended in zip(responses, rollout.has_eos, strict=True) if ended}
         # What ends no response is followed by more than padding.

@@ -18,7 +18,7 @@ from transformers import (
 import tiny
 from ppo_runs import changed, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
 from trl_ext import PPOConfigX, PPOTrainerX
-from trl_ext.ppo.prompts import check_prompts
+from trl_ext.ppo.data import check_prompts
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +306,8 @@ def test_policy_loss_that_is_not_finite_names_the_sample_that_did_it(tmp_path):
     def poison(module, args, output):
         if not at_step(trainer, 1) or poisoned:
             return output
-        rollout = trainer._rollout
-        batch = trainer._micro_batches[trainer._step % trainer.args.steps_per_generation]
+        rollout = trainer.run_state.rollout
+        batch = trainer.run_state.micro_batches[trainer._step % trainer.args.steps_per_generation]
         poisoned.append(rollout.response_ids[batch.rows[1]].tolist())
         output[1] = math.nan
         return output

@@ -9,7 +9,7 @@ import tiny
 import two_processes
 
 
-SCRIPT = Path(__file__).resolve().parent / "frozen_layouts.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "frozen_layouts.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # what bitsandbytes can pack on a CPU
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 import oracles
 import tiny
 from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, response_lengths, sum_of_terms
+from trainer_keys import FROM_THE_TRAINER
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,7 +231,7 @@ def measured(tmp_path_factory):
     of_critic = {n.removeprefix("critic.model."): t for n, t in states[0].items() if n.startswith("critic.")}
     critics[1].load_state_dict(of_critic)
     return SimpleNamespace(
-        trainer=trainer, rollout=trainer._rollout, lines=log_lines(trainer), actors=actors, critics=critics
+        trainer=trainer, rollout=trainer.run_state.rollout, lines=log_lines(trainer), actors=actors, critics=critics
     )
 
 
@@ -376,7 +377,9 @@ def test_speed_is_response_tokens_by_the_seconds_of_a_cycle(tmp_path):
     first, second = (line for line in log_lines(trainer) if "time/generate" in line)
     assert not first.keys() & {"time/learn", "tokens_per_second"}  # nothing was learned before the first rollout
     seconds = second["time/generate"] + second["time/score"] + second["time/learn"]
-    assert second["tokens_per_second"] * seconds == pytest.approx(trainer._rollout.attended.sum().item(), rel=1e-6)
+    assert second["tokens_per_second"] * seconds == pytest.approx(
+        trainer.run_state.rollout.attended.sum().item(), rel=1e-6
+    )
 
 
 def test_time_of_learning_is_logged_with_the_next_rollout(tmp_path):
@@ -396,7 +399,7 @@ def test_sample_completions_count_for_no_phase(tmp_path, monkeypatch):
     def show(sampling):
         clock[0] += 1000
 
-    monkeypatch.setattr("trl_ext.phases.time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr("trl_ext.runs.profiler.time", SimpleNamespace(perf_counter=look))
     trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(2, seed=3)}, total_episodes=12)
     trainer.generate_completions = show
     trainer.train()
@@ -412,7 +415,7 @@ def test_sample_completions_count_for_no_phase(tmp_path, monkeypatch):
 def test_table_of_completions_shows_scores_and_mean_advantages(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_funcs": [response_lengths]}, max_steps=1, log_completions=True)
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     advantages = [a[m].mean().item() for a, m in zip(rollout.advantages, rollout.mask, strict=True)]
     assert table["advantage"].tolist() == pytest.approx(advantages, rel=1e-5)
     both = table["reward_model"] + table["response_lengths"]
@@ -421,11 +424,6 @@ def test_table_of_completions_shows_scores_and_mean_advantages(tmp_path):
 
 # --- docs/metrics.md
 
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
-FROM_THE_TRAINER = {
-    *("grad_norm", "learning_rate", "epoch", "step", "total_flos", "train_loss"),
-    *(f"{when}_{what}" for when in ("train", "eval") for what in SPEED),
-}
 ONLY_WITH_VLLM = {
     *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
     *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "mean", "max")),

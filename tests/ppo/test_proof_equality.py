@@ -14,9 +14,11 @@ from trl import GRPOConfig, GRPOTrainer
 import oracles
 import ppo_runs
 import tiny
-from trl_ext import PPOConfigX, PPOTrainerX, heads
+from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext.models import scoring_head
 from trl_ext.ppo import advantages as advantages_module
-from trl_ext.ppo import assembly, experience, learning, losses
+from trl_ext.ppo import micro_batches, returns, terms
+from trl_ext.ppo.roles import join
 from trl_ext.ppo.rollout import MicroBatch, Rollout
 
 
@@ -206,7 +208,7 @@ def test_control_another_policy_term_is_not_grpo(tmp_path, monkeypatch, mistake)
     elif mistake == "tool tokens count":
         rollout.mask = rollout.attended
     elif mistake == "one-sided clip":
-        monkeypatch.setattr(losses, "clip_objective", lambda ratio, advantages, e: ratio.clamp(max=1 + e) * advantages)
+        monkeypatch.setattr(terms, "clip_objective", lambda ratio, advantages, e: ratio.clamp(max=1 + e) * advantages)
     loss, by_name = loss_and_gradients(trainer, rollout)
     by_name = {name: gradient for name, gradient in by_name.items() if not name.startswith("critic.")}
     assert difference((loss, by_name), expected) > 1e-2
@@ -399,7 +401,7 @@ def test_control_the_slow_oracle_notices(tmp_path, monkeypatch, mistake):
         rollout.mask = rollout.attended
     elif mistake == "one token too many":
         monkeypatch.setattr(
-            learning, "ppo_terms", lambda **k: losses.ppo_terms(**(k | {"num_tokens": k["num_tokens"] + 1}))
+            micro_batches, "ppo_terms", lambda **k: terms.ppo_terms(**(k | {"num_tokens": k["num_tokens"] + 1}))
         )
     elif mistake == "values late":
         monkeypatch.setattr(trainer, "_forward", shifted(trainer._forward))
@@ -436,7 +438,7 @@ def collect_with_tools(tmp_path, monkeypatch, **options):
     options = {"kl_coef": 0.3, "whiten_advantages": False, "rollout_func": play_tools} | options
     trainer = make_trainer(tmp_path, **run, **options)
     trainer.train()
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     assert (rollout.attended & ~rollout.mask).any(), "the rollout has no holes"
     return trainer, rollout
 
@@ -486,7 +488,7 @@ def test_control_gae_that_visits_tool_tokens_is_noticed(tmp_path, monkeypatch):
         last = mask.flip(1).cumsum(1).flip(1) > 0  # from the first token to the last that counts
         return advantages_module.estimate_advantages(estimator, rewards, values, last, gamma, lam)
 
-    monkeypatch.setattr(experience, "estimate_advantages", visit_holes)
+    monkeypatch.setattr(returns, "estimate_advantages", visit_holes)
     trainer, rollout = collect_with_tools(tmp_path, monkeypatch, kl_placement="loss")
     advantages, _ = slow_advantages(trainer, rollout)
     assert (rollout.advantages - advantages).masked_fill(~rollout.mask, 0).abs().max() > 1e-2
@@ -524,8 +526,8 @@ def test_first_step_has_ratio_exactly_1_and_kl_exactly_0(tmp_path, leash, num_mi
 
 @pytest.mark.integration
 def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "disable_noise", lambda model: None)
-    monkeypatch.setattr(heads, "silence", lambda *args: None)
+    monkeypatch.setattr(join, "disable_noise", lambda model: None)
+    monkeypatch.setattr(scoring_head, "silence", lambda *args: None)
     monkeypatch.setattr(PPOTrainerX, "_check_reference", lambda self, rollout: None)  # it stops such a run
     line = first_log_line(tmp_path, num_mini_batches=2)
     assert line["policy/ratio_max"] > 1.1

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import layouts
 import ppo_runs
 import two_processes
-from ppo import layouts
 from trl_ext import PPOTrainerX
 
 
@@ -214,7 +214,7 @@ class ZeroGradients(PPOTrainerX):
     """The mistake: a step that is left out has gradients of 0 instead of none."""
 
     def training_step(self, *args, **kwargs):
-        left_out = self._is_left_out()
+        left_out = self.run_state.early_stop.stopped and self.is_amid_rollout
         loss = super().training_step(*args, **kwargs)
         if left_out:
             for parameter in self.model.parameters():

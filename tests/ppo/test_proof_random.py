@@ -101,7 +101,7 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer, n = self.trainer, args.gradient_accumulation_steps
         last = (trainer._step - 1) % args.steps_per_generation
-        rows = [row for part in trainer._micro_batches[last + 1 - n : last + 1] for row in part.rows.tolist()]
+        rows = [row for part in trainer.run_state.micro_batches[last + 1 - n : last + 1] for row in part.rows.tolist()]
         named = dict(trainer.model.named_parameters())
         weights = {name: parameter.detach().clone() for name, parameter in named.items()}
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}
@@ -273,7 +273,7 @@ def run(folder, seed):
 def worst_difference(folder, seed):
     """The largest relative difference of a gradient in any step of a configuration, and the steps with tokens."""
     steps, before, functions, weights = run(folder, seed)
-    trainer, rollout = steps.trainer, steps.trainer._rollout
+    trainer, rollout = steps.trainer, steps.trainer.run_state.rollout
     prompts = [ids[real].tolist() for ids, real in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     assert sorted(prompts) == sorted(tiny.tiny_tokenizer()(TEXTS)["input_ids"])
     responses = [ids[real].tolist() for ids, real in zip(rollout.response_ids, rollout.attended, strict=True)]

@@ -42,7 +42,11 @@ def sum_of_logps(model, rollout):
 
 def kl_by_hand(trainer, actor, reference):
     """Mean over the rollout of log π_old − log π_ref, nats per sequence."""
-    return (sum_of_logps(actor, trainer._rollout) - sum_of_logps(reference, trainer._rollout)).mean().item()
+    return (
+        (sum_of_logps(actor, trainer.run_state.rollout) - sum_of_logps(reference, trainer.run_state.rollout))
+        .mean()
+        .item()
+    )
 
 
 def test_given_reference_is_measured_against(tmp_path):

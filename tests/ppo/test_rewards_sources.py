@@ -69,8 +69,8 @@ def test_model_with_the_actors_tokenizer_reads_the_ids_as_sampled(tmp_path):
     trainer = ppo_trainer(tmp_path, {"reward_model": path}, max_steps=1, response_length=30)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
-    assert seen == as_read(trainer._rollout)
-    rollout = trainer._rollout
+    assert seen == as_read(trainer.run_state.rollout)
+    rollout = trainer.run_state.rollout
     assert rollout.has_eos.any()
     ends = rollout.response_ids[rollout.has_eos][0][rollout.attended[rollout.has_eos][0]]
     assert ends[-1] == tiny.tiny_tokenizer().eos_token_id  # the end token is read too
@@ -80,8 +80,8 @@ def test_scores_are_the_models_own(tmp_path):
     trainer = ppo_run(tmp_path, max_steps=1)
     model = tiny.tiny_reward_model()
     with torch.no_grad():
-        expected = [model(torch.tensor([ids])).logits.item() for ids in as_read(trainer._rollout)]
-    torch.testing.assert_close(trainer._rollout.scores, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        expected = [model(torch.tensor([ids])).logits.item() for ids in as_read(trainer.run_state.rollout)]
+    torch.testing.assert_close(trainer.run_state.rollout.scores, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert logged(trainer, "reward/score")[0] == pytest.approx(sum(expected) / 4, rel=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_model_with_its_own_tokenizer_reads_text_in_its_own_ids(tmp_path, tokeni
     seen = record_inputs(trainer.reward_funcs[0])
     trainer.train()
     tokens = tiny.tiny_tokenizer()
-    rollout, own = trainer._rollout, AutoTokenizer.from_pretrained(path)
+    rollout, own = trainer.run_state.rollout, AutoTokenizer.from_pretrained(path)
     texts = [
         tokens.decode([*prompt[of_prompt], *response[of_response]], skip_special_tokens=True)
         for prompt, of_prompt, response, of_response in zip(
@@ -126,7 +126,7 @@ def test_pad_token_that_only_the_actors_tokenizer_has_changes_nothing(tmp_path, 
     trainer = ppo_trainer(tmp_path, models, max_steps=1)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
-    assert seen == as_read(trainer._rollout)
+    assert seen == as_read(trainer.run_state.rollout)
     assert tokenizer.pad_token == "[PAD]"  # the user's tokenizer is left alone
 
 
@@ -176,7 +176,7 @@ def test_function_sees_prompts_completions_columns_and_state(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": grade, "train_dataset": data}, max_steps=1)
     ((prompts, completions, completion_ids, target, step),) = seen
     assert target == [len(prompt) for prompt in prompts]
-    assert trainer._rollout.scores.tolist() == target
+    assert trainer.run_state.rollout.scores.tolist() == target
     tokens = tiny.tiny_tokenizer()
     assert completions == tokens.batch_decode(completion_ids, skip_special_tokens=True)
     assert step == 0
@@ -185,7 +185,7 @@ def test_function_sees_prompts_completions_columns_and_state(tmp_path):
 def test_sources_are_weighted_with_the_reward_model_first(tmp_path):
     functions = [response_lengths, even_rows]
     trainer = ppo_run(tmp_path, {"reward_funcs": functions}, reward_weights=[2.0, 10.0, -3.0], max_steps=1)
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     with torch.no_grad():
         of_model = [tiny.tiny_reward_model()(torch.tensor([ids])).logits.item() for ids in as_read(rollout)]
     lengths = response_lengths(tiny.tiny_tokenizer().batch_decode(rollout.response_ids, skip_special_tokens=True))
@@ -201,14 +201,14 @@ def test_sources_are_weighted_with_the_reward_model_first(tmp_path):
 
 def test_one_sources_none_is_left_out_of_the_sum(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": [even_rows, odd_rows]}, max_steps=1)
-    assert trainer._rollout.scores.tolist() == [1.0, 2.0, 1.0, 2.0]
-    assert trainer._rollout.scored.all()
-    assert trainer._rollout.mask.equal(trainer._rollout.attended)
+    assert trainer.run_state.rollout.scores.tolist() == [1.0, 2.0, 1.0, 2.0]
+    assert trainer.run_state.rollout.scored.all()
+    assert trainer.run_state.rollout.mask.equal(trainer.run_state.rollout.attended)
 
 
 def test_sample_is_masked_only_when_all_sources_give_none(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": [even_rows]}, max_steps=1)
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     assert rollout.scored.tolist() == [True, False, True, False]
     assert rollout.mask.any(dim=1).tolist() == [True, False, True, False]
     assert rollout.attended.any(dim=1).all()
@@ -228,7 +228,7 @@ def test_rollout_that_nobody_scored_teaches_nothing(tmp_path):
 
     options = {"kl_controller": "band", "kl_coef": 0.1, "target_kl": 0.1}
     trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": silent}, **options)
-    assert trainer._coefficients.now.kl == 0.1  # no KL was measured, so nothing moves the controller
+    assert trainer.run_state.coefficients.now.kl == 0.1  # no KL was measured, so nothing moves the controller
     assert logged(trainer, "policy/steps_left_out") == [1] * 4
 
 
@@ -272,7 +272,7 @@ def shaped_total(tmp_path, **options):
     """`reward/total` of a run whose scores are 1, 2, 1, 2 and whose responses have no end token."""
     models = {"reward_model": None, "reward_funcs": [even_rows, odd_rows], "model": tiny.tiny_actor(5)}
     trainer = ppo_run(tmp_path, models, max_steps=1, response_length=2, **options)
-    assert not trainer._rollout.has_eos.any()
+    assert not trainer.run_state.rollout.has_eos.any()
     assert logged(trainer, "reward/score") == [1.5]
     return logged(trainer, "reward/total")[0]
 

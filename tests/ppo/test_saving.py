@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from ppo_runs import best_after_two_steps, changed, log_lines, ppo_run, ppo_trainer, run_to_best_checkpoint, snapshot
-from trl_ext.ppo.critic import ValueHead
+from trl_ext.ppo.roles.critic import ValueHead
 
 
 def lora():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from datasets import Dataset
 
 import tiny
 from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, sum_of_terms
+from tool_runs import Room, look, tool_models
 from trl_ext import PPOTrainerX
 from trl_ext.ppo.rollout import Rollout
 
@@ -30,7 +30,7 @@ def test_tokens_of_the_environment_are_attended_and_do_not_count(tmp_path, monke
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     models = {"reward_model": None, "reward_funcs": bonus_of, "rollout_func": play}
     trainer = ppo_run(tmp_path, models, max_steps=2, gamma=0.9, whiten_advantages=False, kl_placement="reward")
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     hole = torch.tensor([True, False, False, True, True])
     assert rollout.mask.equal(hole.expand(4, 5))
     assert rollout.attended.all()
@@ -70,50 +70,6 @@ def test_rollout_takes_over_grpos_masks():
     assert inputs["position_ids"].tolist()[0] == [0, 0, 1, 2, 3, 3]
 
 
-TOOL_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<' + ('unk' if message['role'] == 'tool' else message['role']) + '> ' + message['content'] + ' ' }}"
-    "{% for call in message.get('tool_calls') or [] %}"
-    "{{ call['function']['name'] + ' ' + (call['function']['arguments'] | tojson) + ' ' }}"
-    "{% endfor %}"
-    "{{ '<eos> ' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
-
-
-def look(word: str) -> str:
-    """
-    Looks a word up.
-
-    Args:
-        word: the word.
-    """
-    return "good film"
-
-
-class Room:
-    """An environment that owns its reward."""
-
-    reward = 0.5
-
-    def reset(self, **kwargs):
-        return None
-
-    def look(self, word: str) -> str:
-        """
-        Looks a word up.
-
-        Args:
-            word: the word.
-        """
-        self.looked = True
-        return "good film"
-
-    def get_reward(self):
-        return self.reward
-
-
 def calls_a_tool_once(monkeypatch):
     """Every response is a call of the tool, then three tokens. TRL's own loop runs between the two."""
     call = {"type": "function", "function": {"name": "look", "arguments": {"word": "cat"}}}
@@ -131,21 +87,12 @@ def calls_a_tool_once(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
-def tool_models():
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.chat_template = TOOL_TEMPLATE
-    tokenizer.response_schema = {"type": "object"}
-    tokenizer.response_template = {"unused": True}
-    prompts = [[{"role": "user", "content": word}] for word in ("cat", "dog", "bird", "fish")]
-    return {"processing_class": tokenizer, "train_dataset": Dataset.from_dict({"prompt": prompts})}
-
-
 @pytest.mark.parametrize("source", ["tools", "environment"])
 def test_answers_of_a_tool_are_attended_and_do_not_count(tmp_path, monkeypatch, source):
     calls_a_tool_once(monkeypatch)
     given = {"tools": [look]} if source == "tools" else {"environment_factory": Room, "reward_model": None}
     trainer = ppo_run(tmp_path, tool_models() | given, max_steps=2, response_length=40)
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     film = tiny.VOCABULARY.index("film")
     for row in range(4):
         written = rollout.response_ids[row][rollout.mask[row]].tolist()
@@ -167,7 +114,7 @@ def test_environment_may_bring_its_own_prompts(tmp_path, monkeypatch):
     models = tool_models() | {"environment_factory": Room, "reward_model": None, "train_dataset": None}
     trainer = ppo_run(tmp_path, models, total_episodes=4, response_length=40)
     assert trainer.state.global_step == 2
-    prompts = tiny.tiny_tokenizer().batch_decode(trainer._rollout.prompt_ids)
+    prompts = tiny.tiny_tokenizer().batch_decode(trainer.run_state.rollout.prompt_ids)
     assert all("bird" in prompt for prompt in prompts)
 
 

@@ -40,7 +40,7 @@ from ppo_runs import (
     sum_of_terms,
 )
 from trl_ext import PPOConfigX, PPOTrainerX
-from trl_ext.ppo.critic import ValueHead
+from trl_ext.ppo.roles.critic import ValueHead
 from trl_ext.ppo.rollout import Rollout
 
 
@@ -300,7 +300,7 @@ def rollout_of(prompts, responses):
 @pytest.mark.parametrize("estimator", ["k2", "full"])
 def test_what_stands_at_padded_positions_changes_neither_loss_nor_gradient(tmp_path, critic, estimator):
     trainer = ppo_run(tmp_path, max_steps=1, response_length=40, critic=critic, kl_estimator=estimator)
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     batch = trainer._draw_micro_batches(rollout)[0]
     batch.rows = torch.tensor([0, 1, 2, 3])
     assert not rollout.attended.all()
@@ -429,8 +429,8 @@ def test_given_optimizer_is_used_for_both(tmp_path):
 
 
 def test_returns_use_advantages_before_whitening(tmp_path):
-    plain = ppo_run(tmp_path / "plain", max_steps=1, whiten_advantages=False, learning_rate=0.0)._rollout
-    white = ppo_run(tmp_path / "white", max_steps=1, learning_rate=0.0)._rollout
+    plain = ppo_run(tmp_path / "plain", max_steps=1, whiten_advantages=False, learning_rate=0.0).run_state.rollout
+    white = ppo_run(tmp_path / "white", max_steps=1, learning_rate=0.0).run_state.rollout
     torch.testing.assert_close(white.returns, plain.returns)
     torch.testing.assert_close(plain.returns, (plain.advantages + plain.old_values) * plain.mask)
     assert not torch.allclose(white.advantages, plain.advantages)
@@ -439,7 +439,7 @@ def test_returns_use_advantages_before_whitening(tmp_path):
 def test_second_training_starts_with_a_rollout_of_its_own(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=3, num_ppo_epochs=2, logging_steps=2)
     trainer.train()
-    assert trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0, "not in mid-rollout"
+    assert trainer.is_amid_rollout, "not in mid-rollout"
     trainer.train()
     first_lines = [line for line in trainer.state.log_history if "loss" in line]
     assert first_lines[0]["policy/ratio_max"] >= 1.0

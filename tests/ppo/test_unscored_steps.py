@@ -49,8 +49,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         per_step = args.gradient_accumulation_steps
         done = (self.trainer._step - 1) % args.steps_per_generation // per_step
-        part = self.trainer._micro_batches[done * per_step : (done + 1) * per_step]
-        self.num_tokens.append(sum(self.trainer._rollout.mask[m.rows].sum().item() for m in part))
+        part = self.trainer.run_state.micro_batches[done * per_step : (done + 1) * per_step]
+        self.num_tokens.append(sum(self.trainer.run_state.rollout.mask[m.rows].sum().item() for m in part))
         self.states.append(self.now())
 
     def moved(self, step):

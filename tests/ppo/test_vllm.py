@@ -1,6 +1,6 @@
 """
 Generation with vLLM, without vLLM: TRL's own code between the trainer and a stand-in for the program outside, which
-samples from the weights that it is sent and nothing else (tests/fake_vllm.py).
+samples from the weights that it is sent and nothing else (tests/helpers/fake_vllm.py).
 """
 
 import math
@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+import four_roles
 import tiny
 from fake_vllm import vllm
-from ppo import four_roles
 from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, snapshot
 from trl_ext.ppo.rollout import MicroBatch
 
@@ -147,7 +147,7 @@ def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
             tmp_path, use_vllm=True, vllm_mode=mode, response_length=60, max_steps=1, temperature=2.0, **options
         )
     assert [request["stop_token_ids"] for request in sampler.requests] == [[stop]]
-    rollout = trainer._rollout
+    rollout = trainer.run_state.rollout
     responses = [ids[real].tolist() for ids, real in zip(rollout.response_ids, rollout.attended, strict=True)]
     assert any(response[-1] == stop for response in responses)
     assert all(stop not in response[:-1] for response in responses)
@@ -293,8 +293,8 @@ def test_probability_that_vllm_does_not_give_is_not_corrected(tmp_path, mode, en
     """vLLM may answer NaN for a token; its ratio is 1, and the run goes on."""
     with vllm(noise=0.1, unavailable=1):
         trainer = ppo_run(tmp_path, use_vllm=True, vllm_mode=engine, vllm_importance_sampling_mode=mode, max_steps=1)
-    ratio = trainer._rollout.importance_sampling_ratio.expand_as(trainer._rollout.mask)
-    assert torch.equal(ratio[trainer._rollout.mask], torch.ones_like(ratio[trainer._rollout.mask]))
+    ratio = trainer.run_state.rollout.importance_sampling_ratio.expand_as(trainer.run_state.rollout.mask)
+    assert torch.equal(ratio[trainer.run_state.rollout.mask], torch.ones_like(ratio[trainer.run_state.rollout.mask]))
     assert math.isfinite(logged(trainer, "loss")[0])
 
 

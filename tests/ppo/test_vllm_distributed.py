@@ -8,7 +8,7 @@ import tiny
 import two_processes
 
 
-SCRIPT = Path(__file__).resolve().parent / "vllm_layouts.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "vllm_layouts.py"
 
 
 @pytest.mark.proof

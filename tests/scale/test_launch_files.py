@@ -11,9 +11,9 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 import dpo_runs
 import ppo_runs
 import tiny
-from scale.accelerate_files import ACCELERATE, launch
-from scale.zero_runs import launched
+from accelerate_files import ACCELERATE, launch
 from two_processes import ROOT
+from zero_runs import launched
 
 
 DEEPSPEED = ROOT / "configs" / "deepspeed"

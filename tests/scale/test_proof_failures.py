@@ -6,7 +6,7 @@ import time
 import pytest
 
 import two_processes
-from scale import zero_runs
+import zero_runs
 
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 )
 def test_run_ends_when_a_process_dies(tmp_path, end, said):
     zero_runs.save(tmp_path)
-    worker = two_processes.ROOT / "tests" / "scale" / "dying_worker.py"
+    worker = two_processes.ROOT / "tests" / "helpers" / "dying_worker.py"
     command = [*two_processes.TORCHRUN, str(two_processes.ON_CPU), str(worker), end, str(tmp_path)]
     result = subprocess.run(
         command,

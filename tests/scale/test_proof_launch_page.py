@@ -18,7 +18,7 @@ import pytest
 
 import tiny
 import two_processes
-from scale import zero_runs
+import zero_runs
 from two_processes import ROOT
 
 

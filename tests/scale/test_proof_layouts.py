@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 import two_processes
-from scale import zero_runs
-from scale.accelerate_files import ACCELERATE, launch
+import zero_runs
+from accelerate_files import ACCELERATE, launch
 
 
 # accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.

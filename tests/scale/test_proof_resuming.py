@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import two_processes
-from scale import zero_runs
+import zero_runs
 
 
 # accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.

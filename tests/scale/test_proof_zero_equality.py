@@ -1,7 +1,7 @@
 """
 One process, two under DDP, ZeRO-2 and ZeRO-3: the same losses, gradient norms and final weights, over ten steps.
 
-The responses are given (`tests/ppo/layouts.py`), their lengths so different that a mean of means would be another
+The responses are given (`tests/helpers/layouts.py`), their lengths so different that a mean of means would be another
 number. AdamW and clipping are on, as in a real run; models come from disk, so that ZeRO-3 loads them in shares.
 """
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import equality_worker
 import two_processes
-from scale import equality_worker, zero_runs
+import zero_runs
 
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]

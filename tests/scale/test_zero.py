@@ -1,4 +1,4 @@
-"""What `trl_ext.zero` and the critic say of models that ZeRO-3 will partition, as far as one process can tell."""
+"""What the package says of models that ZeRO-3 will partition, as far as one process can tell."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from trl_ext import zero
-from trl_ext.ppo import critic as critic_module
+from trl_ext.models import sharding
+from trl_ext.ppo.roles import critic as critic_module
 
 
 def two_adapters():
@@ -19,7 +19,7 @@ def two_adapters():
     model = get_peft_model(tiny.tiny_actor(), adapter)
     model.add_adapter("other", adapter)
     critic = critic_module.ValueModel(tiny.tiny_reward_model())
-    critic_module.attach(critic, model.get_base_model())
+    critic.attach(model.get_base_model(), None)
     return model, critic
 
 
@@ -41,7 +41,7 @@ def test_weights_to_generate_with_are_those_that_change_the_logits():
 def test_whole_model_generates_with_all_that_is_not_the_critics():
     actor, critic = tiny.tiny_actor(), critic_module.ValueHead(16)
     names = {id(parameter): name for name, parameter in actor.named_parameters()}
-    critic_module.attach(critic, actor)
+    critic.attach(actor, None)
     assert {names[id(parameter)] for parameter in critic_module.generating_parameters(actor, critic)} == {
         *names.values()
     }
@@ -58,7 +58,7 @@ def test_base_that_the_critic_shares_is_the_actors():
 
 def test_copy_is_a_copy_where_nothing_is_partitioned():
     model = tiny.tiny_reward_model()
-    twin = zero.copy_of(model)
+    twin = sharding.copy_of(model)
     for (name, mine), (its_name, its) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert name == its_name
         assert mine is not its
@@ -83,7 +83,7 @@ def test_copy_computes_with_its_own_weights():
     model = with_functions_of_a_trainer(with_functions_of_a_trainer(tiny.tiny_actor()))
     ids = torch.tensor([[4, 5, 6]])
     before = model(input_ids=ids).logits
-    twin = zero.copy_of(model)
+    twin = sharding.copy_of(model)
     for parameter in model.parameters():
         parameter.zero_()
     assert torch.equal(twin(input_ids=ids).logits, before)
@@ -98,14 +98,14 @@ def test_copy_keeps_functions_that_hold_on_to_nothing_else():
     model = tiny.tiny_actor()
     model.model.norm.forward = types.MethodType(lambda self, states: states * self.weight, model.model.norm)
     ids = torch.tensor([[4, 5, 6]])
-    assert torch.equal(zero.copy_of(model)(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch.equal(sharding.copy_of(model)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_partitioned_adapter_model_is_not_copied_into_an_empty_one():
     """A `PeftModel` has no class to make it from; `copy.deepcopy` would give it weights of no elements."""
     model, _ = two_adapters()
     next(model.parameters()).ds_id = 0
-    assert zero.is_partitioned(model)
+    assert sharding.is_partitioned(model)
     with pytest.raises(ValueError, match=r"Under ZeRO-3 a PeftModelForCausalLM cannot be copied.*`ref_model`"):
-        zero.copy_of(model)
-    assert not zero.is_partitioned(copy.deepcopy(tiny.tiny_actor()))
+        sharding.copy_of(model)
+    assert not sharding.is_partitioned(copy.deepcopy(tiny.tiny_actor()))

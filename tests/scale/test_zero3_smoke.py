@@ -7,8 +7,8 @@ import pytest
 
 import tiny
 import two_processes
-from scale import zero_runs
-from scale.accelerate_files import ACCELERATE, launch
+import zero_runs
+from accelerate_files import ACCELERATE, launch
 
 
 @pytest.mark.distributed

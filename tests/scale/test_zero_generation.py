@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import generation_worker
 import tiny
 import two_processes
-from scale import generation_worker, zero_runs
+import zero_runs
 
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]

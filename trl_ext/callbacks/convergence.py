@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..convergence import CONVERGED, DIVERGING, KL_BAND, MIN_ACCURACY, WINDOW, Verdict, check_criteria, verdict
+from ..runs.convergence import CONVERGED, DIVERGING, KL_BAND, MIN_ACCURACY, WINDOW, Verdict, check_criteria, verdict
 
 
 class ConvergenceCallback(TrainerCallback):
@@ -13,7 +13,7 @@ class ConvergenceCallback(TrainerCallback):
     The documents' criteria (S1 §6.2) at every log line: for PPO, GRPO and RLOO a KL to the reference within its band
     and a reward that has risen and is flat; for DPO and reward models the share of held-out pairs in the right order.
     Prints the verdict when its status changes. The report shows the same verdict, from the same function,
-    [`trl_ext.convergence.verdict`], which says what counts as flat and as diverging.
+    [`trl_ext.runs.convergence.verdict`], which says what counts as flat and as diverging.
 
     Args:
         stop_when: statuses that end the training: "converged", "diverging", or both.

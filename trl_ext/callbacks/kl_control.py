@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..history import reference_kl
 from ..ppo.kl import KLController
+from ..runs.log import reference_kl
 
 
 class KLControlCallback(TrainerCallback):

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..history import is_tie
-from ..intervals import wilson_interval
+from ..runs.log import is_tie
+from ..statistics import wilson_interval
 
 
 # What `DPOTrainer` and `RewardTrainer` call the share of pairs in the right order, in training.

@@ -12,11 +12,11 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from ..places import FACTS, STATE, begun_at, write_whole
-from ..plain import plain_file
+from ..data.json_values import plain_file
 from ..report import write_report
 from ..report.drawing import matplotlib
-from ..run_facts import changed_options, hardware, model_facts, rows_of
+from ..runs.facts import changed_options, hardware, model_facts, rows_of
+from ..runs.folder import FACTS, STATE, begun_at, write_whole
 
 
 logger = logging.getLogger(__name__)

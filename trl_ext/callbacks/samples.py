@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..decoding import generating_by, greedy_decoding
+from ..models.generation import generating_by, greedy_decoding
 from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
 
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..places import write_whole
-from ..plain import plain_line
+from ..data.json_values import plain_line
 from ..report.tables import read_rows
+from ..runs.folder import write_whole
 
 
 Row = dict[str, Any]

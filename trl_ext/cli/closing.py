@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .. import ReportCallback
-from ..places import STATE, is_of_this_run
-from ..steps_left import has_steps_left
+from ..runs.folder import STATE, is_of_this_run
+from ..runs.steps_left import has_steps_left
 from .options import Options, usage_errors
 
 

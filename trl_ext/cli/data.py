@@ -4,16 +4,16 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, get_dataset
 
-from .. import embedded
-from ..conversions import to_preference
-from ..formats import parse_columns
-from ..places import DATA_FILES
-from ..plain import key_of
+from ..data import demo
+from ..data.conversions import to_preference
+from ..data.formats import parse_columns
+from ..data.json_values import key_of
+from ..runs.folder import DATA_FILES
 from .options import is_ours
 
 
@@ -24,6 +24,8 @@ class DataArguments(DatasetMixtureConfig):
 
     Which rows to train on and which to hold out. `datasets` is TRL's mixture; it goes before `dataset_name`.
     """
+
+    TOPIC: ClassVar[str] = "Data"
 
     dataset_name: str | None = field(
         default=None,
@@ -60,17 +62,16 @@ class DataArguments(DatasetMixtureConfig):
 
 @dataclass
 class PairArguments(DataArguments):
-    """The embedded pairs"""
+    TOPIC: ClassVar[str] = "The embedded pairs"
 
     min_gap: float = field(default=1.0, metadata={"help": "Smallest rating gap of the embedded pairs, 0 to 8."})
-    pairs_seed: int = field(default=0, metadata={"help": "Seed by which the embedded reviews are split and paired."})
 
 
 def load_pairs(data: PairArguments) -> DatasetDict:
     """Pairs to train on and to evaluate on; the embedded ones without data of the user's own."""
 
     def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return embedded.preference_pairs(data.min_gap, train_size, test_size, seed=data.pairs_seed)
+        return demo.preference_pairs(data.min_gap, train_size, test_size)
 
     return load_splits(data, pairs, to_preference)
 

@@ -14,15 +14,15 @@ from trl import DPOTrainer, RewardTrainer
 
 from .. import planner
 from .._trl import tokenised_pair
-from ..context import context_limit
 from ..dpo.data import check_columns
-from ..places import checkpoint_of, is_local
+from ..models.context import context_limit
+from ..models.loading import load_tokenizer, text_config
+from ..ppo.data import check_datasets, prompt_ids
 from ..ppo.display import batch_plan, planned_steps
-from ..ppo.given import Given, check_given
-from ..ppo.prompts import check_datasets, prompt_ids
-from ..pretrained import load_tokenizer, text_config
-from ..startable import require_writable
-from ..steps_left import require_steps_left
+from ..ppo.roles.inputs import Given, check_given
+from ..runs.folder import checkpoint_of, is_local
+from ..runs.requirements import require_writable
+from ..runs.steps_left import require_steps_left
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
 from .models import path_of, require_judges

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -14,7 +14,7 @@ from .recipes import find_config, read_yaml
 
 @dataclass
 class LaunchArguments:
-    """Launching, and looking before it"""
+    TOPIC: ClassVar[str] = "Launching, and looking before it"
 
     dry_run: bool = field(
         default=False,

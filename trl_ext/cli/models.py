@@ -4,21 +4,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import nn
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .. import embedded
-from ..device import computes_in_bf16
-from ..pretrained import check_no_adapter, require_model
+from ..data import demo
+from ..models.loading import check_no_adapter, require_model
+from ..models.precision import computes_in_bf16
 from .options import package_of
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's model options, with `--model` for short and a dtype that follows the device."""
+    TOPIC: ClassVar[str] = "TRL's model options, with `--model` for short and a dtype that follows the device"
 
     model_name_or_path: str | None = field(
         default=None,
@@ -149,7 +149,7 @@ def path_of(model: ModelArguments, args: Any = None) -> str:
     """
     named = model.model_name_or_path or getattr(args, "sft_model_path", None)
     if named is None:
-        return str(embedded.smollm2())
+        return str(demo.smollm2())
     require_model(named, "--model" if model.model_name_or_path else "--sft_model_path", model.model_revision)
     check_no_adapter(named, "model")
     return named

@@ -56,7 +56,7 @@ NAMES_BEFORE = {
     "loss_type": "pref_loss dpo_loss",
     "label_smoothing": "dpo_label_smoothing",
     "loss_weights": "rpo_alpha pref_ftx",
-    "pack_pairs": "packing packing_samples",
+    "packing": "packing_samples",
     "num_train_epochs": "max_epochs epochs num_epochs",
     "per_device_train_batch_size": "train_batch_size micro_train_batch_size per_device_batch_size rollout_batch_size "
     "train_micro_batch_size_per_gpu batch_size mini_batch_size",

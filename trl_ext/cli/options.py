@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..device import computes_in_bf16
-from ..startable import check_optimizable, check_startable
+from ..models.precision import computes_in_bf16
+from ..runs.requirements import check_optimizable, check_startable
 from .parser import OptionParser, is_negation, misspelt
 from .recipes import find_config, read_recipe
 

@@ -12,7 +12,7 @@ FIRST = {
 }
 
 # Options of TRL's and transformers' classes that `--help` shows, by topic; `--help_all` shows every option. Those of
-# this package are grouped by the class that has them, under the first line of its docstring.
+# this package are grouped by the class that has them, under its `TOPIC`.
 TOPICS = {
     "Loss and reference": "beta loss_type loss_weights label_smoothing max_length truncation_mode "
     "precompute_ref_log_probs sync_ref_model center_rewards_coefficient",
@@ -94,12 +94,7 @@ def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
         return _TOPIC_OF[name], True
     if owner.__module__.split(".")[0] in ("trl", "transformers"):
         return f"More options of {owner.__name__}", False
-    return title(owner), True
-
-
-def title(owner: type) -> str:
-    """The first line of a class's docstring."""
-    return (owner.__doc__ or owner.__name__).strip().splitlines()[0].rstrip(".")
+    return vars(owner).get("TOPIC", owner.__name__), True
 
 
 def first_of(command: str) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from ..model_card import Metric, Training, loading_lines
+from ..runs.card import Metric, Training, loading_lines
 from .config import DPOConfigX
 
 

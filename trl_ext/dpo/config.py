@@ -1,15 +1,15 @@
 """`DPOConfigX`: TRL's `DPOConfig`, with shared prefixes and a label smoothing that works."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from trl import DPOConfig
 
-from ..device import computes_in_bf16
-from ..frozen import QUANTIZATIONS
+from ..models.precision import computes_in_bf16
+from ..models.quantization import QUANTIZATIONS
+from ..models.sharding import check_batch_fields
 from ..ranges import COUNT, check_ranges, one_of, require
-from ..startable import check_startable
-from ..zero import check_batch_fields
+from ..runs.requirements import check_startable
 
 
 LOSS_TYPES = (
@@ -25,8 +25,6 @@ SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 @dataclass
 class DPOConfigX(DPOConfig):
     """
-    Shared prefixes, the reference, and samples at evaluations
-
     Options of [`DPOTrainerX`]: all of TRL's `DPOConfig`, with the same names and meanings, and those below.
 
     Without `bf16`, the device decides: bfloat16 on a GPU that has it, float32 on a CPU.
@@ -34,16 +32,14 @@ class DPOConfigX(DPOConfig):
     `label_smoothing` also holds for `loss_type="sigmoid"` (conservative DPO), as in TRL up to 0.24.
     """
 
-    prefix_sharing: bool = field(
+    TOPIC: ClassVar[str] = "Packing, the reference, and samples at evaluations"
+
+    packing: bool = field(
         default=True,
         metadata={
-            "help": "Compute what a pair's two sequences have in common once. Where that is not exact, TRL's way is "
-            "taken, and the log says why."
+            "help": "Put all pairs of a batch into one row, without padding, and compute what a pair's two sequences "
+            "have in common once. Where that is not exact, TRL's way is taken, and the log says why."
         },
-    )
-    pack_pairs: bool = field(
-        default=True,
-        metadata={"help": "With shared prefixes: put all pairs of a batch into one row, without padding."},
     )
     ref_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
         default=None,

@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
-from ..pretrained import check_known
-from ..rendering import check_pairs
+from ..data.formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
+from ..data.rendering import check_pairs
+from ..models.loading import check_known
 
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,8 @@ NEEDED = ("chosen", "rejected")
 OPTIONAL = ("prompt",)
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 SOURCE = "source"
-FROM_SHAREGPT = " `trl_ext.conversions.to_preference(dataset)` makes that of 'from' and 'value'."
-TO_ONE_KIND = " `trl_ext.conversions.to_preference(dataset)` makes turns of the prompts."
+FROM_SHAREGPT = " `trl_ext.data.conversions.to_preference(dataset)` makes that of 'from' and 'value'."
+TO_ONE_KIND = " `trl_ext.data.conversions.to_preference(dataset)` makes turns of the prompts."
 
 
 def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
@@ -117,7 +117,8 @@ def _check_roles(messages: list[dict[str, Any]], has_prompt: bool, whose: str) -
     if has_prompt and roles[0] not in ("assistant", "tool"):
         raise ValueError(
             f"{whose} begins with a message of the role {roles[0]!r} (roles {roles}), and there is a `prompt` before "
-            "it. Where the answers repeat the prompt, `trl_ext.conversions.to_preference(dataset)` takes it off them."
+            "it. Where the answers repeat the prompt, "
+            "`trl_ext.data.conversions.to_preference(dataset)` takes it off them."
         )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plain import plain_line
+from ..data.json_values import plain_line
 
 
 FOLDER = "completions"

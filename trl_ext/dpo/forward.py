@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..heads import ScoringHead
-from ..scoring import score_only
-from ..zero import is_partitioned
-from . import attention, flex, probe
-from .exactness import KINDS_OF_LAYERS, is_harmless, length_limit, lengths, shrunk, why_not_model
-from .prefix_sharing import SharedRows, attention_mask_of, share_prefixes
+from ..models.lm_head import score_only
+from ..models.scoring_head import ScoringHead
+from ..models.sharding import is_partitioned
+from ..packing import attention, flex
+from ..packing.exactness import KINDS_OF_LAYERS, is_harmless, length_limit, lengths, shrunk, why_not_model
+from ..packing.segments import SharedRows, attention_mask_of, share_prefixes
+from . import probe
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,6 @@ class PairForward:
 
     Args:
         model: the base causal LM.
-        pack_pairs: all pairs of a batch in one row, where attention can go piece by piece; otherwise a row each.
         role: what the model is in the run, for errors.
         silent: whether the model has to be without noise when it is trained.
 
@@ -61,10 +61,9 @@ class PairForward:
         outputs: while a list, every scored batch's output is added to it.
     """
 
-    def __init__(self, model: PreTrainedModel, pack_pairs: bool = True, role: str = "model", silent: bool = False):
+    def __init__(self, model: PreTrainedModel, role: str = "model", silent: bool = False):
         self.model = model
         self.head = ScoringHead(model, role, silent)
-        self.pack_pairs = pack_pairs
         self.sharing = False
         self.piecewise = False
         self.one_kernel: bool | None = None
@@ -147,7 +146,7 @@ class PairForward:
     def _share(self, ids: Tensor, mask: Tensor) -> SharedRows | None:
         """As many pairs in a row as it may hold; `None` if a sequence or a row of one pair is too long."""
         # With a mask over the whole row, pairs side by side would pay for scores between them.
-        pairs_per_row = len(ids) // 2 if self.pack_pairs and self.piecewise else 1
+        pairs_per_row = len(ids) // 2 if self.piecewise else 1
         shared = share_prefixes(ids, mask, pairs_per_row)
         if self.limit is not None and shared.longest > self.limit:
             return None

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
-from ..pretrained import check_known, known_tokens, refuse_encoder_decoder
-from .checks import check_vocabularies
+from ..models.loading import check_known, known_tokens, refuse_encoder_decoder
+from .guards import check_vocabularies
 from .losses import implicit_reward
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..intervals import wilson_interval
+from ..statistics import wilson_interval
 from .losses import gradient_weight, preference_probability
 
 

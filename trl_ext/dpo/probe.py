@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..probe import arithmetic, rounded_once
+from ..models.probe import arithmetic, rounded_once
 
 
 # How many times as much as one rounding of the embeddings the two ways may be apart: every layer rounds, too. And in

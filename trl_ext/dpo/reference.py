@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._trl import create_model_from_path, get_config_model_id
-from ..adapter_copies import check_copyable
-from ..frozen import check_quantizable, is_fsdp, quantization
-from ..zero import copy_of, is_partitioned
+from ..models.adapter_copies import check_copyable
+from ..models.quantization import check_quantizable, is_fsdp, quantization
+from ..models.sharding import copy_of, is_partitioned
 from .config import DPOConfigX
 
 

@@ -17,17 +17,11 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
-from ..adapter_copies import base_left_alone, check_base_is_kept, copied_whole
-from ..context import context_limit
-from ..decoding import generating_by, greedy_decoding
-from ..device import drop_checkpointing, keep_4_bit_differentiable
-from ..frozen import is_fsdp
-from ..last_line import LastLine, in_mode_of, whole_run_loss
-from ..model_card import card_name, complete_card, hub_name
-from ..noise import disable_noise
-from ..one_run import name_run
-from ..phases import Phases
-from ..pretrained import (
+from ..data.rendering import with_template_kwargs
+from ..models.adapter_copies import base_left_alone, check_base_is_kept, copied_whole
+from ..models.context import context_limit
+from ..models.generation import generating_by, greedy_decoding
+from ..models.loading import (
     adapter_configs,
     check_no_adapter,
     check_same_tokens,
@@ -37,14 +31,20 @@ from ..pretrained import (
     text_config,
     tokenizer_of,
 )
-from ..rendering import with_template_kwargs
-from ..rounding import warn_of_casting, warn_of_rounding
-from ..startable import make_folder
-from ..steps_left import refuse_finished_checkpoints
-from ..trained import RequireGradients, check_optimizer, check_trainable, take_back
-from ..zero import check_unquantized, is_partitioned
+from ..models.noise import disable_noise
+from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
+from ..models.quantization import is_fsdp
+from ..models.rounding import warn_of_casting, warn_of_rounding
+from ..models.sharding import check_unquantized, is_partitioned
+from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
+from ..packing.exactness import why_not_run
+from ..runs.card import Training, WritesCard
+from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
+from ..runs.profiler import Phases
+from ..runs.requirements import make_folder
+from ..runs.steps_left import refuse_finished_checkpoints
+from ..runs.trackio_run import name_run
 from .card import dpo_training
-from .checks import check_vocabularies, require_finite
 from .config import DPOConfigX
 from .data import (
     SOURCE,
@@ -56,8 +56,8 @@ from .data import (
     drop_equal_tokens,
 )
 from .display import show_completions, write_completions
-from .exactness import why_not_run
 from .forward import PairForward, recorded
+from .guards import check_vocabularies, require_finite
 from .losses import divergence_score, implicit_reward, smoothing_term
 from .metrics import COLUMNS, PreferenceLedger, pooled
 from .reference import (
@@ -74,12 +74,13 @@ logger = logging.getLogger(__name__)
 REFERENCE = "ref_model"  # the folder in a checkpoint of a reference that follows the policy
 
 
-class DPOTrainerX(DPOTrainer):
+class DPOTrainerX(WritesCard, DPOTrainer):
     """
     Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
     reference log-probabilities, vision data (which goes TRL's way untouched).
 
-    - What the two sequences of a pair have in common is computed once (`prefix_sharing`), where that is exact.
+    - What the two sequences of a pair have in common is computed once, in rows without padding, where that is exact
+      (`packing`).
     - `label_smoothing` works with `loss_type="sigmoid"`.
     - Every log line has the metrics of docs/metrics.md over all pairs of the logging window and all ranks; with a
       column `source` in the data, the accuracy of each source.
@@ -87,8 +88,8 @@ class DPOTrainerX(DPOTrainer):
 
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
     `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `evaluation_loop`,
-    `evaluate`, `save_model`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
-    `_load_best_model`, `create_model_card`.
+    `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`; and,
+    by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -191,12 +192,12 @@ class DPOTrainerX(DPOTrainer):
         if self.ref_model is not None:
             models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         silent = self.args.disable_dropout
-        self._forwards = [PairForward(model, self.args.pack_pairs, role, silent) for role, model in models.items()]
+        self._forwards = [PairForward(model, role, silent) for role, model in models.items()]
         for role, forward in zip(models, self._forwards, strict=True):
             self._make_still(forward, is_frozen=role == "ref_model")
         if self.args.torch_compile:
             logger.warning("`torch_compile` compiles nothing here: pairs are scored in other rows in every batch.")
-        if not self.args.prefix_sharing or self._is_vision_dataset:
+        if not self.args.packing or self._is_vision_dataset:
             return
         of_run = why_not_run(self.args, actor)
         for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
@@ -480,13 +481,6 @@ class DPOTrainerX(DPOTrainer):
 
     # ---- 5. Save ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
-        is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
-        if is_own and not _internal_call and not self.args.push_to_hub:
-            self.create_model_card()
-
     def _save_rng_state(self, output_dir: str) -> None:
         """With the random numbers the reference, where it follows the policy."""
         super()._save_rng_state(output_dir)
@@ -521,10 +515,5 @@ class DPOTrainerX(DPOTrainer):
         else:
             restore_weights(self.model, self.state.best_model_checkpoint)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """TRL's model card, with what was trained and how it came out."""
-        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)
-        if self.is_world_process_zero():
-            complete_card(self, dpo_training(self), dataset_name)
+    def describe(self) -> Training:
+        return dpo_training(self)

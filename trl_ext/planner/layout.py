@@ -1,6 +1,7 @@
 """What is planned: the layout of a run, and the hardware that it is to fit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 GIB = 2**30
@@ -85,76 +86,55 @@ def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
     return Hardware(**(GPUS[gpu] | options))  # type: ignore[arg-type]
 
 
+def says(default: Any, text: str) -> Any:
+    """Return a field with what it is, for `trl-ext plan --help`."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Layout:
-    """
-    How a run is laid out. Lengths are tokens, batches are per GPU.
+    """How a run is laid out. Lengths are tokens, batches are per GPU; each field says what it is."""
 
-    Args:
-        trainer: "ppo" or "dpo".
-        method: how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).
-        critic: "model", "head" on the actor's trunk, "adapter" on the actor's base; "none" in DPO.
-        reference: "model" of its own; "adapter": the actor with its adapter off, or a frozen one; "none": no KL, or
-            precomputed.
-        reward: "model", "adapter" on the actor's base, "none": functions. "none" in DPO.
-        compute: "fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in
-            bfloat16, as with adapters or DeepSpeed.
-        optimizer: AdamW with two states of 32 or 8 bits, or none.
-        zero_stage: DeepSpeed's; 0: no DeepSpeed, and DDP if there are several GPUs.
-        offload_optimizer, offload_parameters: DeepSpeed's, to the host.
-        micro_batch: sequences (PPO) or pairs (DPO) in one forward and backward pass.
-        accumulation: micro-batches of one optimizer step.
-        rollout: responses that are sampled at a time (PPO).
-        score_batch: sequences in one scoring pass (PPO).
-        epochs: passes over a rollout (PPO).
-        prompt: longest prompt.
-        response: longest response, or completion of a pair.
-        gradient_checkpointing: only the inputs of layers are kept for the backward pass.
-        vllm_share: share of the GPU that a colocated vLLM takes.
-        vllm_sleeps: vLLM gives that back while learning.
-        vllm_tensor_parallel: GPUs that hold one copy of vLLM's weights together.
-        gather_for_generation: under ZeRO-3, whole weights during generation.
-        offload_frozen: reward and reference are on the GPU only while they score.
-        reward_bits, reference_bits: 4, 8, or 16 for not quantised.
-        nested_quantisation: scales of 4-bit blocks quantised too.
-        rank, targets: of LoRA.
-        share_prefixes: a pair's prompt is computed once (DPO).
-        padded: whether batches hold padding, so that attention gets a mask.
-        reduce_bucket, live_parameters: DeepSpeed's `reduce_bucket_size`, and `stage3_max_live_parameters`: elements.
-    """
-
-    trainer: str = "ppo"
-    method: str = "full"
-    critic: str = "model"
-    reference: str = "model"
-    reward: str = "model"
-    compute: str = "autocast"
-    optimizer: str = "adamw"
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    micro_batch: int = 1
-    accumulation: int = 1
-    rollout: int = 1
-    score_batch: int = 64
-    epochs: int = 1
-    prompt: int = 512
-    response: int = 512
-    gradient_checkpointing: bool = True
-    vllm_share: float = 0.0
-    vllm_sleeps: bool = False
-    vllm_tensor_parallel: int = 1
-    gather_for_generation: bool = True
-    offload_frozen: bool = False
-    reward_bits: int = 16
-    reference_bits: int = 16
-    nested_quantisation: bool = False
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    share_prefixes: bool = True
-    padded: bool = True
-    reduce_bucket: float = 5e8
-    live_parameters: float = 1e9
+    trainer: str = says("ppo", '"ppo" or "dpo".')
+    method: str = says("full", 'how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).')
+    critic: str = says("model", '"model", "head" on the actor\'s trunk, "adapter" on its base; "none" in DPO.')
+    reference: str = says(
+        "model",
+        '"model" of its own; "adapter": the actor with its adapter off, or a frozen one; "none": no KL, or '
+        "precomputed.",
+    )
+    reward: str = says("model", '"model", "adapter" on the actor\'s base, "none": functions. "none" in DPO.')
+    compute: str = says(
+        "autocast",
+        '"fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in bfloat16, '
+        "as with adapters or DeepSpeed.",
+    )
+    optimizer: str = says("adamw", "AdamW with two states of 32 or 8 bits, or none.")
+    zero_stage: int = says(0, "DeepSpeed's; 0: no DeepSpeed, and DDP if there are several GPUs.")
+    offload_optimizer: bool = says(False, "DeepSpeed's, to the host.")
+    offload_parameters: bool = says(False, "DeepSpeed's, to the host.")
+    micro_batch: int = says(1, "sequences (PPO) or pairs (DPO) in one forward and backward pass.")
+    accumulation: int = says(1, "micro-batches of one optimizer step.")
+    rollout: int = says(1, "responses that are sampled at a time (PPO).")
+    score_batch: int = says(64, "sequences in one scoring pass (PPO).")
+    epochs: int = says(1, "passes over a rollout (PPO).")
+    prompt: int = says(512, "longest prompt.")
+    response: int = says(512, "longest response, or completion of a pair.")
+    gradient_checkpointing: bool = says(True, "only the inputs of layers are kept for the backward pass.")
+    vllm_share: float = says(0.0, "share of the GPU that a colocated vLLM takes.")
+    vllm_sleeps: bool = says(False, "vLLM gives that back while learning.")
+    vllm_tensor_parallel: int = says(1, "GPUs that hold one copy of vLLM's weights together.")
+    gather_for_generation: bool = says(True, "under ZeRO-3, whole weights during generation.")
+    offload_frozen: bool = says(False, "reward and reference are on the GPU only while they score.")
+    reward_bits: int = says(16, "4, 8, or 16 for not quantised.")
+    reference_bits: int = says(16, "4, 8, or 16 for not quantised.")
+    nested_quantisation: bool = says(False, "scales of 4-bit blocks quantised too.")
+    rank: int = says(16, "of LoRA.")
+    targets: str | tuple[str, ...] = says("all-linear", "of LoRA.")
+    share_prefixes: bool = says(True, "a pair's prompt is computed once (DPO).")
+    padded: bool = says(True, "whether batches hold padding, so that attention gets a mask.")
+    reduce_bucket: float = says(5e8, "DeepSpeed's `reduce_bucket_size`, in elements.")
+    live_parameters: float = says(1e9, "DeepSpeed's `stage3_max_live_parameters`, in elements.")
 
     def __post_init__(self) -> None:
         chosen: dict[str, tuple] = {"trainer": TRAINERS, "method": METHODS, "critic": CRITICS, "reference": REFERENCES}

@@ -17,8 +17,8 @@ from .shapes import AdapterShape, ModelShape
 BLOCK, NESTED_BLOCK = 64, 256
 # bitsandbytes' 8-bit optimizers: a scale of 32 bits for each 256 values of a state.
 STATE_BLOCK = 256
-# Logits of one tile: TRL's kernel takes 4096 tokens by 32768 ids; trl_ext/cpu_head.py 2**21 elements, and it keeps up
-# to 2**28 logits for the backward pass.
+# Logits of one tile: TRL's kernel takes 4096 tokens by 32768 ids; trl_ext/models/cpu_head.py 2**21 elements, and
+# it keeps up to 2**28 logits for the backward pass.
 KERNEL_TILE, CPU_TILE, CPU_KEPT = (4096, 32768), 2**21, 2**28
 # Copies of the last position's logits that transformers' sampling holds at a time: logits, scores, probabilities.
 SAMPLING_COPIES = 3
@@ -183,8 +183,8 @@ def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
 
 
 def _shared_row_copies(shape: ModelShape, layout: Layout) -> float:
-    """Bytes per token of `dpo/attention.py`: the pieces' outputs before they are joined, and the keys and values that
-    the rejected completion reads, its prompt's in front of its own."""
+    """Bytes per token of `packing/attention.py`: the pieces' outputs before they are joined, and the keys and values
+    that the rejected completion reads, its prompt's in front of its own."""
     tokens = layout.prompt + 2 * layout.response
     return compute_bytes(layout) * shape.query * (1 + 2 * layout.length / tokens)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..places import is_local
+from ..runs.folder import is_local
 from .layout import CPU, GPUS, Hardware, Layout
 from .planning import ModelNames
 from .shapes import load_config
 
 
-# What the scripts start from when no model is named (trl_ext/embedded.py).
+# What the scripts start from when no model is named (trl_ext/data/demo.py).
 EMBEDDED = "smollm2-135m-instruct"
 DEFAULT_PROMPT, DEFAULT_LENGTH = 512, 1024
 
@@ -160,7 +160,7 @@ def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "accumulation": options.get("gradient_accumulation_steps") or 1,
         "prompt": prompt,
         "response": length - prompt,
-        "share_prefixes": options.get("prefix_sharing") is not False,
+        "share_prefixes": options.get("packing") is not False,
     }
 
 

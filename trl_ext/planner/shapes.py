@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ..plain import key_of
+from ..data.json_values import key_of
 
 
 def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict:

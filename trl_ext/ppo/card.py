@@ -4,10 +4,10 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from ..model_card import OUYANG, Metric, Training, loading_lines
+from ..runs.card import OUYANG, Metric, Training, loading_lines
 from .config import PPOConfigX
-from .losses import COEFFICIENT_OF, option_of, sign
-from .scorers import token_scorer
+from .roles.reward_sources import token_scorer
+from .terms import TERMS, Term, total_in_words
 
 
 METRICS = (
@@ -26,7 +26,6 @@ OPTIONS = (
     *("cliprange", "cliprange_value", "vf_coef", "ent_coef"),
     *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
 )
-TOTAL = "`−clip_objective + kl_coef·kl + vf_coef·value_loss − ent_coef·entropy + old_kl_coef·old_kl`"
 CRITICS = {
     "model": "from transformers import AutoModelForSequenceClassification\n\n"
     'critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")',
@@ -73,33 +72,32 @@ def ppo_training(trainer: Any) -> Training:
 def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
     """The loss with its terms: what each is, its coefficient and its value when last logged, and their product."""
     line: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
-    meaning = {
-        "clip_objective": f"mean of min(ratio · Â, clip(ratio, 1 ± {args.cliprange}) · Â), maximised",
-        "kl": f"KL(π_θ ‖ π_ref), nats per token; {_kl_words(args)}",
-        "value_loss": f"½ (V − R)²{_value_range(args)}",
-        "entropy": "−Σ p log p, nats per token, maximised",
-        "old_kl": "KL[π_old ‖ π_θ], nats per token",
-        "aux_loss": "load balance of the experts",
-    }
-    rows = [_row("clip_objective", meaning["clip_objective"], sign("clip_objective"), line)]
-    for term, name in COEFFICIENT_OF.items():
-        if term != "aux_loss" or f"terms/{term}" in line:
-            coefficient = line.get(f"coef/{name}", getattr(args, option_of(name), 0.0))
-            rows.append(_row(term, meaning.get(term, ""), sign(term) * coefficient, line))
+    details = {"clip_objective": f"ε = {args.cliprange}", "kl": _kl_words(args), "value_loss": _value_range(args)}
+    coefficients = {term: _coefficient(term, args, line) for term in TERMS}
+    shown = [term for term in TERMS if coefficients[term] is not None]
+    rows = [_row(term, details.get(term.name, ""), coefficients[term] or 0.0, line) for term in shown]
     total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
     return (
-        f"The optimizer minimised\n\n{TOTAL}\n\n"
+        f"The optimizer minimised\n\n`{total_in_words(shown)}`\n\n"
         "| term | what it is | coefficient | last value | contribution |\n|---|---|---:|---:|---:|\n"
         + "\n".join(rows)
         + f"\n\n{total}Advantages Â: {_advantages(args)}."
     )
 
 
-def _row(term: str, meaning: str, coefficient: float, line: dict[str, Any]) -> str:
-    value = line.get(f"terms/{term}")
+def _coefficient(term: Term, args: PPOConfigX, line: dict[str, Any]) -> float | None:
+    """Return the signed coefficient when the line was logged, else that of the options; None of a term not in use."""
+    if not term.coefficient:
+        return term.sign
+    coefficient = line.get(f"coef/{term.coefficient}", getattr(args, term.option, None))
+    return None if coefficient is None else term.sign * coefficient
+
+
+def _row(term: Term, detail: str, coefficient: float, line: dict[str, Any]) -> str:
+    value = line.get(f"terms/{term.name}")
     shown = ("", "") if value is None else (f"{value:.5g}", f"{coefficient * value:+.5f}")
-    meaning = meaning.replace("|", "\\|")
-    return f"| `{term}` | {meaning} | {coefficient:g} | {shown[0]} | {shown[1]} |"
+    what = f"{term.formula}, {term.unit}{', maximised' if term.maximised else ''}{detail and f'; {detail}'}"
+    return f"| `{term.name}` | {what} | {coefficient:g} | {shown[0]} | {shown[1]} |"
 
 
 def _kl_words(args: PPOConfigX) -> str:
@@ -113,7 +111,7 @@ def _kl_words(args: PPOConfigX) -> str:
 
 
 def _value_range(args: PPOConfigX) -> str:
-    return "" if args.cliprange_value is None else f", V within {args.cliprange_value} of its old value"
+    return "" if args.cliprange_value is None else f"V within {args.cliprange_value} of its old value"
 
 
 def _advantages(args: PPOConfigX) -> str:

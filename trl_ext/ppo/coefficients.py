@@ -1,11 +1,10 @@
 """The weights of the loss terms while a run goes on: fixed ones, and those of both KLs, which controllers move."""
 
-from dataclasses import fields
 from typing import Any
 
 from .config import PPOConfigX
 from .kl import FixedController
-from .losses import PPOCoefficients, option_of
+from .terms import WEIGHTED, PPOCoefficients
 
 
 class Coefficients:
@@ -26,8 +25,8 @@ class Coefficients:
     def now(self) -> PPOCoefficients:
         """The weights of the loss terms now; those of the options as they are now, too."""
         known = {"kl": self._reference.coef, "old_kl": self._old_policy.coef, "aux": self._aux}
-        others = [part.name for part in fields(PPOCoefficients) if part.name not in known]
-        return PPOCoefficients(**known, **{name: getattr(self._args, option_of(name)) for name in others})
+        of_options = {term.coefficient: term.option for term in WEIGHTED if term.coefficient not in known}
+        return PPOCoefficients(**known, **{name: getattr(self._args, option) for name, option in of_options.items()})
 
     def saw_kl(self, kl: float) -> None:
         """Takes note of a rollout's KL(π_old ‖ π_ref), nats per sequence."""

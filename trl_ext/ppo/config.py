@@ -1,20 +1,19 @@
 """`PPOConfigX`: TRL 1.12's `PPOConfig` option names on top of `trl.GRPOConfig`.
 
 The config holds what the user wrote, and nothing derived from it, so that a copy made by `dataclasses.replace` or from
-`to_dict()` is the same config. What the Trainer's loop and GRPO read is derived in one place, `for_trainer_loop`.
+`to_dict()` is the same config. What the Trainer's loop and GRPO read is a type of its own, `PPOLoopConfig`.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig
 
-from ..device import computes_in_bf16
+from ..models.precision import computes_in_bf16
+from ..models.sharding import check_batch_fields, check_own_optimizer
 from ..ranges import check_ranges, default_of
-from ..startable import check_startable
-from ..zero import check_batch_fields, check_own_optimizer
+from ..runs.requirements import check_startable
 from .config_checks import BEST_METRIC, check_options, check_sampling
 from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .options import (
@@ -133,25 +132,9 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             "num_generations_eval": 1,
         }
 
-    def for_trainer_loop(self) -> "PPOConfigX":
-        """
-        A copy with the values that GRPO and the Trainer's loop read: GRPO's names, the Trainer's own meaning of
-        `gradient_accumulation_steps` (micro-batches per optimizer step), and `max_steps`. GRPO's `beta` is 0 in it,
-        because the trainer holds the reference model itself. Its `to_dict()` is still the user's.
-        """
-        loop = copy.copy(self)
-        for name, value in self._derived_values().items():
-            setattr(loop, name, value)
-        loop.generation_batch_size = self.batch_size
-        if self.total_episodes is not None:
-            loop.max_steps = math.ceil(self.total_episodes / self.batch_size) * self.optimizer_steps_per_rollout
-        loop.kl_estimator = self.kl_estimator or ("k2" if self.kl_placement == "loss" else "k1")
-        loop.beta = 0.0
-        loop.disable_dropout = True
-        if self.critic_warmup_steps:
-            loop.ddp_find_unused_parameters = True  # DDP would wait for the actor's gradients
-        loop._written = self
-        return loop
+    def for_trainer_loop(self) -> "PPOLoopConfig":
+        """Return what GRPO and the Trainer's loop read of these options."""
+        return PPOLoopConfig(self)
 
     def build_kl_controllers(self) -> tuple[KLController, KLController]:
         """Controllers of `kl_coef` and of `old_kl_coef`."""
@@ -165,21 +148,17 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         return reference, SchulmanController(self.old_kl_coef, self.old_kl_target)
 
     def to_dict(self) -> dict[str, Any]:
-        written = self._as_written
-        if written is not self:
-            return written.to_dict()
         hidden = super().to_dict()
         # The parent hides every field whose name ends in "_token", set or not; `stop_token` is no secret.
-        unset = {name: None for name in hidden if name.endswith("_token") and getattr(written, name) is None}
-        return hidden | unset | {"stop_token": written.stop_token}
+        unset = {name: None for name in hidden if name.endswith("_token") and getattr(self, name) is None}
+        return hidden | unset | {"stop_token": self.stop_token}
 
     # ---- TRL 1.12's computed fields ----
 
     @property
     def local_batch_size(self) -> int:
         """Prompts per rollout on one rank."""
-        written = self._as_written
-        return written.per_device_train_batch_size * written.gradient_accumulation_steps
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def batch_size(self) -> int:
@@ -218,11 +197,6 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         return self.kl_coef != 0
 
     @property
-    def _as_written(self) -> "PPOConfigX":
-        """The user's config, of which this is perhaps the loop's copy."""
-        return self.__dict__.get("_written", self)
-
-    @property
     def _local_micro_batch(self) -> int:
         """Sequences per forward and backward pass on one rank: the largest size that divides a mini-batch."""
         if self.local_batch_size % self.num_mini_batches:
@@ -231,5 +205,39 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
                 f"gradient_accumulation_steps), which num_mini_batches={self.num_mini_batches} does not divide. "
                 "Change one of the three."
             )
-        wanted = self._as_written.per_device_train_batch_size
+        wanted = self.per_device_train_batch_size
         return max(size for size in range(1, wanted + 1) if self.local_mini_batch_size % size == 0)
+
+
+class PPOLoopConfig(PPOConfigX):
+    """
+    The values that GRPO and the Trainer's loop read, derived from the options as they were written: GRPO's names, the
+    Trainer's own meaning of `gradient_accumulation_steps` (micro-batches per optimizer step), and `max_steps`. GRPO's
+    `beta` is 0, because the trainer holds the reference model itself. Its `to_dict()` is that of the written options.
+    """
+
+    def __init__(self, written: PPOConfigX):
+        self.__dict__.update(written.__dict__)
+        self.written = written
+        for name, value in written._derived_values().items():
+            setattr(self, name, value)
+        self.generation_batch_size = written.batch_size
+        if written.total_episodes is not None:
+            rollouts = math.ceil(written.total_episodes / written.batch_size)
+            self.max_steps = rollouts * written.optimizer_steps_per_rollout
+        self.kl_estimator = written.kl_estimator or ("k2" if written.kl_placement == "loss" else "k1")
+        self.beta = 0.0
+        self.disable_dropout = True
+        if written.critic_warmup_steps:
+            self.ddp_find_unused_parameters = True  # DDP would wait for the actor's gradients
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.written.to_dict()
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.written.local_batch_size
+
+    @property
+    def _local_micro_batch(self) -> int:
+        return self.written._local_micro_batch

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import PPOConfigX
-from .experience import sequence_kl
 from .metrics import held_out_responses, held_out_score, means_of_batches
+from .returns import sequence_kl
 from .rollout import Rollout
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..intervals import half_width
 from ..masked import AllReduce
-from .losses import COEFFICIENT_OF, PPOCoefficients, PPOTerms, sign
+from ..statistics import half_width
+from .terms import WEIGHTED, PPOCoefficients, PPOTerms
 
 
 # What adds up over micro-batches and ranks.
@@ -57,7 +57,7 @@ class LossLedger:
         self._micro_batches.clear()
         self._window.append(step)
         self._coefficients.append(asdict(coef))
-        weighted = (coef.of(term) * step[term] for term in COEFFICIENT_OF if term in step)
+        weighted = (coef.of(term) * step[term.name] for term in WEIGHTED if term.name in step)
         self._loss_of_run += -step["clip_objective"] + sum(weighted)
         self._steps_of_run += 1
         return step
@@ -83,19 +83,19 @@ class LossLedger:
         if not steps:
             return {}
         line = {"loss": 0.0, "terms/clip_objective": _mean([step["clip_objective"] for step in steps])}
-        for term, name in COEFFICIENT_OF.items():
-            weights = [coefficient[name] for coefficient in coefficients]
-            if term in steps[0]:
-                values = [step[term] for step in steps]
-                line[f"terms/{term}"] = _mean(values)
-                line[f"coef/{name}"] = _weighted_coefficient(weights, values)
-            elif name != "aux":
-                line[f"coef/{name}"] = _mean(weights)
+        for term in WEIGHTED:
+            weights = [coefficient[term.coefficient] for coefficient in coefficients]
+            if term.name in steps[0]:
+                values = [step[term.name] for step in steps]
+                line[f"terms/{term.name}"] = _mean(values)
+                line[f"coef/{term.coefficient}"] = _weighted_coefficient(weights, values)
+            elif term.coefficient != "aux":
+                line[f"coef/{term.coefficient}"] = _mean(weights)
         # In double precision from the terms, so that the line holds for a loss of any size.
         line["loss"] = -line["terms/clip_objective"] + sum(
-            sign(term) * line[f"coef/{name}"] * line[f"terms/{term}"]
-            for term, name in COEFFICIENT_OF.items()
-            if f"terms/{term}" in line
+            term.sign * line[f"coef/{term.coefficient}"] * line[f"terms/{term.name}"]
+            for term in WEIGHTED
+            if f"terms/{term.name}" in line
         )
         line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
         line["policy/ratio_max"] = max(step["ratio_max"] for step in steps)

@@ -1,16 +1,17 @@
 """
 The options of PPO by topic, one class each: name, range, default, and a help that states the unit and, where a source
-document gives one, the document's value (S1 §6.2). The first line of a class's docstring is the topic, for people.
+document gives one, the document's value (S1 §6.2). `TOPIC` is the heading of a class's options in `--help`.
 
 What several options must keep together is checked in `config_checks.py`; `PPOConfigX` in `config.py` joins the topics.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from ..frozen import QUANTIZATIONS
+from ..models.quantization import QUANTIZATIONS
 from ..ranges import COUNT, FRACTION, NOT_NEGATIVE, NOT_NEGATIVE_OR_UNSET, POSITIVE, POSITIVE_OR_UNSET, one_of
 from .kl import IN_THE_LOSS, IN_THE_REWARD
+from .terms import WEIGHED_BY
 
 
 CRITICS = ("model", "head", "adapter")
@@ -22,7 +23,7 @@ REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 
 @dataclass
 class BatchOptions:
-    """Rollouts, mini-batches and steps"""
+    TOPIC: ClassVar[str] = "Rollouts, mini-batches and steps"
 
     learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW for the actor."})
     num_ppo_epochs: Annotated[int, COUNT] = field(
@@ -47,7 +48,7 @@ class BatchOptions:
 
 @dataclass
 class ModelOptions:
-    """Models and adapters"""
+    TOPIC: ClassVar[str] = "Models and adapters"
 
     sft_model_path: str | None = field(
         default=None, metadata={"help": "Path of the actor, when no `model` is passed to the trainer."}
@@ -69,7 +70,7 @@ class ModelOptions:
 
 @dataclass
 class FrozenModelOptions:
-    """Memory of the frozen models"""
+    TOPIC: ClassVar[str] = "Memory of the frozen models"
 
     offload_frozen_models: bool = field(
         default=False,
@@ -98,7 +99,7 @@ class FrozenModelOptions:
 
 @dataclass
 class ResponseOptions:
-    """Responses"""
+    TOPIC: ClassVar[str] = "Responses"
 
     response_length: Annotated[int, COUNT] = field(default=53, metadata={"help": "Longest response, in tokens."})
     temperature: Annotated[float, POSITIVE] = field(
@@ -123,7 +124,7 @@ class ResponseOptions:
 
 @dataclass
 class RewardOptions:
-    """From scores to rewards"""
+    TOPIC: ClassVar[str] = "From scores to rewards"
 
     missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE_OR_UNSET] = field(
         default=None, metadata={"help": "Subtracted from the score of a response without an end token. >= 0."}
@@ -142,12 +143,12 @@ class RewardOptions:
 
 @dataclass
 class KLOptions:
-    """KL to the reference model"""
+    TOPIC: ClassVar[str] = "KL to the reference model"
 
     kl_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.05,
         metadata={
-            "help": "Coefficient α of KL(π_θ ‖ π_ref): larger holds the actor closer to the reference. 0: no "
+            "help": f"Coefficient α of {WEIGHED_BY['kl_coef']}: larger holds the actor closer to the reference. 0: no "
             "reference model is loaded."
         },
     )
@@ -190,24 +191,24 @@ class KLOptions:
 
 @dataclass
 class LossOptions:
-    """Loss terms"""
+    TOPIC: ClassVar[str] = "Loss terms"
 
     cliprange: Annotated[float, POSITIVE] = field(
         default=0.2, metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. S1 §6.2: 0.2."}
     )
     vf_coef: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.5, metadata={"help": "Coefficient of the value loss ½(V − R)². S1 §6.2: 0.5."}
+        default=0.5, metadata={"help": f"Coefficient of the value loss, {WEIGHED_BY['vf_coef']}. S1 §6.2: 0.5."}
     )
     cliprange_value: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=0.2,
         metadata={"help": "The value counts within V_old ± this, in reward units. null: no clipping."},
     )
     ent_coef: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.01, metadata={"help": "Coefficient of the entropy bonus, nats per token. S1 §6.2: 0.01."}
+        default=0.01, metadata={"help": f"Coefficient of the entropy bonus, {WEIGHED_BY['ent_coef']}. S1 §6.2: 0.01."}
     )
     old_kl_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.0,
-        metadata={"help": "Coefficient of KL[π_old ‖ π_θ], nats per token (S1 §4.2.3; Schulman 2017 §4). 0: off."},
+        metadata={"help": f"Coefficient of {WEIGHED_BY['old_kl_coef']} (S1 §4.2.3; Schulman 2017 §4). 0: off."},
     )
     old_kl_target: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
@@ -224,7 +225,7 @@ class LossOptions:
 
 @dataclass
 class AdvantageOptions:
-    """Advantages and returns"""
+    TOPIC: ClassVar[str] = "Advantages and returns"
 
     gamma: Annotated[float, FRACTION] = field(
         default=1.0, metadata={"help": "Discount factor, 0 to 1. S1 §6.2: 0.99."}
@@ -247,7 +248,7 @@ class AdvantageOptions:
 
 @dataclass
 class CriticOptions:
-    """Critic"""
+    TOPIC: ClassVar[str] = "Critic"
 
     critic: Annotated[str, one_of(*CRITICS)] = field(
         default="model",
@@ -268,10 +269,11 @@ class CriticOptions:
 
 @dataclass
 class GRPONames:
-    """GRPO's names of these options
-
-    Unset in what the user wrote: they are set from the options in `PPOConfigX.for_trainer_loop`.
     """
+    Unset in what the user wrote: they are set from the options in `PPOLoopConfig`.
+    """
+
+    TOPIC: ClassVar[str] = "GRPO's names of these options"
 
     max_completion_length: int | None = field(default=None, metadata={"help": "GRPO's name of `response_length`."})
     beta: float | None = field(default=None, metadata={"help": "GRPO's name of `kl_coef`."})

@@ -31,25 +31,46 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from .. import _trl
-from ..adapter_copies import check_base_is_kept
-from ..best_metric import check_metric_of_sets
-from ..context import context_limit
-from ..decoding import generating_by
-from ..fingerprint import save_base_fingerprint
-from ..last_line import LastLine, in_mode_of
 from ..masked import masked_mean, masked_moments
-from ..model_card import card_name, complete_card, hub_name
-from ..one_run import go_on_logging, name_run
-from ..phases import Phases
-from ..pretrained import adapter_configs, check_known, known_tokens, restore_weights, text_config
-from ..rounding import warn_of_casting
-from ..startable import make_folder
-from ..steps_left import refuse_finished_checkpoints
-from ..trained import take_back
-from ..zero import is_stage3
-from . import critic as critic_module
-from .adapters import restore_adapter, saving_one_adapter
-from .assembly import (
+from ..models.adapter_copies import check_base_is_kept
+from ..models.context import context_limit
+from ..models.fingerprint import save_base_fingerprint
+from ..models.generation import generating_by
+from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
+from ..models.rounding import warn_of_casting
+from ..models.sharding import is_stage3
+from ..models.trainable import take_back
+from ..runs.best_metric import check_metric_of_sets
+from ..runs.card import Training, WritesCard
+from ..runs.final_line import LastLine, in_mode_of
+from ..runs.profiler import Phases
+from ..runs.requirements import make_folder
+from ..runs.steps_left import refuse_finished_checkpoints
+from ..runs.trackio_run import go_on_logging, name_run
+from .card import ppo_training
+from .checkpoint import find_checkpoint, known_length, load_run, save_run
+from .coefficients import Coefficients
+from .config import PPOConfigX
+from .data import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
+from .display import batch_plan, print_samples
+from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
+from .guards import (
+    require_finite_gradient,
+    require_finite_rewards,
+    require_finite_scores,
+    require_finite_terms,
+    require_processed_logprobs,
+    require_same_policy,
+)
+from .metrics import drop_unmeasured, mark_unmeasured
+from .micro_batches import draw_micro_batches, micro_batch_terms, reads_full_kl
+from .returns import estimate_returns, rollout_metrics, sequence_kl
+from .rewards import weighted_scores
+from .roles import critic as critic_module
+from .roles.adapters import restore_adapter, saving_one_adapter
+from .roles.forward import ActorCriticOutput, LogitsHead, without_router_logits
+from .roles.inputs import Given, Model, check_given, check_ids, resolve_args
+from .roles.join import (
     can_be_asked,
     check_learning,
     choose_adapters,
@@ -59,38 +80,18 @@ from .assembly import (
     stop_ids,
     warn_of_small_steps,
 )
-from .card import ppo_training
-from .checks import (
-    require_finite_gradient,
-    require_finite_rewards,
-    require_finite_scores,
-    require_finite_terms,
-    require_processed_logprobs,
-    require_same_policy,
-)
-from .coefficients import Coefficients
-from .config import PPOConfigX
-from .display import batch_plan, print_samples
-from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
-from .experience import estimate_returns, rollout_metrics, sequence_kl
-from .forward import ActorCriticOutput, LogitsHead, without_router_logits
-from .given import Given, Model, check_given, check_ids, resolve_args
-from .learning import draw_micro_batches, micro_batch_terms, reads_full_kl
-from .metrics import LossLedger, drop_unmeasured, mark_unmeasured
-from .placement import send_to_host
-from .prompts import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
-from .resuming import find_checkpoint, known_length, load_run, save_run
-from .reward_functions import checked, named_apart
-from .rewards import RunningMoments, weighted_scores
-from .roles import Roles, load_roles, load_tokenizer
+from .roles.load import Roles, load_roles, load_tokenizer
+from .roles.offload import send_to_host
+from .roles.reward_functions import checked, named_apart
+from .roles.reward_sources import TokenScorer, check_readable, model_of_text, token_scorer
 from .rollout import MicroBatch, Rollout
-from .scorers import TokenScorer, check_readable, model_of_text, token_scorer
+from .run_state import EarlyStop, RunState
 
 
 PHASES = ("generate", "score", "learn")
 
 
-class PPOTrainerX(GRPOTrainer):
+class PPOTrainerX(WritesCard, GRPOTrainer):
     """
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
 
@@ -99,8 +100,9 @@ class PPOTrainerX(GRPOTrainer):
     `train`, `_get_train_sampler`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches
     redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `save_model`,
-    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`, `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`,
+    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`,
+    `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -231,7 +233,10 @@ class PPOTrainerX(GRPOTrainer):
         self._set_up_sampling(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
         self._set_up_models(roles, given)
 
-        # 3. The state of a run
+        # 3. What one call hands to the next, and the state of a run
+        self._scores: Tensor | None = None  # of this rank's last batch, one per response
+        self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
+        self._leaves_out = False  # nothing is learned in this micro-batch
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -244,17 +249,11 @@ class PPOTrainerX(GRPOTrainer):
         """Everything that a run changes, as it is before the first rollout."""
         self._step = 0
         self._last_loaded_step = -1  # what vLLM has is of another run
-        self._coefficients = Coefficients(self.args, aux=self.router_aux_loss_coef)
-        self._reward_moments = RunningMoments()
-        self._held_out = HeldOut(self.accelerator.gather_for_metrics)
-        self._ledger = LossLedger()
-        self._rollout: Rollout | None = None
-        self._micro_batches: list[MicroBatch] = []
-        self._scores: Tensor | None = None
-        self._responses: dict[str, Tensor] = {}  # of this rank's last batch, for `held_out_responses`
-        self._stop_learning = self._leaves_out = False
-        self._left_out_steps = 0
-        self._passes_over_data = 0
+        self.run_state = RunState(
+            Coefficients(self.args, aux=self.router_aux_loss_coef),
+            HeldOut(self.accelerator.gather_for_metrics),
+            EarlyStop(self.args.target_kl),
+        )
         for mode in ("train", "eval"):  # of a run that was interrupted
             self._metrics[mode].clear()
         for shown in (*self._logs.values(), self._pending_metrics, self._pending_extra_logs):
@@ -349,7 +348,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
-        for _ in range(self._passes_over_data):
+        for _ in range(self.run_state.passes_over_data):
             next(iter(sampler), None)  # every pass over the data draws its order when it begins
         return sampler
 
@@ -367,17 +366,23 @@ class PPOTrainerX(GRPOTrainer):
             return rows
         if not self.model.training:
             return self._collect_held_out(rows)
-        step_of_pass = self._step % self.args.steps_per_generation
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            self._rollout = self._collect_rollout(rows)
+        run, step_of_pass = self.run_state, self._step % self.args.steps_per_generation
+        if not self.is_amid_rollout:
+            run.rollout = self._collect_rollout(rows)
         self.phases.enter("learn")
         if step_of_pass == 0:
-            self._micro_batches = self._draw_micro_batches(self._rollout)
-        return self._micro_batches[step_of_pass]
+            run.micro_batches = self._draw_micro_batches(run.rollout)
+        return run.micro_batches[step_of_pass]
+
+    @property
+    def is_amid_rollout(self) -> bool:
+        """Whether the next micro-batch is of a rollout that has been learned from before."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         # 1. What the last rollout taught the controllers
-        self._coefficients.close_rollout()
+        run = self.run_state
+        run.coefficients.close_rollout()
         self._show_samples()
         with self.phases.during("score"):
             # 2. Responses and their scores
@@ -387,12 +392,12 @@ class PPOTrainerX(GRPOTrainer):
             self._check_reference(rollout)
             # 4. Per-token rewards, advantages, returns
             total = estimate_returns(
-                rollout, self.args, self._coefficients.now.kl, self._reward_moments, self._sum_over_ranks
+                rollout, self.args, run.coefficients.now.kl, run.reward_moments, self._sum_over_ranks
             )
             self._log_rollout(rollout, total)
             if rollout.old_logps is not None:
                 self._measure_kl(rollout)
-        self._stop_learning = False
+        run.early_stop.stopped = False
         self._log_speed(rollout)
         return rollout
 
@@ -585,7 +590,7 @@ class PPOTrainerX(GRPOTrainer):
         count, kl, _ = masked_moments(per_sequence.nan_to_num(), ~per_sequence.isnan(), self._sum_over_ranks)
         if count > 0:
             self._metrics["train"]["kl/ref"].append(kl.item())
-            self._coefficients.saw_kl(kl.item())
+            self.run_state.coefficients.saw_kl(kl.item())
 
     def _draw_micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """A fresh permutation of the rollout, cut into mini-batches and those into micro-batches."""
@@ -594,7 +599,7 @@ class PPOTrainerX(GRPOTrainer):
     # ---- 4. Learn ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self._leaves_out = self._is_left_out()
+        self._leaves_out = self.run_state.early_stop.stopped and self.is_amid_rollout
         if not self._leaves_out:
             inputs = self._next_micro_batch(model, inputs)
             self._leaves_out = inputs.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
@@ -621,14 +626,10 @@ class PPOTrainerX(GRPOTrainer):
         zero gradients would let both go on moving.
         """
         self._step += 1
-        self._left_out_steps += self.accelerator.sync_gradients
+        self.run_state.early_stop.left_out_steps += self.accelerator.sync_gradients
         if self.args.fp16:  # the loss scaler would ask for gradients
             self.accelerator.gradient_state._set_sync_gradients(False)
         return torch.zeros((), device=self.accelerator.device)
-
-    def _is_left_out(self) -> bool:
-        """Return whether an early stop has ended the learning from this rollout."""
-        return self._stop_learning and self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         rollout, step = inputs.rollout.select(inputs.rows), self.state.global_step
@@ -642,23 +643,23 @@ class PPOTrainerX(GRPOTrainer):
             kwargs["output_router_logits"] = True
         output = self._forward(model, rollout, outputs, **kwargs)
         # 2. The terms of the loss
-        terms = micro_batch_terms(output, rollout, inputs, self.args, self._coefficients.now)
+        terms = micro_batch_terms(output, rollout, inputs, self.args, self.run_state.coefficients.now)
         read = {"log_probs": output.log_probs, "values": output.state_values}
         require_finite_terms(terms, read, rollout, step)
-        self._ledger.add(terms)
+        self.run_state.ledger.add(terms)
         # Gradients are averaged over ranks, and the terms are shares of a sum.
         return terms.total * self.accelerator.num_processes
 
     def _close_optimizer_step(self) -> None:
-        step = self._ledger.close_step(self._coefficients.now, self._sum_over_ranks, self._max_over_ranks)
-        self._coefficients.saw_old_kl(step["old_kl"])
-        if self._rollout.old_logps is None:
-            self._rollout.old_logps = self._rollout.first_logps
-            self._measure_kl(self._rollout)
+        run = self.run_state
+        step = run.ledger.close_step(run.coefficients.now, self._sum_over_ranks, self._max_over_ranks)
+        run.coefficients.saw_old_kl(step["old_kl"])
+        if run.rollout.old_logps is None:
+            run.rollout.old_logps = run.rollout.first_logps
+            self._measure_kl(run.rollout)
         if self.state.global_step < self.args.critic_warmup_steps:
             self._drop_actor_gradients()
-        # The same number on every rank, so every rank decides alike.
-        self._stop_learning = self.args.target_kl is not None and step["old_kl"] > self.args.target_kl
+        run.early_stop.saw(step["old_kl"])
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return None if self._leaves_out else super()._clip_grad_norm(model)
@@ -688,7 +689,7 @@ class PPOTrainerX(GRPOTrainer):
 
     def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
         # Every evaluation draws the same random numbers: what differs between two of them is the policy.
-        batch = self._held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
+        batch = self.run_state.held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(self.args.seed + batch)
         metrics = self._metrics["eval"]
         before = {name: len(values) for name, values in metrics.items()}
@@ -696,19 +697,19 @@ class PPOTrainerX(GRPOTrainer):
         if self.args.needs_reference:
             self._score_with_models(rollout)
         said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
-        self._held_out.add(rollout, rows, self._responses, said)
+        self.run_state.held_out.add(rollout, rows, self._responses, said)
         return rollout
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)
         go_on_logging(self)
-        self._held_out.start()
+        self.run_state.held_out.start()
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             with self.phases.during("evaluate"):
                 output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = self._metrics["eval"] | self._held_out.metrics(prefix)
+        metrics = self._metrics["eval"] | self.run_state.held_out.metrics(prefix)
         self._metrics["eval"].clear()
         self._metrics["eval"] |= named_after_set(metrics, prefix)
         return output
@@ -742,17 +743,15 @@ class PPOTrainerX(GRPOTrainer):
     # ---- Log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs and self._ledger.mean_loss is not None:
+        run = self.run_state
+        if "train_loss" in logs and run.ledger.mean_loss is not None:
             # The Trainer's is of the steps since a checkpoint, and counts steps that were left out.
-            logs["train_loss"] = self._ledger.mean_loss
+            logs["train_loss"] = run.ledger.mean_loss
         with in_mode_of(logs, self.model):
             if "loss" in logs:
                 # The Trainer's mean counts steps that an early stop has left out.
                 del logs["loss"]
-                logs.update(self._ledger.pop_window())
-                if self.args.target_kl is not None or self._left_out_steps:
-                    logs["policy/steps_left_out"] = self._left_out_steps
-                self._left_out_steps = 0
+                logs |= run.ledger.pop_window() | run.early_stop.pop_log()
                 logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
             elif not self.model.training:
                 logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
@@ -787,13 +786,6 @@ class PPOTrainerX(GRPOTrainer):
             config = self.model.config
             save_base_fingerprint(folders, _trl.get_config_model_id(config), getattr(config, "_commit_hash", None))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
-        is_own = Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
-        if is_own and not _internal_call and not self.args.push_to_hub:
-            self.create_model_card()
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """The Trainer pushes the model's own files of a checkpoint; the critic's folder goes with them."""
         critic = Path(checkpoint_folder) / critic_module.FOLDER
@@ -819,7 +811,7 @@ class PPOTrainerX(GRPOTrainer):
             restore_adapter(self.model, folder if name == "default" else folder / name)
         else:
             restore_weights(self.model, folder, but_not=critic_module.ATTRIBUTE)
-        critic_module.restore(self.critic, folder / critic_module.FOLDER)
+        self.critic.restore(folder / critic_module.FOLDER)
 
     def _load_best_model(self) -> None:
         self._last_loaded_step = -1  # vLLM has the last weights, not the best
@@ -827,13 +819,8 @@ class PPOTrainerX(GRPOTrainer):
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """TRL's model card, with what was trained and how it came out."""
-        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)
-        if self.is_world_process_zero():
-            complete_card(self, ppo_training(self), dataset_name)
+    def describe(self) -> Training:
+        return ppo_training(self)
 
     # ---- Over all ranks ----
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..history import Series
+from ..runs.log import Series
 
 
 # Name -> colour on a light page. In SVG each becomes a CSS variable of that name, which dark mode redefines.

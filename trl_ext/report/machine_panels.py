@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..history import memory as most_held
-from ..history import series
+from ..runs.log import memory as most_held
+from ..runs.log import series
 from .drawing import COLOURS, curve, finish, held_out, thin
 from .panel import Panel, Runs, lines, two_rows
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..history import Series, held_out_accuracy, memory, reference_kl, scores, series
-from ..places import write_whole
+from ..runs.folder import write_whole
+from ..runs.log import Series, held_out_accuracy, memory, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
 from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..history import series
+from ..runs.log import series
 from .drawing import OF_RUNS, curve, finish, held_out, level
 from .run import Run
 

@@ -1,8 +1,10 @@
 """The panels of a policy that samples: PPO, GRPO, RLOO."""
 
+import math
 from typing import Any
 
-from ..history import CONTRIBUTIONS, Series, contributions, reference_kl, scores, series
+from ..ppo.terms import TERMS
+from ..runs.log import Log, Series, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, band, curve, finish, held_out, level, thin
 from .machine_panels import MEMORY, THROUGHPUT, TIME
 from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, two_rows
@@ -61,6 +63,18 @@ def kl_coefficient(figure: Any, runs: Runs) -> None:
     finish(axis, "coefficient")
 
 
+def contributions(log: Log) -> dict[str, Series]:
+    """Return steps and values of each weighted term of the PPO loss, which add up to `loss`; none that stays 0."""
+    curves = {}
+    for term in TERMS:
+        keys = [f"terms/{term.name}", *([f"coef/{term.coefficient}"] if term.coefficient else [])]
+        lines = [line for line in log if all(line.get(key) is not None for key in keys)]
+        values = [term.sign * math.prod(float(line[key]) for key in keys) for line in lines]
+        if any(values):
+            curves[term.contribution] = ([int(line["step"]) for line in lines], values)
+    return curves
+
+
 def loss_terms(figure: Any, runs: Runs) -> None:
     """Signed contributions of one run, stacked: what is above 0 adds to the loss, what is below takes from it."""
     (run,) = runs
@@ -68,7 +82,7 @@ def loss_terms(figure: Any, runs: Runs) -> None:
     curves = {term: thin(points) for term, points in contributions(run.log).items()}
     for sign in (1, -1):
         floor: list[float] = []
-        for i, term in enumerate(CONTRIBUTIONS):
+        for i, term in enumerate(term.contribution for term in TERMS):
             if term not in curves:
                 continue
             steps, values = curves[term]
@@ -87,9 +101,9 @@ def policy_terms(figure: Any, runs: Runs) -> None:
     (run,) = runs
     axis = figure.subplots()
     curves = contributions(run.log)
-    for i, term in enumerate(CONTRIBUTIONS):
-        if term != "vf_coef · value_loss" and term in curves:
-            curve(axis, curves[term], OF_RUNS[i % len(OF_RUNS)])
+    for i, term in enumerate(TERMS):
+        if term.name != "value_loss" and term.contribution in curves:
+            curve(axis, curves[term.contribution], OF_RUNS[i % len(OF_RUNS)])
     level(axis, 0)
     finish(axis, "those of the actor")
 

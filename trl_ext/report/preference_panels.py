@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..history import is_tie, series
+from ..runs.log import is_tie, series
 from .drawing import COLOURS, curve, finish, held_out, level, thin
 from .machine_panels import MEMORY, PAIR_THROUGHPUT
 from .panel import LEARNING, Panel, Runs, colour, lines, name, two_rows

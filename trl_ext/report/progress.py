@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
 
-from ..history import is_tie
+from ..runs.log import is_tie
 
 
 # Log key -> what the line calls it, and its format. A line shows those it has.

@@ -2,19 +2,16 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..alarms import Alarm, alarms
-from ..convergence import KL_BAND, Verdict, verdict
-from ..history import algorithm
-from ..places import FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
+from ..runs.alarms import Alarm, alarms
+from ..runs.convergence import KL_BAND, Verdict, verdict
+from ..runs.folder import FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
+from ..runs.log import algorithm
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
@@ -42,7 +39,7 @@ class Run:
 
     @property
     def kind(self) -> str | None:
-        """The algorithm, as in `trl_ext.history.SIGNS`."""
+        """The algorithm, as in `trl_ext.runs.log.SIGNS`."""
         return algorithm(self.log)
 
     @property
@@ -171,39 +168,15 @@ def _duration(seconds: float) -> str:
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    """`facts` and `options` from `run.json`, else from the model card and the model's config."""
+    """Return `facts` and `options` from `run.json`; without one, what the model's config says of it."""
     known = read_facts(folder)
     if known:
         return {"facts": {}, "options": {}} | known
-    facts, card = {}, folder / "README.md"
+    facts = {}
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
         if config.get(key):
             facts["model"] = without_place(str(config[key]))
         elif config.get("architectures"):
             facts["architecture"] = str(config["architectures"][0])
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    return {"facts": _facts_of_the_card(text) | facts, "options": _options_of_the_card(text)}
-
-
-def _facts_of_the_card(card: str) -> dict[str, str]:
-    """The rows of the table in which `trl_ext.model_card` says what was trained, as plain text."""
-    rows = re.findall(
-        r"^\| ([^|]+) \| ((?:[^|\n]|\\\|)*) \|$", _section(card, "What was trained, and how"), re.MULTILINE
-    )
-    return {name.strip(): _plain(value) for name, value in rows}
-
-
-def _options_of_the_card(card: str) -> dict[str, Any]:
-    """The options that the card lists as YAML."""
-    block = re.search(r"```yaml\n(.*?)```", _section(card, "Options"), flags=re.DOTALL)
-    return dict(yaml.safe_load(block[1]) or {}) if block else {}
-
-
-def _section(card: str, title: str) -> str:
-    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def _plain(cell: str) -> str:
-    """A cell without its links and code marks."""
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell).replace("\\|", "|").replace("`", "").strip()
+    return {"facts": facts, "options": {}}

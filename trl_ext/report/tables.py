@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..history import is_tie
-from ..places import is_of_this_run, newest
+from ..runs.folder import is_of_this_run, newest
+from ..runs.log import is_tie
 
 
 # Row of a preference table -> the metrics it shows, and their format.

@@ -12,8 +12,8 @@ import copy
 
 from transformers import AutoConfig, TextStreamer, pipeline
 
-from ...device import computes_in_bf16
-from ...pretrained import adapter_config, is_for_scoring, load_tokenizer, require_model
+from ...models.loading import adapter_config, is_for_scoring, load_tokenizer, require_model
+from ...models.precision import computes_in_bf16
 from ..options import usage_errors
 from ..parser import CommandParser
 

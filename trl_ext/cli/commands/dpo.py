@@ -14,15 +14,15 @@ with its picture, and the implicit rewards before and after in table.md.
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ... import DPOConfigX, DPOTrainerX
-from ...places import checkpoint_of
-from ...plain import plain_file
+from ...data.json_values import plain_file
 from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
-from ...steps_left import require_steps_left
+from ...runs.folder import checkpoint_of
+from ...runs.steps_left import require_steps_left
 from ..closing import closing_lines, report_callbacks, running
 from ..data import PairArguments, load_pairs, require_steps
 from ..dry_run import dry_run
@@ -38,7 +38,7 @@ DEFAULTS = {"eval_on_start": True, "logging_first_step": True}
 
 @dataclass
 class DPOArguments(LaunchArguments, PairArguments):
-    """Old models"""
+    TOPIC: ClassVar[str] = "Old models"
 
     ignore_bias_buffers: bool = field(
         default=False,

@@ -12,7 +12,6 @@ override it. Sizes of memory are GiB, lengths tokens.
 """
 
 import argparse
-import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,6 @@ from ..recipes import find_config
 
 FIRST = "The 10 options that matter first"
 FIRST_OPTIONS = "from_config model trainer method gpu gpus zero_stage prompt response suggest".split()
-
-
-def argument_texts(docstring: str) -> dict[str, str]:
-    """Return what the section "Args" of a docstring says about each name; names may share a line."""
-    entries = re.findall(r"^        ([\w, `]+): ((?:.+\n)(?:            .+\n)*)", docstring, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for names, text in entries for name in re.findall(r"\w+", names)}
-
 
 START_MODEL, START_ACCUMULATION = "smollm2-135m-instruct", 16
 # What holds without a recipe, where it is not the default of `Layout`.
@@ -52,7 +44,6 @@ MODEL_TEXTS = {
     "ref_model": "Its sizes. Unset: the actor's.",
     "value_model": "The critic: its sizes. Unset: the reward model's.",
 }
-LAYOUT_TEXTS = argument_texts(Layout.__doc__ or "")
 CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
 
 
@@ -83,7 +74,7 @@ def arguments() -> CommandParser:
         default: Any = field.default if field.default is not MISSING else None
         said = {
             "default": None,
-            "help": f"{LAYOUT_TEXTS[field.name]} (default: {START_TEXTS.get(field.name, default)})",
+            "help": f"{field.metadata['help']} (default: {START_TEXTS.get(field.name, default)})",
         }
         if isinstance(default, bool):
             add("layout", field.name, action=argparse.BooleanOptionalAction, **said)

@@ -16,14 +16,14 @@ import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import DatasetDict
 
-from ... import PPOConfigX, PPOTrainerX, embedded
-from ...conversions import to_prompts
-from ...places import checkpoint_of
-from ...plain import plain_file
+from ... import PPOConfigX, PPOTrainerX
+from ...data import demo
+from ...data.conversions import to_prompts
+from ...data.json_values import plain_file
 from ...report import (
     PPO_LINE,
     first_and_last_evaluation,
@@ -32,6 +32,7 @@ from ...report import (
     samples_markdown,
     use_brief_progress,
 )
+from ...runs.folder import checkpoint_of
 from ..closing import closing_lines, program, report_callbacks, running, without
 from ..data import DataArguments, load_splits
 from ..dry_run import dry_run
@@ -54,7 +55,7 @@ DEFAULTS = {
 
 @dataclass
 class PPOArguments(LaunchArguments, DataArguments):
-    """Critic, samples, and the embedded prompts"""
+    TOPIC: ClassVar[str] = "Critic, samples, and the embedded prompts"
 
     value_model: str | None = field(
         default=None,
@@ -63,15 +64,12 @@ class PPOArguments(LaunchArguments, DataArguments):
         },
     )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
-    prompts_seed: int = field(
-        default=0, metadata={"help": "Seed of the embedded split: `pairs_seed` of `trl-ext reward`."}
-    )
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
 
 
 def load(data: PPOArguments) -> DatasetDict:
     def openings(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return embedded.prompts(data.prompt_words, train_size, test_size, seed=data.prompts_seed)
+        return demo.prompts(data.prompt_words, train_size, test_size)
 
     return load_splits(data, openings, to_prompts)
 

@@ -15,32 +15,32 @@ pairs, and report.html with its picture. With --use_peft it gets the adapter wit
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import AutoConfig, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from ... import describe_reward_training, save_base_fingerprint
-from ...device import keep_4_bit_differentiable
+from ... import RewardTrainerX, save_base_fingerprint
+from ...data.json_values import plain_file
+from ...data.rendering import with_template_kwargs
 from ...dpo.data import check_columns
-from ...intervals import wilson_interval
-from ...last_line import LastLine
-from ...one_run import name_run
-from ...places import checkpoint_of
-from ...plain import plain_file
-from ...pretrained import load_tokenizer, refuse_encoder_decoder
-from ...rendering import with_template_kwargs
+from ...models.loading import load_tokenizer, refuse_encoder_decoder
+from ...models.precision import keep_4_bit_differentiable
+from ...models.rounding import warn_of_rounding
+from ...models.trainable import RequireGradients, check_trainable
 from ...report import REWARD_LINE, use_brief_progress
-from ...rounding import warn_of_rounding
-from ...startable import make_folder
-from ...steps_left import refuse_finished_checkpoints, require_steps_left
-from ...trained import RequireGradients, check_trainable
+from ...runs.final_line import LastLine
+from ...runs.folder import checkpoint_of
+from ...runs.requirements import make_folder
+from ...runs.steps_left import refuse_finished_checkpoints, require_steps_left
+from ...runs.trackio_run import name_run
+from ...statistics import wilson_interval
 from ..closing import closing_lines, program, report_callbacks, running
 from ..data import PairArguments, load_pairs, require_steps
 from ..dry_run import dry_run
 from ..launch import LaunchArguments, launch, launches, require_all
 from ..models import ModelArguments, model_errors, path_of, require_adapted
 from ..options import Options, read, usage_errors
-from ..reward_trainer import CountingRewardTrainer
 
 
 DEMO = "reward/demo"
@@ -49,7 +49,7 @@ DEFAULTS = {"logging_first_step": True}
 
 @dataclass
 class RewardArguments(LaunchArguments, PairArguments):
-    """Options of a reward run"""
+    TOPIC: ClassVar[str] = "Options of a reward run"
 
 
 def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
@@ -67,7 +67,7 @@ def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> R
     require_steps(splits["train"], args.max_steps)
     check_columns(splits["train"], splits["test"], lambda: tokenizer)
     with model_errors(model):
-        trainer = CountingRewardTrainer(
+        trainer = RewardTrainerX(
             path,
             args,
             train_dataset=with_template_kwargs(splits["train"]),
@@ -117,7 +117,6 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
-    describe_reward_training(trainer)
     for callback in (LastLine(), *report_callbacks(data.source)):
         trainer.add_callback(callback)
     with running("reward", given, args):

@@ -11,7 +11,7 @@ every row with `chosen_reward`, `rejected_reward` and their difference `margin`,
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -19,12 +19,13 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from trl import maybe_extract_prompt
 
-from ... import ImplicitReward, embedded
+from ... import ImplicitReward
+from ...data import demo
+from ...data.json_values import plain_line
 from ...dpo.data import check_columns
-from ...intervals import wilson_interval
-from ...plain import plain_line
-from ...pretrained import load_tokenizer, require_model
-from ...startable import require_writable
+from ...models.loading import load_tokenizer, require_model
+from ...runs.requirements import require_writable
+from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
 from ..models import ModelArguments
 from ..options import read, usage_errors
@@ -36,7 +37,7 @@ DEMO_POLICY = "outputs/dpo-demo"
 
 @dataclass
 class ScoreArguments(DataArguments):
-    """Scoring"""
+    TOPIC: ClassVar[str] = "Scoring"
 
     ref_model: str | None = field(
         default=None,
@@ -52,7 +53,7 @@ class ScoreArguments(DataArguments):
 
 def load(data: ScoreArguments) -> Dataset:
     if data.dataset_name is None and not data.datasets:
-        return embedded.preference_pairs(test_size=data.test_size)["test"]
+        return demo.preference_pairs(test_size=data.test_size)["test"]
     return load_rows(data)
 
 
@@ -85,7 +86,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
     if path is None:
         if not Path(DEMO_POLICY).exists():
             raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
-        path, ref_path = DEMO_POLICY, ref_path or str(embedded.smollm2())
+        path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
     require_model(path, "--model", model.model_revision, with_base=True)
     if ref_path is not None:
         require_model(ref_path, "--ref_model", with_base=True)

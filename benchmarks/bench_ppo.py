@@ -1,0 +1,107 @@
+"""
+Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, on the same models, prompts and lengths, on CPU.
+
+    python benchmarks/bench_ppo.py --output bench.json              # shapes deep and wide: about 40 minutes on 2 cores
+    python benchmarks/bench_ppo.py --shapes tiny --runs 1            # only that everything runs
+
+TRL 1.12 gets an environment of its own at first use, in which all but TRL is as in constraints.txt. The models are
+random, made from a config. The trainers take turns, every run in a fresh process whose first update is left out.
+Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed (`cpu`),
+peak memory of the process, and how TRL 1.12 compares. On a busy machine `--threads 1` and `cpu` say more than `total`.
+docs/measurements.md says what was measured, and what is the same for both.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_ppo_setup import BASELINE, SHAPES, baseline_python, save_models
+
+from trl_ext.data.demo import cache_dir
+
+
+LABELS = {BASELINE: "TRL 1.12 `PPOTrainer`", "model": '`critic="model"`', "head": '`critic="head"`'}
+SECONDS = ("generate", "score", "learn", "total", "cpu")
+QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# "updates": seconds of each, by phase, in total, and of all threads; "peak_gb"; "load": the machine's.
+Run = dict[str, Any]
+
+
+def measure(python: str, job: dict[str, Any], folder: Path) -> Run:
+    """One run of a trainer, in a process of its own."""
+    result, load = folder / "result.json", os.getloadavg()[0]
+    job = job | {"models": str(folder), "output_dir": str(folder / "output"), "result": str(result)}
+    command = [python, str(Path(__file__).with_name("bench_ppo_worker.py")), json.dumps(job)]
+    done = subprocess.run(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The run of {job['trainer']} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return json.loads(result.read_text()) | {"load": load}
+
+
+def summarise(runs: list[Run]) -> dict[str, float]:
+    """Medians over the updates of all runs, without each run's first; the highest peak."""
+    updates = [update for run in runs for update in run["updates"][1:]]
+    medians = {phase: statistics.median(update[phase] for update in updates) for phase in SECONDS}
+    return medians | {"peak_gb": max(run["peak_gb"] for run in runs)}
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """
+    Markdown, a row per trainer. `speed` is the baseline's total over the row's: above 1 is faster; in brackets the
+    same of `cpu`. `memory` is the row's peak over the baseline's: below 1 is less.
+    """
+    summaries = {trainer: summarise(of_trainer) for trainer, of_trainer in runs.items()}
+    base = summaries[BASELINE]
+    lines = [
+        f"| trainer | {' | '.join(SECONDS)} | peak GB | speed | memory |",
+        "|---" + "|---:" * (len(SECONDS) + 3) + "|",
+    ]
+    for trainer, row in summaries.items():
+        cells = [f"{row[name]:.1f}" for name in (*SECONDS, "peak_gb")]
+        cells.append(f"{base['total'] / row['total']:.2f} ({base['cpu'] / row['cpu']:.2f})")
+        cells.append(f"{row['peak_gb'] / base['peak_gb']:.2f}")
+        lines.append(f"| {LABELS[trainer]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deep", "wide"])
+    parser.add_argument("--runs", type=int, default=3, help="runs of each trainer")
+    parser.add_argument("--updates", type=int, default=3, help="updates in a run, at least 2; the first is left out")
+    parser.add_argument("--threads", type=int, help="threads of a run; unset: torch's default, the cores")
+    parser.add_argument("--env", type=Path, default=cache_dir() / "bench-trl-1.12", help="TRL 1.12's environment")
+    parser.add_argument("--output", type=Path, help="JSON file for every update of every run")
+    args = parser.parse_args()
+    if args.updates < 2:
+        parser.error(f"--updates is {args.updates}; the first is left out, so it must be at least 2.")
+
+    if args.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    pythons = {BASELINE: baseline_python(args.env)}
+    results: dict[str, dict[str, list[Run]]] = {}
+    for name in args.shapes:
+        trainers = SHAPES[name]["trainers"]
+        results[name] = {trainer: [] for trainer in trainers}
+        with tempfile.TemporaryDirectory() as folder:
+            save_models(SHAPES[name]["config"], Path(folder))
+            for trainer in trainers * args.runs:
+                job = SHAPES[name]["job"] | {"trainer": trainer, "updates": args.updates}
+                run = measure(pythons.get(trainer, sys.executable), job, Path(folder))
+                results[name][trainer].append(run)
+                seconds = ", ".join(f"{update['total']:.1f}" for update in run["updates"])
+                print(f"{name} {trainer}: {seconds} s, {run['peak_gb']:.2f} GB, load {run['load']:.1f}", flush=True)
+                if args.output:
+                    args.output.write_text(json.dumps(results, indent=1))
+        print(f"\n{name}: medians, seconds per update\n\n{table(results[name])}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

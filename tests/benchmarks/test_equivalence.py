@@ -1,0 +1,106 @@
+"""`experiments/equivalence.py`: PPO, a reward model with PPO, and DPO end at one policy, as the page shows."""
+
+import importlib.util
+import math
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parents[2]
+REWARDS = [-0.6, -0.3, 0.0, 0.2, 0.4, 0.6, 0.9, 1.2]
+REFERENCE = [0.18, 0.22, 0.20, 0.14, 0.10, 0.08, 0.05, 0.03]
+WAYS = ("PPO on the reward", "reward model, then PPO", "DPO")
+
+
+@pytest.fixture(scope="module")
+def script():
+    """experiments/equivalence.py; as when it is run, its neighbours can be imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        spec = importlib.util.spec_from_file_location("equivalence", ROOT / "experiments" / "equivalence.py")
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "equivalence", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def closed_form(rewards, reference, beta):
+    weights = [p * math.exp(r / beta) for p, r in zip(reference, rewards, strict=True)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def kl(logps, probabilities):
+    return sum(p * (math.log(p) - math.log(q)) for p, q in zip(logps.exp().tolist(), probabilities, strict=True))
+
+
+def test_bandit_is_the_one_of_the_test(script):
+    assert script.REWARDS.tolist() == REWARDS
+    assert script.REF_LOGPS.exp().tolist() == pytest.approx(REFERENCE)
+
+
+def test_preferences_are_bradley_terrys(script):
+    shares = [1 / (1 + math.exp(REWARDS[b] - REWARDS[a])) for a, b in combinations(range(8), 2)]
+    assert script.preferences(None).tolist() == pytest.approx(shares)
+    drawn = script.preferences(4000)
+    assert drawn.tolist() == pytest.approx(shares, abs=0.04)  # five standard deviations
+    assert drawn.tolist() != pytest.approx(shares, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_ppo_and_dpo_end_at_the_closed_form(script, beta):
+    histories = script.train(script.preferences(None), beta, steps=300)
+    optimum = closed_form(REWARDS, REFERENCE, beta)
+    for name in WAYS:
+        assert kl(histories[name][0], REFERENCE) < 1e-12, name  # they start at the reference
+        assert kl(histories[name][-1], optimum) < 1e-6, name
+    assert kl(histories["DPO"][0], optimum) > 0.05
+    # On the way they are apart: the losses are not the same.
+    assert kl(histories["DPO"][3], histories["PPO on the reward"][3].exp().tolist()) > 1e-3
+
+
+def test_control_s2s_model_knows_neither_reference_nor_beta(script):
+    end = script.train(script.preferences(None), beta=0.5, steps=300)["S2's preference model"][-1]
+    assert kl(end, closed_form(REWARDS, [1 / 8] * 8, 1.0)) < 1e-6
+    assert kl(end, closed_form(REWARDS, REFERENCE, 0.5)) > 0.02
+
+
+def test_from_a_sample_both_ways_end_at_one_policy_that_misses_the_optimum(script):
+    histories = script.train(script.preferences(100), beta=0.5, steps=300)
+    ends = {name: history[-1] for name, history in histories.items()}
+    assert kl(ends["DPO"], ends["reward model, then PPO"].exp().tolist()) < 1e-6
+    assert kl(ends["DPO"], closed_form(REWARDS, REFERENCE, 0.5)) > 1e-3
+    assert kl(ends["PPO on the reward"], closed_form(REWARDS, REFERENCE, 0.5)) < 1e-6  # it sees no sample
+
+
+@pytest.mark.integration
+def test_tables_of_the_page_are_those_of_the_script(script, tmp_path, capsys):
+    script.main(["--output", str(tmp_path / "equivalence.png")])
+    tables = re.findall(r"(?:^\|.*\|\n?)+", capsys.readouterr().out, flags=re.MULTILINE)
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    assert len(tables) == 2
+    assert all(table.strip() in page for table in tables)
+    assert (tmp_path / "equivalence.png").stat().st_size > 10_000
+
+
+def test_estimators_script_still_ends_where_its_page_says(script, tmp_path, capsys, monkeypatch):
+    """The estimators on the same bandit: k2 at the optimum, k3 at that of the reverse KL, k1 at neither."""
+    import kl_estimators
+
+    monkeypatch.setattr(sys, "argv", ["kl_estimators.py", "--steps", "200", "--output", str(tmp_path / "kl.png")])
+    kl_estimators.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    distance = {row[0].strip(): [float(cell) for cell in row[1:3]] for row in rows[1:]}
+    assert distance["k2"][0] < 1e-6 < 0.1 < distance["k3"][0]
+    assert distance["k3"][1] < 1e-3 < 0.1 < distance["k2"][1]
+    assert min(distance["k1"]) > 0.1
+
+
+def test_gradient_descent_keeps_where_it_has_been(script):
+    bandit = sys.modules["bandit"]
+    history = bandit.descend(lambda x: (x**2).sum(), torch.tensor([1.0, -2.0]), steps=3, learning_rate=0.25)
+    assert [step.tolist() for step in history] == [[1.0, -2.0], [0.5, -1.0], [0.25, -0.5], [0.125, -0.25]]

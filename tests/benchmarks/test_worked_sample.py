@@ -1,0 +1,92 @@
+"""The documents' worked sample of DPO (S0): the numbers of docs/dpo.md, by hand from its four log-probabilities."""
+
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_ext.dpo.losses import dpo_loss, implicit_reward
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BETA = 0.1
+NAMES = """
+    policy_w policy_l reference_w reference_l ratio_w ratio_l reward_w reward_l margin probability loss weight
+""".split()
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("scripts_worked_sample", ROOT / "experiments" / "worked_sample.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def documented():
+    """The page's table: a dictionary for each column, "at the start" and "after one step"."""
+    text = (ROOT / "docs" / "dpo.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| quantity \|.*\n\| ---.*\n((?:\|.*\n)+)", text, flags=re.MULTILINE).group(1)
+    rows = [[float(cell) for cell in row.split("|")[2:4]] for row in table.splitlines()]
+    assert len(rows) == len(NAMES)
+    return [dict(zip(NAMES, column, strict=True)) for column in zip(*rows, strict=True)]
+
+
+def by_hand(policy_w, policy_l, reference_w, reference_l, **_):
+    """S0's steps two and three, in the words of the document."""
+    reward_w, reward_l = BETA * (policy_w - reference_w), BETA * (policy_l - reference_l)
+    margin = reward_w - reward_l
+    probability = 1 / (1 + math.exp(-margin))
+    return {
+        "ratio_w": policy_w - reference_w,
+        "ratio_l": policy_l - reference_l,
+        "reward_w": reward_w,
+        "reward_l": reward_l,
+        "margin": margin,
+        "probability": probability,
+        "loss": -math.log(probability),
+        "weight": 1 - probability,
+    }
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["start", "after"])
+def test_every_value_of_the_page_follows_from_its_log_probabilities(column):
+    page = documented()[column]
+    for name, value in by_hand(**page).items():
+        # A log-probability stands there with four decimals, what follows from it with six.
+        assert page[name] == pytest.approx(value, abs=5e-5 if name.startswith("ratio") else 1e-6), name
+
+
+def test_the_script_derives_what_the_page_shows():
+    module = script()
+    assert (module.PROMPT, module.BETA) == ("请介绍一下长城", BETA)
+    columns = {}
+    for heading, page in zip(("at the start", "after one step"), documented(), strict=True):
+        pairs = ([page[f"{model}_{side}"] for side in "wl"] for model in ("policy", "reference"))
+        columns[heading] = module.derive(*map(torch.tensor, pairs))
+    assert module.table(columns) in (ROOT / "docs" / "dpo.md").read_text(encoding="utf-8")
+
+
+def test_the_gradient_weight_is_what_pulls_each_log_probability():
+    page = documented()[1]
+    logps = torch.tensor([page["policy_w"], page["policy_l"]], dtype=torch.float64, requires_grad=True)
+    ref_logps = torch.tensor([page["reference_w"], page["reference_l"]], dtype=torch.float64)
+    dpo_loss(*implicit_reward(logps, ref_logps, BETA)).backward()
+    assert logps.grad.tolist() == pytest.approx([-BETA * page["weight"], BETA * page["weight"]], abs=1e-7)
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")  # of transformers, loading the model
+def test_smollm2_gives_the_log_probabilities_of_the_page():
+    module = script()
+    pair = module.Pair(str(module.embedded.smollm2()))
+    sizes = [[len(ids) for ids in pair.tokens(answer)] for answer in (module.CHOSEN, module.REJECTED)]
+    assert sizes == [[14, 42], [14, 18]]
+    # AdamW's first step has the sign of each gradient: where one is next to nothing, rounding decides.
+    for measured, page, tolerance in zip(module.measure().values(), documented(), (1e-3, 2e-2), strict=True):
+        for value, name in zip(measured.values(), NAMES, strict=True):
+            assert value == pytest.approx(page[name], abs=tolerance), name

@@ -1,0 +1,337 @@
+"""What the first rows would be written as is checked before training: nothing left out, nothing twice, no Python."""
+
+import copy
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tokenizers import processors
+
+import dpo_runs
+import ppo_runs
+import tiny
+from trl_ext.data import rendering
+from trl_ext.data.conversions import to_preference, to_prompts
+from trl_ext.dpo.data import check_columns
+
+
+# Thoughts are cut off, as by DeepSeek-R1's template.
+THINKS = tiny.CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+DROPS_SYSTEM = tiny.CHAT_TEMPLATE.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+ALTERNATES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + tiny.CHAT_TEMPLATE
+)
+WRITES_OUT = tiny.CHAT_TEMPLATE.replace("> ' + message['content'] + ' <", "> ' ~ message['content'] ~ ' <")
+KEEPS = tiny.CHAT_TEMPLATE.replace(  # as Qwen 3: thoughts in a block of their own, of the last turn
+    "message['content']", "(message['reasoning_content'] or '') + '\n' + message['content']"
+)
+READS_PARTS = tiny.CHAT_TEMPLATE.replace(
+    "message['content']", "(message['content'] if message['content'] is string else message['content'][0]['text'])"
+)
+
+ESCAPES = tiny.CHAT_TEMPLATE.replace(  # as Llama 3.1
+    "message['content']", "(message['content'] | tojson if message['role'] == 'tool' else message['content'])"
+)
+TOOLS_AND_PARTS = "{{ tools | tojson }}" + READS_PARTS
+
+
+def tokenizer(template=tiny.CHAT_TEMPLATE, bos=False):
+    made = tiny.tiny_tokenizer()
+    made.chat_template = template
+    if bos:
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)]
+        )
+    return made
+
+
+def said(role, content, **more):
+    return [{"role": role, "content": content, **more}]
+
+
+def chat(prompt="who is it ?", chosen="a cat", rejected="a dog", role="assistant", system=None, **columns):
+    before = [] if system is None else said("system", system)
+    return {
+        "prompt": before + said("user", prompt),
+        "chosen": said("assistant", chosen),
+        "rejected": said(role, rejected),
+        **columns,
+    }
+
+
+def parts(text):
+    return [{"type": "text", "text": text}]
+
+
+def implicit(row):
+    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+
+
+TEXT = {"prompt": "who is it ? ", "chosen": "a cat", "rejected": "a dog"}
+IN_PARTS = chat(parts("who ?"), parts("a cat"), parts("a dog"))
+THOUGHT = chat(chosen="<think>good</think>two", rejected="<think>bad</think>three")
+REASONED = {"prompt": said("user", "who ?")} | {
+    side: said("assistant", word, reasoning_content="so so") for side, word in (("chosen", "cat"), ("rejected", "dog"))
+}
+
+REFUSED = {  # name -> the tokenizer, a pair, what the error says
+    "thoughts": (tokenizer(THINKS), THOUGHT, r"leaves out a part of `chosen` of row 0.*'<think>good</think>two'"),
+    "thoughts of an implicit prompt": (tokenizer(THINKS), implicit(THOUGHT), "leaves out a part of `chosen`"),
+    "equal but for thoughts": (
+        tokenizer(THINKS),
+        chat(chosen="<think>good</think>two", rejected="<think>bad</think>two"),
+        "leaves out a part of `chosen`",
+    ),
+    "thoughts under a key": (tokenizer(), REASONED, "it says 'so so'"),
+    "parts that do not add up": (tokenizer(), IN_PARTS, r"cannot write row 0 .*to_preference\(dataset\)` joins parts"),
+    "parts": (
+        tokenizer(WRITES_OUT),
+        IN_PARTS,
+        r"content of the prompt of row 0 .* a list of parts.*`.*to_preference\(dataset\)`",
+    ),
+    "a system that is dropped": (
+        tokenizer(DROPS_SYSTEM),
+        chat(system="be kind"),
+        "leaves out a part of the prompt.*kind",
+    ),
+    "a system that is refused": (tokenizer(ALTERNATES), chat(system="be kind"), "cannot write row 0.*not supported"),
+    "rejected by the user": (tokenizer(), chat(role="user"), r"`rejected` .* ends with a message of the role 'user'"),
+    "rejected by the user, implicit": (
+        tokenizer(),
+        implicit(chat(role="user")),
+        "ends with a message of the role 'user'",
+    ),
+    "chosen begins with the prompt": (
+        tokenizer(),
+        chat() | implicit(chat()),
+        r"begins with a message of the role 'user' .*to_preference\(dataset\)` takes it off",
+    ),
+    "text begins with the prompt": (tokenizer(), TEXT | implicit(TEXT), r"would stand there twice.*to_preference"),
+    "text with BOS": (
+        tokenizer(bos=True),
+        TEXT | {"prompt": "<bos> who ? "},
+        "begins with '<bos>', and the tokenizer",
+    ),
+    "implicit text with BOS": (
+        tokenizer(bos=True),
+        implicit(TEXT | {"prompt": "<bos> who ? "}),
+        "begins with '<bos>', and the tokenizer",
+    ),
+    "a message with an end": (tokenizer(), chat(chosen="a cat <eos>"), "is written as text already: 'a cat <eos>'"),
+}
+ACCEPTED = {
+    "chat": (tokenizer(), chat(system="be kind")),
+    "implicit chat": (tokenizer(), implicit(chat())),
+    "thoughts of an earlier turn": (
+        tokenizer(THINKS),
+        chat() | {"prompt": said("user", "a") + said("assistant", "<think>b</think>c") + said("user", "d")},
+    ),
+    "thoughts that are kept": (tokenizer(KEEPS), REASONED),
+    "parts that are read": (tokenizer(READS_PARTS), IN_PARTS),
+    "tools": (tokenizer(), chat(tools='[{"name": "f"}]') | {"chosen": [{"role": "assistant", "content": ""}]}),
+    "several turns": (
+        tokenizer(),
+        chat() | {"chosen": said("assistant", "a") + said("user", "b") + said("assistant", "c")},
+    ),
+    "white space": (tokenizer(), chat(chosen="  a cat\n\n", rejected="\ta dog")),
+    "text": (tokenizer(bos=True), TEXT),
+    "text that ends": (tokenizer(), TEXT | {"chosen": "a cat<eos>"}),
+    "a tool's JSON, written as a text of JSON": (
+        tokenizer(ESCAPES),
+        chat()
+        | {"prompt": said("user", "who ?") + said("assistant", "") + said("tool", '{"sky": "so "é"",\n "n": 1}')},
+    ),
+    "parts that are read beside tools": (tokenizer(TOOLS_AND_PARTS), IN_PARTS | {"tools": '[{"type": "function"}]'}),
+    "one answer begins as the prompt does": (tokenizer(), TEXT | {"chosen": "who is it ? a cat"}),
+}
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_pair_that_would_not_be_read_as_it_is_meant_is_refused(case, as_stream):
+    known, row, message = REFUSED[case]
+    rows = Dataset.from_list([copy.deepcopy(row)] * 2)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        check_columns(rows.to_iterable_dataset() if as_stream else rows, None, lambda: known)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_pair_that_is_read_as_it_is_meant_passes(case):
+    known, row = ACCEPTED[case]
+    check_columns(Dataset.from_list([row] * 2), None, lambda: known)
+
+
+def test_rows_from_all_over_a_table_are_looked_at():
+    rows = [chat()] * 20 + [chat(chosen="a cat <eos>")] * 4
+    with pytest.raises(ValueError, match="is written as text already"):
+        check_columns(Dataset.from_list(rows), None, tokenizer)
+    wrong_role = [chat()] * 20 + [chat(role="user")] + [chat()] * 20
+    with pytest.raises(ValueError, match="`rejected` of row 20 of `train_dataset`"):
+        check_columns(Dataset.from_list(wrong_role), None, tokenizer)
+
+
+@pytest.mark.parametrize("case", ["thoughts", "parts", "text with BOS"])
+def test_dpo_checks_before_it_trains(tmp_path, case):
+    known, row, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list([row] * 4), "processing_class": known})
+
+
+PROMPTS = {
+    "parts": (
+        tokenizer(WRITES_OUT),
+        {"prompt": said("user", parts("who ?"))},
+        r"a list of parts.*to_prompts\(dataset\)",
+    ),
+    "a system that is dropped": (
+        tokenizer(DROPS_SYSTEM),
+        {"prompt": said("system", "be kind") + said("user", "who ?")},
+        "leaves out a part of the prompt of row 0",
+    ),
+    "text with BOS": (tokenizer(bos=True), {"prompt": "<bos> who ?"}, "begins with '<bos>', and the tokenizer"),
+    "ids with BOS, behind padding": (
+        tokenizer(bos=True),
+        {"input_ids": [0, 1, 1, 20], "attention_mask": [0, 1, 1, 1]},
+        "begins with '<bos>', and the tokenizer",
+    ),
+    "ids with BOS": (tokenizer(bos=True), {"input_ids": [1, 1, 20]}, "begins with '<bos>', and the tokenizer"),
+    "a message with an end": (tokenizer(), {"prompt": said("user", "<bos> who ?")}, "is written as text already"),
+    "numbers": (tokenizer(), {"prompt": 7}, "'prompt' of `train_dataset` holds number; PPO reads text"),
+    "lists of text": (tokenizer(), {"prompt": ["a", "b"]}, "'prompt' of `train_dataset` holds list of text"),
+    "truth": (tokenizer(), {"prompt": True}, "'prompt' of `train_dataset` holds true or false"),
+}
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompt_that_would_not_be_read_as_it_is_meant_is_refused(tmp_path, case, as_stream):
+    known, row, message = PROMPTS[case]
+    rows = Dataset.from_list([row] * 8)
+    models = {"train_dataset": rows.to_iterable_dataset() if as_stream else rows, "processing_class": known}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ppo_runs.ppo_trainer(tmp_path, models)
+
+
+# --- columns that are a part of the prompt
+
+ORCA = {"system": "be kind", "question": "who is it ?", "chosen": "a cat", "rejected": "a dog"}
+ALPACA = {"instruction": "say who", "input": "it is big", "chosen": "a cat", "rejected": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "row, way, expected",
+    [
+        (ORCA, {"prompt": "question"}, said("system", "be kind") + said("user", "who is it ?")),
+        ({**TEXT, "system_prompt": "be kind"}, {"system": "system_prompt"}, None),
+        ({**chat(), "system": "be kind"}, {}, None),
+        (ALPACA, {"prompt": "instruction+input"}, "say who\n\nit is big"),
+        ({**TEXT, "instruction": "say who"}, {"prompt": "prompt+instruction"}, "who is it ? \n\nsay who"),
+    ],
+    ids=["system and question", "system_prompt", "system beside messages", "instruction and input", "instruction"],
+)
+def test_question_that_nobody_reads_is_an_error_with_its_cure(row, way, expected):
+    rows = Dataset.from_list([row] * 3)
+    with pytest.raises(ValueError, match="Nothing would read") as error:
+        check_columns(rows, None, tokenizer)
+    assert f"to_preference(dataset{f', {way}' if way else ''})" in str(error.value)
+    for dataset in (rows, rows.to_iterable_dataset()):
+        cured = to_preference(dataset, way)
+        check_columns(cured, None, tokenizer)
+        pair = next(iter(cured))
+        expected = expected or said("system", "be kind") + said("user", "who is it ?" + " " * (row is not ORCA))
+        assert pair["prompt"] == expected or [m["content"].strip() for m in pair["prompt"]] == [
+            "be kind",
+            "who is it ?",
+        ]
+        assert "a cat" in str(pair["chosen"])
+
+
+def test_question_that_the_answers_begin_with_is_no_error():
+    row = {"question": "who is it ?", "chosen": "who is it ? a cat", "rejected": "who is it ? a dog", "system": ""}
+    check_columns(Dataset.from_list([row] * 2), None, tokenizer)
+    prompts = Dataset.from_list([{"prompt": "who ?", "question": "who ?", "system": None}] * 2)
+    rendering.check_written_prompts(prompts, "prompts", tokenizer(), None, list)
+
+
+def test_system_of_a_later_row_is_seen_too():
+    rows = Dataset.from_list([TEXT | {"system": text} for text in ("", "", "be kind")])
+    with pytest.raises(ValueError, match="Nothing would read 'system'"):
+        check_columns(rows, None, tokenizer)
+    cured = to_preference(rows)
+    assert [len(row["prompt"]) for row in cured] == [1, 1, 2]
+
+
+def test_prompts_get_their_system_turn(tmp_path):
+    rows = Dataset.from_list([{"prompt": "who ?", "system": "be kind", "answer": "a cat"}] * 8)
+    with pytest.raises(
+        ValueError, match=r"Nothing would read 'system'.*`trl_ext.data.conversions.to_prompts\(dataset\)`"
+    ):
+        ppo_runs.ppo_trainer(tmp_path, {"train_dataset": rows})
+    assert to_prompts(rows)[0] == {
+        "prompt": said("system", "be kind") + said("user", "who ?"),
+        "answer": "a cat",
+    }
+
+
+def test_conversions_join_parts_and_take_a_repeated_prompt_off():
+    rows = to_preference(Dataset.from_list([IN_PARTS] * 2))
+    assert rows[0] == chat("who ?")
+    assert to_prompts(Dataset.from_list([{"prompt": said("user", parts("who ?"))}]))[0] == {
+        "prompt": said("user", "who ?")
+    }
+    assert to_preference(Dataset.from_list([chat() | implicit(chat())]))[0] == chat()
+    assert to_preference(Dataset.from_list([TEXT | implicit(TEXT)]))[0] == TEXT
+
+
+def test_padding_that_is_the_bos_token_is_no_second_bos(tmp_path):
+    """As GPT-2's `<|endoftext|>`, which is BOS, EOS and, in most scripts, the pad token."""
+    known = tokenizer()
+    known.bos_token = known.pad_token = known.eos_token
+    pad = known.pad_token_id
+    for row in ({"input_ids": [pad, pad, 20, 21], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [pad, pad, 20, 21]}):
+        models = {"train_dataset": Dataset.from_list([row] * 8), "processing_class": known}
+        trainer = ppo_runs.ppo_trainer(tmp_path, models)
+        assert trainer.train_dataset[0] == row
+
+
+GREETINGS = [TEXT | {"prompt": "Hello", "chosen": "Hello to you", "rejected": "Hello ."}] + [TEXT] * 3
+
+
+def test_answers_that_greet_as_their_prompt_does_repeat_no_prompt():
+    rows = Dataset.from_list(GREETINGS)
+    check_columns(rows, None, tokenizer)
+    assert to_preference(rows)[:] == rows[:]
+    repeated = [TEXT | implicit(TEXT)] * 4 + [TEXT]
+    assert list(to_preference(Dataset.from_list(repeated))) == [TEXT] * 5
+
+
+def test_repeated_prompt_is_taken_off_whatever_white_space_is_around_it():
+    rows = Dataset.from_list([TEXT | {"chosen": "\nwho is it ?\na cat", "rejected": "who is it ?\na dog"}] * 2)
+    with pytest.raises(ValueError, match="would stand there twice"):
+        check_columns(rows, None, tokenizer)
+    cured = to_preference(rows)
+    check_columns(cured, None, tokenizer)
+    assert cured[0] == TEXT | {"chosen": "\na cat", "rejected": "\na dog"}
+
+
+# --- keyword arguments of the template
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_each_row_has_its_own_template_arguments_and_none_where_it_has_none(tmp_path, as_stream):
+    """A table gives every row the keys of all; a template takes `None` for a value."""
+    template = tiny.CHAT_TEMPLATE.replace(
+        "{% if add",
+        "{% if loud is defined %}{{ 'great ' }}{% endif %}{% if low is defined %}{{ 'dull ' }}{% endif %}{% if add",
+    )
+    kwargs = [{"loud": True}, None, {"low": False}]
+    rows = [chat(chat_template_kwargs=each) for each in kwargs]
+    data = Dataset.from_list(rows)
+    if as_stream:
+        data = IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows)))
+    models = {"train_dataset": data, "processing_class": tokenizer(template)}
+    prepared = dpo_runs.dpo_trainer(tmp_path, models, max_steps=1).train_dataset
+    texts = [tiny.tiny_tokenizer().decode(row["prompt_ids"] + row["chosen_ids"]) for row in prepared]
+    assert [("great" in text, "dull" in text) for text in texts] == [(True, False), (False, False), (False, True)]

@@ -1,0 +1,112 @@
+"""
+What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes:
+
+    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
+        tests/helpers/generation_worker.py OUT.pt
+
+The models are read from the folder of OUT.pt. Each way of generating is a PPO run of two rollouts.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.comm.torch import TorchBackend
+
+import two_processes
+import zero_runs
+from trl_ext import PPOTrainerX
+
+
+GATHERS = ("all_gather", "all_gather_into_tensor")
+
+
+class Counts:
+    """What DeepSpeed and torch.distributed are asked for: gathers, elements given to them, and reductions."""
+
+    def __init__(self) -> None:
+        self.gathers = self.elements = self.reductions = 0
+
+    def counting(self, gather: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.gathers += 1
+            self.elements += (args[2] if len(args) > 2 else kwargs.get("input_tensor", kwargs.get("tensor"))).numel()
+            return gather(*args, **kwargs)
+
+        return counted
+
+    def counting_reductions(self, all_reduce: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.reductions += 1
+            return all_reduce(*args, **kwargs)
+
+        return counted
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    counts = Counts()
+    with ExitStack() as stack:
+        for name in GATHERS:
+            counting = counts.counting(getattr(TorchBackend, name))
+            stack.enter_context(mock.patch.object(TorchBackend, name, counting))
+        reductions = counts.counting_reductions(torch.distributed.all_reduce)
+        stack.enter_context(mock.patch("torch.distributed.all_reduce", reductions))
+        yield counts
+
+
+def run(folder: Path, models: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Two rollouts; for each, the gathers, elements and reductions of its generation, and its longest response."""
+    rollouts, generate = [], PPOTrainerX._generate
+
+    def watched(self: PPOTrainerX, prompts: list[Any]) -> tuple:
+        with counted() as counts:
+            output = generate(self, prompts)
+        longest = max(map(len, output[1]))
+        rollouts.append([counts.gathers, counts.elements, counts.reductions, longest])
+        return output
+
+    zero3 = {"deepspeed": "configs/deepspeed/zero3.json", "max_steps": 2, "num_ppo_epochs": 1, "response_length": 12}
+    launched = zero_runs.launched({"ACCELERATE_USE_DEEPSPEED": "true"})
+    with launched, mock.patch.object(PPOTrainerX, "_generate", watched):
+        trainer = zero_runs.ppo(folder, folder / "output", models or {}, **(zero3 | options))
+        trainer.train()
+    return {"rollouts": rollouts, "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
+
+
+def as_trl() -> Any:
+    """GRPO's own way: it gathers whatever the engine holds."""
+    return mock.patch.object(PPOTrainerX, "_weights_for_generation", return_value=nullcontext())
+
+
+def turns_of_rank() -> Any:
+    """As with tools: one process generates once, the other three times."""
+    single_turn = PPOTrainerX._generate_single_turn
+
+    def several(self: PPOTrainerX, *args: Any, **kwargs: Any) -> tuple:
+        for _ in range(3 if self.accelerator.process_index else 1):
+            output = single_turn(self, *args, **kwargs)
+        return output
+
+    return mock.patch.object(PPOTrainerX, "_generate_single_turn", several)
+
+
+def main(path: str) -> None:
+    folder = Path(path).parent
+    measured = {}
+    for critic in ("model", "head"):
+        measured[f"once, {critic}"] = run(folder, critic=critic)
+    with as_trl():
+        measured["as TRL"] = run(folder)
+    measured["per token"] = run(folder, ds3_gather_for_generation=False)
+    with turns_of_rank():
+        measured["turns"] = run(folder)
+    two_processes.write(measured, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

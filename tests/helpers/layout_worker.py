@@ -1,0 +1,103 @@
+"""
+Five steps of PPO and of DPO under each layout of LAYOUTS.json, in two processes, and what they measure:
+
+    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
+        tests/helpers/layout_worker.py OUT.pt LAYOUTS.json
+
+A layout is {"environment": what its launcher sets, "options": of the trainers' configs, "adapter": LoRA or not,
+"only": "ppo" or "dpo" or null}. The models are read from, and the trained ones saved to, the folder of OUT.pt.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+import tiny
+import two_processes
+import zero_runs
+
+
+OPTIONS = {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Trains, saves to `folder / name / algorithm`, and measures."""
+    start, output = zero_runs.KeepStart(), folder / name / algorithm
+    models: dict[str, Any] = {"callbacks": [start]}
+    if "eval_strategy" in layout["options"]:
+        models["eval_dataset"] = tiny.tiny_prompts(4, seed=1)
+    if layout.get("adapter"):
+        models["peft_config"] = LoraConfig(**LORA)
+    if layout.get("quantized"):  # NF4 on a CPU needs such widths
+        models |= {"model": str(folder / "wide"), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    with zero_runs.launched(layout["environment"]):
+        trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
+        measured = {"reference": trainer.ref_model is not None}
+        trainer.train()
+        engine = trainer.model_wrapped
+        measured |= {"wrapper": type(engine).__name__, "steps": trainer.state.global_step}
+        measured["loss"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        measured["elements"] = {"trained": zero_runs.local_and_whole(trainer.model)}
+        if trainer.ref_model is not None:
+            measured["elements"]["reference"] = zero_runs.local_and_whole(trainer.ref_model)
+            measured["reference wrapper"] = type(trainer.ref_model).__name__
+        if algorithm == "ppo":
+            reward = trainer.reward_funcs[0].model
+            measured["elements"]["reward"] = zero_runs.local_and_whole(reward)
+            measured["elements"]["critic"] = zero_runs.local_and_whole(trainer.critic)
+        if measured["wrapper"] == "DeepSpeedEngine":
+            measured["stage"] = engine.zero_optimization_stage()
+            measured["optimizer"] = type(engine.optimizer.optimizer).__name__
+            measured["offloads"] = [str(engine.zero_offload_optimizer()), str(engine.zero_offload_param())]
+            measured["optimizer elements"] = zero_runs.optimizer_elements(engine)
+        trainer.save_model()
+        measured["weights"] = zero_runs.full_weights(trainer.model)
+        moved = {key: not torch.equal(start.weights[key], value) for key, value in measured["weights"].items()}
+        trains = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
+        measured["still"] = [key for key in moved if trains[key] and not moved[key]]
+        measured["moved though frozen"] = [key for key in moved if moved[key] and not trains[key]]
+        measured["best"] = Path(trainer.state.best_model_checkpoint or "").name
+        if algorithm == "ppo" and "only" not in layout:
+            measured["without kl"] = without_reference(folder, output, layout)
+    return measured
+
+
+def without_reference(folder: Path, output: Path, layout: dict[str, Any]) -> list[str]:
+    """Which models a PPO run loads with `kl_coef=0`, in order."""
+    from transformers import PreTrainedModel
+
+    loaded, load = [], PreTrainedModel.from_pretrained.__func__
+
+    def note(cls, path, *args, **kwargs):
+        loaded.append(Path(path).name)
+        return load(cls, path, *args, **kwargs)
+
+    with zero_runs.launched(layout["environment"]):
+        PreTrainedModel.from_pretrained = classmethod(note)
+        try:
+            models = {"ref_model": str(folder / "reference"), "value_model": str(folder / "critic")}
+            trainer = zero_runs.ppo(folder, output, models, **(OPTIONS | layout["options"] | {"kl_coef": 0.0}))
+        finally:
+            PreTrainedModel.from_pretrained = classmethod(load)
+    assert trainer.ref_model is None
+    return loaded
+
+
+def main(path: str, layouts: str) -> None:
+    folder = Path(path).parent
+    measured = {}
+    for name, layout in json.loads(Path(layouts).read_text()).items():
+        for algorithm in ("ppo", "dpo"):
+            if layout.get("only", algorithm) == algorithm:
+                measured[f"{name}, {algorithm}"] = run(algorithm, folder, name, layout)
+    two_processes.write(measured, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,151 @@
+"""One PPO run on given responses, cut into micro-batches and processes as one likes, and what it measures.
+
+Imported, `run` trains in this process. With two processes, which write what they measured to a file:
+
+    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/layouts.py MEASURED.pt
+"""
+
+import sys
+import tempfile
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+import ppo_runs
+import tiny
+import two_processes
+from trl_ext import PPOTrainerX
+from trl_ext.masked import identity
+from trl_ext.ppo import trainer as trainer_module
+
+
+PROMPTS = tiny.tiny_prompts(8)
+
+# Answers to the prompts: lengths from 1 to 9, so that a mean per micro-batch is not the mean; 0 marks a tool's token.
+ENV_MASKS = [[1] * 9, [1], [1, 1, 0, 0, 1], [1, 1], [0, 1, 1, 1, 1, 0, 1, 1], [1] * 3, [1] * 7, [1, 0]]
+
+# Two rollouts, two epochs. Plain gradient descent: Adam would turn the rounding error of a small gradient into a step.
+SETTINGS = {
+    "total_episodes": 16,
+    "num_ppo_epochs": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 1e6,
+    "response_length": 9,
+    "kl_coef": 0.2,
+    "old_kl_coef": 0.1,
+    "use_cpu": True,
+    "num_sample_generations": 0,
+}
+
+# What is measured on two processes, against one: the losses, and all that is computed over all ranks.
+CASES = {
+    "loss": {"kl_estimator": "k2"},
+    "loss-full-head": {"kl_estimator": "full", "critic": "head"},
+    "reward-scaled": {"kl_placement": "reward", "normalize_rewards": True, "whiten_rewards": True},
+    "warmup-stop": {"critic_warmup_steps": 1, "target_kl": 1e-4, "num_ppo_epochs": 4, "kl_controller": "band"},
+}
+
+# All log lines but times.
+LOGGED = ("loss", "grad_norm", "terms/", "coef/", "policy/", "value/", "kl/", "reward/", "rewards/", "advantage/")
+
+
+def answer(prompts, trainer):
+    """Always the same answer to a prompt, whichever process is asked."""
+    generator = torch.Generator().manual_seed(0)
+    responses = [torch.randint(7, 64, (len(mask),), generator=generator).tolist() for mask in ENV_MASKS]
+    rows = [PROMPTS["prompt"].index(prompt) for prompt in prompts]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [responses[row] for row in rows],
+        "logprobs": None,
+        "env_mask": [ENV_MASKS[row] for row in rows],
+    }
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients of every optimizer step, by name; a parameter without one is left out."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({name.removeprefix("module."): gradient for name, gradient in named.items()})
+
+
+def run(size, accumulation, **options):
+    """
+    Trains on the eight prompts, `size × accumulation` of them per process.
+
+    Returns gradients per optimizer step, log lines, and the parameters at the end.
+    """
+    keep = KeepGradients()
+    models = {"train_dataset": PROMPTS, "ref_model": tiny.tiny_actor(5), "value_model": tiny.tiny_reward_model(7)}
+    if options.get("critic") == "head":
+        del models["value_model"]
+    models |= {"rollout_func": answer, "callbacks": [keep]}
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ppo_runs.ppo_trainer(folder, models, **(SETTINGS | sizes | options))
+        if options.get("critic") == "head":  # 0 at the start; then the trunk would have no part in the value
+            torch.manual_seed(0)
+            nn.init.normal_(trainer.critic.score.weight, std=0.5)
+        trainer.train()
+    lines = [{key: line[key] for key in line if key.startswith(LOGGED)} for line in ppo_runs.log_lines(trainer)]
+    return {"gradients": keep.steps, "lines": lines, "parameters": ppo_runs.snapshot(trainer.model)}
+
+
+# Mistakes that a comparison of layouts must notice
+
+
+def mean_per_micro_batch():
+    """Every micro-batch is divided by its own tokens, as in a mean of means."""
+    draw = PPOTrainerX._draw_micro_batches
+
+    def draw_with_own_counts(self, rollout):
+        micro_batches = draw(self, rollout)
+        for part in micro_batches:
+            part.num_tokens = rollout.mask[part.rows].sum().item() / part.share
+        return micro_batches
+
+    return mock.patch.object(PPOTrainerX, "_draw_micro_batches", draw_with_own_counts)
+
+
+def moments_per_rank():
+    """Whitening and reward moments see the samples of one rank."""
+    estimate = trainer_module.estimate_returns
+    return mock.patch.object(trainer_module, "estimate_returns", lambda *args: estimate(*args[:-1], identity))
+
+
+def gradient_of_one_share():
+    """The terms are shares of a sum over the ranks, and DDP averages: the factor between the two is forgotten."""
+    compute_loss = PPOTrainerX._compute_loss
+    return mock.patch.object(
+        PPOTrainerX,
+        "_compute_loss",
+        lambda self, model, inputs: compute_loss(self, model, inputs) / self.accelerator.num_processes,
+    )
+
+
+MISTAKES = {
+    "mean per micro-batch": mean_per_micro_batch,
+    "moments per rank": moments_per_rank,
+    "gradient of one share": gradient_of_one_share,
+}
+
+
+def main(path):
+    torch.set_num_threads(1)
+    measured = {name: run(4, 1, **options) for name, options in CASES.items()}
+    measured["1 x 4"] = run(1, 4, **CASES["loss"])
+    for name, mistake in MISTAKES.items():
+        with mistake():
+            measured[name] = run(2, 2, **CASES["loss"])
+    two_processes.write(measured, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

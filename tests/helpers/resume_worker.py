@@ -1,0 +1,69 @@
+"""
+A run of PPO in two processes under each layout of LAYOUTS.json, and the same run resumed from its third step of six:
+
+    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
+        tests/helpers/resume_worker.py OUT.pt LAYOUTS.json
+
+A layout is {"environment": what its launcher sets, "options": of the config, "adapter": LoRA or not}. The models are
+read from the folder of OUT.pt. The third step is the third of four that are taken from the first rollout.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+import two_processes
+import zero_runs
+
+
+OPTIONS = {
+    "max_steps": 6,
+    "num_mini_batches": 2,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "normalize_rewards": True,
+    "optim": "adamw_torch",
+}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def trainer_of(folder: Path, output: Path, layout: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    models = {"peft_config": LoraConfig(**LORA)} if layout.get("adapter") else {}
+    return zero_runs.ppo(folder, output, models, **(OPTIONS | layout["options"]))
+
+
+def results(trainer: Any) -> dict[str, Any]:
+    """What the last three steps logged, and the weights after them."""
+    lines = [line for line in trainer.state.log_history if "loss" in line and line["step"] > 3]
+    keys = ("loss", "grad_norm", "reward/score", "kl/ref", "policy/ratio_mean", "learning_rate", "epoch")
+    return {
+        "lines": [{key: line[key] for key in keys if key in line} for line in lines],
+        "weights": zero_runs.full_weights(trainer.model),
+    }
+
+
+def run(folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
+    output = folder / name
+    measured = {}
+    for part, checkpoint in (("whole", None), ("resumed", str(output / "checkpoint-3"))):
+        with zero_runs.launched(layout["environment"]):
+            trainer = trainer_of(folder, output, layout)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            measured[part] = results(trainer) | {"wrapper": type(trainer.model_wrapped).__name__}
+            del trainer
+    return measured
+
+
+def main(path: str, layouts: str) -> None:
+    folder = Path(path).parent
+    given = json.loads(Path(layouts).read_text())
+    two_processes.write({name: run(folder, name, layout) for name, layout in given.items()}, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""
+Two processes that train with the stand-in for vLLM, and what reached it. The first one writes what all have measured:
+
+    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \
+        tests/helpers/vllm_layouts.py MEASURED.pt FOLDER [zero3]
+
+`FOLDER` holds the models of `tiny.save_tiny`.
+"""
+
+import os
+import sys
+import tempfile
+
+from accelerate.utils import gather_object
+from peft import LoraConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import ppo_runs
+import tiny
+import two_processes
+from fake_vllm import vllm
+
+
+DIFFERENCE = "sampling/sampling_logp_difference/max"
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+CASES = {
+    (mode, kind): {"vllm_mode": mode, "vllm_enable_sleep_mode": mode == "colocate", "peft": kind == "lora"}
+    for mode in ("colocate", "server")
+    for kind in ("full", "lora")
+}
+
+
+def run(paths, inside, peft, **options):
+    """
+    Three rollouts with a critic of its own, answered by vLLM with the model `inside` it.
+
+    Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
+    rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
+    """
+    unset_hf_deepspeed_config()  # of the run before
+    models = paths | {"value_model": paths["reward_model"]}
+    if peft:
+        models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder, vllm(model=inside) as sampler:
+        trainer = ppo_runs.ppo_trainer(
+            folder,
+            models,
+            use_vllm=True,
+            use_cpu=True,
+            kl_coef=0.0,
+            learning_rate=1e-2,
+            total_episodes=24,
+            num_ppo_epochs=1,
+            num_sample_generations=0,
+            **options,
+        )
+        gathered = gathered_for_vllm(trainer)
+        trainer.train()
+    of_critic = {id(parameter) for parameter in trainer.critic.parameters()}
+    loads = sampler.calls.count("load")
+    return {
+        "differences": ppo_runs.logged(trainer, DIFFERENCE),
+        "loads": gather_object([loads]),
+        "critic was gathered": any(gather_object([bool(gathered & of_critic)])),
+        "partitioned": any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()),
+        "gathered": len(gathered),
+    }
+
+
+def gathered_for_vllm(trainer):
+    """A set that fills with the ids of the parameters that are gathered for vLLM."""
+    backend = trainer.vllm_generation._dist
+    gather, seen = backend.gather_params, set()
+
+    def note(parameters):
+        seen.update(map(id, parameters))
+        return gather(parameters)
+
+    backend.gather_params = note
+    return seen
+
+
+def main(path, folder, engine="ddp"):
+    paths = {"model": os.path.join(folder, "actor"), "reward_model": os.path.join(folder, "reward_model")}
+    options, cases = {}, [("colocate", "full"), ("server", "lora")]
+    if engine == "zero3":
+        options["deepspeed"], cases = ZERO3, list(CASES)
+    inside = {case: tiny.tiny_actor() for case in cases}
+    measured = {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}
+    two_processes.write(measured, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,162 @@
+"""The tokens that a model takes, over families: against the model itself where it breaks beyond, by hand elsewhere."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+
+import dpo_runs
+import ppo_runs
+import tiny
+from trl_ext.models.context import context_limit
+
+
+SMALL = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+USUAL = SMALL | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GPT = SMALL | {"n_embd": 16, "n_layer": 1, "n_head": 2}
+BART = SMALL | {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+
+# Families with a table of positions: what their config says the length in, and a size for it.
+TABLES = {
+    "GPT2": GPT | {"n_positions": 20},
+    "GPTBigCode": GPT | {"n_positions": 20},
+    "GPTJ": GPT | {"n_positions": 20, "rotary_dim": 4},
+    "CodeGen": SMALL | {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 20, "rotary_dim": 4},
+    "CTRL": GPT | {"n_positions": 20, "dff": 16},
+    "OpenAIGPT": GPT | {"n_positions": 20},
+    "GPTNeo": USUAL
+    | {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+    | {"max_position_embeddings": 20},
+    "OPT": USUAL | {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 20},
+    "BioGpt": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20},
+    "Mpt": SMALL | {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 20},
+    "Roberta": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20, "is_decoder": True},
+    "XLMRoberta": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20, "is_decoder": True},
+    "Bart": BART | {"max_position_embeddings": 20, "is_decoder": True, "is_encoder_decoder": False},
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.filterwarnings("ignore")
+def test_model_takes_sequences_up_to_its_limit_and_none_beyond(family):
+    config = getattr(transformers, f"{family}Config")(**TABLES[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    limit = context_limit(config.get_text_config())
+    with torch.no_grad():
+        assert model(input_ids=torch.full((1, limit), 5), use_cache=False).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5), use_cache=False)
+
+
+def rope(kind, original=None, **parameters):
+    parameters |= {"rope_type": kind, "rope_theta": 1e4}
+    return parameters | ({} if original is None else {"original_max_position_embeddings": original})
+
+
+LONG = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+# Family, what its config says, and the limit, by hand.
+DECLARED = {
+    "plain": ("Llama", {"max_position_embeddings": 64}, 64),
+    "linear": ("Llama", {"max_position_embeddings": 64, "rope_parameters": rope("linear", factor=4.0)}, 256),
+    "dynamic": ("Llama", {"max_position_embeddings": 64, "rope_parameters": rope("dynamic", factor=4.0)}, None),
+    "yarn of Qwen2.5's card": (
+        "Qwen2",
+        {"max_position_embeddings": 64, "rope_parameters": rope("yarn", 64, factor=4.0)},
+        256,
+    ),
+    "yarn that is declared": (
+        "DeepseekV3",
+        {
+            "max_position_embeddings": 160,
+            "rope_parameters": rope("yarn", 4, factor=40.0, mscale=1.0, mscale_all_dim=1.0),
+        },
+        160,
+    ),
+    "old spelling": ("Qwen2", {"max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 256),
+    "Llama 3.1": (
+        "Llama",
+        {"max_position_embeddings": 128, "rope_parameters": rope("llama3", 8, factor=8.0, **LLAMA_3)},
+        128,
+    ),
+    "longrope": (
+        "Phi3",
+        {"max_position_embeddings": 131072, "rope_parameters": rope("longrope", 4096, **LONG)},
+        131072,
+    ),
+    "one set per kind of layer": (
+        "Gemma3Text",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "sliding_attention": rope("default"),
+                "full_attention": rope("linear", factor=8.0),
+            },
+        },
+        512,
+    ),
+    "rotary Falcon": ("Falcon", {"max_position_embeddings": 64}, 64),
+    "ALiBi": ("Falcon", {"max_position_embeddings": 64, "alibi": True}, None),
+    "Bloom": ("Bloom", {}, None),
+    "no end": ("XLNet", {}, None),
+    "no end, written large": ("Llama", {"max_position_embeddings": int(1e30)}, None),
+    "a state": ("Mamba", {}, None),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+@pytest.mark.filterwarnings("ignore")
+def test_limit_is_what_the_config_declares(case):
+    family, options, expected = DECLARED[case]
+    assert context_limit(getattr(transformers, f"{family}Config")(**options)) == expected
+
+
+def test_virtual_tokens_take_positions():
+    config = tiny.tiny_config(max_position_embeddings=20)
+    adapters = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), LoraConfig()
+    assert context_limit(config, *adapters) == 17
+
+
+ACCEPTED = {
+    "yarn": ("qwen2", {"rope_parameters": rope("yarn", 12, factor=4.0), "max_position_embeddings": 12}),
+    "dynamic": ("llama", {"rope_parameters": rope("dynamic", factor=4.0), "max_position_embeddings": 12}),
+    "ALiBi": ("falcon_alibi", {"max_position_embeddings": 12}),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_dpo_trains_beyond_the_number_where_that_is_no_limit(tmp_path, case):
+    name, options = ACCEPTED[case]
+    trainer = dpo_runs.dpo_run(
+        tmp_path, {"model": dpo_runs.tiny_model(name, **options), "ref_model": None}, max_steps=1
+    )
+    rows = trainer.train_dataset
+    assert max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows) > 12
+    assert dpo_runs.lines(trainer)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_ppo_takes_prompts_beyond_the_number_where_that_is_no_limit(tmp_path):
+    """But not where keys in the cache would have another rotation than those that are scored."""
+    for parameters in (None, rope("dynamic", factor=4.0)):
+        actor = tiny.tiny_actor(max_position_embeddings=8, rope_parameters=parameters)
+        with pytest.raises(ValueError, match="does not fit the model's context of 8"):
+            ppo_runs.ppo_trainer(tmp_path, {"model": actor})
+    actor = tiny.tiny_actor(max_position_embeddings=8, rope_parameters=rope("yarn", 8, factor=4.0))
+    ppo_runs.ppo_trainer(tmp_path, {"model": actor})
+
+
+@torch.no_grad()
+def test_embedding_that_adapts_to_the_length_scores_other_than_it_generates():
+    """The reason for PPO's limit; within it both are the same."""
+    model = tiny.tiny_actor(max_position_embeddings=8, rope_parameters=rope("dynamic", factor=4.0)).eval()
+    for length, same in ((8, True), (14, False)):
+        ids = torch.arange(5, 5 + length)[None]
+        whole, cache, by_token = model(input_ids=ids).logits, None, []
+        for t in range(length):
+            step = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            by_token.append(step.logits)
+        assert torch.allclose(torch.cat(by_token, dim=1), whole, atol=1e-5) == same

@@ -1,0 +1,232 @@
+"""FlexAttention over shared rows: its blocks against a mask written out, its outputs against dense attention."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+import attention_families as families
+import dpo_runs
+import oracles
+from dense_attention import dense, real_tokens, tensors
+from pair_forwards import both
+from trl_ext.packing import attention, flex
+from trl_ext.packing.segments import attention_mask_of, share_prefixes
+
+
+# Without a compiler torch computes the kernel's definition, all scores at once, and warns that it does.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+# (common, chosen, rejected) tokens of each pair: below, at and above the edges of blocks of 128.
+ROWS = {
+    "small": [(3, 2, 4), (1, 1, 1)],
+    "on the edge": [(128, 128, 128), (256, 0, 128)],
+    "over the edge": [(129, 255, 1), (127, 130, 126)],
+    "long": [(700, 300, 520)],
+    "no prompt": [(1, 200, 300)],
+    "equal, nothing in common": [(140, 0, 0), (0, 150, 150)],
+}
+
+
+def batch(pairs):
+    """Random sequences of these lengths that differ from the end of the common part on, padded on the right."""
+    rng = random.Random(0)
+    chosen, rejected = [], []
+    for common, of_chosen, of_rejected in pairs:
+        start = [rng.randrange(10, 20) for _ in range(common)]
+        chosen.append(start + [1] * of_chosen)
+        rejected.append(start + [2] * of_rejected)
+    length = max(map(len, chosen + rejected))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in chosen + rejected])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in chosen + rejected])
+    return ids, mask
+
+
+# As models ask for: grouped; wider queries than values (MLA); wider than the hidden size says (Gemma), with a window.
+HEADS_OF_MODELS = [
+    attention.Heads(4, 2, 16, 16, None, None),
+    attention.Heads(4, 4, 24, 16, 0.3, None),
+    attention.Heads(4, 1, 32, 32, 1.0, 200),
+]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(flex, "_kernel", lambda: flex_attention)
+
+
+@pytest.mark.parametrize("window", [None, 1, 128, 300])
+@pytest.mark.parametrize("per_row", [None, 1])
+@pytest.mark.parametrize("case", ROWS)
+def test_blocks_are_those_of_the_mask(case, per_row, window):
+    """A block is computed if it has a visible score, and needs no mask if it has only such."""
+    shared = share_prefixes(*batch(ROWS[case]), per_row)
+    blocks, mask = flex.block_mask_of(shared, window), attention_mask_of(shared, window)
+    width = mask.size(-1)
+    assert (create_mask(blocks.mask_mod, len(mask), 1, width, width, device="cpu") == mask).all()
+    in_part, whole = (
+        [
+            [set(which[r, 0, i, :count].tolist()) for i, count in enumerate(counts[r, 0].tolist())]
+            for r in range(len(mask))
+        ]
+        for counts, which in (
+            (blocks.kv_num_blocks, blocks.kv_indices),
+            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        )
+    )
+    for r, row in enumerate(mask[:, 0]):
+        for i, queries in enumerate(row.split(flex.BLOCK)):
+            pieces = queries.split(flex.BLOCK, dim=1)
+            assert in_part[r][i] | whole[r][i] >= {j for j, piece in enumerate(pieces) if piece.any()}
+            assert in_part[r][i] & whole[r][i] == set()
+            assert whole[r][i] <= {j for j, piece in enumerate(pieces) if piece.all()}
+            if window is None:  # at its far end some blocks turn out to be empty
+                assert in_part[r][i] <= {j for j, piece in enumerate(pieces) if piece.any()}
+
+
+def test_blocks_spare_what_nobody_sees():
+    """Pairs side by side: the blocks between them are left out, and most of a long one's need no mask."""
+    blocks = flex.block_mask_of(share_prefixes(*batch([(1024, 512, 512)] * 2)))
+    assert blocks.kv_num_blocks.sum() == 2 * 16  # the diagonals
+    assert blocks.full_kv_num_blocks.sum() == 2 * (12 * 11 // 2 + 4 * 3 // 2 + 4 * 8)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("case", ROWS)
+def test_flex_equals_dense_attention(case, heads, window, uncompiled):
+    shared = share_prefixes(*batch(ROWS[case]))
+    leaves, real = [leaf.detach() for leaf in tensors(shared, *heads)], real_tokens(shared)
+    got = flex.attend(*leaves, flex.Blocks(shared)[window], 0.7)
+    expected = dense(*leaves, attention_mask_of(shared, window), 0.7)
+    torch.testing.assert_close(got[real], expected[real], **oracles.FLOAT64)
+
+
+def test_a_model_that_attends_by_flex_gives_the_same_log_probabilities(uncompiled):
+    _, model, forward = both("llama")
+    assert forward.share() is None
+    assert not forward.one_kernel  # on a CPU
+    ids = torch.randint(5, 20, (6, 9), generator=torch.Generator().manual_seed(0))
+    ids[3:, :4] = ids[:3, :4]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    seen = []
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        forward.one_kernel = True
+        flex_attend = flex.attend
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex, "attend", lambda *args: seen.append(1) or flex_attend(*args))
+            got = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    assert len(seen) == model.config.num_hidden_layers
+    torch.testing.assert_close(got, expected, **oracles.FLOAT32)
+
+
+HEADS = attention.Heads(2, 1, 16, 16, None, None)
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_that_cannot_run_here_is_a_reason(uncompiled):
+    """Torch has no backward of it on a CPU."""
+    assert "NotImplementedError" in flex.why_not([HEADS], torch.float32, CPU, attention.pieces)
+
+
+@pytest.mark.parametrize("heads", HEADS_OF_MODELS)
+def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch, heads):
+    """It is tried at the heads that a model asks for, of which queries and values may differ in width."""
+    plain = heads._replace(window=None)
+    asked = []
+
+    def of_pieces(query, key, value, blocks, scaling, factor=1.0):
+        asked.append((query.size(1), key.size(1), query.size(3), value.size(3), scaling))
+        *sizes, _, window = heads
+        rows, _ = flex._example(*sizes, query.dtype, CPU)
+        return attention.pieces(query, key, value, rows, scaling, window) * factor
+
+    monkeypatch.setattr(flex, "attend", of_pieces)
+    assert flex.why_not([heads], torch.float32, CPU, attention.pieces) is None
+    assert set(asked) == {tuple(plain)[:5]}
+    monkeypatch.setattr(flex, "attend", lambda *args: of_pieces(*args, factor=1.02))
+    assert "it is off by" in flex.why_not([heads], torch.float32, CPU, attention.pieces)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS_OF_MODELS)
+def test_flex_gives_what_the_pieces_give_on_cuda(heads, dtype):
+    assert flex.why_not([heads], dtype, torch.device("cuda"), attention.pieces) is None
+
+
+@pytest.mark.gpu
+def test_a_run_by_flex_equals_one_piece_by_piece_on_cuda(tmp_path, monkeypatch):
+    runs = []
+    for name in ("flex", "pieces"):
+        if name == "pieces":
+            monkeypatch.setattr(flex, "why_not", lambda *args: "not wanted here")
+        trainer = dpo_runs.dpo_trainer(tmp_path / name, use_cpu=False)
+        trainer.train()
+        assert trainer._forwards[0].one_kernel == (name == "flex")
+        runs.append([line["loss"] for line in dpo_runs.lines(trainer)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_rows_of_many_lengths_stay_in_the_kernel_on_cuda():
+    """More lengths than torch compiles for one by one; a matrix of all scores would not fit under the limit."""
+    for width in range(4096, 4096 + 12 * 77, 77):
+        shared = share_prefixes(*(x.cuda() for x in batch([(width, 1024, 1024)])))
+        size = shared.input_ids.size(1)
+        leaves = [torch.randn(1, 8, size, 64, device="cuda").requires_grad_() for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        flex.attend(*leaves, flex.block_mask_of(shared)).sum().backward()
+        assert torch.cuda.max_memory_allocated() < 8 * size**2 * 4
+
+
+def runs_of(tmp_path, name, weights, monkeypatch, **options):
+    """Losses and first gradient of our run by FlexAttention, of ours piece by piece, and of TRL's, in bf16."""
+    models = {
+        "model": lambda: families.family_in(name, 0).to(weights),
+        "ref_model": lambda: families.family_in(name, 1).to(weights),
+    }
+    runs = {}
+    for way, side in {"flex": dpo_runs.OURS, "pieces": dpo_runs.OURS, "TRL": dpo_runs.TRLS}.items():
+        with monkeypatch.context() as patch:
+            if way == "pieces":
+                patch.setattr(flex, "why_not", lambda *args: "not wanted here")
+            keep = dpo_runs.KeepGradients()
+            made = {key: value() for key, value in models.items()} | {"callbacks": [keep]}
+            trainer = dpo_runs.dpo_trainer(tmp_path / way, made, side, bf16=True, **options)
+            trainer.train()
+        if way != "TRL":
+            assert [forward.sharing for forward in trainer._forwards] == [True, True]
+            assert [bool(forward.one_kernel) for forward in trainer._forwards] == [
+                way == "flex" and not options["use_cpu"]
+            ] * 2
+        runs[way] = [line["loss"] for line in dpo_runs.lines(trainer)], keep.steps[0]
+    return runs
+
+
+def assert_near(runs, tolerance):
+    for way in ("flex", "pieces"):
+        assert runs[way][0] == pytest.approx(runs["TRL"][0], rel=tolerance)
+        assert dpo_runs.gradient_difference(runs[way][1], runs["TRL"][1]) < tolerance
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["llama", "values narrower than queries", "heads wider in some layers"])
+def test_bf16_runs_equal_trl_on_a_cpu(tmp_path, name, monkeypatch):
+    """The same as below; on a CPU both ways go piece by piece."""
+    assert_near(runs_of(tmp_path, name, torch.float32, monkeypatch, use_cpu=True, max_steps=1), 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral_short_window", "values narrower than queries", "heads wider in some layers"]
+)
+def test_bf16_runs_equal_trl_on_cuda(tmp_path, name, weights, monkeypatch):
+    """By FlexAttention and piece by piece, for heads of every width that families have, and a sliding window."""
+    assert_near(runs_of(tmp_path, name, weights, monkeypatch, use_cpu=False), 5e-2)

@@ -1,0 +1,289 @@
+"""A reward model reads what `trl.RewardTrainer` would train it on, at the place where it was trained to."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from trl import RewardTrainer
+
+import four_roles
+import tiny
+from ppo_runs import ppo_trainer
+from trl_ext.ppo.roles.reward_forms import RewardForm
+from trl_ext.ppo.roles.reward_sources import TokenScorer
+
+
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WITH_BOS = "{{ bos_token }}" + PLAIN
+LINES = PLAIN.replace("<eos>", "<eos>\n")  # as ChatML: what a model is trained to end with is the line's end
+OTHER = PLAIN.replace("<|{{ m.role }}|>", "[{{ m.role }}]").replace("<|assistant|>", "[assistant]")
+THINKS = (  # as DeepSeek-R1: thoughts are opened by the generation prompt, and taken out of what was answered
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+CORPUS = ["what is the answer, hello world, a small corpus for a tiny tokenizer and some more words"] * 5
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def bytes_tokenizer(
+    template=PLAIN, bos=True, pad="<pad>", corpus=CORPUS, behind=(), first=("<pad>", "<bos>", "<eos>"), size=320
+):
+    """A byte-level BPE tokenizer; `behind`: special tokens that it puts behind every text itself."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = [*first, *ROLES]
+    backend.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+    )
+    added = [*(["<bos>"] if bos else []), "$A", *behind]
+    ids = [(token, backend.token_to_id(token)) for token in {"<bos>", *behind}]
+    backend.post_processor = processors.TemplateProcessing(single=" ".join(added), special_tokens=ids)
+    names = {"eos_token": "<eos>"} | ({"bos_token": "<bos>"} if bos else {}) | ({"pad_token": pad} if pad else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def another_vocabulary(template=PLAIN, **options):
+    return bytes_tokenizer(template, corpus=["other words for the judge, zebra fox"] * 5, size=300, **options)
+
+
+def save_judge(folder, tokenizer, kind=LlamaForSequenceClassification, config=None, **overrides):
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if config is None:
+        config = tiny.tiny_config(vocab_size=len(tokenizer), num_labels=1, **(ids | overrides))
+    torch.manual_seed(1)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trained_on(tokenizer, prompt, answer):
+    """The ids of TRL's own trainer for this prompt and this answer."""
+    preparer = object.__new__(RewardTrainer)
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": answer, "rejected": answer}])
+    args = SimpleNamespace(max_length=None, dataset_num_proc=None)
+    return RewardTrainer._prepare_dataset(preparer, rows, tokenizer, args, "train")[0]["chosen_ids"]
+
+
+PROMPTS = {
+    "text": ("what is 1 plus 1", " two words"),
+    "chat": (
+        [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is it"}],
+        [{"role": "assistant", "content": "the answer"}],
+    ),
+}
+
+
+def judged(trainer, prompt, answer, ended=True):
+    """(ids that the reward model read, its score): of an answer that the actor ended, or that was cut off."""
+    tokenizer, seen = trainer.processing_class, []
+    is_chat = isinstance(prompt, list)
+    if is_chat:
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+    words = answer[0]["content"] if is_chat else answer
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
+    source = trainer.reward_funcs[0]
+    model = source if isinstance(source, PreTrainedModel) else source.model
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["input_ids"][kwargs["attention_mask"].bool()].tolist()),
+        with_kwargs=True,
+    )
+    score = trainer._calculate_rewards([{"prompt_ids": prompt_ids}], [prompt], [answer], [ids])[0, 0].item()
+    hook.remove()
+    return seen, score
+
+
+PAIRS = {  # the actor's tokenizer and the reward model's
+    "the same": (bytes_tokenizer(), bytes_tokenizer()),
+    "the same, without BOS": (bytes_tokenizer(bos=False), bytes_tokenizer(bos=False)),
+    "the same, the template writes BOS": (bytes_tokenizer(WITH_BOS), bytes_tokenizer(WITH_BOS)),
+    "the same, lines": (bytes_tokenizer(LINES), bytes_tokenizer(LINES)),
+    "the same, thinks": (bytes_tokenizer(THINKS), bytes_tokenizer(THINKS)),
+    "another template": (bytes_tokenizer(), bytes_tokenizer(OTHER)),
+    "no pad for the actor": (bytes_tokenizer(pad=None), bytes_tokenizer()),
+    "pad is eos": (bytes_tokenizer(pad="<eos>"), bytes_tokenizer(pad="<eos>")),
+    "pad is eos for the actor": (bytes_tokenizer(pad="<eos>"), bytes_tokenizer()),
+    "an end behind every text": (bytes_tokenizer(), bytes_tokenizer(behind=["<eos>"])),
+    "another vocabulary": (bytes_tokenizer(), another_vocabulary()),
+    "another vocabulary without BOS": (bytes_tokenizer(), another_vocabulary(bos=False)),
+    "another vocabulary, template writes BOS": (bytes_tokenizer(), another_vocabulary(WITH_BOS)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_reward_model_reads_what_it_was_trained_on(tmp_path, pair):
+    actors, own = PAIRS[pair]
+    path = save_judge(tmp_path / "judge", own)
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors)), "reward_model": path}
+    trainer = ppo_trainer(tmp_path, models)
+    judge = LlamaForSequenceClassification.from_pretrained(path).eval()
+    assert judge.config.pad_token_id == own.pad_token_id
+    for kind, ended in product(PROMPTS, (True, False)):
+        prompt, answer = PROMPTS[kind]
+        expected = trained_on(own, prompt, answer)
+        plain = judge(torch.tensor([expected])).logits.item()
+        ids, score = judged(trainer, prompt, answer, ended)
+        assert own.convert_ids_to_tokens(ids) == own.convert_ids_to_tokens(expected)
+        assert score == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def encoder_tokenizer():
+    return another_vocabulary(first=("[PAD]", "<bos>", "<eos>", "[CLS]", "[SEP]"), bos=False, pad="[PAD]")
+
+
+def test_encoder_reads_its_cls_and_sep_tokens(tmp_path):
+    own = encoder_tokenizer()
+    own.eos_token = None
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(t, own.convert_tokens_to_ids(t)) for t in ("[CLS]", "[SEP]")]
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(own), num_labels=1, initializer_range=0.5, **sizes)
+    path = save_judge(tmp_path / "judge", own, BertForSequenceClassification, config)
+    actors = bytes_tokenizer()
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors)), "reward_model": path}
+    ids, score = judged(ppo_trainer(tmp_path, models), *PROMPTS["text"])
+    expected = own("what is 1 plus 1 two words")["input_ids"]  # RewardTrainer cannot add an end that there is not
+    assert own.convert_ids_to_tokens([ids[0], ids[-1]]) == ["[CLS]", "[SEP]"]
+    assert ids == expected
+    judge = BertForSequenceClassification.from_pretrained(path).eval()
+    assert score == pytest.approx(judge(torch.tensor([expected])).logits.item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("pad", [None, 0, 2])
+def test_scores_of_a_padded_batch_are_those_of_each_answer_alone(tmp_path, pad):
+    """Read at the model's own pad token: at the last id without one, before the end token where that pads."""
+    tokenizer = bytes_tokenizer(pad=None)  # the actor's, for which an end token pads
+    torch.manual_seed(1)
+    config = tiny.tiny_config(vocab_size=len(tokenizer), num_labels=1, pad_token_id=pad)
+    judge = LlamaForSequenceClassification(config).eval()
+    models = {"processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=len(tokenizer))}
+    trainer = ppo_trainer(tmp_path, models | {"reward_model": judge}, local_rollout_forward_batch_size=4)
+    answers = [[40, 41, 42, 2], [50, 2], [60, 61, 62], [70, 0, 71, 0, 2]]
+    prompts = [[1, 30, 31], [1, 32], [1, 33, 34, 35, 36], [1, 37]]
+    scores = trainer.reward_funcs[0](prompt_ids=prompts, completion_ids=answers)
+    with torch.no_grad():
+        alone = [
+            judge(torch.tensor([p + (a if a[-1] == 2 else [*a, 2])])).logits.item()
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+    assert scores == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert judge.config.pad_token_id == pad  # as it was
+
+
+def test_special_tokens_that_were_sampled_are_read(tmp_path):
+    """GRPO's text of an answer lacks them: a model that shares the vocabulary must not be blind to them."""
+    tokenizer = bytes_tokenizer(LINES)
+    models = {"processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=len(tokenizer))}
+    trainer = ppo_trainer(tmp_path, models | {"reward_model": save_judge(tmp_path / "judge", tokenizer)})
+    prompt, _ = PROMPTS["chat"]
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    hello, world = (tokenizer(word)["input_ids"][1:] for word in ("hello", " world"))
+    user, end = tokenizer.convert_tokens_to_ids("<|user|>"), tokenizer.eos_token_id
+    answer = [{"role": "assistant", "content": "hello world"}]
+    ids = trainer.reward_funcs[0].form(prompt, answer, prompt_ids, [*hello, user, *world, end])
+    assert ids == [*prompt_ids, *hello, user, *world, end, *tokenizer("\n", add_special_tokens=False)["input_ids"]]
+
+
+def test_text_goes_on_from_the_prompt_with_the_space_that_was_sampled(tmp_path):
+    """A word-level tokenizer writes no space before the first word of an answer that it decodes alone."""
+    own = another_vocabulary()
+    trainer = ppo_trainer(tmp_path, {"reward_model": save_judge(tmp_path / "judge", own)})
+    words = trainer.processing_class
+    prompt_ids, answer_ids = words("the cat is")["input_ids"], words("happy <eos>")["input_ids"]
+    answer = words.decode(answer_ids, skip_special_tokens=True)
+    assert answer == "happy"
+    form = next(iter(trainer._text_scorers.values())).form
+    assert form("the cat is", answer, prompt_ids, answer_ids) == trained_on(own, "the cat is", " happy")
+
+
+def test_token_that_the_reward_model_has_no_embedding_of_is_named():
+    """Added to the tokenizer alone: an embedding answers it with an error without a name, on a GPU with an assert."""
+    model, tokenizer = tiny.tiny_reward_model(1), tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    scorer = TokenScorer(model, "judge", RewardForm(tokenizer, tokenizer, shares_ids=False), 4)
+    assert len(scorer(["who is it ?"], ["a cat"])) == 1
+    with pytest.raises(ValueError, match=rf"'judge' knows {model.config.vocab_size} tokens, .* \('zebra'\)\. Give"):
+        scorer(["who is it ?", "who is it ?"], ["a cat", "a zebra"])
+
+
+def test_reward_model_that_knows_no_template_is_refused_for_conversations(tmp_path):
+    own = another_vocabulary(template=None)
+    models = {"reward_model": save_judge(tmp_path / "judge", own)}
+    ppo_trainer(tmp_path, models)
+    with pytest.raises(ValueError, match=r"'judge' has no chat template.*`reward_processing_classes`"):
+        ppo_trainer(tmp_path, models | {"train_dataset": tiny.tiny_prompts(8, conversational=True)})
+
+
+def test_prompts_beyond_the_reward_models_positions_are_refused_before_training(tmp_path):
+    own = another_vocabulary()
+    config = GPT2Config(vocab_size=len(own), n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1)
+    config.pad_token_id = 0
+    models = {"reward_model": save_judge(tmp_path / "judge", own, GPT2ForSequenceClassification, config)}
+    with pytest.raises(ValueError, match=r"response_length=60 .* the reward model 'judge''s context of 31"):
+        ppo_trainer(tmp_path, models, response_length=60)
+    trainer = ppo_trainer(tmp_path, models | {"train_dataset": Dataset.from_dict({"prompt": ["a b"] * 8})})
+    with pytest.raises(ValueError, match="'judge' reads 32 tokens, and a prompt with its answer has"):
+        trainer._calculate_rewards([{}], ["what"], [" is " * 20], [[1]])
+
+
+def test_reward_adapter_is_read_at_the_pad_token_of_its_training(tmp_path):
+    """Its config is the base's, for which the end token pads; its tokenizer is that of its training."""
+    base = tmp_path / "base"
+    tiny.tiny_actor(pad_token_id=2).save_pretrained(base)
+    tiny.tiny_tokenizer().save_pretrained(base)
+    adapter = four_roles.save_adapter(str(base), tmp_path / "reward", "SEQ_CLS", 1)
+    models = {"model": str(base), "peft_config": four_roles.lora(), "reward_model": adapter}
+    trainer = ppo_trainer(tmp_path, models)
+    ids = [20, 30, 40, 2]
+    judge = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    judge = PeftModel.from_pretrained(judge, adapter).eval()
+    judge.config.pad_token_id = tiny.tiny_tokenizer().pad_token_id
+    with torch.no_grad():
+        at_the_end = judge(torch.tensor([ids])).logits.item()
+    assert trainer.reward_funcs[0](prompt_ids=[ids[:2]], completion_ids=[ids[2:]]) == pytest.approx(
+        [at_the_end], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["another template", "another vocabulary, another template"])
+def test_chats_in_token_ids_are_refused_by_a_reward_model_of_another_template(tmp_path, kind):
+    """They would be read as text that the reward model was not trained on."""
+    actors = bytes_tokenizer()
+    own = bytes_tokenizer(OTHER) if kind == "another template" else another_vocabulary(OTHER)
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors))}
+    models["reward_model"] = save_judge(tmp_path / "judge", own)
+    chat = actors.apply_chat_template(PROMPTS["chat"][0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    text = actors(PROMPTS["text"][0])["input_ids"]
+
+    def made(ids, **more):
+        padded = Dataset.from_dict({"input_ids": [ids + [actors.pad_token_id] * 3] * 4})
+        return ppo_trainer(tmp_path, models | {"train_dataset": padded} | more)
+
+    with pytest.raises(ValueError, match=r"conversations in `input_ids`.*'judge' has another one.*`prompt`"):
+        made(chat)
+    made(text)
+    own.chat_template = actors.chat_template  # what the error says
+    made(chat, reward_processing_classes=own)

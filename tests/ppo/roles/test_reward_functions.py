@@ -1,0 +1,162 @@
+"""What reward functions return and take, with an error that names them otherwise; and their names in the log."""
+
+import asyncio
+
+import numpy
+import pytest
+import torch
+
+from ppo_runs import log_lines, ppo_run, ppo_trainer
+from tool_runs import Room, tool_models
+from trl_ext.ppo.roles.reward_functions import checked, named_apart
+
+
+GIVEN = {"prompts": ["a", "b"], "completions": ["c", "d"], "completion_ids": [[1], [2]]}
+
+
+def function_that_returns(answer, is_async):
+    def judge(completions, **kwargs):
+        return answer
+
+    async def judge_later(completions, **kwargs):
+        return answer
+
+    judge_later.__name__ = "judge"
+    return checked(judge_later if is_async else judge, "judge")
+
+
+def ask(function, is_async, **given):
+    result = function(**GIVEN, **given)
+    return asyncio.run(result) if is_async else result
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ([1, 2.5], [1.0, 2.5]),
+        ((1.0, None), [1.0, None]),
+        ([True, False], [1.0, 0.0]),
+        (torch.tensor([1.0, 2.0], requires_grad=True), [1.0, 2.0]),
+        (torch.tensor([1.5, 2.0], dtype=torch.bfloat16), [1.5, 2.0]),
+        (numpy.array([1, 2]), [1.0, 2.0]),
+        ([numpy.float32(0.5), torch.tensor(2)], [0.5, 2.0]),
+        ([None, None], [None, None]),
+    ],
+    ids=str,
+)
+def test_answer_is_taken_as_numbers(answer, expected, is_async):
+    scores = ask(function_that_returns(answer, is_async), is_async)
+    assert scores == expected
+    assert all(score is None or type(score) is float for score in scores)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "answer, what",
+    [
+        (None, "returned None. Return a list with one number for each completion"),
+        (1.0, r"returned a float \(1.0\)"),
+        (True, r"returned a bool \(True\)"),
+        ("good", r"returned a str \('good'\)"),
+        ({"a": 1.0, "b": 2.0}, "returned a dict"),
+        (torch.tensor(1.0), r"returned a Tensor of shape \(\)"),
+        (torch.zeros(2, 1), r"returned a Tensor of shape \(2, 1\)"),
+        (numpy.zeros((1, 2)), r"returned a ndarray of shape \(1, 2\)"),
+        (["1.0", 2.0], "returned '1.0', a str, for completion 0"),
+        ([1.0, [2.0]], r"returned \[2.0\], a list, for completion 1"),
+        ([1.0, numpy.str_("2")], r"returned .*a str_, for completion 1"),
+        ([1.0], "returned 1 rewards, but 2 were expected"),
+        ([1.0, 2.0, 3.0], "returned 3 rewards, but 2 were expected"),
+    ],
+    ids=str,
+)
+def test_answer_of_another_form_is_an_error_that_names_the_function(answer, what, is_async):
+    with pytest.raises(ValueError, match=f"The reward function 'judge' {what}"):
+        ask(function_that_returns(answer, is_async), is_async)
+
+
+def test_function_must_take_what_it_is_called_with():
+    def narrow(completions):
+        return [0.0] * len(completions)
+
+    def other(samples, **kwargs):
+        return [0.0] * len(samples)
+
+    with pytest.raises(
+        ValueError, match=r"'narrow' cannot be called .*narrow\(completions\).*'prompts'.*`\*\*kwargs`"
+    ):
+        checked(narrow, "narrow")
+    late = checked(other, "other")  # a column of the data may be called so
+    assert late(**GIVEN, samples=["a", "b"]) == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"'other' cannot be called .*missing a required argument: 'samples'"):
+        late(**GIVEN)
+    checked(max, "max")  # a builtin that has no signature is asked and seen
+
+
+def test_sync_function_that_gives_a_coroutine_is_an_error():
+    async def inner():
+        return [0.0, 0.0]
+
+    with pytest.raises(ValueError, match="'later' returned a coroutine"):
+        checked(lambda **kwargs: inner(), "later")(**GIVEN)
+
+
+def test_functions_are_refused_before_training(tmp_path):
+    def narrow(prompts, completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="The reward function 'narrow' cannot be called"):
+        ppo_trainer(tmp_path, {"reward_model": None, "reward_funcs": narrow})
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a", "a", "a"], ["a", "a_2", "a_3"]),
+        (["a", "a", "a_2"], ["a", "a_3", "a_2"]),
+        (["a_2", "a", "a"], ["a_2", "a", "a_3"]),
+    ],
+)
+def test_names_are_made_different(names, expected):
+    assert named_apart(names) == expected
+
+
+def test_functions_of_one_name_are_logged_and_weighted_apart(tmp_path):
+    def make(value):
+        def judge(completions, **kwargs):
+            return [value] * len(completions)
+
+        return judge
+
+    trainer = ppo_run(
+        tmp_path,
+        {"reward_model": None, "reward_funcs": [make(1.0), make(10.0)]},
+        reward_weights=[1.0, 0.5],
+        max_steps=1,
+    )
+    line = log_lines(trainer)[0]
+    assert line["rewards/judge/mean"] == 1.0
+    assert line["rewards/judge_2/mean"] == 10.0
+    assert line["reward/score"] == 6.0
+    assert trainer.run_state.rollout.scores.tolist() == [6.0] * 4
+
+    def broken(completions, **kwargs):
+        return "no"
+
+    broken.__name__ = "judge"
+    trainer = ppo_trainer(tmp_path, {"reward_model": None, "reward_funcs": [make(1.0), broken]})
+    with pytest.raises(ValueError, match="The reward function 'judge_2' returned a str"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "answer, what", [("good", "returned 'good', a str, for completion 0"), ([1.0], "a list, for")]
+)
+def test_environments_reward_is_checked_too(tmp_path, monkeypatch, answer, what):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setattr(Room, "get_reward", lambda self: answer)
+    trainer = ppo_trainer(tmp_path, tool_models() | {"environment_factory": Room, "reward_model": None})
+    with pytest.raises(ValueError, match=f"The reward function 'Room' .*{what}"):
+        trainer.reward_funcs[0](**GIVEN, environments=[Room(), Room()])

@@ -1,0 +1,474 @@
+"""A run that stopped and goes on from a checkpoint is the run that never stopped, to the last bit."""
+
+import dataclasses
+import functools
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import pandas
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
+
+import tiny
+from ppo_runs import changed, logged, ppo_config, ppo_trainer, snapshot
+from trl_ext import PPOTrainerX
+from trl_ext.ppo import checkpoint
+from trl_ext.ppo.coefficients import Coefficients
+from trl_ext.ppo.evaluation import HeldOut
+from trl_ext.ppo.metrics import LossLedger
+from trl_ext.ppo.rewards import RunningMoments
+from trl_ext.ppo.roles.critic import ValueModel
+from trl_ext.ppo.run_state import RunState
+
+
+# Two passes over 8 prompts in rollouts of 4, each learned from in 4 steps: 16 steps. Checkpoints lie within a learning
+# pass, between two of them, between rollouts and between passes over the data, and mostly within a logging window.
+STEPS = (3, 4, 5, 6, 8, 13)
+OPTIONS = {
+    "num_train_epochs": 2,
+    "num_mini_batches": 2,
+    "logging_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "normalize_rewards": True,
+    "kl_controller": "band",
+    "kl_band": (1e-4, 2e-4),
+    "old_kl_coef": 0.5,
+    "old_kl_target": 1e-3,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "eval_on_start": True,
+    "per_device_eval_batch_size": 2,
+    "num_sample_generations": 0,
+    "log_completions": True,
+    "num_completions_to_print": 0,
+    "optim": "adamw_torch",
+}
+# What a clock says.
+OWN = ("time", "memory", "per_second")
+
+
+def stream():
+    return IterableDataset.from_generator(lambda: iter(tiny.tiny_prompts(8)))
+
+
+def start_adapter(name):
+    torch.manual_seed(1)
+    adapter = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(tiny.tiny_actor(), adapter, adapter_name=name)
+
+
+def bfloat16_trunk():
+    """A critic as people save memory: its trunk in 16 bits, its score head in 32."""
+    model = tiny.tiny_reward_model(7).bfloat16()
+    model.score.float()
+    model.score.register_forward_pre_hook(lambda head, inputs: tuple(states.float() for states in inputs))
+    return model
+
+
+def new_adapter():
+    return {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
+
+
+# Name -> models and options.
+KINDS = {
+    "critic of its own": (dict, {}),
+    "value head": (dict, {"critic": "head"}),
+    "adapter": (new_adapter, {}),
+    "two adapters": (new_adapter, {"critic": "adapter"}),
+    "adapter to start from": (lambda: {"model": start_adapter("default")}, {"critic": "adapter"}),
+    "adapter of another name": (lambda: {"model": start_adapter("mine")}, {}),
+    "KL in the reward": (dict, {"kl_placement": "reward", "whiten_rewards": True}),
+    "exact KL, old log-probabilities of the first pass": (
+        dict,
+        {"kl_estimator": "full", "num_mini_batches": 1, "num_ppo_epochs": 4},
+    ),
+    "early stop": (dict, {"target_kl": 1e-4, "learning_rate": 1e-2}),
+    "warm-up of the critic": (dict, {"critic_warmup_steps": 4}),
+    "mixture of experts": (lambda: {"model": tiny.tiny_mixture()}, {}),
+    "critic of two dtypes": (lambda: {"value_model": bfloat16_trunk()}, {}),
+    "rate of the critic": (dict, {"critic_learning_rate": 1e-4}),
+    "stream": (lambda: {"train_dataset": stream()}, {"max_steps": 8}),
+}
+
+
+CASES = [("critic of its own", step) for step in STEPS]
+CASES += [(kind, step) for kind in list(KINDS)[1:] for step in ((6, 13) if kind != "stream" else (6,))]
+
+
+class SaveAt(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+class StopAt(TrainerCallback):
+    """What somebody does to a run that takes too long."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trainer_of(folder, kind="critic of its own", **options):
+    """A run that saves at `STEPS`, as any process would begin it."""
+    torch.manual_seed(0)
+    models, others = KINDS[kind]
+    given = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    given |= {"callbacks": [SaveAt(STEPS)]} | models()
+    return ppo_trainer(folder, given, **(OPTIONS | others | options))
+
+
+def lines(trainer, after=0):
+    """Log lines of the steps after this one, without what is a call's own; of a step's evaluations the last."""
+    return {
+        (line["step"], "eval_reward/score" in line): {
+            name: value for name, value in line.items() if not any(part in name for part in OWN)
+        }
+        for line in trainer.state.log_history
+        if line["step"] > after
+    }
+
+
+def require_equal(first, second):
+    """Equal to the last bit, the loss of the whole run too; nan is nan."""
+    assert first.keys() == second.keys()
+    for key, line in first.items():
+        assert line.keys() == second[key].keys()
+        for name, value in line.items():
+            other = second[key][name]
+            assert value == other or (math.isnan(value) and math.isnan(other)), (key, name, value, other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Of a kind, the run that never stopped: its folder with the checkpoints, its log and its weights."""
+
+    @functools.cache
+    def of(kind="critic of its own"):
+        folder = tmp_path_factory.mktemp("whole")
+        trainer = trainer_of(folder, kind)
+        trainer.train()
+        return folder, lines(trainer), snapshot(trainer.model)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The folder of a run that stopped after a checkpoint."""
+    folder = tmp_path_factory.mktemp("plain")
+    trainer_of(folder, max_steps=6).train()
+    return folder
+
+
+# --- the run that goes on
+
+
+@pytest.mark.parametrize("kind, step", CASES)
+def test_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind, step):
+    folder, expected, weights = whole(kind)
+    trainer = trainer_of(tmp_path, kind)
+    output = trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert output.training_loss == output.metrics["train_loss"] == trainer.state.log_history[-1]["train_loss"]
+    require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_completions_of_the_rollout_in_hand_are_shown_after_it(tmp_path):
+    options = {"eval_strategy": "no", "max_steps": 6}
+    trainer_of(tmp_path, **options).train()
+    table = tmp_path / "completions" / "completions_00006.parquet"
+    expected = pandas.read_parquet(table)
+    assert len(expected) == 4
+    table.unlink()
+    trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    pandas.testing.assert_frame_equal(pandas.read_parquet(table), expected)
+
+
+def test_rise_is_still_from_the_first_evaluation(plain, tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    scores, rises = logged(trainer, "eval_reward/score"), logged(trainer, "eval_reward/rise")
+    assert len(set(scores)) > 1
+    assert rises == pytest.approx([score - scores[0] for score in scores[-len(rises) :]], abs=1e-6)
+
+
+def test_interrupted_run_is_resumed_by_the_same_trainer(whole, tmp_path):
+    """As in a notebook: nothing of what came after the checkpoint is left."""
+    folder, expected, weights = whole("rate of the critic")
+    trainer = trainer_of(tmp_path, "rate of the critic")
+    stop = StopAt(14)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    require_equal(lines(trainer, after=8), {key: line for key, line in expected.items() if key[0] > 8})
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_what_a_reward_function_logs_goes_on(tmp_path):
+    def length(completions, log_extra, log_metric, **kwargs):
+        lengths = [numpy.float32(len(text)) for text in completions]
+        log_extra("length", lengths)
+        log_metric("longest", max(lengths))
+        return [float(value) for value in lengths]
+
+    models = {"reward_funcs": [length], "train_dataset": tiny.tiny_prompts(8), "callbacks": [SaveAt(STEPS)]}
+    options = OPTIONS | {"max_steps": 6, "eval_strategy": "no", "eval_on_start": False}
+    ppo_trainer(tmp_path, models, **options).train()
+    table = tmp_path / "completions" / "completions_00006.parquet"
+    expected = pandas.read_parquet(table)
+    ppo_trainer(tmp_path, models, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert list(pandas.read_parquet(table)["length"]) == list(expected["length"])
+
+
+def test_held_out_prompts_are_not_answered_again_at_the_start(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=8)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    steps = [line["step"] for line in trainer.state.log_history if "eval_reward/score" in line]
+    assert steps == [0, 6, 8]
+    assert trainer.args.eval_on_start
+
+
+def test_every_field_of_a_runs_state_is_saved_and_restored(plain):
+    """A checkpoint amid a rollout, loaded into the state of a run that has just begun."""
+    saved = torch.load(plain / "checkpoint-3" / "ppo_state.pt", weights_only=True)["run"]
+    assert saved.keys() == {field.name for field in dataclasses.fields(RunState)}
+    state = trainer_of(plain.parent / "fresh").run_state
+    state.load_state_dict(saved)
+    again = state.state_dict(is_learning=True, passes_over_data=saved["passes_over_data"])
+    assert repr(again) == repr(saved)
+    assert again["rollout"]["scores"].equal(saved["rollout"]["scores"])
+
+
+def test_true_takes_the_last_checkpoint(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
+    trainer = trainer_of(tmp_path / "run", max_steps=8)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    assert [step for step, _ in lines(trainer, after=6)] == [8, 8]
+
+
+def test_run_can_be_made_longer(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=12)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    assert trainer.state.global_step == 12
+
+
+def nothing(*args):
+    """What a part of the state that is forgotten does."""
+
+
+@pytest.mark.parametrize(
+    "part, name, instead, step",
+    [
+        *((part, "load_state_dict", nothing, 5) for part in (Coefficients, RunningMoments, HeldOut, LossLedger)),
+        (ValueModel, "restore", nothing, 8),
+        (PPOTrainerX, "_get_train_sampler", GRPOTrainer._get_train_sampler, 8),
+        (PPOTrainerX, "_load_rng_state", nothing, 8),
+    ],
+)
+def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, name, instead, step):
+    """Without it, the run that goes on is another one."""
+    folder, expected, _ = whole()
+    monkeypatch.setattr(part, name, instead)
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    with pytest.raises(AssertionError):
+        require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
+
+
+def test_stream_that_has_begun_again_says_that_its_place_is_lost(tmp_path, caplog):
+    options = {"max_steps": 13, "eval_strategy": "no", "eval_on_start": False}
+    trainer_of(tmp_path, "stream", **options).train()
+    trainer_of(tmp_path, "stream", **options | {"max_steps": 14}).train(resume_from_checkpoint=True)
+    assert "The prompts are a stream, which the run had begun to read again" in caplog.text
+
+
+def test_best_model_of_a_mixture_has_its_experts(tmp_path):
+    trainer = trainer_of(tmp_path, "mixture of experts")
+    best = snapshot(trainer.model)
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    for parameter in trainer.model.parameters():
+        parameter.data.zero_()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    assert not changed(trainer.model, best)
+
+
+def test_patience_is_restored_where_it_is_asked_for(tmp_path):
+    """By the Trainer's option, which docs/ppo.md names: without it early stopping would begin to count anew."""
+
+    def run(**options):
+        models = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
+        models["callbacks"] = [SaveAt((6,)), EarlyStoppingCallback(early_stopping_patience=3)]
+        best = {"metric_for_best_model": "eval_reward/score", "learning_rate": 0.0, "eval_steps": 2}
+        return ppo_trainer(tmp_path, models, **OPTIONS | best | options)
+
+    whole = run()
+    whole.train()
+    resumed = run(restore_callback_states_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert whole.state.global_step == resumed.state.global_step < 16
+
+
+# --- what cannot go on
+
+
+def test_folder_without_checkpoints(tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ValueError, match=f"There is no checkpoint to resume from in {tmp_path}"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+FILES = {
+    "ppo_state.pt": "ppo_state.pt",
+    "rng_state.pth": "rng_state.pth",
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "model.safetensors": "weights of the actor",
+    "critic/model.safetensors": "critic/",
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_checkpoint_that_was_cut_off_is_refused_before_models_are_loaded(plain, tmp_path, file):
+    """As a recipe or a flag names it."""
+    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / file).unlink()
+    unloaded = {"model": str(plain / "nothing"), "reward_model": str(plain / "nothing")}
+    with pytest.raises(ValueError, match=rf"checkpoint-6: it has no {FILES[file]}\. It was cut off"):
+        checkpoint.find_checkpoint(str(tmp_path / "checkpoint-6"), trainer_of(tmp_path).args, tiny.tiny_prompts(8))
+    with pytest.raises(ValueError, match="It was cut off"):
+        ppo_trainer(tmp_path, unloaded, resume_from_checkpoint="true")
+
+
+def test_checkpoint_without_its_last_file(plain, tmp_path):
+    shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-6, and it has no trainer_state\.json\."):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_run_that_is_done_says_how_to_go_on(plain, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=6)
+    with pytest.raises(ValueError, match=r"taken 6 optimizer steps, and this one ends after 6\. To train for longer"):
+        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gradient_accumulation_steps": 4}, "had batch_size=4; this one has batch_size=8"),
+        ({"num_ppo_epochs": 1, "seed": 7}, "had num_ppo_epochs=2, seed=42; this one has num_ppo_epochs=1, seed=7"),
+    ],
+)
+def test_run_with_other_rollouts(plain, tmp_path, options, message):
+    trainer = trainer_of(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+
+
+OTHER_PROMPTS = {
+    "fewer": (lambda: tiny.tiny_prompts(6), "had prompts=8, checksum.*; this one has prompts=6, checksum"),
+    "others": (
+        lambda: tiny.tiny_prompts(8, seed=5),
+        "had other prompts, as many as this one",
+    ),
+    "in another order": (
+        lambda: tiny.tiny_prompts(8).select(range(7, -1, -1)),
+        "had other prompts, as many as this one",
+    ),
+}
+
+
+@pytest.mark.parametrize("step", [6, 4], ids=["amid a rollout", "between rollouts"])
+@pytest.mark.parametrize("name", OTHER_PROMPTS)
+def test_run_on_other_prompts(plain, tmp_path, name, step):
+    prompts, message = OTHER_PROMPTS[name]
+    trainer = ppo_trainer(tmp_path, {"train_dataset": prompts(), "eval_dataset": tiny.tiny_prompts(3)}, **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(plain / f"checkpoint-{step}"))
+
+
+def test_prompts_are_the_same_whatever_stands_beside_them_and_however_they_are_read(plain, tmp_path):
+    prompts = tiny.tiny_prompts(8)
+    others = prompts.add_column("answer", list(range(8))).with_format("torch")
+    assert checkpoint.checksum(others) == checkpoint.checksum(prompts)
+    ids = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    assert checkpoint.checksum(Dataset.from_list(ids)) != checkpoint.checksum(Dataset.from_list(ids[::-1]))
+
+
+# Option, its value before and in the run that would go on.
+OF_THE_ROLLOUT = {
+    "temperature": (1.0, 0.7),
+    "response_length": (6, 9),
+    "stop_token": (None, "eos"),
+    "stop_token_id": (None, 9),
+    "missing_eos_penalty": (None, 1.0),
+    "normalize_rewards": (True, False),
+    "reward_clip": (None, 1.0),
+    "reward_weights": (None, [0.5]),
+    "whiten_rewards": (False, True),
+    "whiten_advantages": (True, False),
+    "gamma": (1.0, 0.9),
+    "lam": (0.95, 0.5),
+    "advantage_estimator": ("gae", "2_step"),
+    "mask_truncated_completions": (False, True),
+    "cast_lm_head_to_fp32": (False, True),
+    "bf16": (False, True),
+    "chat_template_kwargs": (None, {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_ROLLOUT)
+def test_run_whose_rollout_was_made_otherwise(plain, tmp_path, name):
+    """Refused amid a rollout; between two, the next is made by the new option."""
+    before, now = OF_THE_ROLLOUT[name]
+    args, prompts = ppo_config(tmp_path, use_cpu=True, **(OPTIONS | {name: now})), tiny.tiny_prompts(8)
+    message = rf"had {name}={re.escape(str(before))}; this one has {name}={re.escape(str(now))}\. A rollout is being"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.find_checkpoint(str(plain / "checkpoint-6"), args, prompts)
+    assert checkpoint.find_checkpoint(str(plain / "checkpoint-4"), args, prompts)
+
+
+@pytest.mark.parametrize("name, before, now", [("kl_coef", 0.05, 0.1), ("kl_estimator", "k1", "k3")])
+def test_kl_in_the_reward_of_a_rollout_is_kept(tmp_path, name, before, now):
+    options = OPTIONS | {"kl_placement": "reward", "kl_controller": "fixed", "kl_band": [0.5, 2.0], "max_steps": 6}
+    options |= {"eval_strategy": "no", "eval_on_start": False}
+    models = {"train_dataset": tiny.tiny_prompts(8), "callbacks": [SaveAt((6,))]}
+    ppo_trainer(tmp_path, models, **options).train()
+    args = ppo_config(tmp_path, **(options | {name: now, "max_steps": 8}))
+    with pytest.raises(ValueError, match=f"had {name}={before}; this one has {name}={now}"):
+        checkpoint.find_checkpoint(str(tmp_path / "checkpoint-6"), args, models["train_dataset"])
+
+
+def test_options_of_learning_may_change_amid_a_rollout(plain, tmp_path):
+    others = {"learning_rate": 1e-4, "cliprange": 0.1, "vf_coef": 0.1, "ent_coef": 0.0, "logging_steps": 1}
+    trainer = trainer_of(tmp_path, max_steps=8, **others)
+    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
+    assert trainer.state.global_step == 8
+
+
+def test_checkpoint_without_an_optimizer(tmp_path):
+    trainer_of(tmp_path, max_steps=6, save_only_model=True).train()
+    assert not list(Path(get_last_checkpoint(tmp_path)).glob("ppo_state*"))
+    with pytest.raises(ValueError, match="`save_only_model`"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)

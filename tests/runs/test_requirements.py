@@ -1,0 +1,139 @@
+"""Numbers, packages and folders that no run can start with: one sentence, before a model is loaded."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import tiny
+from dpo_runs import dpo_config, tiny_pairs
+from ppo_runs import ppo_config
+from trl_ext import DPOTrainerX, PPOTrainerX
+from trl_ext.runs import requirements
+from trl_ext.runs.requirements import check_startable, make_folder, require_writable
+
+
+CONFIGS = {"dpo": dpo_config, "ppo": ppo_config}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"per_device_train_batch_size": 0},
+            "`per_device_train_batch_size` is 0; it must be an integer of at least 1",
+        ),
+        ({"per_device_train_batch_size": -4}, "`per_device_train_batch_size` is -4; it must"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` is 0; it must"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must"),
+        ({"gradient_accumulation_steps": 1.5}, "`gradient_accumulation_steps` is 1.5; it must"),
+        ({"learning_rate": -1e-5}, "`learning_rate` is -1e-05; it must be 0 or above"),
+        ({"num_train_epochs": -1}, "`num_train_epochs` is -1; it must be 0 or above"),
+        ({"report_to": "wandbb"}, "`report_to` has 'wandbb'; it may have .*wandb"),
+        ({"report_to": ["tensorboard", "x"]}, "`report_to` has 'x'"),
+    ],
+    ids=str,
+)
+def test_option_that_no_run_can_have_is_refused(kind, options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        CONFIGS[kind](tmp_path, **options)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("options", "package", "cure"),
+    [
+        ({"report_to": "wandb"}, "wandb", "pip install wandb"),
+        ({"report_to": ["trackio"]}, "trackio", "pip install trackio"),
+        ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
+        ({"optim": "paged_adamw_8bit"}, "bitsandbytes", "pip install 'trl-ext[qlora]'"),
+        ({"optim": "adamw_torch_8bit"}, "torchao", "pip install torchao"),
+        ({"deepspeed": "zero.json"}, "deepspeed", "pip install 'trl-ext[deepspeed]'"),
+    ],
+    ids=str,
+)
+def test_package_that_is_missing_is_named_with_what_installs_it(kind, options, package, cure, tmp_path, monkeypatch):
+    known = requirements.is_installed
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != package and known(name))
+    with pytest.raises(ValueError, match=rf"needs {package}.*: `{re.escape(cure)}`, or leave it out"):
+        CONFIGS[kind](tmp_path, **options)
+
+
+def test_one_of_two_packages_is_enough_and_quantised_loading_is_asked_for_too(monkeypatch):
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name == "tensorboardX")
+    check_startable(SimpleNamespace(report_to=["tensorboard"], optim="adamw_torch", load_in_4bit=False))
+    with pytest.raises(ValueError, match="`load_in_4bit` needs bitsandbytes"):
+        check_startable(SimpleNamespace(load_in_4bit=True))
+    for all_or_none in ("all", "none", ["none"], [], None):
+        check_startable(SimpleNamespace(report_to=all_or_none))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """What people give for a model, by what is wrong with it."""
+    tiny.tiny_actor().save_pretrained(tmp_path / "bare")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.tiny_actor(), adapter).save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def trainer_of(kind, model, output):
+    if kind == "dpo":
+        return DPOTrainerX(str(model), args=dpo_config(output), train_dataset=tiny_pairs())
+    return PPOTrainerX(
+        ppo_config(output), model=str(model), reward_funcs=lambda **_: [], train_dataset=tiny.tiny_prompts(8)
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bare", r"bare \(model\) has no tokenizer\. Save it there"),
+        ("empty", r"empty \(model\) holds no model: there is no config\.json"),
+        ("gguf", r"gguf \(model\) holds its weights as GGUF\. Convert them once: .*gguf_file='m\.gguf'"),
+        ("gguf/m.gguf", r"m\.gguf \(model\) holds its weights as GGUF"),
+        ("broken", r"The config of .*broken \(model\) cannot be read: "),
+        ("broken/config.json", r"config\.json \(model\) is a file\. Give the folder"),
+        ("adapter", r"adapter \(model\) holds an adapter without its base model"),
+        ("nowhere", r"There is no folder .*nowhere \(model\)"),
+    ],
+)
+def test_folder_that_is_no_model_is_refused_with_the_cure(kind, name, said, folders):
+    with pytest.raises(ValueError, match=said) as error:
+        trainer_of(kind, folders / name, folders / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert not (folders / "out").exists()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_output_folder_that_cannot_be_written_is_refused(kind, folders):
+    (folders / "file").write_text("")
+    for output in (folders / "file", folders / "file" / "out"):
+        with pytest.raises(ValueError, match=r"`output_dir` is .*, and .*file is a file\. Give a folder"):
+            trainer_of(kind, tiny.save_tiny(folders / "whole")["actor"], output)
+
+
+def test_folder_is_made_and_tried(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    require_writable(tmp_path / "a" / "c" / "d")
+    assert not (tmp_path / "a" / "c").exists()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(ValueError, match=r"there \(No space left on device\)"):
+        make_folder(tmp_path / "a")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"nothing can be written into .*Give another folder"):
+        require_writable(tmp_path / "new")

@@ -1,0 +1,334 @@
+"""The scripts from end to end on tiny models: parse, load, train, save; and every recipe is one they accept."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tiny
+from commands import command
+
+
+ROOT = Path(__file__).parents[2]
+# Of TRL, transformers and torch themselves, on the way through a whole script.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    tiny.tiny_prompts(24).to_json(str(folder / "prompts.jsonl"))
+    texts = tiny.tiny_prompts(40)["prompt"]
+    pairs = [{"chosen": f"good {text}", "rejected": f"bad {text}"} for text in texts]
+    Dataset.from_list(pairs).to_json(str(folder / "pairs.jsonl"))
+    return {"folder": folder, **tiny.save_tiny(folder)}
+
+
+def flags(**options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+REWARD = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
+PPO = {
+    "response_length": 4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_ppo_epochs": 1,
+    "total_episodes": 8,
+    "logging_steps": 1,
+    "report_to": "none",
+}
+
+
+def ppo_flags(paths, reward_model, **options):
+    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "prompts.jsonl"}
+    return flags(**data, reward_model_path=reward_model, **PPO, **options)
+
+
+@pytest.fixture(scope="module")
+def reward_run(paths):
+    output = paths["folder"] / "reward"
+    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": output}
+    command("reward").main(flags(**data, **REWARD))
+    return output
+
+
+def test_reward_saves_a_model_metrics_and_a_picture(reward_run):
+    model = AutoModelForSequenceClassification.from_pretrained(reward_run)
+    assert model.config.num_labels == 1
+    assert AutoTokenizer.from_pretrained(reward_run).get_vocab() == tiny.tiny_tokenizer().get_vocab()
+    metrics = json.loads((reward_run / "metrics.json").read_text())
+    assert metrics["eval_pairs"] == 4  # a tenth of 40
+    assert metrics["eval_accuracy_low"] <= metrics["eval_accuracy"] <= metrics["eval_accuracy_high"]
+    assert (reward_run / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, capsys, request):
+    if critic == "head":
+        request.getfixturevalue("undrawn")
+    output = paths["folder"] / f"ppo-{critic}"
+    command("ppo").main(ppo_flags(paths, reward_run, output_dir=output, critic=critic))
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoTokenizer.from_pretrained(output)
+    assert (output / "critic").is_dir()
+    metrics = json.loads((output / "metrics.json").read_text())
+    before, after = metrics["before"], metrics["after"]
+    assert (before["step"], after["step"]) == (0, 2)
+    rise = after["eval_reward/score"] - before["eval_reward/score"]
+    assert after["eval_reward/rise"] == pytest.approx(rise, abs=1e-6)
+    assert before["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
+    assert (output / "report.html").is_file()
+    assert critic == "head" or (output / "report.png").stat().st_size > 10_000
+    table = (output / "samples.md").read_text().splitlines()
+    assert table[0] == "| prompt | before | score | after | score |"
+    assert len(table) == 2 + 3  # 3 of 24 prompts are held out
+    printed = capsys.readouterr().out
+    assert "Held-out score:" in printed
+    assert "step 1/2  reward" in printed
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ppo_trains_an_adapter(paths, reward_run):
+    output = paths["folder"] / "ppo-lora"
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    command("ppo").main(ppo_flags(paths, reward_run, output_dir=output) + lora)
+    assert (output / "adapter_config.json").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
+    """Reward adapter, actor's adapter and critic's adapter, all by flags; the run evaluates before and after."""
+    folders = {name: paths["folder"] / f"{name}-4bit" for name in ("reward", "ppo")}
+    lora = ["--use_peft", "--load_in_4bit", "--lora_target_modules", "q_proj", "v_proj"]
+    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": folders["reward"]}
+    command("reward").main(flags(**data, **REWARD) + lora)
+    names = set(load_file(folders["reward"] / "adapter_model.safetensors"))
+    assert "base_model.model.score.weight" in names
+    assert len(names) == 9  # and A and B of two matrices in two blocks
+    command("ppo").main(ppo_flags(paths, folders["reward"], output_dir=folders["ppo"], critic="adapter") + lora)
+    fingerprints = [
+        json.loads((folder / "base_model.json").read_text())["weights"]
+        for folder in (folders["reward"], folders["ppo"], folders["ppo"] / "critic")
+    ]
+    assert len(set(fingerprints)) == 1
+    metrics = json.loads((folders["ppo"] / "metrics.json").read_text())
+    assert metrics["before"]["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
+    critic = AutoPeftModelForSequenceClassification.from_pretrained(folders["ppo"] / "critic", num_labels=1)
+    assert critic.score.modules_to_save.default.weight.any()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_scripts_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
+    from trl_ext.data import demo
+
+    rows = [{"text": f"good film {i} and bird and cat", "rating": i % 5 - 2.0, "source": str(i)} for i in range(200)]
+    monkeypatch.setattr(demo, "movie_reviews", lambda: Dataset.from_list(rows))
+    monkeypatch.setattr(demo, "smollm2", lambda: paths["actor"])
+    reward, ppo = str(paths["folder"] / "demo-reward"), str(paths["folder"] / "demo-ppo")
+    command("reward").main(flags(output_dir=reward, train_size=16, test_size=4, max_steps=2))
+    short = {"per_device_train_batch_size": 2, "test_size": 2, "total_episodes": 4, "response_length": 3}
+    command("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
+    assert (Path(reward) / "metrics.json").exists()
+    assert (Path(ppo) / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo", "dpo", "score"])
+def test_help_of_a_script_is_readable_and_its_file_short(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(name).main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"trl-ext {name}" in text
+    assert max(map(len, text.splitlines())) <= 160
+    assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 120
+
+
+EMBEDDED = ("demo", "documents", "0b5_cpu")
+RECIPES = [path for name in ("reward", "ppo", "dpo") for path in sorted((ROOT / "configs" / name).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_is_accepted(path, monkeypatch):
+    from trl import RewardConfig
+
+    from trl_ext import DPOConfigX, PPOConfigX
+    from trl_ext.cli.models import ModelArguments
+    from trl_ext.cli.options import read
+    from zero_runs import launched
+
+    module = command(path.parent.name)
+    classes = {
+        "reward": ("RewardArguments", RewardConfig),
+        "ppo": ("PPOArguments", PPOConfigX),
+        "dpo": ("DPOArguments", DPOConfigX),
+    }[path.parent.name]
+    monkeypatch.chdir(ROOT)  # a recipe may name a DeepSpeed file, which must not stay in force
+    with launched({}):
+        kinds = (getattr(module, classes[0]), ModelArguments, classes[1])
+        data, _, args = read("", kinds, "", ["--config", str(path)]).make()
+        assert (data.dataset_name is None) == (path.stem in EMBEDDED)
+        assert args.output_dir.startswith("outputs/")
+
+
+def test_the_documents_recipe_holds_the_documents_numbers_and_loss():
+    from trl_ext import PPOConfigX
+    from trl_ext.cli.models import ModelArguments
+    from trl_ext.cli.options import read
+
+    path = ROOT / "configs" / "ppo" / "documents.yaml"
+    kinds = (command("ppo").PPOArguments, ModelArguments, PPOConfigX)
+    _, _, args = read("", kinds, "", ["--config", str(path)]).make()
+    assert (args.cliprange, args.gamma, args.lam, args.vf_coef, args.ent_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
+    assert (args.kl_placement, args.kl_estimator, args.kl_band) == ("loss", "k2", [0.5, 2.0])
+    assert (args.whiten_advantages, args.cliprange_value) == (False, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DPO
+
+
+DPO = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+}
+
+
+def dpo_flags(paths, output, **options):
+    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "sourced.jsonl", "output_dir": output}
+    return flags(**data, **DPO | options)
+
+
+@pytest.fixture(scope="module")
+def dpo_run(paths):
+    """DPO on the pairs of reward.py, with a source each; held-out pairs in held_out.jsonl."""
+    from trl_ext.cli.data import DataArguments, load_splits
+    from trl_ext.data.conversions import to_preference
+
+    pairs = Dataset.from_json(str(paths["folder"] / "pairs.jsonl"))
+    source = paths["folder"] / "sourced.jsonl"
+    pairs.add_column("source", ["a", "b"] * (len(pairs) // 2)).to_json(str(source))
+    held_out = load_splits(DataArguments(dataset_name=str(source)), None, to_preference)["test"]
+    held_out.to_json(str(paths["folder"] / "held_out.jsonl"))
+    output = paths["folder"] / "dpo"
+    command("dpo").main(dpo_flags(paths, output, save_steps=1))
+    return output
+
+
+def test_dpo_saves_a_model_metrics_a_table_and_a_picture(dpo_run):
+    AutoModelForCausalLM.from_pretrained(dpo_run)
+    assert AutoTokenizer.from_pretrained(dpo_run).get_vocab() == tiny.tiny_tokenizer().get_vocab()
+    metrics = json.loads((dpo_run / "metrics.json").read_text())
+    before, after = metrics["before"], metrics["after"]
+    assert (before["step"], after["step"]) == (0, 2)
+    assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert after["eval_preference/pairs"] == 4  # a tenth of 40
+    assert (dpo_run / "report.png").stat().st_size > 10_000
+    table = (dpo_run / "table.md").read_text().splitlines()
+    assert table[:2] == ["| held-out pairs | before | after |", "|---|---:|---:|"]
+    assert table[2].startswith("| preference accuracy (95% interval) | all ties | ")
+    assert any(row.startswith("| accuracy, a |") for row in table)
+
+
+def test_score_gives_the_margins_of_the_evaluation(paths, dpo_run, capsys):
+    output = paths["folder"] / "scores" / "held_out.jsonl"
+    held_out = paths["folder"] / "held_out.jsonl"
+    models = {"model": dpo_run, "ref_model": paths["actor"]}
+    command("score").main(flags(**models, dataset_name=held_out, output_file=output, batch_size=3))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    after = json.loads((dpo_run / "metrics.json").read_text())["after"]
+    for key in ("chosen", "rejected"):
+        mean = sum(row[f"{key}_reward"] for row in rows) / len(rows)
+        assert mean == pytest.approx(after[f"eval_rewards/{key}"], abs=1e-5)
+    assert all(row["margin"] == row["chosen_reward"] - row["rejected_reward"] for row in rows)
+    assert rows[0].keys() == {"chosen", "rejected", "source", "chosen_reward", "rejected_reward", "margin"}
+    right = sum(row["margin"] > 0 for row in rows)
+    assert right == pytest.approx(4 * after["eval_preference/accuracy"])
+    assert f"Pairs in the right order: {right / 4:.1%} of 4 (95% interval" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_dpo_resumes_and_ends_where_it_would_have_ended(paths, dpo_run, capsys):
+    output = paths["folder"] / "dpo-resumed"
+    command("dpo").main(dpo_flags(paths, output, save_steps=1, resume_from_checkpoint=dpo_run / "checkpoint-1"))
+    assert not (output / "checkpoint-1").exists()  # it began with the second step
+    assert "all ties before" in capsys.readouterr().out  # the evaluation of the first run
+    resumed, first = (json.loads((run / "metrics.json").read_text())["after"] for run in (output, dpo_run))
+    assert resumed["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
+def test_dpo_trains_an_adapter_that_is_scored_without_a_reference(paths, dpo_run, quantised):
+    output, scores, actor = (str(paths["folder"] / f"{name}-{quantised}") for name in ("lora", "scores", "actor"))
+    tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained(actor)  # NF4 on CPU needs such widths
+    tiny.tiny_tokenizer().save_pretrained(actor)
+    lora = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_dropout", "0", "--ignore_bias_buffers"]
+    nf4 = ["--load_in_4bit", "--use_bnb_nested_quant"] if quantised else []
+    command("dpo").main(dpo_flags(paths | {"actor": actor}, output) + lora + nf4)
+    assert (Path(output) / "adapter_config.json").exists()
+    held_out = paths["folder"] / "held_out.jsonl"
+    command("score").main(flags(model=output, dataset_name=held_out, output_file=scores) + nf4)
+    margins = [json.loads(line)["margin"] for line in Path(scores).read_text().splitlines()]
+    after = json.loads((Path(output) / "metrics.json").read_text())["after"]
+    mean = sum(margins) / len(margins)
+    # On a quantised base TRL trains the adapter in bfloat16; here it is read in float32.
+    assert mean == pytest.approx(after["eval_rewards/margins"], abs=1e-2 if quantised else 1e-5)
+    assert abs(mean) > 2e-2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkeypatch):
+    from trl_ext.data import demo
+
+    texts = [f"{tiny.WORDS[i % 50]} film {tiny.WORDS[i // 50]}" for i in range(200)]
+    rows = [{"text": text, "rating": i % 5 - 2.0, "source": str(i)} for i, text in enumerate(texts)]
+    monkeypatch.setattr(demo, "movie_reviews", lambda: Dataset.from_list(rows))
+    monkeypatch.setattr(demo, "smollm2", lambda: paths["actor"])
+    output, scores = paths["folder"] / "demo-dpo", paths["folder"] / "demo.jsonl"
+    short = {"max_steps": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    command("dpo").main(flags(output_dir=output, train_size=8, test_size=4, **short))
+    assert (output / "table.md").exists()
+    module = command("score")
+    monkeypatch.setattr(module, "DEMO_POLICY", str(output))
+    module.main(flags(output_file=scores, test_size=4))
+    assert len(scores.read_text().splitlines()) == 4
+
+
+def parse_dpo(argv):
+    return command("dpo").options(argv).make()
+
+
+def test_dpo_knows_every_flag_of_trl_dpo(capsys):
+    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+    of_trl = TrlParser((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig))
+    flags_of_trl = {f"--{action.dest}" for action in of_trl._actions if action.dest != "help"}
+    with pytest.raises(SystemExit):
+        parse_dpo(["--help_all"])
+    assert len(flags_of_trl) > 150
+    assert flags_of_trl <= set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
+def test_qlora_flags_ask_for_nf4_and_an_adapter():
+    from trl import get_peft_config, get_quantization_config
+
+    _, model, args = parse_dpo(["--config", str(ROOT / "configs" / "dpo" / "8b_qlora_24gb.yaml")])
+    quantization, adapter = get_quantization_config(model), get_peft_config(model)
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
+    assert quantization.bnb_4bit_use_double_quant
+    assert (adapter.r, adapter.target_modules, args.gradient_checkpointing) == (16, "all-linear", True)
+    assert args.metric_for_best_model == "eval_rewards/accuracies"
+
+
+def test_the_documents_dpo_recipe_holds_the_documents_numbers():
+    _, _, args = parse_dpo(["--config", str(ROOT / "configs" / "dpo" / "documents.yaml")])
+    assert (args.beta, args.learning_rate, args.per_device_train_batch_size) == (0.1, 1e-6, 16)
+    assert (args.loss_type, args.label_smoothing) == (["sigmoid"], 0.0)

@@ -1,0 +1,231 @@
+"""From one of TRL's dataset formats to the one that a trainer needs: of a dataset, a stream, or a dict of either."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from trl import maybe_convert_to_chatml, maybe_extract_prompt
+
+from .formats import (
+    CONVERSATION,
+    LOOKED_AT,
+    SHAREGPT,
+    SYSTEM,
+    TEXT,
+    after_prompt,
+    are_most,
+    column_names,
+    describe,
+    of_each,
+    rename,
+    require,
+    text_of,
+)
+from .json_values import key_of
+
+
+logger = logging.getLogger(__name__)
+
+ANSWERS = ("chosen", "rejected", "completion", "completions", "messages")
+LABELS = {"label": "completion", "labels": "completions"}  # column -> what it says something about
+CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+SIDES = ("chosen", "rejected")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> those that chat templates know
+TURN = "\n\nAssistant:"  # what opens an answer in Anthropic's hh-rlhf
+
+
+def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
+    """
+    Pairs: `chosen` and `rejected`, and `prompt` where it is given. A dataset that has them stays as it is, but for:
+
+    - Conversations with `from` and `value` get `role` and `content`; a content in parts of text becomes their text.
+    - A column `system` becomes the first turn of the prompt, which makes conversations of text.
+    - A prompt that both completions begin with again, in most of the first rows, is taken off them.
+    - A text `prompt` beside conversations becomes the turns that they begin with (`trl.maybe_extract_prompt`), or, of
+      conversations that hold answers only, a turn of the user.
+    - Unpaired preferences: the good and the bad completions of a prompt are paired in their order, the shorter list
+      anew from its start, so that each of them is in a pair; other columns are those of the good one. Prompts whose
+      completions have one label only are left out, with a warning.
+
+    Args:
+        columns: names to change first, new -> old; see [`rename`]. `{"prompt": "instruction+input"}` joins columns.
+
+    Raises:
+        ValueError: when there are no pairs in it.
+    """
+    if isinstance(dataset, dict):
+        return of_each(dataset, lambda each: to_preference(each, columns))
+    dataset = _with_plain_text(_with_roles(rename(dataset, columns or {})))
+    if describe(dataset).name in ("preference", "unpaired preference"):
+        dataset = _with_system(dataset)
+    found = describe(dataset)
+    if found.name == "unpaired preference":
+        return _pair_up(dataset)
+    require(dataset, "preference")
+    if found.columns.get("prompt") == TEXT and found.columns["chosen"] == found.columns["rejected"] == CONVERSATION:
+        return dataset.map(_with_turns)
+    repeats = [_repeats_prompt(row) for row in islice(iter(dataset), LOOKED_AT)]
+    return dataset.map(_without_prompt_again) if are_most(repeats) else dataset
+
+
+def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
+    """
+    Prompts: `prompt`, or `input_ids` as they are, without the columns of answers, and with all others, which reward
+    functions may read. Content in parts, and `system`, are as in [`to_preference`]. The prompt of a conversation in
+    `messages` is all before its last answer. That of pairs without
+    `prompt` is what they have in common (`trl.maybe_extract_prompt`), in hh-rlhf's format up to "Assistant:".
+
+    Args:
+        columns: names to change first, new -> old; see [`rename`].
+
+    Raises:
+        ValueError: when there are no prompts in it.
+    """
+    if isinstance(dataset, dict):
+        return of_each(dataset, lambda each: to_prompts(each, columns))
+    dataset = _with_system(_with_plain_text(_with_roles(rename(dataset, columns or {}))))
+    found = describe(dataset)
+    if found.name == "preference with an implicit prompt":
+        dataset = dataset.map(_common_beginning)
+    elif found.name == "preference" and found.columns["prompt"] == TEXT and found.columns["chosen"] == CONVERSATION:
+        dataset = dataset.map(lambda row: {"prompt": _with_turns(row)["prompt"]})
+    elif "messages" in found.columns and "prompt" not in found.columns:
+        dataset = dataset.map(lambda row: {"prompt": _before_the_answer(row["messages"])})
+    require(dataset, "prompts")
+    names = set(column_names(dataset))
+    labels = {label for label, of in LABELS.items() if of in names}  # a label beside a prompt alone is a reward's
+    return dataset.remove_columns(sorted(names & {*ANSWERS, *labels}))
+
+
+def _with_roles(dataset: Any) -> Any:
+    """Conversations in ShareGPT's format become messages with `role` and `content`."""
+    columns = describe(dataset).columns
+    if "conversations" not in columns and not any(columns.get(name) == SHAREGPT for name in CHATS):
+        return dataset
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        chats = maybe_convert_to_chatml({name: _copies(row[name]) for name in CHATS if name in row})
+        for messages in chats.values():
+            for message in messages if isinstance(messages, list) else ():
+                message["role"] = ROLES.get(message["role"], message["role"])
+        return {name: value for name, value in row.items() if name not in CHATS} | chats
+
+    return dataset.map(convert, remove_columns=column_names(dataset))
+
+
+def _with_plain_text(dataset: Any) -> Any:
+    """Contents that come in parts of text become text; with other parts, such as images, they stay."""
+    first = next(iter(dataset), None) or {}
+    chats = [name for name in CHATS if isinstance(first.get(name), list) and any(map(_in_parts, first[name]))]
+
+    def join(row: dict[str, Any]) -> dict[str, Any]:
+        return dict(row) | {name: [_joined(message) for message in row[name]] for name in chats}
+
+    return dataset.map(join, remove_columns=column_names(dataset)) if chats else dataset
+
+
+def _in_parts(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else None
+    return bool(content) and isinstance(content, list) and all(part.get("type") == "text" for part in content)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"content": text_of(message)} if _in_parts(message) else message
+
+
+def _with_system(dataset: Any) -> Any:
+    """A text column `system` beside `prompt` becomes the first turn of a conversation."""
+    columns = describe(dataset).columns
+    if columns.get(SYSTEM) not in (TEXT, "nothing") or columns.get("prompt") not in (TEXT, CONVERSATION):
+        return dataset
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        sides = {name: row[name] for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)}
+        turns = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+        prompt, system = row["prompt"], row.get(SYSTEM)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system and messages[0]["role"] != SYSTEM:
+            messages = [{"role": SYSTEM, "content": system}, *messages]
+        return {name: value for name, value in row.items() if name != SYSTEM} | turns | {"prompt": messages}
+
+    return dataset.map(convert, remove_columns=column_names(dataset))
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    """Return whether both answers of a pair begin with its prompt."""
+    return all(after_prompt(row[side], row.get("prompt")) is not None for side in SIDES)
+
+
+def _without_prompt_again(row: dict[str, Any]) -> dict[str, Any]:
+    if not _repeats_prompt(row):
+        return {side: row[side] for side in SIDES}
+    return {side: after_prompt(row[side], row["prompt"]) for side in SIDES}
+
+
+def _copies(messages: Any) -> Any:
+    return [dict(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _with_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """A text prompt, `chosen` and `rejected` as conversations -> all three as conversations that follow each other."""
+    extracted = maybe_extract_prompt({name: row[name] for name in ("prompt", "chosen", "rejected")})
+    if extracted["prompt"]:
+        return extracted
+    return extracted | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+
+
+def _common_beginning(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = maybe_extract_prompt({name: row[name] for name in ("chosen", "rejected")})["prompt"]
+    if isinstance(prompt, str) and TURN in prompt:  # the answers themselves may begin alike
+        prompt = prompt[: prompt.rindex(TURN) + len(TURN)]
+    return {"prompt": prompt}
+
+
+def _before_the_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+@dataclass
+class _Answers:
+    """The rows of one prompt, by label."""
+
+    good: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+    def pairs(self) -> list[dict[str, Any]]:
+        if not (self.good and self.bad):
+            return []
+        count = max(len(self.good), len(self.bad))
+        both = [(self.good[i % len(self.good)], self.bad[i % len(self.bad)]) for i in range(count)]
+        return [
+            {name: value for name, value in good.items() if name not in ("completion", "label")}
+            | {"chosen": good["completion"], "rejected": bad["completion"]}
+            for good, bad in both
+        ]
+
+
+def _pair_up(dataset: Any) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "Unpaired preferences are paired by their prompts, of which a stream shows one row after the other. Load "
+            "the rows: `Dataset.from_list(list(stream))`, or without `streaming`."
+        )
+    prompts: dict[str, _Answers] = {}
+    for i, row in enumerate(dataset):
+        if row["label"] not in (True, False):
+            raise ValueError(
+                f"Row {i} has the label {row['label']!r}; the label of an unpaired preference is true or false, or 1 "
+                "or 0. Make it so with `dataset.map`."
+            )
+        answers = prompts.setdefault(key_of(row["prompt"]), _Answers())
+        (answers.good if row["label"] else answers.bad).append(row)
+    pairs = [answers.pairs() for answers in prompts.values()]
+    one_sided = sum(not each for each in pairs)
+    if one_sided == len(pairs):
+        raise ValueError(f"None of the {len(pairs)} prompts has a completion of each label: nothing can be compared.")
+    if one_sided:
+        logger.warning("Left out %d of %d prompts: their completions have one label only.", one_sided, len(pairs))
+    return Dataset.from_list([pair for each in pairs for pair in each])

@@ -1,0 +1,356 @@
+"""
+Which of TRL's formats a dataset is in, what a trainer needs, and how to get from one to the other.
+
+TRL's formats are sets of columns: `text` or `messages` (language modeling), `prompt` (prompt-only), `prompt` and
+`completion`, `chosen` and `rejected` with or without `prompt` (preference), `prompt`, `completion` and `label`
+(unpaired preference), `prompt`, `completions` and `labels` (stepwise supervision). Each holds text, or conversations:
+lists of messages with `role` and `content`. [`describe`] recognises them, [`rename`] gives columns the names that TRL
+knows, [`require`] says of a dataset that a trainer cannot use what was found, and how to map it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+
+TEXT, CONVERSATION, SHAREGPT = "text", "conversation", "conversation with `from` and `value`"
+CELLS = (TEXT, CONVERSATION, SHAREGPT)
+# Format -> what its columns hold. The first whose columns are all there is taken.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "preference": {"prompt": CELLS, "chosen": CELLS, "rejected": CELLS},
+    "preference with an implicit prompt": {"chosen": CELLS, "rejected": CELLS},
+    "unpaired preference": {"prompt": CELLS, "completion": CELLS, "label": ("true or false", "number")},
+    "stepwise supervision": {
+        "prompt": CELLS,
+        "completions": ("list of text",),
+        "labels": ("list of true or false",),
+    },
+    "prompt-completion": {"prompt": CELLS, "completion": CELLS},
+    "prompt-only": {"prompt": CELLS},
+    "tokenised prompts": {"input_ids": ("token ids",)},
+    "language modeling, conversations": {"messages": (CONVERSATION, SHAREGPT)},
+    "language modeling, ShareGPT": {"conversations": (CONVERSATION, SHAREGPT)},
+    "language modeling": {"text": (TEXT,)},
+}
+# Task -> the formats that a trainer reads, those that can be converted, the columns to map, and this in words.
+TASKS = {
+    "preference": (
+        ("preference", "preference with an implicit prompt"),
+        ("unpaired preference",),
+        ("prompt", "chosen", "rejected"),
+        "Training on preferences needs `chosen` and `rejected`, text or conversations, and `prompt` where they do not "
+        "begin with it.",
+    ),
+    "prompts": (
+        ("prompt-only", "tokenised prompts"),
+        ("preference with an implicit prompt", "language modeling, conversations", "language modeling, ShareGPT"),
+        ("prompt",),
+        "PPO needs `prompt`, text or conversation, or `input_ids`, token ids.",
+    ),
+}
+# Names that datasets use for TRL's columns, the commonest first.
+SYNONYMS = {
+    "prompt": "question instruction query problem user user_input context input prompts",
+    "chosen": "chosen_response response_chosen chosen_answer answer_chosen good preferred better winner accepted "
+    "positive chosen_completion",
+    "rejected": "rejected_response response_rejected rejected_answer answer_rejected bad dispreferred worse loser "
+    "negative rejected_completion",
+}
+
+
+LOOKED_AT = 8  # rows of a dataset
+# Columns that are a part of a prompt and no column that a trainer reads.
+SYSTEM = "system"
+SYSTEMS = (SYSTEM, "system_prompt", "system_message")
+LEFT_OUT = {"preference": (*SYSTEMS, "instruction", "input"), "prompts": SYSTEMS}
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    What a dataset is.
+
+    Attributes:
+        name: of the format, a key of `FORMATS`; `None` for columns that make none of them.
+        columns: each column with what its first row holds, in words.
+    """
+
+    name: str | None
+    columns: dict[str, str]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name!r} ({kind})" for name, kind in self.columns.items()) or "none"
+
+
+def describe(dataset: Dataset | IterableDataset) -> Format:
+    """The format of a dataset, from the names of its columns and its first row."""
+    row = next(iter(dataset), None)
+    columns = dict.fromkeys(dataset.column_names or (), "no rows")
+    if row is not None:
+        columns = {name: _kind(value) for name, value in row.items()}
+    for name, needed in FORMATS.items():
+        if all(columns.get(column) in kinds for column, kinds in needed.items()):
+            return Format(name, columns)
+    return Format(None, columns)
+
+
+def _kind(value: Any) -> str:
+    """Return what a cell holds, in words."""
+    if isinstance(value, list | tuple) and value:
+        if isinstance(value[0], dict):
+            is_message = {"role": CONVERSATION, "from": SHAREGPT}
+            return next((kind for key, kind in is_message.items() if key in value[0]), "list of structures")
+        return "token ids" if type(value[0]) is int else f"list of {_kind(value[0])}"
+    kinds = {str: TEXT, bool: "true or false", int: "number", float: "number", dict: "structure", list: "empty list"}
+    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+# ---- Names ----
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """
+    A mapping of columns as it is written on a command line: `["prompt=question", "chosen=good"]`.
+
+    Raises:
+        ValueError: for anything that is not `new=old`, and for a name that is given twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        new, sign, old = (part.strip() for part in pair.partition("="))
+        if not (new and sign and old):
+            raise ValueError(f"{pair!r} maps no column: write `new=old`, for example `prompt=question`.")
+        if new in columns or old in columns.values():
+            raise ValueError(
+                f"{pair!r} maps {new if new in columns else old!r} a second time; give each column one name."
+            )
+        columns[new] = old
+    return columns
+
+
+def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
+    """
+    The dataset with columns renamed.
+
+    Args:
+        columns: new name -> the name it has; several names with a plus between them are joined, as paragraphs.
+
+    Raises:
+        ValueError: for a name that the dataset does not have, with the nearest that it has; and where the new name is
+            taken.
+    """
+    if isinstance(dataset, dict):
+        return of_each(dataset, lambda each: rename(each, columns))
+    dataset, columns = _with_joined(dataset, columns)
+    names = column_names(dataset)
+    for new, old in columns.items():
+        if old not in names:
+            nearest = difflib.get_close_matches(old, names, n=1, cutoff=0)
+            hint = f" The nearest is {nearest[0]!r}." if nearest else ""
+            raise ValueError(f"There is no column {old!r} to become {new!r}; the columns are {sorted(names)}.{hint}")
+        if new in names and new != old and new not in columns.values():
+            raise ValueError(
+                f"{old!r} cannot become {new!r}: the dataset has a column {new!r} already. Give that another name too,"
+                f" `old_{new}={new}`, or remove it: `dataset.remove_columns({new!r})`."
+            )
+    changes = {old: new for new, old in columns.items() if old != new}
+    return dataset.rename_columns(changes) if changes else dataset
+
+
+def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The dataset with columns of text such as "instruction+input" joined, and what is left to rename."""
+    left, names = dict(columns), column_names(dataset)
+    for new, old in columns.items():
+        parts = [part.strip() for part in old.split("+")]
+        if old in names or len(parts) < 2 or not set(parts) <= set(names):
+            continue
+
+        def join(row: dict[str, Any], new: str = new, parts: list[str] = parts) -> dict[str, Any]:
+            others = {name: value for name, value in row.items() if name not in parts}
+            return others | {new: "\n\n".join(row[part] for part in parts if row[part])}
+
+        dataset = dataset.map(join, remove_columns=names)
+        names, left = column_names(dataset), {key: value for key, value in left.items() if key != new}
+    return dataset, left
+
+
+def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
+    """
+    The likeliest names: new name -> the name it has, for the columns that `task` needs and the dataset lacks.
+
+    Args:
+        task: "preference" or "prompts".
+
+    Returns:
+        An empty dict where not all that is needed was found.
+    """
+    known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
+    free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
+    found = {}
+    for new in wanted:
+        old = None if new in known else _nearest(new, free)
+        if old is not None:
+            found[new] = old
+    needed = {"chosen", "rejected"} if task == "preference" else {"prompt"}
+    return found if needed <= found.keys() | known.keys() else {}
+
+
+def _nearest(new: str, names: list[str]) -> str | None:
+    plain = {name.lower().replace("-", "_").replace(" ", "_"): name for name in names}
+    for likely in (new, *SYNONYMS[new].split()):
+        if likely in plain:
+            return plain[likely]
+    close = difflib.get_close_matches(new, plain, n=1, cutoff=0.75)
+    return plain[close[0]] if close else None
+
+
+# ---- Errors ----
+
+
+def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset") -> None:
+    """
+    Args:
+        task: "preference", for DPO and reward models, or "prompts", for PPO.
+        name: what to call the dataset.
+
+    Raises:
+        ValueError: when the dataset lacks a column that `task` needs: with its columns, the format that they are in,
+            what is needed, and the nearest way there.
+    """
+    found, (formats, _, wanted, needs) = describe(dataset), TASKS[task]
+    if any(FORMATS[each].keys() <= found.columns.keys() for each in formats):
+        _require_whole_prompts(dataset, task, name)
+        return
+    missing = [repr(each) for each in wanted if each not in found.columns and (task == "prompts" or each != "prompt")]
+    what = f" (in TRL's terms {found.name})" if found.name else ""
+    raise ValueError(
+        f"`{name}` has no column {' and '.join(missing)}; its columns are {found}{what}. {needs} "
+        f"{_way_out(dataset, task)}"
+    )
+
+
+def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
+    """Raises `ValueError` where a column looks like a part of the prompt, and no trainer would read it."""
+    columns = describe(dataset).columns
+    if "input_ids" in columns or {"image", "images"} & columns.keys():
+        return
+    has_prompt = "prompt" in columns
+    lost: dict[str, str] = {}
+    for row in islice(iter(dataset), LOOKED_AT):
+        read = squashed("".join(_text_of_cell(row[column]) for column in ("prompt", "chosen") if column in row))
+        for column in LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split()):
+            text = _text_of_cell(row.get(column)) if _kind(row.get(column)) in CELLS else ""
+            if squashed(text) not in read:
+                lost.setdefault(column, text)
+    if not lost:
+        return
+    parts = (["prompt"] if has_prompt else []) + [column for column in lost if column not in SYSTEMS]
+    systems = [column for column in lost if column in SYSTEMS]
+    mapping = {} if parts in ([], ["prompt"]) else {"prompt": "+".join(parts)}
+    if systems and systems[0] != SYSTEM:
+        mapping[SYSTEM] = systems[0]
+    flag = f"`--columns {' '.join(f'{new}={old}' for new, old in mapping.items())}`, in Python " if mapping else ""
+    raise ValueError(
+        f"`{name}` has the columns {', '.join(map(repr, columns))}. Nothing would read "
+        f"{' and '.join(map(repr, lost))}, and what is read does not hold it: {next(iter(lost.values()))!r:.80}. "
+        f"Make it a part of the prompt: {flag}"
+        f"`trl_ext.data.conversions.to_{task}(dataset{f', {mapping}' if mapping else ''})`; "
+        f"or remove it: `dataset.remove_columns({list(lost)})`."
+    )
+
+
+def _text_of_cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "".join(text_of(part) if isinstance(part, dict) else str(part) for part in value)
+    return str(value or "")
+
+
+def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, name: str = "dataset") -> None:
+    """
+    Raises:
+        ValueError: for conversations, where the tokenizer has no template to write them with.
+    """
+    conversations = [column for column, kind in describe(dataset).columns.items() if kind == CONVERSATION]
+    if conversations and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{conversations} of `{name}` hold conversations, and the tokenizer has no chat template to write them as "
+            "text with. Give the tokenizer of a chat model as `processing_class`, set `tokenizer.chat_template`, or "
+            "give columns of text."
+        )
+
+
+def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
+    found, columns = describe(dataset).name, suggest_columns(dataset, task)
+    if columns:
+        flag = " ".join(f"{new}={old}" for new, old in columns.items())
+        names = {old: new for new, old in columns.items()}
+        return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`."
+    if found in TASKS[task][1]:
+        return f"`trl_ext.data.conversions.to_{task}(dataset)` makes it so."
+    if found == "prompt-completion" and "label" in column_names(dataset):
+        return (
+            "A `label` of true or false, or 1 or 0, would tell good completions from bad ones: make it so with "
+            "`dataset.map`, then pairs with `trl_ext.data.conversions.to_preference(dataset)`."
+        )
+    example = "prompt=question chosen=good rejected=bad" if task == "preference" else "prompt=question"
+    return (
+        f"Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the formats."
+    )
+
+
+# ---- Datasets of every kind ----
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Column names; a stream may know them by its first row only."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def of_each(datasets: dict[str, Any], change: Callable[[Any], Any]) -> Any:
+    """The same kind of dict, each dataset changed; an error says which it was."""
+    changed = {}
+    for name, dataset in datasets.items():
+        try:
+            changed[name] = change(dataset)
+        except ValueError as error:
+            raise ValueError(f"In the split {name!r}: {error}") from error
+    return type(datasets)(changed) if isinstance(datasets, DatasetDict | IterableDatasetDict) else changed
+
+
+# ---- Messages ----
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, which may come in parts."""
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
+def after_prompt(answer: Any, prompt: Any) -> Any:
+    """
+    Return what an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it
+    does not. White space around a text prompt does not count.
+    """
+    if not prompt or type(answer) is not type(prompt) or (isinstance(prompt, str) and not prompt.strip()):
+        return None
+    if answer[: len(prompt)] == prompt:
+        return answer[len(prompt) :]
+    if isinstance(prompt, str) and answer.lstrip().startswith(prompt.strip()):
+        return answer.lstrip()[len(prompt.strip()) :]
+    return None
+
+
+def are_most(of_rows: Sequence[bool]) -> bool:
+    """Return whether it is so of most rows: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
+    return 2 * sum(of_rows) > len(of_rows)
+
+
+def squashed(text: str) -> str:
+    """Without white space, which templates strip and add."""
+    return "".join(text.split())

@@ -1,0 +1,195 @@
+"""Check that the first rows of a dataset are written as they are meant: prompt and answers there, nothing twice."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, Features, Json
+from transformers import PreTrainedTokenizerBase
+from trl import maybe_extract_prompt
+
+from .formats import LOOKED_AT, after_prompt, are_most, column_names, squashed, text_of
+
+
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a message that hold what was thought before its content
+BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that join parts
+
+
+def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
+    """
+    Raises:
+        ValueError: where the tokenizer and its chat template would write the first pairs without a part of them, with
+            something twice, or as Python.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor, which takes images too
+        return
+    rows = list(_first(dataset))
+    _check_once(rows, name)
+    for number, row in rows:
+        where = f"row {number} of `{name}`"
+        kept: Any = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
+        pair: Any = maybe_extract_prompt(kept)
+        if isinstance(pair["chosen"], str):
+            _check_text(pair["prompt"], where, tokenizer)
+            continue
+        options = {"tools": _tools(row), **template_kwargs(row)}
+        for side in ("chosen", "rejected"):
+            written = _written(pair["prompt"] + pair[side], where, tokenizer, BY_PAIRS, **options)
+            _check_messages(pair["prompt"], written, f"the prompt of {where}", tokenizer, BY_PAIRS)
+            _check_messages(pair[side], written, f"`{side}` of {where}", tokenizer, BY_PAIRS, answers=True)
+
+
+def check_written_prompts(
+    dataset: Any,
+    name: str,
+    tokenizer: Any,
+    options: dict[str, Any] | None,
+    ids_of: Callable[[dict[str, Any]], list[int]],
+) -> None:
+    """
+    Args:
+        options: keyword arguments of the chat template.
+        ids_of: gives the ids that are read of a row with `input_ids`: without padding, which may be the BOS token.
+
+    Raises:
+        ValueError: as [`check_pairs`], of prompts.
+    """
+    for number, row in _first(dataset):
+        where, prompt = f"row {number} of `{name}`", row.get("prompt")
+        if "input_ids" in row:
+            _check_bos(ids_of(row), where, tokenizer)
+        elif isinstance(prompt, str):
+            _check_text(prompt, where, tokenizer)
+        elif prompt:
+            written = _written(prompt, where, tokenizer, BY_PROMPTS, add_generation_prompt=True, **(options or {}))
+            _check_messages(prompt, written, f"the prompt of {where}", tokenizer, BY_PROMPTS)
+
+
+def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row's keyword arguments of the chat template. A table fills up what one row has and another has not with `None`,
+    which a template would take for a value.
+    """
+    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
+def with_template_kwargs(dataset: Any) -> Any:
+    """The dataset with each row's own `chat_template_kwargs`, and none where a row has `None`."""
+    if "chat_template_kwargs" not in column_names(dataset):
+        return dataset
+    options = {}
+    if isinstance(dataset, Dataset):  # in a table of structures every row would have every key
+        options["features"] = Features(dataset.features | {"chat_template_kwargs": Json()})
+    return dataset.map(lambda row: {"chat_template_kwargs": template_kwargs(row)}, **options)
+
+
+def _first(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Some rows with their numbers: the first of a stream, of a table some from all over it."""
+    if not isinstance(dataset, Dataset):
+        yield from enumerate(islice(iter(dataset), LOOKED_AT))
+        return
+    step = max(1, len(dataset) // LOOKED_AT)
+    for number in range(0, len(dataset), step)[:LOOKED_AT]:
+        yield number, dataset[number]
+
+
+def _tools(row: dict[str, Any]) -> Any:
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def _written(messages: list[dict[str, Any]], where: str, tokenizer: Any, conversion: str, **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # jinja's, what a template raises itself, Python's within an expression: any says it
+        raise ValueError(
+            f"The tokenizer's chat template cannot write {where} (roles {[m.get('role') for m in messages]}): {error}."
+            " Change the messages, or `tokenizer.chat_template`." + _joined_by(messages, conversion)
+        ) from error
+
+
+def _check_messages(
+    messages: list[dict[str, Any]], written: str, whose: str, tokenizer: Any, conversion: str, answers: bool = False
+) -> None:
+    """
+    Args:
+        answers: the messages are what is learnt: thoughts belong to the last of them. Of earlier turns templates leave
+            thoughts out by design.
+    """
+    plain = squashed(written)
+    for number, message in enumerate(messages):
+        text = text_of(message)
+        content = message.get("content")
+        if isinstance(content, list) and any(form in written for part in content for form in (str(part), _json(part))):
+            raise ValueError(
+                f"The content of {whose} is a list of parts, which the chat template writes out as they stand: "
+                f"{written!r:.200}." + _joined_by(messages, conversion)
+            )
+        is_learnt = answers and number == len(messages) - 1
+        thoughts = [str(message[key]) for key in THOUGHTS if is_learnt and message.get(key)]
+        is_past = message.get("role") == "assistant" and not is_learnt
+        missing = [part for part in ([] if is_past else [text, *thoughts]) if not _is_in(part, plain)]
+        if missing:
+            raise ValueError(
+                f"The chat template leaves out a part of {whose}: it says {missing[0]!r:.120}, and what is written is "
+                f"{written!r:.300}. Set a `tokenizer.chat_template` that keeps it (one for R1 cuts off what was "
+                "thought), or take out of the data what is not to be learnt."
+            )
+        _check_marks(text, plain, whose, tokenizer)
+
+
+def _is_in(text: str, plain: str) -> bool:
+    """Return whether a text is written as it is or, as what a tool returns in Llama 3.1's template, as JSON."""
+    return squashed(text) in plain or squashed(_json(text)[1:-1]) in plain
+
+
+def _json(value: Any) -> str:
+    """As the filter `tojson` of chat templates."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    ends_twice = eos and text.rstrip().endswith(eos) and squashed(eos * 2) in written
+    if ends_twice or (bos and text.startswith(bos)):
+        raise ValueError(
+            f"A message of {whose} is written as text already: {text!r:.120}. The chat template would put its marks "
+            f"around it again. Take {bos!r} and {eos!r} out of the messages, or give text instead of messages."
+        )
+
+
+def _check_text(prompt: str, where: str, tokenizer: Any) -> None:
+    _check_bos(tokenizer(prompt)["input_ids"], where, tokenizer)
+
+
+def _check_bos(ids: list[int], where: str, tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise ValueError(
+            f"The prompt of {where} begins with {tokenizer.bos_token!r}, and the tokenizer puts another before it: it "
+            "is written by a chat template already. Give the messages instead, or take it off the text: "
+            f"`row[column].removeprefix({tokenizer.bos_token!r})`."
+        )
+
+
+def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:
+    repeats = [_repeats_prompt(row) for _, row in rows]
+    if are_most(repeats):
+        number, row = rows[repeats.index(True)]
+        raise ValueError(
+            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
+            f"twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` takes it off."
+        )
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    prompt = row.get("prompt")
+    sides = (row["chosen"], row["rejected"])
+    return isinstance(prompt, str) and all(after_prompt(side, prompt) is not None for side in sides)
+
+
+def _joined_by(messages: list[dict[str, Any]], conversion: str) -> str:
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return ""
+    return f" `trl_ext.data.conversions.{conversion}(dataset)` joins parts of text."

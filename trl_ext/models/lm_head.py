@@ -1,0 +1,34 @@
+"""TRL's fused LM head, given the positions that are read and nothing else: what both trainers score with."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .._trl import scoring_head
+from .cpu_head import TokenLogProbs
+
+
+@contextmanager
+def score_only(trunk: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """
+    Within the context, `trunk` returns `select(last_hidden_state)`, of shape (N, H), as one row (1, N, H), so that
+    TRL's fused head scores these N states alone; plain heads on CPU are scored by [`TokenLogProbs`]. The states, as
+    (N, H), are also put into the list that the context yields.
+
+    Off CUDA TRL's fused head scores every position that it is given, in several passes over Python tiles.
+    """
+    kept: list[Tensor] = []
+
+    def compact(module, args, output):
+        states = select(output.last_hidden_state)
+        kept.append(states)
+        output.last_hidden_state = states[None]
+        return output
+
+    handle = trunk.register_forward_hook(compact)
+    try:
+        with scoring_head(TokenLogProbs):
+            yield kept
+    finally:
+        handle.remove()

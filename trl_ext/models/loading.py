@@ -1,0 +1,289 @@
+"""What can be known of a model, or of an adapter, before its weights are loaded."""
+
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..runs.folder import is_local
+
+
+# What may be meant by an adapter in place of a model.
+WAYS_OUT = {
+    "model": "In Python pass `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` to train it further",
+    "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
+    "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
+}
+
+
+def text_config(model: Any, args: Any, name: str = "model") -> Any:
+    """
+    The text part of a language model's config.
+
+    Args:
+        model: a path or hub name, or a model.
+        args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
+        name: the argument that the model was given as.
+
+    Raises:
+        ValueError: when the path holds no model, one that cannot be read, one for scoring text, or an encoder-decoder.
+    """
+    if not isinstance(model, str):
+        refuse_encoder_decoder(model.config, type(model).__name__)
+        return model.config.get_text_config()
+    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
+    require_model(model, name, kwargs.get("revision"))
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+    except Exception as error:  # of transformers, of the family's own checks, of the hub
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config of {model} ({name}) cannot be read: {reason:.400}") from error
+    if is_for_scoring(config):
+        raise ValueError(
+            f"{model} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
+            "`reward_model` of PPO; what is trained and its reference are causal language models."
+        )
+    refuse_encoder_decoder(config, model)
+    return config.get_text_config()
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: for a model whose encoder would read the answers that it is trained on, or scored by.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder ({config.model_type}): prompt and answer would both go through its "
+            "encoder, and it would be trained on what it has read. Use a decoder-only model."
+        )
+
+
+def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
+    """
+    Loads into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
+    other names than the model has, and knows how to read them.
+
+    Args:
+        but_not: attribute of `model` whose weights are elsewhere.
+
+    Raises:
+        RuntimeError: when a weight of the model is not there.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes)  # a model may have several
+    saved = type(model).from_pretrained(folder, dtype=widest).state_dict()
+    missing = model.load_state_dict(saved, strict=False).missing_keys
+    absent = [name for name in missing if but_not is None or not name.startswith(f"{but_not}.")]
+    if absent:
+        raise RuntimeError(f"{folder} lacks {len(absent)} of the model's weights, the first being {absent[0]}.")
+
+
+def is_for_scoring(config: PretrainedConfig) -> bool:
+    """Return whether a model was saved as one that scores text."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
+    """The tokenizer that a trainer will take; `None` where it is not to be had from the model's path."""
+    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+    if processing_class is not None or not path:
+        return processing_class
+    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **kwargs)
+    except (OSError, ValueError):  # the trainer will say so
+        return None
+
+
+# The share of ids that mean something else from which on two tokenizers are two; below, tokens were renamed.
+RENAMED = 0.01
+
+
+def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
+    """
+    Args:
+        tokenizer: of the run; without one nothing is checked.
+        model: a path, or a model that came from one. Nothing is checked where no tokenizer is saved there.
+        name: the argument that it was given as.
+
+    Raises:
+        ValueError: when ids mean other tokens to that model.
+    """
+    its = None if tokenizer is None else tokenizer_of(model, None, args)
+    if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
+        return
+    mine, others = ({id_: token for token, id_ in each.get_vocab().items()} for each in (tokenizer, its))
+    common = mine.keys() & others.keys()
+    differing = [id_ for id_ in common if mine[id_] != others[id_]]
+    if common and len(differing) > RENAMED * len(common):
+        first = min(differing)
+        raise ValueError(
+            f"`{name}` was trained with another tokenizer than the model: {len(differing)} of {len(common)} ids mean "
+            f"other tokens to it (id {first} is {mine[first]!r} here and {others[first]!r} there). It reads the same "
+            "ids, so give one that shares the tokenizer."
+        )
+
+
+def known_tokens(model: Any, config: Any) -> int | None:
+    """
+    Return how many tokens a model has an embedding of; `None` for a class of one's own that does not say.
+
+    Args:
+        model: in memory, or a path.
+        config: its text config.
+    """
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return getattr(config, "vocab_size", None)
+
+
+def check_known(ids: Iterable[int | None], known: int | None, tokenizer: Any, whose: str, where: str) -> None:
+    """
+    Args:
+        ids: of tokens that the model is to read; `None` for one that there is not.
+        known: how many it has an embedding of.
+        whose: model it is, and `where` the ids come from, for the error.
+
+    Raises:
+        ValueError: for an id that the model has no embedding of, as when tokens were added to its tokenizer alone.
+    """
+    unknown = None if known is None else next((i for i in ids if i is not None and not 0 <= i < known), None)
+    if unknown is None:
+        return
+    token = f" ({tokenizer.decode([unknown])!r})" if unknown > 0 else ""
+    raise ValueError(
+        f"{whose} knows {known} tokens, and {where} has the id {unknown}{token}. Give the tokenizer that it was "
+        "trained with, or train it with the token: `model.resize_token_embeddings(len(tokenizer))`."
+    )
+
+
+def adapter_config(path: Any) -> PeftConfig | None:
+    """The config of the adapter that a folder holds; `None` for a folder without one, and for anything else."""
+    if not isinstance(path, str) or not (Path(path) / "adapter_config.json").exists():
+        return None
+    return PeftConfig.from_pretrained(path)
+
+
+def adapter_configs(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
+    """The configs of the adapters that a model holds, and of the new one that it will get."""
+    held = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    return held if peft_config is None else [*held, peft_config]
+
+
+def check_no_adapter(path: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: when the folder holds an adapter alone: a role is a whole model.
+    """
+    config = adapter_config(path)
+    if config is None:
+        return
+    if config.task_type == "SEQ_CLS" and name in ("model", "ref_model"):
+        raise ValueError(
+            f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text and writes none. "
+            "Give it as `reward_model`, and a causal language model, or its adapter, here."
+        )
+    way_out = WAYS_OUT.get(name, WAYS_OUT["model"])
+    raise ValueError(
+        f"The folder {path} ({name}) holds an adapter without its base model. {way_out}, "
+        "or save the whole model with `merge_and_unload().save_pretrained(...)` and give that folder."
+    )
+
+
+def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
+    """
+    Looks for the config of a model, or of an adapter, and loads nothing else.
+
+    Args:
+        path: a folder, or a hub name.
+        what: it is, for the error.
+        with_base: whether an adapter's base is needed, too.
+
+    Raises:
+        ValueError: when there is none, here or on the hub.
+    """
+    adapter = adapter_config(path)
+    if adapter is not None:
+        if with_base and adapter.base_model_name_or_path:
+            require_model(adapter.base_model_name_or_path, f"the base of the adapter {path}", adapter.revision)
+        return
+    _require_no_gguf(path, what)
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(
+                f"{path} ({what}) holds no model: there is no config.json and no adapter_config.json in it. Give the "
+                "folder that a model was saved to."
+            )
+        return
+    if Path(path).is_file():
+        raise ValueError(f"{path} ({what}) is a file. Give the folder that a model was saved to.")
+    if is_local(path):
+        raise ValueError(f"There is no folder {path} ({what}). Give the folder that a model was saved to.")
+    try:
+        PretrainedConfig.get_config_dict(path, revision=revision)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} ({what}) is no folder here, and no model of that name came from the hub. Give the folder that a "
+            f"model was saved to, or a hub name; one that is not in the hub's cache needs a network. The hub: {reason}"
+        ) from error
+
+
+def _require_no_gguf(path: str, what: str) -> None:
+    """GGUF files, also beside a config, have to be converted once: what is trained is saved as safetensors."""
+    folder = Path(path)
+    files = [folder] if folder.is_file() else sorted(folder.iterdir()) if folder.is_dir() else []
+    gguf = next((file for file in files if file.suffix.lower() == ".gguf"), None)
+    if gguf is None or any(file.suffix in (".safetensors", ".bin") for file in files):
+        return
+    raise ValueError(
+        f"{path} ({what}) holds its weights as GGUF. Convert them once: "
+        f"`AutoModelForCausalLM.from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r})`, the same with "
+        "AutoTokenizer, and `save_pretrained(...)` of both into a folder to give here."
+    )
+
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
+
+
+def require_tokenizer(path: str, what: str) -> None:
+    """
+    Raises:
+        ValueError: for a folder that holds no file of a tokenizer.
+    """
+    if not path:
+        raise ValueError(
+            "The model comes from no folder, where its tokenizer could be: give it as `processing_class`."
+        )
+    folder = Path(path)
+    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        raise ValueError(
+            f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
+            "Python give it as `processing_class`."
+        )
+
+
+def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
+    """
+    Loads the tokenizer of a model.
+
+    Args:
+        path: a folder, or a hub name.
+        what: it is, for the error.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: when there is none, or none that can be read.
+    """
+    require_tokenizer(path, what)
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # of transformers, tokenizers, sentencepiece, the hub: each raises its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The tokenizer of {path} ({what}) cannot be read: {reason:.400}") from error

@@ -1,0 +1,280 @@
+"""
+Scoring as the model's own forward does: with TRL's fused head where that computes the same, with the model's own head
+where it does not, and not at all where neither does.
+
+TRL's head projects the trunk's last state with the weight of the output embedding. Families differ in what else stands
+between the two: ModernBERT-decoder has a dense layer, RecurrentGemma a cap of another name, Inkling a divisor.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from .._trl import FusedCausalLMOutput, FusedHead
+from .lm_head import score_only
+from .noise import silence
+from .probe import in_mode, probe_rows, tolerance
+
+
+logger = logging.getLogger(__name__)
+
+AUX_ROUNDING = 0.02  # share of a load-balancing loss that bfloat16 explains; another formula is further off
+
+
+class ScoringHead:
+    """
+    Answers `model(..., labels=…, fused_lm_head=True)` in place of what TRL's `add_fused_lm_head` has made of the
+    forward: by TRL's head, or by the model's own.
+
+    Args:
+        model: the base causal LM, patched by `add_fused_lm_head`.
+        role: what the model is in the run, for errors.
+        silent: whether the model has to be without noise when it is trained.
+
+    Attributes:
+        uses_own: whether the model's own head scores; `None` until `settle` has found out.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str, silent: bool = False):
+        self.model = model
+        self.name = f"{type(model).__name__} (`{role}`)"
+        self.silent = silent
+        self.trunk = trunk_of(model)
+        self.uses_own: bool | None = None
+        self._trl = FusedHead(model)
+        self._plain = patched = model.forward  # autocast and all; without `fused_lm_head` the model's own
+
+        @functools.wraps(type(model).forward)
+        def forward(_: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            if not fused_lm_head:
+                return patched(*args, **kwargs)
+            return self._score(*args, **kwargs) if self.uses_own else patched(*args, fused_lm_head=True, **kwargs)
+
+        model.forward = self._forward = types.MethodType(forward, model)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Trunk states (n, H) -> logits (n, V), float32 and divided by the temperature."""
+        if not self.uses_own:
+            return self._trl.logits(states)
+        ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        with trunk_gives(self.trunk, states[None]):
+            return self._plain(input_ids=ids, use_cache=False).logits[0].float() / self._trl.temperature
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """
+        Chooses the head, once, by random sequences that the model's own forward reads one by one without padding, and
+        switches noise off.
+
+        Raises:
+            ValueError: for a model that reads what follows a token, when neither head gives the log-probabilities of
+                the model's own forward, and for noise that does not stop.
+        """
+        if self.uses_own is not None:
+            return
+        self.uses_own = False
+        rows = probe_rows(self.model)
+
+        def answer() -> Tensor:
+            return self._logps(rows)
+
+        with in_mode(self.model, training=False):
+            try:
+                allowed = tolerance(self.model, answer, 1 / self._trl.temperature)
+            except Exception as error:  # a model that cannot read a few tokens will say so itself
+                logger.warning("Whether %s is scored as it should be is unknown: %s.", self.name, error)
+                return
+            if not torch.isfinite(answer()).all():  # the first loss stops such a run
+                return
+            self._require_causal(rows[0], allowed)
+            self._choose(rows, allowed)
+        if self.silent:
+            silence(self.model, self.name, answer, allowed)
+
+    @torch.no_grad()
+    def settle_aux_loss(self, asked_coef: float | None = None) -> bool:
+        """
+        Chooses the model's own head where TRL's does not give the load-balancing loss of a mixture of experts: TRL
+        has Mixtral's formula, and Mixtral's names in the config, for every family.
+
+        Args:
+            asked_coef: the coefficient that the run sets; `None` where it takes the config's.
+
+        Returns:
+            Whether the model has that loss: its config may speak of experts that it was built without.
+
+        Raises:
+            ValueError: when the model's own forward fails at it, or has none and the run asks for it.
+        """
+        ids, mask = _padded(probe_rows(self.model))
+        asked: dict[str, Any] = {"attention_mask": mask, "output_router_logits": True, "use_cache": False}
+        with in_mode(self.model, training=False):
+            try:
+                expected = getattr(self._plain(input_ids=ids, **asked), "aux_loss", None)
+            except Exception as error:  # of the family's own code: whatever it is, training would end in it
+                raise ValueError(
+                    f"The load-balancing loss of {self.name} cannot be computed ({type(error).__name__}: {error}), "
+                    "and `router_aux_loss_coef`, or where it is not set the config, asks for it. Set "
+                    "`router_aux_loss_coef=0.0`."
+                ) from error
+            if expected is None and asked_coef:
+                raise ValueError(
+                    f"`router_aux_loss_coef={asked_coef}` weighs the load-balancing loss of {self.name}, whose "
+                    "forward gives none. Leave it out."
+                )
+            if expected is None or self.uses_own:
+                return expected is not None
+            try:
+                got = self._forward(input_ids=ids, labels=ids, fused_lm_head=True, **asked).aux_loss
+                self.uses_own = not bool((got - expected).abs() <= AUX_ROUNDING * expected.abs())
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # for other names
+                self.uses_own = True
+        if self.uses_own:
+            logger.warning(
+                "The load-balancing loss of %s is another than TRL's fused head computes: logits are computed as the "
+                "model does, which keeps all of them, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` "
+                "leaves that loss out.",
+                self.name,
+            )
+        return True
+
+    def _choose(self, rows: list[Tensor], allowed: float) -> None:
+        difference = self._distance(rows)
+        if difference <= allowed and not _holds_more(self.model.get_output_embeddings()):
+            return
+        self.uses_own = True
+        of_own = self._distance(rows)
+        if not of_own <= allowed:
+            self._refuse(min(difference, of_own), allowed)
+        logger.warning(
+            "%s makes its logits by more than TRL's fused head computes (%.2g nats apart): they are computed as the "
+            "model does, which keeps all of them, (tokens, vocabulary), in memory.",
+            self.name,
+            difference,
+        )
+
+    def _logps(self, rows: list[Tensor]) -> Tensor:
+        """Log-probabilities of rows (1, L) of ids, by the model's own forward, one row after the other."""
+        return torch.cat([self._logps_of_all(row)[:-1].gather(-1, row[0, 1:, None]).squeeze(-1) for row in rows])
+
+    def _logps_of_all(self, row: Tensor) -> Tensor:
+        """(L, V)"""
+        logits = self._plain(input_ids=row, use_cache=False).logits[0].float()
+        return (logits / self._trl.temperature).log_softmax(-1)
+
+    def _distance(self, rows: list[Tensor]) -> float:
+        """Mean difference between what is scored, in a padded batch, and the model's own forward, in nats."""
+        ids, mask = _padded(rows)
+        scored = mask[:, 1:].bool()
+        try:
+            with score_only(self.trunk, lambda states: states[:, :-1][scored]):
+                output = self._forward(
+                    input_ids=ids, attention_mask=mask, shift_labels=ids[:, 1:][scored][None], fused_lm_head=True
+                )
+            return (output.log_probs[0] - self._logps(rows)).abs().mean().item()
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # states that do not fit the head
+            return float("inf")
+
+    def _require_causal(self, row: Tensor, allowed: float) -> None:
+        """A language model says of a token what it says without those that follow."""
+        half = (row.size(1) + 1) // 2
+        whole, alone = self._logps_of_all(row)[:half], self._logps_of_all(row[:, :half])
+        change = (whole - alone).abs().mean().item()
+        if not change <= allowed:
+            raise ValueError(
+                f"{self.name} reads the tokens that follow: log-probabilities change by {change:.2g} nats on average "
+                "when they are taken away. It would be trained on answers that it has read. Use a causal language "
+                "model; families that can be both have `is_decoder=True` in the config for that."
+            )
+
+    def _refuse(self, difference: float, allowed: float) -> None:
+        apart = "cannot be computed" if difference == float("inf") else f"are {difference:.3g} nats apart on average"
+        raise ValueError(
+            f"{self.name} cannot be scored: the log-probabilities of its head on the trunk's last states and those of "
+            f"its own forward {apart}, and rounding explains {allowed:.2g}. What else makes its logits would be "
+            "neither seen nor trained. Use a model of another family."
+        )
+
+    def _score(
+        self, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any
+    ) -> FusedCausalLMOutput:
+        """Return what TRL's fused forward does, from the logits of the model's own."""
+        output = self._plain(*args, **(kwargs | {"use_cache": False}))
+        logits: Any = output.logits
+        if shift_labels is None and labels is not None:
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        targets: Any = shift_labels
+        scored = targets != -100
+        statistics = _statistics(logits.float() / self._trl.temperature, targets.clamp(min=0), self._trl.outputs)
+        statistics = {name: values.masked_fill(~scored, 0) for name, values in statistics.items()}
+        loss = -statistics["log_probs"].sum() / scored.sum().clamp(min=1)
+        return FusedCausalLMOutput(
+            loss=loss, **statistics, label_mask=scored, aux_loss=getattr(output, "aux_loss", None)
+        )
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows (1, L) of ids as one batch, and its mask, (rows, longest) each."""
+    ids = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+    return ids, nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
+
+
+def _statistics(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of logits (..., V), each (...): the log-probability of the targets, and the others that TRL's head can give."""
+    logps = logits.log_softmax(-1)
+    found = {"log_probs": logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)}
+    if "entropy" in outputs:
+        found["entropy"] = -(logps.exp() * logps).sum(-1)
+    if "log_sum_sq_probs" in outputs:
+        found["log_sum_sq_probs"] = (2 * logps.detach()).logsumexp(-1)
+    if "mean_logits" in outputs:
+        found["mean_logits"] = logits.detach().mean(-1)
+    if "is_top1" in outputs:
+        found["is_top1"] = logits.argmax(-1) == targets
+    return found
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that ends in the last hidden states."""
+    if model.base_model is not model:
+        return model.base_model
+    # A prefix that names no attribute, such as Llama 4's, makes `base_model` the model itself.
+    trunks = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return trunks[0] if len(trunks) == 1 else model
+
+
+def _holds_more(head: nn.Module) -> bool:
+    """
+    Return whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that
+    may be 0 at the start, so that no probe sees it, and would then never learn.
+    """
+    return not {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
+
+
+class _States(BaseModelOutputWithPastAndCrossAttentions):
+    """A trunk's output of states alone: everything else that a model asks it for is `None`."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def trunk_gives(trunk: nn.Module, states: Tensor) -> Iterator[None]:
+    """Within the context the trunk reads nothing and returns `states`."""
+    kept = vars(trunk).get("forward")
+    trunk.forward = lambda *args, **kwargs: _States(last_hidden_state=states)
+    try:
+        yield
+    finally:
+        del trunk.forward
+        if kept is not None:
+            trunk.forward = kept

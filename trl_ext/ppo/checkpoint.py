@@ -1,0 +1,193 @@
+"""
+What a checkpoint of PPO holds beside weights, optimizer and random numbers, so that a run goes on as if it had never
+stopped: the rollout that is being learned from, the controllers, the moments of the scores, the log's open window.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from transformers import logging
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..data.json_values import plain
+from ..runs.folder import checkpoint_of, write_whole
+from ..runs.steps_left import require_steps_left
+from .config import PPOConfigX
+from .roles import critic
+
+
+logger = logging.get_logger(__name__)
+
+# What a rollout and its passes are cut by, and what it holds: a run that goes on has to have the same.
+SHARED = (
+    *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
+    *("critic", "kl_placement", "needs_reference"),
+)
+# What has gone into a rollout that is being learned from, and into the log-probabilities that it is compared with.
+PENDING = (
+    *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
+    *("mask_truncated_completions", "bf16", "fp16", "cast_lm_head_to_fp32"),
+    *("reward_weights", "missing_eos_penalty", "normalize_rewards", "reward_clip", "whiten_rewards"),
+    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
+    *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
+)
+CHECKSUM = "checksum of the prompts"
+# What GRPO shows of the last rollout; pictures in prompts are not kept.
+SHOWN = ("prompt", "completion", "rewards", "advantages", "extra")
+# A model's own files, of which one is in its folder.
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors")
+
+
+def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: Any) -> Path | None:
+    """
+    The checkpoint to go on from, or `None` for a run that begins.
+
+    Args:
+        checkpoint: its folder; `True` for the last one in `args.output_dir`.
+        prompts: what the run trains on.
+
+    Raises:
+        ValueError: when there is none, one that lacks what PPO needs, one of a run that differs in `SHARED`, in its
+            prompts or, where it stopped amid a rollout, in `PENDING`, or one that has taken all steps of this run.
+    """
+    folder = checkpoint_of(checkpoint, args.output_dir)
+    if folder is None:
+        return None
+    absent = _absent(folder, args)
+    if absent:
+        raise ValueError(
+            f"PPO cannot go on from {folder}: it has no {', '.join(absent)}. It was cut off, or was saved with "
+            f"`save_only_model`, or not by {args.world_size} processes of PPOTrainerX. Resume from another one, or "
+            "start a new run from this one's actor (`model`) and `critic/` (`value_model`)."
+        )
+    state = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)
+    _require_same(folder, state["shared"], shared(args, prompts), "It has to be the same.")
+    advice = (
+        "A rollout is being learned from that was made with it: keep it, or go on from a checkpoint between rollouts."
+    )
+    _require_same(folder, state["pending"], pending(args), advice)
+    require_steps_left(folder, _known_steps(args))
+    return folder
+
+
+def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advice: str) -> None:
+    others = [name for name in saved if saved[name] != now[name]]
+    if others == [CHECKSUM]:
+        raise ValueError(
+            f"The run saved in {folder} had other prompts, as many as this one, or another order. {advice}"
+        )
+    if others:
+        before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
+        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}")
+
+
+def _known_steps(args: PPOConfigX) -> int:
+    """Optimizer steps of the run; 0 or less where epochs set them."""
+    if args.total_episodes is None or args.num_total_batches is None:
+        return args.max_steps
+    return args.num_total_batches * args.optimizer_steps_per_rollout
+
+
+def _absent(folder: Path, args: PPOConfigX) -> list[str]:
+    """Return what is missing of a checkpoint of this rank."""
+    numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    files = [path_of_state(folder, args).name, numbers]
+    if args.deepspeed_plugin is None:  # which saves its engine
+        files.append(SCHEDULER_NAME)
+        files += [] if list(folder.glob("optimizer_*")) else [OPTIMIZER_NAME]  # FSDP's is a folder
+    absent = [name for name in files if not (folder / name).is_file()]
+    held = {path.parent.name for path in folder.glob("**/*") if path.name in WEIGHTS}
+    absent += [] if critic.FOLDER in held else [f"{critic.FOLDER}/"]
+    return absent + ([] if held - {critic.FOLDER} else ["weights of the actor"])
+
+
+def path_of_state(checkpoint: str | Path, args: PPOConfigX) -> Path:
+    """This rank's file, named like the Trainer's of random numbers."""
+    return Path(checkpoint) / (f"ppo_state_{args.process_index}.pt" if args.world_size > 1 else "ppo_state.pt")
+
+
+def known_length(dataset: Any) -> int | None:
+    """Prompts in a dataset; `None` of a stream."""
+    return len(dataset) if isinstance(dataset, Dataset) else None
+
+
+def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
+    """Return what a run and one that goes on from its checkpoint have in common, by name."""
+    options = {name: getattr(args, name) for name in SHARED}
+    known = {"prompts": known_length(prompts), CHECKSUM: checksum(prompts)}
+    return options | {"full_kl": args.kl_estimator == "full"} | known
+
+
+@functools.lru_cache(maxsize=1)  # a run has it in every checkpoint
+def checksum(prompts: Any) -> int | None:
+    """CRC-32 of the prompts of a dataset, in their order; `None` of a stream."""
+    if not isinstance(prompts, Dataset):
+        return None
+    columns = [name for name in ("prompt", "input_ids") if name in prompts.column_names]
+    batches = prompts.select_columns(columns).with_format(None).iter(1000)
+    return functools.reduce(lambda found, batch: crc32(repr(batch).encode(), found), batches, 0)
+
+
+def pending(args: PPOConfigX) -> dict[str, Any]:
+    """Return the options that have gone into a rollout, by name."""
+    options = {name: getattr(args, name) for name in PENDING}
+    if args.needs_reference and args.kl_placement == "reward":
+        options |= {"kl_estimator": args.kl_estimator or "k1"}
+        options |= {"kl_coef": args.kl_coef} if args.kl_controller == "fixed" else {}
+    return options
+
+
+def save_run(trainer: Any, checkpoint: str | Path) -> None:
+    """Write the state of the run on this rank."""
+    is_learning = trainer.is_amid_rollout
+    state = {
+        "shared": shared(trainer.args, trainer.train_dataset),
+        "pending": pending(trainer.args) if is_learning else {},
+        "global_step": trainer.state.global_step,
+        "step": trainer._step,
+        "run": trainer.run_state.state_dict(is_learning, passes_over_data=int(trainer.state.epoch)),
+        "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
+        "shown": json.dumps(plain(_shown(trainer), not_finite=float)),
+    }
+    write_whole(path_of_state(checkpoint, trainer.args), functools.partial(torch.save, state))
+
+
+def load_run(trainer: Any, checkpoint: Path) -> None:
+    """Take up what `save_run` wrote on this rank, in a run that has just started."""
+    state = torch.load(path_of_state(checkpoint, trainer.args), map_location="cpu", weights_only=True)
+    state = send_to_device(state, trainer.accelerator.device)
+    trainer.run_state.load_state_dict(state["run"])
+    if trainer.run_state.passes_over_data and known_length(trainer.train_dataset) is None:
+        logger.warning(
+            "The prompts are a stream, which the run had begun to read again: it goes on from the stream's beginning, "
+            "not from where it was."
+        )
+    trainer._step = state["step"]
+    trainer._reference_is_start = False  # the actor has moved
+    trainer._metrics["train"].update(state["metrics"])
+    for name, values in json.loads(state["shown"]).items():
+        if isinstance(values, list):
+            trainer._logs[name].extend(values)
+        else:
+            for key, column in values.items():
+                trainer._logs[name][key].extend(column)
+
+
+def _shown(trainer: Any) -> dict[str, Any]:
+    """Return what the process that shows completions keeps of them."""
+    if not (trainer.log_completions and trainer.accelerator.is_main_process):
+        return {}
+    return {name: _lists(trainer._logs[name]) for name in SHOWN}
+
+
+def _lists(values: Any) -> Any:
+    """GRPO's queues, or its dictionaries of queues, as lists."""
+    return {key: list(queue) for key, queue in values.items()} if isinstance(values, dict) else list(values)

@@ -1,0 +1,282 @@
+"""Prompts: the columns a dataset may bring them in, and the checks that run before any model is loaded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl import is_conversational
+
+from ..data.conversions import ANSWERS
+from ..data.formats import CONVERSATION, LOOKED_AT, SHAREGPT, TEXT, describe, require, require_chat_template
+from ..data.rendering import check_written_prompts
+from ..models.loading import check_known
+from .config import PPOConfigX
+
+
+logger = logging.get_logger(__name__)
+
+READ = ("input_ids", "attention_mask")  # the columns of a tokenised prompt
+NO_IDS_TO_COLLATE = (
+    "`data_collator` collates tokenised prompts, and {name} has no column `input_ids` but {columns}. Remove the "
+    "collator: the trainer tokenises and pads `prompt` itself."
+)
+
+
+OF_EACH_ROW = (
+    "Where they are the same for all rows, give them there and remove the column; else write the prompts out, "
+    "`tokenizer.apply_chat_template(row['prompt'], tokenize=False, add_generation_prompt=True, ...)`, as text. A "
+    "column for a reward function takes another name."
+)
+
+
+class TokenisedPrompt(str):
+    """
+    The text of a prompt that came as token ids (TRL 1.12's `input_ids`), together with those ids, which are used as
+    they are.
+    """
+
+    input_ids: list[int]
+
+    def __new__(cls, text: str, input_ids: list[int]) -> "TokenisedPrompt":
+        prompt = super().__new__(cls, text)
+        prompt.input_ids = input_ids
+        return prompt
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:
+        """Return what a copy, or another process, makes it of."""
+        return type(self), (str(self), self.input_ids)
+
+
+def is_tokenised(row: dict[str, Any]) -> bool:
+    """Return whether the row's prompt comes as token ids."""
+    return "input_ids" in row
+
+
+def with_tokenised_prompts(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, data_collator: Callable | None, pad_id: int | None
+) -> list[dict[str, Any]]:
+    """
+    Rows with `input_ids` -> rows with a [`TokenisedPrompt`] under "prompt", without padding. A data collator sees the
+    rows first, as in TRL 1.12.
+    """
+    collated: Sequence[Mapping[str, Any]] = rows
+    if data_collator is not None:
+        batch = {
+            name: torch.as_tensor(column).tolist() for name, column in data_collator(rows).items() if name in READ
+        }
+        if "attention_mask" not in rows[0] and "attention_mask" in batch:
+            # The collator's mask knows what the collator has padded, not what a row was padded with before.
+            masks = batch.pop("attention_mask")
+            batch["input_ids"] = [_kept(*pair) for pair in zip(batch["input_ids"], masks, strict=True)]
+        collated = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    all_ids = [unpadded(row, pad_id, tokenizer.eos_token_id) for row in collated]
+    texts = tokenizer.batch_decode(all_ids, skip_special_tokens=True)
+    prompts = [TokenisedPrompt(text, ids) for text, ids in zip(texts, all_ids, strict=True)]
+    return [
+        {name: value for name, value in row.items() if name not in READ} | {"prompt": prompt}
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+
+
+def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> list[int]:
+    """
+    A row's `input_ids` without padding, on whichever side: what its `attention_mask` leaves out, without one the pad
+    token, as in TRL 1.12. Where that is the end token too, or there is none and rows are padded with the end token, it
+    is padding at the ends of a row only, and a warning says so once: between the turns of a conversation it is none.
+    """
+    ids = [int(id_) for id_ in row["input_ids"]]  # of a tensor or an array too
+    if row.get("attention_mask") is not None:
+        return _kept(ids, row["attention_mask"])
+    pad_id = eos_id if pad_id is None else pad_id
+    if pad_id not in ids:
+        return ids
+    if pad_id != eos_id:
+        return [id_ for id_ in ids if id_ != pad_id]
+    first = next((i for i, id_ in enumerate(ids) if id_ != pad_id), len(ids))
+    last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != pad_id), 0)
+    if last - first < len(ids):
+        logger.warning_once(
+            "Prompts in `input_ids` begin or end with the end token, and the tokenizer has no other pad token: it is "
+            "taken for padding. Give a column `attention_mask` if it belongs to the prompts."
+        )
+    return ids[first:last]
+
+
+def _kept(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    if len(mask) != len(ids):
+        raise ValueError(
+            f"A prompt has {len(ids)} tokens in `input_ids` and {len(mask)} in `attention_mask`; give one for each."
+        )
+    return [id_ for id_, is_kept in zip(ids, mask, strict=True) if is_kept]
+
+
+def check_datasets(
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Callable | None,
+    tokenizer: Any,
+    context: int | None,
+    args: PPOConfigX,
+    pad_id: int | None = None,
+    known: int | None = None,
+) -> None:
+    """
+    Checks every map-style dataset's prompts, and the columns of a stream's first row.
+
+    Args:
+        known: how many tokens the actor has an embedding of.
+    """
+    if train_dataset is None:
+        raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
+    for name, dataset in named(train_dataset, eval_dataset).items():
+        if isinstance(dataset, Dataset | IterableDataset):
+            if next(iter(dataset), None) is None:
+                raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
+            check_columns(dataset, name, tokenizer)
+            ids_of = partial(unpadded, pad_id=pad_id, eos_id=getattr(tokenizer, "eos_token_id", None))
+            check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs, ids_of)
+        if not isinstance(dataset, Dataset):
+            continue
+        if collator is not None and "input_ids" not in dataset.column_names:
+            raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
+        options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
+        check_prompts(dataset, name, tokenizer, context, *options, pad_id=pad_id, known=known)
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < args.batch_size:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.batch_size} "
+            "(per_device_train_batch_size × gradient_accumulation_steps × world size). Add prompts or lower it."
+        )
+
+
+def named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """A run's datasets, by what errors call them."""
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    datasets = {"train_dataset": train_dataset}
+    return datasets | {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
+
+
+def check_prompts(
+    dataset: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    response_length: int,
+    num_proc: int | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    whose: str = "the model's",
+    pad_id: int | None = None,
+    known: int | None = None,
+) -> None:
+    """
+    Raises `ValueError` unless every row has a prompt of tokens that the actor knows, which fits the model's context
+    with its response.
+
+    Args:
+        dataset: a map-style dataset with `prompt` (text or conversation) or `input_ids` (a list of token ids).
+        name: what to call it in the error.
+        longest: the model's context in tokens; `None` when it has no limit.
+        response_length: tokens that a response may have.
+        template_kwargs: keyword arguments of the chat template.
+        whose: context, for the error.
+        pad_id: what prompts in `input_ids` may be padded with.
+        known: how many tokens the actor has an embedding of.
+    """
+
+    def length(row: dict[str, Any]) -> dict[str, int]:
+        ids = prompt_ids(row, tokenizer, template_kwargs or {}, pad_id)
+        check_known(ids, known, tokenizer, "The actor", f"a prompt of `{name}`")
+        return {"length": len(ids)}
+
+    lengths = dataset.map(
+        length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
+    )["length"]
+    for row, tokens in enumerate(lengths):
+        if tokens == 0:
+            raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
+        if longest is not None and tokens + response_length > longest:
+            raise ValueError(
+                f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
+                f"does not fit {whose} context of {longest}. Shorten or remove it, or lower `response_length`."
+            )
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> None:
+    """Raises `ValueError` unless a dataset holds prompts of text, token ids or conversations that can be written."""
+    require(dataset, "prompts", name)
+    columns = describe(dataset).columns
+    images = {"image", "images"} & columns.keys()
+    if images:
+        raise ValueError(f"`{name}` has the column `{images.pop()}`; PPO reads text only. Remove the column.")
+    prompt = columns.get("prompt")
+    if "input_ids" in columns:
+        return
+    for column in ("tools", "chat_template_kwargs") if prompt == CONVERSATION else ():
+        if any(_cells(dataset, column)):
+            raise ValueError(
+                f"`{name}` has the column `{column}`, which PPO does not read: every prompt is written with the same "
+                f"options, those of the trainer's `tools` and of `chat_template_kwargs` in `PPOConfigX`. {OF_EACH_ROW}"
+            )
+    if prompt == "token ids":
+        raise ValueError(
+            f"The column 'prompt' of `{name}` holds token ids; PPO reads these in `input_ids`. Rename it: "
+            "`dataset.rename_column('prompt', 'input_ids')`."
+        )
+    if prompt not in (TEXT, CONVERSATION, SHAREGPT, "empty list", "nothing"):
+        raise ValueError(
+            f"The column 'prompt' of `{name}` holds {prompt}; PPO reads text or conversations there, and token ids in "
+            "`input_ids`. Write them as text in a new column, for example "
+            "`dataset.map(lambda row: {'text': str(row['prompt'])}).remove_columns('prompt').rename_column('text', "
+            "'prompt')`: in the old one datasets would make numbers of it again."
+        )
+    if prompt == SHAREGPT:
+        raise ValueError(
+            f"The prompts of `{name}` are messages with `from` and `value`; PPO reads `role` and `content`. "
+            "`trl_ext.data.conversions.to_prompts(dataset)` renames them."
+        )
+    others = {column for column in ANSWERS if columns.get(column, prompt) in {TEXT, CONVERSATION} - {prompt}}
+    if others:  # TRL looks at any of them to see what the prompt is
+        raise ValueError(
+            f"`{name}` has prompts of {prompt} beside {sorted(others)} of the other kind. PPO reads no answers: "
+            "`trl_ext.data.conversions.to_prompts(dataset)` leaves them out."
+        )
+    if prompt == CONVERSATION:
+        require_chat_template(dataset, tokenizer, name)
+
+
+def _cells(dataset: Dataset | IterableDataset, column: str) -> list[Any]:
+    """A column, as far as it can be read: of a stream its beginning; none where there is no such column."""
+    if isinstance(dataset, Dataset):
+        return list(dataset[column]) if column in dataset.column_names else []
+    return [row.get(column) for row in islice(dataset, LOOKED_AT)]
+
+
+def prompt_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any],
+    pad_id: int | None = None,
+) -> list[int]:
+    """The tokens that the actor reads of a row's prompt; none of an empty one."""
+    if is_tokenised(row):
+        return unpadded(row, pad_id, tokenizer.eos_token_id)
+    prompt = row["prompt"]
+    if not prompt or (is_conversational(row) and not any(message.get("content") for message in prompt)):
+        return []
+    if is_conversational(row):
+        _require_text(prompt)
+        return tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+        )["input_ids"]
+    return tokenizer(prompt)["input_ids"]
+
+
+def _require_text(messages: list[dict[str, Any]]) -> None:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    others = {part.get("type") for part in parts} - {"text"}
+    if others:
+        raise ValueError(f"A prompt has a part of type {others.pop()!r}; PPO reads text only. Remove such prompts.")

@@ -1,0 +1,151 @@
+"""
+What stops a run: rewards, losses and gradients that are not finite, a reference that is not the start, and a server
+that reports other log-probabilities than those that it samples by.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rollout import Rollout
+from .terms import PPOTerms
+
+
+def require_finite_rewards(
+    rewards: Tensor, is_model: list[bool], names: list[str], samples: list[tuple[Any, Any]], first: int, step: int
+) -> None:
+    """
+    Raises `FloatingPointError` for a reward model that said NaN, or any source that said ±inf. NaN from a function is
+    its `None`.
+
+    Args:
+        rewards: (all samples, sources), gathered from all ranks.
+        samples: prompt and response of this rank's samples, which begin at row `first`.
+    """
+    bad = rewards.isinf() | (rewards.isnan() & torch.tensor(is_model, device=rewards.device))
+    if not bad.any():
+        return
+    row, source = bad.nonzero()[0].tolist()
+    local = row - first
+    of_rank = (
+        f"prompt {samples[local][0]!r}, response {samples[local][1]!r}" if 0 <= local < len(samples) else f"row {row}"
+    )
+    raise FloatingPointError(
+        f"The reward {names[source]!r} is {rewards[row, source].item()} at step {step} for {of_rank}. A score must be "
+        "finite; look at what the reward model does with this text."
+    )
+
+
+# What each of the other models says of a rollout before it is learned from, and which model that is.
+_SAID_BY = {
+    "ref_logps": "The reference model gives log-probabilities",
+    "old_logps": "The actor gives log-probabilities",
+    "old_values": "The critic gives values",
+}
+
+
+def require_finite_scores(rollout: Rollout, step: int) -> None:
+    """Raises `FloatingPointError` naming the model that gave NaN or ±inf for a token that counts, and a response."""
+    for name, said in _SAID_BY.items():
+        scores = getattr(rollout, name)
+        if scores is None:
+            continue
+        bad = ~torch.isfinite(scores) & rollout.mask
+        if bad.any():
+            row, token = bad.nonzero()[0].tolist()
+            still = step == 0 or name == "ref_logps"
+            cure = "It has not been trained here: look" if still else "Lower the learning rate, or look"
+            raise FloatingPointError(
+                f"{said} that are not finite at step {step}: {scores[row, token].item()} in the response with token "
+                f"ids {rollout.response_ids[row].tolist()}. {cure} at its weights and its dtype."
+            )
+
+
+def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
+    """Raises `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
+    if torch.isfinite(terms.total):
+        return
+    named = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name not in ("total", "ratio_max")}
+    bad_terms = [name for name, value in named.items() if value is not None and not torch.isfinite(value)]
+    rows = [
+        row
+        for value in per_token.values()
+        if value is not None
+        for row in (~torch.isfinite(value) & rollout.mask).any(dim=1).nonzero().flatten().tolist()
+    ]
+    sample = f" First in the response with token ids {rollout.response_ids[min(rows)].tolist()}." if rows else ""
+    raise FloatingPointError(
+        f"The loss is {terms.total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
+        f"Nothing was updated. {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
+    )
+
+
+def require_finite_gradient(
+    norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int, applied: bool = False
+) -> None:
+    """
+    Raises `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite. `applied`:
+    the optimizer has taken its step already, as DeepSpeed's does within the backward pass.
+    """
+    value = torch.as_tensor(0.0 if norm is None else norm)
+    if torch.isfinite(value):
+        return
+    gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
+    bad = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    # Clipping by a norm of nan makes every gradient nan.
+    where = "every parameter" if len(bad) == len(gradients) else ", ".join(bad[:3])
+    updated = "The weights were updated with it: start again from a checkpoint." if applied else "Nothing was updated."
+    raise FloatingPointError(
+        f"The gradient norm is {value.item()} at step {step}; not finite in {where if bad else 'no local shard'}. "
+        f"{updated} {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
+    )
+
+
+def require_same_policy(
+    logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float, adapters: Any = None
+) -> None:
+    """
+    Raises `ValueError` when a reference made from the actor differs from it before the first step.
+
+    Args:
+        logps, ref_logps: (b, T) nats.
+        tolerance: largest difference of a token's log-probability that rounding explains.
+        adapters: PEFT's configs of the actor's adapters by name, if it has any.
+    """
+    difference = (logps - ref_logps).masked_fill(~mask, 0).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"KL(actor ‖ reference) must be 0 before the first step, but log-probabilities differ by {difference:.3g} "
+            f"nats. {_why_they_differ(adapters)} Pass the starting policy as `ref_model`."
+        )
+
+
+def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None:
+    """
+    Raises `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from, at
+    `temperature`: the correction divides by them.
+    """
+    mode = vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode == "processed_logprobs" or (mode == "raw_logprobs" and temperature == 1.0):
+        return
+    raise ValueError(
+        f"The vLLM server runs with `--logprobs-mode {mode}`, and reports other log-probabilities than those that it "
+        f"samples by at `temperature={temperature}`: the importance sampling correction would be wrong. Restart it "
+        "with `--logprobs-mode processed_logprobs`, or set `vllm_importance_sampling_correction=False`."
+    )
+
+
+def _why_they_differ(adapters: Any) -> str:
+    """The usual cause; noise is none, as it was looked for before."""
+    starts = {
+        name: getattr(config, "init_lora_weights", True) for name, config in (adapters or {}).items() if name != "ref"
+    }
+    changing = [f"`init_lora_weights={start!r}`" for start in starts.values() if start is not True]
+    if changing:
+        return f"The adapter's initial weights change the model ({changing[0]})."
+    if adapters:
+        return "The adapter's initial weights change the model."
+    return "The weights of one of the two have changed since the reference was made."

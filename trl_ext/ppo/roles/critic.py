@@ -1,0 +1,374 @@
+"""
+The critic V(s): built, attached to the actor as a submodule, split off when the actor is saved, restored.
+
+The three kinds answer the same methods (`attach`, `settle`, `values_at`, `save_pretrained`, `restore`), so that only
+who builds one knows which it is.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..._trl import create_model_from_path
+from ...models.loading import restore_weights
+from ...models.noise import disable_noise
+from ...models.precision import keep_4_bit_differentiable
+from ...models.probe import in_mode, probe_rows
+from ...models.scoring_head import trunk_of
+from ...models.sharding import copy_of, copy_weights, fill_zeros, is_partitioned
+from ...models.trainable import lend
+from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
+from .state_values import StateValues, last_linear
+
+
+ATTRIBUTE = CRITIC
+FOLDER = "critic"
+
+
+class ValueHead(nn.Module):
+    """
+    A linear map from the actor's trunk states (N, H) to state values (N,), in float32 and 0 at the start.
+
+    S0 "Critic Model": "在最后一层增加 Value Head". Sharing the trunk is S1 §7.3.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1, dtype=dtype)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Trunk states (N, H) -> state values (N,), in the unit of the returns."""
+        weight, bias = self.score.weight.float(), self.score.bias.float()
+        return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
+
+    needs_states = True
+
+    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
+        """State values (B, L) at the `positions` (B, L) whose trunk states (N, H) are given, 0 elsewhere."""
+        values = self(states)
+        return values.new_zeros(positions.shape).masked_scatter(positions, values)
+
+    def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
+        """Become a submodule of the actor, on its device: one engine, one optimizer for both."""
+        _add_to(actor, self)
+
+    def settle(self) -> None:
+        """Nothing has to be tried out: the actor's states are read as they are."""
+
+    def restore(self, folder: str | Path) -> None:
+        """Load what was saved to `folder`."""
+        self.load_state_dict(ValueHead.from_pretrained(folder).state_dict())
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes `model.safetensors` and `config.json` for `from_pretrained`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
+        save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME)
+        (Path(folder) / "config.json").write_text(json.dumps({"hidden_size": self.score.in_features}))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ValueHead":
+        """Loads what `save_pretrained` wrote; raises `FileNotFoundError` when the folder holds no value head."""
+        tensors = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        head = cls(**json.loads((Path(folder) / "config.json").read_text()), dtype=tensors["score.weight"].dtype)
+        head.load_state_dict(tensors)
+        return head
+
+
+class ValueModel(nn.Module):
+    """
+    A critic of its own: a sequence classification model with one label, read at every position.
+
+    Args:
+        model: e.g. `LlamaForSequenceClassification`; its trunk and its `score` head are used as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.values = StateValues(model, "the critic")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the trunk takes; returns state values (B, L)."""
+        return self.values(*args, **kwargs)
+
+    needs_states = False
+
+    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
+        """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
+        return self(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+
+    def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
+        """Become a submodule of the actor, on its device: one engine, one optimizer for both."""
+        _add_to(actor, self)
+
+    def settle(self) -> None:
+        """Try out how the model is read."""
+        self.values.settle()
+
+    def restore(self, folder: str | Path) -> None:
+        """Load what was saved to `folder`."""
+        model: Any = self.model
+        if hasattr(model, "from_pretrained"):
+            restore_weights(model, folder)
+        else:
+            model.load_state_dict(load_file(Path(folder) / SAFE_WEIGHTS_NAME))
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """
+        Writes a folder that `AutoModelForSequenceClassification` loads; for a class of one's own that cannot save
+        itself, `model.safetensors` with its state, and its config where that can.
+        """
+        tensors = _of_model(state_dict)
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(folder, state_dict=tensors)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = self.model.state_dict() if tensors is None else tensors
+        # Cloned, as a file cannot hold one tensor under two names.
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, Path(folder) / SAFE_WEIGHTS_NAME)
+        if isinstance(self.model.config, PretrainedConfig):
+            self.model.config.save_pretrained(folder)
+
+
+class ValueAdapter(nn.Module):
+    """
+    A critic that is an adapter with a score head on the actor's base.
+
+    Args:
+        model: a `PeftModel` around a sequence classification model, as `critic_adapter` makes it.
+    """
+
+    def __init__(self, model: PeftModel):
+        super().__init__()
+        self.model = model
+        self.values = StateValues(model.get_base_model(), "the critic")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the trunk takes; returns state values (B, L)."""
+        return self.values(*args, **kwargs)
+
+    needs_states = False
+
+    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
+        """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
+        return self(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+
+    def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
+        """
+        Stand on the actor's base, beside the actor's adapter.
+
+        Args:
+            checkpointing: for the critic's modules, which are not the actor's, what the Trainer does for the actor's;
+                None without gradient checkpointing.
+        """
+        cast_adapter(self, actor)
+        stand_on(actor, self, ATTRIBUTE)
+        if checkpointing is not None:
+            model: Any = self.model.get_base_model()
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(checkpointing or None)
+
+    def settle(self) -> None:
+        """Try out how the model is read."""
+        self.values.settle()
+
+    def restore(self, folder: str | Path) -> None:
+        """Load what was saved to `folder`."""
+        restore_adapter(self.model, folder)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
+        save_adapter(self.model, folder, _of_model(state_dict))
+
+
+Critic = ValueHead | ValueModel | ValueAdapter
+
+
+def _of_model(state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The tensors of a critic under the names that its `model` has for them."""
+    if state_dict is None:
+        return None
+    return {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+
+
+def check_value_model(model: Any) -> None:
+    """Raises `ValueError` for a model that writes text, a quantised one, and one of several labels."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        raise ValueError(
+            f"The value model is a {type(model).__name__}, which writes text and has no score head. Pass a sequence "
+            "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "The critic would be a quantised model, which cannot be trained. Pass a `value_model` in full precision, "
+            "or `critic='head'` for a value head on the actor's trunk."
+        )
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"The value model {type(model).__name__} has no `config`: give it one (`vocab_size`, `num_labels=1`, "
+            "`pad_token_id`), or choose `critic='head'` for a value head on the actor's trunk."
+        )
+    _check_single_value(getattr(model.config, "num_labels", 1))
+
+
+def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
+    """
+    Raises `ValueError`, from the config alone, for a checkpoint whose score head has several labels. One without a
+    score head is fine: it gets a new one.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if "ForSequenceClassification" in (config.architectures or [""])[0]:
+        _check_single_value(config.num_labels)
+
+
+def _check_single_value(num_labels: int) -> None:
+    if num_labels != 1:
+        raise ValueError(
+            f"The value model has {num_labels} labels; a state has one value. Load it with `num_labels=1`."
+        )
+
+
+def build_critic(
+    kind: str,
+    actor: PreTrainedModel,
+    value_model: Any,
+    reward_model: PreTrainedModel | None,
+    init_kwargs: dict[str, Any],
+) -> ValueHead | ValueModel:
+    """
+    Makes the critic of a run.
+
+    Args:
+        kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else
+            a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
+        actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
+        reward_model: the reward model, if it reads the actor's token ids, else `None`.
+        init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
+    """
+    if kind == "head":
+        return ValueHead(_width_of_states(actor), dtype=_float_dtype(actor))
+    if isinstance(value_model, str):
+        value_model = create_model_from_path(
+            value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
+        )
+    elif value_model is None and reward_model is not None:
+        _refuse_quantized(reward_model, "reward model")
+        value_model = copy_of(reward_model)
+    elif value_model is None:
+        value_model = _copy_of_trunk(actor)
+    if is_peft_model(value_model):
+        value_model = value_model.merge_and_unload()
+    check_value_model(value_model)
+    value_model.requires_grad_(True)
+    disable_noise(value_model)
+    return ValueModel(value_model)
+
+
+@torch.no_grad()
+def _width_of_states(actor: Any) -> int:
+    """H of the trunk's last states, which some families, such as OPT, project once more."""
+    base = actor.get_base_model() if is_peft_model(actor) else actor
+    if is_partitioned(base):  # nothing can be run: the head's weight, as DeepSpeed has noted its shape
+        return base.get_output_embeddings().weight.ds_shape[-1]
+    trunk = trunk_of(base)
+    keep_4_bit_differentiable(base)
+    with in_mode(trunk, training=False):
+        return trunk(input_ids=probe_rows(trunk)[-1], use_cache=False).last_hidden_state.size(-1)
+
+
+def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
+    _refuse_quantized(actor, "actor's trunk")
+    if hasattr(actor, "merge_and_unload"):
+        actor = copy_of(actor).merge_and_unload()
+    config = copy.deepcopy(actor.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=actor.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no sequence classification model for {type(actor).__name__}, so the critic cannot copy "
+            "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
+        ) from error
+    copy_weights(actor.base_model, model.base_model)
+    for parameter in last_linear(model, StateValues(model, "the critic").trunk).parameters():
+        fill_zeros(parameter)
+    return model
+
+
+def _refuse_quantized(model: Any, name: str) -> None:
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(
+            f"`critic='model'` would copy the {name}, which is quantized and cannot be trained. Pass a `value_model`, "
+            "or `critic='head'` for a value head on the actor's trunk, or `critic='adapter'` for an adapter on it."
+        )
+
+
+def _float_dtype(model: PreTrainedModel) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _add_to(actor: PreTrainedModel | PeftModel, critic: nn.Module) -> None:
+    base = actor.get_base_model() if is_peft_model(actor) else actor
+    lend(base, ATTRIBUTE, critic.to(base.device))
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
+    """Moves the critic's parameters into groups of their own, which differ in the learning rate alone."""
+    of_critic = {id(parameter) for parameter in critic.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in of_critic]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+            options = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group(options | {"params": mine, "lr": learning_rate})
+
+
+def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:
+    """
+    The parameters that `model` generates with: neither those of adapters that are switched off, nor those that only
+    the modules in `attached`, such as the critic, have; a base that these share with the actor is the actor's.
+    """
+    modules = list(_outside(model, attached))
+    unused = {id(p) for layer in modules if isinstance(layer, BaseTunerLayer) for p in _switched_off(layer)}
+    parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+    return [parameter for key, parameter in parameters.items() if key not in unused]
+
+
+def _outside(module: nn.Module, attached: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if child not in attached:
+            yield from _outside(child, attached)
+
+
+def _switched_off(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    """The parameters of adapters that are not active in a layer."""
+    for kind in layer.adapter_layer_names:
+        for name, part in getattr(layer, kind).items():
+            if name not in layer.active_adapters:
+                yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
+
+
+def split_state_dict(
+    model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The actor's tensors under their names, and the critic's under its own; a reward adapter's are left out."""
+    prefix = next(name for name, module in model.named_modules() if module is critic) + "."
+    actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, f"{REWARD}."))}
+    of_critic = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    return actor, of_critic

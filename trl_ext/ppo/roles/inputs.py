@@ -1,0 +1,195 @@
+"""What a run was given, and whether it can make one: checked before any weights are loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..._trl import get_config_model_id
+from ...models.adapter_copies import check_copyable
+from ...models.loading import adapter_config, check_no_adapter, check_same_tokens, refuse_encoder_decoder, text_config
+from ...models.sharding import check_turns, check_unquantized
+from ...models.trainable import check_trainable
+from ..config import PPOConfigX
+from .adapter_checks import check_adapters
+from .critic import check_value_checkpoint, check_value_model
+from .offload import check_placement
+from .reward_sources import check_reward_checkpoint, check_reward_model
+
+
+Model: TypeAlias = PreTrainedModel | PeftModel | str
+
+
+@dataclass(frozen=True)
+class Given:
+    """The models and what goes with them, as they were passed to `PPOTrainerX`, which describes each."""
+
+    model: Model | None
+    ref_model: Model | None = None
+    reward_model: Model | None = None
+    value_model: Model | None = None
+    reward_funcs: list[Any] = field(default_factory=list)
+    reward_processing_classes: Any = None
+    quantization_config: Any = None
+    peft_config: PeftConfig | None = None
+    tools: list[Callable] | None = None
+    environment_factory: Any = None
+
+    def with_paths_of(self, args: PPOConfigX) -> "Given":
+        """Actor and reward model from the paths in `args`, where none is given."""
+        funcs: Any = self.reward_funcs
+        funcs = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
+        given = replace(self, reward_funcs=funcs, model=args.sft_model_path if self.model is None else self.model)
+        if given.reward_model is None and not given.has_other_reward:
+            return replace(given, reward_model=args.reward_model_path)
+        return given
+
+    @property
+    def has_other_reward(self) -> bool:
+        """Return whether something other than `reward_model` gives a reward."""
+        return bool(self.reward_funcs) or self.environment_factory is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Return whether the actor trains an adapter."""
+        return self.peft_config is not None or isinstance(self.model, PeftModel)
+
+    @property
+    def has_tools(self) -> bool:
+        """Return whether a response may take several turns."""
+        return bool(self.tools) or self.environment_factory is not None
+
+
+def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
+    """`args`, or the defaults with an output folder named after the model."""
+    if args is None:
+        path = model if isinstance(model, str) else "" if model is None else get_config_model_id(model.config)
+        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO")
+    if not isinstance(args, PPOConfigX):
+        raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainerX needs a `PPOConfigX`.")
+    return args
+
+
+def check_given(args: PPOConfigX, given: Given) -> None:
+    """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
+    _check_presence(given)
+    _check_identity(args, given)
+    if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
+        check_trainable(given.model, "actor")
+    check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)
+    _check_whole_models(args, given)
+    _check_rewards(args, given)
+    _check_reference_adapter(args, given)
+    check_placement(
+        args, given.model, given.ref_model, given.reward_model, given.reward_funcs, has_adapter=given.has_adapter
+    )
+    trained_in_full = {} if given.has_adapter else {"model": given.model}
+    if args.critic == "model":
+        trained_in_full["value_model"] = given.value_model
+    check_unquantized(args, given.quantization_config, trained_in_full)
+    check_turns(args, has_tools=given.has_tools)
+
+
+def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises `ValueError` for a reference or critic that does not know every id that the actor can sample, or knows it
+    as another token, and for the exact KL between two vocabularies.
+    """
+    vocabulary = text_config(given.model, args).vocab_size
+    others = {"ref_model": given.ref_model if args.needs_reference else None}
+    if args.critic == "model":
+        others["value_model"] = given.value_model
+    for name, model in others.items():
+        if model is None:
+            continue
+        its = _vocabulary(model, args)
+        exact = name == "ref_model" and args.kl_estimator == "full"
+        if its is not None and (its < vocabulary or (exact and its != vocabulary)):
+            why = (
+                "the actor may sample any of its ids" if its < vocabulary else "the exact KL sums over one vocabulary"
+            )
+            raise ValueError(
+                f"The actor has a vocabulary of {vocabulary} tokens and `{name}` one of {its}; {why}. Give a model "
+                f"with the actor's vocabulary, or load it and call `resize_token_embeddings({vocabulary})`."
+            )
+        check_same_tokens(tokenizer, model, name, args)
+
+
+def _vocabulary(model: Any, args: PPOConfigX) -> int | None:
+    """Rows of a model's embedding, from its config; `None` for a class of one's own that does not say."""
+    config = model.config if not isinstance(model, str) else None
+    if config is None:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+
+
+def _check_presence(given: Given) -> None:
+    if given.model is None:
+        raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
+    if given.reward_model is None and not given.has_other_reward:
+        raise ValueError(
+            "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
+            "environment has a `get_reward`, or set `reward_model_path`."
+        )
+
+
+def _check_identity(args: PPOConfigX, given: Given) -> None:
+    """One object cannot be two models."""
+    model, value_model = given.model, given.value_model
+    if not isinstance(model, str):
+        if given.ref_model is model:
+            raise ValueError(
+                "`ref_model` is the `model` object itself, so the reference would move with the actor. Pass a copy, "
+                "or `None` for a frozen copy."
+            )
+        if value_model is model:
+            raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
+    if value_model is not None and args.critic == "head":
+        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
+    if value_model is not None and value_model is given.reward_model and not isinstance(value_model, str):
+        raise ValueError(
+            "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
+        )
+
+
+def _check_whole_models(args: PPOConfigX, given: Given) -> None:
+    """Actor, reference and critic are no adapters, and the critic has one value."""
+    whole = {"model": given.model, "ref_model": given.ref_model} | (
+        {} if args.critic == "adapter" else {"value_model": given.value_model}
+    )
+    for name, path in whole.items():
+        if isinstance(path, nn.Module) and name != "value_model":
+            refuse_encoder_decoder(path.config, type(path).__name__)
+        if isinstance(path, str):
+            check_no_adapter(path, name)
+            if name == "model" or (name == "ref_model" and args.needs_reference):
+                text_config(path, args, name)  # refuses a model for scoring text
+    if isinstance(given.value_model, nn.Module):
+        check_value_model(given.value_model)
+    elif isinstance(given.value_model, str) and args.critic == "model":
+        check_value_checkpoint(given.value_model, args.trust_remote_code)
+
+
+def _check_rewards(args: PPOConfigX, given: Given) -> None:
+    whole = [] if adapter_config(given.reward_model) else [given.reward_model]
+    for source in [*whole, *given.reward_funcs]:
+        if isinstance(source, nn.Module):
+            check_reward_model(source)
+        elif isinstance(source, str):
+            check_no_adapter(source, "reward model")
+            check_reward_checkpoint(source, args.trust_remote_code)
+
+
+def _check_reference_adapter(args: PPOConfigX, given: Given) -> None:
+    adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
+    others = (given.ref_model, args.ref_adapter_name, given.peft_config)
+    if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
+        check_copyable(adapters.get(args.model_adapter_name or given.model.active_adapter))
+    if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
+        raise ValueError(
+            f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "
+            f"{list(adapters) or 'none'}; pass a `PeftModel` that holds it."
+        )

@@ -1,0 +1,150 @@
+"""How the roles of a run are put together: critic and reward adapter within the actor, the frozen models beside it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ... import _trl
+from ...models.noise import disable_noise
+from ...models.precision import drop_checkpointing, keep_4_bit_differentiable
+from ...models.quantization import is_fsdp
+from ...models.rounding import warn_of_rounding
+from ...models.scoring_head import ScoringHead
+from ...models.sharding import declare_head, is_partitioned, is_stage3
+from ...models.trainable import RequireGradients, check_optimizer, check_trainable
+from ..config import PPOConfigX
+from .adapters import REWARD, copy_adapter, stand_on
+from .forward import LogitsHead, add_actor_critic_forward
+from .load import Roles
+from .reward_sources import token_scorer
+
+
+REFERENCE = "ref"
+
+
+def stop_ids(args: PPOConfigX, declared: list[int], eos_token_id: int) -> list[int]:
+    """Ids of the tokens that end a response: those that model and tokenizer declare, or the one asked for."""
+    if args.stop_token is None and args.stop_token_id is None:
+        return declared
+    return [eos_token_id if args.stop_token_id is None else args.stop_token_id]
+
+
+def choose_adapters(model: Any, args: PPOConfigX, copies_start: bool) -> str | None:
+    """
+    Chooses the adapter to train; returns the adapter that is the reference, if one is.
+
+    Args:
+        copies_start: training that starts from an adapter is held to a frozen copy of that adapter, not to the base.
+    """
+    if args.model_adapter_name is not None:
+        model.set_adapter(args.model_adapter_name)
+    if not (copies_start and is_peft_model(model)):
+        return args.ref_adapter_name
+    copy_adapter(model, model.active_adapter, REFERENCE)
+    return REFERENCE
+
+
+def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
+    """
+    Makes the critic and the reward adapter submodules of the actor, and has its forward answer for all three. A new
+    adapter of the actor must be in it by now: it goes into every module whose name fits.
+
+    Args:
+        model: the actor, perhaps a `PeftModel`.
+
+    Returns:
+        The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
+        scores.
+    """
+    actor = model.get_base_model() if is_peft_model(model) else model
+    drop_checkpointing(actor, args)
+    roles.critic.attach(model, (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None)
+    attached: list[nn.Module] = [roles.critic]
+    if roles.reward_adapter is not None:
+        stand_on(model, roles.reward_adapter, REWARD)
+        attached.append(roles.reward_adapter)
+    keep_4_bit_differentiable(model)
+    disable_noise(model)
+    head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter, role="model")
+    if is_stage3(args):
+        declare_head(actor)
+    if can_be_asked(actor, args):
+        head.settle()
+        roles.critic.settle()
+    return attached, head
+
+
+def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
+    """Return whether a model can be run here and now; one yet to be spread or moved settles at its first call."""
+    if is_partitioned(model) or is_fsdp(args):
+        return False
+    return next(model.parameters()).device.type == args.device.type
+
+
+def check_learning(
+    model: nn.Module, critic: nn.Module, args: PPOConfigX, optimizer: torch.optim.Optimizer | None
+) -> RequireGradients:
+    """
+    Args:
+        model: the actor, which holds `critic`.
+        optimizer: the user's own, which has to hold what is trained.
+
+    Returns:
+        The callback that looks for the actor's gradients.
+
+    Raises:
+        ValueError: when actor or critic would stay as they are.
+    """
+    of_critic = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    of_actor = check_trainable(model, "actor", but_not=of_critic)
+    check_optimizer(
+        optimizer,
+        {"actor": of_actor, "critic": of_critic},
+        "Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the trainer "
+        "(`learning_rate`, `critic_learning_rate`).",
+    )
+    return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
+
+
+def warn_of_small_steps(model: nn.Module, critic: nn.Module, args: PPOConfigX, has_master_weights: bool) -> None:
+    """Warns for actor and critic, each at its own learning rate, as [`warn_of_rounding`]; `model` holds `critic`."""
+    of_critic = list(critic.parameters())
+    others = set(map(id, of_critic))
+    of_actor = [parameter for parameter in model.parameters() if id(parameter) not in others]
+    warn_of_rounding(of_actor, args.learning_rate, has_master_weights, "actor")
+    if args.critic_learning_rate is None:
+        warn_of_rounding(of_critic, args.learning_rate, has_master_weights, "critic")
+    else:
+        warn_of_rounding(of_critic, args.critic_learning_rate, has_master_weights, "critic", "critic_learning_rate")
+
+
+def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:
+    """The reference, frozen on its device, answering as the actor does; and the head that makes its logits."""
+    _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    head = add_actor_critic_forward(reference)
+    if can_be_asked(reference, args):
+        head.settle()
+    return _trl.prepare_frozen(reference, accelerator), head.logits
+
+
+def place_reward_models(
+    reward_funcs: list[Any],
+    reward_adapter: nn.Module | None,
+    ask_adapter: Callable[..., Tensor],
+    accelerator: Accelerator,
+) -> None:
+    """Freezes the reward models that read token ids, on their device; an adapter is asked through the actor."""
+    for scorer in map(token_scorer, reward_funcs):
+        if scorer is not None and scorer.model is reward_adapter:
+            scorer.ask = ask_adapter
+        elif scorer is not None:
+            is_of_ones_own = not isinstance(scorer.model, PreTrainedModel | PeftModel)
+            scorer.model = _trl.prepare_frozen(scorer.model, accelerator)
+            if is_of_ones_own:
+                scorer.try_out()

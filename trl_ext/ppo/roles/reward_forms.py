@@ -1,0 +1,128 @@
+"""The token ids in which a reward model reads an answer: those that `trl.RewardTrainer` would train it on."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..._trl import reward_ids
+
+
+Text = str | list[dict[str, Any]]
+
+ANSWER = "xANSWERx"  # stands for the words of an answer, to see what is written behind them
+
+
+class RewardForm:
+    """
+    A prompt and its answer in the form of `RewardTrainer`'s data: text with an end token behind it and with whatever
+    the tokenizer adds (BOS, CLS, SEP); conversations by the chat template of the reward model's own tokenizer.
+
+    A model that shares the actor's vocabulary reads the ids as they were sampled, with that end behind them, where
+    they say the same: so no token is read otherwise than it was written. An answer that was cut off is ended here too,
+    since a reward model is trained on no other and reads its score at the end.
+
+    Args:
+        tokenizer: the reward model's.
+        actors: the actor's.
+        shares_ids: whether the reward model's vocabulary is the actor's.
+        template_kwargs: keyword arguments of the chat template.
+
+    `tools`, by the name of the environment (`None` without), are those of the actor's prompts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        actors: PreTrainedTokenizerBase,
+        shares_ids: bool,
+        template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer, self.actors, self.shares_ids = tokenizer, actors, shares_ids
+        self._special = {id_ for id_, token in actors.added_tokens_decoder.items() if token.special}
+        self.template_kwargs = template_kwargs or {}
+        self.tools: dict[str | None, list[Any]] = {}
+        self._added = self._added_behind_text()
+        self._behind_text = self._ids(tokenizer.eos_token or "") + self._added
+        self._behind_chat = self._written_behind_an_answer() if tokenizer.chat_template else None
+
+    def __call__(
+        self,
+        prompt: Text | None,
+        answer: Text | None,
+        prompt_ids: list[int] | None,
+        answer_ids: list[int] | None,
+        environment: str | None = None,
+    ) -> list[int]:
+        """The ids that the model reads. Without `prompt` they are those of a text, with the end behind them."""
+        if isinstance(prompt, list):
+            return self._of_chat(prompt, answer, prompt_ids, answer_ids, environment)
+        if self.shares_ids and prompt_ids is not None and answer_ids is not None:
+            return self._of_ids(prompt_ids, answer_ids)
+        return reward_ids(self.tokenizer, prompt, self._text_of(answer, prompt_ids, answer_ids))
+
+    def cannot_read(self, prompt_ids: list[int]) -> bool:
+        """
+        Whether a prompt's ids are those of a chat by the actor's template, and the reward model's template is another:
+        they cannot be taken back to messages, for it to write them its own way.
+        """
+        theirs, own = self.actors.chat_template, self.tokenizer.chat_template
+        if not theirs or not own or theirs == own:
+            return False
+        opening = self._opening_of_an_answer()
+        return bool(opening) and prompt_ids[-len(opening) :] == opening
+
+    def behind(self, is_chat: bool) -> int:
+        """Tokens that stand behind an answer."""
+        return len((self._behind_chat or ()) if is_chat else self._behind_text)
+
+    def _of_chat(
+        self, prompt: Any, answer: Any, prompt_ids: Any, answer_ids: Any, environment: str | None
+    ) -> list[int]:
+        tools = self.tools.get(environment) or None
+        trained_on = reward_ids(self.tokenizer, prompt, answer, tools, self.template_kwargs)
+        if not self.shares_ids or prompt_ids is None or self._behind_chat is None:
+            return trained_on
+        sampled = [*prompt_ids, *self._without_end(answer_ids), *self._behind_chat]
+        # The messages lack the special tokens that were sampled in an answer; the ids keep them.
+        plain_answer = [id_ for id_ in answer_ids if id_ not in self._special]
+        plain = [*prompt_ids, *plain_answer, *self._behind_chat]
+        written = self.tokenizer.decode(trained_on)
+        return sampled if written in (self.tokenizer.decode(sampled), self.tokenizer.decode(plain)) else trained_on
+
+    def _of_ids(self, prompt_ids: list[int], answer_ids: list[int]) -> list[int]:
+        added = len(self._added)
+        if added and prompt_ids[-added:] == self._added:
+            prompt_ids = prompt_ids[:-added]
+        return [*prompt_ids, *self._without_end(answer_ids), *self._behind_text]
+
+    def _text_of(self, answer: Any, prompt_ids: Any, answer_ids: Any) -> str:
+        """The answer as it goes on from the prompt: decoded alone, it may lose the space that it begins with."""
+        if prompt_ids is None or answer_ids is None:
+            return answer
+        before, whole = self.actors.batch_decode([prompt_ids, [*prompt_ids, *answer_ids]], skip_special_tokens=True)
+        return whole.removeprefix(before) if whole.startswith(before) else answer
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] in self._special else ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _added_behind_text(self) -> list[int]:
+        """Return what the tokenizer itself puts behind a text: SEP, or another end token."""
+        plain, whole = self._ids(ANSWER), self.tokenizer(ANSWER)["input_ids"]
+        before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[before + len(plain) :]
+
+    def _opening_of_an_answer(self) -> list[int]:
+        """What the actor's chat template writes for an answer to go on from; nothing where it writes none."""
+        messages, options = [{"role": "user", "content": "?"}], self.template_kwargs | {"tokenize": False}
+        without = self.actors.apply_chat_template(messages, **options)
+        with_opening = self.actors.apply_chat_template(messages, **(options | {"add_generation_prompt": True}))
+        return self.actors(with_opening.removeprefix(without), add_special_tokens=False)["input_ids"]
+
+    def _written_behind_an_answer(self) -> list[int] | None:
+        """Return what the chat template writes behind an answer's words; `None` where it does not write them once."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+        written = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs)
+        return self._ids(written.partition(ANSWER)[2]) if written.count(ANSWER) == 1 else None

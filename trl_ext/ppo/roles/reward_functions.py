@@ -1,0 +1,144 @@
+"""Reward functions, checked as they are given and as they answer."""
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..._trl import is_async_callable
+
+
+logger = logging.getLogger(__name__)
+
+# What every reward function is called with, beside the columns of the dataset.
+GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def checked(function: Callable, name: str) -> Callable:
+    """
+    The reward function, its answers as a list of finite numbers; `None` in it means "does not apply". It is named in
+    every error, under its `__name__`.
+
+    Raises:
+        ValueError: for a function that does not take what it is called with.
+    """
+    check_signature(function, name, dict.fromkeys(GIVEN), complete=False)
+    asked: Any
+    if is_async_callable(function):
+
+        @functools.wraps(function)
+        async def asked(*args, **kwargs):
+            check_signature(function, asked.__name__, kwargs)
+            return check_scores(await function(*args, **kwargs), asked.__name__, kwargs)
+
+    else:
+
+        @functools.wraps(function)
+        def asked(*args, **kwargs):
+            check_signature(function, asked.__name__, kwargs)
+            return check_scores(function(*args, **kwargs), asked.__name__, kwargs)
+
+    asked.__name__ = name  # what GRPO logs it under
+    return asked
+
+
+def check_signature(function: Callable, name: str, inputs: dict[str, Any], complete: bool = True) -> None:
+    """
+    Args:
+        inputs: what the function is called with, by name.
+        complete: whether nothing else will be given.
+
+    Raises:
+        ValueError: when the function cannot be called so.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # what is written in C need not tell
+        return
+    try:
+        (signature.bind if complete else signature.bind_partial)(**inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"The reward function {name!r} cannot be called as it is declared, {name}{signature}: {error}. Every "
+            f"one gets {', '.join(inputs)}{'' if complete else ' and the columns of the dataset'} by name: take "
+            f"those that you need and `**kwargs`, as in `def {name.strip('<>')}(completions, **kwargs)`."
+        ) from error
+
+
+def check_scores(answer: Any, name: str, inputs: dict[str, Any]) -> list[float | None]:
+    """
+    The scores as a list, of a list, tuple, tensor or array.
+
+    Raises:
+        ValueError: for anything that is not one number or `None` for each completion.
+        FloatingPointError: for NaN and ±inf, with the sample.
+    """
+    if inspect.iscoroutine(answer):
+        answer.close()
+    shape = getattr(answer, "shape", None)
+    if shape is not None and len(shape) == 1:
+        answer = answer.tolist()
+    if not isinstance(answer, list | tuple):
+        what = f"a {type(answer).__name__}" + (
+            f" of shape {tuple(shape)}" if shape is not None else f" ({answer!r:.60})"
+        )
+        raise ValueError(f"The reward function {name!r} returned {'None' if answer is None else what}. {NEEDED}")
+    completions = inputs.get("completions")
+    if completions is not None and len(answer) != len(completions):
+        raise ValueError(
+            f"The reward function {name!r} returned {len(answer)} rewards, but {len(completions)} were expected. "
+            f"{NEEDED}"
+        )
+    scores = [_number(score, row, name) for row, score in enumerate(answer)]
+    for row, score in enumerate(scores):
+        if score is not None and not math.isfinite(score):
+            step = getattr(inputs.get("trainer_state"), "global_step", "?")
+            raise FloatingPointError(
+                f"The reward {name!r} is {score} at step {step} for {_sample(row, inputs)}. Return a finite "
+                "number, or `None` where it does not apply."
+            )
+    return scores
+
+
+NEEDED = (
+    "Return a list with one number for each completion, in their order, and `None` where the reward does not apply; a "
+    "tensor or an array of one dimension will do."
+)
+
+
+def _number(score: Any, row: int, name: str) -> float | None:
+    if score is None:
+        return None
+    is_number = isinstance(score, bool | int | float) or (getattr(score, "shape", None) == () and not _is_text(score))
+    if not is_number:
+        raise ValueError(
+            f"The reward function {name!r} returned {score!r:.60}, a {type(score).__name__}, for completion {row}. "
+            f"{NEEDED}"
+        )
+    return float(score.item() if isinstance(score, Tensor) else score)
+
+
+def _is_text(score: Any) -> bool:
+    return getattr(getattr(score, "dtype", None), "kind", "") in ("U", "S", "O")
+
+
+def _sample(row: int, inputs: dict[str, Any]) -> str:
+    prompts, completions = inputs.get("prompts"), inputs.get("completions")
+    return f"prompt {prompts[row]!r}, response {completions[row]!r}" if prompts and completions else f"row {row}"
+
+
+def named_apart(names: list[str]) -> list[str]:
+    """The names, each once: what is logged under one name would be one reward. A warning says which are new."""
+    apart: list[str] = []
+    for name in names:
+        number, new = 2, name
+        while new in apart or (new != name and new in names):
+            new, number = f"{name}_{number}", number + 1
+        apart.append(new)
+    if apart != names:
+        logger.warning("Some rewards have one name; in their order they are logged as %s.", ", ".join(apart))
+    return apart

@@ -1,0 +1,292 @@
+"""Sources of scores: reward models, on token ids or on text."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..._trl import create_model_from_path, get_config_model_id
+from ...data.formats import CONVERSATION, LOOKED_AT, describe
+from ...models.loading import check_known, known_tokens
+from ...models.sharding import is_partitioned
+from ..config import PPOConfigX
+from ..data import check_prompts, is_tokenised, named, unpadded
+from .reward_forms import RewardForm, Text
+
+
+logger = logging.get_logger(__name__)
+
+# Text on which two tokenizers with one vocabulary would still differ: case, accents, digits, spaces, other scripts.
+PROBE = "Hello, World!  naïve café\n\t1234.5 don't 长城 <|x|> émile"
+# What families call their tables of absolute positions.
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_emb")
+
+
+class TokenScorer:
+    """
+    A reward model, asked in the form that it was trained on ([`RewardForm`]).
+
+    GRPO calls it as a reward function; the ids that were sampled reach it as `prompt_ids` and `completion_ids`.
+
+    transformers' classifiers of decoders read their score at the last id that is not the config's pad token: the one
+    that the model was trained with, which is kept, whatever the actor pads with. Where that is the end token too, it
+    is not read, neither here nor when the model was trained. One without a pad token is read at its last id.
+
+    `ask` gives the scores (b,) of `input_ids` and `attention_mask`: the model does, unless it is an adapter on the
+    actor's base, which is reached through the actor.
+    """
+
+    def __init__(self, model: nn.Module, name: str, form: RewardForm, batch_size: int):
+        self.model = model
+        self.ask: Callable[..., Tensor] = self._ask_model
+        self.form = form
+        config: Any = model.config
+        self.config = config.get_text_config()
+        self.pad_token_id: int | None = self.config.pad_token_id
+        self.longest = longest_input(model)
+        self.batch_size = batch_size
+        self.__name__ = name
+
+    def __call__(
+        self,
+        prompts: Sequence[Text] | None = None,
+        completions: Sequence[Text] | None = None,
+        prompt_ids: Sequence[list[int]] | None = None,
+        completion_ids: Sequence[list[int]] | None = None,
+        environment: Sequence[str] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        """Scores, one per response."""
+        if None in self.form.tools:  # one environment, or none: the column is the user's own
+            environment = None
+        given = (prompts, completions, prompt_ids, completion_ids, environment)
+        count = max(len(column) for column in given if column is not None)
+        rows = zip(*([None] * count if column is None else column for column in given), strict=True)
+        sequences = [self.form(*row) for row in rows]
+        self._check_lengths(sequences)
+        self._check_ids(sequences)
+        scores: list[float] = []
+        for start in range(0, len(sequences), self.batch_size):
+            scores += self._score(sequences[start : start + self.batch_size]).tolist()
+        return scores
+
+    @torch.no_grad()
+    def _score(self, sequences: list[list[int]]) -> Tensor:
+        device = next(self.model.parameters()).device
+        pad, own = self.pad_token_id, self.config.pad_token_id
+        if pad is None:  # any id that no sequence ends with: each is read at its last one
+            pad = next(id_ for id_ in range(len(sequences) + 1) if all(ids[-1] != id_ for ids in sequences))
+        rows = [torch.tensor(ids) for ids in sequences]
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        self.config.pad_token_id = pad
+        try:
+            return self.ask(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+        finally:
+            self.config.pad_token_id = own
+
+    def try_out(self) -> None:
+        """Asks a model of a class of one's own for a score; `_ask_model` says what is wrong with the answer."""
+        if not is_partitioned(self.model):
+            self._score([[1, 2, 3]])
+
+    def _ask_model(self, **inputs: Tensor) -> Tensor:
+        output = self.model(**inputs)
+        scores = getattr(output, "logits", output)
+        if not isinstance(scores, Tensor) or scores.numel() != len(inputs["input_ids"]):
+            raise ValueError(
+                f"The reward model {self.__name__!r} ({type(self.model).__name__}) returns "
+                f"{tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__} for "
+                f"{len(inputs['input_ids'])} sequences. It has to return `logits` of shape (sequences, 1), one score "
+                "each; or wrap it in a function for `reward_funcs`."
+            )
+        return scores.flatten()
+
+    def _check_lengths(self, sequences: list[list[int]]) -> None:
+        longest = max(sequences, key=len)
+        if self.longest is not None and len(longest) > self.longest:
+            raise ValueError(
+                f"The reward model {self.__name__!r} reads {self.longest} tokens, and a prompt with its answer has "
+                f"{len(longest)}: {self.form.tokenizer.decode(longest)!r:.200}. Lower `response_length`, shorten the "
+                "prompts, or pass a function in `reward_funcs` that cuts what it hands to the model."
+            )
+
+    def _check_ids(self, sequences: list[list[int]]) -> None:
+        known, ids = known_tokens(self.model, self.config), chain.from_iterable(sequences)
+        whose = f"The reward model {self.__name__!r}"
+        check_known(ids, known, self.form.tokenizer, whose, "a prompt with its answer")
+
+
+def check_readable(
+    reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: PPOConfigX, pad_id: int | None = None
+) -> None:
+    """
+    Raises `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and what
+    would not fit its table of positions with a response of `response_length` tokens.
+    """
+    datasets = named(train_dataset, eval_dataset).items()
+    for scorer in (source for source in reward_funcs if isinstance(source, TokenScorer)):
+        form, model = scorer.form, f"the reward model {scorer.__name__!r}"
+        for name, dataset in datasets:
+            if not isinstance(dataset, Dataset | IterableDataset):
+                continue
+            is_chat = describe(dataset).columns.get("prompt") == CONVERSATION
+            if is_chat and not form.tokenizer.chat_template:
+                raise ValueError(
+                    f"`{name}` holds conversations, and the tokenizer of {model} has no chat template. Pass the one "
+                    "that it was trained with in `reward_processing_classes`, its `chat_template` set; or give "
+                    "prompts of text."
+                )
+            _check_ids_readable(dataset, name, form, model, pad_id)
+            if scorer.longest is not None and isinstance(dataset, Dataset):
+                longest = scorer.longest - form.behind(is_chat)
+                options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
+                check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s", pad_id=pad_id)
+
+
+def _check_ids_readable(dataset: Any, name: str, form: RewardForm, model: str, pad_id: int | None) -> None:
+    for row in islice(dataset, LOOKED_AT):
+        if is_tokenised(row) and form.cannot_read(unpadded(row, pad_id, form.actors.eos_token_id)):
+            raise ValueError(
+                f"`{name}` holds conversations in `input_ids`, written by the actor's chat template, and the "
+                f"tokenizer of {model} has another one. Give the messages in a column `prompt`, which it writes its "
+                "own way; or, if it was trained on text like this, set the `chat_template` of its tokenizer in "
+                "`reward_processing_classes` to the actor's."
+            )
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; `None` where it has no table of positions, or none that ends."""
+    tables = [
+        # RoBERTa's begins behind the pad token's row.
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+    ]
+    config: Any = model.config
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if tables and declared:
+        tables.append(declared)  # OPT's table has two rows more than there are positions
+    return min(tables, default=None)
+
+
+def token_scorer(reward_func: Any) -> TokenScorer | None:
+    """The [`TokenScorer`] that GRPO calls, or `None` for another kind of reward."""
+    return reward_func if isinstance(reward_func, TokenScorer) else None
+
+
+def model_of_text(reward_func: Any) -> nn.Module | None:
+    """The reward model with a tokenizer of its own, as GRPO takes it, or `None` for another kind of reward."""
+    return reward_func.model if isinstance(reward_func, TokenScorer) and not reward_func.form.shares_ids else None
+
+
+def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
+    """Raises `ValueError`, from the config alone, for a checkpoint without a trained score of one label."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    architecture = (config.architectures or ["an unknown architecture"])[0]
+    if "ForSequenceClassification" not in architecture:
+        raise ValueError(
+            f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train a reward "
+            "model first, for example with `trl-ext reward`."
+        )
+    check_single_label(config.num_labels, path)
+
+
+def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
+    check_reward_checkpoint(path, init_kwargs.get("trust_remote_code", False))
+    return create_model_from_path(path, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
+
+
+def check_reward_model(model: PreTrainedModel) -> None:
+    """
+    Raises `ValueError` for a reward model in memory that gives more than one score, or says too little of itself; a
+    module that takes what a reward function takes is one.
+    """
+    if is_function(model):
+        return
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(
+            f"The reward model {type(model).__name__} has no `config` of transformers, which says how many tokens it "
+            "knows and how many labels it has. Give it one (`vocab_size`, `num_labels=1`, `pad_token_id`), or wrap it "
+            "in a function for `reward_funcs`."
+        )
+    check_single_label(config.num_labels, get_config_model_id(config) or type(model).__name__)
+
+
+def is_function(source: Any) -> bool:
+    """Return whether a module takes what TRL gives a reward function, and no token ids."""
+    if not isinstance(source, nn.Module) or hasattr(source, "config"):
+        return False
+    parameters = inspect.signature(source.forward).parameters
+    return "input_ids" not in parameters and bool({"completions", "prompts", "completion_ids"} & parameters.keys())
+
+
+def check_single_label(num_labels: int, name: str) -> None:
+    if num_labels != 1:
+        raise ValueError(
+            f"The reward model {name!r} has {num_labels} labels; a response gets one score. Use a model trained with "
+            "`num_labels=1`, or wrap it in a function for `reward_funcs`."
+        )
+
+
+def find_tokenizer(path: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside the reward model in `path`, or `None`."""
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def same_tokenizer(actors: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, actor_vocabulary: int) -> bool:
+    """
+    Return whether two tokenizers turn text into the same ids and ids into the same text. What does not count: ids of
+    the actor's tokenizer that the actor does not have, and a pad token that only one of the two has, which is never
+    read (scripts for TRL 1.12 add one).
+    """
+    if actors is other:
+        return True
+    mine, its = actors.get_vocab().items(), other.get_vocab().items()
+    differing = {token for token, _ in its - mine} | {token for token, id_ in mine - its if id_ < actor_vocabulary}
+    same_vocabulary = differing <= {actors.pad_token, other.pad_token}
+    return same_vocabulary and actors(PROBE)["input_ids"] == other(PROBE)["input_ids"]
+
+
+def reads_actor_ids(
+    reward_model: PreTrainedModel,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    actor_tokenizer: PreTrainedTokenizerBase,
+    actor_vocabulary: int,
+) -> bool:
+    """
+    Return whether the reward model shares the actor's tokenizer. A model with no tokenizer of its own to be found,
+    made in memory as in scripts for TRL 1.12, must have a vocabulary that holds every id of the actor's.
+
+    Args:
+        actor_vocabulary: rows of the actor's embedding; it can sample no id beyond.
+    """
+    vocabulary = reward_model.config.get_text_config().vocab_size
+    if reward_tokenizer is not None:
+        return vocabulary >= actor_vocabulary and same_tokenizer(actor_tokenizer, reward_tokenizer, actor_vocabulary)
+    if vocabulary < actor_vocabulary:
+        raise ValueError(
+            f"The reward model knows {vocabulary} tokens and the actor {actor_vocabulary}, and no tokenizer is saved "
+            "beside the reward model: it could not read every id. Pass its tokenizer as `reward_processing_classes`."
+        )
+    logger.info("No tokenizer is saved beside the reward model: it reads the actor's token ids.")
+    return True

@@ -1,0 +1,84 @@
+"""`RunState`: everything that a run of PPO changes beside weights, optimizer and random numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .coefficients import Coefficients
+from .evaluation import HeldOut
+from .metrics import LossLedger
+from .rewards import RunningMoments
+from .rollout import MicroBatch, Rollout
+
+
+@dataclass
+class EarlyStop:
+    """
+    Ends the learning from a rollout once an optimizer step has moved the policy too far.
+
+    Args:
+        target_kl: KL[π_old ‖ π_θ] beyond which the rest of a rollout is left out, nats per token; None: never.
+    """
+
+    target_kl: float | None
+    stopped: bool = False
+    left_out_steps: int = 0  # of the open logging window
+
+    def saw(self, old_kl: float) -> None:
+        """Take note of an optimizer step's KL[π_old ‖ π_θ], the same number on every rank."""
+        self.stopped = self.target_kl is not None and old_kl > self.target_kl
+
+    def pop_log(self) -> dict[str, float]:
+        """Return the log entry of the optimizer steps that were left out since the last call."""
+        left_out, self.left_out_steps = self.left_out_steps, 0
+        return {"policy/steps_left_out": left_out} if self.target_kl is not None or left_out else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped": self.stopped, "left_out_steps": self.left_out_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped, self.left_out_steps = state["stopped"], state["left_out_steps"]
+
+
+@dataclass
+class RunState:
+    """
+    Args:
+        coefficients: the weights of the loss terms, with the controllers that move them.
+        held_out: the evaluations, with the first scores that later ones are compared with.
+        early_stop: whether the rest of this rollout is left out.
+        reward_moments: of all scores so far, for `normalize_rewards`.
+        ledger: the loss terms of the open logging window.
+        rollout: what is being learned from.
+        micro_batches: of this pass over the rollout.
+        passes_over_data: that were finished before this run went on from a checkpoint.
+    """
+
+    coefficients: Coefficients
+    held_out: HeldOut
+    early_stop: EarlyStop
+    reward_moments: RunningMoments = field(default_factory=RunningMoments)
+    ledger: LossLedger = field(default_factory=LossLedger)
+    rollout: Rollout | None = None
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    passes_over_data: int = 0
+
+    def state_dict(self, is_learning: bool, passes_over_data: int) -> dict[str, Any]:
+        """Return this rank's state for a checkpoint, with the rollout if it `is_learning` from it."""
+        learned_from = self.rollout if is_learning else None
+        return {name: getattr(self, name).state_dict() for name in _PARTS} | {
+            "rollout": None if learned_from is None else learned_from.tensors(),
+            "micro_batches": [(m.rows, m.num_tokens, m.share) for m in self.micro_batches] if learned_from else [],
+            "passes_over_data": passes_over_data,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of this rank."""
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        if state["rollout"] is not None:
+            self.rollout = rollout = Rollout(**state["rollout"])
+            self.micro_batches = [MicroBatch(rollout, *part) for part in state["micro_batches"]]
+        self.passes_over_data = state["passes_over_data"]
+
+
+_PARTS = ("coefficients", "held_out", "early_stop", "reward_moments", "ledger")

@@ -1,0 +1,204 @@
+"""The terms of the PPO loss: one table of them, their coefficients, and their means and total over a micro-batch.
+
+Symbols: B sequences, T response tokens; `mask` is (B, T) bool, True = counts. A term is one number per token until one
+reduction: the sum over the tokens that count, divided by `num_tokens`, the count of the whole optimizer batch (all
+micro-batches, all ranks). Neither the loss nor its gradient then depends on how that batch is cut.
+
+Signs: what is maximised (`clip_objective`, `entropy`) is subtracted from the total, what is minimised is added. S0
+writes L^CLIP − αL^KL + βL^VF and S1 L_POLICY + c1·L_VF + c2·L_ENTROPY; both mix the two.
+
+A new term is a function of `ppo/losses.py`, a line in `TERMS`, a field of `PPOCoefficients`, one of `PPOTerms`, and a
+line in `ppo_terms`. The total, the log, the model card, the report and the option's help follow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masked import masked_sum, require_shape, zero_masked
+from .kl import old_policy_kl
+from .losses import clip_objective, clipped_tokens, clipped_value_loss, clipped_values, policy_ratio, value_loss
+
+
+@dataclass(frozen=True)
+class Term:
+    """
+    One term of the loss, as everything that shows it calls it.
+
+    Args:
+        name: its field of `PPOTerms`; logged as `terms/<name>`.
+        formula: what it is, in the documents' notation.
+        unit: of its mean.
+        coefficient: its field of `PPOCoefficients`, logged as `coef/<coefficient>`; empty for the one of weight 1.
+        option: of `PPOConfigX`, or of the model's config, that sets the coefficient.
+        maximised: whether it is subtracted from the total.
+    """
+
+    name: str
+    formula: str
+    unit: str
+    coefficient: str = ""
+    option: str = ""
+    maximised: bool = False
+
+    @property
+    def sign(self) -> int:
+        """Its sign in the total."""
+        return -1 if self.maximised else 1
+
+    @property
+    def contribution(self) -> str:
+        """What it adds to the total, in words, such as "−ent_coef · entropy"."""
+        return f"{'−' if self.maximised else ''}{f'{self.option} · ' if self.option else ''}{self.name}"
+
+
+TERMS = (
+    Term("clip_objective", "min(ratio · Â, clip(ratio, 1 ± ε) · Â)", "unit of Â", maximised=True),
+    Term("kl", "KL(π_θ ‖ π_ref)", "nats per token", "kl", "kl_coef"),
+    Term("value_loss", "½ (V − R)²", "squared unit of the score", "vf", "vf_coef"),
+    Term("entropy", "−Σ p log p", "nats per token", "entropy", "ent_coef", maximised=True),
+    Term("old_kl", "KL[π_old ‖ π_θ]", "nats per token", "old_kl", "old_kl_coef"),
+    Term("aux_loss", "load balance of the experts", "as the model scales it", "aux", "router_aux_loss_coef"),
+)
+WEIGHTED = tuple(term for term in TERMS if term.coefficient)
+# Option -> what it is the coefficient of, for help texts.
+WEIGHED_BY = {term.option: f"{term.formula}, {term.unit}" for term in WEIGHTED}
+
+
+def total_in_words(terms: Sequence[Term] = TERMS) -> str:
+    """Return the total as a formula: "−clip_objective + kl_coef·kl + …"."""
+    parts = [
+        f"{'−' if term.maximised else '+'} {f'{term.option}·' if term.option else ''}{term.name}" for term in terms
+    ]
+    return " ".join(parts).replace("− ", "−", 1)
+
+
+@dataclass(frozen=True)
+class PPOCoefficients:
+    """The weights of the terms, none of them negative; the clipped objective has weight 1.
+
+    `kl` is α and `vf` β in S0 (c1 in S1), `entropy` c2 and `old_kl` the β of S1 §4.2.3; `aux` weighs the model's own
+    auxiliary loss, such as load balancing of experts.
+    """
+
+    kl: float = 0.0
+    vf: float = 0.5
+    entropy: float = 0.0
+    old_kl: float = 0.0
+    aux: float = 0.0
+
+    def of(self, term: Term) -> float:
+        """Return what a term is multiplied by in the total: negative if it is maximised."""
+        return term.sign * (getattr(self, term.coefficient) if term.coefficient else 1.0)
+
+
+@dataclass(frozen=True)
+class PPOTerms:
+    """The loss of one micro-batch and the terms it is made of.
+
+    total = −clip_objective + coef.kl·kl + coef.vf·value_loss − coef.entropy·entropy
+            + coef.old_kl·old_kl + coef.aux·aux_loss
+
+    All are scalars. `total` keeps its graph, the others are detached. Each is a sum over this micro-batch's tokens
+    divided by `num_tokens` of the whole optimizer batch, so that adding over micro-batches and ranks gives the mean
+    per token. Two differ: `ratio_max` is a maximum, to be combined by a maximum (−inf without tokens); `aux_loss` is
+    already multiplied by its weight, and adds up to its mean. `kl` and `old_kl` are in nats per token, fractions are
+    of tokens.
+    """
+
+    total: Tensor
+    clip_objective: Tensor
+    kl: Tensor | None
+    value_loss: Tensor
+    entropy: Tensor
+    old_kl: Tensor
+    aux_loss: Tensor | None
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    clip_fraction: Tensor
+    value_clip_fraction: Tensor
+
+
+def ppo_terms(
+    *,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    num_tokens: float | Tensor,
+    coef: PPOCoefficients,
+    cliprange: float,
+    entropy: Tensor,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    cliprange_value: float | None = None,
+    kl: Tensor | None = None,
+    importance_sampling_ratio: Tensor | None = None,
+    aux_loss: Tensor | None = None,
+    aux_weight: float | Tensor = 1.0,
+) -> PPOTerms:
+    """The PPO loss of one micro-batch, every term named; see `PPOTerms` for the formula.
+
+    - `logps`, `old_logps`, `advantages`, `entropy`, `values`, `old_values`, `returns`, `kl`: (B, T), one number per
+      token. `kl` is an estimate of KL(π_θ ‖ π_ref) made with the same mask (`estimate_kl(..., mask)`), or None.
+    - `num_tokens`: tokens that count in the whole optimizer batch. If it is 0, so are all terms.
+    - `cliprange_value`: None for the plain `value_loss`.
+    - `importance_sampling_ratio`: (B, T) or (B, 1), multiplies the clipped objective; corrects for an inference engine
+      whose probabilities differ from the trainer's, as in GRPO.
+    - `aux_loss`: scalar. `aux_weight` is this micro-batch's share of the optimizer batch.
+    """
+    per_token = {"logps": logps, "old_logps": old_logps, "advantages": advantages, "entropy": entropy}
+    per_token |= {"values": values, "old_values": old_values, "returns": returns}
+    require_shape(mask, **per_token, **({} if kl is None else {"kl": kl}))
+    # Masked first: an exponential that overflows gives a nan gradient even if it is masked afterwards.
+    logps, old_logps, advantages, values, old_values, returns = (
+        zero_masked(tensor, mask) for tensor in (logps, old_logps, advantages, values, old_values, returns)
+    )
+    ratio = policy_ratio(logps, old_logps)
+    objective = clip_objective(ratio, advantages, cliprange)
+    if importance_sampling_ratio is not None:
+        objective = objective * zero_masked(importance_sampling_ratio.expand_as(mask), mask)
+    value_error, value_clipped = _value_terms(values, old_values, returns, cliprange_value)
+
+    divisor = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
+
+    def mean(term: Tensor) -> Tensor:
+        return masked_sum(term, mask) / divisor
+
+    means: dict[str, Tensor | None] = {
+        "clip_objective": mean(objective),
+        "value_loss": mean(value_error),
+        "entropy": mean(entropy),
+        "old_kl": mean(old_policy_kl(logps, old_logps)),
+        "kl": None if kl is None else mean(kl),
+        "aux_loss": None if aux_loss is None else aux_loss * aux_weight,
+    }
+    ratio = ratio.detach()
+    detached: dict[str, Any] = {name: None if term is None else term.detach() for name, term in means.items()}
+    return PPOTerms(
+        **detached,
+        total=_total(means, coef),
+        ratio_mean=mean(ratio),
+        ratio_max=torch.where(mask, ratio, -torch.inf).max(),
+        clip_fraction=mean(clipped_tokens(ratio, advantages, cliprange)),
+        value_clip_fraction=mean(value_clipped),
+    )
+
+
+def _total(means: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:
+    """Return what the optimizer minimises; a term that is None is not part of it."""
+    return sum(coef.of(term) * mean for term in TERMS if (mean := means[term.name]) is not None)  # type: ignore[return-value]
+
+
+def _value_terms(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None
+) -> tuple[Tensor, Tensor]:
+    """The critic's error per token, and where its clip is active (nowhere if there is no range)."""
+    if cliprange_value is None:
+        return value_loss(values, returns), torch.zeros_like(values, dtype=torch.bool)
+    arguments = (values, old_values, returns, cliprange_value)
+    return clipped_value_loss(*arguments), clipped_values(*arguments)

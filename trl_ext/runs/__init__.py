@@ -1,0 +1,16 @@
+"""
+What a run needs to start, logs, leaves behind and says of itself.
+
+    requirements   numbers, packages and folders, checked before a model is loaded
+    steps_left     refuse a checkpoint that has no step left
+    best_metric    by which metric the best checkpoint is chosen
+    profiler       seconds and memory of the phases of a run
+    trackio_run    one run in trackio for training and evaluations
+    final_line     the last steps of a run are logged too
+    log            what a Trainer has logged, as series
+    convergence    whether a run has converged
+    alarms         what in a log deserves a look
+    folder         files in a run's folder
+    facts          what a trainer knows of its run, in words
+    card           the model card
+"""

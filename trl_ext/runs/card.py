@@ -1,0 +1,301 @@
+"""
+The model card: what was trained on what, by which loss, how it came out, how to load it, whom to cite.
+
+TRL's trainers write a card with their text, tags and citations. `complete_card` puts a run's own sections into it,
+from the trainer and from what it has logged. TRL writes a card anew each time, so no section is ever in it twice.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from accelerate.utils import is_peft_model
+from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
+
+from .._trl import get_config_model_id
+from ..data.json_values import plain
+from .facts import base_name, changed_options, data_facts, machine_facts, model_facts
+from .folder import DATA_FILES, is_of_this_run, without_place
+from .log import is_tie
+
+
+FILE, PICTURE = "README.md", "report.png"
+# Options that say nothing about the model: places and switches of one machine.
+OF_THE_MACHINE = {
+    *("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "debug", "resume_from_checkpoint"),
+    *("accelerator_config", "activation_checkpointing", "do_train", "do_eval", "do_predict", "pad_to_multiple_of"),
+    *("use_cpu", "dataloader_pin_memory", "dataloader_num_workers"),
+    *("vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"),
+}
+OF_SIGNS = ("preference/accuracy", "preference/calibration_error")
+# InstructGPT: a reward model of human preferences, and PPO against it.
+OUYANG = """\
+@inproceedings{ouyang2022training,
+    title     = {{Training Language Models to Follow Instructions with Human Feedback}},
+    author    = {Long Ouyang and Jeff Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and
+                 Pamela Mishkin and others},
+    booktitle = {Advances in Neural Information Processing Systems 35},
+    year      = 2022
+}"""
+
+
+class Metric(NamedTuple):
+    """A metric of the log that belongs on a card. Held out, `key` has `eval_` before it."""
+
+    key: str
+    name: str
+    form: str = "{:.3f}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    What one kind of training says about itself.
+
+    Attributes:
+        trainer: its public name, with its package.
+        facts: rows of the table "What was trained, and how".
+        loss: the section on the loss, in Markdown.
+        metrics: those to show, the first ones first.
+        loading: Python lines that load what was trained from the folder `folder`.
+        citations: BibTeX entries beside those of TRL's own card.
+        task: the hub's name of the task.
+    """
+
+    trainer: str
+    facts: Mapping[str, Any]
+    loss: str
+    metrics: Sequence[Metric]
+    loading: str
+    citations: Sequence[str] = ()
+    task: str = "text-generation"
+
+
+def card_name(trainer: Any) -> str:
+    """The model's name: that of its repository, else of its folder."""
+    repository = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    return str(repository).split("/")[-1] if repository else Path(trainer.args.output_dir).resolve().name
+
+
+def hub_name(dataset_name: str | None) -> str | None:
+    """The dataset's name if it is one of the hub's; a file or folder has no page there."""
+    if dataset_name is None or Path(dataset_name).exists() or Path(dataset_name).is_absolute():
+        return None
+    return None if Path(dataset_name).suffix in DATA_FILES else dataset_name
+
+
+class WritesCard:
+    """
+    A trainer whose model card says what was trained, and how it came out. Named before TRL's trainer among the bases;
+    `describe` gives the sections.
+    """
+
+    def describe(self) -> Training:
+        raise NotImplementedError
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        # The Trainer writes a card beside its checkpoints and when it pushes; a folder saved at the end needs one too.
+        args: Any = self.args  # type: ignore[attr-defined]
+        is_own = Path(output_dir or args.output_dir) == Path(args.output_dir)
+        if is_own and not _internal_call and not args.push_to_hub:
+            self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write TRL's model card, with the sections of this training."""
+        super().create_model_card(model_name or card_name(self), hub_name(dataset_name), tags)  # type: ignore[misc]
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            complete_card(self, self.describe(), dataset_name)
+
+
+def complete_card(trainer: Any, training: Training, dataset_name: str | None = None) -> None:
+    """
+    Completes the card that TRL has just written into a trainer's output folder.
+
+    Args:
+        trainer: any TRL trainer, after TRL's `create_model_card`; on the main process.
+        training: what to say about it.
+        dataset_name: what it was trained on.
+    """
+    path = Path(trainer.args.output_dir) / FILE
+    card = ModelCard.load(path)
+    base = base_name(trainer.model)
+    card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
+    card.text = card.text.replace('="None"', f'="{_repository(trainer)}"')
+    before, heading, citations = card.text.partition("## Citations")
+    more = "".join(f"\n```bibtex\n{entry}\n```\n" for entry in training.citations)
+    cited = f"{citations.rstrip()}\n" + (f"\nCite the methods used as:\n{more}" if more else "")
+    card.text = f"{before}{_sections(trainer, training, dataset_name)}\n{heading}{cited}"
+    _complete_metadata(card, trainer, training, dataset_name)
+    card.save(path)
+
+
+def _repository(trainer: Any) -> str:
+    return getattr(trainer, "hub_model_id", None) or str(without_place(trainer.args.output_dir))
+
+
+# ---- Sections ----
+
+
+def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str:
+    facts: dict[str, Any] = {"trained by": f"`{training.trainer}`"}
+    of_model = model_facts(trainer.model)
+    facts |= {"base model": _linked(of_model.pop("model"))} | of_model
+    facts |= data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
+    known = {name: str(value).replace("|", "\\|") for name, value in facts.items() if value not in (None, "")}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in known.items())
+    parts = {
+        "Results": _results(trainer, training.metrics),
+        "What was trained, and how": f"| | |\n|---|---|\n{rows}",
+        "The loss": training.loss,
+        "Options": _options(trainer.args),
+        "How to load it": _loading(trainer, training.loading),
+    }
+    return "\n".join(f"## {title}\n\n{text}\n" for title, text in parts.items() if text)
+
+
+def _linked(name: str) -> str:
+    """A hub name with its page; a folder's has none."""
+    return f"[{name}](https://huggingface.co/{name})" if name.count("/") == 1 and not Path(name).exists() else name
+
+
+def _results(trainer: Any, metrics: Sequence[Metric]) -> str:
+    log, parts = trainer.state.log_history, []
+    folder = Path(trainer.args.output_dir)
+    if is_of_this_run(folder / PICTURE):
+        parts.append(f"![The run: its loss terms, rewards and KL over the steps]({PICTURE})")
+    for prefix in _held_out(log, metrics):
+        name = prefix.removeprefix("eval").strip("_")
+        parts.append(_table(f"held out{f', {name}' if name else ''}", log, metrics, prefix))
+    parts.append(_table("in training", log, metrics, ""))
+    return "\n\n".join(filter(None, parts))
+
+
+def _held_out(log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> list[str]:
+    """Return what stands before the metrics of each held-out set: "eval_", or "eval_<name>_" of several."""
+    first = metrics[0].key
+    keys = {key for line in log for key in line if key.startswith("eval_") and key.endswith(f"_{first}")}
+    return sorted(key.removesuffix(first) for key in keys)
+
+
+def _table(title: str, log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric], prefix: str) -> str:
+    """Each metric in the first and in the last line that has it; a cell of another step than its column's says so."""
+    known = {metric: lines for metric in metrics if (lines := _lines(log, prefix + metric.key))}
+    if not known:
+        return ""
+    steps = [line["step"] for lines in known.values() for line in lines]
+    heads = (min(steps), max(steps))
+    rows = [f"| {title} | step {heads[0]} | step {heads[1]} |", "|---|---:|---:|"]
+    for metric, lines in known.items():
+        cells = [
+            _cell(line, metric, prefix) + ("" if line["step"] == head else f", step {line['step']}")
+            for line, head in zip((lines[0], lines[-1]), heads, strict=True)
+        ]
+        rows.append(f"| {metric.name} | {' | '.join(cells if len(lines) > 1 else ['', cells[1]])} |")
+    return "\n".join(rows)
+
+
+def _lines(log: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    return [line for line in log if line.get(key) is not None and math.isfinite(line[key])]
+
+
+def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
+    """The value, with its 95% interval where one is logged."""
+    if _is_of_ties(line, metric, prefix):
+        return "all ties"
+    key = prefix + metric.key
+    value, half = metric.form.format(line[key]), line.get(f"{key}_ci95")
+    if half is not None:
+        return f"{value} ± {metric.form.format(half).lstrip('+')}"
+    low, high = line.get(f"{key}_low"), line.get(f"{key}_high")
+    if low is None or high is None:
+        return value
+    return f"{value} ({metric.form.format(low)} to {metric.form.format(high)})"
+
+
+def _is_of_ties(line: Mapping[str, Any], metric: Metric, prefix: str) -> bool:
+    """Who is right says nothing while all pairs are ties."""
+    return metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()})
+
+
+def _options(args: Any) -> str:
+    changed = {name: value for name, value in changed_options(args).items() if name not in OF_THE_MACHINE}
+    options = plain(changed, not_finite=str)
+    lines = yaml.safe_dump(without_place(options), sort_keys=False, allow_unicode=True)
+    return f"Those that differ from the defaults of `{type(args).__name__}`:\n\n```yaml\n{lines}```" if options else ""
+
+
+def _loading(trainer: Any, lines: str) -> str:
+    repository = getattr(trainer, "hub_model_id", None)
+    if repository:
+        where = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}")'
+    else:
+        where = f'folder = "{without_place(trainer.args.output_dir)}"'
+    return f"```python\n{where}\n{textwrap.dedent(lines).strip()}\n```"
+
+
+# ---- Metadata ----
+
+
+def _complete_metadata(card: ModelCard, trainer: Any, training: Training, dataset_name: str | None) -> None:
+    """The card's YAML header, as huggingface_hub defines it."""
+    data: Any = card.data
+    is_adapter = is_peft_model(trainer.model)
+    if "licence" in data.__dict__:  # TRL's placeholder, under a name that the hub does not know
+        del data.licence
+    data.license = data.license or _license_of(get_config_model_id(trainer.model.config))
+    data.library_name = "peft" if is_adapter else data.library_name
+    data.pipeline_tag = training.task
+    data.tags = sorted(set(data.tags or ()) | {"trl-ext"})
+    if data.base_model:
+        data.base_model_relation = "adapter" if is_adapter else "finetune"
+    log, data.model_name = trainer.state.log_history, card_name(trainer)
+    data.eval_results = [
+        _eval_result(lines[-1][prefix + metric.key], metric, prefix, training.task, dataset_name)
+        for prefix in _held_out(log, training.metrics)
+        for metric in training.metrics
+        if (lines := _lines(log, prefix + metric.key)) and not _is_of_ties(lines[-1], metric, prefix)
+    ] or None
+
+
+def _eval_result(value: float, metric: Metric, prefix: str, task: str, dataset_name: str | None) -> EvalResult:
+    name = prefix.removeprefix("eval").strip("_")
+    return EvalResult(
+        task_type=task,
+        dataset_type=hub_name(dataset_name) or "own",
+        dataset_name=f"{without_place(dataset_name) or 'held-out rows'}{f', {name}' if name else ''}",
+        dataset_split="held out",
+        metric_type=metric.key,
+        metric_name=metric.name,
+        metric_value=round(float(value), 6),
+    )
+
+
+def _license_of(base: str | None) -> str | None:
+    """The license that the base's own card names, as far as it is on this machine."""
+    if not base:
+        return None
+    card = Path(base) / FILE if Path(base).is_dir() else try_to_load_from_cache(base, FILE)
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    return ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+
+
+def loading_lines(auto_class: str, is_adapter: bool, *arguments: str) -> str:
+    """Python lines that load the model, or the adapter with its base, and the tokenizer, from the folder `folder`."""
+    name = f"AutoPeft{auto_class.removeprefix('Auto')}" if is_adapter else auto_class
+    imports = (
+        [f"from peft import {name}", "from transformers import AutoTokenizer"]
+        if is_adapter
+        else [f"from transformers import {name}, AutoTokenizer"]
+    )
+    given = ", ".join(["folder", *arguments])
+    loads = [f"model = {name}.from_pretrained({given})", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    return "\n".join([*imports, "", *loads])

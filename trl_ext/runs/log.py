@@ -1,0 +1,71 @@
+"""What a Trainer has logged (`state.log_history`), read as series. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+Log = Sequence[Mapping[str, Any]]
+Series = tuple[list[int], list[float]]
+"""Steps and values, in the order of the log."""
+
+TIE = 1e-4  # in β · nats; what rounding makes of two equal models is smaller
+
+# Algorithm -> keys of which a line of its training or of its evaluations has one. The first that fits is taken.
+SIGNS = {
+    "ppo": ("terms/clip_objective", "reward/score"),
+    "dpo": ("preference/accuracy", "rewards/accuracies"),
+    "grpo": ("reward", "reward_std"),  # also RLOO, which logs the same keys
+    "reward": ("accuracy",),
+}
+
+
+def series(log: Log, key: str) -> Series:
+    """Steps and values of a log key, from the lines that have it; of several lines at one step, the last."""
+    values = {int(line["step"]): float(line[key]) for line in log if line.get(key) is not None}
+    return list(values), list(values.values())
+
+
+def algorithm(log: Log) -> str | None:
+    """Which of `SIGNS` has written a log; `None` for another trainer, or when nothing is logged yet."""
+    keys = {key.removeprefix("eval_") for line in log for key in line}
+    return next((name for name, signs in SIGNS.items() if keys.intersection(signs)), None)
+
+
+def scores(log: Log) -> Series:
+    """The mean score of the completions sampled in training, in reward units: of PPO, else of GRPO and RLOO."""
+    return series(log, "reward/score" if any("reward/score" in line for line in log) else "reward")
+
+
+def reference_kl(log: Log) -> Series:
+    """
+    KL(π_θ ‖ π_ref) of the sampled completions, nats per sequence. GRPO and RLOO log it per token, as `kl`; it is
+    multiplied by the mean length of the last rollout.
+    """
+    if any("kl/ref" in line for line in log):
+        return series(log, "kl/ref")
+    length, values = None, {}
+    for line in log:
+        length = line.get("completions/mean_length", length)
+        if line.get("kl") is not None and length is not None:
+            values[int(line["step"])] = float(line["kl"]) * float(length)
+    return list(values), list(values.values())
+
+
+def memory(log: Log) -> Series:
+    """GiB at most held in any phase, of the lines that say it."""
+    lines = [(int(line["step"]), [v for k, v in line.items() if k.startswith("memory/")]) for line in log]
+    values = {step: float(max(peaks)) for step, peaks in lines if peaks}
+    return list(values), list(values.values())
+
+
+def held_out_accuracy(log: Log) -> str | None:
+    """The key of the held-out preference accuracy: `DPOTrainerX`'s, else `DPOTrainer`'s, else `RewardTrainer`'s."""
+    names = ("eval_preference/accuracy", "eval_rewards/accuracies", "eval_accuracy")
+    return next((name for name in names if any(line.get(name) is not None for line in log)), None)
+
+
+def is_tie(metrics: Mapping[str, Any]) -> bool:
+    """Return whether a log line of DPO says that all margins are 0, up to rounding: the policy is the reference."""
+    ends = [metrics.get(f"{prefix}rewards/margins_{end}") for prefix in ("", "eval_") for end in ("p10", "p90")]
+    known = [abs(margin) for margin in ends if margin is not None]
+    return bool(known) and max(known) < TIE

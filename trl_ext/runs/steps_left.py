@@ -1,0 +1,70 @@
+"""Tell a run that has a step left to take after its checkpoint from a finished one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .folder import STATE
+
+
+class StepsLeft(TrainerCallback):
+    """
+    Refuses to go on from a checkpoint that has all optimizer steps of the run. The Trainer takes one more, and
+    overwrites what the finished run has left. Here the number of steps is known also where epochs set it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise ValueError(_nothing_left("The run that is resumed", state.global_step, state.max_steps))
+
+
+def refuse_finished_checkpoints(trainer: Any) -> None:
+    """Gives a trainer a [`StepsLeft`], before the callbacks that begin a log or a report."""
+    trainer.callback_handler.callbacks.insert(0, StepsLeft())
+
+
+def require_steps_left(checkpoint: Path | None, max_steps: int) -> None:
+    """
+    Args:
+        checkpoint: its folder; `None` for a run that begins.
+        max_steps: optimizer steps of the run that goes on from it; 0 or less where that is not known yet.
+
+    Raises:
+        ValueError: when the checkpoint has taken them all.
+    """
+    if checkpoint is not None and 0 < max_steps <= (taken := steps_of(checkpoint)[0]):
+        raise ValueError(_nothing_left(f"The run saved in {checkpoint}", taken, max_steps))
+
+
+def has_steps_left(folder: str | Path) -> bool:
+    """Return whether the run or the checkpoint in a folder had steps left to take when its state was written."""
+    if not (Path(folder) / STATE).is_file():
+        return False
+    taken, all_steps = steps_of(folder)
+    return taken < all_steps
+
+
+def steps_of(folder: str | Path) -> tuple[int, int]:
+    """
+    Optimizer steps that the run in a folder had taken when its state was written, and those that it was to take.
+
+    Raises:
+        ValueError: when the file with its state cannot be read.
+    """
+    path = Path(folder) / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return state["global_step"], state["max_steps"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it was cut off. Resume from another checkpoint."
+        ) from None
+
+
+def _nothing_left(what: str, taken: int, all_steps: int) -> str:
+    return (
+        f"{what} has taken {taken} optimizer steps, and this one ends after {all_steps}. To train for longer, raise "
+        "`max_steps` or `num_train_epochs`, in PPO `total_episodes`."
+    )
