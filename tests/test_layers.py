@@ -253,7 +253,9 @@ def test_the_rooms_are_where_the_rules_look():
     ],
 )
 def test_control_a_violation_is_caught(tmp_path, rule, path, lawful, violation):
-    modules = "__init__ cli masked data/__init__ data/demo ppo/__init__ ppo/kl ppo/trainer report/__init__ report/tables"
+    modules = (
+        "__init__ cli masked data/__init__ data/demo ppo/__init__ ppo/kl ppo/trainer report/__init__ report/tables"
+    )
     for module in [*modules.split(), "callbacks/__init__"]:
         stub = tmp_path / "trl_ext" / f"{module}.py"
         stub.parent.mkdir(parents=True, exist_ok=True)

@@ -34,11 +34,11 @@ class DataArguments(DatasetMixtureConfig):
             "the embedded movie reviews."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
-        metadata={"help": "Split to evaluate on; 10% of the training rows (`test_split_size`) if there is none."},
+        metadata={"help": "Split to evaluate on. If there is none: 10% of the training rows (`test_split_size`)."},
     )
     dataset_streaming: bool = field(
         default=False,
@@ -50,8 +50,10 @@ class DataArguments(DatasetMixtureConfig):
             "help": "Columns to rename, new=old: `prompt=question chosen=good rejected=bad`. See docs/datasets.md."
         },
     )
-    train_size: int | None = field(default=None, metadata={"help": "Rows to train on, at most. Unset: all."})
-    test_size: int | None = field(default=None, metadata={"help": "Rows to evaluate on, at most. Unset: all."})
+    train_size: int | None = field(default=None, metadata={"help": "Maximum number of rows to train on. Unset: all."})
+    test_size: int | None = field(
+        default=None, metadata={"help": "Maximum number of rows to evaluate on. Unset: all."}
+    )
 
     @property
     def source(self) -> str:

@@ -14,13 +14,13 @@ from .recipes import find_config, read_yaml
 
 @dataclass
 class LaunchArguments:
-    TOPIC: ClassVar[str] = "Launching, and looking before it"
+    TOPIC: ClassVar[str] = "Launching, and checks before it"
 
     dry_run: bool = field(
         default=False,
         metadata={
             "help": "Print the batch plan, the memory plan and the first sample as the model reads it, and stop. "
-            "Nothing is loaded but the tokenizer."
+            "Only the tokenizer is loaded."
         },
     )
     gpu: str | None = field(
@@ -29,10 +29,10 @@ class LaunchArguments:
     )
     force: bool = field(
         default=False,
-        metadata={"help": "Train even where the planner says that the run does not fit the GPU's memory."},
+        metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."},
     )
     nproc: int | None = field(
-        default=None, metadata={"help": "Processes to start, on all machines together: one for each GPU."}
+        default=None, metadata={"help": "Number of processes to start, over all machines: one for each GPU."}
     )
     accelerate_config: str | None = field(
         default=None,
@@ -41,9 +41,11 @@ class LaunchArguments:
         },
     )
     machine_rank: int | None = field(
-        default=None, metadata={"help": "Of several machines: which one this is, from 0."}
+        default=None, metadata={"help": "With several machines: the number of this one, from 0."}
     )
-    main_process_ip: str | None = field(default=None, metadata={"help": "Of several machines: address of machine 0."})
+    main_process_ip: str | None = field(
+        default=None, metadata={"help": "With several machines: address of machine 0."}
+    )
     main_process_port: int | None = field(default=None, metadata={"help": "Port of the first process."})
 
 

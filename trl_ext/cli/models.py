@@ -27,8 +27,8 @@ class ModelArguments(ModelConfig):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Data type of the weights. Unset: float32, which a GPU computes on in bfloat16 (see --bf16); with "
-            "--use_peft on a GPU bfloat16, as most weights are frozen.",
+            "help": "Data type of the weights. Unset: float32, with bfloat16 computation on a GPU (see --bf16); with "
+            "--use_peft on a GPU bfloat16, because most weights are frozen.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

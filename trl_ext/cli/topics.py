@@ -44,29 +44,29 @@ ABSENT = {
 TEXTS = {
     "": {
         "output_dir": "Folder of the run. Unset: trainer_output.",
-        "resume_from_checkpoint": "Folder checkpoint-N of a run to go on from, or True for the last one in "
-        "`--output_dir`. To train for longer, raise the number of epochs, steps or episodes.",
+        "resume_from_checkpoint": "Folder checkpoint-N of the run to continue, or True for the last one in "
+        "`--output_dir`. To train longer, raise the number of epochs, steps or episodes.",
     },
     "dpo": {
-        "label_smoothing": "Share of labels that are flipped by mistake, in [0, 0.5): conservative DPO with "
+        "label_smoothing": "Assumed share of labels that are wrongly flipped, in [0, 0.5): conservative DPO with "
         "`--loss_type sigmoid`; also read by robust, exo_pair, aot and aot_unpaired.",
     },
     "ppo": {
         "generation_kwargs": "Options of transformers' GenerationConfig, or vLLM's SamplingParams, that do not change "
         'what is sampled, such as `{"use_cache": false}`.',
-        "gradient_accumulation_steps": "Times `per_device_train_batch_size`: the prompts of a rollout on each "
-        "process. `num_mini_batches` says how many optimizer steps they make.",
+        "gradient_accumulation_steps": "Times `per_device_train_batch_size`, this is the number of "
+        "prompts of a rollout on each process. `num_mini_batches` splits them into optimizer steps.",
     },
     "score": {
         "model_name_or_path": "Policy: a folder with a model or an adapter, or a hub name. Unset: outputs/dpo-demo.",
-        "model_revision": "Revision of the policy and its tokenizer; of no --ref_model.",
+        "model_revision": "Revision of the policy and its tokenizer, not of --ref_model.",
         "dataset_name": "A json, jsonl, csv or parquet file, a folder written by `save_to_disk`, or a hub name. "
-        "Unset: the embedded pairs that the demo holds out.",
+        "Unset: the demo's held-out pairs.",
         "dataset_streaming": "Read the rows while scoring.",
         "dataset_test_split": "Split to score.",
-        "dataset_train_split": "Split to score where there is no `dataset_test_split`.",
-        "test_size": "Pairs to score, at most. Unset: all.",
-        "dtype": "Data type of the weights. Unset: float32; of an adapter's base on a GPU bfloat16.",
+        "dataset_train_split": "Split to score if there is no `dataset_test_split`.",
+        "test_size": "Maximum number of pairs to score. Unset: all.",
+        "dtype": "Data type of the weights. Unset: float32; for an adapter's base on a GPU bfloat16.",
     },
 }
 

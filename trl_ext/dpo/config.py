@@ -38,14 +38,14 @@ class DPOConfigX(DPOConfig):
         default=True,
         metadata={
             "help": "Put all pairs of a batch into one row, without padding, and compute what a pair's two sequences "
-            "have in common once. Where that is not exact, TRL's way is taken, and the log says why."
+            "have in common once. Where that would not be exact, the trainer uses TRL's rows, and the log says why."
         },
     )
     ref_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
         default=None,
         metadata={
             "help": "Load the reference in fewer bits, with bitsandbytes: '8bit' or '4bit' (NF4). For a `ref_model` "
-            "given by path, or the copy of a policy that comes from a path. The margins are then not 0 before the "
+            "given by path, or the copy of a policy given by path. The margins are then not 0 before the "
             "first step.",
             "choices": ["8bit", "4bit"],
         },
@@ -55,10 +55,11 @@ class DPOConfigX(DPOConfig):
         metadata={"help": "Show completions of actor and reference side by side at every evaluation."},
     )
     num_eval_samples: Annotated[int, COUNT] = field(
-        default=4, metadata={"help": "With `generate_during_eval`: held-out prompts to complete, from the first on."}
+        default=4,
+        metadata={"help": "With `generate_during_eval`: how many held-out prompts to complete, from the first on."},
     )
     eval_max_new_tokens: Annotated[int, COUNT] = field(
-        default=64, metadata={"help": "With `generate_during_eval`: tokens in a completion, at most."}
+        default=64, metadata={"help": "With `generate_during_eval`: maximum tokens in a completion."}
     )
 
     def __post_init__(self):

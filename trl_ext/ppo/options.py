@@ -30,12 +30,13 @@ class BatchOptions:
         default=4, metadata={"help": "Passes over each rollout. Integer >= 1."}
     )
     num_mini_batches: Annotated[int, COUNT] = field(
-        default=1, metadata={"help": "Mini-batches, hence optimizer steps, in one pass over a rollout. Integer >= 1."}
+        default=1,
+        metadata={"help": "Mini-batches, each one optimizer step, in one pass over a rollout. Integer >= 1."},
     )
     total_episodes: Annotated[int | None, POSITIVE_OR_UNSET] = field(
         default=None,
         metadata={
-            "help": "Responses to sample in the whole run; sets `max_steps`. Unset: `num_train_epochs` decides."
+            "help": "Responses to sample in the whole run; sets `max_steps`. Unset: `num_train_epochs` is used."
         },
     )
     local_rollout_forward_batch_size: Annotated[int, COUNT] = field(
@@ -51,20 +52,20 @@ class ModelOptions:
     TOPIC: ClassVar[str] = "Models and adapters"
 
     sft_model_path: str | None = field(
-        default=None, metadata={"help": "Path of the actor, when no `model` is passed to the trainer."}
+        default=None, metadata={"help": "Path of the actor, if no `model` is passed to the trainer."}
     )
     reward_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "Path of the reward model, when no reward is passed to the trainer. Where the actor trains an "
-            "adapter, it may be the folder of a reward adapter, which is loaded onto the actor's base."
+            "help": "Path of the reward model, if no reward is passed to the trainer. If the actor trains an adapter, "
+            "it may be the folder of a reward adapter, which is loaded onto the actor's base."
         },
     )
     model_adapter_name: str | None = field(
-        default=None, metadata={"help": "Name of the adapter to train, when the actor holds several."}
+        default=None, metadata={"help": "Name of the adapter to train, if the actor has several."}
     )
     ref_adapter_name: str | None = field(
-        default=None, metadata={"help": "Name of the actor's adapter that is the reference model."}
+        default=None, metadata={"help": "Name of the actor's adapter to use as the reference model."}
     )
 
 
@@ -75,8 +76,8 @@ class FrozenModelOptions:
     offload_frozen_models: bool = field(
         default=False,
         metadata={
-            "help": "Keep the weights of reference and reward models in host memory, and on the device only while "
-            "they score. Not with ZeRO-3 or FSDP, which partition them."
+            "help": "Keep the weights of reference and reward models in host memory, and move them to the device only "
+            "while they score. Not with ZeRO-3 or FSDP, which partition them."
         },
     )
     reward_model_quantization: Annotated[str | None, one_of(*QUANTIZATIONS)] = field(
@@ -101,24 +102,26 @@ class FrozenModelOptions:
 class ResponseOptions:
     TOPIC: ClassVar[str] = "Responses"
 
-    response_length: Annotated[int, COUNT] = field(default=53, metadata={"help": "Longest response, in tokens."})
+    response_length: Annotated[int, COUNT] = field(
+        default=53, metadata={"help": "Maximum length of a response, in tokens."}
+    )
     temperature: Annotated[float, POSITIVE] = field(
         default=1.0, metadata={"help": "Sampling temperature; also the temperature of every log-probability. > 0."}
     )
     stop_token: Annotated[str | None, one_of(None, "eos")] = field(
         default=None,
         metadata={
-            "help": "'eos': a response ends at the tokenizer's eos token only. Unset: at any end token that the model "
-            "or the tokenizer declares.",
+            "help": "'eos': a response ends only at the tokenizer's eos token. Unset: at any end token that the "
+            "model or the tokenizer declares.",
             "choices": ["eos"],
         },
     )
     stop_token_id: int | None = field(
-        default=None, metadata={"help": "Id of the one token that ends a response. Excludes `stop_token`."}
+        default=None, metadata={"help": "Id of the only token that ends a response. Not together with `stop_token`."}
     )
     num_sample_generations: Annotated[int, NOT_NEGATIVE] = field(
         default=10,
-        metadata={"help": "How many times in the run sample completions of `eval_dataset` are printed. 0: never."},
+        metadata={"help": "How many times per run to print sample completions of `eval_dataset`. 0: never."},
     )
 
 
@@ -127,7 +130,7 @@ class RewardOptions:
     TOPIC: ClassVar[str] = "From scores to rewards"
 
     missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE_OR_UNSET] = field(
-        default=None, metadata={"help": "Subtracted from the score of a response without an end token. >= 0."}
+        default=None, metadata={"help": "Subtract this from the score of a response without an end token. >= 0."}
     )
     normalize_rewards: bool = field(
         default=False,
@@ -137,7 +140,7 @@ class RewardOptions:
         default=None, metadata={"help": "Clip scores to ± this value, after `normalize_rewards`. Positive."}
     )
     whiten_rewards: bool = field(
-        default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance, mean kept."}
+        default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance; keep the mean."}
     )
 
 
@@ -148,15 +151,15 @@ class KLOptions:
     kl_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.05,
         metadata={
-            "help": f"Coefficient α of {WEIGHED_BY['kl_coef']}: larger holds the actor closer to the reference. 0: no "
-            "reference model is loaded."
+            "help": f"Coefficient α of {WEIGHED_BY['kl_coef']}: a larger value keeps the actor closer to the "
+            "reference. 0: no reference model is loaded."
         },
     )
     kl_placement: Annotated[str, one_of(*KL_PLACEMENTS)] = field(
         default="loss",
         metadata={
-            "help": "'loss': −αL^KL as in the documents; per state. 'reward': subtracted from the per-token rewards "
-            "as in TRL 1.12, so that it also reaches earlier tokens through the returns.",
+            "help": "'loss': −αL^KL as in the documents, applied per state. 'reward': subtracted from the per-token "
+            "rewards as in TRL 1.12, so that it also reaches earlier tokens through the returns.",
             "choices": list(KL_PLACEMENTS),
         },
     )
@@ -185,7 +188,7 @@ class KLOptions:
     )
     kl_band: list[float] = field(
         default_factory=lambda: [0.5, 2.0],
-        metadata={"help": "Lower and upper end of the band controller, in nats per sequence. S1 §6.2: 0.5 to 2."},
+        metadata={"help": "Lower and upper limit of the band controller, in nats per sequence. S1 §6.2: 0.5 to 2."},
     )
 
 
@@ -201,7 +204,7 @@ class LossOptions:
     )
     cliprange_value: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=0.2,
-        metadata={"help": "The value counts within V_old ± this, in reward units. null: no clipping."},
+        metadata={"help": "Clip the value to V_old ± this, in reward units. null: no clipping."},
     )
     ent_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.01, metadata={"help": f"Coefficient of the entropy bonus, {WEIGHED_BY['ent_coef']}. S1 §6.2: 0.01."}
@@ -212,13 +215,13 @@ class LossOptions:
     )
     old_kl_target: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
-        metadata={"help": "Target d of Schulman's controller of `old_kl_coef`, nats per token. Unset: fixed."},
+        metadata={"help": "Target d of Schulman's controller of `old_kl_coef`, in nats per token. Unset: fixed."},
     )
     target_kl: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
         metadata={
-            "help": "When `policy/approx_kl` (nats per token, all ranks) of an optimizer step exceeds this, the rest "
-            "of the rollout is not learned from. Unset: never."
+            "help": "If `policy/approx_kl` (nats per token, all ranks) of an optimizer step exceeds this, skip the "
+            "remaining steps of the rollout. Unset: never."
         },
     )
 
@@ -241,7 +244,7 @@ class AdvantageOptions:
     whiten_advantages: bool = field(
         default=True,
         metadata={
-            "help": "Scale a rollout's advantages to mean 0 and variance 1 over all ranks. Returns keep theirs."
+            "help": "Scale a rollout's advantages to mean 0 and variance 1 over all ranks. Returns are not scaled."
         },
     )
 
@@ -253,9 +256,9 @@ class CriticOptions:
     critic: Annotated[str, one_of(*CRITICS)] = field(
         default="model",
         metadata={
-            "help": "'model': the critic is a model of its own. 'head': a value head on the actor's trunk, one "
+            "help": "'model': the critic is a model of its own. 'head': a value head on the actor's trunk, with one "
             "forward pass for both. 'adapter': an adapter and a value head of its own on the actor's base, which the "
-            "actor's adapter leaves as it is; the adapter's form is that of the actor's, or of the reward adapter.",
+            "actor's adapter leaves unchanged; the adapter has the form of the actor's or of the reward adapter.",
             "choices": list(CRITICS),
         },
     )
@@ -263,7 +266,7 @@ class CriticOptions:
         default=None, metadata={"help": "Initial learning rate of the critic. Unset: `learning_rate`."}
     )
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
-        default=0, metadata={"help": "First optimizer steps in which only the critic learns."}
+        default=0, metadata={"help": "Number of optimizer steps at the start in which only the critic learns."}
     )
 
 

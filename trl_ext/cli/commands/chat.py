@@ -1,11 +1,11 @@
 """
-Talk to a model that was trained: a folder with a model, or with an adapter, whose base is loaded with it.
+Talk to a trained model: a folder with a model, or with an adapter, whose base is loaded with it.
 
     trl-ext chat outputs/dpo-demo
     trl-ext chat outputs/dpo-demo --system "Answer in one sentence." --temperature 0.7
 
-A model without a chat template goes on with what is typed. An empty line or Ctrl-D ends it, and /new forgets what was
-said.
+A model without a chat template continues what you type. An empty line or Ctrl-D ends the chat, and /new
+forgets what was said.
 """
 
 import copy
@@ -21,9 +21,9 @@ from ..parser import CommandParser
 def arguments() -> CommandParser:
     parser = CommandParser("chat", __doc__)
     parser.add_argument("model", help="a folder, or a hub name")
-    parser.add_argument("--system", help="what the model is told before the first message")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer, at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default: 0)")
+    parser.add_argument("--system", help="system message before the first message")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum length of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
     return parser
 
 

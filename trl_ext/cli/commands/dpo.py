@@ -6,9 +6,9 @@ DPO: teach a model what people prefer, from pairs of answers.
     trl-ext dpo --model my-sft --dataset_name pairs.jsonl --output_dir out
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`; with a column
-`source`, each source gets an accuracy of its own. All flags of `trl dpo` are known. Held-out pairs are scored before
-and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json, report.html
-with its picture, and the implicit rewards before and after in table.md.
+`source`, each source gets an accuracy of its own. All flags of `trl dpo` are accepted. Held-out pairs are scored
+before and after. The output folder gets the model (with --use_peft its adapter), the tokenizer, metrics.json,
+report.html with its picture, and the implicit rewards before and after in table.md.
 """
 
 import shlex

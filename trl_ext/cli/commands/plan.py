@@ -1,5 +1,5 @@
 """
-Does it fit, how fast is it, and what would make it fit: a run planned from configs alone. Nothing is loaded.
+Say whether a run fits, how fast it is, and what would make it fit, from configs alone. No model is loaded.
 
     trl-ext plan --model 33b --gpus 4 --zero_stage 3 --offload_optimizer --offload_parameters
     trl-ext plan --from-config configs/ppo/documents.yaml --gpu rtx3090-24gb
@@ -7,8 +7,8 @@ Does it fit, how fast is it, and what would make it fit: a run planned from conf
     trl-ext plan --trainer dpo --model 33b --gpus 2 --reference model
     trl-ext plan --model 7b --scale 1 8 64 1024 --episodes 100000
 
-A model is a name of the built-in table (33b, llama-3.1-8b, …), a folder or a hub name. A recipe says the layout; flags
-override it. Sizes of memory are GiB, lengths tokens.
+A model is a name in the built-in table (33b, llama-3.1-8b, …), a folder or a hub name. A recipe gives the layout, and
+flags override it. Memory is in GiB, lengths are in tokens.
 """
 
 import argparse
@@ -39,10 +39,10 @@ START_TEXTS = {
 }
 # With what a model's sizes are those of another.
 MODEL_TEXTS = {
-    "model": f"The actor: its sizes. Unset: {START_MODEL}.",
-    "reward_model": "Its sizes. Unset: the actor's.",
-    "ref_model": "Its sizes. Unset: the actor's.",
-    "value_model": "The critic: its sizes. Unset: the reward model's.",
+    "model": f"Model whose sizes the actor has. Unset: {START_MODEL}.",
+    "reward_model": "Model whose sizes the reward model has. Unset: the actor's.",
+    "ref_model": "Model whose sizes the reference has. Unset: the actor's.",
+    "value_model": "Model whose sizes the critic has. Unset: the reward model's.",
 }
 CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
 
@@ -58,17 +58,19 @@ def arguments() -> CommandParser:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(f"--{name}", **options)
 
-    add("models", "from_config", metavar="RECIPE", help="A recipe of PPO or DPO: a path, or an installed one.")
+    add(
+        "models", "from_config", metavar="RECIPE", help="A PPO or DPO recipe: a path, or the name of an installed one."
+    )
     for name, text in MODEL_TEXTS.items():
         add("models", name, metavar="NAME", help=text)
     add("hardware", "gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
     for name in ("gpu_memory", "host_memory"):
-        add("hardware", name, type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, overriding.")
-    add("hardware", "gpus", type=int, default=1, help="How many, on all machines.")
-    add("hardware", "gpus_per_node", type=int, default=8, help="GPUs of one machine.")
-    add("answers", "suggest", action="store_true", help="Search the layouts that fit.")
-    add("answers", "scale", type=int, nargs="+", metavar="GPUS", help="The layout on these numbers of GPUs.")
-    add("answers", "episodes", type=float, default=1e5, help="Responses or pairs that GPU-hours are for.")
+        add("hardware", name, type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, instead of the table's.")
+    add("hardware", "gpus", type=int, default=1, help="Number of GPUs, over all machines.")
+    add("hardware", "gpus_per_node", type=int, default=8, help="Number of GPUs in one machine.")
+    add("answers", "suggest", action="store_true", help="Search for layouts that fit.")
+    add("answers", "scale", type=int, nargs="+", metavar="GPUS", help="Show the layout on these numbers of GPUs.")
+    add("answers", "episodes", type=float, default=1e5, help="Number of responses or pairs to compute GPU-hours for.")
     add("answers", "picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
     for field in fields(Layout):
         default: Any = field.default if field.default is not MISSING else None

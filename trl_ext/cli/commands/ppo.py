@@ -3,7 +3,7 @@ PPO with four models: actor, critic, frozen reward model, frozen reference.
 
     trl-ext reward && trl-ext ppo                     # the embedded demo
     trl-ext ppo --critic head                         # a value head on the actor's trunk
-    trl-ext ppo --config configs/ppo/documents.yaml   # the documents' loss to the letter
+    trl-ext ppo --config configs/ppo/documents.yaml   # exactly the documents' loss
     trl-ext ppo --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
     trl-ext ppo … --use_peft --load_in_4bit --critic adapter   # four roles on one base in 4 bits
 
@@ -63,7 +63,7 @@ class PPOArguments(LaunchArguments, DataArguments):
             "help": "Critic to start from, such as critic/ of an earlier run. Unset: a copy of the reward model."
         },
     )
-    prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review that the prompt gives away."})
+    prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review to put in the prompt."})
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
 
 

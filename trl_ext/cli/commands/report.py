@@ -1,14 +1,14 @@
 """
-A page and a picture about one run or several, from what they have logged; also while they run.
+Write a page and a picture about one run or several, from their logs; also while they run.
 
     trl-ext report outputs/ppo-demo                        # outputs/ppo-demo/report.html and .png
-    trl-ext report outputs/ppo-demo outputs/ppo-head       # report.html here: both runs over each other
+    trl-ext report outputs/ppo-demo outputs/ppo-head       # report.html here, with both runs in the same plots
     trl-ext report outputs/ppo-demo --watch 60             # again every minute, until the run is done or silent
 
 A run is its `output_dir`. Its log is the newest `trainer_state.json` there or in its checkpoints; `ReportCallback`
 keeps one up to date, with `run.json`, what was trained on what. A run is silent when its log has not been written for
-10 minutes, and for 20 times what a log line usually takes. The page loads nothing from anywhere: it can be sent as a
-file.
+10 minutes, and for 20 times what a log line usually takes. The page loads nothing from the network, so it can be sent
+as a file.
 """
 
 import argparse
@@ -23,13 +23,15 @@ from ..parser import CommandParser
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="where the page goes; the PNG lies beside it")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="file for the page; the PNG is written beside it"
+    )
     parser.add_argument(
         "--watch",
         type=int,
         default=0,
         metavar="SECONDS",
-        help="write it again this often, until every run is done or silent",
+        help="write the page again this often, until every run is done or silent",
     )
     arguments = parser.parse_args(argv)
     if arguments.watch < 0:

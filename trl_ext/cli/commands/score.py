@@ -5,8 +5,8 @@ Score pairs of answers by what a DPO policy has learnt: its implicit reward β l
     trl-ext score --model out --ref_model my-sft --beta 0.1 --dataset_name pairs.jsonl
     trl-ext score --model my-adapter --dataset_name pairs.jsonl    # the reference: without the adapter
 
-The pairs are those of `trl-ext dpo`; of data with several splits, those of `dataset_test_split`. The output file gets
-every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
+The pairs are those of `trl-ext dpo`; if the data have several splits, `dataset_test_split` is scored. The output file
+gets every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
 """
 
 from dataclasses import dataclass, field
@@ -42,13 +42,13 @@ class ScoreArguments(DataArguments):
     ref_model: str | None = field(
         default=None,
         metadata={
-            "help": "What the policy started from. Unset: the policy without its adapter; SmolLM2 for the demo."
+            "help": "Model that the policy started from. Unset: the policy without its adapter; SmolLM2 for the demo."
         },
     )
-    beta: float = field(default=0.1, metadata={"help": "β of the training, above 0."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences in a forward pass."})
-    output_file: str = field(default="scores.jsonl", metadata={"help": "Where the scored pairs go."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+    beta: float = field(default=0.1, metadata={"help": "β used in training, above 0."})
+    batch_size: int = field(default=16, metadata={"help": "Number of sequences in a forward pass."})
+    output_file: str = field(default="scores.jsonl", metadata={"help": "File for the scored pairs."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
 
 
 def load(data: ScoreArguments) -> Dataset:
