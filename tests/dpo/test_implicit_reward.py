@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrOCRConfig
 from trl import DPOConfig, DPOTrainer
 
 import dpo_runs
@@ -66,6 +67,49 @@ def test_reward_needs_no_pad_token():
     without = tiny.tiny_tokenizer()
     without.pad_token = None
     assert ImplicitReward(policy, reference, without, BETA)(*texts()) == pytest.approx(expected, rel=1e-6)
+
+
+class Narrow(nn.Module):
+    """A causal LM whose forward takes no more than it must."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def trocr(seed=0):
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    config = TrOCRConfig(vocab_size=64, max_position_embeddings=128, init_std=0.3, dropout=0.0, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+ALL_LOGITS = {  # whatever is asked for
+    "a family that does not read `logits_to_keep`": trocr,
+    "a forward that cannot be asked": lambda seed=0: Narrow(dpo_runs.tiny_model(seed=seed)),
+    "one that can, under an adapter": lambda seed=0: dpo_runs.with_adapter(dpo_runs.tiny_model(seed=seed)),
+}
+
+
+@pytest.mark.parametrize("kind", ALL_LOGITS)
+def test_logits_are_those_of_the_completion_in_every_family(kind):
+    policy, reference = ALL_LOGITS[kind](), ALL_LOGITS[kind](seed=1)
+    tokenizer = tiny.tiny_tokenizer()
+    prompts, completions = texts()
+    expected = [slow_reward(policy, reference, p, c, tokenizer) for p, c in zip(prompts, completions, strict=True)]
+    got = ImplicitReward(policy, reference, tokenizer, BETA, batch_size=4)(prompts, completions)
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert max(map(abs, expected)) > 0.1
+    pairs = [{"prompt": p, "chosen": c, "rejected": "the dog"} for p, c in zip(prompts, completions, strict=True)]
+    policy_logps, reference_logps = (pair_logps(model, tokenizer, pairs)[0] for model in (policy, reference))
+    assert (BETA * (policy_logps - reference_logps)).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["off", "ref"])

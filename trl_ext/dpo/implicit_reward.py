@@ -1,5 +1,6 @@
 """`ImplicitReward`: a policy trained by DPO as a reward function."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -178,8 +179,15 @@ def _logps_of_batch(model: nn.Module, rows: Sequence[Cut]) -> Tensor:
     ids, mask = pad(sequences).to(device), pad([torch.ones_like(row) for row in sequences]).to(device)
     first = max(int(starts.min()), 1)  # the first token of which a probability is read
     kept = ids.size(1) - first + 1
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+    # Some families give all logits whatever is asked (TrOCR), and some forwards cannot be asked.
+    asked = {"logits_to_keep": kept} if _takes_logits_to_keep(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **asked).logits[:, -kept:-1]
     logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
     position = torch.arange(first, ids.size(1), device=device)
     read = (position >= starts.to(device).unsqueeze(1)) & mask[:, first:].bool()
     return (logps * read).sum(dim=1).cpu()
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    base = model.get_base_model() if is_peft_model(model) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
