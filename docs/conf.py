@@ -45,8 +45,8 @@ def describe_options(app: Any, what: str, name: str, value: Any, options: Any, l
     fields = {field.name: field for field in dataclasses.fields(value)}
     # A dataclass has the fields of its last base first.
     for owner in (part for part in reversed(value.__mro__) if part.__module__.startswith("trl_ext.")):
-        topic = "Options" if owner is value else inspect.getdoc(owner).splitlines()[0]
-        options = inspect.get_annotations(owner)
+        topic = "Options" if owner is value else owner.TOPIC
+        options = [name for name in inspect.get_annotations(owner) if name in fields]
         lines += ["", f"{topic}:", ""] if options else []
         for option in options:
             help_text, default = fields[option].metadata.get("help", ""), _default(fields[option])

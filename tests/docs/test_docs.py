@@ -166,6 +166,6 @@ def test_site_builds_without_a_warning(tmp_path):
     build = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
     page = read(tmp_path / "api.html")
-    for name in ("trl_ext.PPOTrainerX", "trl_ext.ppo.losses.ppo_terms", "trl_ext.dpo.losses.dpo_loss"):
+    for name in ("trl_ext.PPOTrainerX", "trl_ext.ppo.terms.ppo_terms", "trl_ext.dpo.losses.dpo_loss"):
         assert f'id="{name}"' in page
     assert "<math " in read(tmp_path / "theory.html")
