@@ -63,5 +63,5 @@ def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys):
     talk(monkeypatch, capsys, tmp_path, "one", "two")
     answer = asked[1][1]["content"]
     assert len(tokenizer(answer)["input_ids"]) <= 1
-    with pytest.raises(SystemExit, match="is a reward model: it scores text and writes none"):
+    with pytest.raises(SystemExit, match="which scores text and writes none"):
         chat.main([str(paths["reward_model"])])

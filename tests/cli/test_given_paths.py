@@ -4,7 +4,7 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from cli_runs import TRAINING, error_of, run_of
@@ -67,6 +67,24 @@ def test_base_of_an_adapter_that_there_is_not_is_named(tmp_path, no_rows, capsys
     adapter.save_pretrained(tmp_path)
     for words in (["chat", str(tmp_path)], ["score", "--model", str(tmp_path)]):
         assert error_of(words, capsys).startswith(f"error: nowhere (the base of the adapter {tmp_path}) is no folder")
+
+
+def test_reward_model_is_scored_by_as_little_as_it_is_talked_to(paths, tmp_path, no_rows, capsys):
+    """Its language model's head would be a random one."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    base = AutoModelForSequenceClassification.from_pretrained(paths["actor"], num_labels=1)
+    get_peft_model(base, config).save_pretrained(tmp_path / "judge")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(paths["reward_model"]), config).save_pretrained(
+        tmp_path / "on"
+    )
+    for path in (paths["reward_model"], tmp_path / "judge", tmp_path / "on"):
+        for option in ("--model", "--ref_model"):
+            words = {"--model": paths["actor"], "--ref_model": paths["actor"], option: str(path)}
+            said = error_of(["score", *(word for pair in words.items() for word in pair)], capsys)
+            assert option in said
+            assert "scores text and writes none" in said
+        assert "scores text and writes none" in error_of(["chat", str(path)], capsys)
 
 
 @pytest.mark.parametrize("name", TRAINING)

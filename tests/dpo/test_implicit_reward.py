@@ -330,3 +330,22 @@ def test_ranking_of_a_pair_is_that_of_its_margin():
         for pair in pairs:
             (good,), (bad,) = score.of_pairs(*([pair[name]] for name in PAIR))
             assert score.rank(pair["prompt"], [pair["chosen"], pair["rejected"]]) == ([0, 1] if good > bad else [1, 0])
+
+
+@pytest.mark.parametrize("role", ["policy", "reference"])
+def test_model_that_gives_nan_is_named(role):
+    broken = dpo_runs.tiny_model()
+    with torch.no_grad():
+        broken.lm_head.weight[8] = float("nan")
+    models = {"policy": dpo_runs.tiny_model(), "reference": dpo_runs.tiny_model()} | {role: broken}
+    reward = ImplicitReward(**models, tokenizer=tiny.tiny_tokenizer())
+    with pytest.raises(ValueError, match=rf"The {role} gives 2 of 2 answers .* being nan of 'good film <eos>'"):
+        reward(["good", "good"], [" film", " cat"])
+
+
+def test_reward_model_read_as_a_language_model_is_refused(tmp_path):
+    tiny.tiny_reward_model().save_pretrained(tmp_path)
+    head = dpo_runs.AutoModelForCausalLM.from_pretrained(tmp_path)  # its head is a random one
+    for policy, reference in ((head, dpo_runs.tiny_model()), (dpo_runs.tiny_model(), head)):
+        with pytest.raises(ValueError, match="holds a LlamaForSequenceClassification, which scores text"):
+            ImplicitReward(policy, reference, tiny.tiny_tokenizer())

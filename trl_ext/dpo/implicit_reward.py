@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
-from ..models.loading import check_known, known_tokens, refuse_encoder_decoder
+from ..models.loading import check_known, known_tokens, refuse_encoder_decoder, refuse_scoring
 from .guards import check_vocabularies
 from .losses import implicit_reward
 
@@ -42,7 +42,8 @@ class ImplicitReward:
         batch_size: sequences in a forward pass.
 
     Raises:
-        ValueError: for no reference, one with another vocabulary, or a β that is not above 0.
+        ValueError: for no reference, one with another vocabulary, a reward model read as a language model, or a β that
+            is not above 0; when it is asked, for a log-probability that is not finite.
     """
 
     __name__ = "implicit_reward"
@@ -65,6 +66,7 @@ class ImplicitReward:
         for model in (policy, reference):
             if model is not None:
                 refuse_encoder_decoder(model.config, type(model).__name__)
+                refuse_scoring(model.config, f"The folder of a {type(model).__name__}")
         if reference is not None:
             check_vocabularies(policy.config.get_text_config(), reference.config.get_text_config(), "reference")
         self.policy = policy.eval()
@@ -109,6 +111,8 @@ class ImplicitReward:
             adapters: Any = self.policy.peft_config
             with use_adapter(self.policy, "ref" if "ref" in adapters else None):
                 ref_logps = completion_logps(self.policy, self.tokenizer, sequences, self.batch_size)
+        _require_finite("policy", logps, sequences, self.tokenizer)
+        _require_finite("reference", ref_logps, sequences, self.tokenizer)
         return implicit_reward(logps, ref_logps, self.beta).tolist()
 
 
@@ -143,6 +147,16 @@ def completion_logps(
     check_known(ids, known, tokenizer, f"The {type(model).__name__}", "a prompt with its completion")
     parts = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
     return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in parts)])
+
+
+def _require_finite(name: str, logps: Tensor, sequences: Sequence[Cut], tokenizer: PreTrainedTokenizerBase) -> None:
+    broken = (~logps.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"The {name} gives {len(broken)} of {len(logps)} answers a log-probability that is not finite, the first "
+            f"being {logps[broken[0]].item()} of {tokenizer.decode(sequences[broken[0]][0])!r:.200}. Look at its "
+            "weights, and at the dtype that it is loaded in."
+        )
 
 
 def _rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

@@ -37,18 +37,59 @@ def text_config(model: Any, args: Any, name: str = "model") -> Any:
         return model.config.get_text_config()
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     require_model(model, name, kwargs.get("revision"))
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
-    except Exception as error:  # of transformers, of the family's own checks, of the hub
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The config of {model} ({name}) cannot be read: {reason:.400}") from error
-    if is_for_scoring(config):
-        raise ValueError(
-            f"{model} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
-            "`reward_model` of PPO; what is trained and its reference are causal language models."
-        )
+    config = read_config(model, name, trust_remote_code=args.trust_remote_code, **kwargs)
+    refuse_scoring(config, model)
     refuse_encoder_decoder(config, model)
     return config.get_text_config()
+
+
+def read_config(path: str, name: str, **options: Any) -> Any:
+    """
+    Read the config of a model.
+
+    Args:
+        path: a folder, or a hub name.
+        name: what it was given as, for the error.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: for one that cannot be read, or is of a kind that transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # of transformers, of the family's own checks, of the hub
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config of {path} ({name}) cannot be read: {reason:.400}") from error
+
+
+def refuse_scoring(config: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: for a model that was trained to score text: as a language model its head would be a new one.
+    """
+    if is_for_scoring(config):
+        raise ValueError(
+            f"{name} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
+            "`reward_model` of PPO; what is trained and its reference are causal language models."
+        )
+
+
+def require_writer(path: str, name: str, revision: str | None = None) -> None:
+    """
+    Args:
+        path: of a model, or of an adapter, which are there.
+        name: what it was given as, for the error.
+
+    Raises:
+        ValueError: when it, or the adapter's base, scores text and writes none.
+    """
+    adapter = adapter_config(path)
+    if adapter is None:
+        refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
+    elif adapter.task_type == "SEQ_CLS":
+        raise ValueError(f"{path} ({name}) holds the adapter of a reward model: it scores text and writes none.")
+    elif adapter.base_model_name_or_path:
+        require_writer(adapter.base_model_name_or_path, f"the base of {name}", adapter.revision)
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:

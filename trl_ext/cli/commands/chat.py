@@ -10,9 +10,9 @@ forgets what was said.
 
 import copy
 
-from transformers import AutoConfig, TextStreamer, pipeline
+from transformers import TextStreamer, pipeline
 
-from ...models.loading import adapter_config, is_for_scoring, load_tokenizer, require_model
+from ...models.loading import load_tokenizer, require_model, require_writer
 from ...models.precision import computes_in_bf16
 from ..options import usage_errors
 from ..parser import CommandParser
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
     with usage_errors():
         require_model(given.model, "the model to talk to", with_base=True)
-        if scores(given.model):
-            raise ValueError(f"{given.model} is a reward model: it scores text and writes none.")
+        require_writer(given.model, "the model to talk to")
         tokenizer = load_tokenizer(given.model)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
     writer = pipeline(
@@ -58,14 +57,6 @@ def main(argv: list[str] | None = None) -> None:
         asked = messages if tokenizer.chat_template else said
         answer = writer(asked, generation_config=settings, streamer=streamer, return_full_text=False)
         messages.append({"role": "assistant", "content": answer[0]["generated_text"]})
-
-
-def scores(path: str) -> bool:
-    """Return whether a folder or hub name holds a model, or an adapter, for scoring text."""
-    adapter = adapter_config(path)
-    if adapter is not None:
-        return adapter.task_type == "SEQ_CLS"
-    return is_for_scoring(AutoConfig.from_pretrained(path))
 
 
 def read_line() -> str:

@@ -23,7 +23,7 @@ from ... import ImplicitReward
 from ...data import demo
 from ...data.json_values import plain_line
 from ...dpo.data import check_columns
-from ...models.loading import load_tokenizer, require_model
+from ...models.loading import load_tokenizer, require_model, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
@@ -80,16 +80,17 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
     The policy, and the reference where it is another model.
 
     Raises:
-        ValueError: when one of them is not there.
+        ValueError: when one of them is not there, or is a reward model.
     """
     path, ref_path = model.model_name_or_path, data.ref_model
     if path is None:
         if not Path(DEMO_POLICY).exists():
             raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
         path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
-    require_model(path, "--model", model.model_revision, with_base=True)
-    if ref_path is not None:
-        require_model(ref_path, "--ref_model", with_base=True)
+    for given, option, revision in ((path, "--model", model.model_revision), (ref_path, "--ref_model", None)):
+        if given is not None:
+            require_model(given, option, revision, with_base=True)
+            require_writer(given, option, revision)
     return path, ref_path
 
 
