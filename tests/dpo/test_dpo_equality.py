@@ -194,6 +194,7 @@ def test_bf16_equals_trl_within_rounding(tmp_path, in_float32, name, weights):
     ours = measured(tmp_path / "ours", dpo_runs.OURS, models, {"bf16": True})
     theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, models, {"bf16": True})
     assert [forward.sharing for forward in ours[2]._forwards] == [True, True]
+    assert [forward.limited_by for forward in ours[2]._forwards] == [[], []]
     (worst, name_of_worst), of_gradient = differences(ours, theirs, undecided=True)
     (rounding, _), of_gradient_by_rounding = differences(theirs, in_float32(name), undecided=True)
     assert of_gradient < 2 * of_gradient_by_rounding < 0.5

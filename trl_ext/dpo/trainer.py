@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..models.loading import (
     tokenizer_of,
 )
 from ..models.noise import disable_noise
-from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
+from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting, warn_of_rounding
 from ..models.sharding import check_unquantized, is_partitioned
@@ -191,6 +191,12 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
         if self.ref_model is not None:
             models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+        # TRL has prepared the reference, and not yet the actor.
+        unwrapped = below_autocast(models["ref_model"], self.accelerator) if "ref_model" in models else nullcontext()
+        with unwrapped:
+            self._share_prefixes(models, actor)
+
+    def _share_prefixes(self, models: dict[str, Any], actor: nn.Module) -> None:
         silent = self.args.disable_dropout
         self._forwards = [PairForward(model, role, silent) for role, model in models.items()]
         for role, forward in zip(models, self._forwards, strict=True):

@@ -1,9 +1,13 @@
 """What the device and the model can do: arithmetic, 4-bit weights, gradient checkpointing."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 
@@ -29,6 +33,24 @@ def keep_4_bit_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def below_autocast(model: Any, accelerator: Accelerator) -> Iterator[None]:
+    """
+    Within the context, the forward of a prepared model is without accelerate's autocast, which goes around what has
+    become of it at the end. A trial that switches autocast off would find it on again below.
+    """
+    unwrapped = vars(model).pop("_original_forward", None)
+    if unwrapped is None:
+        yield
+        return
+    model.forward = unwrapped
+    try:
+        yield
+    finally:
+        model._original_forward = model.forward
+        model.forward = torch.compiler.disable(convert_outputs_to_fp32(accelerator.autocast()(model.forward)))
 
 
 def drop_checkpointing(model: nn.Module, args: Any) -> None:
