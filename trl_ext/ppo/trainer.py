@@ -208,7 +208,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         set_seed(args.seed)
         roles = load_roles(args, tokenizer, given)
         if environment_factory is None:
-            check_readable(roles.reward_funcs, train_dataset, eval_dataset, args, pad_of_prompts)
+            check_readable(roles.reward_funcs, train_dataset, eval_dataset, args, tokenizer, pad_of_prompts)
         loop_args = args.for_trainer_loop()
         loop_args.model_init_kwargs = None  # every model is loaded
         super().__init__(

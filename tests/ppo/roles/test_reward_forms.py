@@ -22,7 +22,9 @@ from trl import RewardTrainer
 
 import four_roles
 import tiny
-from ppo_runs import ppo_trainer
+from ppo_runs import logged, ppo_run, ppo_trainer
+from trl_ext import ImplicitReward
+from trl_ext.ppo.data import TokenisedPrompt
 from trl_ext.ppo.roles.reward_forms import RewardForm
 from trl_ext.ppo.roles.reward_sources import TokenScorer
 
@@ -287,3 +289,94 @@ def test_chats_in_token_ids_are_refused_by_a_reward_model_of_another_template(tm
     made(text)
     own.chat_template = actors.chat_template  # what the error says
     made(chat, reward_processing_classes=own)
+
+
+def chat_in_ids(actors, prompt, **options):
+    ids = actors.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+    return TokenisedPrompt(actors.decode(ids, skip_special_tokens=True), ids)
+
+
+CLOSES = PLAIN.replace("<eos>", "<|system|>\n")  # as ChatML with an end token of its own: another mark ends a turn
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("vocabulary", ["the same", "another"])
+@pytest.mark.parametrize("template", [PLAIN, WITH_BOS, LINES, CLOSES], ids=["plain", "BOS", "lines", "closes"])
+def test_chat_in_token_ids_is_read_as_its_messages(template, vocabulary, ended):
+    actors = bytes_tokenizer(template)
+    own = bytes_tokenizer(template) if vocabulary == "the same" else another_vocabulary(template)
+    form = RewardForm(own, actors, shares_ids=vocabulary == "the same")
+    messages, answer = PROMPTS["chat"]
+    prompt = chat_in_ids(actors, messages)
+    end = actors.convert_tokens_to_ids("<|system|>" if template == CLOSES else "<eos>")
+    answer_ids = actors(answer[0]["content"], add_special_tokens=False)["input_ids"] + [end] * ended
+    assert form.why_unreadable(prompt.input_ids) is None
+    ids = form(prompt, answer[0]["content"], prompt.input_ids, answer_ids)
+    assert own.convert_ids_to_tokens(ids) == own.convert_ids_to_tokens(trained_on(own, messages, answer))
+
+
+def test_chat_in_token_ids_whose_answer_has_begun_is_a_chat():
+    """As prompts end that are written with an option of the template, or with the first words of the answer."""
+    actors = bytes_tokenizer(LINES)
+    form = RewardForm(another_vocabulary(LINES), actors, shares_ids=False)
+    messages, opening = PROMPTS["chat"][0], actors("So: ", add_special_tokens=False)["input_ids"]
+    begun = chat_in_ids(actors, messages).input_ids + opening
+    answer = [{"role": "assistant", "content": "So: the answer"}]
+    ids = form(
+        TokenisedPrompt("", begun), "the answer", begun, actors("the answer", add_special_tokens=False).input_ids
+    )
+    assert ids == trained_on(form.tokenizer, messages, answer)
+    assert not form.is_chat([*begun, actors.eos_token_id])  # closed again
+    assert not form.is_chat(actors("what is it")["input_ids"])
+
+
+def test_score_of_chats_in_token_ids_is_that_of_their_messages(tmp_path):
+    """In a run, with a template that writes more behind an answer than was sampled."""
+    tokenizer, judge = bytes_tokenizer(LINES), tmp_path / "judge"
+    path, messages = save_judge(judge, tokenizer), PROMPTS["chat"][0]
+    columns = {"prompt": [messages] * 4, "input_ids": [chat_in_ids(tokenizer, messages).input_ids] * 4}
+    scores = []
+    for name, rows in columns.items():
+        models = {"processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=len(tokenizer))}
+        models |= {"reward_model": path, "train_dataset": Dataset.from_dict({name: rows})}
+        scores.append(logged(ppo_run(tmp_path, models, total_episodes=4, bf16=False), "reward/score"))
+    assert scores[0] == pytest.approx(scores[1])
+
+
+UNREADABLE = {
+    "thoughts are taken out": (lambda: (bytes_tokenizer(THINKS), bytes_tokenizer(THINKS)), "does not write an answer"),
+    "other special tokens": (
+        lambda: (bytes_tokenizer(WITH_BOS), bytes_tokenizer(WITH_BOS, bos=False)),
+        "other special tokens",
+    ),
+    "no template, another vocabulary": (
+        lambda: (bytes_tokenizer(), another_vocabulary(template=None)),
+        "'judge' has none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_chats_in_token_ids_that_would_be_read_otherwise_are_refused(tmp_path, name):
+    makers, message = UNREADABLE[name]
+    actors, own = makers()
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors))}
+    models["train_dataset"] = Dataset.from_dict({"input_ids": [chat_in_ids(actors, PROMPTS["chat"][0]).input_ids] * 4})
+    with pytest.raises(ValueError, match=f"conversations in `input_ids`.*{message}.*`prompt`"):
+        ppo_trainer(tmp_path, models | {"reward_model": save_judge(tmp_path / "judge", own)})
+
+
+def test_chats_in_token_ids_are_refused_by_a_function_with_a_chat_template(tmp_path):
+    """A policy trained on chats would read them without the marks of their roles."""
+    actors = bytes_tokenizer()
+    policy, reference = (tiny.tiny_actor(seed, vocab_size=len(actors)) for seed in (0, 1))
+    models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors)), "reward_model": None}
+    models["reward_funcs"] = ImplicitReward(policy, reference, actors)
+    chat, text = chat_in_ids(actors, PROMPTS["chat"][0]).input_ids, actors(PROMPTS["text"][0])["input_ids"]
+    for column in ("train_dataset", "eval_dataset"):
+        held = {"train_dataset": Dataset.from_dict({"input_ids": [text] * 4})} | {
+            column: Dataset.from_dict({"input_ids": [text, chat] * 2})
+        }
+        with pytest.raises(ValueError, match=rf"`{column}` holds conversations.*'implicit_reward'.*`prompt`"):
+            ppo_trainer(tmp_path, models | held)
+    ppo_trainer(tmp_path, models | {"train_dataset": Dataset.from_dict({"input_ids": [text] * 4})})

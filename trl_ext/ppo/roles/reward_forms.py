@@ -1,15 +1,18 @@
 """The token ids in which a reward model reads an answer: those that `trl.RewardTrainer` would train it on."""
 
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..._trl import reward_ids
+from ..data import TokenisedPrompt
 
 
 Text = str | list[dict[str, Any]]
 
 ANSWER = "xANSWERx"  # stands for the words of an answer, to see what is written behind them
+QUESTION, WITH_ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
 
 
 class RewardForm:
@@ -20,6 +23,9 @@ class RewardForm:
     A model that shares the actor's vocabulary reads the ids as they were sampled, with that end behind them, where
     they say the same: so no token is read otherwise than it was written. An answer that was cut off is ended here too,
     since a reward model is trained on no other and reads its score at the end.
+
+    A chat that comes as token ids is recognised by its end, which opens an answer in the actor's chat template. It
+    goes on from there, with the answer and what the template writes behind one.
 
     Args:
         tokenizer: the reward model's.
@@ -43,7 +49,8 @@ class RewardForm:
         self.tools: dict[str | None, list[Any]] = {}
         self._added = self._added_behind_text()
         self._behind_text = self._ids(tokenizer.eos_token or "") + self._added
-        self._behind_chat = self._written_behind_an_answer() if tokenizer.chat_template else None
+        closing = self._written_behind_an_answer() if tokenizer.chat_template else None
+        self._closing, self._behind_chat = closing, None if closing is None else self._ids(closing)
 
     def __call__(
         self,
@@ -56,24 +63,53 @@ class RewardForm:
         """The ids that the model reads. Without `prompt` they are those of a text, with the end behind them."""
         if isinstance(prompt, list):
             return self._of_chat(prompt, answer, prompt_ids, answer_ids, environment)
+        if isinstance(prompt, TokenisedPrompt) and self._closing is not None and self.is_chat(prompt.input_ids):
+            return self._of_written_chat(prompt.input_ids, answer, answer_ids)
         if self.shares_ids and prompt_ids is not None and answer_ids is not None:
             return self._of_ids(prompt_ids, answer_ids)
         return reward_ids(self.tokenizer, prompt, self._text_of(answer, prompt_ids, answer_ids))
 
-    def cannot_read(self, prompt_ids: list[int]) -> bool:
+    def is_chat(self, prompt_ids: list[int]) -> bool:
         """
-        Whether a prompt's ids are those of a chat by the actor's template, and the reward model's template is another:
-        they cannot be taken back to messages, for it to write them its own way.
+        Return whether a prompt's ids end with what opens an answer in the actor's chat template; where that has a
+        mark of its own, an answer may have begun behind it.
         """
-        theirs, own = self.actors.chat_template, self.tokenizer.chat_template
-        if not theirs or not own or theirs == own:
+        opening, size = self._opening, len(self._opening)
+        ends = [end for end in range(size, len(prompt_ids) + 1) if prompt_ids[end - size : end] == opening]
+        if not opening or not ends:
             return False
-        opening = self._opening_of_an_answer()
-        return bool(opening) and prompt_ids[-len(opening) :] == opening
+        begun = prompt_ids[ends[-1] :]
+        return not begun or (self._has_mark(opening) and not self._has_mark(begun))
+
+    def why_unreadable(self, prompt_ids: list[int]) -> str | None:
+        """
+        Return why a chat in token ids cannot be read as the reward model was trained: messages, for it to write them
+        its own way, cannot be had of them. `None` where it can, and for text.
+        """
+        if not self.is_chat(prompt_ids):
+            return None
+        if not self.tokenizer.chat_template:
+            loses_marks = not self.shares_ids and self._has_mark(self._opening)
+            return "the tokenizer of {} has none" if loses_marks else None
+        if not self._writes_as_the_actor:
+            return "the tokenizer of {} has another one, or writes it with other special tokens"
+        if self._closing is None or not self._written_to_the_answer.startswith(self._written_to_the_opening):
+            return (
+                "it does not write an answer as it opens one, as where thoughts are taken out: {} reads it otherwise"
+            )
+        if self.shares_ids or self._ids_by_actor(self.actors.decode(prompt_ids)) == prompt_ids:
+            return None
+        return "they cannot be decoded to the text that they were made of, for {}, which has another vocabulary"
 
     def behind(self, is_chat: bool) -> int:
         """Tokens that stand behind an answer."""
         return len((self._behind_chat or ()) if is_chat else self._behind_text)
+
+    def _of_written_chat(self, prompt_ids: list[int], answer: Any, answer_ids: Any) -> list[int]:
+        if self.shares_ids and answer_ids is not None:
+            return [*prompt_ids, *self._without_end(answer_ids), *(self._behind_chat or ())]
+        text = self._text_of(answer, prompt_ids, answer_ids)
+        return self._ids(f"{self.actors.decode(prompt_ids)}{text}{self._closing}")
 
     def _of_chat(
         self, prompt: Any, answer: Any, prompt_ids: Any, answer_ids: Any, environment: str | None
@@ -102,6 +138,9 @@ class RewardForm:
         before, whole = self.actors.batch_decode([prompt_ids, [*prompt_ids, *answer_ids]], skip_special_tokens=True)
         return whole.removeprefix(before) if whole.startswith(before) else answer
 
+    def _has_mark(self, ids: list[int]) -> bool:
+        return not self._special.isdisjoint(ids)
+
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self._special else ids
 
@@ -114,15 +153,34 @@ class RewardForm:
         before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[before + len(plain) :]
 
-    def _opening_of_an_answer(self) -> list[int]:
+    @cached_property
+    def _opening(self) -> list[int]:
         """What the actor's chat template writes for an answer to go on from; nothing where it writes none."""
-        messages, options = [{"role": "user", "content": "?"}], self.template_kwargs | {"tokenize": False}
-        without = self.actors.apply_chat_template(messages, **options)
-        with_opening = self.actors.apply_chat_template(messages, **(options | {"add_generation_prompt": True}))
-        return self.actors(with_opening.removeprefix(without), add_special_tokens=False)["input_ids"]
+        if not self.actors.chat_template:
+            return []
+        without = self._written(self.actors, [QUESTION])
+        return self._ids_by_actor(self._written_to_the_opening.removeprefix(without))
 
-    def _written_behind_an_answer(self) -> list[int] | None:
+    @cached_property
+    def _written_to_the_opening(self) -> str:
+        return self._written(self.actors, [QUESTION], add_generation_prompt=True)
+
+    @property
+    def _written_to_the_answer(self) -> str:
+        return self._written(self.actors, [QUESTION, WITH_ANSWER]).partition(ANSWER)[0]
+
+    @cached_property
+    def _writes_as_the_actor(self) -> bool:
+        theirs, own = (self._written(one, [QUESTION, WITH_ANSWER]) for one in (self.actors, self.tokenizer))
+        return self.actors.chat_template == self.tokenizer.chat_template and theirs == own
+
+    def _written_behind_an_answer(self) -> str | None:
         """Return what the chat template writes behind an answer's words; `None` where it does not write them once."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
-        written = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs)
-        return self._ids(written.partition(ANSWER)[2]) if written.count(ANSWER) == 1 else None
+        written = self._written(self.tokenizer, [QUESTION, WITH_ANSWER])
+        return written.partition(ANSWER)[2] if written.count(ANSWER) == 1 else None
+
+    def _written(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+        return tokenizer.apply_chat_template(messages, **(self.template_kwargs | {"tokenize": False} | options))
+
+    def _ids_by_actor(self, text: str) -> list[int]:
+        return self.actors(text, add_special_tokens=False)["input_ids"]

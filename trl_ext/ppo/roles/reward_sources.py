@@ -130,13 +130,27 @@ class TokenScorer:
 
 
 def check_readable(
-    reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, args: PPOConfigX, pad_id: int | None = None
+    reward_funcs: list[Any],
+    train_dataset: Any,
+    eval_dataset: Any,
+    args: PPOConfigX,
+    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int | None = None,
 ) -> None:
     """
     Raises `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and what
     would not fit its table of positions with a response of `response_length` tokens.
+
+    Args:
+        tokenizer: the actor's.
     """
     datasets = named(train_dataset, eval_dataset).items()
+    actors = RewardForm(tokenizer, tokenizer, shares_ids=True, template_kwargs=args.chat_template_kwargs)
+    for source in reward_funcs:
+        # As `ImplicitReward` has one, which reads a model of chats.
+        if getattr(getattr(source, "tokenizer", None), "chat_template", None):
+            for name, dataset in datasets:
+                _check_function_gets_chats(dataset, name, actors, source.__name__, pad_id)
     for scorer in (source for source in reward_funcs if isinstance(source, TokenScorer)):
         form, model = scorer.form, f"the reward model {scorer.__name__!r}"
         for name, dataset in datasets:
@@ -151,18 +165,33 @@ def check_readable(
                 )
             _check_ids_readable(dataset, name, form, model, pad_id)
             if scorer.longest is not None and isinstance(dataset, Dataset):
-                longest = scorer.longest - form.behind(is_chat)
+                kinds = (True, False) if "input_ids" in dataset.column_names else (is_chat,)
+                longest = scorer.longest - max(map(form.behind, kinds))
                 options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
                 check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s", pad_id=pad_id)
 
 
+def _check_function_gets_chats(dataset: Any, name: str, actors: RewardForm, source: str, pad_id: int | None) -> None:
+    rows = islice(dataset, LOOKED_AT) if isinstance(dataset, Dataset | IterableDataset) else []
+    for row in rows:
+        if is_tokenised(row) and actors.is_chat(unpadded(row, pad_id, actors.tokenizer.eos_token_id)):
+            raise ValueError(
+                f"`{name}` holds conversations in `input_ids`. The reward function {source!r} would get them as text "
+                "without the marks of their roles, and it has a chat template that writes messages. Give the messages "
+                "in a column `prompt`."
+            )
+
+
 def _check_ids_readable(dataset: Any, name: str, form: RewardForm, model: str, pad_id: int | None) -> None:
     for row in islice(dataset, LOOKED_AT):
-        if is_tokenised(row) and form.cannot_read(unpadded(row, pad_id, form.actors.eos_token_id)):
+        if not is_tokenised(row):
+            return
+        why = form.why_unreadable(unpadded(row, pad_id, form.actors.eos_token_id))
+        if why is not None:
             raise ValueError(
-                f"`{name}` holds conversations in `input_ids`, written by the actor's chat template, and the "
-                f"tokenizer of {model} has another one. Give the messages in a column `prompt`, which it writes its "
-                "own way; or, if it was trained on text like this, set the `chat_template` of its tokenizer in "
+                f"`{name}` holds conversations in `input_ids`, written by the actor's chat template, and "
+                f"{why.format(model)}. Give the messages in a column `prompt`, which it writes its own way; or, if it "
+                "was trained on text like this, set the `chat_template` of its tokenizer in "
                 "`reward_processing_classes` to the actor's."
             )
 
