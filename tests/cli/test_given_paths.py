@@ -1,6 +1,8 @@
 """Models and checkpoints that there are not: one sentence, before any row is read."""
 
 import json
+import re
+import shutil
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -85,6 +87,68 @@ def test_reward_model_is_scored_by_as_little_as_it_is_talked_to(paths, tmp_path,
             assert option in said
             assert "scores text and writes none" in said
         assert "scores text and writes none" in error_of(["chat", str(path)], capsys)
+
+
+def shards(folder):
+    """The weights in two files, of which one is gone."""
+    tiny.tiny_actor().save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    next(folder.glob("model-*.safetensors")).unlink()
+
+
+# What a folder of a model may lack or hold -> what it takes to make it so, and what is said of it.
+DAMAGED = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds a config and no weights"),
+    "other weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"xx"), "cannot be read: .*header"),
+    "cut off": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]),
+        "cannot be read: .* It was cut off, or is not there",
+    ),
+    "a shard": (shards, r"model-0000\d-of-\d+.safetensors .* cannot be read"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), r"The config of .* cannot be read"),
+    "type": (
+        lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "nonesuch"})),
+        r"The config of .* cannot be read: .*nonesuch",
+    ),
+}
+ROLES = [("dpo", "model"), ("ppo", "model"), ("reward", "model"), ("score", "model"), ("score", "ref_model")]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_model_is_named(damage, paths, tmp_path, capsys):
+    damaging, said = DAMAGED[damage]
+    for role in ("actor", "reward_model"):
+        shutil.copytree(paths[role], tmp_path / role)
+        damaging(tmp_path / role)
+    for name, option in [*ROLES, ("ppo", "reward_model_path"), ("ppo", "value_model")]:
+        if name == "reward" and damage in ("config", "type"):
+            continue
+        path = tmp_path / ("actor" if option in ("model", "ref_model") else "reward_model")
+        flags = run_of("ppo" if name == "ppo" else "dpo", paths, **{option: path})
+        if name == "score":
+            others = {} if option == "ref_model" else {"ref_model": paths["actor"]}
+            flags = [word for word in run_of("dpo", paths, **{option: path}, **others) if word != "--report_to"]
+            flags.remove("none")
+        error = error_of([name, *flags], capsys)
+        assert re.search(said, error), (name, option, error)
+        assert str(path) in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_tokenizer_that_cannot_be_read_is_named(name, paths, tmp_path, capsys):
+    shutil.copytree(paths["actor"], tmp_path / "actor")
+    (tmp_path / "actor" / "tokenizer.json").write_text("{")
+    said = error_of([name, *run_of(name, paths, model=tmp_path / "actor", output_dir=tmp_path / "out")], capsys)
+    assert said.startswith(f"error: The tokenizer of {tmp_path / 'actor'} (model) cannot be read: ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere"])
+def test_chat_template_that_there_is_not_is_named(path, paths, tmp_path, capsys):
+    said = error_of(["reward", *run_of("reward", paths, output_dir=tmp_path, chat_template_path=path)], capsys)
+    assert path in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -101,6 +101,15 @@ BEFORE_LOADING = {
         {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
         "PromptTuningConfig learns virtual tokens.* use LoRA",
     ),
+    "critic of another kind": (
+        {"value_model": len},
+        "`value_model` is a builtin_function.*; give a model, or its path",
+    ),
+    "reference of another kind": ({"ref_model": 3}, r"`ref_model` is a int \(3\); give a model, or its path"),
+    "reward of another kind": (
+        {"reward_funcs": 3},
+        r"`reward_funcs` has a int \(3\); give a function, a reward model",
+    ),
     "critic twice": ({"value_model": "somewhere", "critic": "head"}, "`critic='head'` .* remove `value_model`"),
     "adapter of no adapter": (
         {"ref_adapter_name": "sft"},
@@ -234,6 +243,7 @@ async def async_judge(completions, **kwargs):
     [
         (judge(math.nan), "judge", "nan"),
         (judge(math.inf), "judge", "inf"),
+        (judge(10**400), "judge", "inf"),
         (judge(-math.inf), "judge", "-inf"),
         (async_judge, "async_judge", "nan"),
     ],

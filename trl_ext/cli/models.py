@@ -11,7 +11,7 @@ from torch import nn
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import demo
-from ..models.loading import check_no_adapter, require_model
+from ..models.loading import check_no_adapter, require_model, require_weights
 from ..models.precision import computes_in_bf16
 from .options import package_of
 
@@ -100,7 +100,7 @@ def model_errors(model: ModelArguments) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, ImportError, TypeError) as error:
+    except (ValueError, ImportError, TypeError, OSError) as error:
         said, package = " ".join(str(error).split()), package_of(error)
         attention = model.attn_implementation
         if isinstance(error, TypeError) and not (package == "transformers" and "unexpected keyword argument" in said):
@@ -111,7 +111,7 @@ def model_errors(model: ModelArguments) -> Iterator[None]:
             cure = "Change `--lora_target_modules`; all-linear adapts every linear layer."
         elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
             cure = f"Leave out `--attn_implementation {attention}`, or give sdpa or eager."
-        elif package == "trl":
+        elif package == "trl" or (isinstance(error, OSError) and package in ("transformers", "huggingface_hub")):
             cure = ""
         else:
             raise
@@ -152,6 +152,7 @@ def path_of(model: ModelArguments, args: Any = None) -> str:
         return str(demo.smollm2())
     require_model(named, "--model" if model.model_name_or_path else "--sft_model_path", model.model_revision)
     check_no_adapter(named, "model")
+    require_weights(named, "--model" if model.model_name_or_path else "--sft_model_path")
     return named
 
 
@@ -163,3 +164,4 @@ def require_judges(reward_model: str | None, value_model: str | None) -> None:
     for what, path in {"--reward_model_path": reward_model, "--value_model": value_model}.items():
         if path is not None:
             require_model(path, what)
+            require_weights(path, what)

@@ -337,7 +337,9 @@ def after_prompt(answer: Any, prompt: Any) -> Any:
     Return what an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it
     does not. White space around a text prompt does not count.
     """
-    if not prompt or type(answer) is not type(prompt) or (isinstance(prompt, str) and not prompt.strip()):
+    if type(prompt) not in (str, list) or type(answer) is not type(prompt):
+        return None
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         return None
     if answer[: len(prompt)] == prompt:
         return answer[len(prompt) :]

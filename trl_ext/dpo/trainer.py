@@ -26,7 +26,7 @@ from ..models.loading import (
     check_no_adapter,
     check_same_tokens,
     known_tokens,
-    require_tokenizer,
+    load_tokenizer,
     restore_weights,
     text_config,
     tokenizer_of,
@@ -125,7 +125,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             check_no_adapter(model, "model")
         config = text_config(model, args)
         if processing_class is None:
-            require_tokenizer(model if isinstance(model, str) else model.config._name_or_path, "model")
+            path = model if isinstance(model, str) else model.config._name_or_path
+            revision = (args.model_init_kwargs or {}).get("revision")
+            load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)  # TRL does, unchecked
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(ref_model, str):

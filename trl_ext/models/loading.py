@@ -1,5 +1,6 @@
 """What can be known of a model, or of an adapter, before its weights are loaded."""
 
+import json
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..runs.folder import is_local
@@ -137,7 +139,7 @@ def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **kwargs)
-    except (OSError, ValueError):  # the trainer will say so
+    except Exception:  # of transformers, tokenizers, sentencepiece: the trainer will say so
         return None
 
 
@@ -276,6 +278,40 @@ def require_model(path: str, what: str, revision: str | None = None, with_base: 
         ) from error
 
 
+def require_weights(path: str, what: str) -> None:
+    """
+    Looks at the heads of a folder's weights, and loads nothing. What is on the hub is not looked at.
+
+    Args:
+        path: of a model, or of an adapter.
+        what: it is, for the error.
+
+    Raises:
+        ValueError: when the folder has none, lacks one of their files, or holds one that is no safetensors file or was
+            cut off.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    wanted = {file.name for pattern in WEIGHTS for file in folder.glob(pattern)}
+    if not wanted:
+        raise ValueError(
+            f"The folder {path} ({what}) holds a config and no weights: there is no {', '.join(WEIGHTS)} in it. Give "
+            "the folder that a model was saved to whole."
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in sorted(folder / name for name in wanted):
+        try:
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"The weights in {file} ({what}) cannot be read: {error}. It was cut off, or is not there, or is a "
+                "pointer of git-lfs: save or download the model again."
+            ) from error
+
+
 def _require_no_gguf(path: str, what: str) -> None:
     """GGUF files, also beside a config, have to be converted once: what is trained is saved as safetensors."""
     folder = Path(path)
@@ -290,6 +326,7 @@ def _require_no_gguf(path: str, what: str) -> None:
     )
 
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from .folder import is_local
+
 
 COUNTS = (
     "per_device_train_batch_size",
@@ -63,6 +65,12 @@ def check_startable(options: Any) -> None:
             epochs, or a package that an option needs and that is not installed.
     """
     _check_numbers(options)
+    template = getattr(options, "chat_template_path", None)
+    if template is not None and is_local(template) and not Path(template).exists():
+        raise ValueError(
+            f"`chat_template_path` is {template}, and there is no such file or folder. Give a .jinja file, a folder "
+            "with a tokenizer, or a hub name."
+        )
     for asked, packages, install in _needed(options):
         if not any(is_installed(package) for package in packages):
             raise ValueError(f"{asked} needs {' or '.join(packages)}: `pip install {install}`, or leave it out.")

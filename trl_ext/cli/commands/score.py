@@ -23,7 +23,7 @@ from ... import ImplicitReward
 from ...data import demo
 from ...data.json_values import plain_line
 from ...dpo.data import check_columns
-from ...models.loading import load_tokenizer, require_model, require_writer
+from ...models.loading import load_tokenizer, require_model, require_weights, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
@@ -91,6 +91,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
         if given is not None:
             require_model(given, option, revision, with_base=True)
             require_writer(given, option, revision)
+            require_weights(given, option)
     return path, ref_path
 
 

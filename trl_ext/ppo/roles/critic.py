@@ -17,11 +17,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..._trl import create_model_from_path
-from ...models.loading import restore_weights
+from ...models.loading import read_config, restore_weights
 from ...models.noise import disable_noise
 from ...models.precision import keep_4_bit_differentiable
 from ...models.probe import in_mode, probe_rows
@@ -231,7 +231,7 @@ def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     Raises `ValueError`, from the config alone, for a checkpoint whose score head has several labels. One without a
     score head is fine: it gets a new one.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = read_config(path, "value_model", trust_remote_code=trust_remote_code)
     if "ForSequenceClassification" in (config.architectures or [""])[0]:
         _check_single_value(config.num_labels)
 

@@ -6,11 +6,18 @@ from typing import Any, TypeAlias
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..._trl import get_config_model_id
 from ...models.adapter_copies import check_copyable
-from ...models.loading import adapter_config, check_no_adapter, check_same_tokens, refuse_encoder_decoder, text_config
+from ...models.loading import (
+    adapter_config,
+    check_no_adapter,
+    check_same_tokens,
+    read_config,
+    refuse_encoder_decoder,
+    text_config,
+)
 from ...models.sharding import check_turns, check_unquantized
 from ...models.trainable import check_trainable
 from ..config import PPOConfigX
@@ -76,6 +83,7 @@ def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
 def check_given(args: PPOConfigX, given: Given) -> None:
     """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
     _check_presence(given)
+    _check_kinds(given)
     _check_identity(args, given)
     if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
         check_trainable(given.model, "actor")
@@ -122,7 +130,7 @@ def _vocabulary(model: Any, args: PPOConfigX) -> int | None:
     """Rows of a model's embedding, from its config; `None` for a class of one's own that does not say."""
     config = model.config if not isinstance(model, str) else None
     if config is None:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        config = read_config(model, "reference or critic", trust_remote_code=args.trust_remote_code)
     return getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
 
 
@@ -134,6 +142,19 @@ def _check_presence(given: Given) -> None:
             "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
             "environment has a `get_reward`, or set `reward_model_path`."
         )
+
+
+def _check_kinds(given: Given) -> None:
+    """A model is a path or a module, a reward function a callable."""
+    for name, model in {"model": given.model, "ref_model": given.ref_model, "value_model": given.value_model}.items():
+        if model is not None and not isinstance(model, str | nn.Module):
+            raise ValueError(f"`{name}` is a {type(model).__name__} ({model!r:.60}); give a model, or its path.")
+    for source in given.reward_funcs:
+        if not (isinstance(source, str) or callable(source)):
+            raise ValueError(
+                f"`reward_funcs` has a {type(source).__name__} ({source!r:.60}); give a function, a reward model or "
+                "its path, or a list of them."
+            )
 
 
 def _check_identity(args: PPOConfigX, given: Given) -> None:

@@ -119,7 +119,10 @@ def _number(score: Any, row: int, name: str) -> float | None:
             f"The reward function {name!r} returned {score!r:.60}, a {type(score).__name__}, for completion {row}. "
             f"{NEEDED}"
         )
-    return float(score.item() if isinstance(score, Tensor) else score)
+    try:
+        return float(score.item() if isinstance(score, Tensor) else score)
+    except OverflowError:  # an integer beyond every float
+        return math.inf if score > 0 else -math.inf
 
 
 def _is_text(score: Any) -> bool:

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,7 +18,7 @@ from transformers.utils import logging
 
 from ..._trl import create_model_from_path, get_config_model_id
 from ...data.formats import CONVERSATION, LOOKED_AT, describe
-from ...models.loading import check_known, known_tokens
+from ...models.loading import check_known, known_tokens, read_config
 from ...models.sharding import is_partitioned
 from ..config import PPOConfigX
 from ..data import check_prompts, is_tokenised, named, unpadded
@@ -223,7 +222,7 @@ def model_of_text(reward_func: Any) -> nn.Module | None:
 
 def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     """Raises `ValueError`, from the config alone, for a checkpoint without a trained score of one label."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = read_config(path, "reward model", trust_remote_code=trust_remote_code)
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if "ForSequenceClassification" not in architecture:
         raise ValueError(
