@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._trl import create_model_from_path, get_config_model_id
+from .._trl import create_model_from_path, get_config_model_id, use_adapter
 from ..models.adapter_copies import check_copyable
+from ..models.probe import ROUNDINGS, apart_in_float32, arithmetic, plain_logps, probe_rows, rounded_once
 from ..models.quantization import check_quantizable, is_fsdp, quantization
 from ..models.sharding import copy_of, is_partitioned
 from .config import DPOConfigX
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What rounding explains of |log π/π_ref| of a sequence before the first step, in nats per √token: the errors of single
 # tokens have either sign. References that were computed in other batches differ by that much; others hardly at all.
-ROUNDING, ROUNDING_16_BIT = 1e-3, 0.2
+# In 16 bits it is measured, by what one rounding does to the model, and lies between two bounds.
+ROUNDING, LEAST_16_BIT, MOST_16_BIT = 1e-3, 0.02, 0.2
 
 
 def check_quantized_reference(args: DPOConfigX, model: Any, ref_model: Any, has_adapters: bool) -> None:
@@ -127,13 +129,17 @@ def require_same_start(
     Raises:
         ValueError: when a reference that was not given is another model than the one that training starts from.
     """
-    tolerance = ROUNDING_16_BIT if rounds_to_16_bits(policy, args) else ROUNDING
     typical = (logratios.square() / lengths.clamp(min=1)).mean().sqrt().item()
-    if not typical > tolerance:  # what is not finite is reported elsewhere
+    if not typical > ROUNDING:  # what is not finite is reported elsewhere
+        return
+    tolerance = ROUNDING
+    if rounds_to_16_bits(policy, args) and not _differ_in_float32(policy, reference, args):
+        tolerance = _rounding_in_16_bits(policy, args) if typical > LEAST_16_BIT else LEAST_16_BIT
+    if not typical > tolerance:
         return
     found = (
         f"before the first step log π/π_ref of {len(logratios)} completions is {logratios.abs().mean().item():.3g} "
-        f"nats in the mean, where rounding explains {tolerance * lengths.float().sqrt().mean().item():.1g}"
+        f"nats in the mean, where rounding explains {tolerance * lengths.float().sqrt().mean().item():.2g}"
     )
     if reference is None and _has_virtual_tokens(policy):
         logger.warning("The adapter's virtual tokens change the model before they have learnt anything: %s.", found)
@@ -142,6 +148,32 @@ def require_same_start(
         "Without a `ref_model` the reference must be the model that training starts from; but "
         f"{found}. " + _what_differs(policy, reference, args)
     )
+
+
+def _differ_in_float32(policy: Any, reference: nn.Module | None, args: DPOConfigX) -> bool:
+    """Return whether policy and reference are seen to be two models without the rounding of the run."""
+    is_spread = is_fsdp(args) or is_partitioned(policy)
+    if is_spread or args.precompute_ref_log_probs or _has_virtual_tokens(policy):
+        return False
+    if reference is not None:
+        return bool(apart_in_float32(policy, reference))
+    adapter = "ref" if "ref" in policy.peft_config else None
+    return bool(apart_in_float32(policy, policy, lambda: use_adapter(policy, adapter)))
+
+
+@torch.no_grad()
+def _rounding_in_16_bits(policy: Any, args: DPOConfigX) -> float:
+    """Return what rounding explains, in nats per √token, in the arithmetic of the run."""
+    if is_fsdp(args) or is_partitioned(policy):
+        return MOST_16_BIT
+    rows = probe_rows(policy)
+    try:
+        expected = plain_logps(policy, rows)
+        with rounded_once(policy, torch.finfo(arithmetic(policy)).eps):
+            moved = (plain_logps(policy, rows) - expected).square().mean().sqrt().item()
+    except Exception:  # of the family's own code, which asks for more than ids
+        return MOST_16_BIT
+    return min(max(ROUNDINGS * moved, LEAST_16_BIT), MOST_16_BIT)
 
 
 def _what_differs(policy: Any, reference: nn.Module | None, args: DPOConfigX) -> str:

@@ -352,7 +352,8 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         )
         policy = self.accelerator.unwrap_model(self.model)
         reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        require_same_start(logratios, lengths, policy, reference, self.args)
+        with self.accelerator.autocast():  # as in training
+            require_same_start(logratios, lengths, policy, reference, self.args)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._finalize_training(*args, **kwargs)

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 
@@ -71,6 +72,44 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
     with rounded_once(model, unit):
         moved = (answer() - expected).abs().mean().item()
     return max(FLOOR * scale, ROUNDINGS * moved)
+
+
+@torch.no_grad()
+def apart_in_float32(
+    policy: Any, reference: Any, as_reference: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> bool | None:
+    """
+    Whether two models with weights in float32 give other log-probabilities of random rows, also where the run computes
+    in fewer bits and a difference would hide in their rounding; `None` where they cannot be asked that.
+
+    Args:
+        policy, reference: may be a `PeftModel`.
+        as_reference: a context in which the policy, with other adapters, is the reference, if they are one model.
+    """
+    models = (policy, reference)
+    if any(parameter.dtype != torch.float32 for model in models for parameter in model.parameters()):
+        return None
+    rows = probe_rows(policy)
+    with in_mode(policy, training=False), in_mode(reference, training=False):
+        try:
+            expected = plain_logps(policy, rows)
+            allowed = tolerance(policy, lambda: plain_logps(policy, rows))
+            with as_reference():
+                difference = (plain_logps(reference, rows) - expected).abs().mean().item()
+        except Exception:  # of the family's own code, which asks for more than ids: nothing has been learnt
+            return None
+    return difference > allowed
+
+
+def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
+    """
+    Log-probabilities of rows (1, L) of ids, one row after the other, by the forward of the model's class: without what
+    trainers have put around it, such as autocast.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    logits = [type(base).forward(base, input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
+    logps = [x.float().log_softmax(-1) for x in logits]
+    return torch.cat([x.gather(-1, row[0, 1:, None].to(x.device))[:, 0] for x, row in zip(logps, rows, strict=True)])
 
 
 @contextmanager
