@@ -451,3 +451,14 @@ def test_adapter_as_reward_model_gives_a_merged_critic(tmp_path):
     trainer = ppo_trainer(tmp_path, {"reward_model": get_peft_model(tiny.tiny_reward_model(), config)}, max_steps=1)
     trainer.train()
     assert not any("lora" in name for name, _ in trainer.critic.named_parameters())
+
+
+def test_torch_compile_compiles_nothing_and_changes_no_number(tmp_path, caplog):
+    """A reference, a critic and a reward model beside the actor."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    short = {"total_episodes": 4, "num_ppo_epochs": 1}
+    compiled = ppo_run(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **short)
+    assert torch._dynamo.utils.counters["frames"]["total"] == 0
+    assert "`torch_compile` compiles nothing here" in caplog.text
+    assert logged(compiled, "loss") == logged(ppo_run(tmp_path / "plain", **short), "loss")

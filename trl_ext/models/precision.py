@@ -1,4 +1,4 @@
-"""What the device and the model can do: arithmetic, 4-bit weights, gradient checkpointing."""
+"""What the device and the model can do: arithmetic, 4-bit weights, gradient checkpointing, compilation."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from torch import nn
 
 
@@ -51,6 +51,14 @@ def below_autocast(model: Any, accelerator: Accelerator) -> Iterator[None]:
     finally:
         model._original_forward = model.forward
         model.forward = torch.compiler.disable(convert_outputs_to_fp32(accelerator.autocast()(model.forward)))
+
+
+def compile_nothing(accelerator: Accelerator, why: str) -> None:
+    """Has no model compiled, with a warning, where `torch_compile` or an accelerate file asks for it."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        plugin.backend = DynamoBackend.NO
+        logger.warning("`torch_compile` compiles nothing here: %s.", why)
 
 
 def drop_checkpointing(model: nn.Module, args: Any) -> None:

@@ -37,6 +37,7 @@ from ..models.context import context_limit
 from ..models.fingerprint import save_base_fingerprint
 from ..models.generation import generating_by
 from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
+from ..models.precision import compile_nothing
 from ..models.rounding import warn_of_casting
 from ..models.sharding import is_stage3
 from ..models.trainable import take_back
@@ -96,13 +97,14 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
 
     Generation (transformers, vLLM, tools, environments), reward functions, PEFT, quantisation, distribution, logging
-    of completions and the loop itself are inherited. Overridden, in the order in which data flows: `create_optimizer`,
-    `train`, `_get_train_sampler`, `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches
-    redrawn every epoch), `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
+    of completions and the loop itself are inherited. Overridden, in the order in which data flows:
+    `create_accelerator_and_postprocess`, `create_optimizer`, `train`, `_get_train_sampler`,
+    `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
+    `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`,
-    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`,
-    `save_model` and `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`,
+    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`, `save_model` and
+    `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -259,6 +261,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         for shown in (*self._logs.values(), self._pending_metrics, self._pending_extra_logs):
             shown.clear()
         self.phases.forget()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        compile_nothing(
+            self.accelerator, "a forward pass asks for other outputs, of rows of another length, each time"
+        )
 
     def _set_up_rewards(self, sources: list[Any]) -> None:
         """Names every reward source, has models asked in their own form, and checks what environments answer."""
