@@ -593,6 +593,18 @@ def test_best_model_by_accuracy_is_kept(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{1 + accuracies.index(max(accuracies))}")
 
 
+@pytest.mark.parametrize("held_out", ["one", "several"])
+@pytest.mark.parametrize("more", [{"eval_on_start": True}, {}, {"lr_scheduler_type": "reduce_lr_on_plateau"}], ids=str)
+def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path, held_out, more):
+    pairs = dpo_runs.tiny_pairs(4, seed=4)
+    models = {"eval_dataset": pairs if held_out == "one" else {"a": pairs, "b": pairs}}
+    each = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "zzz", **more}
+    trainer = dpo_runs.dpo_trainer(tmp_path, models, **each)
+    with pytest.raises(ValueError, match=r"`metric_for_best_model`.* '(eval_)?zzz'.*eval_loss"):
+        trainer.train()
+    assert trainer.state.global_step == (0 if "eval_on_start" in more else 1)
+
+
 def greedy(model, prompt, tokens):
     """The most probable continuation, token by token, without a cache."""
     ids = list(prompt)

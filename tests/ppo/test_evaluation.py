@@ -314,6 +314,15 @@ def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path
     assert trainer.state.best_global_step == 2
 
 
+def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path):
+    trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(3)}, **EVERY_TWO, metric_for_best_model="zzz")
+    with pytest.raises(
+        ValueError, match=r"`metric_for_best_model` is 'zzz', and an .* eval_reward/score, .* Set it to"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_several_sets_may_be_evaluated_by_hand(tmp_path):
     sets = {"a": tiny.tiny_prompts(3, seed=3), "b": tiny.tiny_prompts(4, seed=4)}
     trainer = ppo_trainer(tmp_path, per_device_eval_batch_size=2)

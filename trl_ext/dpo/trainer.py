@@ -38,6 +38,7 @@ from ..models.rounding import warn_of_casting, warn_of_rounding
 from ..models.sharding import check_unquantized, is_partitioned
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
+from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.profiler import Phases
@@ -87,9 +88,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     - Pairs whose completions are equal are dropped, with a warning.
 
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `evaluation_loop`,
-    `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`; and,
-    by `WritesCard`, `save_model` and `create_model_card`.
+    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `_evaluate`,
+    `evaluation_loop`, `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
+    `_load_best_model`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
@@ -408,6 +409,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         return line
 
     # ---- 4. Evaluate ----
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluated(super()._evaluate, self.args, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)

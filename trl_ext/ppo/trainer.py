@@ -41,7 +41,7 @@ from ..models.precision import compile_nothing
 from ..models.rounding import warn_of_casting
 from ..models.sharding import is_stage3
 from ..models.trainable import take_back
-from ..runs.best_metric import check_metric_of_sets
+from ..runs.best_metric import check_metric_of_sets, evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
@@ -102,9 +102,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`,
-    `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`, `save_model` and
-    `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `_evaluate`, `evaluation_loop`, `log`, `_save`,
+    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`,
+    `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -707,6 +707,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
         self.run_state.held_out.add(rollout, rows, self._responses, said)
         return rollout
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluated(super()._evaluate, self.args, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)

@@ -1,6 +1,33 @@
-"""By which metric the best checkpoint is chosen where there are several held-out sets."""
+"""By which metric the best checkpoint is chosen."""
 
+from collections.abc import Callable
 from typing import Any
+
+
+def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
+    """
+    Evaluate within a training.
+
+    Args:
+        evaluate: the Trainer's, called with what else is given.
+        args: training arguments.
+
+    Raises:
+        ValueError: for a `metric_for_best_model` that the evaluation does not have.
+    """
+    try:
+        metrics = evaluate(*given, **options)
+    except KeyError as error:  # of a schedule that follows the metric
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(str(error.args[0])) from error
+    metric = args.metric_for_best_model
+    if metric is not None and metric not in metrics and f"eval_{metric}" not in metrics:
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, and an evaluation has {', '.join(sorted(metrics))}. Set it to "
+            "one of these."
+        )
+    return metrics
 
 
 def check_metric_of_sets(args: Any, held_out: Any, example: str) -> None:
