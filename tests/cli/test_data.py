@@ -52,6 +52,12 @@ def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
     DatasetDict(training=rows).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"no split 'train' but \['training'\]"):
         load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded, to_prompts)
+    given = DataArguments(
+        dataset_name=str(tmp_path / "rows"), dataset_train_split="training", dataset_test_split="nope"
+    )
+    for read in (lambda: load_splits(given, no_embedded, to_prompts), lambda: load_rows(given)):
+        with pytest.raises(ValueError, match=r"no split 'nope' but \['training'\]; .* or leave it out"):
+            read()
 
 
 def test_embedded_data_get_the_sizes(rows):

@@ -101,6 +101,7 @@ def load_splits(
     _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
     columns = parse_columns(args.columns or ())
     train = convert(splits[args.dataset_train_split], columns)
+    _require_test_split(splits, args)
     if args.dataset_test_split in splits:
         test = convert(splits[args.dataset_test_split], columns)
     else:
@@ -120,6 +121,7 @@ def require_steps(rows: Any, max_steps: int) -> None:
 def load_rows(args: DataArguments) -> Dataset:
     """All pairs of the test split, or of the training split where there is no other; at most `test_size`."""
     splits = _load(args)
+    _require_test_split(splits, args)
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
             _require_rows(splits[name], f"split {name!r} of {args.source}")
@@ -128,6 +130,15 @@ def load_rows(args: DataArguments) -> Dataset:
         f"{args.source} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
         "`--dataset_test_split`."
     )
+
+
+def _require_test_split(splits: Any, args: DataArguments) -> None:
+    """Raises `ValueError` for a split to evaluate on that was named and is not there."""
+    if args.dataset_test_split not in (*splits, "test"):
+        raise ValueError(
+            f"{args.source} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
+            "`--dataset_test_split`, or leave it out."
+        )
 
 
 def _load(args: DataArguments) -> DatasetDict:

@@ -56,7 +56,7 @@ NAMES_BEFORE = {
     "loss_type": "pref_loss dpo_loss",
     "label_smoothing": "dpo_label_smoothing",
     "loss_weights": "rpo_alpha pref_ftx",
-    "packing": "packing_samples",
+    "packing": "packing_samples prefix_sharing pack_pairs",
     "num_train_epochs": "max_epochs epochs num_epochs",
     "per_device_train_batch_size": "train_batch_size micro_train_batch_size per_device_batch_size rollout_batch_size "
     "train_micro_batch_size_per_gpu batch_size mini_batch_size",
@@ -94,8 +94,6 @@ OTHER_VALUES = {
     "finetuning_type": "with it a LoRA adapter is trained, without it the whole model",
     "quantization_bit": "for 8 bits `load_in_8bit`",
     "bits": "for 8 bits `load_in_8bit`",
-    "mini_batch_size": "the number of mini-batches in a rollout",
-    "ppo_mini_batch_size": "the number of mini-batches in a rollout",
     "rpo_alpha": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
     "pref_ftx": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
     "max_prompt_length": "it holds for prompt and answer together",
@@ -112,6 +110,9 @@ OTHER_VALUES = {
     "use_wandb": "wandb is its value",
     "use_tensorboard": "tensorboard is its value",
 }
+
+# What a name of today means where an older one may have meant something else.
+MEANINGS = {"num_mini_batches": "the number of mini-batches in a rollout"}
 
 # What there is no option for, or none of the command at hand, and what to do.
 WITHOUT_OPTION = {
@@ -166,6 +167,6 @@ def what_it_is_today(name: str, known: set[str]) -> str | None:
     """
     today = next((each for each in TODAY.get(name, ()) if each in known), None)
     if today is not None:
-        more = OTHER_VALUES.get(name)
+        more = OTHER_VALUES.get(name, MEANINGS.get(today))
         return f"today it is `{today}`" + (f" ({more})" if more else "")
     return WITHOUT_OPTION.get(name)
