@@ -11,7 +11,7 @@ import ppo_runs
 import tiny
 from trl_ext.data import rendering
 from trl_ext.data.conversions import to_preference, to_prompts
-from trl_ext.dpo.data import check_columns
+from trl_ext.data.pairs import check_columns
 
 
 # Thoughts are cut off, as by DeepSeek-R1's template.

@@ -96,7 +96,7 @@ class Outcome:
             "train_dataset": preferences(seed),
         }
         self.beta = beta
-        with mock.patch("trl_ext.dpo.data.check_pairs"):  # special tokens are answers here, like any other
+        with mock.patch("trl_ext.data.pairs.check_pairs"):  # special tokens are answers here, like any other
             trainer = dpo_runs.dpo_trainer(tmp_path, models, **(settings | options))
         assert trainer._forwards[0].sharing
         start = time.perf_counter()

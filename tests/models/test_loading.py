@@ -11,9 +11,8 @@ from trl import RewardConfig
 import dpo_runs
 import ppo_runs
 import tiny
+from reward_runs import reward_trainer
 from trl_ext import ImplicitReward, RewardTrainerX, _trl
-from trl_ext.cli.commands import reward
-from trl_ext.cli.models import ModelArguments
 from trl_ext.dpo import reference as dpo_reference
 from trl_ext.models.loading import check_same_tokens
 from trl_ext.ppo.roles import load as ppo_roles
@@ -62,11 +61,11 @@ def test_encoder_decoder_is_refused_as_an_implicit_reward():
             ImplicitReward(policy, reference, tiny.tiny_tokenizer())
 
 
-def test_encoder_decoder_is_refused_by_reward_training_before_it_is_loaded(tmp_path, monkeypatch):
+def test_encoder_decoder_is_refused_by_reward_training_before_it_is_loaded(tmp_path, no_loading):
     path = saved(MODELS["bart"](), tmp_path / "bart")
-    monkeypatch.setattr(reward, "RewardTrainer", None)
-    with pytest.raises(ValueError, match=MESSAGE):
-        reward.build(None, ModelArguments(path), reward.RewardConfig(str(tmp_path), use_cpu=True, bf16=False))
+    for given in (path, MODELS["bart"]()):
+        with pytest.raises(ValueError, match=MESSAGE):
+            reward_trainer(tmp_path, dpo_runs.tiny_pairs(4), None, given)
 
 
 def test_decoder_of_such_a_family_is_taken(tmp_path):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from trl import RewardConfig, RewardTrainer
 
 import dpo_runs
 import ppo_runs
 import tiny
-from trl_ext.models.trainable import RequireGradients, check_optimizer, check_trainable
+from reward_runs import reward_trainer
+from trl_ext.models.trainable import check_optimizer, check_trainable
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -93,15 +93,13 @@ def test_actor_that_gets_no_gradient_beside_its_critic_stops_ppo(tmp_path):
 
 
 @pytest.mark.integration
-def test_guard_of_reward_training_stops_a_run_of_trl(tmp_path):
-    model = tiny.tiny_reward_model().requires_grad_(False)
+def test_guard_of_reward_training_stops_a_run(tmp_path):
+    model, rows = tiny.tiny_reward_model().requires_grad_(False), dpo_runs.tiny_pairs(4)
     with pytest.raises(ValueError, match="No parameter of the reward model requires a gradient"):
-        check_trainable(model, "reward model")
+        reward_trainer(tmp_path, rows, None, model)
     model.add_module("unread", torch.nn.Embedding(4, 4))
     model.enable_input_require_grads()
-    args = RewardConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-    trainer = RewardTrainer(model, args, train_dataset=dpo_runs.tiny_pairs(4), processing_class=tiny.tiny_tokenizer())
-    trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
+    trainer = reward_trainer(tmp_path, rows, None, model)
     with pytest.raises(ValueError, match="The loss depends on none of the reward model's 1 trained parameters"):
         trainer.train()
 

@@ -1,10 +1,13 @@
-"""The accuracy of a reward model is a share of its pairs, and pairs that are left out are counted."""
+"""Reward training looks at data and model first; accuracy is a share of all pairs, and what is left out is said."""
 
 import logging
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import processors
+from transformers import BitsAndBytesConfig
 
 import dpo_runs
 import tiny
@@ -58,3 +61,125 @@ def test_pairs_that_are_too_long_are_counted(tmp_path, caplog):
     assert trainer.evaluate()["eval_pairs"] == kept
     with pytest.raises(ValueError, match=r"In all 2 rows of the train dataset .*`max_length=16`.*Raise it"):
         reward_trainer(tmp_path, Dataset.from_list([LONG] * 2), rows, max_length=16)
+
+
+def with_bos():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def without_template():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def without_thoughts():
+    tokenizer = tiny.tiny_tokenizer()
+    of_it = "message['content']"
+    tokenizer.chat_template = tokenizer.chat_template.replace(of_it, f"{of_it}.split('</think>')[-1]")
+    return tokenizer
+
+
+def chat(chosen="good", rejected="bad", role="assistant"):
+    return {
+        "prompt": [{"role": "user", "content": "why ?"}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": role, "content": rejected}],
+    }
+
+
+PAIR = {"prompt": "why ? ", "chosen": "good", "rejected": "bad"}
+PARTS = [{"type": "text", "text": "good"}]
+REFUSED = {  # name -> tokenizer, row, what the error says
+    "no pairs": (tiny.tiny_tokenizer, {"prompt": "why ?", "completion": "good"}, "no column 'chosen' and 'rejected'"),
+    "a lost question": (tiny.tiny_tokenizer, {"question": "why ?", "chosen": "good", "rejected": "bad"}, "Nothing wo"),
+    "an empty cell": (tiny.tiny_tokenizer, PAIR | {"rejected": None}, "'rejected' of .* is empty in 1 of 5 rows"),
+    "the prompt twice": (tiny.tiny_tokenizer, PAIR | {"chosen": "why ? good", "rejected": "why ? bad"}, "twice"),
+    "BOS twice": (with_bos, PAIR | {"prompt": "<bos> why ? "}, "puts another before it"),
+    "no template": (without_template, chat(), "no chat template"),
+    "content in parts": (tiny.tiny_tokenizer, chat(PARTS, PARTS), "joins parts of text"),
+    "an answer of the user": (tiny.tiny_tokenizer, chat(role="user"), "ends with a message of the role 'user'"),
+    "thoughts that are cut off": (without_thoughts, chat("<think>so</think>good"), "leaves out a part of `chosen`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_data_that_cannot_be_trained_on_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, case):
+    monkeypatch.setattr("trl.RewardTrainer.__init__", None)
+    make, row, message = REFUSED[case]
+    rows = Dataset.from_list([*[PAIR] * 4, row] if case == "an empty cell" else [row] * 5)
+    for given in ((rows, None), (None, {"held_out": rows})):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            reward_trainer(tmp_path, *given, None, make())
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_rows_are_looked_at_as_the_trained_tokenizer_writes_them(tmp_path):
+    """TRL sets the template of `chat_template_path` itself; rows of its own making have no text left to look at."""
+    (tmp_path / "template.jinja").write_text(tiny.CHAT_TEMPLATE, encoding="utf-8")
+    rows, template = Dataset.from_list([chat()] * 4), str(tmp_path / "template.jinja")
+    made = reward_trainer(tmp_path, rows, None, tokenizer=without_template(), chat_template_path=template)
+    assert reward_trainer(tmp_path, made.train_dataset.select_columns(["chosen_ids", "rejected_ids"]), None)
+    (tmp_path / "template.jinja").write_text(without_thoughts().chat_template, encoding="utf-8")
+    thought = Dataset.from_list([chat("<think>so</think>good")] * 4)
+    with pytest.raises(ValueError, match="leaves out a part of `chosen`"):
+        reward_trainer(tmp_path, thought, None, tokenizer=without_template(), chat_template_path=template)
+    with pytest.raises(ValueError, match="cannot write row 0 of `eval`"):
+        made.evaluate(Dataset.from_list([chat(PARTS, PARTS)] * 4))
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_stream_of_which_no_pair_is_left_is_named(tmp_path):
+    """It would end at once, with a loss of 0."""
+    rows, stream = dpo_runs.tiny_pairs(4), Dataset.from_list([LONG] * 3).to_iterable_dataset()
+    for given in ((stream, rows), (rows, stream)):
+        with pytest.raises(ValueError, match=r"No row of the stream of (train|eval) rows is left: .*`max_length=16`"):
+            reward_trainer(tmp_path, *given, max_length=16)
+    reward_trainer(tmp_path, Dataset.from_list([LONG, *rows]).to_iterable_dataset(), None, max_length=16).train()
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_run_looks_after_itself(tmp_path, caplog):
+    """A log line for the last step, a name for trackio, a warning of steps that round away, no step after the end."""
+    rows, model = dpo_runs.tiny_pairs(8), tiny.tiny_reward_model().to(torch.bfloat16)
+    options = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-7}
+    trainer = reward_trainer(tmp_path, rows, None, model, **options)
+    assert "The weights of the reward model are trained in bfloat16" in caplog.text
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [2, 3]
+    with pytest.raises(ValueError, match="has taken 3 optimizer steps, and this one ends after 3"):
+        reward_trainer(tmp_path, rows, None, tiny.tiny_reward_model(), **options).train(True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        reward_trainer(tmp_path / "file", rows, None)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"does not hold .* of the reward model's"):
+        reward_trainer(tmp_path, rows, None, given={"optimizers": (optimizer, None)})
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_on_a_4_bit_base_gets_a_head_of_the_base_s_dtype(tmp_path, monkeypatch):
+    """TRL makes the head bfloat16; the states that it reads are float32 here."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    tiny.tiny_reward_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    given = {"peft_config": lora, "quantization_config": nf4}
+    path, rows = str(tmp_path / "model"), dpo_runs.tiny_pairs(8)
+    trainer = reward_trainer(tmp_path, rows, rows, path, given=given, learning_rate=0.1, max_steps=1)
+    dtypes = {name: parameter.dtype for name, parameter in trainer.model.named_parameters() if "score." in name}
+    assert set(dtypes.values()) == {torch.float32}
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in trainer.model.modules())
+    trainer.evaluate()
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))

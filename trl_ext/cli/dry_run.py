@@ -14,7 +14,7 @@ from trl import DPOTrainer, RewardTrainer
 
 from .. import planner
 from .._trl import tokenised_pair
-from ..dpo.data import check_columns
+from ..data.pairs import check_columns
 from ..models.context import context_limit
 from ..models.loading import load_tokenizer, text_config
 from ..ppo.data import check_datasets, prompt_ids

@@ -1,4 +1,4 @@
-"""What a dataset of pairs must hold, what is dropped from it, and the `source` column's way into a batch."""
+"""What is dropped from a dataset of pairs, what must be left of it, and the `source` column's way into a batch."""
 
 import logging
 from collections.abc import Callable
@@ -7,127 +7,15 @@ from itertools import chain
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
-from ..data.formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
-from ..data.rendering import check_pairs
+from ..data.pairs import NEEDED
 from ..models.loading import check_known
 
 
 logger = logging.getLogger(__name__)
 
-NEEDED = ("chosen", "rejected")
-OPTIONAL = ("prompt",)
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 SOURCE = "source"
-FROM_SHAREGPT = " `trl_ext.data.conversions.to_preference(dataset)` makes that of 'from' and 'value'."
-TO_ONE_KIND = " `trl_ext.data.conversions.to_preference(dataset)` makes turns of the prompts."
-
-
-def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
-    """
-    Args:
-        tokenizer: gives the tokenizer that conversations will be written with; `None` where that is not known yet.
-
-    Raises:
-        ValueError: for a dataset without the columns of a preference pair, or with other things in them than text or
-            messages; for conversations that the tokenizer has no chat template for.
-    """
-    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-    for name, dataset in {"train_dataset": train_dataset, **held_out}.items():
-        if isinstance(dataset, Dataset | IterableDataset):
-            if next(iter(dataset), None) is None:
-                raise ValueError(f"`{name}` has no rows.")
-            require(dataset, "preference", name)
-            _check_row(name, dataset)
-        if isinstance(dataset, Dataset):
-            _check_cells(name, dataset)
-        if isinstance(dataset, Dataset | IterableDataset):
-            _check_written(name, dataset, tokenizer)
-
-
-def _check_written(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None:
-    columns = describe(dataset).columns
-    if {"image", "images"} & columns.keys():
-        return
-    known = tokenizer()
-    if known is None:
-        return
-    if columns["chosen"] == CONVERSATION:
-        require_chat_template(dataset, known, name)
-    elif isinstance(known, PreTrainedTokenizerBase) and known.eos_token is None:
-        raise ValueError(
-            f"`{name}` holds text, which ends with the tokenizer's eos token, and the tokenizer has none. Set "
-            "`processing_class.eos_token`."
-        )
-    check_pairs(dataset, name, known)
-
-
-def _check_row(name: str, dataset: Any) -> None:
-    row = next(iter(dataset))
-    for column in (*OPTIONAL, *NEEDED):
-        value = row.get(column, "")
-        if not isinstance(value, str) and not _is_conversation(value):
-            raise ValueError(
-                f"The column {column!r} of `{name}` holds {type(value).__name__} ({value!r:.60}); it must hold text, "
-                "or a conversation: a list of messages with 'role' and 'content'."
-                + (FROM_SHAREGPT if describe(dataset).columns[column] == SHAREGPT else "")
-            )
-    kinds = {column: isinstance(row[column], str) for column in (*OPTIONAL, *NEEDED) if column in row}
-    if len(set(kinds.values())) > 1:
-        text, conversations = ([c for c, is_text in kinds.items() if is_text is wanted] for wanted in (True, False))
-        raise ValueError(
-            f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind."
-            + (TO_ONE_KIND if "prompt" in text and len(text) == 1 else "")
-        )
-    is_conversation = not isinstance(row["chosen"], str)
-    for column in NEEDED if is_conversation else ():
-        _check_roles(row[column], "prompt" in row, f"`{column}` of the first row of `{name}`")
-    if is_conversation and "prompt" not in row and row["chosen"][0] != row["rejected"][0]:
-        raise ValueError(
-            f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
-            "it from. Give the prompts in `prompt`, or as the first messages of both `chosen` and `rejected`."
-        )
-
-
-def _check_cells(name: str, dataset: Dataset) -> None:
-    """Raises `ValueError` for cells that hold nothing: TRL would stumble over them somewhere in the tokenisation."""
-    for column in (*OPTIONAL, *NEEDED):
-        if column in dataset.column_names:
-            cells = dataset[column]
-            empty = [i for i, value in enumerate(cells) if value is None or value == []]
-            if not empty and column in NEEDED and isinstance(cells[0], list):
-                for i, messages in enumerate(cells):
-                    _check_roles(messages, "prompt" in dataset.column_names, f"`{column}` of row {i} of `{name}`")
-            if empty:
-                raise ValueError(
-                    f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(dataset)} rows, the first is "
-                    f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
-                )
-
-
-def _check_roles(messages: list[dict[str, Any]], has_prompt: bool, whose: str) -> None:
-    """Raises `ValueError` for an answer that the assistant does not begin, or does not end."""
-    roles = [message.get("role") for message in messages]
-    if roles[-1] != "assistant":
-        raise ValueError(
-            f"{whose} ends with a message of the role {roles[-1]!r} (roles {roles}); an answer is the assistant's. "
-            "Give it the role 'assistant', or drop the row."
-        )
-    if has_prompt and roles[0] not in ("assistant", "tool"):
-        raise ValueError(
-            f"{whose} begins with a message of the role {roles[0]!r} (roles {roles}), and there is a `prompt` before "
-            "it. Where the answers repeat the prompt, "
-            "`trl_ext.data.conversions.to_preference(dataset)` takes it off them."
-        )
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and "role" in message for message in value)
-    )
 
 
 def drop_equal_pairs(dataset: Any, name: str) -> Any:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .._trl import unwrap_model_for_generation, use_adapter
+from ..data.pairs import check_columns, require_rows_left
 from ..data.rendering import with_template_kwargs
 from ..models.adapter_copies import base_left_alone, check_base_is_kept, copied_whole
 from ..models.context import context_limit
@@ -50,7 +51,6 @@ from .config import DPOConfigX
 from .data import (
     SOURCE,
     SourceCollator,
-    check_columns,
     check_rows_known,
     check_tokenised,
     drop_equal_pairs,
@@ -254,7 +254,13 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         check_tokenised(dataset, dataset_name, rows, args.max_length, self._context)
         dataset = check_rows_known(dataset, dataset_name, self._tokenizer, self._known)
         with PartialState().main_process_first():
-            return drop_equal_tokens(dataset, dataset_name, args.max_length, args.truncation_mode)
+            dataset = drop_equal_tokens(dataset, dataset_name, args.max_length, args.truncation_mode)
+        require_rows_left(
+            dataset,
+            dataset_name,
+            f"`chosen` and `rejected` are equal in all of them, at least within `max_length={args.max_length}`",
+        )
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -22,14 +22,15 @@ WAYS_OUT = {
 }
 
 
-def text_config(model: Any, args: Any, name: str = "model") -> Any:
+def text_config(model: Any, args: Any, name: str = "model", scores: bool = False) -> Any:
     """
-    The text part of a language model's config.
+    The text part of a model's config.
 
     Args:
         model: a path or hub name, or a model.
         args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
         name: the argument that the model was given as.
+        scores: whether it may be a model for scoring text.
 
     Raises:
         ValueError: when the path holds no model, one that cannot be read, one for scoring text, or an encoder-decoder.
@@ -40,7 +41,8 @@ def text_config(model: Any, args: Any, name: str = "model") -> Any:
     kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     require_model(model, name, kwargs.get("revision"))
     config = read_config(model, name, trust_remote_code=args.trust_remote_code, **kwargs)
-    refuse_scoring(config, model)
+    if not scores:
+        refuse_scoring(config, model)
     refuse_encoder_decoder(config, model)
     return config.get_text_config()
 

@@ -1,21 +1,35 @@
-"""`RewardTrainerX`: TRL's `RewardTrainer`, which counts pairs, and whose card says what was trained."""
+"""`RewardTrainerX`: TRL's `RewardTrainer`, which looks at data and model first, counts pairs, and writes a card."""
 
 import logging
 from itertools import chain
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
-from trl import RewardTrainer
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import RewardConfig, RewardTrainer
 
-from ..models.loading import check_known, known_tokens
-from ..models.precision import drop_checkpointing
+from ..data.formats import column_names
+from ..data.pairs import check_columns, check_written, require_rows_left
+from ..data.rendering import with_template_kwargs
+from ..models.loading import check_known, known_tokens, load_tokenizer, text_config
+from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
+from ..models.rounding import warn_of_rounding
+from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..runs.card import Training, WritesCard
+from ..runs.final_line import LastLine
+from ..runs.requirements import make_folder
+from ..runs.steps_left import refuse_finished_checkpoints
+from ..runs.trackio_run import name_run
 from .card import reward_training
 
 
 logger = logging.getLogger(__name__)
+
+
+# The columns of a dataset that is tokenised, now and in earlier versions of TRL.
+TOKENISED = ({"chosen_ids", "rejected_ids"}, {"chosen_input_ids", "rejected_input_ids"})
 
 
 class RewardTrainerX(WritesCard, RewardTrainer):
@@ -28,14 +42,65 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     `WritesCard`, `save_model` and `create_model_card`.
 
     Raises:
-        ValueError: when no pair is left, or one has a token that the model has no embedding of.
+        ValueError: for data that cannot be trained on, an encoder-decoder, or a model without a trainable parameter,
+            before a model is loaded where that can be seen; when no pair is left, or one has a token that the model
+            has no embedding of.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: RewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = RewardConfig(f"{name.rstrip('/').split('/')[-1]}-Reward")
+        take_back(model)
+        text_config(model, args, scores=True)
+        if processing_class is None:
+            path = model if isinstance(model, str) else model.config._name_or_path
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)
+        self._check_data(train_dataset, eval_dataset, processing_class, args)
+        make_folder(args.output_dir)
+        name_run(args)
+        if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
+            check_trainable(model, "reward model")
         self._in_order: dict[str, list[Tensor]] = {"train": [], "eval": []}
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        trained = check_trainable(self.model, "reward model")
+        check_optimizer(self.optimizer, {"reward model": trained}, "Give it those of `model`, or leave it out.")
         drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)
         self._check_known()
+        self._keep_computable()
+        self.add_callback(RequireGradients("reward model", trained))
+        self.add_callback(LastLine())
+        refuse_finished_checkpoints(self)
+        warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "reward model")
+
+    @staticmethod
+    def _check_data(train_dataset: Any, eval_dataset: Any, tokenizer: Any, args: RewardConfig) -> None:
+        """Looks at what is not tokenised yet; how it is written only where TRL does not change the tokenizer first."""
+        known = None if args.chat_template_path is not None or args.eos_token is not None else tokenizer
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        raw = {name: None if _is_tokenised(each) else each for name, each in held_out.items()}
+        check_columns(None if _is_tokenised(train_dataset) else train_dataset, raw, lambda: known)
+
+    def _keep_computable(self) -> None:
+        """Lets gradients through 4-bit weights, and gives the score head the dtype of the states that it reads."""
+        model: Any = self.model
+        keep_4_bit_differentiable(model)
+        if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+            return
+        # On a quantised base TRL casts what is trained to bfloat16; the trunk's states stay as they are.
+        for name, parameter in model.named_parameters():
+            if "score.modules_to_save." in name:
+                parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
 
     def _check_known(self) -> None:
         tokenizer: Any = self.processing_class
@@ -48,8 +113,15 @@ class RewardTrainerX(WritesCard, RewardTrainer):
                 check_known(ids, known, tokenizer, "The reward model", f"a row of the {name} dataset")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if not _is_tokenised(dataset):
+            check_written(dataset_name, dataset, lambda: processing_class)
+            dataset = with_template_kwargs(dataset)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not isinstance(dataset, Dataset):
+            why = (
+                f"in all of them `chosen` or `rejected` has more than `max_length={args.max_length}` tokens. Raise it"
+            )
+            require_rows_left(prepared, dataset_name, why)
             return prepared
         dropped = len(dataset) - len(prepared)
         if dropped and len(prepared) == 0:
@@ -89,3 +161,8 @@ class RewardTrainerX(WritesCard, RewardTrainer):
 
     def describe(self) -> Training:
         return reward_training(self)
+
+
+def _is_tokenised(dataset: Any) -> bool:
+    is_dataset = isinstance(dataset, Dataset | IterableDataset)
+    return is_dataset and any(names <= set(column_names(dataset)) for names in TOKENISED)

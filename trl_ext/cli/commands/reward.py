@@ -17,23 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from ... import RewardTrainerX, save_base_fingerprint
 from ...data.json_values import plain_file
-from ...data.rendering import with_template_kwargs
-from ...dpo.data import check_columns
-from ...models.loading import load_tokenizer, refuse_encoder_decoder
-from ...models.precision import keep_4_bit_differentiable
-from ...models.rounding import warn_of_rounding
-from ...models.trainable import RequireGradients, check_trainable
 from ...report import REWARD_LINE, use_brief_progress
-from ...runs.final_line import LastLine
 from ...runs.folder import checkpoint_of
-from ...runs.requirements import make_folder
-from ...runs.steps_left import refuse_finished_checkpoints, require_steps_left
-from ...runs.trackio_run import name_run
+from ...runs.steps_left import require_steps_left
 from ...statistics import wilson_interval
 from ..closing import closing_lines, program, report_callbacks, running
 from ..data import PairArguments, load_pairs, require_steps
@@ -54,37 +45,21 @@ class RewardArguments(LaunchArguments, PairArguments):
 
 def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
     path = path_of(model)
-    refuse_encoder_decoder(
-        AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code), path
-    )
     args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
     # The new head is trained in full.
     adapter, quantization = model.adapter("SEQ_CLS", ["score"]), model.quantization()
-    make_folder(args.output_dir)
-    name_run(args)
-    tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     splits = load_pairs(data)
     require_steps(splits["train"], args.max_steps)
-    check_columns(splits["train"], splits["test"], lambda: tokenizer)
     with model_errors(model):
         trainer = RewardTrainerX(
             path,
             args,
-            train_dataset=with_template_kwargs(splits["train"]),
-            eval_dataset=with_template_kwargs(splits["test"]),
-            processing_class=tokenizer,
+            train_dataset=splits["train"],
+            eval_dataset=splits["test"],
             peft_config=adapter,
             quantization_config=quantization,
         )
     require_adapted(trainer.model, model)
-    refuse_finished_checkpoints(trainer)
-    keep_4_bit_differentiable(trainer.model)
-    # On a quantised base TRL casts what is trained to bfloat16; the head reads the trunk's states as they are.
-    for name, parameter in trainer.model.named_parameters():
-        if "score.modules_to_save." in name:
-            parameter.data = parameter.data.to(trainer.model.get_input_embeddings().weight.dtype)
-    warn_of_rounding(trainer.model.parameters(), args.learning_rate, trainer.is_deepspeed_enabled, "reward model")
-    trainer.add_callback(RequireGradients("reward model", check_trainable(trainer.model, "reward model")))
     return trainer
 
 
@@ -117,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         trainer = build(data, model, args)
     use_brief_progress(trainer, REWARD_LINE)
-    for callback in (LastLine(), *report_callbacks(data.source)):
+    for callback in report_callbacks(data.source):
         trainer.add_callback(callback)
     with running("reward", given, args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -22,7 +22,7 @@ from trl import maybe_extract_prompt
 from ... import ImplicitReward
 from ...data import demo
 from ...data.json_values import plain_line
-from ...dpo.data import check_columns
+from ...data.pairs import check_columns
 from ...models.loading import load_tokenizer, require_model, require_weights, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
