@@ -101,6 +101,10 @@ BEFORE_LOADING = {
         {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
         "PromptTuningConfig learns virtual tokens.* use LoRA",
     ),
+    "activated LoRA": (
+        {"peft_config": LoraConfig(alora_invocation_tokens=[6], task_type="CAUSAL_LM")},
+        "activated LoRA .* Leave `alora_invocation_tokens` out",
+    ),
     "critic of another kind": (
         {"value_model": len},
         "`value_model` is a builtin_function.*; give a model, or its path",
@@ -354,6 +358,21 @@ def test_critic_that_gives_nan_is_named(tmp_path, step, cure):
         lambda module, args, output: output * math.nan if trainer.state.global_step == step else output
     )
     with pytest.raises(FloatingPointError, match=rf"The critic gives values .* at step {step}: nan in .* {cure}"):
+        trainer.train()
+
+
+def test_actor_that_gives_nan_before_training_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(`model`\) gives NaN before it has been trained here"):
+        ppo_trainer(tmp_path, {"model": spoilt(tiny.tiny_actor())})
+
+
+@pytest.mark.parametrize("step, cure", [(0, "It has not been trained here"), (2, "Lower the learning rate")])
+def test_actor_that_gives_nan_while_it_samples_is_named(tmp_path, step, cure):
+    trainer = ppo_trainer(tmp_path)
+    trainer.model.lm_head.register_forward_hook(
+        lambda module, args, output: output * math.nan if trainer.state.global_step == step else output
+    )
+    with pytest.raises(FloatingPointError, match=rf"The actor gives probabilities .* at step {step} .* {cure}"):
         trainer.train()
 
 

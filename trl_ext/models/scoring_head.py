@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .._trl import FusedCausalLMOutput, FusedHead
 from .lm_head import score_only
-from .noise import silence
+from .noise import require_numbers, silence
 from .probe import in_mode, probe_rows, tolerance
 
 
@@ -46,6 +46,7 @@ class ScoringHead:
     def __init__(self, model: PreTrainedModel, role: str, silent: bool = False):
         self.model = model
         self.name = f"{type(model).__name__} (`{role}`)"
+        self.trains = role == "model"
         self.silent = silent
         self.trunk = trunk_of(model)
         self.uses_own: bool | None = None
@@ -75,8 +76,8 @@ class ScoringHead:
         switches noise off.
 
         Raises:
-            ValueError: for a model that reads what follows a token, when neither head gives the log-probabilities of
-                the model's own forward, and for noise that does not stop.
+            ValueError: for a trained model that gives NaN, for one that reads what follows a token, when neither head
+                gives the log-probabilities of the model's own forward, and for noise that does not stop.
         """
         if self.uses_own is not None:
             return
@@ -92,6 +93,8 @@ class ScoringHead:
             except Exception as error:  # a model that cannot read a few tokens will say so itself
                 logger.warning("Whether %s is scored as it should be is unknown: %s.", self.name, error)
                 return
+            if self.trains:
+                require_numbers(answer(), self.name)
             if not torch.isfinite(answer()).all():  # the first loss stops such a run
                 return
             self._require_causal(rows[0], allowed)

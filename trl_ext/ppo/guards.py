@@ -3,7 +3,8 @@ What stops a run: rewards, losses and gradients that are not finite, a reference
 that reports other log-probabilities than those that it samples by.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -45,6 +46,21 @@ _SAID_BY = {
     "old_logps": "The actor gives log-probabilities",
     "old_values": "The critic gives values",
 }
+
+
+@contextmanager
+def naming_the_actor(step: int) -> Iterator[None]:
+    """Within the context, torch's refusal to sample from what is no distribution is a `FloatingPointError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        cure = "Lower the learning rate, or look" if step else "It has not been trained here: look"
+        raise FloatingPointError(
+            f"The actor gives probabilities that are not finite while it samples at step {step} ({error}). {cure} at "
+            "its weights and its dtype."
+        ) from error
 
 
 def require_finite_scores(rollout: Rollout, step: int) -> None:

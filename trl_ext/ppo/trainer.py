@@ -56,6 +56,7 @@ from .data import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenis
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
 from .guards import (
+    naming_the_actor,
     require_finite_gradient,
     require_finite_rewards,
     require_finite_scores,
@@ -441,7 +442,13 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple:
         phase = self.phases.during("generate") if self.model.training else nullcontext()
-        with phase, without_router_logits(self.model), self._weights_for_generation(), self._own_distribution():
+        with (
+            phase,
+            without_router_logits(self.model),
+            self._weights_for_generation(),
+            self._own_distribution(),
+            naming_the_actor(self.state.global_step),
+        ):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )

@@ -54,6 +54,11 @@ def _head_name(model: Any) -> str:
 def _check_actors_adapter(config: PeftConfig, head: str) -> None:
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(f"{type(config).__name__} learns virtual tokens, which shift every position; use LoRA.")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "The actor's adapter is an activated LoRA (`alora_invocation_tokens`). PEFT looks for these tokens in "
+            "calls of its own wrapper, and PPO also calls what is below it. Leave `alora_invocation_tokens` out."
+        )
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"The actor's adapter has task type {_name(config.task_type)}; an adapter that writes text has CAUSAL_LM. "
