@@ -174,6 +174,25 @@ def test_reference_copy_that_has_moved_is_an_error(tmp_path):
         trainer.train()
 
 
+def with_small_adapter(folder):
+    return ppo_trainer(folder, {"peft_config": lora(init_lora_weights=False, lora_alpha=0.1)}, bf16=True, use_cpu=True)
+
+
+def slightly_moved(folder):
+    trainer = ppo_trainer(folder, bf16=True, use_cpu=True)
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight += 0.01 * torch.randn_like(trainer.ref_model.lm_head.weight)
+    return trainer
+
+
+@pytest.mark.parametrize("how", [with_small_adapter, slightly_moved])
+def test_reference_close_by_is_an_error_in_16_bits_too(tmp_path, how):
+    """By less than the 0.1 nats of a token that 16 bits may round, but seen in the float32 of the weights."""
+    trainer = how(tmp_path)
+    with pytest.raises(ValueError, match=r"must be 0 before the first step, but .* differ by 0\.0\d+ nats"):
+        trainer.train()
+
+
 def test_given_reference_may_differ_from_the_start(tmp_path):
     ppo_run(tmp_path, {"peft_config": lora(init_lora_weights=False), "ref_model": tiny.tiny_actor()}, max_steps=1)
 

@@ -38,8 +38,10 @@ from ..models.fingerprint import save_base_fingerprint
 from ..models.generation import generating_by
 from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
 from ..models.precision import compile_nothing
+from ..models.probe import apart_in_float32
+from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting
-from ..models.sharding import is_stage3
+from ..models.sharding import is_partitioned, is_stage3
 from ..models.trainable import take_back
 from ..runs.best_metric import check_metric_of_sets, evaluated
 from ..runs.card import Training, WritesCard
@@ -553,9 +555,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps = self._forward(self.model, part, ("log_probs",)).log_probs
         exact = logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16
-        require_same_policy(
-            logps, part.ref_logps, part.mask, 1e-3 if exact else 0.1, getattr(self.model, "peft_config", None)
-        )
+        tolerance = 1e-3 if exact or self._differs_in_float32() else 0.1
+        require_same_policy(logps, part.ref_logps, part.mask, tolerance, getattr(self.model, "peft_config", None))
+
+    def _differs_in_float32(self) -> bool:
+        """Return whether actor and reference are seen to be two models without the rounding of the run."""
+        actor = self.accelerator.unwrap_model(self.model)
+        if is_fsdp(self.args) or is_partitioned(actor):
+            return False
+        if self.ref_model is None:
+            return bool(apart_in_float32(actor, actor, lambda: _trl.use_adapter(actor, self._ref_adapter)))
+        with self._reference_weights.on_device():
+            return bool(apart_in_float32(actor, self.accelerator.unwrap_model(self.ref_model)))
 
     @property
     def _reads_old_logps_early(self) -> bool:
