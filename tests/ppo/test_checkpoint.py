@@ -11,7 +11,7 @@ import numpy
 import pandas
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -387,6 +387,10 @@ def test_run_with_other_rollouts(plain, tmp_path, options, message):
 
 
 OTHER_PROMPTS = {
+    "other answers for a reward function": (
+        lambda: tiny.tiny_prompts(8).add_column("answer", list(range(8))),
+        "other columns beside them",
+    ),
     "fewer": (lambda: tiny.tiny_prompts(6), "had prompts=8, checksum.*; this one has prompts=6, checksum"),
     "others": (
         lambda: tiny.tiny_prompts(8, seed=5),
@@ -408,12 +412,30 @@ def test_run_on_other_prompts(plain, tmp_path, name, step):
         trainer.train(resume_from_checkpoint=str(plain / f"checkpoint-{step}"))
 
 
-def test_prompts_are_the_same_whatever_stands_beside_them_and_however_they_are_read(plain, tmp_path):
-    prompts = tiny.tiny_prompts(8)
-    others = prompts.add_column("answer", list(range(8))).with_format("torch")
-    assert checkpoint.checksum(others) == checkpoint.checksum(prompts)
-    ids = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
-    assert checkpoint.checksum(Dataset.from_list(ids)) != checkpoint.checksum(Dataset.from_list(ids[::-1]))
+def test_checksum_is_of_every_column_however_rows_are_read():
+    """Of what the actor reads, padding left out, and of what reward functions are given."""
+    rows = {"input_ids": [[1, 2, 3], [4, 5, 6]], "attention_mask": [[1, 1, 1], [0, 1, 1]], "answer": ["a", "b"]}
+    prompts = Dataset.from_dict(rows)
+    assert checkpoint.checksum(Dataset.from_dict(dict(reversed(rows.items()))).with_format("torch")) == (
+        checkpoint.checksum(prompts)
+    )
+    assert checkpoint.checksum(concatenate_datasets([prompts, prompts]).select(range(2, 4))) == (
+        checkpoint.checksum(prompts)
+    )
+    others = {
+        "input_ids": [[1, 2, 3], [4, 5, 7]],
+        "attention_mask": [[1, 1, 1], [1, 1, 1]],
+        "answer": ["a", "c"],
+    }
+    for name, values in others.items():
+        assert checkpoint.checksum(Dataset.from_dict(rows | {name: values})) != checkpoint.checksum(prompts)
+    assert checkpoint.checksum(prompts.select([1, 0])) != checkpoint.checksum(prompts)
+
+
+def test_checksum_decodes_no_picture():
+    broken = {"prompt": ["a"], "shown": [{"bytes": b"no picture", "path": None}]}
+    prompts = Dataset.from_dict(broken, features=Features({"prompt": Value("string"), "shown": Image()}))
+    assert isinstance(checkpoint.checksum(prompts), int)
 
 
 # Option, its value before and in the run that would go on.

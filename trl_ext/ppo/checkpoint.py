@@ -82,7 +82,8 @@ def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advi
     others = [name for name in saved if saved[name] != now[name]]
     if others == [CHECKSUM]:
         raise ValueError(
-            f"The run saved in {folder} had other prompts, as many as this one, or another order. {advice}"
+            f"The run saved in {folder} had other prompts, as many as this one, another order, or other columns beside "
+            f"them (a mask of padding, what reward functions read). {advice}"
         )
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
@@ -128,12 +129,14 @@ def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)  # a run has it in every checkpoint
 def checksum(prompts: Any) -> int | None:
-    """CRC-32 of the prompts of a dataset, in their order; `None` of a stream."""
+    """
+    CRC-32 of a dataset's rows, in their order; `None` of a stream. Reward functions are given every column, so every
+    one counts. They are read as they are stored: no picture is decoded.
+    """
     if not isinstance(prompts, Dataset):
         return None
-    columns = [name for name in ("prompt", "input_ids") if name in prompts.column_names]
-    batches = prompts.select_columns(columns).with_format(None).iter(1000)
-    return functools.reduce(lambda found, batch: crc32(repr(batch).encode(), found), batches, 0)
+    batches = prompts.select_columns(sorted(prompts.column_names)).with_format("arrow").iter(1000)
+    return functools.reduce(lambda found, batch: crc32(repr(batch.to_pydict()).encode(), found), batches, 0)
 
 
 def pending(args: PPOConfigX) -> dict[str, Any]:
