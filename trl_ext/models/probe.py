@@ -65,11 +65,8 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
     The mean difference of `answer()` that rounding explains on this model, in its arithmetic: ROUNDINGS times what
     it changes when the output of the embeddings is rounded once more, and at least FLOOR · `scale`.
     """
-    unit = torch.finfo(arithmetic(model)).eps
-    if _device(model).type == "cuda":
-        unit = max(unit, 2**-11)  # TF32 is float32 with 10 bits
     expected = answer()
-    with rounded_once(model, unit):
+    with rounded_once(model):
         moved = (answer() - expected).abs().mean().item()
     return max(FLOOR * scale, ROUNDINGS * moved)
 
@@ -113,20 +110,29 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def rounded_once(model: Any, unit: float) -> Iterator[None]:
-    """Within the context, every number of a token's embedding is off by `unit` of itself, up or down."""
+def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
+    """
+    Within the context, every number of a token's embedding is off by `unit` of itself, up or down; without one, by
+    that of the arithmetic below the forward that is asked, which accelerate may have put under autocast.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:
         sign = torch.randint(2, states.shape, generator=generator).to(states.device) * 2 - 1
+        by = _unit(model) if unit is None else unit
         wide = states if states.dtype == torch.float64 else states.float()
-        return (wide * (1 + unit * sign)).to(states.dtype)
+        return (wide * (1 + by * sign)).to(states.dtype)
 
     handle = _embeddings(model).register_forward_hook(shift)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _unit(model: Any) -> float:
+    unit = torch.finfo(arithmetic(model)).eps
+    return max(unit, 2**-11) if _device(model).type == "cuda" else unit  # TF32 is float32 with 10 bits
 
 
 def arithmetic(model: Any) -> torch.dtype:

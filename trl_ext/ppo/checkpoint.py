@@ -82,8 +82,8 @@ def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advi
     others = [name for name in saved if saved[name] != now[name]]
     if others == [CHECKSUM]:
         raise ValueError(
-            f"The run saved in {folder} had other prompts, as many as this one, another order, or other columns beside "
-            f"them (a mask of padding, what reward functions read). {advice}"
+            f"The run saved in {folder} had other prompts, as many as this one, another order, or other columns "
+            f"beside them (a mask of padding, what reward functions read). {advice}"
         )
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))

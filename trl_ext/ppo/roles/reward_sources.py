@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..._trl import create_model_from_path, get_config_model_id
 from ...data.formats import CONVERSATION, LOOKED_AT, describe
 from ...models.loading import check_known, known_tokens, read_config
+from ...models.probe import probe_rows, tolerance
 from ...models.sharding import is_partitioned
 from ..config import PPOConfigX
 from ..data import check_prompts, is_tokenised, named, unpadded
@@ -56,6 +57,7 @@ class TokenScorer:
         self.pad_token_id: int | None = self.config.pad_token_id
         self.longest = longest_input(model)
         self.batch_size = batch_size
+        self.reads_padding = False
         self.__name__ = name
 
     def __call__(
@@ -81,8 +83,32 @@ class TokenScorer:
             scores += self._score(sequences[start : start + self.batch_size]).tolist()
         return scores
 
-    @torch.no_grad()
     def _score(self, sequences: list[list[int]]) -> Tensor:
+        return self._one_by_one(sequences) if self.reads_padding else self._padded(sequences)
+
+    def try_padding(self) -> None:
+        """
+        Finds out, by random sequences, whether the model reads padding behind one in spite of the mask, as XLNet does,
+        which sums a sequence up at the last column: it is asked one by one then.
+        """
+        embeds = any(isinstance(module, nn.Embedding) for module in self.model.modules())
+        if not embeds or is_partitioned(self.model) or self.ask != self._ask_model:
+            return
+        sequences = [row[0].tolist() for row in probe_rows(self.model)]
+        alone = self._one_by_one(sequences)
+        allowed = tolerance(self.model, lambda: self._one_by_one(sequences))
+        self.reads_padding = (self._padded(sequences) - alone).abs().mean().item() > allowed
+        if self.reads_padding:
+            logger.warning(
+                "The reward model %r (%s) reads the padding of shorter answers: it is asked one by one.",
+                *(self.__name__, type(self.model).__name__),
+            )
+
+    def _one_by_one(self, sequences: list[list[int]]) -> Tensor:
+        return torch.cat([self._padded([ids]) for ids in sequences])
+
+    @torch.no_grad()
+    def _padded(self, sequences: list[list[int]]) -> Tensor:
         device = next(self.model.parameters()).device
         pad, own = self.pad_token_id, self.config.pad_token_id
         if pad is None:  # any id that no sequence ends with: each is read at its last one
