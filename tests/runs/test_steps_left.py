@@ -36,6 +36,16 @@ def test_finished_checkpoint_is_refused_and_more_epochs_go_on(kind, tmp_path):
         trainer_of(kind, tmp_path, 2).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_checkpoint_without_its_optimizer_is_refused(kind, tmp_path):
+    trainer_of(kind, tmp_path, 1).train()
+    longer = trainer_of(kind, tmp_path, 2)
+    for name in ("scheduler.pt", "optimizer.pt"):
+        (tmp_path / "checkpoint-1" / name).unlink()
+        with pytest.raises(ValueError, match=rf"checkpoint-1.* cannot go on.* no .*{name}|cannot go on .*{name}"):
+            longer.train(resume_from_checkpoint=True)
+
+
 def test_finished_checkpoint_is_refused_before_a_model_is_loaded(tmp_path):
     ppo_trainer(tmp_path, total_episodes=4, num_ppo_epochs=1, save_strategy="epoch").train()
     nothing = {"model": str(tmp_path / "nothing"), "reward_model": str(tmp_path / "nothing")}

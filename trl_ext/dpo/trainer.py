@@ -42,6 +42,7 @@ from ..packing.exactness import why_not_run
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
+from ..runs.folder import require_optimizer
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder
 from ..runs.steps_left import refuse_finished_checkpoints
@@ -507,6 +508,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(Path(output_dir) / REFERENCE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        require_optimizer(checkpoint, self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.args.sync_ref_model and checkpoint is not None:
             folder = Path(checkpoint) / REFERENCE

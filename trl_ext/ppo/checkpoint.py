@@ -13,11 +13,10 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import logging
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..data.json_values import plain
-from ..runs.folder import checkpoint_of, write_whole
+from ..runs.folder import absent_optimizer, checkpoint_of, write_whole
 from ..runs.steps_left import require_steps_left
 from .config import PPOConfigX
 from .roles import critic
@@ -101,10 +100,7 @@ def _absent(folder: Path, args: PPOConfigX) -> list[str]:
     """Return what is missing of a checkpoint of this rank."""
     numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     files = [path_of_state(folder, args).name, numbers]
-    if args.deepspeed_plugin is None:  # which saves its engine
-        files.append(SCHEDULER_NAME)
-        files += [] if list(folder.glob("optimizer_*")) else [OPTIMIZER_NAME]  # FSDP's is a folder
-    absent = [name for name in files if not (folder / name).is_file()]
+    absent = [name for name in files if not (folder / name).is_file()] + absent_optimizer(folder, args)
     held = {path.parent.name for path in folder.glob("**/*") if path.name in WEIGHTS}
     absent += [] if critic.FOLDER in held else [f"{critic.FOLDER}/"]
     return absent + ([] if held - {critic.FOLDER} else ["weights of the actor"])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -57,6 +58,28 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
             "saved whole, or True for the last one in the output folder."
         )
     return folder
+
+
+def absent_optimizer(checkpoint: Path, args: Any) -> list[str]:
+    """Return the files of a checkpoint that optimizer and schedule go on from and that are not there."""
+    if args.deepspeed_plugin is not None:  # which saves its engine
+        return []
+    files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
+    return [name for name in files if not (checkpoint / name).is_file()]
+
+
+def require_optimizer(checkpoint: str | Path | None, args: Any) -> None:
+    """
+    Raises:
+        ValueError: for a checkpoint without the optimizer's state: the Trainer would go on with a new one.
+    """
+    absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), args)
+    if absent:
+        raise ValueError(
+            f"The run saved in {checkpoint} cannot go on: there is no {' and no '.join(absent)}. It was cut off, or "
+            "saved with `save_only_model`, or is no checkpoint but what a run has left. Resume from another one, or "
+            "start a new run from its model."
+        )
 
 
 def is_local(path: str) -> bool:
