@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -381,6 +383,15 @@ def count_calls(module):
     calls = []
     module.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     return calls
+
+
+def test_critic_whose_classifier_has_more_than_the_trunk_points_to_the_head(tmp_path):
+    """BERT's has a pooler, which the decoder lacks."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    actor = BertLMHeadModel(BertConfig(vocab_size=len(tiny.VOCABULARY), is_decoder=True, **sizes))
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification .* pooler\.dense\.weight.* `critic='head'`"):
+        ppo_trainer(tmp_path, WITHOUT_MODEL | {"model": actor})
+    ppo_run(tmp_path, WITHOUT_MODEL | {"model": actor}, critic="head", total_episodes=4)
 
 
 def test_head_and_actor_share_one_forward_of_the_trunk(tmp_path):

@@ -304,6 +304,13 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
             f"transformers has no sequence classification model for {type(actor).__name__}, so the critic cannot copy "
             "its trunk. Pass a `value_model`, or `critic='head'` for a value head on the actor's trunk."
         ) from error
+    lacking = sorted(model.base_model.state_dict().keys() - actor.base_model.state_dict().keys())
+    if lacking:  # BERT's pooler, which reads the first token
+        raise ValueError(
+            f"{type(model).__name__} makes its score by weights that the trunk of {type(actor).__name__} lacks "
+            f"({', '.join(lacking)}), so the critic cannot copy it. Choose `critic='head'` for a value head on the "
+            "actor's trunk."
+        )
     copy_weights(actor.base_model, model.base_model)
     for parameter in last_linear(model, StateValues(model, "the critic").trunk).parameters():
         fill_zeros(parameter)
