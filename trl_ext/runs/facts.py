@@ -44,17 +44,28 @@ def _base(model: Any) -> Any:
 def _sizes(model: Any) -> tuple[int, int]:
     """Parameters that are trained, and all; of a model that ZeRO-3 has partitioned, its full sizes."""
     attached = [getattr(owner, name, None) for owner in (model, _base(model)) for name in ATTACHED]
-    parameters = {id(p): p for module in _outside(model, attached) for p in module.parameters(recurse=False)}
+    resting = set(model.peft_config) - set(model.active_adapters) if is_peft_model(model) else set()
+    modules = _outside(model, attached, resting)
+    parameters = {
+        id(p): p
+        for module in modules
+        for name, p in module.named_parameters(recurse=False)
+        if not (isinstance(module, torch.nn.ParameterDict) and name in resting)
+    }
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters.values()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def _outside(module: torch.nn.Module, attached: list[Any]) -> Iterator[torch.nn.Module]:
-    """The modules of the actor: a role that is an adapter has modules of its own around the actor's base."""
+def _outside(module: torch.nn.Module, attached: list[Any], resting: set[str]) -> Iterator[torch.nn.Module]:
+    """
+    The modules of the actor: a role that is an adapter has modules of its own around the actor's base, and `resting`
+    adapters, such as the reference, lie beside the trained one in PEFT's dictionaries.
+    """
     yield module
-    for child in module.children():
-        if not any(child is each for each in attached):
-            yield from _outside(child, attached)
+    for name, child in module.named_children():
+        if any(child is each for each in attached) or (isinstance(module, torch.nn.ModuleDict) and name in resting):
+            continue
+        yield from _outside(child, attached, resting)
 
 
 def adapter_words(config: Any) -> str:
