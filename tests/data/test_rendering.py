@@ -194,9 +194,13 @@ PROMPTS = {
     "ids with BOS, behind padding": (
         tokenizer(bos=True),
         {"input_ids": [0, 1, 1, 20], "attention_mask": [0, 1, 1, 1]},
-        "begins with '<bos>', and the tokenizer",
+        "begin with '<bos>' .*take one of the two out of the list",
     ),
-    "ids with BOS": (tokenizer(bos=True), {"input_ids": [1, 1, 20]}, "begins with '<bos>', and the tokenizer"),
+    "ids with BOS": (
+        tokenizer(bos=True),
+        {"input_ids": [1, 1, 20]},
+        r"`input_ids` of row 0 .* begin with '<bos>' \(1\) twice.*`add_special_tokens=False`",
+    ),
     "a message with an end": (tokenizer(), {"prompt": said("user", "<bos> who ?")}, "is written as text already"),
     "numbers": (tokenizer(), {"prompt": 7}, "'prompt' of `train_dataset` holds number; PPO reads text"),
     "lists of text": (tokenizer(), {"prompt": ["a", "b"]}, "'prompt' of `train_dataset` holds list of text"),

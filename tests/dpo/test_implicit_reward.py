@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrOCRConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrOCRConfig
 from trl import DPOConfig, DPOTrainer
 
 import dpo_runs
@@ -221,6 +221,17 @@ def test_reference_of_another_vocabulary_is_refused():
         ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(vocab_size=70), tiny.tiny_tokenizer())
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_model_that_reads_what_follows_is_refused(place):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    models = [dpo_runs.tiny_model(), dpo_runs.tiny_model()]
+    models[place] = BertLMHeadModel(BertConfig(vocab_size=64, initializer_range=0.3, **sizes)).eval()
+    with pytest.raises(
+        ValueError, match=r"BertLMHeadModel reads the tokens that follow: .* score answers.*is_decoder"
+    ):
+        ImplicitReward(*models, tiny.tiny_tokenizer())
+
+
 # --- as the training reads a pair
 
 TEMPLATE = (
@@ -255,6 +266,20 @@ def chat(prompt, chosen, rejected, **columns):
         "rejected": said("assistant", rejected),
         **columns,
     }
+
+
+def test_prompt_that_a_template_has_written_is_refused_as_in_training():
+    score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), bos_tokenizer())
+    written = score.tokenizer.apply_chat_template(said("user", "who ?"), tokenize=False, add_generation_prompt=True)
+    pair = {"prompt": written, "chosen": "a cat", "rejected": "a dog"}
+    for ask in (
+        lambda: score([written], ["a cat"]),
+        lambda: score.of_pairs([written], ["a cat"], ["a dog"]),
+        lambda: score.rank(written, ["a cat", "a dog"]),
+        lambda: pair_logps(score.policy, score.tokenizer, [pair]),
+    ):
+        with pytest.raises(ValueError, match="begins with '<bos>', and the tokenizer puts another before it"):
+            ask()
 
 
 CHATS = [("what is it ?", "a cat", "a dog or a bird"), ("who ?", "the dog", "we")]

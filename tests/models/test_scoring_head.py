@@ -89,13 +89,14 @@ def test_control_trls_head_alone_is_wrong(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_head_maps_trunk_states_to_the_models_logits(name):
+def test_head_maps_trunk_states_to_the_models_logits(name, caplog):
     model = family(name)
     (row, _) = rows_of_two_lengths()
     expected = logits_by_hand(model, row)
     _trl.add_fused_lm_head(model, temperature=0.7)
     head = ScoringHead(model, "model")
     head.settle()
+    assert ("(which does not fit the states of its trunk)" in caplog.text) == (name == "electra")
     with torch.no_grad():
         states = head.trunk(input_ids=row, use_cache=False).last_hidden_state[0]
         assert torch.allclose(head.logits(states), expected / 0.7, atol=1e-5)
@@ -141,6 +142,17 @@ def test_load_balancing_loss_that_fails_is_refused_with_the_option(monkeypatch):
     head = ScoringHead(model, "model")
     head.settle()
     with pytest.raises(ValueError, match=r"of MixtralForCausalLM \(`model`\) cannot be computed.*_coef=0\.0"):
+        head.settle_aux_loss()
+
+
+def test_error_of_a_mixtures_own_forward_is_shown_as_it_is(monkeypatch):
+    """It is not that of its load-balancing loss."""
+    model = member("MixtralConfig", {})
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", lambda states: states @ states)
+    _trl.add_fused_lm_head(model)
+    head = ScoringHead(model, "model")
+    head.settle()
+    with pytest.raises(ValueError, match=r"The forward of MixtralForCausalLM .* fails at .*: RuntimeError: .*size"):
         head.settle_aux_loss()
 
 
@@ -211,7 +223,7 @@ def test_model_that_reads_what_follows_is_refused_by_name(name):
         ScoringHead(model, "model").settle()
 
 
-def test_adapter_on_the_head_is_scored_and_trained():
+def test_adapter_on_the_head_is_scored_and_trained(caplog):
     """TRL reads the weight that the adapter stands on."""
     model = get_peft_model(
         tiny.tiny_actor(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
@@ -220,6 +232,7 @@ def test_adapter_on_the_head_is_scored_and_trained():
     expected = logits_by_hand(model, row)[:-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
     _trl.add_fused_lm_head(model.get_base_model())
     ScoringHead(model.get_base_model(), "model").settle()
+    assert "nats apart, where rounding explains" in caplog.text
     output = model(input_ids=row, labels=row, fused_lm_head=True)
     assert torch.allclose(output.log_probs[0], expected, atol=1e-5)
     output.log_probs.sum().backward()
@@ -252,13 +265,14 @@ class WithBranch(nn.Module):
         return nn.functional.linear(states, self.weight) + self.branch(states)
 
 
-def test_part_of_a_head_that_is_0_at_the_start_learns():
+def test_part_of_a_head_that_is_0_at_the_start_learns(caplog):
     model = family("llama")
     model.lm_head = WithBranch(model.lm_head)
     _trl.add_fused_lm_head(model)
     head = ScoringHead(model, "model")
     head.settle()
     assert head.uses_own
+    assert "(its head has branch.weight beside a weight and a bias)" in caplog.text
     ids = torch.tensor([[4, 9, 8, 7]])
     model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum().backward()
     assert model.lm_head.branch.weight.grad.abs().max() > 0

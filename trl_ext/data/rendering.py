@@ -31,7 +31,7 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
         kept: Any = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         pair: Any = maybe_extract_prompt(kept)
         if isinstance(pair["chosen"], str):
-            _check_text(pair["prompt"], where, tokenizer)
+            check_text(pair["prompt"], where, tokenizer)
             continue
         options = {"tools": _tools(row), **template_kwargs(row)}
         for side in ("chosen", "rejected"):
@@ -58,9 +58,9 @@ def check_written_prompts(
     for number, row in _first(dataset):
         where, prompt = f"row {number} of `{name}`", row.get("prompt")
         if "input_ids" in row:
-            _check_bos(ids_of(row), where, tokenizer)
+            _check_ids(ids_of(row), where, tokenizer)
         elif isinstance(prompt, str):
-            _check_text(prompt, where, tokenizer)
+            check_text(prompt, where, tokenizer)
         elif prompt:
             written = _written(prompt, where, tokenizer, BY_PROMPTS, add_generation_prompt=True, **(options or {}))
             _check_messages(prompt, written, f"the prompt of {where}", tokenizer, BY_PROMPTS)
@@ -159,18 +159,28 @@ def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
         )
 
 
-def _check_text(prompt: str, where: str, tokenizer: Any) -> None:
-    _check_bos(tokenizer(prompt)["input_ids"], where, tokenizer)
-
-
-def _check_bos(ids: list[int], where: str, tokenizer: Any) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
+def check_text(prompt: str, where: str, tokenizer: Any) -> None:
+    """Raises `ValueError` for a prompt, text, that begins with BOS where the tokenizer puts one before it."""
+    if _begins_twice(tokenizer(prompt)["input_ids"], tokenizer):
         raise ValueError(
             f"The prompt of {where} begins with {tokenizer.bos_token!r}, and the tokenizer puts another before it: it "
             "is written by a chat template already. Give the messages instead, or take it off the text: "
             f"`row[column].removeprefix({tokenizer.bos_token!r})`."
         )
+
+
+def _check_ids(ids: list[int], where: str, tokenizer: Any) -> None:
+    if _begins_twice(ids, tokenizer):
+        raise ValueError(
+            f"`input_ids` of {where} begin with {tokenizer.bos_token!r} ({tokenizer.bos_token_id}) twice: they are of "
+            "text that a chat template has written, to which the tokenizer added another. Tokenise such text with "
+            "`add_special_tokens=False`, or take one of the two out of the list, with its place in `attention_mask`."
+        )
+
+
+def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and ids[:2] == [bos, bos]
 
 
 def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:

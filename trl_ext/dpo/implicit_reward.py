@@ -15,7 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
+from ..data.rendering import check_text
 from ..models.loading import check_known, known_tokens, refuse_encoder_decoder, refuse_scoring
+from ..models.probe import in_mode, probe_rows, require_causal, tolerance
+from ..models.sharding import is_partitioned
 from .guards import check_vocabularies
 from .losses import implicit_reward
 
@@ -31,7 +34,8 @@ class ImplicitReward:
     """
     r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), in nats times β (Rafailov et al. 2023 eq. 5; S0, S3): what DPO has learnt
     of people's preferences, up to a constant per prompt. Takes and gives what a TRL reward function does, so that
-    `PPOTrainerX(reward_funcs=ImplicitReward(...))` works; also ranks answers and scores pairs.
+    `PPOTrainerX(reward_funcs=ImplicitReward(...))` works; also ranks answers and scores pairs. Prompts and completions
+    are read whole: a run whose `max_length` cuts them logs the rewards of what is left.
 
     Args:
         policy: the trained model, or a `PeftModel`.
@@ -42,8 +46,9 @@ class ImplicitReward:
         batch_size: sequences in a forward pass.
 
     Raises:
-        ValueError: for no reference, one with another vocabulary, a reward model read as a language model, or a β that
-            is not above 0; when it is asked, for a log-probability that is not finite.
+        ValueError: for no reference, one with another vocabulary, a reward model read as a language model, a model
+            that reads what follows a token, or a β that is not above 0; when it is asked, for a log-probability that
+            is not finite, and for a prompt that would begin with BOS twice.
     """
 
     __name__ = "implicit_reward"
@@ -69,6 +74,8 @@ class ImplicitReward:
                 refuse_scoring(model.config, f"The folder of a {type(model).__name__}")
         if reference is not None:
             check_vocabularies(policy.config.get_text_config(), reference.config.get_text_config(), "reference")
+            _require_causal(reference)
+        _require_causal(policy)
         self.policy = policy.eval()
         self.reference = None if reference is None else reference.eval()
         self.tokenizer = tokenizer
@@ -179,6 +186,8 @@ def _tokenise(
         other: the other completion of the pair, of which it depends where the prompt ends. `None`: there is none.
         columns: what a chat template reads besides, such as `tools`.
     """
+    if isinstance(prompt, str):
+        check_text(prompt, "a row", tokenizer)
     row: dict[str, Any] = {"prompt": prompt, "chosen": completion, "rejected": completion if other is None else other}
     row |= {name: columns[name] for name in READ_BY_TEMPLATES if columns is not None and columns.get(name) is not None}
     ids = tokenised_pair(DPOTrainer, row, tokenizer, AS_IT_IS)
@@ -200,6 +209,26 @@ def _logps_of_batch(model: nn.Module, rows: Sequence[Cut]) -> Tensor:
     position = torch.arange(first, ids.size(1), device=device)
     read = (position >= starts.to(device).unsqueeze(1)) & mask[:, first:].bool()
     return (logps * read).sum(dim=1).cpu()
+
+
+@torch.no_grad()
+def _require_causal(model: Any) -> None:
+    """Raises `ValueError` for a model that reads the tokens that follow, as the trainers do."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if is_partitioned(base):
+        return
+    row = probe_rows(base)[0]
+
+    def logps(row: Tensor) -> Tensor:
+        return base(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)
+
+    with in_mode(base, training=False):
+        try:
+            allowed = tolerance(base, lambda: logps(row))
+        except Exception:  # a model that cannot read a few tokens will say so itself
+            return
+        if logps(row).isfinite().all():  # what is not is reported where it is asked
+            require_causal(type(base).__name__, logps, row, allowed, "score")
 
 
 def _takes_logits_to_keep(model: Any) -> bool:

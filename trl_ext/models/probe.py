@@ -71,6 +71,27 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
     return max(FLOOR * scale, ROUNDINGS * moved)
 
 
+def require_causal(name: str, logps: Callable[[Tensor], Tensor], row: Tensor, allowed: float, do: str) -> None:
+    """
+    Args:
+        name, do: the model's name, and what it would do with answers, for the error.
+        logps: gives the log-probabilities (L, V) that the model says after each token of a row (1, L).
+        row: ids (1, L).
+        allowed: the mean difference in nats that rounding explains.
+
+    Raises:
+        ValueError: for a model that says something else of a token without those that follow.
+    """
+    half = (row.size(1) + 1) // 2
+    change = (logps(row)[:half] - logps(row[:, :half])).abs().mean().item()
+    if not change <= allowed:
+        raise ValueError(
+            f"{name} reads the tokens that follow: log-probabilities change by {change:.2g} nats on average "
+            f"when they are taken away. It would {do} answers that it has read. Use a causal language "
+            "model; families that can be both have `is_decoder=True` in the config for that."
+        )
+
+
 @torch.no_grad()
 def apart_in_float32(
     policy: Any, reference: Any, as_reference: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -21,11 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from .._trl import FusedCausalLMOutput, FusedHead
 from .lm_head import score_only
 from .noise import require_numbers, silence
-from .probe import in_mode, probe_rows, tolerance
+from .probe import in_mode, probe_rows, require_causal, tolerance
 
 
 logger = logging.getLogger(__name__)
 
+READ = {"weight", "bias"}  # the parameters of a head that TRL's fused head reads
 AUX_ROUNDING = 0.02  # share of a load-balancing loss that bfloat16 explains; another formula is further off
 
 
@@ -97,7 +98,7 @@ class ScoringHead:
                 require_numbers(answer(), self.name)
             if not torch.isfinite(answer()).all():  # the first loss stops such a run
                 return
-            self._require_causal(rows[0], allowed)
+            require_causal(self.name, self._logps_of_all, rows[0], allowed, "be trained on")
             self._choose(rows, allowed)
         if self.silent:
             silence(self.model, self.name, answer, allowed)
@@ -123,6 +124,7 @@ class ScoringHead:
             try:
                 expected = getattr(self._plain(input_ids=ids, **asked), "aux_loss", None)
             except Exception as error:  # of the family's own code: whatever it is, training would end in it
+                self._require_forward(ids, mask)
                 raise ValueError(
                     f"The load-balancing loss of {self.name} cannot be computed ({type(error).__name__}: {error}), "
                     "and `router_aux_loss_coef`, or where it is not set the config, asks for it. Set "
@@ -149,6 +151,15 @@ class ScoringHead:
             )
         return True
 
+    def _require_forward(self, ids: Tensor, mask: Tensor) -> None:
+        """Raises `ValueError` with the model's own error where its forward fails at plain text, too."""
+        try:
+            self._plain(input_ids=ids, attention_mask=mask, use_cache=False)
+        except Exception as own:  # of the family's own code
+            raise ValueError(
+                f"The forward of {self.name} fails at a few random tokens: {type(own).__name__}: {own}."
+            ) from own
+
     def _choose(self, rows: list[Tensor], allowed: float) -> None:
         difference = self._distance(rows)
         if difference <= allowed and not _holds_more(self.model.get_output_embeddings()):
@@ -158,11 +169,20 @@ class ScoringHead:
         if not of_own <= allowed:
             self._refuse(min(difference, of_own), allowed)
         logger.warning(
-            "%s makes its logits by more than TRL's fused head computes (%.2g nats apart): they are computed as the "
-            "model does, which keeps all of them, (tokens, vocabulary), in memory.",
+            "%s makes its logits by more than TRL's fused head computes (%s): they are computed as the model does, "
+            "which keeps all of them, (tokens, vocabulary), in memory.",
             self.name,
-            difference,
+            self._how_far(difference, allowed),
         )
+
+    def _how_far(self, difference: float, allowed: float) -> str:
+        if difference <= allowed:
+            own = (name for name, _ in self.model.get_output_embeddings().named_parameters())
+            names = [name for name in own if name not in READ]
+            return f"its head has {', '.join(names[:3])} beside a weight and a bias"
+        if difference == float("inf"):
+            return "which does not fit the states of its trunk"
+        return f"{difference:.2g} nats apart, where rounding explains {allowed:.2g}"
 
     def _logps(self, rows: list[Tensor]) -> Tensor:
         """Log-probabilities of rows (1, L) of ids, by the model's own forward, one row after the other."""
@@ -185,18 +205,6 @@ class ScoringHead:
             return (output.log_probs[0] - self._logps(rows)).abs().mean().item()
         except (AttributeError, IndexError, RuntimeError, TypeError):  # states that do not fit the head
             return float("inf")
-
-    def _require_causal(self, row: Tensor, allowed: float) -> None:
-        """A language model says of a token what it says without those that follow."""
-        half = (row.size(1) + 1) // 2
-        whole, alone = self._logps_of_all(row)[:half], self._logps_of_all(row[:, :half])
-        change = (whole - alone).abs().mean().item()
-        if not change <= allowed:
-            raise ValueError(
-                f"{self.name} reads the tokens that follow: log-probabilities change by {change:.2g} nats on average "
-                "when they are taken away. It would be trained on answers that it has read. Use a causal language "
-                "model; families that can be both have `is_decoder=True` in the config for that."
-            )
 
     def _refuse(self, difference: float, allowed: float) -> None:
         apart = "cannot be computed" if difference == float("inf") else f"are {difference:.3g} nats apart on average"
@@ -259,7 +267,7 @@ def _holds_more(head: nn.Module) -> bool:
     Return whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that
     may be 0 at the start, so that no probe sees it, and would then never learn.
     """
-    return not {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
+    return not {name for name, _ in head.named_parameters()} <= READ
 
 
 class _States(BaseModelOutputWithPastAndCrossAttentions):
