@@ -9,6 +9,7 @@ from tokenizers import processors
 import dpo_runs
 import ppo_runs
 import tiny
+from reward_runs import reward_trainer
 from trl_ext.data import rendering
 from trl_ext.data.conversions import to_preference, to_prompts
 from trl_ext.data.pairs import check_columns
@@ -250,6 +251,81 @@ def test_question_that_nobody_reads_is_an_error_with_its_cure(row, way, expected
             "who is it ?",
         ]
         assert "a cat" in str(pair["chosen"])
+
+
+ANSWERS = {"chosen": "a cat", "rejected": "the dog"}
+QUESTION = "who is it ?"
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("name", ["post", "q", "dialogue", "messages", "of_my_own"])
+def test_text_beside_answers_that_have_no_prompt_is_an_error_with_its_cure(name, as_stream):
+    row = {name: said("user", QUESTION) if name == "messages" else QUESTION, **ANSWERS, "source": "forum of cats"}
+    rows = Dataset.from_list([row] * 3)
+    given = rows.to_iterable_dataset() if as_stream else rows
+    with pytest.raises(
+        ValueError, match=f"Nothing would read '{name}', and .* {QUESTION!r}".replace("?", r"\?")
+    ) as error:
+        check_columns(given, None, tokenizer)
+    if name == "messages":  # there is no telling how answers in text go on from it
+        assert "one conversation in `prompt`, and the answers as messages of the assistant" in str(error.value)
+        return
+    assert f"to_preference(dataset, {{'prompt': '{name}'}})" in str(error.value)
+    cured = to_preference(given, {"prompt": name})
+    check_columns(cured, None, tokenizer)
+    assert next(iter(cured)) == {"prompt": QUESTION, **ANSWERS, "source": "forum of cats"}
+    check_columns(given.remove_columns(name), None, tokenizer)
+
+
+def test_reward_training_and_dpo_refuse_answers_without_their_question(tmp_path):
+    rows = Dataset.from_list([{"title": "cats", "post": QUESTION, **ANSWERS}] * 4)
+    for make in (dpo_runs.dpo_trainer, lambda folder, given: reward_trainer(folder, given["train_dataset"], None)):
+        with pytest.raises(ValueError, match=r"Nothing would read 'title' and 'post'.*\{'prompt': 'title\+post'\}"):
+            make(tmp_path, {"train_dataset": rows})
+
+
+METADATA = {
+    "source": "a b",
+    "prompt_id": "x y",
+    "chosen_model": "m n",
+    "score": 0.5,
+    "lang": "en",
+    "label": "good one",
+}
+
+
+def test_text_that_nothing_reads_beside_a_prompt_is_named_in_one_line(tmp_path, caplog):
+    for whole in (TEXT, chat(), implicit(chat())):
+        check_columns(Dataset.from_list([whole | METADATA] * 3), None, tokenizer)
+        assert caplog.messages == []
+        more = {"context": "the story of it", "history": [["so", "so"]], "question": "who is it ?"}
+        check_columns(
+            Dataset.from_list([whole | (more if "prompt" in whole else {"history": more["history"]})] * 3),
+            None,
+            tokenizer,
+        )
+        assert len(caplog.messages) == 1
+        named = "'context', 'history'" if "prompt" in whole else "'history'"
+        assert f"Nothing reads the columns {named} of `train_dataset`" in caplog.text
+        caplog.clear()
+
+
+def test_ppo_names_text_that_no_reward_function_could_read(tmp_path, caplog):
+    rows = {"train_dataset": Dataset.from_list([{"prompt": "say it again", "input": "good story"}] * 8)}
+    said_so = "Nothing reads the columns 'input' of `train_dataset`"
+    ppo_runs.ppo_trainer(tmp_path, rows)
+    assert caplog.text.count(said_so) == 1
+    caplog.clear()
+    ppo_runs.ppo_trainer(tmp_path, rows | {"reward_model": None, "reward_funcs": lambda prompts, **_: [0.0] * 8})
+    assert said_so not in caplog.text
+
+
+def test_system_that_is_empty_in_the_first_rows_is_seen():
+    for empty in ("", None):
+        rows = Dataset.from_list([TEXT | {"system": empty}] * 40 + [TEXT | {"system": "be kind"}] * 3)
+        with pytest.raises(ValueError, match=r"Nothing would read 'system'.*'be kind'"):
+            check_columns(rows, None, tokenizer)
+        assert [len(row["prompt"]) for row in to_preference(rows)] == [1] * 40 + [2] * 3
 
 
 def test_question_that_the_answers_begin_with_is_no_error():

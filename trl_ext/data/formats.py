@@ -9,13 +9,17 @@ knows, [`require`] says of a dataset that a trainer cannot use what was found, a
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+
+logger = logging.getLogger(__name__)
 
 TEXT, CONVERSATION, SHAREGPT = "text", "conversation", "conversation with `from` and `value`"
 CELLS = (TEXT, CONVERSATION, SHAREGPT)
@@ -67,6 +71,19 @@ LOOKED_AT = 8  # rows of a dataset
 SYSTEM = "system"
 SYSTEMS = (SYSTEM, "system_prompt", "system_message")
 LEFT_OUT = {"preference": (*SYSTEMS, "instruction", "input"), "prompts": SYSTEMS}
+# Columns that a trainer reads, or that hold answers.
+READ = {
+    "preference": "prompt chosen rejected completion completions label labels tools".split(),
+    "prompts": "prompt chosen rejected completion completions label labels messages".split(),
+}
+# What data say of themselves and no model is to read: "id", "prompt_id", "chosen_model", "language", …
+METADATA = re.compile(
+    r"(.*_)?(id|ids|uuid|idx|index|hash|model|models|source|dataset|subset|split|config|category|type|lang|language|url"
+    r"|link|license|score|scores|rating|ratings|rank|margin|tag|tags|date|time|timestamp|author|annotator|worker"
+    r"|version|meta|metadata)",
+    re.IGNORECASE,
+)
+SHARED = 5  # characters: answers that begin with fewer alike do so by chance
 
 
 @dataclass(frozen=True)
@@ -235,17 +252,12 @@ def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset"
 
 def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
     """Raises `ValueError` where a column looks like a part of the prompt, and no trainer would read it."""
-    columns = describe(dataset).columns
-    if "input_ids" in columns or {"image", "images"} & columns.keys():
-        return
+    columns, unread = describe(dataset).columns, _unread(dataset, task)
     has_prompt = "prompt" in columns
-    lost: dict[str, str] = {}
-    for row in islice(iter(dataset), LOOKED_AT):
-        read = squashed("".join(_text_of_cell(row[column]) for column in ("prompt", "chosen") if column in row))
-        for column in LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split()):
-            text = _text_of_cell(row.get(column)) if _kind(row.get(column)) in CELLS else ""
-            if squashed(text) not in read:
-                lost.setdefault(column, text)
+    likely = LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split())
+    lost = {column: unread[column] for column in likely if column in unread}
+    if not has_prompt and _have_nothing_in_common(dataset):  # the question must be somewhere
+        lost |= unread
     if not lost:
         return
     parts = (["prompt"] if has_prompt else []) + [column for column in lost if column not in SYSTEMS]
@@ -254,19 +266,72 @@ def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: 
     if systems and systems[0] != SYSTEM:
         mapping[SYSTEM] = systems[0]
     flag = f"`--columns {' '.join(f'{new}={old}' for new, old in mapping.items())}`, in Python " if mapping else ""
+    way = f"{flag}`trl_ext.data.conversions.to_{task}(dataset{f', {mapping}' if mapping else ''})`"
+    if columns.get("chosen") == TEXT and any(columns[column] not in (TEXT, "nothing") for column in lost):
+        way = "one conversation in `prompt`, and the answers as messages of the assistant"
     raise ValueError(
         f"`{name}` has the columns {', '.join(map(repr, columns))}. Nothing would read "
         f"{' and '.join(map(repr, lost))}, and what is read does not hold it: {next(iter(lost.values()))!r:.80}. "
-        f"Make it a part of the prompt: {flag}"
-        f"`trl_ext.data.conversions.to_{task}(dataset{f', {mapping}' if mapping else ''})`; "
-        f"or remove it: `dataset.remove_columns({list(lost)})`."
+        f"Make it a part of the prompt: {way}; or remove it: `dataset.remove_columns({list(lost)})`."
     )
 
 
+def warn_of_unread(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
+    """Names the columns of text that nothing reads, and that may be a part of the prompt: [`require`] lets them be."""
+    unread = _unread(dataset, task)
+    if unread:
+        logger.warning(
+            "Nothing reads the columns %s of `%s`. If they belong to the prompts, make them a part of `prompt`, as "
+            "docs/datasets.md shows; otherwise `dataset.remove_columns(%s)` says that they do not.",
+            ", ".join(map(repr, unread)),
+            name,
+            list(unread),
+        )
+
+
+def _unread(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
+    """
+    Return columns of text, or of conversations, of which what is read does not hold some cell; each with that cell.
+    Metadata by their names are left out, and so is all beside images and token ids.
+    """
+    columns = describe(dataset).columns
+    if {"input_ids", "image", "images"} & columns.keys():
+        return {}
+    found: dict[str, str] = {}
+    others = [name for name in columns if name not in READ[task] and not METADATA.fullmatch(name)]
+    for row in _telling_rows(dataset, others):
+        read = squashed("".join(_text_of_cell(row[column]) for column in ("prompt", "chosen") if column in row))
+        for column in others:
+            text = _text_of_cell(row.get(column))
+            if squashed(text) not in read:
+                found.setdefault(column, text)
+    return found
+
+
+def _telling_rows(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The first rows; of a table also the first row in which each column that is empty in them holds something."""
+    rows = list(islice(iter(dataset), LOOKED_AT))
+    yield from rows
+    for column in columns if isinstance(dataset, Dataset) and len(dataset) > LOOKED_AT else ():
+        if not any(row[column] for row in rows):
+            filled = next((i for i, value in enumerate(dataset[column][:]) if value), None)
+            yield from [] if filled is None else [dataset[filled]]
+
+
+def _have_nothing_in_common(dataset: Dataset | IterableDataset) -> bool:
+    """Return whether `chosen` and `rejected` are text that does not begin with a prompt, in most of the first rows."""
+    pairs = [(row.get("chosen"), row.get("rejected")) for row in islice(iter(dataset), LOOKED_AT)]
+    texts = [(a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
+    return are_most([squashed(a)[:SHARED] != squashed(b)[:SHARED] for a, b in texts])
+
+
 def _text_of_cell(value: Any) -> str:
-    if isinstance(value, list):
-        return "".join(text_of(part) if isinstance(part, dict) else str(part) for part in value)
-    return str(value or "")
+    """Return the text in a cell, of its messages too; nothing of numbers and structures."""
+    if isinstance(value, list | tuple):
+        return "".join(map(_text_of_cell, value))
+    if isinstance(value, dict):
+        return text_of(value) if {"content", "value"} & value.keys() else ""
+    return value if isinstance(value, str) else ""
 
 
 def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, name: str = "dataset") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template
+from .formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template, warn_of_unread
 from .rendering import check_pairs
 
 
@@ -32,6 +32,7 @@ def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[],
                 raise ValueError(f"`{name}` has no rows.")
             require(dataset, "preference", name)
             _check_row(name, dataset)
+            warn_of_unread(dataset, "preference", name)
         if isinstance(dataset, Dataset):
             _check_cells(name, dataset)
         if isinstance(dataset, Dataset | IterableDataset):

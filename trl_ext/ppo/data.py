@@ -12,7 +12,16 @@ from transformers.utils import logging
 from trl import is_conversational
 
 from ..data.conversions import ANSWERS
-from ..data.formats import CONVERSATION, LOOKED_AT, SHAREGPT, TEXT, describe, require, require_chat_template
+from ..data.formats import (
+    CONVERSATION,
+    LOOKED_AT,
+    SHAREGPT,
+    TEXT,
+    describe,
+    require,
+    require_chat_template,
+    warn_of_unread,
+)
 from ..data.rendering import check_written_prompts
 from ..models.loading import check_known
 from .config import PPOConfigX
@@ -124,11 +133,13 @@ def check_datasets(
     args: PPOConfigX,
     pad_id: int | None = None,
     known: int | None = None,
+    reads_columns: bool = True,
 ) -> None:
     """
     Checks every map-style dataset's prompts, and the columns of a stream's first row.
 
     Args:
+        reads_columns: whether something, such as a reward function, may read columns beside the prompts.
         known: how many tokens the actor has an embedding of.
     """
     if train_dataset is None:
@@ -138,6 +149,8 @@ def check_datasets(
             if next(iter(dataset), None) is None:
                 raise ValueError(f"`{name}` has no rows; PPO needs prompts.")
             check_columns(dataset, name, tokenizer)
+            if not reads_columns:
+                warn_of_unread(dataset, "prompts", name)
             ids_of = partial(unpadded, pad_id=pad_id, eos_id=getattr(tokenizer, "eos_token_id", None))
             check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs, ids_of)
         if not isinstance(dataset, Dataset):

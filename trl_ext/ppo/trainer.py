@@ -205,7 +205,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         check_ids(args, given, tokenizer)
         if environment_factory is None:  # an environment may make its prompts itself
             of_actor = (tokenizer, context, args, pad_of_prompts, self._known)
-            check_datasets(train_dataset, eval_dataset, data_collator, *of_actor)
+            reads_columns = given.has_other_reward or rollout_func is not None
+            check_datasets(train_dataset, eval_dataset, data_collator, *of_actor, reads_columns=reads_columns)
         make_folder(args.output_dir)
         name_run(args)
 
