@@ -185,6 +185,36 @@ def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, pa
     assert len(end.value.code.splitlines()) == 1
 
 
+PAIR = {"prompt": "good", "chosen": "film", "rejected": "cat"}
+TURNS = {name: [{"role": "user" if name == "prompt" else "assistant", "content": text}] for name, text in PAIR.items()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": 1, "chosen": 2, "rejected": 3}] * 4, r"'prompt' of `(.*)` holds int \(1\); it must hold text"),
+        ([PAIR | {"prompt": 1}] * 4, r"'prompt' of `(.*)` holds int \(1\); it must hold text"),
+        (
+            [PAIR, PAIR | {"chosen": [1]}, PAIR, PAIR],
+            r"'chosen' of `(.*)` holds text in its first row and list in row \d",
+        ),
+        (
+            [TURNS, TURNS | {"rejected": "cat"}, TURNS, TURNS],
+            r"'rejected' of `(.*)` holds a conversation in its first row and text in row \d",
+        ),
+    ],
+)
+def test_cells_of_another_kind_are_named(rows, said, paths, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("dpo", "reward", "score"):
+        flags = run_of("dpo", paths | {"pairs": str(tmp_path / "rows.jsonl")}, output_dir=tmp_path)
+        if name == "score":
+            flags = [*flags[:4], "--ref_model", paths["actor"]]
+        found = re.search(said, error_of([name, *flags], capsys))
+        assert found, name
+        assert found[1] == "the pairs to score" if name == "score" else found[1] in ("train_dataset", "eval_dataset")
+
+
 @pytest.mark.parametrize(
     ("option", "said"), [("test_split_size", "`test_split_size` is 2; it is a share"), ("lora_r", "`lora_r` is 0; it")]
 )

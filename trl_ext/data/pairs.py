@@ -95,6 +95,13 @@ def _check_cells(name: str, dataset: Dataset) -> None:
     for column in (*OPTIONAL, *NEEDED):
         if column in dataset.column_names:
             cells = dataset[column]
+            kinds = [_kind(value) for value in cells]
+            other = next((i for i, kind in enumerate(kinds) if kind not in (kinds[0], "nothing")), None)
+            if other is not None and kinds[0] != "nothing":
+                raise ValueError(
+                    f"The column {column!r} of `{name}` holds {kinds[0]} in its first row and {kinds[other]} in row "
+                    f"{other} ({cells[other]!r:.60}). Make all rows text, or all conversations, or drop that row."
+                )
             empty = [i for i, value in enumerate(cells) if value is None or value == []]
             if not empty and column in NEEDED and isinstance(cells[0], list):
                 for i, messages in enumerate(cells):
@@ -104,6 +111,13 @@ def _check_cells(name: str, dataset: Dataset) -> None:
                     f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(dataset)} rows, the first is "
                     f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
                 )
+
+
+def _kind(value: Any) -> str:
+    """Return what a cell holds, in words."""
+    if value is None or value == []:
+        return "nothing"
+    return "text" if isinstance(value, str) else "a conversation" if _is_conversation(value) else type(value).__name__
 
 
 def _check_roles(messages: list[dict[str, Any]], has_prompt: bool, whose: str) -> None:

@@ -96,7 +96,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
 
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
-    check_columns(rows, None, lambda: reward.tokenizer)
+    check_columns(None, {"the pairs to score": rows}, lambda: reward.tokenizer)
     pairs = rows.map(maybe_extract_prompt)  # where there is none, it is what both answers begin with
     others = {name: pairs[name] for name in pairs.column_names if name not in PAIR}  # such as `tools`
     rewards = reward.of_pairs(*(pairs[name] for name in PAIR), **others)
