@@ -183,3 +183,69 @@ def test_adapter_on_a_4_bit_base_gets_a_head_of_the_base_s_dtype(tmp_path, monke
     trainer.train()
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+EACH = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_several_held_out_sets_are_logged_under_their_names_and_together(tmp_path):
+    sets = {"a": dpo_runs.tiny_pairs(4, seed=4), "b": dpo_runs.tiny_pairs(6, seed=5)}
+    right = {name: right_pairs(pairs) for name, pairs in sets.items()}
+    assert right["a"] / 4 != right["b"] / 6
+    metrics = reward_trainer(tmp_path, dpo_runs.tiny_pairs(4), sets).evaluate()
+    for name, count in (("a", 4), ("b", 6)):
+        assert metrics[f"eval_{name}_pairs"] == count
+        assert metrics[f"eval_{name}_accuracy"] == pytest.approx(right[name] / count)
+        alone = reward_trainer(tmp_path, dpo_runs.tiny_pairs(4), sets[name]).evaluate()
+        for key in ("loss", "margin", "mean_reward"):
+            assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], abs=1e-5)
+    assert metrics["eval_pairs"] == 10
+    assert metrics["eval_accuracy"] == pytest.approx(sum(right.values()) / 10)
+    assert metrics["eval_loss"] == pytest.approx((4 * metrics["eval_a_loss"] + 6 * metrics["eval_b_loss"]) / 10)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("metric", [None, "eval_accuracy", "eval_b_loss"])
+def test_best_model_is_chosen_with_several_held_out_sets(tmp_path, metric):
+    sets = {"a": dpo_runs.tiny_pairs(4, seed=4), "b": dpo_runs.tiny_pairs(6, seed=5)}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "learning_rate": 0.1}
+    trainer = reward_trainer(tmp_path, dpo_runs.tiny_pairs(8), sets, **best, **EACH)
+    trainer.train()
+    key = metric or "eval_loss"
+    values = [line[key] for line in trainer.state.log_history if key in line]
+    assert len(values) == 3
+    assert trainer.state.best_metric == (max if key == "eval_accuracy" else min)(values)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path):
+    rows = dpo_runs.tiny_pairs(8)
+    trainer = reward_trainer(tmp_path, rows, rows, metric_for_best_model="zzz", **EACH)
+    with pytest.raises(ValueError, match=r"`metric_for_best_model` is 'zzz', and an .* eval_accuracy, .* Set it to"):
+        trainer.train()
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_loss_of_a_resumed_run_is_of_the_whole_run(tmp_path):
+    rows = dpo_runs.tiny_pairs(16)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2}
+    whole = reward_trainer(tmp_path, rows, None, **options).train()
+    resumed = reward_trainer(tmp_path, rows, None, **options).train(str(tmp_path / "checkpoint-2"))
+    assert resumed.training_loss == resumed.metrics["train_loss"] == pytest.approx(whole.training_loss, rel=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_pair(tmp_path):
+    model = tiny.tiny_reward_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tiny.VOCABULARY.index("dull")] = float("nan")
+    rows = [{"prompt": "the cat ", "chosen": word, "rejected": "bad"} for word in ("good", "dull")]
+    trainer = reward_trainer(tmp_path, Dataset.from_list(rows), None, model=model)
+    with pytest.raises(FloatingPointError, match=r"The loss is nan after 0 .* scores nan \(chosen\) and .*cat dull"):
+        trainer.train()

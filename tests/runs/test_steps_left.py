@@ -1,12 +1,13 @@
-"""A checkpoint that has all steps of a run is refused by both trainers; one more step to take, and it goes on."""
+"""A checkpoint that has all steps of a run is refused by every trainer; one more step to take, and it goes on."""
 
 import json
 
 import pytest
 
 import tiny
-from dpo_runs import dpo_trainer
+from dpo_runs import dpo_trainer, tiny_pairs
 from ppo_runs import ppo_trainer
+from reward_runs import reward_trainer
 from trl_ext.runs.steps_left import has_steps_left, require_steps_left, steps_of
 
 
@@ -16,13 +17,17 @@ EPOCHS = {"max_steps": -1, "save_strategy": "epoch"}
 
 def trainer_of(kind, folder, epochs):
     """One optimizer step an epoch; the number of steps is known when the rows are."""
+    if kind == "reward":
+        return reward_trainer(
+            folder, tiny_pairs(8), None, per_device_train_batch_size=8, num_train_epochs=epochs, **EPOCHS
+        )
     if kind == "dpo":
         return dpo_trainer(folder, per_device_train_batch_size=8, num_train_epochs=epochs, **EPOCHS)
     one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1}
     return ppo_trainer(folder, {"train_dataset": tiny.tiny_prompts(4)}, num_train_epochs=epochs, **one, **EPOCHS)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "reward"])
 def test_finished_checkpoint_is_refused_and_more_epochs_go_on(kind, tmp_path):
     trainer_of(kind, tmp_path, 2).train()
     again = trainer_of(kind, tmp_path, 2)
@@ -36,7 +41,7 @@ def test_finished_checkpoint_is_refused_and_more_epochs_go_on(kind, tmp_path):
         trainer_of(kind, tmp_path, 2).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "reward"])
 def test_checkpoint_without_its_optimizer_is_refused(kind, tmp_path):
     trainer_of(kind, tmp_path, 1).train()
     longer = trainer_of(kind, tmp_path, 2)

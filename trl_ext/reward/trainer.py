@@ -17,8 +17,10 @@ from ..models.loading import check_known, known_tokens, load_tokenizer, text_con
 from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ..models.rounding import warn_of_rounding
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
+from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
-from ..runs.final_line import LastLine
+from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
+from ..runs.folder import require_optimizer
 from ..runs.requirements import make_folder
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
@@ -38,13 +40,17 @@ class RewardTrainerX(WritesCard, RewardTrainer):
 
     Overridden: `_prepare_dataset`, which says how many pairs are longer than `max_length` and left out; `compute_loss`
     and `log`, in which `accuracy` is the share of all pairs of the logging window or the evaluation, over all ranks,
-    where TRL's is a mean over batches, whatever their sizes; an evaluation logs their number as `eval_pairs`; and, by
-    `WritesCard`, `save_model` and `create_model_card`.
+    where TRL's is a mean over batches, whatever their sizes; an evaluation logs their number as `eval_pairs`;
+    `evaluate` and `_evaluate`: of several held-out sets each is logged under its name, and all together under the
+    names of a single one; `_finalize_training`, which gives a resumed run the loss of all its steps;
+    `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; and, by `WritesCard`,
+    `save_model` and `create_model_card`.
 
     Raises:
         ValueError: for data that cannot be trained on, an encoder-decoder, or a model without a trainable parameter,
             before a model is loaded where that can be seen; when no pair is left, or one has a token that the model
             has no embedding of.
+        FloatingPointError: when a loss is not finite.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
             check_trainable(model, "reward model")
         self._in_order: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._eval_prefix = self._prefix_of_all = "eval"
+        self._sets: dict[str, dict[str, float]] = {}  # of several held-out sets, by the prefix of their names
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         trained = check_trainable(self.model, "reward model")
         check_optimizer(self.optimizer, {"reward model": trained}, "Give it those of `model`, or leave it out.")
@@ -144,12 +152,51 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
+        require_finite(loss, chosen, rejected, inputs, self.processing_class, self.state.global_step)
         mode = "train" if self.model.training else "eval"
         # At the end of an evaluation some ranks repeat pairs, which are left out here.
         self._in_order[mode].append(self.accelerator.gather_for_metrics(chosen > rejected))
         return (loss, outputs) if return_outputs else loss
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        require_optimizer(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluated(super()._evaluate, self.args, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(held_out, dict):
+            self._eval_prefix = metric_key_prefix
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._prefix_of_all = metric_key_prefix
+        self._sets = {f"{metric_key_prefix}_{name}": {} for name in held_out}
+        metrics: dict[str, float] = {}
+        try:
+            for name, rows in held_out.items():
+                of = name if eval_dataset is None else rows
+                metrics |= self.evaluate(of, ignore_keys, f"{metric_key_prefix}_{name}")
+        finally:
+            self._sets = {}
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self._initial_global_step:
+            whole = whole_run_loss(self.state.log_history, self._initial_global_step)
+            logs["train_loss"] = whole or logs["train_loss"]
+        with in_mode_of(logs, self.model):
+            self._log_pairs(logs)
+            super().log(logs, start_time)
+
+    def _log_pairs(self, logs: dict[str, float]) -> None:
+        """Adds what was counted; names what is of a held-out set, for which TRL has one name whichever it is."""
         mode = "train" if self.model.training else "eval"
         if self._in_order[mode]:
             in_order = torch.cat(self._in_order[mode])
@@ -157,7 +204,17 @@ class RewardTrainerX(WritesCard, RewardTrainer):
             if mode == "eval":
                 self._metrics[mode]["pairs"] = [float(len(in_order))]
             self._in_order[mode].clear()
-        super().log(logs, start_time)
+        prefix = self._eval_prefix
+        if mode == "train" or prefix == "eval":
+            return
+        of_set = {key: sum(of) / len(of) for key, of in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        logs.update({f"{prefix}_{key}": value for key, value in of_set.items()})
+        if prefix in self._sets:
+            self._sets[prefix] = of_set | {"loss": logs[f"{prefix}_loss"]}
+            if all(self._sets.values()):  # the last one
+                together = pooled(list(self._sets.values()))
+                logs.update({f"{self._prefix_of_all}_{key}": value for key, value in together.items()})
 
     def describe(self) -> Training:
         return reward_training(self)
@@ -166,3 +223,34 @@ class RewardTrainerX(WritesCard, RewardTrainer):
 def _is_tokenised(dataset: Any) -> bool:
     is_dataset = isinstance(dataset, Dataset | IterableDataset)
     return is_dataset and any(names <= set(column_names(dataset)) for names in TOKENISED)
+
+
+def pooled(sets: list[dict[str, float]]) -> dict[str, float]:
+    """Average over held-out sets, weighted by their `pairs`, which are summed."""
+    total = sum(each["pairs"] for each in sets)
+    means = {key: sum(each[key] * each["pairs"] for each in sets) / total for key in sets[0]}
+    return means | {"pairs": total}
+
+
+def require_finite(loss: Tensor, chosen: Tensor, rejected: Tensor, inputs: Any, tokenizer: Any, step: int) -> None:
+    """
+    Args:
+        loss: of the batch, a scalar.
+        chosen, rejected (B,): scores.
+        inputs: with `input_ids` (2B, L), chosen then rejected.
+        step: optimizer steps taken so far.
+
+    Raises:
+        FloatingPointError: when the loss is NaN or infinite, with the step and the pair it comes from.
+    """
+    if torch.isfinite(loss):
+        return
+    broken = (~torch.isfinite(chosen - rejected)).nonzero().flatten().tolist()
+    pair = broken[0] if broken else int((chosen - rejected).abs().argmax())
+    raise FloatingPointError(
+        f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has the scores "
+        f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected); its chosen sequence begins "
+        f"{tokenizer.decode(inputs['input_ids'][pair])!r:.300}. Nothing of this batch was learnt. A lower learning "
+        "rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the weights that "
+        "were loaded."
+    )
