@@ -83,7 +83,7 @@ def test_the_gradient_weight_is_what_pulls_each_log_probability():
 @pytest.mark.filterwarnings("ignore")  # of transformers, loading the model
 def test_smollm2_gives_the_log_probabilities_of_the_page():
     module = script()
-    pair = module.Pair(str(module.embedded.smollm2()))
+    pair = module.Pair(str(module.demo.smollm2()))
     sizes = [[len(ids) for ids in pair.tokens(answer)] for answer in (module.CHOSEN, module.REJECTED)]
     assert sizes == [[14, 42], [14, 18]]
     # AdamW's first step has the sign of each gradient: where one is next to nothing, rounding decides.
