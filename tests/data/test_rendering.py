@@ -48,6 +48,26 @@ def tokenizer(template=tiny.CHAT_TEMPLATE, bos=False):
     return made
 
 
+def ends_texts(cls=False):
+    """A tokenizer that puts EOS behind every text; with a CLS token it is one of an encoder, like RoBERTa's."""
+    made = tokenizer()
+    made.cls_token = made.bos_token if cls else None
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", made.bos_token_id), ("<eos>", made.eos_token_id)]
+    )
+    return made
+
+
+def bos_is_eos():
+    """As OPT's tokenizer, which puts its end token before every text."""
+    made = tokenizer()
+    made.bos_token = made.eos_token
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", made.eos_token_id)]
+    )
+    return made
+
+
 def said(role, content, **more):
     return [{"role": role, "content": content, **more}]
 
@@ -77,6 +97,13 @@ REASONED = {"prompt": said("user", "who ?")} | {
     side: said("assistant", word, reasoning_content="so so") for side, word in (("chosen", "cat"), ("rejected", "dog"))
 }
 
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+CALLED = chat() | {"chosen": said("assistant", "so", tool_calls=[LOOK])}
+TOOLS = {"tools": [{"type": "function", "function": {"name": "look"}}]}
+CALLS = tiny.CHAT_TEMPLATE.replace(
+    "message['content']", "(message.get('tool_calls', []) | tojson) + message['content']"
+)
+
 REFUSED = {  # name -> the tokenizer, a pair, what the error says
     "thoughts": (tokenizer(THINKS), THOUGHT, r"leaves out a part of `chosen` of row 0.*'<think>good</think>two'"),
     "thoughts of an implicit prompt": (tokenizer(THINKS), implicit(THOUGHT), "leaves out a part of `chosen`"),
@@ -86,6 +113,21 @@ REFUSED = {  # name -> the tokenizer, a pair, what the error says
         "leaves out a part of `chosen`",
     ),
     "thoughts under a key": (tokenizer(), REASONED, "it says 'so so'"),
+    "a call of a tool": (
+        tokenizer(),
+        CALLED,
+        "leaves out `tool_calls` of `chosen` of row 0 .*: 'look' is not",
+    ),
+    "a call before the answer": (
+        tokenizer(),
+        chat() | {"prompt": said("user", "who ?") + CALLED["chosen"] + said("tool", "blue")},
+        "leaves out `tool_calls` of the prompt",
+    ),
+    "tools": (tokenizer(), chat() | TOOLS, "leaves out `tools` of row 0 .*: 'look'"),
+    "tools as text": (tokenizer(), chat(tools='[{"name": "look"}]'), "leaves out `tools` of row 0 .*: 'look'"),
+    "EOS behind the prompt": (ends_texts(), TEXT, r"ends every text with '<eos>', also the prompt of row 0 .*add_eos"),
+    "BOS behind a space": (tokenizer(bos=True), TEXT | {"prompt": " <bos> who ?"}, "puts another before it"),
+    "BOS before an answer": (tokenizer(), TEXT | {"rejected": " <bos> a dog"}, "`rejected` of row 0 .* begins with"),
     "parts that do not add up": (tokenizer(), IN_PARTS, r"cannot write row 0 .*to_preference\(dataset\)` joins parts"),
     "parts": (
         tokenizer(WRITES_OUT),
@@ -131,7 +173,10 @@ ACCEPTED = {
     ),
     "thoughts that are kept": (tokenizer(KEEPS), REASONED),
     "parts that are read": (tokenizer(READS_PARTS), IN_PARTS),
-    "tools": (tokenizer(), chat(tools='[{"name": "f"}]') | {"chosen": [{"role": "assistant", "content": ""}]}),
+    "tools": (
+        tokenizer("{{ tools | tojson }}" + tiny.CHAT_TEMPLATE),
+        chat(tools='[{"name": "f"}]') | {"chosen": [{"role": "assistant", "content": ""}]},
+    ),
     "several turns": (
         tokenizer(),
         chat() | {"chosen": said("assistant", "a") + said("user", "b") + said("assistant", "c")},
@@ -139,6 +184,10 @@ ACCEPTED = {
     "white space": (tokenizer(), chat(chosen="  a cat\n\n", rejected="\ta dog")),
     "text": (tokenizer(bos=True), TEXT),
     "text that ends": (tokenizer(), TEXT | {"chosen": "a cat<eos>"}),
+    "calls and tools": (tokenizer("{{ tools | tojson }}" + CALLS), CALLED | TOOLS),
+    "EOS behind a text that is scored": (ends_texts(cls=True), TEXT),
+    "BOS that is EOS, before no prompt": (bos_is_eos(), {"chosen": "good cat", "rejected": "bad dog"}),
+    "turns with BOS of their own": (tokenizer(), TEXT | {"prompt": "<bos> who ? <eos> <bos> it ?"}),
     "a tool's JSON, written as a text of JSON": (
         tokenizer(ESCAPES),
         chat()
@@ -168,6 +217,9 @@ def test_rows_from_all_over_a_table_are_looked_at():
     rows = [chat()] * 20 + [chat(chosen="a cat <eos>")] * 4
     with pytest.raises(ValueError, match="is written as text already"):
         check_columns(Dataset.from_list(rows), None, tokenizer)
+    for rare, known in ((THOUGHT, tokenizer(THINKS)), (CALLED, tokenizer()), (REASONED, tokenizer())):
+        with pytest.raises(ValueError, match=r"leaves out .* of row 21 of `train_dataset`"):
+            check_columns(Dataset.from_list([chat()] * 21 + [rare] + [chat()] * 30), None, lambda known=known: known)
     wrong_role = [chat()] * 20 + [chat(role="user")] + [chat()] * 20
     with pytest.raises(ValueError, match="`rejected` of row 20 of `train_dataset`"):
         check_columns(Dataset.from_list(wrong_role), None, tokenizer)
@@ -217,6 +269,27 @@ def test_prompt_that_would_not_be_read_as_it_is_meant_is_refused(tmp_path, case,
     models = {"train_dataset": rows.to_iterable_dataset() if as_stream else rows, "processing_class": known}
     with pytest.raises(ValueError, match=f"(?s){message}"):
         ppo_runs.ppo_trainer(tmp_path, models)
+
+
+def test_prompt_of_ppo_does_not_end(tmp_path):
+    with pytest.raises(ValueError, match="ends every text with '<eos>', also the prompt of row 0 of `train_dataset`"):
+        ppo_runs.ppo_trainer(tmp_path, {"processing_class": ends_texts()})
+
+
+def test_dpo_says_that_it_would_learn_what_others_say(tmp_path, caplog):
+    both = {side: said("user", "why ?") + said("assistant", side) for side in ("good", "bad")}
+    goes_on = said("user", "and ?") + said("assistant", "so")
+    row = {"chosen": both["good"] + goes_on, "rejected": both["bad"] + goes_on}
+    trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list([row] * 4)})
+    words = trainer._tokenizer.decode(trainer.train_dataset[0]["chosen_ids"])
+    assert "and ?" in words
+    assert "why ?" not in words
+    assert "Answers of the train dataset go on over turns of the role user" in caplog.text
+    caplog.clear()
+    dpo_runs.dpo_trainer(
+        tmp_path, {"train_dataset": Dataset.from_list([{"chosen": both["good"], "rejected": both["bad"]}] * 4)}
+    )
+    assert "go on over turns" not in caplog.text
 
 
 # --- columns that are a part of the prompt

@@ -34,7 +34,7 @@ def assistant(text):
 TEXTS = [("one two", "good film", "bad film"), ("the cat is", "great", "awful book"), ("why", "yes", "no one")]
 STANDARD = [{"prompt": f"{p} ", "chosen": c, "rejected": r} for p, c, r in TEXTS]
 CHAT = [{"prompt": user(p), "chosen": assistant(c), "rejected": assistant(r)} for p, c, r in TEXTS]
-TOOL = '[{"type": "function", "function": {"name": "f", "parameters": {}}}]'
+TOOL = '[{"type": "function", "function": {"name": "tree", "parameters": {}}}]'
 FORMATS = {
     "standard": STANDARD,
     "standard, implicit prompt": [

@@ -13,6 +13,9 @@ from .formats import LOOKED_AT, after_prompt, are_most, column_names, squashed, 
 
 
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message that hold what was thought before its content
+CALLS = "tool_calls"  # the key of those that a message makes
+THINK = "<think>"
+MOST_KINDS = 32  # of conversations, one row of each is looked at
 BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that join parts
 
 
@@ -32,10 +35,12 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
         pair: Any = maybe_extract_prompt(kept)
         if isinstance(pair["chosen"], str):
             check_text(pair["prompt"], where, tokenizer)
+            _check_answers(pair, where, tokenizer)
             continue
-        options = {"tools": _tools(row), **template_kwargs(row)}
+        options: dict[str, Any] = {"tools": _tools(row), **template_kwargs(row)}
         for side in ("chosen", "rejected"):
             written = _written(pair["prompt"] + pair[side], where, tokenizer, BY_PAIRS, **options)
+            _require_names(options["tools"], squashed(written), f"`tools` of {where}")
             _check_messages(pair["prompt"], written, f"the prompt of {where}", tokenizer, BY_PAIRS)
             _check_messages(pair[side], written, f"`{side}` of {where}", tokenizer, BY_PAIRS, answers=True)
 
@@ -90,8 +95,27 @@ def _first(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(islice(iter(dataset), LOOKED_AT))
         return
     step = max(1, len(dataset) // LOOKED_AT)
-    for number in range(0, len(dataset), step)[:LOOKED_AT]:
+    spread = range(0, len(dataset), step)[:LOOKED_AT]
+    for number in sorted({*spread, *_first_of_each_kind(dataset)}):
         yield number, dataset[number]
+
+
+def _first_of_each_kind(dataset: Dataset) -> list[int]:
+    """Return the first row of each kind of conversation: of the roles in it, of thoughts and calls of tools."""
+    columns = [name for name in ("prompt", "chosen", "rejected", "tools") if name in dataset.column_names]
+    firsts: dict[Any, int] = {}
+    for number, cells in enumerate(zip(*(dataset[name][:] for name in columns), strict=True)):
+        firsts.setdefault(tuple(map(_kind_of, cells)), number)
+    return list(firsts.values())[:MOST_KINDS]
+
+
+def _kind_of(cell: Any) -> Any:
+    if not isinstance(cell, list):
+        return cell is None
+    messages = [message for message in cell if isinstance(message, dict)]
+    marks = {name for message in messages for name in (*THOUGHTS, CALLS) if message.get(name)}
+    marks |= {THINK for message in messages if THINK in text_of(message)}
+    return frozenset(marks | {str(message.get("role")) for message in messages})
 
 
 def _tools(row: dict[str, Any]) -> Any:
@@ -136,7 +160,20 @@ def _check_messages(
                 f"{written!r:.300}. Set a `tokenizer.chat_template` that keeps it (one for R1 cuts off what was "
                 "thought), or take out of the data what is not to be learnt."
             )
+        _require_names(message.get(CALLS), plain, f"`{CALLS}` of {whose}")
         _check_marks(text, plain, whose, tokenizer)
+
+
+def _require_names(functions: Any, plain: str, whose: str) -> None:
+    """Raises `ValueError` for tools, or calls of them, that a template does not write: many know of none."""
+    each = [one for one in functions or () if isinstance(one, dict)]
+    names = [one.get("name") or (one.get("function") or {}).get("name") for one in each]
+    missing = [name for name in names if name and squashed(name) not in plain]
+    if missing:
+        raise ValueError(
+            f"The chat template leaves out {whose}: {missing[0]!r} is not in what it writes. Set a "
+            "`tokenizer.chat_template` that writes tools and calls, or take them out of the data."
+        )
 
 
 def _is_in(text: str, plain: str) -> bool:
@@ -160,13 +197,36 @@ def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
 
 
 def check_text(prompt: str, where: str, tokenizer: Any) -> None:
-    """Raises `ValueError` for a prompt, text, that begins with BOS where the tokenizer puts one before it."""
-    if _begins_twice(tokenizer(prompt)["input_ids"], tokenizer):
+    """
+    Raises:
+        ValueError: for a prompt, text, that begins with BOS where the tokenizer puts one before it, or that the
+            tokenizer puts EOS behind.
+    """
+    ids, eos = tokenizer(prompt)["input_ids"], tokenizer.eos_token
+    reads_both_ways = tokenizer.cls_token is not None  # as RoBERTa's, which may score text, and writes none
+    is_ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # one alone may be BOS, as OPT's
+    if is_ended and not (prompt.rstrip().endswith(eos) or reads_both_ways):
+        raise ValueError(
+            f"The tokenizer ends every text with {eos!r}, also the prompt of {where}, which an answer is to follow: "
+            f"{tokenizer.decode(ids)!r:.120}. Set `tokenizer.add_eos_token = False`, or take the token out of its "
+            "post-processor."
+        )
+    if _begins_twice(ids, tokenizer):
         raise ValueError(
             f"The prompt of {where} begins with {tokenizer.bos_token!r}, and the tokenizer puts another before it: it "
             "is written by a chat template already. Give the messages instead, or take it off the text: "
-            f"`row[column].removeprefix({tokenizer.bos_token!r})`."
+            f"`row[column].lstrip().removeprefix({tokenizer.bos_token!r})`."
         )
+
+
+def _check_answers(pair: dict[str, Any], where: str, tokenizer: Any) -> None:
+    bos = tokenizer.bos_token
+    for side in ("chosen", "rejected"):
+        if bos and bos != tokenizer.eos_token and pair["prompt"] and pair[side].lstrip().startswith(bos):
+            raise ValueError(
+                f"`{side}` of {where} begins with {bos!r}, which would stand behind the prompt. Take it off: "
+                f"`row[{side!r}].lstrip().removeprefix({bos!r})`."
+            )
 
 
 def _check_ids(ids: list[int], where: str, tokenizer: Any) -> None:
@@ -180,7 +240,8 @@ def _check_ids(ids: list[int], where: str, tokenizer: Any) -> None:
 
 def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
     bos = tokenizer.bos_token_id
-    return bos is not None and ids[:2] == [bos, bos]
+    second = ids.index(bos, 1) if bos is not None and bos in ids[1:] else None
+    return second is not None and ids[0] == bos and not tokenizer.decode(ids[1:second]).strip()  # white space between
 
 
 def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:

@@ -3,19 +3,38 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl import maybe_extract_prompt
 
+from ..data.formats import LOOKED_AT, column_names
 from ..data.pairs import NEEDED
 from ..models.loading import check_known
 
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ("prompt", *NEEDED)
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 SOURCE = "source"
+
+
+def warn_of_user_turns(dataset: Any, name: str) -> None:
+    """Says that answers hold turns of the user, or of a tool: DPO scores what they say as if the model had said it."""
+    for row in islice(iter(dataset.select_columns([c for c in COLUMNS if c in column_names(dataset)])), LOOKED_AT):
+        pair: Any = maybe_extract_prompt(row)
+        roles = {message["role"] for side in NEEDED if isinstance(pair.get(side), list) for message in pair[side]}
+        others = sorted(roles - {"assistant"})
+        if others:
+            logger.warning(
+                "Answers of the %s dataset go on over turns of the role %s, whose words are learnt like the model's "
+                "own. If only the model's words are to count, end both answers before the first of these turns.",
+                name,
+                " and ".join(others),
+            )
+            return
 
 
 def drop_equal_pairs(dataset: Any, name: str) -> Any:

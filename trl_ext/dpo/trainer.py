@@ -56,6 +56,7 @@ from .data import (
     check_tokenised,
     drop_equal_pairs,
     drop_equal_tokens,
+    warn_of_user_turns,
 )
 from .display import show_completions, write_completions
 from .forward import PairForward, recorded
@@ -248,6 +249,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 self.aux_loss_enabled = forward.head.settle_aux_loss(self.args.router_aux_loss_coef)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
+        warn_of_user_turns(dataset, dataset_name)
         with PartialState().main_process_first():  # the others read its cache
             dataset = with_template_kwargs(drop_equal_pairs(dataset, dataset_name))
         rows = len(dataset) if isinstance(dataset, Dataset) else None
