@@ -111,7 +111,14 @@ DAMAGED = {
         r"The config of .* cannot be read: .*nonesuch",
     ),
 }
-ROLES = [("dpo", "model"), ("ppo", "model"), ("reward", "model"), ("score", "model"), ("score", "ref_model")]
+ROLES = [
+    ("chat", "model"),
+    ("dpo", "model"),
+    ("ppo", "model"),
+    ("reward", "model"),
+    ("score", "model"),
+    ("score", "ref_model"),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -129,7 +136,7 @@ def test_damaged_model_is_named(damage, paths, tmp_path, capsys):
             others = {} if option == "ref_model" else {"ref_model": paths["actor"]}
             flags = [word for word in run_of("dpo", paths, **{option: path}, **others) if word != "--report_to"]
             flags.remove("none")
-        error = error_of([name, *flags], capsys)
+        error = error_of(["chat", str(path)] if name == "chat" else [name, *flags], capsys)
         assert re.search(said, error), (name, option, error)
         assert str(path) in error
         assert len(error.splitlines()) == 1
