@@ -245,7 +245,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_pair(tmp_path):
     model = tiny.tiny_reward_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[tiny.VOCABULARY.index("dull")] = float("nan")
-    rows = [{"prompt": "the cat ", "chosen": word, "rejected": "bad"} for word in ("good", "dull")]
+    rows = [{"prompt": "the cat ", "chosen": word, "rejected": "bad"} for word in ("good one film", "dull")]
     trainer = reward_trainer(tmp_path, Dataset.from_list(rows), None, model=model)
-    with pytest.raises(FloatingPointError, match=r"The loss is nan after 0 .* scores nan \(chosen\) and .*cat dull"):
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is nan after 0 .* scores nan \(chosen\) and .*cat dull <eos>'"
+    ):
         trainer.train()

@@ -237,7 +237,7 @@ def require_finite(loss: Tensor, chosen: Tensor, rejected: Tensor, inputs: Any, 
     Args:
         loss: of the batch, a scalar.
         chosen, rejected (B,): scores.
-        inputs: with `input_ids` (2B, L), chosen then rejected.
+        inputs: with `input_ids` and `attention_mask` (2B, L), chosen then rejected.
         step: optimizer steps taken so far.
 
     Raises:
@@ -247,10 +247,11 @@ def require_finite(loss: Tensor, chosen: Tensor, rejected: Tensor, inputs: Any, 
         return
     broken = (~torch.isfinite(chosen - rejected)).nonzero().flatten().tolist()
     pair = broken[0] if broken else int((chosen - rejected).abs().argmax())
+    ids = inputs["input_ids"][pair][inputs["attention_mask"][pair].bool()]
     raise FloatingPointError(
         f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has the scores "
         f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected); its chosen sequence begins "
-        f"{tokenizer.decode(inputs['input_ids'][pair])!r:.300}. Nothing of this batch was learnt. A lower learning "
+        f"{tokenizer.decode(ids)!r:.300}. Nothing of this batch was learnt. A lower learning "
         "rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the weights that "
         "were loaded."
     )
