@@ -48,6 +48,12 @@ def tokenizer(template=tiny.CHAT_TEMPLATE, bos=False):
     return made
 
 
+def keeps_spaces():
+    made = tokenizer(bos=True)
+    made.add_tokens([" "])
+    return made
+
+
 def ends_texts(cls=False):
     """A tokenizer that puts EOS behind every text; with a CLS token it is one of an encoder, like RoBERTa's."""
     made = tokenizer()
@@ -126,7 +132,7 @@ REFUSED = {  # name -> the tokenizer, a pair, what the error says
     "tools": (tokenizer(), chat() | TOOLS, "leaves out `tools` of row 0 .*: 'look'"),
     "tools as text": (tokenizer(), chat(tools='[{"name": "look"}]'), "leaves out `tools` of row 0 .*: 'look'"),
     "EOS behind the prompt": (ends_texts(), TEXT, r"ends every text with '<eos>', also the prompt of row 0 .*add_eos"),
-    "BOS behind a space": (tokenizer(bos=True), TEXT | {"prompt": " <bos> who ?"}, "puts another before it"),
+    "BOS behind a space": (keeps_spaces(), TEXT | {"prompt": " <bos> who ?"}, "puts another before it"),
     "BOS before an answer": (tokenizer(), TEXT | {"rejected": " <bos> a dog"}, "`rejected` of row 0 .* begins with"),
     "parts that do not add up": (tokenizer(), IN_PARTS, r"cannot write row 0 .*to_preference\(dataset\)` joins parts"),
     "parts": (
