@@ -1,6 +1,7 @@
 """Command lines of tiny runs and of a toy, and what the command line says of them."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 from trl import RewardConfig
@@ -42,7 +43,7 @@ def plan_line(text):
 
 @dataclass
 class Toy:
-    """A toy's"""
+    TOPIC: ClassVar[str] = "A toy's"
 
     size: int = field(default=1, metadata={"help": "A size."})
     rate: float = field(default=0.5, metadata={"help": "A rate, 50% at first."})
