@@ -98,7 +98,7 @@ TOUCHED = {
         *("_env_tools", "_multi_environment"),
     },
     "DPOTrainerX": {"_metrics", "_tokenizer", "_signature_columns", "_is_vision_dataset", "_initial_global_step"},
-    "RewardTrainerX": {"_metrics"},
+    "RewardTrainerX": {"_metrics", "_initial_global_step"},
 }
 
 

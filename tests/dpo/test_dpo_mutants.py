@@ -230,7 +230,7 @@ MUTANTS = [
     # implicit_reward.py
     ("implicit_reward", "(position >= starts", "(position > starts", "reward_equals", REWARD),
     ("implicit_reward", " & mask[:, first:].bool()", "", "reward_equals", REWARD),
-    ("implicit_reward", "logits[:, :-1]", "logits[:, 1:]", "reward_equals", REWARD),
+    ("implicit_reward", "logits[:, -kept:-1]", "logits[:, -kept + 1 :]", "reward_equals", REWARD),
     ("implicit_reward", ', len(ids["prompt_ids"])\n', ', len(ids["prompt_ids"]) + 1\n', "reward_equals", REWARD),
     ("implicit_reward", '"ref" if "ref" in adapters else None', "None", "reward_of_an", {"adapter": "ref"}),
     ("implicit_reward", "key=lambda i: -rewards[i]", "key=lambda i: rewards[i]", "ranking_is_by", {}),
