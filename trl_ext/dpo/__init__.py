@@ -1,7 +1,8 @@
 """
 DPO over shared rows, in the order of the data.
 
-    trainer config    the steps; the options beyond TRL's
+    trainer           the steps
+    config            the options beyond TRL's
     data              pairs, their checks, and what is dropped
     reference         the reference, and the proof that training starts where it stands
     forward           TRL's call with TRL's result, computed over shared rows
@@ -10,5 +11,6 @@ DPO over shared rows, in the order of the data.
     metrics           pairs of a logging window or an evaluation, over all ranks
     implicit_reward   a trained policy as a reward function
     guards            what must hold of models and losses
-    display card      what people see at evaluations; the model card
+    display           what people see at evaluations
+    card              the model card
 """

@@ -1,6 +1,6 @@
 """
-Reward models, trained by `trl.RewardTrainer`.
+Reward models.
 
-    trainer   the trainer of `trl-ext reward`, which counts pairs
+    trainer   TRL's RewardTrainer, which looks at data and model first and counts pairs
     card      the model card
 """
