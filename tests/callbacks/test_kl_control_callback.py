@@ -5,7 +5,7 @@ import pytest
 import ppo_runs
 import trl_runs
 from trl_ext import KLControlCallback
-from trl_ext.ppo.kl import BandController, ProportionalController
+from trl_ext.ppo.controllers import BandController, ProportionalController
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PURE = [
     *("masked.py", "statistics.py", "runs/alarms.py", "runs/convergence.py", "runs/log.py"),
     *("dpo/losses.py", "dpo/metrics.py", "packing/segments.py"),
-    *("ppo/advantages.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py", "ppo/terms.py"),
+    *("ppo/advantages.py", "ppo/controllers.py", "ppo/kl.py", "ppo/losses.py", "ppo/rewards.py", "ppo/terms.py"),
 ]
 
 PURE_MODULES = {"trl_ext." + path.removesuffix(".py").replace("/", ".") for path in PURE}

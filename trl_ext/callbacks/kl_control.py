@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..ppo.kl import KLController
+from ..ppo.controllers import KLController
 from ..runs.log import reference_kl
 
 
@@ -18,9 +18,9 @@ class KLControlCallback(TrainerCallback):
 
     Args:
         trainer: whose `beta` to move; needed with `controller`.
-        controller: one of `trl_ext.ppo.kl`, such as `BandController(0.04)` or `ProportionalController(0.04, 2.0,
-            10_000)`;
-            its coefficient takes the place of `beta`. `None`: the coefficient is left alone.
+        controller: one of `trl_ext.ppo.controllers`, such as `BandController(0.04)` or
+            `ProportionalController(0.04, 2.0, 10_000)`; its coefficient takes the place of `beta`. `None`: the
+            coefficient is left alone.
         stop_above: nats per sequence; with `patience` log lines in a row above it the training ends.
         patience: log lines.
 

@@ -12,7 +12,8 @@ PPO with a critic, in the order of the data.
     rewards         from one score per sequence to one reward per token
     returns         from scores to advantages and returns, and what the log says about both
     advantages      rewards-to-go, TD errors, generalised advantages
-    kl              KL estimators and the controllers of a KL coefficient
+    kl              KL estimators, and the exact KL over the vocabulary
+    controllers     how a KL coefficient follows the measured KL
     losses          ratio, clipped objective, value loss, entropy: per token
     terms           the terms of the loss as one table; their means and their total
     micro_batches   a rollout cut into micro-batches, each with its share of the loss terms

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .config import PPOConfigX
-from .kl import FixedController
+from .controllers import FixedController
 from .terms import WEIGHTED, PPOCoefficients
 
 

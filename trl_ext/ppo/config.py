@@ -15,7 +15,7 @@ from ..models.sharding import check_batch_fields, check_own_optimizer
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable
 from .config_checks import BEST_METRIC, check_options, check_sampling
-from .kl import BandController, FixedController, KLController, ProportionalController, SchulmanController
+from .controllers import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .options import (
     AdvantageOptions,
     BatchOptions,
