@@ -323,7 +323,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if roles.reference is not None:
             self.ref_model, self._ref_logits = place_reference(roles.reference, args, self.accelerator)
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
-        for scorer in filter(None, [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]):
+        scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
+        for scorer in filter(None, [] if is_fsdp(args) else scorers):
             scorer.try_padding()
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator

@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -94,14 +95,15 @@ class TokenScorer:
         embeds = any(isinstance(module, nn.Embedding) for module in self.model.modules())
         if not embeds or is_partitioned(self.model) or self.ask != self._ask_model:
             return
-        sequences = [row[0].tolist() for row in probe_rows(self.model)]
+        model = extract_model_from_parallel(self.model)  # DeepSpeed's engine has another `config`
+        sequences = [row[0].tolist() for row in probe_rows(model)]
         alone = self._one_by_one(sequences)
-        allowed = tolerance(self.model, lambda: self._one_by_one(sequences))
+        allowed = tolerance(model, lambda: self._one_by_one(sequences))
         self.reads_padding = (self._padded(sequences) - alone).abs().mean().item() > allowed
         if self.reads_padding:
             logger.warning(
                 "The reward model %r (%s) reads the padding of shorter answers: it is asked one by one.",
-                *(self.__name__, type(self.model).__name__),
+                *(self.__name__, type(model).__name__),
             )
 
     def _one_by_one(self, sequences: list[list[int]]) -> Tensor:
