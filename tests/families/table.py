@@ -21,7 +21,7 @@ Every causal language model family of transformers {transformers}, as a tiny ran
 `PPOTrainerX` on TRL {trl}. `make families` proves them and writes this page.
 
 - **exact**: the numbers of the model's own forward, one sequence at a time, without padding. For DPO they are loss,
-  log-probabilities and gradient, and in float32 also loss, gradient and metrics of `trl.DPOTrainer`, to 1e-5. For PPO
+  log-probabilities and gradient, and in float32 also loss, gradient and metrics of `trl.DPOTrainer`, to 2e-5. For PPO
   they are log-probabilities, reference, entropy, values and score of a rollout, and the gradient of the whole loss
   from slow loops. Under bf16 autocast, within three times what rounding does to the plain forward.
 - For DPO, exact is **shared rows**, where a pair's common beginning is computed once, or **TRL's rows**.
