@@ -324,8 +324,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self.ref_model, self._ref_logits = place_reference(roles.reference, args, self.accelerator)
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
-        for scorer in filter(None, [] if is_fsdp(args) else scorers):
-            scorer.try_padding()
+        for scorer in filter(None, scorers):
+            if not is_fsdp(args):  # which has spread its weights
+                scorer.try_padding()
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
         )

@@ -96,6 +96,7 @@ class WritesCard:
     """
 
     def describe(self) -> Training:
+        """Return the sections of this training's card."""
         raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

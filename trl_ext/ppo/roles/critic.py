@@ -54,7 +54,7 @@ class ValueHead(nn.Module):
         weight, bias = self.score.weight.float(), self.score.bias.float()
         return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
 
-    needs_states = True
+    needs_states = True  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
         """State values (B, L) at the `positions` (B, L) whose trunk states (N, H) are given, 0 elsewhere."""
@@ -105,7 +105,7 @@ class ValueModel(nn.Module):
         """Takes what the trunk takes; returns state values (B, L)."""
         return self.values(*args, **kwargs)
 
-    needs_states = False
+    needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
         """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
@@ -162,7 +162,7 @@ class ValueAdapter(nn.Module):
         """Takes what the trunk takes; returns state values (B, L)."""
         return self.values(*args, **kwargs)
 
-    needs_states = False
+    needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
         """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
