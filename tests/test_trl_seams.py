@@ -11,46 +11,21 @@ import trl
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 import overrides
 import tiny
+from families.configs import member
 from ppo_runs import ppo_trainer, snapshot
 from trl_ext import _trl
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-USUAL = IDS | SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
 
-ACTORS = {
-    "llama": tiny.tiny_actor,
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **IDS)),
-    "gemma2, soft cap": lambda: Gemma2ForCausalLM(
-        Gemma2Config(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, **USUAL)
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**USUAL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **USUAL)),
-    "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(logit_scale=0.25, **USUAL)),
-    "granite, logits scaling": lambda: GraniteForCausalLM(GraniteConfig(logits_scaling=4.0, **USUAL)),
-}
+CAPPED_OR_SCALED = ["gemma2", "cohere", "granite"]  # their logits are more than a matrix times the states
+ACTORS = ["llama", "gpt2", "qwen2", "mistral", *CAPPED_OR_SCALED]
 
 
 # --- the range
@@ -113,8 +88,7 @@ def test_private_state_that_is_touched_is_listed(trainer):
 @pytest.mark.parametrize("name", ACTORS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logits_of_the_fused_head_are_the_models_own(name, temperature):
-    torch.manual_seed(0)
-    model = ACTORS[name]().eval()
+    model = member(name, 0)
     ids = torch.randint(7, 60, (2, 11))
     with torch.no_grad():
         own = model(ids).logits / temperature
@@ -125,10 +99,9 @@ def test_logits_of_the_fused_head_are_the_models_own(name, temperature):
     assert own.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma2, soft cap", "cohere, logit scale", "granite, logits scaling"])
+@pytest.mark.parametrize("name", CAPPED_OR_SCALED)
 def test_control_plain_head_gives_other_logits(name):
-    torch.manual_seed(0)
-    model = ACTORS[name]().eval()
+    model = member(name, 0)
     ids = torch.randint(7, 60, (2, 11))
     with torch.no_grad():
         plain = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import dpo_runs
 import tiny
+from plain import apart, chosen, dpo_loss, gradients, in_precision, one_line, plain_distribution
 
 from .configs import member
-from .plain import apart, chosen, dpo_loss, gradients, in_precision, one_line, plain_distribution
 from .verdict import NOISE, ROUNDINGS, WITHOUT_AUX_LOSS, Verdict, is_refusal
 
 

@@ -18,9 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 import oracles
 import ppo_runs
 import tiny
+from plain import apart, chosen, gradients, in_precision, one_line, plain_distribution, plain_values
 
 from .configs import member
-from .plain import apart, chosen, gradients, in_precision, one_line, plain_distribution, plain_values
 from .verdict import NOISE, ROUNDINGS, WITHOUT_AUX_LOSS, Verdict, is_refusal
 
 
@@ -83,8 +83,7 @@ class Step:
             trainer.train()
         self.args, self.line, self.gradient = trainer.args, ppo_runs.log_lines(trainer)[0], keep.gradient
         held = trainer.run_state.rollout
-        self.prompts = [ids[mask].tolist() for ids, mask in zip(held.prompt_ids, held.prompt_mask, strict=True)]
-        self.responses = [ids[mask].tolist() for ids, mask in zip(held.response_ids, held.attended, strict=True)]
+        self.prompts, self.responses = zip(*ppo_runs.sequences(held), strict=True)
         per_token = {"logps": held.old_logps, "ref_logps": held.ref_logps, "values": held.old_values}
         self.columns = {name: tensor[held.mask].float() for name, tensor in per_token.items()}
         self.columns["scores"] = held.scores

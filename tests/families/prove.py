@@ -69,7 +69,7 @@ def summary(result: Result) -> str:
 
 def fingerprint(*options: Any) -> str:
     """Of everything that the results depend on."""
-    files = sorted([*ROOT.glob("trl_ext/**/*.py"), *ROOT.glob("tests/families/*.py")])
+    files = sorted([*ROOT.glob("trl_ext/**/*.py"), *ROOT.glob("tests/families/*.py"), ROOT / "tests/helpers/plain.py"])
     versions = f"{transformers.__version__} {trl.__version__} {torch.__version__} {options}".encode()
     return hashlib.sha256(b"".join([versions, *(path.read_bytes() for path in files)])).hexdigest()[:12]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from plain import one_line
+
 from . import dpo_family, ppo_family
 from .configs import family_config, family_model
-from .plain import one_line
 
 
 Result = dict[str, Any]

@@ -9,6 +9,7 @@ from torch import nn
 
 import tiny
 from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext.ppo.rollout import Rollout
 
 
 # The Trainer collects garbage when training starts, which would go through every object of every library each time.
@@ -61,6 +62,16 @@ def log_lines(trainer: PPOTrainerX) -> list[dict[str, float]]:
 def logged(trainer: PPOTrainerX, key: str) -> list[float]:
     """The values of `key`, in order."""
     return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def sequences(rollout: Rollout) -> list[tuple[list[int], list[int]]]:
+    """The real token ids of each prompt and its response."""
+    prompts = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+    responses = zip(rollout.response_ids, rollout.attended, strict=True)
+    return [
+        (prompt[real].tolist(), response[attended].tolist())
+        for (prompt, real), (response, attended) in zip(prompts, responses, strict=True)
+    ]
 
 
 def sum_of_terms(line: dict[str, float]) -> float:

@@ -9,38 +9,23 @@ from transformers import AutoModelForCausalLM
 import dpo_runs
 import ppo_runs
 import tiny
+from families.configs import family_config
 from trl_ext.models.context import context_limit
 
 
-SMALL = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-USUAL = SMALL | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-GPT = SMALL | {"n_embd": 16, "n_layer": 1, "n_head": 2}
-BART = SMALL | {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
-
-# Families with a table of positions: what their config says the length in, and a size for it.
+# Families with a table of positions: what their config says the length in.
 TABLES = {
-    "GPT2": GPT | {"n_positions": 20},
-    "GPTBigCode": GPT | {"n_positions": 20},
-    "GPTJ": GPT | {"n_positions": 20, "rotary_dim": 4},
-    "CodeGen": SMALL | {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 20, "rotary_dim": 4},
-    "CTRL": GPT | {"n_positions": 20, "dff": 16},
-    "OpenAIGPT": GPT | {"n_positions": 20},
-    "GPTNeo": USUAL
-    | {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
-    | {"max_position_embeddings": 20},
-    "OPT": USUAL | {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 20},
-    "BioGpt": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20},
-    "Mpt": SMALL | {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 20},
-    "Roberta": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20, "is_decoder": True},
-    "XLMRoberta": USUAL | {"intermediate_size": 16, "max_position_embeddings": 20, "is_decoder": True},
-    "Bart": BART | {"max_position_embeddings": 20, "is_decoder": True, "is_encoder_decoder": False},
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "ctrl", "openai-gpt"), "n_positions"),
+    **dict.fromkeys(("gpt_neo", "opt", "biogpt", "roberta", "xlm-roberta", "bart"), "max_position_embeddings"),
+    "mpt": "max_seq_len",
 }
 
 
 @pytest.mark.parametrize("family", TABLES)
 @pytest.mark.filterwarnings("ignore")
 def test_model_takes_sequences_up_to_its_limit_and_none_beyond(family):
-    config = getattr(transformers, f"{family}Config")(**TABLES[family])
+    of_bart = {"is_encoder_decoder": False} if family == "bart" else {}
+    config = family_config(family, **{TABLES[family]: 20}, **of_bart)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     limit = context_limit(config.get_text_config())
     with torch.no_grad():

@@ -5,45 +5,28 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import dpo_runs
 import ppo_runs
 import tiny
-from families.configs import family_config, family_model
+from families.configs import family_config, family_model, member
 from trl_ext import _trl
 from trl_ext.models.scoring_head import ScoringHead
 
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-NO_DROPOUT = dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0)
-# Family -> config class, and what it needs beside `dpo_runs.SIZES`.
-FAMILIES = {
-    "modernbert_decoder": ("ModernBertDecoderConfig", {"num_key_value_heads": 2}),
-    "bert": ("BertConfig", {"is_decoder": True, **NO_DROPOUT}),
-    "electra": ("ElectraConfig", {"is_decoder": True, "embedding_size": 8, **NO_DROPOUT}),
-    "recurrent_gemma": ("RecurrentGemmaConfig", {"head_dim": 8, "lru_width": 16, "logits_soft_cap": 3.0}),
-    "llama": ("LlamaConfig", {}),
-}
-OWN = {"modernbert_decoder", "bert", "electra"}
+FAMILIES = ["modernbert-decoder", "bert", "electra", "recurrent_gemma", "llama"]
+OWN = {"modernbert-decoder", "bert", "electra"}
 
 
 def family(name: str, dtype: torch.dtype = torch.float32, **overrides) -> nn.Module:
     """A lively tiny model: logits with a standard deviation of about 1 at least."""
-    prefix, options = FAMILIES[name]
-    config = getattr(transformers, prefix)(**(dpo_runs.SIZES | options | overrides))
+    own_width = {"embedding_size": 8} if name == "electra" else {}
+    model = family_model(family_config(name, **(own_width | overrides)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
         model.get_output_embeddings().weight.data.normal_()
-    return model.to(dtype).eval()
-
-
-def member(config: str, options: dict) -> nn.Module:
-    """A tiny model of a family whose config is given by its class."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(getattr(transformers, config)(**(dpo_runs.SIZES | options))).eval()
+    return model.to(dtype)
 
 
 def logits_by_hand(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
@@ -78,7 +61,7 @@ def test_every_statistic_is_that_of_the_models_own_logits(name, temperature):
         assert torch.equal(output.is_top1[0], expected.argmax(-1) == target)
 
 
-@pytest.mark.parametrize("name", ["modernbert_decoder", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["modernbert-decoder", "recurrent_gemma"])
 def test_control_trls_head_alone_is_wrong(name):
     model = family(name)
     (row, _) = rows_of_two_lengths()
@@ -102,12 +85,9 @@ def test_head_maps_trunk_states_to_the_models_logits(name, caplog):
         assert torch.allclose(head.logits(states), expected / 0.7, atol=1e-5)
 
 
-PHIMOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
-
-
 def test_load_balancing_loss_is_that_of_the_models_own_forward(caplog):
     """TRL reads `num_experts` of every config; Phimoe's has another name for it."""
-    model = member("PhimoeConfig", PHIMOE)
+    model = member("phimoe", 0)
     ids = torch.randint(7, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -124,9 +104,9 @@ def test_load_balancing_loss_is_that_of_the_models_own_forward(caplog):
     assert "leaves that loss out" in caplog.text
 
 
-@pytest.mark.parametrize("config, options, has_loss", [("MixtralConfig", {}, True), ("DogeConfig", {}, False)])
-def test_load_balancing_loss_is_known_to_be_there_or_not(config, options, has_loss, caplog):
-    model = member(config, options)
+@pytest.mark.parametrize("name, has_loss", [("mixtral", True), ("doge", False)])
+def test_load_balancing_loss_is_known_to_be_there_or_not(name, has_loss, caplog):
+    model = member(name, 0)
     _trl.add_fused_lm_head(model)
     head = ScoringHead(model, "model")
     head.settle()
@@ -136,7 +116,7 @@ def test_load_balancing_loss_is_known_to_be_there_or_not(config, options, has_lo
 
 
 def test_load_balancing_loss_that_fails_is_refused_with_the_option(monkeypatch):
-    model = member("MixtralConfig", {})
+    model = member("mixtral", 0)
     monkeypatch.setattr(transformers.models.mixtral.modeling_mixtral, "load_balancing_loss_func", None)
     _trl.add_fused_lm_head(model)
     head = ScoringHead(model, "model")
@@ -147,7 +127,7 @@ def test_load_balancing_loss_that_fails_is_refused_with_the_option(monkeypatch):
 
 def test_error_of_a_mixtures_own_forward_is_shown_as_it_is(monkeypatch):
     """It is not that of its load-balancing loss."""
-    model = member("MixtralConfig", {})
+    model = member("mixtral", 0)
     monkeypatch.setattr(model.model.layers[0].mlp, "forward", lambda states: states @ states)
     _trl.add_fused_lm_head(model)
     head = ScoringHead(model, "model")
@@ -158,7 +138,7 @@ def test_error_of_a_mixtures_own_forward_is_shown_as_it_is(monkeypatch):
 
 def test_what_stands_between_trunk_and_projection_learns():
     """ModernBERT-decoder's dense layer never got a gradient."""
-    model = family("modernbert_decoder")
+    model = family("modernbert-decoder")
     (row, _) = rows_of_two_lengths()
     own = model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
     own.gather(1, row[0, 1:, None]).sum().backward()
@@ -172,7 +152,7 @@ def test_what_stands_between_trunk_and_projection_learns():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["modernbert_decoder", "recurrent_gemma", "llama"])
+@pytest.mark.parametrize("name", ["modernbert-decoder", "recurrent_gemma", "llama"])
 @pytest.mark.parametrize("weights, autocast", [(torch.float32, True), (torch.bfloat16, False)])
 def test_rounding_to_16_bits_is_told_from_another_head(name, weights, autocast):
     model = family(name, weights)
@@ -279,7 +259,7 @@ def test_part_of_a_head_that_is_0_at_the_start_learns(caplog):
 
 
 def test_asking_leaves_mode_and_generator_as_they_were():
-    model = family("modernbert_decoder").train()
+    model = family("modernbert-decoder").train()
     _trl.add_fused_lm_head(model)
     state = torch.get_rng_state()
     ScoringHead(model, "model", silent=True).settle()
@@ -290,12 +270,12 @@ def test_asking_leaves_mode_and_generator_as_they_were():
 @pytest.mark.integration
 @pytest.mark.parametrize("bf16", [False, True])
 def test_dpo_of_such_a_family_starts_at_log_2_with_its_own_log_probs(tmp_path, bf16):
-    models = {"model": family("modernbert_decoder"), "ref_model": family("modernbert_decoder")}
+    models = {"model": family("modernbert-decoder"), "ref_model": family("modernbert-decoder")}
     trainer = dpo_runs.dpo_trainer(tmp_path, models, bf16=bf16)
     assert all(forward.head.uses_own for forward in trainer._forwards)
     metrics = trainer.evaluate(trainer.train_dataset)
     assert metrics["eval_loss"] == pytest.approx(0.6931472, abs=1e-2 if bf16 else 1e-5)
-    by_hand = family("modernbert_decoder"), family("modernbert_decoder")
+    by_hand = family("modernbert-decoder"), family("modernbert-decoder")
     rows = dpo_runs.slow_rows(trainer, trainer.train_dataset, *by_hand)
     expected = sum(row[4] for row in rows) / len(rows)
     assert metrics["eval_logps/chosen"] == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5)
@@ -304,7 +284,7 @@ def test_dpo_of_such_a_family_starts_at_log_2_with_its_own_log_probs(tmp_path, b
 @pytest.mark.integration
 @pytest.mark.parametrize("options", [{"kl_estimator": "full"}, {"kl_placement": "reward"}])
 def test_ppo_of_such_a_family_starts_with_ratio_1_and_kl_0(tmp_path, options):
-    models = {"model": family("modernbert_decoder"), "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
+    models = {"model": family("modernbert-decoder"), "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
     trainer = ppo_runs.ppo_run(tmp_path, models, critic="head", max_steps=2, learning_rate=1e-2, **options)
     first, second = ppo_runs.log_lines(trainer)
     assert first["policy/ratio_max"] == pytest.approx(1, abs=1e-5)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import tiny
-from ppo_runs import changed, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
-from trl_ext import PPOConfigX, PPOTrainerX
+from ppo_runs import changed, ppo_run, ppo_trainer, response_lengths, snapshot
+from trl_ext import PPOTrainerX
 from trl_ext.ppo.data import check_prompts
 
 
@@ -416,33 +416,10 @@ def test_control_run_with_finite_rewards_is_not_stopped(tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_config_is_checked_again_by_nothing_in_the_trainer(tmp_path):
-    """The trainer leaves the user's config as it was written."""
-    args = ppo_config(tmp_path, num_mini_batches=2)
-    written = args.to_dict()
-    PPOTrainerX(args, tiny.tiny_tokenizer(), tiny.tiny_actor(), None, tiny.tiny_reward_model(), tiny.tiny_prompts(8))
-    assert args.to_dict() == written
-    assert args.steps_per_generation is None
-
-
 def test_conversation_with_an_image_part_is_refused_by_name(tmp_path):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
     with pytest.raises(ValueError, match="part of type 'image'; PPO reads text only"):
         check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), 128, 8)
-
-
-def test_adapter_that_is_loaded_frozen_is_an_error(tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(tiny.tiny_actor(), config).save_pretrained(tmp_path / "adapter")
-    model = PeftModel.from_pretrained(tiny.tiny_actor(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is_trainable=True"):
-        PPOTrainerX(
-            PPOConfigX(str(tmp_path / "out"), use_cpu=True, report_to="none", per_device_train_batch_size=2),
-            tiny.tiny_tokenizer(),
-            model,
-            reward_model=tiny.tiny_reward_model(),
-            train_dataset=tiny.tiny_prompts(),
-        )
 
 
 @pytest.mark.parametrize("values", [[1, 2, 3, 4], [True] * 4, [["a", "b"]] * 4, [{"a": "b"}] * 4, [[7, 8]] * 4])

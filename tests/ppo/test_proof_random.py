@@ -15,18 +15,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    TrainerCallback,
-)
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 import oracles
+import ppo_runs
 import tiny
-from ppo_runs import ppo_trainer
+from families.configs import member
+from plain import plain_distribution
 
 
 TEXTS = tiny.tiny_prompts(8, seed=3)["prompt"][:]
@@ -67,17 +62,8 @@ def family(name):
     """Actor, reference, reward model and critic."""
     if name == "rotary":
         return tiny.tiny_actor(0), tiny.tiny_actor(5), tiny.tiny_reward_model(1), tiny.tiny_reward_model(7)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64, "initializer_range": 0.2}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = GPT2Config(**sizes, **ids, num_labels=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        kinds = (GPT2LMHeadModel, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForSequenceClassification)
-        models = tuple(kind(config).eval() for kind in kinds)
-        if name == "absolute":
-            return models
-        sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "initializer_range": 0.2}
-        return BloomForCausalLM(BloomConfig(**sizes, **ids, hidden_dropout=0.0, attention_dropout=0.0)), *models[1:]
+    actor = member("gpt2" if name == "absolute" else "bloom", 0)
+    return actor, member("gpt2", 5), *(member("gpt2", seed, of=AutoModelForSequenceClassification) for seed in (1, 7))
 
 
 def ids_of_prompts(form):
@@ -148,7 +134,7 @@ class Oracle:
     def __init__(self, models, args, own_vocabulary):
         self.own_vocabulary = own_vocabulary
         self.actor, self.reference, self.reward, self.value_model = (copy.deepcopy(model).eval() for model in models)
-        self.head, self.args = nn.Linear(16, 1), args
+        self.head, self.args = nn.Linear(models[0].config.hidden_size, 1), args
 
     def load(self, weights):
         critic = self.head if self.args.critic == "head" else self.value_model
@@ -161,8 +147,7 @@ class Oracle:
 
     def distributions(self, model, prompt, response):
         """(T, V) log-probabilities of each token of the response."""
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        return (logits / self.args.temperature).log_softmax(-1)
+        return plain_distribution(model, prompt, response, self.args.temperature)
 
     def values(self, prompt, response):
         ids, model = torch.tensor([prompt + response]), self.value_model
@@ -312,7 +297,7 @@ def run(folder, seed, bf16=False):
         "bf16": bf16,
         "use_cpu": True,
     }
-    steps.trainer = ppo_trainer(folder, given, **(options | batch | rest))
+    steps.trainer = ppo_runs.ppo_trainer(folder, given, **(options | batch | rest))
     if options["critic"] == "head":
         nn.init.normal_(steps.trainer.critic.score.weight, std=0.5)
     steps.trainer.train()
@@ -326,11 +311,8 @@ def worst_difference(folder, seed, bf16=False):
     that of all gradients together: those that are small are rounding.
     """
     steps, oracle, functions, weights, given = run(folder, seed, bf16)
-    rollout = steps.trainer.run_state.rollout
-    prompts = [ids[real].tolist() for ids, real in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    assert sorted(prompts) == sorted(given)
-    responses = [ids[real].tolist() for ids, real in zip(rollout.response_ids, rollout.attended, strict=True)]
-    sequences = list(zip(prompts, responses, strict=True))
+    sequences = ppo_runs.sequences(steps.trainer.run_state.rollout)
+    assert sorted(prompt for prompt, _ in sequences) == sorted(given)
     oracle.load(steps.taken[0][1])
     with torch.no_grad():
         scores = [oracle.score(*sequence, functions, weights) for sequence in sequences]
@@ -384,9 +366,7 @@ BF16 = 0.08  # bfloat16 has 8 bits; gradients that are exact are within 0.04
 MISTAKES = {
     "another temperature": (
         "distributions",
-        lambda self, model, prompt, response: (
-            model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        ),
+        lambda self, model, prompt, response: plain_distribution(model, prompt, response),
     ),
     "padding is read": (
         "values",

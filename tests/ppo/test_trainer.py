@@ -6,30 +6,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import LlamaForSequenceClassification
 
 import tiny
+from families.configs import member
 from ppo_runs import (
     changed,
     log_lines,
@@ -43,27 +23,9 @@ from ppo_runs import (
 )
 from trl_ext import PPOConfigX, PPOTrainerX
 from trl_ext.ppo.roles.critic import ValueHead
-from trl_ext.ppo.rollout import Rollout
 
 
-IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-USUAL = IDS | SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
-EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
-
-ACTORS = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **IDS)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, **USUAL)
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**USUAL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **USUAL)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **SIZES, **IDS)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **EXPERTS, **USUAL)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(num_experts=4, moe_intermediate_size=8, head_dim=8, **EXPERTS, **USUAL)
-    ),
-}
+ACTORS = ["gpt2", "gemma2", "mixtral", "qwen3_moe"]
 
 WITHOUT_MODEL = {"reward_model": None, "reward_funcs": response_lengths}
 
@@ -151,53 +113,6 @@ def test_args_of_the_trainer_are_a_copy_for_the_loop(tmp_path):
 # --- steps and batches
 
 
-@pytest.mark.parametrize("epochs, mini_batches", [(1, 1), (3, 1), (1, 4), (2, 2)])
-def test_optimizer_steps_per_rollout_are_epochs_times_mini_batches(tmp_path, epochs, mini_batches):
-    trainer = ppo_trainer(
-        tmp_path,
-        num_ppo_epochs=epochs,
-        num_mini_batches=mini_batches,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
-    )
-    batches = []
-    compute = trainer._compute_loss
-
-    def keep(model, inputs):
-        batches.append((trainer.state.global_step, inputs.rows.tolist(), inputs.num_tokens))
-        return compute(model, inputs)
-
-    trainer._compute_loss = keep
-    trainer.train()
-    steps = epochs * mini_batches
-    assert trainer.state.global_step == 2 * steps
-    assert len(logged(trainer, "reward/score")) == 2
-    for step in range(2 * steps):
-        rows = [row for at, rows, _ in batches if at == step for row in rows]
-        assert len(rows) == 4 // mini_batches
-    for rollout in range(2):
-        for epoch in range(epochs):
-            first = rollout * steps + epoch * mini_batches
-            seen = [row for at, rows, _ in batches if first <= at < first + mini_batches for row in rows]
-            assert sorted(seen) == [0, 1, 2, 3]  # every response once per epoch
-
-
-def test_mini_batches_are_redrawn_every_epoch(tmp_path):
-    trainer = ppo_trainer(tmp_path, num_ppo_epochs=6, num_mini_batches=4, gradient_accumulation_steps=4)
-    orders = []
-    draw = trainer._draw_micro_batches
-
-    def keep(rollout):
-        batches = draw(rollout)
-        orders.append([row for batch in batches for row in batch.rows.tolist()])
-        return batches
-
-    trainer._draw_micro_batches = keep
-    trainer.train()
-    assert len(orders) == 6
-    assert len({tuple(order) for order in orders}) > 4
-
-
 def test_logging_evaluation_and_saving_count_optimizer_steps(tmp_path):
     trainer = ppo_run(
         tmp_path,
@@ -249,8 +164,7 @@ def test_batch_of_one_trains(tmp_path):
 @pytest.mark.parametrize("critic", ["model", "head"])
 @pytest.mark.parametrize("name", ACTORS)
 def test_causal_lm_of_many_kinds_trains(tmp_path, name, critic):
-    torch.manual_seed(0)
-    actor = ACTORS[name]()
+    actor = member(name, 0)
     options = {"critic": critic, "kl_estimator": "full" if critic == "head" else "k2"}
     trainer = ppo_trainer(tmp_path, WITHOUT_MODEL | {"model": actor}, max_steps=2, **options)
     before = snapshot(trainer.model)
@@ -265,37 +179,6 @@ def test_causal_lm_of_many_kinds_trains(tmp_path, name, critic):
     moved = changed(trainer.model, before)
     assert any(is_head(name) for name in moved)
     assert any(not is_head(name) for name in moved)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma2"])
-def test_left_padding_does_not_change_log_probabilities_and_values(tmp_path, name):
-    """Alone, without padding, and beside a longer prompt, with it. GPT-2 has absolute positions."""
-    torch.manual_seed(0)
-    trainer = ppo_trainer(tmp_path, WITHOUT_MODEL | {"model": ACTORS[name]()})
-    nn.init.normal_(trainer.critic.model.score.weight)
-    trainer.model.eval()
-    prompts = [[7, 8, 9, 10, 11, 12], [20, 21]]
-    responses = [[30, 31, 32], [40, 41, 42]]
-    together = rollout_of([[*prompts[0]], [0, 0, 0, 0, *prompts[1]]], responses)
-    alone = rollout_of([prompts[1]], [responses[1]])
-    with torch.no_grad():
-        outputs = [trainer._forward(trainer.model, part, ("log_probs", "state_values")) for part in (together, alone)]
-    torch.testing.assert_close(outputs[0].log_probs[1], outputs[1].log_probs[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs[0].state_values[1], outputs[1].state_values[0], rtol=1e-4, atol=1e-5)
-    with torch.no_grad():  # the control: the model alone, without our call
-        logits = tiny_forward(trainer.model, [*prompts[1], *responses[1]])[1:-1] / trainer.temperature
-        own = logits.log_softmax(-1).gather(1, torch.tensor(responses[1])[:, None])[:, 0]
-    torch.testing.assert_close(outputs[1].log_probs[0], own, rtol=1e-4, atol=1e-5)
-
-
-def tiny_forward(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0]
-
-
-def rollout_of(prompts, responses):
-    """Left-padded prompts (pad token 0) and responses of one length."""
-    prompts, responses = torch.tensor(prompts), torch.tensor(responses)
-    return Rollout.from_ids(prompts, prompts != 0, responses, torch.ones_like(responses, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("critic", ["model", "head"])
@@ -373,7 +256,7 @@ def test_critic_of_an_adapter_is_a_copy_of_the_merged_trunk(tmp_path):
 
 
 def test_critic_of_an_architecture_without_a_classifier_points_to_the_head(tmp_path):
-    actor = CohereForCausalLM(CohereConfig(**USUAL))
+    actor = member("cohere", 0)
     with pytest.raises(ValueError, match=r"no sequence classification model for CohereForCausalLM.*`critic='head'`"):
         ppo_trainer(tmp_path, WITHOUT_MODEL | {"model": actor})
     assert isinstance(critic_of(tmp_path, WITHOUT_MODEL | {"model": actor}, critic="head"), ValueHead)
@@ -387,8 +270,7 @@ def count_calls(module):
 
 def test_critic_whose_classifier_has_more_than_the_trunk_points_to_the_head(tmp_path):
     """BERT's has a pooler, which the decoder lacks."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    actor = BertLMHeadModel(BertConfig(vocab_size=len(tiny.VOCABULARY), is_decoder=True, **sizes))
+    actor = member("bert", 0)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification .* pooler\.dense\.weight.* `critic='head'`"):
         ppo_trainer(tmp_path, WITHOUT_MODEL | {"model": actor})
     ppo_run(tmp_path, WITHOUT_MODEL | {"model": actor}, critic="head", total_episodes=4)
@@ -437,14 +319,6 @@ def test_given_optimizer_is_used_for_both(tmp_path):
     assert changed(value_model, snapshot(tiny.tiny_reward_model(7)))
     start = snapshot(tiny.tiny_actor())
     assert any(not torch.equal(actor.get_parameter(name), tensor) for name, tensor in start.items())
-
-
-def test_returns_use_advantages_before_whitening(tmp_path):
-    plain = ppo_run(tmp_path / "plain", max_steps=1, whiten_advantages=False, learning_rate=0.0).run_state.rollout
-    white = ppo_run(tmp_path / "white", max_steps=1, learning_rate=0.0).run_state.rollout
-    torch.testing.assert_close(white.returns, plain.returns)
-    torch.testing.assert_close(plain.returns, (plain.advantages + plain.old_values) * plain.mask)
-    assert not torch.allclose(white.advantages, plain.advantages)
 
 
 def test_second_training_starts_with_a_rollout_of_its_own(tmp_path):

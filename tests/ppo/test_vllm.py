@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 import four_roles
 import tiny
 from fake_vllm import vllm
-from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, snapshot
+from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
 from trl_ext.ppo.rollout import MicroBatch
 
 
@@ -148,7 +148,7 @@ def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
         )
     assert [request["stop_token_ids"] for request in sampler.requests] == [[stop]]
     rollout = trainer.run_state.rollout
-    responses = [ids[real].tolist() for ids, real in zip(rollout.response_ids, rollout.attended, strict=True)]
+    responses = [response for _, response in sequences(rollout)]
     assert any(response[-1] == stop for response in responses)
     assert all(stop not in response[:-1] for response in responses)
     assert rollout.has_eos.tolist() == [response[-1] == stop for response in responses]

@@ -17,6 +17,7 @@ from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
 
 import four_roles
 import tiny
+from plain import plain_logps
 from ppo_runs import (
     best_after_two_steps,
     changed,
@@ -25,6 +26,7 @@ from ppo_runs import (
     ppo_trainer,
     response_lengths,
     run_to_best_checkpoint,
+    sequences,
     snapshot,
     sum_of_terms,
 )
@@ -124,25 +126,16 @@ def separate_models(paths, folder, start):
     }
 
 
-def sequences(rollout):
-    for row in range(len(rollout)):
-        yield rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.response_ids[row][rollout.attended[row]]
-
-
 def logps_of(model, rollout):
     """Log-probabilities of each response's tokens, one sequence at a time without padding."""
-    logps = []
-    for prompt, response in sequences(rollout):
-        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-        logps.append(logits.log_softmax(-1).gather(1, response[:, None])[:, 0])
-    return torch.cat(logps)
+    return torch.cat([plain_logps(model, *ids) for ids in sequences(rollout)])
 
 
 def values_of(model, rollout):
     """State values of each response's tokens: the score head at the state before each token."""
     values, classifier = [], model.get_base_model()
     for prompt, response in sequences(rollout):
-        states = classifier.model(torch.cat([prompt, response])[None]).last_hidden_state
+        states = classifier.model(torch.tensor([prompt + response])).last_hidden_state
         values.append(classifier.score(states)[0, len(prompt) - 1 : -1, 0])
     return torch.cat(values)
 
@@ -152,14 +145,9 @@ def scores_of(model, rollout):
     classifier, scores = model.get_base_model(), []
     for prompt, response in sequences(rollout):
         words = response[:-1] if response[-1] < len(tiny.SPECIAL_TOKENS) else response
-        states = classifier.model(torch.cat([prompt, words, torch.tensor([EOS])])[None]).last_hidden_state
+        states = classifier.model(torch.tensor([[*prompt, *words, EOS]])).last_hidden_state
         scores.append(classifier.score(states)[0, -1, 0])
     return torch.stack(scores)
-
-
-def scores_by_trainer(trainer, rollout):
-    prompts, responses = zip(*([ids.tolist() for ids in pair] for pair in sequences(rollout)), strict=True)
-    return torch.tensor(trainer.reward_funcs[0](prompt_ids=list(prompts), completion_ids=list(responses)))
 
 
 def of_each_role(paths, folder, start, rollout):
@@ -172,7 +160,7 @@ def of_each_role(paths, folder, start, rollout):
 @torch.no_grad()
 def by_trainer(trainer, rollout):
     outputs = trainer._forward(trainer.model, rollout, ("log_probs", "state_values"))
-    prompts, responses = zip(*([ids.tolist() for ids in pair] for pair in sequences(rollout)), strict=True)
+    prompts, responses = zip(*sequences(rollout), strict=True)
     scores = trainer.reward_funcs[0](prompt_ids=list(prompts), completion_ids=list(responses))
     return {
         "actor": outputs.log_probs[rollout.mask],

@@ -18,7 +18,18 @@ from transformers import (
 )
 
 import tiny
-from ppo_runs import changed, log_lines, logged, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
+from plain import plain_logps
+from ppo_runs import (
+    changed,
+    log_lines,
+    logged,
+    ppo_config,
+    ppo_run,
+    ppo_trainer,
+    response_lengths,
+    sequences,
+    snapshot,
+)
 from trl_ext.models.quantization import quantization
 from trl_ext.ppo.roles import offload
 from trl_ext.ppo.roles.offload import WaitingWeights
@@ -50,16 +61,9 @@ def layers_of(model):
     return {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
 
 
-def sequences(rollout):
-    for row in range(len(rollout)):
-        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
-        yield prompt, rollout.response_ids[row][rollout.attended[row]]
-
-
 def ended(ids):
-    """With an end token behind it, as reward models are trained, also where the answer was cut off."""
-    end = torch.tensor([tiny.tiny_tokenizer().eos_token_id])
-    return ids if ids[-1] == end else torch.cat([ids, end])
+    """(1, L), with an end token behind it, as reward models are trained, also where the answer was cut off."""
+    return torch.tensor([ids if ids[-1] == 2 else [*ids, 2]])
 
 
 # --- the reward model
@@ -81,7 +85,10 @@ def test_scores_are_those_of_the_checkpoint_in_fewer_bits(tmp_path, paths, bits)
     with torch.no_grad():
         expected, in_full = (
             torch.tensor(
-                [m(ended(torch.cat(ids))[None]).logits.item() for ids in sequences(trainer.run_state.rollout)]
+                [
+                    m(ended(prompt + response)).logits.item()
+                    for prompt, response in sequences(trainer.run_state.rollout)
+                ]
             )
             for m in (by_hand, full)
         )
@@ -144,13 +151,9 @@ def test_kl_is_to_the_reference_in_fewer_bits(tmp_path, paths, bits, given):
         path, dtype=torch.float32, quantization_config=BY_HAND[bits]
     ).eval()
     kls = []
-    for prompt, response in sequences(trainer.run_state.rollout):
-        sums = []
-        for model in (tiny.tiny_actor(**SIZES), reference):
-            with torch.no_grad():
-                logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].float()
-            sums.append(logits.log_softmax(-1).gather(1, response[:, None]).sum().item())
-        kls.append(sums[0] - sums[1])
+    for ids in sequences(trainer.run_state.rollout):
+        with torch.no_grad():
+            kls.append((plain_logps(tiny.tiny_actor(**SIZES), *ids) - plain_logps(reference, *ids)).sum().item())
     (kl,) = logged(trainer, "kl/ref")
     assert kl == pytest.approx(sum(kls) / len(kls), rel=5e-2, abs=5e-2)
     assert abs(kl) > 1e-3

@@ -4,59 +4,27 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import (
-    BartConfig,
-    BartForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    CTRLConfig,
-    CTRLForSequenceClassification,
-    CTRLLMHeadModel,
-    LlamaForSequenceClassification,
-    ModernBertDecoderConfig,
-    ModernBertDecoderForCausalLM,
-    ModernBertDecoderForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    PretrainedConfig,
-)
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 import ppo_runs
 import tiny
+from families.configs import family_config, family_model, member
 from ppo_runs import ppo_run, ppo_trainer
 from trl_ext.ppo.roles.critic import ValueModel, build_critic
 from trl_ext.ppo.roles.state_values import StateValues
-
-
-IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-CTRL = {"n_embd": 16, "dff": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-CONFIGS = {
-    "ctrl": lambda: CTRLConfig(num_labels=1, **CTRL, **IDS),
-    "modernbert_decoder": lambda: ModernBertDecoderConfig(num_labels=1, initializer_range=0.2, **SIZES, **IDS),
-}
-CLASSIFIERS = {
-    "ctrl": CTRLForSequenceClassification,
-    "modernbert_decoder": ModernBertDecoderForSequenceClassification,
-    "llama": LlamaForSequenceClassification,
-}
-ACTORS = {"ctrl": CTRLLMHeadModel, "modernbert_decoder": ModernBertDecoderForCausalLM}
-
-
-def made(kind: type, config, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind(config).eval()
 
 
 def ids_of(length: int) -> torch.Tensor:
     return torch.randint(7, 60, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+def classifier_of(family: str, **overrides) -> nn.Module:
+    return family_model(family_config(family, num_labels=1, **overrides), of=AutoModelForSequenceClassification)
+
+
+@pytest.mark.parametrize("name", ["ctrl", "modernbert-decoder", "llama"])
 def test_value_of_a_state_is_the_score_of_the_sequence_up_to_it(name):
-    config = CONFIGS[name]() if name in CONFIGS else tiny.tiny_config(num_labels=1)
-    classifier = made(CLASSIFIERS[name], config)
+    classifier = classifier_of(name)
     ids = ids_of(8)
     with torch.no_grad():
         values = ValueModel(classifier)(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -66,10 +34,9 @@ def test_value_of_a_state_is_the_score_of_the_sequence_up_to_it(name):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ACTORS)
+@pytest.mark.parametrize("name", ["ctrl", "modernbert-decoder"])
 def test_ppo_copies_a_trunk_whose_classifier_has_no_score_layer(tmp_path, name):
-    actor = made(ACTORS[name], CONFIGS[name]())
-    models = {"model": actor, "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
+    models = {"model": member(name, 0), "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
     trainer = ppo_trainer(tmp_path, models, max_steps=2, gradient_checkpointing=name != "ctrl")
     ids = ids_of(6)
     with torch.no_grad():
@@ -78,48 +45,33 @@ def test_ppo_copies_a_trunk_whose_classifier_has_no_score_layer(tmp_path, name):
     trainer.train()
     assert any("classifier" in each for each in ppo_runs.changed(trainer.critic, before))
     trainer.save_model()
-    saved = CLASSIFIERS[name].from_pretrained(tmp_path / "critic").state_dict()
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").state_dict()
     for key, tensor in trainer.critic.model.state_dict().items():
         assert torch.equal(saved[key], tensor), key
-
-
-def opt(width: int = 8) -> OPTForCausalLM:
-    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return made(OPTForCausalLM, OPTConfig(word_embed_proj_dim=width, max_position_embeddings=64, **sizes, **IDS))
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("critic", ["head", "model"])
 def test_critic_of_a_trunk_that_projects_its_states_has_their_width(tmp_path, critic):
-    models = {"model": opt(), "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
+    models = {"model": member("opt", 0), "reward_model": None, "reward_funcs": ppo_runs.response_lengths}
     trainer = ppo_run(tmp_path, models, critic=critic, max_steps=1)
     head = trainer.critic if critic == "head" else trainer.critic.model
-    assert head.score.in_features == 8
-
-
-BERT = BertConfig(num_labels=1, is_decoder=False, **SIZES, **IDS)
-BART = BartConfig(
-    d_model=16,
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    num_labels=1,
-    **IDS,
-)
+    assert head.score.in_features == 16 < trainer.model.config.hidden_size
 
 
 @pytest.mark.parametrize(
     "value_model, message",
     [
-        (lambda: made(BertForSequenceClassification, BERT), r"BertForSequenceClassification .*reads the tokens that"),
-        (lambda: made(BartForSequenceClassification, BART), r"BartForSequenceClassification .*is an encoder-decoder"),
+        (lambda: classifier_of("bert", is_decoder=False), r"BertForSequenceClassification .*reads the tokens that"),
+        (lambda: classifier_of("bart", is_decoder=False), r"BartForSequenceClassification .*is an encoder-decoder"),
+        (lambda: classifier_of("roberta"), r"RobertaForSequenceClassification.*reads other tokens than the last"),
         (lambda: nn.Linear(2, 2), r"The value model Linear has no `config`"),
     ],
 )
-def test_value_model_that_cannot_value_a_state_is_refused_by_name(tmp_path, value_model, message):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_value_model_that_cannot_value_a_state_is_refused_by_name(tmp_path, value_model, message, bf16):
     with pytest.raises(ValueError, match=message):
-        ppo_trainer(tmp_path, {"value_model": value_model()})
+        ppo_run(tmp_path, {"value_model": value_model()}, bf16=bf16, use_cpu=True)
 
 
 class Wrapped(nn.Module):

@@ -34,6 +34,11 @@ def chosen(distribution: Tensor, response: Ids) -> Tensor:
     return distribution.gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
+def plain_logps(model: nn.Module, prompt: Ids, response: Ids, temperature: float = 1.0) -> Tensor:
+    """(T,) log-probabilities of the response's tokens, nats."""
+    return chosen(plain_distribution(model, prompt, response, temperature), response)
+
+
 def plain_values(classifier: nn.Module, prompt: Ids, response: Ids) -> Tensor:
     """(T,) what a classifier says of the sequence as it is before each of the response's tokens."""
     ids = torch.tensor([prompt + response])
