@@ -13,9 +13,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import dpo_runs
+import pair_forwards
 import tiny
-from trl_ext.dpo import trainer as trainer_module
-from trl_ext.packing import segments
 
 
 TOLERANCE = 1e-5
@@ -76,7 +75,7 @@ def assert_equals_trl(tmp_path, models=None, sharing=True, undecided=False, tole
     worst, of_gradient = differences(ours, theirs, undecided)
     assert worst[0] < tolerance, worst
     assert of_gradient < tolerance
-    assert [forward.sharing for forward in ours[2]._forwards] == [sharing] * len(ours[2]._forwards)
+    assert [forward.packing.on for forward in ours[2]._forwards] == [sharing] * len(ours[2]._forwards)
 
 
 # Loss types
@@ -193,8 +192,8 @@ def test_bf16_equals_trl_within_rounding(tmp_path, in_float32, name, weights):
     }
     ours = measured(tmp_path / "ours", dpo_runs.OURS, models, {"bf16": True})
     theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, models, {"bf16": True})
-    assert [forward.sharing for forward in ours[2]._forwards] == [True, True]
-    assert [forward.limited_by for forward in ours[2]._forwards] == [[], []]
+    assert [forward.packing.on for forward in ours[2]._forwards] == [True, True]
+    assert [forward.packing.limited_by for forward in ours[2]._forwards] == [[], []]
     (worst, name_of_worst), of_gradient = differences(ours, theirs, undecided=True)
     (rounding, _), of_gradient_by_rounding = differences(theirs, in_float32(name), undecided=True)
     assert of_gradient < 2 * of_gradient_by_rounding < 0.5
@@ -210,7 +209,7 @@ def test_bf16_shares_rows_for_an_adapter_and_for_a_precomputed_reference(tmp_pat
             ours = measured(tmp_path / mode, dpo_runs.OURS, {"ref_model": None} | models, options | {"bf16": True})
         theirs = measured(tmp_path / mode, dpo_runs.TRLS, {"ref_model": None} | models, options | {"bf16": True})
         worst, of_gradient = differences(ours, theirs, undecided=True)
-        assert all(forward.sharing for forward in ours[2]._forwards)
+        assert all(forward.packing.on for forward in ours[2]._forwards)
         assert worst[0] < 3e-2, worst
         assert of_gradient < 3e-2
 
@@ -325,20 +324,8 @@ def test_mixture_of_experts_with_its_auxiliary_loss_equals_trl(tmp_path, size, a
 
 
 def test_control_an_unnoticed_mistake_in_the_layout_shows_here(tmp_path, monkeypatch):
-    """Rejected tails one position late, behind the probe's back."""
     theirs = measured(tmp_path / "theirs", dpo_runs.TRLS, {}, {})
-    share = segments.share_prefixes
-
-    def late(*args, **kwargs):
-        shared = share(*args, **kwargs)
-        start = 0
-        for span in shared.rows[0]:
-            shared.position_ids[0, start + span.common + span.chosen : start + span.size] += 1
-            start += span.size
-        return shared
-
-    monkeypatch.setattr(trainer_module.PairForward, "_differs", lambda *args: None)
-    monkeypatch.setattr("trl_ext.dpo.forward.share_prefixes", late)
+    pair_forwards.tails_come_late(monkeypatch)
     worst, of_gradient = differences(measured(tmp_path / "ours", dpo_runs.OURS, {}, {}), theirs)
     assert worst[0] > 1e-3
     assert of_gradient > 1e-3

@@ -51,7 +51,7 @@ def test_an_adapter_on_a_4_bit_base_gives_trl_s_numbers_over_shared_rows(tmp_pat
         trainer.train()
         logs.append(dpo_runs.lines(trainer))
         if side == dpo_runs.OURS:
-            assert trainer._forwards[0].sharing
+            assert trainer._forwards[0].packing.on
     ours, theirs = logs
     assert ours[-1]["rewards/margins"] != 0
     for mine, line in zip(ours, theirs, strict=True):

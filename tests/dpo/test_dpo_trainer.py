@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 import dpo_runs
 import oracles
@@ -24,6 +24,7 @@ from trl_ext.dpo.data import check_tokenised
 
 pytestmark = pytest.mark.integration
 
+MARGINS = ("loss", "rewards/margins_", "logps/", "preference/", "kl/ref")
 STAND_STILL = {"learning_rate": 0.0, "logging_steps": 1}
 
 
@@ -537,6 +538,26 @@ def test_metrics_agree_with_trls_means(tmp_path):
         assert line["preference/pairs"] == 8
 
 
+@pytest.mark.parametrize("reference", ["given", "adapter off"])
+def test_policy_and_reference_are_told_apart_in_whatever_order_they_are_asked(tmp_path, reference, monkeypatch):
+    """TRL asks the policy first; here the reference is asked before it, too."""
+    compute = DPOTrainer._compute_loss
+
+    def reference_first(self, model, inputs, return_outputs):
+        self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+        return compute(self, model, inputs, return_outputs)
+
+    runs = []
+    for _ in range(2):
+        adapter = {"model": dpo_runs.with_adapter(dpo_runs.tiny_model()), "ref_model": None}
+        with dpo_runs.not_at_the_start():
+            trainer = dpo_runs.dpo_run(tmp_path, adapter if reference == "adapter off" else {})
+        runs.append([{k: v for k, v in line.items() if k.startswith(MARGINS)} for line in dpo_runs.lines(trainer)])
+        monkeypatch.setattr(DPOTrainer, "_compute_loss", reference_first)
+    assert all(len(line) > 5 for line in runs[0])
+    assert runs[0] == runs[1]
+
+
 def test_first_line_of_a_copied_reference_stands_at_the_start(tmp_path):
     """Nothing learnt: every pair pulls with 1/2, nothing has drifted, no pair is right."""
     line = dpo_runs.lines(dpo_runs.dpo_run(tmp_path, {"ref_model": dpo_runs.tiny_model()}, max_steps=1))[0]
@@ -742,7 +763,7 @@ def test_a_model_of_another_trainer_is_shared_again(tmp_path):
     runs = []
     for i in range(2):
         trainer = dpo_runs.dpo_trainer(tmp_path / str(i), {"model": model, "ref_model": reference}, learning_rate=0.0)
-        assert all(forward.sharing for forward in trainer._forwards)
+        assert all(forward.packing.on for forward in trainer._forwards)
         trainer.train()
         runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)

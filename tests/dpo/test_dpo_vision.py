@@ -95,7 +95,7 @@ def test_pictures_change_the_numbers_and_prefixes_are_not_shared(tmp_path):
     for pairs in (vision_pairs(), vision_pairs().map(lambda row: {"image": Picture.new("RGB", (8, 8))})):
         models = {"model": vision_model(), "ref_model": vision_model(seed=1), "processing_class": processor()}
         trainer = dpo_runs.dpo_trainer(tmp_path, models | {"train_dataset": pairs})
-        assert not any(forward.sharing for forward in trainer._forwards)
+        assert not any(forward.packing.on for forward in trainer._forwards)
         trainer.train()
         results.append(dpo_runs.lines(trainer)[0]["logps/chosen"])
     assert results[0] != pytest.approx(results[1], rel=1e-5)

@@ -9,9 +9,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpo_runs
 from pair_forwards import DYNAMIC, assert_equal, both, scored
-from trl_ext.dpo import forward
-from trl_ext.dpo.forward import PairForward, recorded
+from trl_ext.dpo.forward import PairForward
+from trl_ext.packing import forward
 from trl_ext.packing.exactness import length_limit
+from trl_ext.packing.segments import PackedRows
 
 
 SHARED = ["llama", "qwen2", "qwen3", "mistral", "mistral_short_window", "gemma2", "gpt2", "opt", "mixtral"]
@@ -24,14 +25,14 @@ REFUSED = {
 
 
 def spy_on_rows(monkeypatch):
-    """The rows of all shared batches from here on."""
-    rows, share = [], forward.share_prefixes
+    """The rows of all packed batches from here on."""
+    rows, pack = [], forward.pack
 
-    def keep(*args, **kwargs):
-        rows.append(share(*args, **kwargs))
+    def keep(*args):
+        rows.append(pack(*args))
         return rows[-1]
 
-    monkeypatch.setattr(forward, "share_prefixes", keep)
+    monkeypatch.setattr(forward, "pack", keep)
     return rows
 
 
@@ -39,22 +40,22 @@ def spy_on_rows(monkeypatch):
 def test_shared_rows_score_what_trl_scores(name, monkeypatch):
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     theirs, ours, pairs = both(name)
-    assert pairs.share() is None
-    assert pairs.sharing
+    assert pairs.pack() is None
+    assert pairs.packing.on
     rows, fused = spy_on_rows(monkeypatch), pairs._fused_forward
     shapes = []
     pairs._fused_forward = lambda **kwargs: shapes.append(kwargs["input_ids"].shape) or fused(**kwargs)
     assert_equal(scored(ours, batch), scored(theirs, batch))
     assert shapes == [rows[0].input_ids.shape]
     assert rows[0].input_ids.size(0) == (1 if name != "gemma2" else 4)
-    assert pairs.limit is pairs.row_limit is None  # windows of 6 and of 64 tokens, too
+    assert pairs.packing.limit is pairs.packing.row_limit is None  # windows of 6 and of 64 tokens, too
 
 
 def test_shared_rows_give_way_only_in_batches_beyond_the_limit():
     """The sequences of this batch have at most 6 tokens; one more and TRL's layout is taken."""
     theirs, ours, pairs = both("llama", max_position_embeddings=6, **DYNAMIC)
-    assert pairs.share() is None
-    assert pairs.limit == 6
+    assert pairs.pack() is None
+    assert pairs.packing.limit == 6
     calls, fused = [], pairs._fused_forward
     pairs._fused_forward = lambda **kwargs: calls.append("position_ids" in kwargs) or fused(**kwargs)
     for length, shared in ((6, True), (7, False)):
@@ -77,7 +78,7 @@ def test_a_batch_with_padding_to_a_multiple_or_on_the_left_is_scored_as_trl_does
     wider = {key: torch.nn.functional.pad(v, (0, 5), value=-100 * (key == "labels")) for key, v in batch.items()}
     left = {key: value.flip(1) for key, value in wider.items()}  # then tokens stand behind their padding
     theirs, ours, pairs = both(name)
-    pairs.share()
+    pairs.pack()
     assert_equal(scored(ours, wider), scored(theirs, wider))
     assert_equal(scored(ours, left), scored(theirs, left))
 
@@ -86,7 +87,7 @@ def test_a_batch_of_which_nothing_is_scored_stays_connected():
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     batch["labels"] = torch.full_like(batch["labels"], -100)
     _, ours, pairs = both("llama")
-    pairs.share()
+    pairs.pack()
     output, gradients = scored(ours, batch)
     assert (output.log_probs == 0).all()
     assert all((gradient == 0).all() for gradient in gradients.values())
@@ -97,7 +98,7 @@ def test_a_batch_of_which_nothing_is_scored_stays_connected():
 def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     theirs, ours, pairs = both(name)
-    pairs.share()
+    pairs.pack()
     ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         ours.enable_input_require_grads()
@@ -109,23 +110,11 @@ def test_no_labels_and_no_fused_head_is_the_model_as_it_was():
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = dpo_runs.tiny_model()
     _, ours, pairs = both("llama")
-    pairs.share()
+    pairs.pack()
     expected = plain(input_ids=ids, labels=ids)
     got = ours(input_ids=ids, labels=ids)
     torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=0)
     assert got.loss == expected.loss
-
-
-def test_outputs_are_recorded_in_order_and_only_within_the_context():
-    batch = dpo_runs.batch_of(dpo_runs.random_pairs())
-    one, other = both("llama"), both("qwen2")
-    with recorded([one[2], other[2]]) as outputs:
-        for model in (other[1], one[1]):
-            model(**batch, use_cache=False, fused_lm_head=True)
-    one[1](**batch, use_cache=False, fused_lm_head=True)
-    assert len(outputs) == 2
-    torch.testing.assert_close(outputs[0].log_probs, scored(other[0], batch)[0].log_probs)
-    torch.testing.assert_close(outputs[1].log_probs, scored(one[0], batch)[0].log_probs)
 
 
 # What is refused, by name
@@ -134,11 +123,11 @@ def test_outputs_are_recorded_in_order_and_only_within_the_context():
 @pytest.mark.parametrize("name", REFUSED)
 def test_model_that_no_mask_can_mend_is_refused_by_name_and_scored_as_trl_does(name):
     theirs, ours, pairs = both(name)
-    reason = pairs.share()
-    assert not pairs.sharing
+    reason = pairs.pack()
+    assert not pairs.packing.on
     assert type(ours).__name__ in reason
     assert re.search(REFUSED[name], reason), reason
-    assert not pairs.piecewise
+    assert not pairs.packing.piecewise
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     assert_equal(scored(ours, batch), scored(theirs, batch))
 
@@ -146,7 +135,7 @@ def test_model_that_no_mask_can_mend_is_refused_by_name_and_scored_as_trl_does(n
 def test_other_attention_is_refused_by_name():
     _, ours, pairs = both("llama")
     ours.config._attn_implementation = "flash_attention_2"
-    assert "this model's is `flash_attention_2`" in pairs.share()
+    assert "this model's is `flash_attention_2`" in pairs.pack()
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon_alibi"])
@@ -154,48 +143,43 @@ def test_probe_alone_would_refuse_what_the_list_explains(name, monkeypatch):
     """The list explains, the probe decides: without the list it finds the difference, or cannot run."""
     monkeypatch.setattr(forward, "why_not_model", lambda model: None)
     _, _, pairs = both(name)
-    assert pairs.share() is not None
+    assert pairs.pack() is not None
 
 
 def test_probe_refuses_an_attention_that_lets_the_rejected_tokens_see_the_chosen_ones(monkeypatch):
-    def leaky(module, query, key, value, attention_mask, scaling=None, shared_rows=None, **kwargs):
+    def leaky(module, query, key, value, attention_mask, scaling=None, packed_rows=None, **kwargs):
         visible = torch.ones(query.size(2), query.size(2)).tril().bool()
-        mask = attention_mask if shared_rows is None else visible
+        mask = attention_mask if packed_rows is None else visible
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", leaky)
     _, _, pairs = both("llama")
-    assert pairs.share() is None  # with a mask over the row instead
-    assert not pairs.piecewise
-    monkeypatch.setattr(
-        forward, "attention_mask_of", lambda shared: torch.ones(1, 1, *2 * shared.input_ids.shape[1:]) > 0
-    )
+    assert pairs.pack() is None  # with a mask over the row instead
+    assert not pairs.packing.piecewise
+    monkeypatch.setattr(forward, "attention_mask_of", lambda rows: torch.ones(1, 1, *2 * rows.input_ids.shape[1:]) > 0)
     _, _, pairs = both("llama")
-    reason = pairs.share()
+    reason = pairs.pack()
     assert reason.count("gives other log-probabilities on shared rows") == 2  # piece by piece, and with a mask
-    assert not pairs.sharing
+    assert not pairs.packing.on
 
 
 def test_probe_refuses_wrong_positions(monkeypatch):
     """A row numbered from end to end, as a model does that ignores `position_ids`."""
-    share = forward.share_prefixes
-
-    def numbered(*args, **kwargs):
-        shared = share(*args, **kwargs)
-        positions = torch.arange(shared.input_ids.size(1)).expand_as(shared.input_ids)
-        return type(shared)(shared.input_ids, positions, shared.rows, shared.packed_index)
-
-    monkeypatch.setattr(forward, "share_prefixes", numbered)
+    monkeypatch.setattr(
+        PackedRows,
+        "position_ids",
+        property(lambda rows: torch.arange(rows.input_ids.size(1))[None] + 0 * rows.input_ids),
+    )
     _, _, pairs = both("gpt2")
-    assert "gives other log-probabilities" in pairs.share()
+    assert "gives other log-probabilities" in pairs.pack()
 
 
 def test_a_model_with_an_attention_of_its_own_is_shared_with_a_mask():
     """StableLM calls SDPA itself: it does not go piece by piece, but reads a mask."""
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     theirs, ours, pairs = both("stablelm", attn_implementation="sdpa")
-    assert pairs.share() is None
-    assert not pairs.piecewise
+    assert pairs.pack() is None
+    assert not pairs.packing.piecewise
     assert_equal(scored(ours, batch), scored(theirs, batch))
 
 
@@ -203,23 +187,23 @@ def test_probe_says_when_the_model_itself_is_broken():
     _, ours, pairs = both("llama")
     ours.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="gives NaN before it has been trained here"):
-        pairs.share()
+        pairs.pack()
 
 
 def test_probe_takes_an_exception_as_a_reason(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(forward, "share_prefixes", broken)
+    monkeypatch.setattr(forward, "pack", broken)
     _, _, pairs = both("llama")
-    assert "cannot be run on shared rows (RuntimeError: no such kernel)" in pairs.share()
+    assert "cannot be run on shared rows (RuntimeError: no such kernel)" in pairs.pack()
 
 
 def test_probe_leaves_mode_and_generator_as_they_were():
     _, ours, pairs = both("llama")
     ours.train()
     state = torch.get_rng_state()
-    pairs.share()
+    pairs.pack()
     assert ours.training
     assert (torch.get_rng_state() == state).all()
 
@@ -229,7 +213,7 @@ def test_probe_passes_in_bfloat16():
     for model in (theirs, ours):
         model.to(torch.bfloat16)
     pairs = PairForward(ours)
-    assert pairs.share() is None
+    assert pairs.pack() is None
     batch = dpo_runs.batch_of(dpo_runs.random_pairs())
     assert_equal(scored(ours, batch), scored(theirs, batch), tolerance=3e-2)
 

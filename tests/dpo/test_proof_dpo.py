@@ -98,7 +98,7 @@ class Outcome:
         self.beta = beta
         with mock.patch("trl_ext.data.pairs.check_pairs"):  # special tokens are answers here, like any other
             trainer = dpo_runs.dpo_trainer(tmp_path, models, **(settings | options))
-        assert trainer._forwards[0].sharing
+        assert trainer._forwards[0].packing.on
         start = time.perf_counter()
         trainer.train()
         self.seconds = time.perf_counter() - start

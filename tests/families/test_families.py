@@ -10,12 +10,12 @@ import datasets
 import pytest
 import transformers
 
+import pair_forwards
 from families import dpo_family, ppo_family, table
 from families.configs import families, family_config
 from families.prove import quiet
 from families.prove_one import prove
 from families.verdict import NOISE
-from trl_ext.dpo import forward as dpo_forward
 from trl_ext.ppo.roles.padding import LeftPadding
 
 
@@ -88,20 +88,7 @@ def test_page_proves_sixty_families_of_each_trainer_and_none_is_wrong():
 
 
 def test_control_a_wrong_mask_of_shared_rows_is_wrong(monkeypatch):
-    """Rejected tails that come one position late, behind the back of what would refuse them."""
-    share = dpo_forward.share_prefixes
-
-    def late(*args, **kwargs):
-        shared = share(*args, **kwargs)
-        for row, spans in enumerate(shared.rows):
-            start = 0
-            for span in spans:
-                shared.position_ids[row, start + span.common + span.chosen : start + span.size] += 1
-                start += span.size
-        return shared
-
-    monkeypatch.setattr(dpo_forward.PairForward, "_probe", lambda self, aux_loss=False: None)
-    monkeypatch.setattr(dpo_forward, "share_prefixes", late)
+    pair_forwards.tails_come_late(monkeypatch)
     assert dpo_family.judge_one("llama", "float32", noise=0.0).outcome == "wrong"
 
 

@@ -1,21 +1,16 @@
-"""Attention with a dense mask, the oracle of attention over shared rows."""
+"""Attention with a dense mask, the oracle of attention over packed rows."""
 
 import torch
 
 
-def tensors(shared, heads, key_value_heads, size=4):
+def tensors(rows, heads, key_value_heads, size=4):
+    """Random queries, keys and values for packed rows."""
     generator = torch.Generator().manual_seed(0)
-    rows, width = shared.input_ids.shape
+    count, width = rows.input_ids.shape
     return [
-        torch.randn(rows, count, width, size, generator=generator, dtype=torch.float64).requires_grad_()
-        for count in (heads, key_value_heads, key_value_heads)
+        torch.randn(count, each, width, size, generator=generator, dtype=torch.float64).requires_grad_()
+        for each in (heads, key_value_heads, key_value_heads)
     ]
-
-
-def real_tokens(shared):
-    """(R, T): True where a row has a token."""
-    sizes = torch.tensor([sum(span.size for span in row) for row in shared.rows])
-    return torch.arange(shared.input_ids.size(1)) < sizes[:, None]
 
 
 def dense(query, key, value, mask, scaling=None):
@@ -24,3 +19,10 @@ def dense(query, key, value, mask, scaling=None):
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def output_and_gradients(function, leaves, real):
+    """The output at real tokens, and the gradients of a weighted sum of it."""
+    output = function(*leaves)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [output[real], *torch.autograd.grad((output * weights)[real].sum(), leaves)]

@@ -64,7 +64,7 @@ def run(size: int, accumulation: int, adapter: bool = False, data: dict[str, Dat
     with tempfile.TemporaryDirectory() as folder, dpo_runs.not_at_the_start():
         trainer = dpo_runs.dpo_run(folder, models, **(SETTINGS | sizes | options))
         trainer.evaluate()
-    assert trainer._forwards[0].sharing
+    assert trainer._forwards[0].packing.on
     train, (held_out,) = dpo_runs.lines(trainer), dpo_runs.lines(trainer, "eval_loss")
     assert not trainer._ledgers["eval"]._batches
     own = ("preference/", "rewards/margins_", "kl/", "_drift", "_std", "_below_zero")

@@ -203,32 +203,28 @@ def token_rewards(score, kl, kl_coef):
 # Pairs of sequences that begin alike. A sequence is a list of token ids.
 
 
-def common_beginning(chosen, rejected):
-    """How many tokens both begin with."""
+def common_beginning(*sequences):
+    """How many tokens all of them begin with."""
     count = 0
-    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+    while all(count < len(sequence) and sequence[count] == sequences[0][count] for sequence in sequences):
         count += 1
     return count
 
 
-def shared_row(pairs):
-    """
-    One row of (chosen, rejected) pairs: what both begin with, the rest of the chosen one, that of the rejected one.
-
-    Each token as (id, position in its own sequence, the sequences it is part of), a sequence being (pair, side).
-    """
-    row = []
-    for k, (chosen, rejected) in enumerate(pairs):
-        common = common_beginning(chosen, rejected)
-        row += [(token, t, {(k, 0), (k, 1)}) for t, token in enumerate(chosen[:common])]
-        row += [(token, common + t, {(k, 0)}) for t, token in enumerate(chosen[common:])]
-        row += [(token, common + t, {(k, 1)}) for t, token in enumerate(rejected[common:])]
-    return row
+def segment_tokens(segments):
+    """The tokens of a row of segments (size, parent), each as (its segment, its position, the segments above it)."""
+    tokens, above = [], []
+    for i, (size, parent) in enumerate(segments):
+        above.append([] if parent is None else [*above[parent], parent])
+        start = sum(segments[j][0] for j in above[i])
+        tokens += [(i, start + t, above[i]) for t in range(size)]
+    return tokens
 
 
-def sees(one, other):
-    """Whether a token of a shared row sees another: it is part of all its sequences, and not after it in them."""
-    return one[2] <= other[2] and other[1] <= one[1]
+def sees(one, other, window=None):
+    """Whether a token of a row sees another, which is no further before it than a window reaches."""
+    near = window is None or one[1] - other[1] < window
+    return near and (other[0] in one[2] or (other[0] == one[0] and other[1] <= one[1]))
 
 
 # Preferences: lists of numbers, one for each pair.

@@ -5,6 +5,8 @@ import torch
 import dpo_runs
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.dpo.forward import PairForward
+from trl_ext.packing.forward import PackedForward
+from trl_ext.packing.segments import PackedRows
 
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -38,3 +40,18 @@ def both(name, **overrides):
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+
+
+def tails_come_late(monkeypatch):
+    """A mistake behind the probe's back: what follows a common beginning stands one position late."""
+    right = PackedRows.position_ids.func
+
+    def late(rows):
+        positions = right(rows)
+        for row, segments in zip(positions, rows.rows, strict=True):
+            behind = [segment.parent is not None for segment in segments for _ in range(segment.size)]
+            row[: len(behind)] += torch.tensor(behind)
+        return positions
+
+    monkeypatch.setattr(PackedRows, "position_ids", property(late))
+    monkeypatch.setattr(PackedForward, "_differs", lambda *args: None)

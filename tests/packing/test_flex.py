@@ -1,47 +1,23 @@
 """FlexAttention over shared rows: its blocks against a mask written out, its outputs against dense attention."""
 
-import random
-
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import attention_families as families
 import dpo_runs
 import oracles
-from dense_attention import dense, real_tokens, tensors
+import segment_trees as trees
+from dense_attention import dense, tensors
 from pair_forwards import both
 from trl_ext.packing import attention, flex
-from trl_ext.packing.segments import attention_mask_of, share_prefixes
+from trl_ext.packing.segments import attention_mask_of
 
 
 # Without a compiler torch computes the kernel's definition, all scores at once, and warns that it does.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-# (common, chosen, rejected) tokens of each pair: below, at and above the edges of blocks of 128.
-ROWS = {
-    "small": [(3, 2, 4), (1, 1, 1)],
-    "on the edge": [(128, 128, 128), (256, 0, 128)],
-    "over the edge": [(129, 255, 1), (127, 130, 126)],
-    "long": [(700, 300, 520)],
-    "no prompt": [(1, 200, 300)],
-    "equal, nothing in common": [(140, 0, 0), (0, 150, 150)],
-}
-
-
-def batch(pairs):
-    """Random sequences of these lengths that differ from the end of the common part on, padded on the right."""
-    rng = random.Random(0)
-    chosen, rejected = [], []
-    for common, of_chosen, of_rejected in pairs:
-        start = [rng.randrange(10, 20) for _ in range(common)]
-        chosen.append(start + [1] * of_chosen)
-        rejected.append(start + [2] * of_rejected)
-    length = max(map(len, chosen + rejected))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in chosen + rejected])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in chosen + rejected])
-    return ids, mask
-
-
 # As models ask for: grouped; wider queries than values (MLA); wider than the hidden size says (Gemma), with a window.
 HEADS_OF_MODELS = [
     attention.Heads(4, 2, 16, 16, None, None),
@@ -55,57 +31,65 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(flex, "_kernel", lambda: flex_attention)
 
 
-@pytest.mark.parametrize("window", [None, 1, 128, 300])
-@pytest.mark.parametrize("per_row", [None, 1])
-@pytest.mark.parametrize("case", ROWS)
-def test_blocks_are_those_of_the_mask(case, per_row, window):
+def block_numbers(counts, which):
+    """For each row and block of queries, the set of blocks of keys."""
+    return [[set(which[r, 0, i, :n].tolist()) for i, n in enumerate(row[0])] for r, row in enumerate(counts.tolist())]
+
+
+@trees.some_examples
+@given(trees.trees(largest=9), trees.windows)
+def test_blocks_of_any_trees_are_those_of_the_mask(rows, window):
     """A block is computed if it has a visible score, and needs no mask if it has only such."""
-    shared = share_prefixes(*batch(ROWS[case]), per_row)
-    blocks, mask = flex.block_mask_of(shared, window), attention_mask_of(shared, window)
+    mask = attention_mask_of(rows, window)
     width = mask.size(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK", 4)
+        blocks = flex.block_mask_of(rows, window)
     assert (create_mask(blocks.mask_mod, len(mask), 1, width, width, device="cpu") == mask).all()
-    in_part, whole = (
-        [
-            [set(which[r, 0, i, :count].tolist()) for i, count in enumerate(counts[r, 0].tolist())]
-            for r in range(len(mask))
-        ]
-        for counts, which in (
-            (blocks.kv_num_blocks, blocks.kv_indices),
-            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
-        )
-    )
+    in_part = block_numbers(blocks.kv_num_blocks, blocks.kv_indices)
+    whole = block_numbers(blocks.full_kv_num_blocks, blocks.full_kv_indices)
     for r, row in enumerate(mask[:, 0]):
-        for i, queries in enumerate(row.split(flex.BLOCK)):
-            pieces = queries.split(flex.BLOCK, dim=1)
-            assert in_part[r][i] | whole[r][i] >= {j for j, piece in enumerate(pieces) if piece.any()}
+        for i, queries in enumerate(row.split(4)):
+            pieces = queries.split(4, dim=1)
+            some = {j for j, piece in enumerate(pieces) if piece.any()}
+            every = {j for j, piece in enumerate(pieces) if piece.all() and piece.shape == (4, 4)}
             assert in_part[r][i] & whole[r][i] == set()
-            assert whole[r][i] <= {j for j, piece in enumerate(pieces) if piece.all()}
+            assert whole[r][i] <= every
+            assert some <= in_part[r][i] | whole[r][i]
             if window is None:  # at its far end some blocks turn out to be empty
-                assert in_part[r][i] <= {j for j, piece in enumerate(pieces) if piece.any()}
+                assert whole[r][i] == every - {i}
+                assert in_part[r][i] | whole[r][i] == some
 
 
 def test_blocks_spare_what_nobody_sees():
     """Pairs side by side: the blocks between them are left out, and most of a long one's need no mask."""
-    blocks = flex.block_mask_of(share_prefixes(*batch([(1024, 512, 512)] * 2)))
+    rows = trees.packed(trees.side_by_side(trees.pair(1024, 512, 512), trees.pair(1024, 512, 512)))
+    blocks = flex.block_mask_of(rows)
     assert blocks.kv_num_blocks.sum() == 2 * 16  # the diagonals
     assert blocks.full_kv_num_blocks.sum() == 2 * (12 * 11 // 2 + 4 * 3 // 2 + 4 * 8)
 
 
-@pytest.mark.parametrize("window", [None, 1, 100, 300])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-@pytest.mark.parametrize("case", ROWS)
-def test_flex_equals_dense_attention(case, heads, window, uncompiled):
-    shared = share_prefixes(*batch(ROWS[case]))
-    leaves, real = [leaf.detach() for leaf in tensors(shared, *heads)], real_tokens(shared)
-    got = flex.attend(*leaves, flex.Blocks(shared)[window], 0.7)
-    expected = dense(*leaves, attention_mask_of(shared, window), 0.7)
+def test_blocks_beyond_a_window_are_spared_also_where_another_sequence_begins():
+    rows = trees.packed([(1000, None), (1048, None)])
+    blocks = flex.block_mask_of(rows, window=128)
+    assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks).max() <= 3
+
+
+@trees.few_examples
+@given(trees.trees(), st.sampled_from([(2, 2), (4, 2)]), trees.windows)
+def test_flex_over_any_trees_equals_dense_attention(rows, heads, window):
+    leaves, real = [leaf.detach() for leaf in tensors(rows, *heads)], trees.real_tokens(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "_kernel", lambda: flex_attention)
+        got = flex.attend(*leaves, flex.Blocks(rows)[window], 0.7)
+    expected = dense(*leaves, attention_mask_of(rows, window), 0.7)
     torch.testing.assert_close(got[real], expected[real], **oracles.FLOAT64)
 
 
 def test_a_model_that_attends_by_flex_gives_the_same_log_probabilities(uncompiled):
     _, model, forward = both("llama")
-    assert forward.share() is None
-    assert not forward.one_kernel  # on a CPU
+    assert forward.pack() is None
+    assert not forward.packing.one_kernel  # on a CPU
     ids = torch.randint(5, 20, (6, 9), generator=torch.Generator().manual_seed(0))
     ids[3:, :4] = ids[:3, :4]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -113,7 +97,7 @@ def test_a_model_that_attends_by_flex_gives_the_same_log_probabilities(uncompile
     seen = []
     with torch.no_grad():
         expected = model(**inputs, labels=labels, fused_lm_head=True).log_probs
-        forward.one_kernel = True
+        forward.packing.one_kernel = True
         flex_attend = flex.attend
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flex, "attend", lambda *args: seen.append(1) or flex_attend(*args))
@@ -168,7 +152,7 @@ def test_a_run_by_flex_equals_one_piece_by_piece_on_cuda(tmp_path, monkeypatch):
             monkeypatch.setattr(flex, "why_not", lambda *args: "not wanted here")
         trainer = dpo_runs.dpo_trainer(tmp_path / name, use_cpu=False)
         trainer.train()
-        assert trainer._forwards[0].one_kernel == (name == "flex")
+        assert trainer._forwards[0].packing.one_kernel == (name == "flex")
         runs.append([line["loss"] for line in dpo_runs.lines(trainer)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
 
@@ -177,11 +161,11 @@ def test_a_run_by_flex_equals_one_piece_by_piece_on_cuda(tmp_path, monkeypatch):
 def test_rows_of_many_lengths_stay_in_the_kernel_on_cuda():
     """More lengths than torch compiles for one by one; a matrix of all scores would not fit under the limit."""
     for width in range(4096, 4096 + 12 * 77, 77):
-        shared = share_prefixes(*(x.cuda() for x in batch([(width, 1024, 1024)])))
-        size = shared.input_ids.size(1)
+        rows = trees.packed(trees.pair(width, 1024, 1024), device="cuda")
+        size = rows.input_ids.size(1)
         leaves = [torch.randn(1, 8, size, 64, device="cuda").requires_grad_() for _ in range(3)]
         torch.cuda.reset_peak_memory_stats()
-        flex.attend(*leaves, flex.block_mask_of(shared)).sum().backward()
+        flex.attend(*leaves, flex.block_mask_of(rows)).sum().backward()
         assert torch.cuda.max_memory_allocated() < 8 * size**2 * 4
 
 
@@ -201,8 +185,8 @@ def runs_of(tmp_path, name, weights, monkeypatch, **options):
             trainer = dpo_runs.dpo_trainer(tmp_path / way, made, side, bf16=True, **options)
             trainer.train()
         if way != "TRL":
-            assert [forward.sharing for forward in trainer._forwards] == [True, True]
-            assert [bool(forward.one_kernel) for forward in trainer._forwards] == [
+            assert [forward.packing.on for forward in trainer._forwards] == [True, True]
+            assert [bool(forward.packing.one_kernel) for forward in trainer._forwards] == [
                 way == "flex" and not options["use_cpu"]
             ] * 2
         runs[way] = [line["loss"] for line in dpo_runs.lines(trainer)], keep.steps[0]

@@ -1,7 +1,7 @@
 """`DPOTrainerX`: TRL's `DPOTrainer`, faster by shared prefixes, with the implicit reward in the open."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -59,7 +59,7 @@ from .data import (
     warn_of_user_turns,
 )
 from .display import show_completions, write_completions
-from .forward import PairForward, recorded
+from .forward import PairForward
 from .guards import check_vocabularies, require_finite
 from .losses import divergence_score, implicit_reward, smoothing_term
 from .metrics import COLUMNS, PreferenceLedger, pooled
@@ -213,27 +213,27 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         of_run = why_not_run(self.args, actor)
         for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
             with self.accelerator.autocast():  # as in training
-                reason = of_run or forward.share(self.aux_loss_enabled and role == "actor")
+                reason = of_run or forward.pack(self.aux_loss_enabled and role == "actor")
             if reason is not None:
                 logger.warning("Prefixes are not shared (%s): %s.", role, reason)
             else:
                 self._say_limits(role, forward)
 
     def _say_limits(self, role: str, forward: PairForward) -> None:
-        names = ", ".join(forward.limited_by)
-        if forward.limit is not None and (self.args.max_length or forward.limit + 1) > forward.limit:
+        limit, names = forward.packing.limit, ", ".join(forward.packing.limited_by)
+        if limit is not None and (self.args.max_length or limit + 1) > limit:
             logger.warning(
                 "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: longer ones would see "
                 "the difference (%s).",
                 role,
-                forward.limit,
+                limit,
                 names,
             )
-        if forward.row_limit is not None:
+        if forward.packing.row_limit is not None:
             logger.warning(
                 "Prefixes are shared (%s) in rows of at most %d tokens: the model counts places in the row (%s).",
                 role,
-                forward.row_limit,
+                forward.packing.row_limit,
                 names,
             )
 
@@ -289,13 +289,16 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         sources = inputs.get(SOURCE)
         inputs = {key: value for key, value in inputs.items() if key != SOURCE}
-        with recorded(self._forwards) as outputs:
-            result = super()._compute_loss(model, inputs, return_outputs)
+        with self._listening(model) as (policy, of_policy, of_reference):
+            result = super()._compute_loss(policy, inputs, return_outputs)
         loss, *rest = result if return_outputs else (result,)
         # 1. Log-ratios to the reference, of chosen and rejected completions
         mask = inputs["completion_mask"][:, 1:]
-        logps, *of_reference = (self._completion_logps(output.log_probs, mask) for output in outputs)
-        ref_logps = of_reference[0] if of_reference else self._precomputed_logps(inputs)
+        logps = self._completion_logps(of_policy[0].log_probs, mask)
+        if of_reference:
+            ref_logps = self._completion_logps(of_reference[0].log_probs, mask)
+        else:  # precomputed
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         logratios = logps - ref_logps
         if self.model.training:
             self._learning.check_graph(loss)
@@ -310,6 +313,32 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         self._record(logps.detach(), logratios.detach(), mask, sources)
         return (loss, *rest) if return_outputs else loss
 
+    @contextmanager
+    def _listening(self, model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[Any], list[Any]]]:
+        """
+        Listen within the context to what policy and reference answer, in whatever order they are asked. The two may
+        be one model under two adapters: the policy is asked by the function, what is answered otherwise is the
+        reference's.
+
+        Yields:
+            The policy as a function, its outputs, and those of the reference.
+        """
+        of_policy: list[Any] = []
+        of_reference: list[Any] = []
+
+        def policy(**kwargs: Any) -> Any:
+            before = len(of_reference)
+            of_policy.append(model(**kwargs))
+            del of_reference[before:]
+            return of_policy[-1]
+
+        reference = self._forwards[-1]  # that of the actor, where there is no other
+        reference.outputs = of_reference
+        try:
+            yield policy, of_policy, of_reference
+        finally:
+            reference.outputs = None
+
     def _completion_logps(self, per_token: Tensor, mask: Tensor) -> Tensor:
         """Sums over the completions' tokens; with `ld_alpha`, the tokens beyond the shorter of the two count less."""
         per_token = per_token[:, -mask.size(1) :]  # without a prompt's virtual tokens
@@ -318,10 +347,6 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         shorter = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)
         beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
         return (per_token * torch.where(beyond, self.ld_alpha, 1.0)).sum(dim=1)
-
-    @staticmethod
-    def _precomputed_logps(inputs: dict[str, Any]) -> Tensor:
-        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
 
     def _smoothing(self, logratios: Tensor) -> Tensor:
         scores = divergence_score(logratios, self.f_divergence_type, self.f_alpha_divergence_coef)

@@ -1,8 +1,10 @@
 """
 Many sequences in one row, shared beginnings once.
 
-    segments    rows [common | chosen | rejected]
+    segments    rows of segments, each with at most one parent
     attention   attention over such rows, piece by piece
     flex        the same in one kernel, on CUDA
     exactness   which models and runs it is not exact for, and why
+    probe       whether packed rows give a model its own log-probabilities
+    forward     a model's forward over packed rows, and up to which lengths
 """

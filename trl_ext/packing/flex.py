@@ -1,8 +1,8 @@
 """
-Attention over shared rows in one kernel: FlexAttention, on CUDA.
+Attention over rows of segments in one kernel: FlexAttention, on CUDA.
 
 The blocks of a row that hold no visible score are never computed, and those that hold only visible ones need no mask.
-Both follow from the spans alone, without a mask of T × T. Whether the kernel can be compiled, and computes what the
+Both follow from the segments, without a mask of T × T. Whether the kernel can be compiled, and computes what the
 pieces compute, forward and backward, is tried out once for every model.
 """
 
@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .segments import SharedRows, Span, membership
+from .segments import PackedRows, Segment
 
 
 BLOCK = 128
@@ -25,86 +26,67 @@ TOLERANCE_16_BIT = 3e-2
 class Blocks:
     """The block masks of some rows, one for each window that a layer asks for; `None` is none."""
 
-    def __init__(self, shared: SharedRows):
-        self.shared = shared
+    def __init__(self, rows: PackedRows):
+        self.rows = rows
         self.masks: dict[int | None, BlockMask] = {}
 
     def __getitem__(self, window: int | None) -> BlockMask:
-        if window is not None and self.shared.longest <= window:
+        if window is not None and self.rows.longest <= window:
             window = None
         if window not in self.masks:
-            self.masks[window] = block_mask_of(self.shared, window)
+            self.masks[window] = block_mask_of(self.rows, window)
         return self.masks[window]
 
 
-def block_mask_of(shared: SharedRows, window: int | None = None) -> BlockMask:
-    """The mask of `segments.attention_mask_of` in blocks of 128 × 128 scores."""
-    width = shared.input_ids.size(1)
-    device = shared.input_ids.device
-    touched, whole = zip(*(_blocks(row, width, window) for row in shared.rows), strict=True)
-    seen_in_part = torch.stack(touched) & ~torch.stack(whole)
-    (pair, tail), position = membership(shared), shared.position_ids
+def block_mask_of(rows: PackedRows, window: int | None = None) -> BlockMask:
+    """Return the mask of `segments.attention_mask_of` in blocks of 128 × 128 scores."""
+    width = rows.input_ids.size(1)
+    until, position = rows.until, rows.position_ids
+    touched, whole = _blocks(until, position, window)
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_sequence = (tail[row, key] == -1) | (tail[row, query] == tail[row, key])
-        return (query >= key) & (pair[row, query] == pair[row, key]) & in_sequence
+        return (query >= key) & (query < until[row, key])
 
     def sees_near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = position[row, query] - position[row, key] < window  # type: ignore[operator]
         return sees(row, head, query, key) & near
 
     return BlockMask.from_kv_blocks(
-        *_indices(seen_in_part, device),
-        *_indices(torch.stack(whole), device),
+        *_indices(touched & ~whole),
+        *_indices(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=sees if window is None else sees_near,
         seq_lengths=(width, width),
     )
 
 
-def _blocks(row: tuple[Span, ...], width: int, window: int | None = None) -> tuple[Tensor, Tensor]:
-    """(n, n) each, n blocks of a row: which hold a visible score, and which hold no other."""
+def _blocks(until: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """
+    (R, T) each -> (R, n, n) each, n blocks of a row: which blocks of queries and keys may hold a visible score, and
+    which hold no other.
+    """
+    rows, width = until.shape
     count = -(-width // BLOCK)
-    touched, whole = torch.zeros(2, count, count, dtype=torch.bool)
-    lower = torch.ones(count, count, dtype=torch.bool).tril()
-    start = 0
-    padding = Span(width - sum(span.size for span in row), 0, 0)
-    for span in (*row, padding):
-        window = None if span is padding else window  # padding is at position 0 throughout
-        tail, end = start + span.common + span.chosen, start + span.size
-        for first, last in ((start, tail), (tail, end)):  # two triangles
-            if last > first:
-                near, inner = _covering(first, last), _inside(first, last)
-                touched[near, near] |= (lower & _nearer(count, window, 1 - BLOCK))[near, near]
-                whole[inner, inner] |= (lower.tril(-1) & _nearer(count, window, BLOCK - 1))[inner, inner]
-        if span.rejected and span.common:  # and between them a rectangle, which the chosen tokens hold apart
-            reach = None if window is None else window + span.chosen
-            near, inner = _covering(tail, end), _inside(tail, end)
-            common, whole_common = _covering(start, start + span.common), _inside(start, start + span.common)
-            touched[near, common] |= _nearer(count, reach, 1 - BLOCK)[near, common]
-            whole[inner, whole_common] = _nearer(count, reach, BLOCK - 1)[inner, whole_common]
-        start = end
-    return touched, whole
+    until, position = (F.pad(x, (0, count * BLOCK - width)).view(rows, count, BLOCK) for x in (until, position))
+    places = torch.arange(count * BLOCK, device=until.device).view(count, BLOCK)
+    first = places[:, 0]
+    later = first[:, None] > first  # the queries stand behind the keys
+    # Of a block of keys, the latest place that sees one of them, and the last that sees them all.
+    touched = later & (until.amax(-1)[:, None, :] > first[:, None])
+    whole = later & (until.amin(-1)[:, None, :] >= first[:, None] + BLOCK)
+    if window is not None:
+        # Only queries that see one of the keys tell how near they are: another sequence may begin in the same block.
+        may_see = places[:, None] < until.amax(-1)[:, None, :, None]
+        lowest = position[:, :, None].where(may_see, count * BLOCK).amin(-1)
+        touched &= lowest - position.amax(-1)[:, None, :] < window
+        whole &= position.amax(-1)[:, :, None] - position.amin(-1)[:, None, :] < window
+    return touched | torch.eye(count, dtype=torch.bool, device=until.device), whole
 
 
-def _nearer(count: int, window: int | None, apart: int) -> Tensor:
-    """(count, count): whether query and key are less than `window` places apart, `apart` more than their blocks."""
-    first = torch.arange(count) * BLOCK
-    return first[:, None] - first + apart < (window if window is not None else count * BLOCK * 2)
-
-
-def _covering(first: int, last: int) -> slice:
-    return slice(first // BLOCK, -(-last // BLOCK))
-
-
-def _inside(first: int, last: int) -> slice:
-    return slice(-(-first // BLOCK), max(last // BLOCK, -(-first // BLOCK)))
-
-
-def _indices(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """(R, n, n) -> how many key blocks each query block reads (R, 1, n), and which, these first (R, 1, n, n)."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1).int()[:, None].to(device), order.int()[:, None].to(device)
+    return blocks.sum(-1).int()[:, None], order.int()[:, None]
 
 
 @functools.cache
@@ -113,7 +95,7 @@ def _kernel() -> Callable[..., Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scaling: float | None = None) -> Tensor:
-    """Query (R, heads, T, D), key and value (R, key-value heads, T, D) -> (R, T, heads, D)."""
+    """Attend: query (R, heads, T, D), key and value (R, key-value heads, T, D) -> (R, T, heads, D)."""
     grouped = query.size(1) != key.size(1)
     output = _kernel()(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped)
     return output.transpose(1, 2).contiguous()
@@ -123,12 +105,12 @@ def why_not(
     heads: Iterable[tuple], dtype: torch.dtype, device: torch.device, pieces: Callable[..., Tensor]
 ) -> str | None:
     """
-    Why FlexAttention cannot stand in for `pieces` at these heads; `None` if it gives the same outputs and gradients.
+    Say why FlexAttention cannot stand in for `pieces` at these heads; `None` if outputs and gradients are the same.
 
     Args:
         heads: what the layers of a model ask for, each an `attention.Heads`.
         dtype: of queries, keys and values.
-        pieces: (query, key, value, shared rows, scaling, window) -> (R, T, heads, E).
+        pieces: (query, key, value, rows, scaling, window) -> (R, T, heads, E).
     """
     return next(filter(None, (_why_not_for(each, dtype, device, pieces) for each in dict.fromkeys(heads))), None)
 
@@ -149,19 +131,16 @@ def _why_not_for(heads: tuple, dtype: torch.dtype, device: torch.device, pieces:
 
 def _example(
     queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[SharedRows, list[Tensor]]:
-    """A pair over several blocks, with padding behind it, and random queries, keys and values for it."""
-    span = Span(common=150, chosen=150, rejected=280)
-    size = span.size + 20
-    ids = torch.zeros(1, size, dtype=torch.long, device=device)
-    positions = torch.arange(size, device=device)
-    positions[span.common + span.chosen :] -= span.chosen
+) -> tuple[PackedRows, list[Tensor]]:
+    """Return a pair over several blocks, with padding behind it, and random queries, keys and values for it."""
+    pair = (Segment(150), Segment(150, 0), Segment(280, 0))
+    ids = torch.zeros(1, sum(segment.size for segment in pair) + 20, dtype=torch.long, device=device)
     generator = torch.Generator().manual_seed(0)
     leaves = [
-        torch.randn(1, count, size, dim, generator=generator).to(device, dtype).requires_grad_()
+        torch.randn(1, count, ids.size(1), dim, generator=generator).to(device, dtype).requires_grad_()
         for count, dim in ((queries, width), (keys, width), (keys, value_width))
     ]
-    return SharedRows(ids, positions[None], ((span,),), ids), leaves
+    return PackedRows(ids, (pair,), ids), leaves
 
 
 def _output_and_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:

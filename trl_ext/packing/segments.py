@@ -1,130 +1,201 @@
 """
-Rows [common | chosen | rejected]: what the two sequences of a pair have in common is computed once.
+Rows of segments: many sequences in one row, and what some of them begin with only once.
 
-The common part is the longest common beginning: the prompt and, where the completions begin alike, their beginning
-too. The tail of the rejected sequence takes the positions that follow the common part, and sees it and itself, not the
-tail of the chosen one. So every log-probability is that of the sequence on its own. Pure: torch only.
+A segment is a run of tokens that goes on from at most one other segment of its row, its parent. A token sees its own
+segment up to itself, and all of its ancestors: the parent, the parent's parent and so on. Positions are counted along
+that path. So every log-probability is that of the sequence on its own.
+
+- A pair is what both sequences begin with, and two children: the rest of the chosen and of the rejected one.
+- n responses to a prompt are the prompt with n children.
+- Sequences that share nothing are segments without parents.
+
+Pure: torch only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Span:
-    """Token counts of a pair in its row: `common` + `chosen` in one causal piece, then the tail `rejected`."""
+class Segment(NamedTuple):
+    """`size` tokens, which go on from the segment number `parent` of their row, or from nothing."""
 
-    common: int
-    chosen: int
-    rejected: int
-
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        return self.common + self.chosen + self.rejected
+    size: int
+    parent: int | None = None
 
 
-@dataclass(frozen=True)
-class SharedRows:
+class Piece(NamedTuple):
     """
-    Pairs in R rows of T tokens, padded on the right.
+    Segments in a line, each the parent of the next: `size` tokens that attend causally to each other.
+
+    Args:
+        before: what they see of earlier pieces, from the root on, as (number of the piece, how many of its tokens).
+    """
+
+    size: int
+    before: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """
+    R rows of T tokens, padded on the right.
 
     Args:
         input_ids (R, T).
-        position_ids (R, T): the position of each token in its own sequence; 0 for padding.
-        rows: for each row, the spans of its pairs, in order.
-        packed_index (2B, L): where token t of sequence r stands in the flattened rows; 0 for padding.
+        rows: the segments of each row, depth first: behind a segment come its descendants, then all others.
+        packed_index (N, L): where token t of sequence n stands in the flattened rows; 0 for padding. So
+            `x.flatten(0, 1)[packed_index]` takes any x (R, T, …) back to the layout of the sequences, (N, L, …).
     """
 
     input_ids: Tensor
-    position_ids: Tensor
-    rows: tuple[tuple[Span, ...], ...]
+    rows: tuple[tuple[Segment, ...], ...]
     packed_index: Tensor
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(span.common + max(span.chosen, span.rejected) for row in self.rows for span in row)
+        """Return how many tokens the longest sequence has."""
+        return max((end for row in self.rows for end in _path_ends(row)), default=0)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """Return the position of each token in its own sequence (R, T); 0 for padding."""
+        positions = torch.zeros(self.input_ids.shape, dtype=torch.long)
+        for row, segments in zip(positions, self.rows, strict=True):
+            ends = _path_ends(segments)
+            of_row = [torch.arange(end - segment.size, end) for segment, end in zip(segments, ends, strict=True)]
+            row[: sum(map(len, of_row))] = torch.cat(of_row)
+        return positions.to(self.input_ids.device)
+
+    @cached_property
+    def until(self) -> Tensor:
+        """
+        Return where in the row the descendants of each token's segment end (R, T): the tokens from its own place up
+        to there see it, and no others. Padding sees padding, since a softmax over nothing is NaN.
+        """
+        until = torch.full(self.input_ids.shape, self.input_ids.size(1))
+        for row, segments in zip(until, self.rows, strict=True):
+            sizes = torch.tensor([segment.size for segment in segments])
+            row[: int(sizes.sum())] = torch.tensor(_subtree_ends(segments)).repeat_interleave(sizes)
+        return until.to(self.input_ids.device)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Piece, ...], ...]:
+        """Return the pieces of each row in which attention is computed."""
+        return tuple(map(_pieces, self.rows))
 
 
-def share_prefixes(input_ids: Tensor, attention_mask: Tensor, pairs_per_row: int | None = None) -> SharedRows:
+def pack(input_ids: Tensor, attention_mask: Tensor, groups: Tensor, row_size: int | None = None) -> PackedRows:
     """
-    Lays out TRL's batch of pairs in shared rows.
+    Lay out sequences in rows. Those of a group stand in one row, with their longest common beginning once; a group
+    stands in the first row that has room for it.
 
     Args:
-        input_ids (2B, L): B chosen sequences, then the B rejected ones, padded on the right.
-        attention_mask (2B, L): 1 for tokens.
-        pairs_per_row: pairs side by side in a row; `None`: all of them, in one row without padding.
+        input_ids (N, L): padded on either side.
+        attention_mask (N, L): 1 for tokens.
+        groups (G, n): the sequences of each group; every sequence is in one of them.
+        row_size: tokens of a row, at most; a group that has more has a row of its own. `None`: all in one row.
     """
-    size, length = input_ids.size(0) // 2, input_ids.size(1)
-    real = attention_mask.bool()
-    same = (input_ids[:size] == input_ids[size:]) & real[:size] & real[size:]
-    common = same.long().cumprod(1).sum(1).tolist()
-    lengths = real.sum(1).tolist()
-    spans = [
-        Span(shared, chosen - shared, rejected - shared)
-        for shared, chosen, rejected in zip(common, lengths[:size], lengths[size:], strict=True)
-    ]
-    per_row = pairs_per_row or size
-    rows = tuple(tuple(spans[i : i + per_row]) for i in range(0, size, per_row))
-    width = max(sum(span.size for span in row) for row in rows)
-
-    # Where every token of a row comes from in the batch, and where every token of the batch went.
-    source, target = [], []
-    for pair, span in enumerate(spans):
-        row, place = divmod(pair, per_row)
-        start = row * width + sum(before.size for before in spans[pair - place : pair])
-        chosen, rejected = pair * length, (size + pair) * length
-        whole = span.common + span.chosen
-        source += [(chosen, whole), (rejected + span.common, span.rejected)]
-        target += [(start, whole), (start + whole, span.rejected)]
-    source_index, target_index = _ranges(source), _ranges(target)
-    device = input_ids.device
-    source_index, target_index = source_index.to(device), target_index.to(device)
-    packed_ids = input_ids.new_zeros(len(rows) * width)
-    packed_ids[target_index] = input_ids.flatten()[source_index]
-    position_ids = torch.zeros_like(packed_ids)
-    position_ids[target_index] = source_index % length
-    packed_index = torch.zeros_like(input_ids).flatten()
-    packed_index[source_index] = target_index
-    # The common part of the rejected sequence is that of the chosen one.
-    packed_index = packed_index.view(2, size, length)
-    packed_index[1] = torch.where(same.long().cumprod(1).bool(), packed_index[0], packed_index[1])
-    shape = (len(rows), width)
-    return SharedRows(packed_ids.view(shape), position_ids.view(shape), rows, packed_index.flatten(0, 1))
-
-
-def membership(shared: SharedRows) -> tuple[Tensor, Tensor]:
-    """
-    For every token of the rows, (R, T) each: the number of its pair in the row, −1 for padding; and which sequence of
-    the pair it belongs to, 0 for the chosen one, 1 for the rejected one, −1 for both.
-    """
-    pair, tail = torch.full((2, *shared.input_ids.shape), -1, dtype=torch.long)
-    for r, row in enumerate(shared.rows):
-        start = 0
-        for k, span in enumerate(row):
-            whole, end = start + span.common + span.chosen, start + span.size
-            pair[r, start:end] = k
-            tail[r, start + span.common : whole], tail[r, whole:end] = 0, 1
-            start = end
-    return pair.to(shared.input_ids.device), tail.to(shared.input_ids.device)
+    # 1. Tokens before padding; what the sequences of a group begin with
+    order = attention_mask.argsort(dim=1, descending=True, stable=True)
+    ids, real = input_ids.gather(1, order), attention_mask.gather(1, order).bool()
+    same = (ids[groups] == ids[groups][:, :1]).all(1) & real[groups].all(1)
+    common, lengths = same.long().cumprod(1).sum(1).tolist(), real.sum(1).tolist()
+    # 2. Segments in rows, and for each sequence which tokens stand where: (sequence, first token, row, place, count)
+    rows: list[list[Segment]] = []
+    sizes: list[int] = []
+    moves: list[tuple[int, int, int, int, int]] = []
+    for shared, members in zip(common, groups.tolist(), strict=True):
+        tails = [lengths[member] - shared for member in members]
+        size = shared + sum(tails)
+        fits = (r for r, taken in enumerate(sizes) if row_size is None or taken + size <= row_size)
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            sizes.append(0)
+        parent, start = len(rows[row]), sizes[row]
+        rows[row] += [Segment(shared), *(Segment(tail, parent) for tail in tails)]
+        sizes[row] += size
+        place = start + shared
+        for member, tail in zip(members, tails, strict=True):
+            moves += [(member, 0, row, start, shared), (member, shared, row, place, tail)]
+            place += tail
+    # 3. The tokens in their rows, and the way back
+    width, length = max(sizes), ids.size(1)
+    source = _ranges((member * length + first, count) for member, first, _, _, count in moves).to(ids.device)
+    target = _ranges((row * width + place, count) for _, _, row, place, count in moves).to(ids.device)
+    packed_ids = ids.new_zeros(len(rows) * width)
+    packed_ids[target] = ids.flatten()[source]
+    index = torch.zeros_like(order).flatten()
+    index[source] = target
+    packed_index = torch.zeros_like(order).scatter(1, order, index.view_as(order))
+    return PackedRows(packed_ids.view(len(rows), width), tuple(map(tuple, rows)), packed_index)
 
 
-def attention_mask_of(shared: SharedRows, window: int | None = None) -> Tensor:
+def attention_mask_of(rows: PackedRows, window: int | None = None) -> Tensor:
     """
-    Who sees whom, as a mask (R, 1, T, T), True for yes: a token sees those before it in its own sequence, and itself,
-    with a `window` the last so many of them; padding sees padding, since a softmax over nothing is NaN.
+    Return who sees whom as a mask (R, 1, T, T), True for yes; with a `window`, a token sees the last so many tokens of
+    its own sequence, itself among them.
     """
-    pair, tail = membership(shared)
-    in_sequence = (tail[:, None, :] == -1) | (tail[:, :, None] == tail[:, None, :])
-    sees = (pair[:, :, None] == pair[:, None, :]) & in_sequence
+    place = torch.arange(rows.input_ids.size(1), device=rows.input_ids.device)
+    sees = (place[:, None] >= place) & (place[:, None] < rows.until[:, None, :])
     if window is not None:  # in positions of the sequence, not in places of the row
-        sees &= shared.position_ids[:, :, None] - shared.position_ids[:, None, :] < window
-    return sees.tril().unsqueeze(1)
+        sees &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
+    return sees.unsqueeze(1)
 
 
-def _ranges(pieces: list[tuple[int, int]]) -> Tensor:
-    """The concatenation of arange(start, start + count)."""
+def _path_ends(segments: tuple[Segment, ...]) -> list[int]:
+    """Return how many tokens there are from the root up to the end of each segment."""
+    ends: list[int] = []
+    for segment in segments:
+        ends.append(segment.size + (0 if segment.parent is None else ends[segment.parent]))
+    return ends
+
+
+def _subtree_ends(segments: tuple[Segment, ...]) -> list[int]:
+    """
+    Return the place in the row where the last descendant of each segment ends.
+
+    Raises:
+        ValueError: for segments that are not in depth-first order.
+    """
+    ends = [0] * len(segments)
+    path: list[int] = []  # the segments that the next one can go on from
+    place = 0
+    for i, segment in enumerate(segments):
+        while path and path[-1] != segment.parent:
+            ends[path.pop()] = place
+        if segment.parent is not None and not path:
+            raise ValueError(
+                f"Segment {i} goes on from segment {segment.parent}, whose descendants have ended before it. Put the "
+                "descendants of a segment directly behind it."
+            )
+        path.append(i)
+        place += segment.size
+    for i in path:
+        ends[i] = place
+    return ends
+
+
+def _pieces(segments: tuple[Segment, ...]) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    ends: list[tuple[int, int]] = []  # of each segment: its piece, and after how many of the piece's tokens it ends
+    for i, (size, parent) in enumerate(segments):
+        if i > 0 and parent == i - 1:
+            pieces[-1] = Piece(pieces[-1].size + size, pieces[-1].before)
+        elif parent is None:
+            pieces.append(Piece(size, ()))
+        else:
+            of_parent = ends[parent]
+            pieces.append(Piece(size, (*pieces[of_parent[0]].before, of_parent)))
+        ends.append((len(pieces) - 1, pieces[-1].size))
+    return tuple(pieces)
+
+
+def _ranges(pieces: Iterable[tuple[int, int]]) -> Tensor:
+    """Return the concatenation of arange(start, start + count)."""
     return torch.cat([torch.arange(start, start + count) for start, count in pieces])

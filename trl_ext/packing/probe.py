@@ -1,5 +1,5 @@
 """
-Whether shared rows give a model its own log-probabilities, tried out: random pairs both ways, told apart by what
+Whether packed rows give a model its own log-probabilities, tried out: random pairs both ways, told apart by what
 rounding alone does to that model.
 """
 
@@ -33,9 +33,7 @@ Scored = Callable[[Pairs], ModelOutput]
 
 
 def pairs(model: PreTrainedModel, sizes: list[tuple[int, int, int]]) -> Pairs:
-    """
-    Random pairs of `sizes` (common, chosen, rejected) tokens; scored are those that are not common.
-    """
+    """Return random pairs of `sizes` (common, chosen, rejected) tokens; scored are those that are not common."""
     vocabulary = model.config.get_text_config().vocab_size
     length = max(common + max(tails) for common, *tails in sizes)
     generator = torch.Generator().manual_seed(0)
@@ -52,13 +50,13 @@ def pairs(model: PreTrainedModel, sizes: list[tuple[int, int, int]]) -> Pairs:
 
 
 @torch.no_grad()
-def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Scored) -> str | None:
+def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Scored) -> str | None:
     """
-    Return what tells `shared` from `plain`, in words; `None` if it is no more than rounding.
+    Return what tells `packed` from `plain`, in words; `None` if it is no more than rounding.
 
     Args:
         model: what both call.
-        plain, shared: the log-probabilities of a batch, (2B, L - 1), and where it is asked for the `aux_loss`.
+        plain, packed: the log-probabilities of a batch, (2B, L - 1), and where it is asked for the `aux_loss`.
     """
     name = type(model).__name__
     expected = plain(batch)
@@ -69,7 +67,7 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Sc
     with rounded_once(model, unit_of(dtype, batch.input_ids.device)):
         rounded = plain(batch)
     try:
-        got = shared(batch)
+        got = packed(batch)
     except Exception as error:  # whatever it is, it is a reason
         return f"{name} cannot be run on shared rows ({type(error).__name__}: {error})"
     digits = LAST_DIGITS[dtype]
@@ -84,14 +82,14 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, shared: Sc
 
 
 def _apart(one: ModelOutput, other: ModelOutput, scored: Tensor) -> float:
-    """Mean absolute difference, in nats, of the chosen or of the rejected completions, whichever is larger."""
+    """Return the mean difference in nats of the chosen or of the rejected completions, whichever is larger."""
     apart = (one.log_probs - other.log_probs).abs().float() * scored
     sides = zip(apart.chunk(2), scored.chunk(2), strict=True)
     return max((side.sum() / counts.sum().clamp(min=1)).item() for side, counts in sides)
 
 
 def unit_of(dtype: torch.dtype, device: torch.device) -> float:
-    """The relative size of one rounding; TF32's, where products of float32 are computed in it."""
+    """Return the relative size of one rounding; TF32's, where products of float32 are computed in it."""
     if dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         return 2.0**-10
     return torch.finfo(dtype).eps

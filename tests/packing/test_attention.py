@@ -3,74 +3,87 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dpo_runs
 import oracles
+import segment_trees as trees
 import tiny
-from dense_attention import dense, real_tokens, tensors
-from pair_rows import PAIRS, PER_ROW, batch
-from trl_ext.packing import attention
-from trl_ext.packing.segments import attention_mask_of, share_prefixes
+from dense_attention import dense, output_and_gradients, tensors
+from trl_ext.packing import attention, segments
+from trl_ext.packing.segments import attention_mask_of
 
 
 NAN = attention.placeholder(torch.float64, torch.device("cpu"))
+HEADS = [(2, 2), (4, 2), (3, 1)]
 
 
-def slow_mask(shared, window=None):
-    """Who sees whom, (R, 1, T, T), token by token; a `window` of w tokens ends w - 1 positions before a token."""
-    visible = attention_mask_of(shared)
-    for row, positions in enumerate(shared.position_ids.tolist()):
-        for i, own in enumerate(positions):
-            for j, other in enumerate(positions):
-                if window is not None and other <= own - window:
-                    visible[row, 0, i, j] = False
-    return visible
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 4])
-@pytest.mark.parametrize("per_row", PER_ROW)
-def test_mask_with_a_window_counts_positions_of_the_sequence(per_row, window):
-    shared = share_prefixes(*batch(PAIRS["all"]), per_row)
-    assert (attention_mask_of(shared, window) == slow_mask(shared, window)).all()
-
-
-def output_and_gradients(function, leaves, real):
-    output = function(*leaves)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return output, torch.autograd.grad((output * weights)[real].sum(), leaves)
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 4])
-@pytest.mark.parametrize("scaling", [None, 0.7])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("per_row", PER_ROW)
-@pytest.mark.parametrize("case", ["all", "plain", "equal", "nothing in common", "rejected goes on"])
-def test_pieces_equal_dense_attention(case, per_row, heads, scaling, window):
-    shared = share_prefixes(*batch(PAIRS[case]), per_row)
-    leaves, real, module = tensors(shared, *heads), real_tokens(shared), nn.Module()
+def assert_equal_dense_attention(rows, heads=(4, 2), scaling=None, window=None):
+    leaves, real = tensors(rows, *heads), trees.real_tokens(rows)
 
     def pieces(query, key, value):
-        asked = {"scaling": scaling, "sliding_window": window, "shared_rows": shared}
-        return attention.shared_attention(module, query, key, value, NAN, **asked)[0]
+        asked = {"scaling": scaling, "sliding_window": window, "packed_rows": rows}
+        output = attention.packed_attention(nn.Module(), query, key, value, NAN, **asked)[0]
+        assert (output[~real] == 0).all()
+        return output
 
-    mask = slow_mask(shared, window)
-    output, gradients = output_and_gradients(pieces, leaves, real)
-    expected, expected_gradients = output_and_gradients(lambda *qkv: dense(*qkv, mask, scaling), leaves, real)
-    torch.testing.assert_close(output[real], expected[real], **oracles.FLOAT64)
-    assert (output[~real] == 0).all()
-    for got, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(got, wanted, **oracles.FLOAT64)
+    mask = attention_mask_of(rows, window)
+    got = output_and_gradients(pieces, leaves, real)
+    expected = output_and_gradients(lambda *qkv: dense(*qkv, mask, scaling), leaves, real)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, **oracles.FLOAT64)
 
 
-def test_control_a_rejected_token_that_sees_the_chosen_ones_is_noticed():
-    shared = share_prefixes(*batch(PAIRS["plain"]))
-    leaves = tensors(shared, 2, 2)
-    causal = torch.ones(shared.input_ids.size(1), shared.input_ids.size(1)).tril().bool()
-    apart = dense(*leaves, causal) - dense(*leaves, attention_mask_of(shared))
-    assert apart[0, -1].abs().max() > 1e-2
+@trees.some_examples
+@given(trees.trees(), st.sampled_from(HEADS), st.sampled_from([None, 0.7]), trees.windows)
+def test_pieces_of_any_trees_equal_dense_attention(rows, heads, scaling, window):
+    assert_equal_dense_attention(rows, heads, scaling, window)
+
+
+PAIRS = trees.packed(trees.side_by_side(trees.pair(3, 2, 1), trees.pair(5, 2, 2)), padding=1)
+
+
+def test_pairs_take_one_call_for_each_sequence_and_no_copy_of_the_chosen_one(monkeypatch):
+    """The common part and the chosen one are attended to in one call, of which only the keys that are shared recur."""
+    sizes, sdpa = [], F.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        sizes.append((query.size(2), key.size(2)))
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attention.pieces(*tensors(PAIRS, 2, 2), PAIRS)
+    assert sizes == [(5, 5), (1, 4), (7, 7), (2, 7)]
+
+
+def without_ancestors(row):
+    return tuple(segments.Piece(piece.size, ()) for piece in segments._pieces(row))
+
+
+def seeing_siblings(row):
+    """Every piece sees the whole of its parent's piece."""
+    pieces = segments._pieces(row)
+    return tuple(segments.Piece(size, tuple((j, pieces[j].size) for j, _ in before)) for size, before in pieces)
+
+
+@pytest.mark.parametrize("mistake", [without_ancestors, seeing_siblings])
+def test_control_a_mistake_in_the_pieces_is_noticed(mistake):
+    fresh = trees.packed(*PAIRS.rows, padding=1)
+    fresh.__dict__["pieces"] = tuple(map(mistake, fresh.rows))
+    with pytest.raises(AssertionError):
+        assert_equal_dense_attention(fresh)
+
+
+def test_control_a_window_one_token_wider_is_noticed(monkeypatch):
+    causal = attention._causal
+    wider = lambda *qkvs: causal(*qkvs[:4], qkvs[4] + 1)  # noqa: E731
+    monkeypatch.setattr(attention, "_causal", wider)
+    with pytest.raises(AssertionError):
+        assert_equal_dense_attention(PAIRS, window=2)
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -79,7 +92,7 @@ def test_without_rows_it_is_sdpa(mask):
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, 1
     visible = torch.rand(2, 1, 5, 5).add(torch.eye(5)) > 0.5 if mask else None
-    output, weights = attention.shared_attention(module, query, key, value, visible)
+    output, weights = attention.packed_attention(module, query, key, value, visible)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=not mask)
     torch.testing.assert_close(output, expected.transpose(1, 2))
     assert weights is None
@@ -89,11 +102,11 @@ def test_without_rows_it_is_sdpa(mask):
 
 
 def attend(mask=NAN, keys=None, **kwargs):
-    shared = share_prefixes(*batch(PAIRS["plain"]))
-    query, key, value = (leaf.detach() for leaf in tensors(shared, 2, 2))
+    rows = trees.packed(trees.pair(3, 2, 1))
+    query, key, value = (leaf.detach() for leaf in tensors(rows, 2, 2))
     if keys is not None:
         key, value = key[:, :, :keys], value[:, :, :keys]
-    return attention.shared_attention(nn.Module(), query, key, value, mask, shared_rows=shared, **kwargs)[0]
+    return attention.packed_attention(nn.Module(), query, key, value, mask, packed_rows=rows, **kwargs)[0]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +154,11 @@ def test_who_reads_the_placeholder_gets_nan():
 @pytest.mark.parametrize("dtypes", [("float32", "float32", "bfloat16"), ("float32",) * 3, ("bfloat16",) * 3])
 def test_pieces_are_cast_as_autocast_casts_for_sdpa(dtypes, window):
     """Rotary embeddings leave queries and keys in float32."""
-    shared = share_prefixes(*batch(PAIRS["all"]), 2)
-    leaves = [x.detach().to(getattr(torch, dtype)) for x, dtype in zip(tensors(shared, 2, 2), dtypes, strict=True)]
-    mask, real = slow_mask(shared, window), real_tokens(shared)
-    asked = {"sliding_window": window, "shared_rows": shared}
+    leaves = [x.detach().to(getattr(torch, dtype)) for x, dtype in zip(tensors(PAIRS, 2, 2), dtypes, strict=True)]
+    mask, real = attention_mask_of(PAIRS, window), trees.real_tokens(PAIRS)
+    asked = {"sliding_window": window, "packed_rows": PAIRS}
     with torch.autocast("cpu", torch.bfloat16):
-        output = attention.shared_attention(nn.Module(), *leaves, NAN, **asked)[0]
+        output = attention.packed_attention(nn.Module(), *leaves, NAN, **asked)[0]
         expected = F.scaled_dot_product_attention(*leaves, attn_mask=mask).transpose(1, 2)
     assert output.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(output[real], expected[real], rtol=1e-2, atol=1e-2)

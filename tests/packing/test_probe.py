@@ -10,10 +10,9 @@ from attention_families import FAMILIES, family
 from families.configs import family_config, family_model
 from pair_forwards import assert_equal, both, scored
 from trl_ext._trl import add_fused_lm_head
-from trl_ext.dpo import probe
 from trl_ext.dpo.forward import PairForward
 from trl_ext.models.probe import arithmetic, ordinary_tokens, rounded_once
-from trl_ext.packing import attention
+from trl_ext.packing import attention, probe
 from trl_ext.packing.exactness import is_harmless, lengths
 
 
@@ -47,8 +46,8 @@ def test_family_with_an_attention_of_its_own_is_scored_as_trl_does(name):
     kind, options, expected = FAMILIES[name]
     theirs, ours = family(kind, options), family(kind, options)
     pairs = PairForward(ours)
-    assert pairs.share() is None
-    assert (pairs.piecewise, pairs.limit, pairs.row_limit) == expected
+    assert pairs.pack() is None
+    assert (pairs.packing.piecewise, pairs.packing.limit, pairs.packing.row_limit) == expected
     for batch in BATCHES.values():
         assert_equal(scored(ours, batch), scored(theirs, batch))
 
@@ -58,8 +57,8 @@ def test_family_with_a_window_is_scored_as_trl_does_with_a_mask(name):
     kind, options, _ = FAMILIES[name]
     theirs, ours = family(kind, options, "eager"), family(kind, options, "eager")
     pairs = PairForward(ours)
-    assert pairs.share() is None
-    assert (pairs.piecewise, pairs.limit, pairs.row_limit) == (False, None, None)
+    assert pairs.pack() is None
+    assert (pairs.packing.piecewise, pairs.packing.limit, pairs.packing.row_limit) == (False, None, None)
     for batch in BATCHES.values():
         assert_equal(scored(ours, batch), scored(theirs, batch))
 
@@ -69,7 +68,7 @@ def test_family_has_its_own_attention_back_outside_shared_rows(name, monkeypatch
     """Plain forwards, after batches in shared rows: bit by bit those of a model and of an SDPA that are left alone."""
     kind, options, _ = FAMILIES[name]
     untouched, ours = family(kind, options), family(kind, options)
-    PairForward(ours).share()
+    PairForward(ours).pack()
     scored(ours, BATCHES["short"])
     inputs = {key: BATCHES["long sequences"][key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -84,15 +83,15 @@ def test_a_window_that_the_model_does_not_pass_on_is_found_out(monkeypatch):
     """The layers' attention does not hear of it: sequences within the window alone are shared."""
 
     def deaf(*args, sliding_window=None, **kwargs):
-        return attention.shared_attention(*args, **kwargs)
+        return attention.packed_attention(*args, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", deaf)
     _, _, pairs = both("mistral_short_window")
-    assert pairs.share() is None
-    assert (pairs.piecewise, pairs.limit) == (True, 6)
+    assert pairs.pack() is None
+    assert (pairs.packing.piecewise, pairs.packing.limit) == (True, 6)
     _, ours, pairs = both("mistral", sliding_window=4096)
-    assert pairs.share() is None
-    assert (pairs.piecewise, pairs.limit) == (True, 4096)
+    assert pairs.pack() is None
+    assert (pairs.packing.piecewise, pairs.packing.limit) == (True, 4096)
     assert ours.config.sliding_window == 4096  # after the trial
 
 
@@ -123,7 +122,7 @@ PRECISIONS = [
 def test_probe_passes_what_is_exact_in_every_precision(name, weights, autocast):
     model = both(name)[1].to(weights)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert PairForward(model).share() is None
+        assert PairForward(model).pack() is None
 
 
 @pytest.mark.parametrize("weights, autocast", PRECISIONS)
@@ -138,9 +137,9 @@ def test_probe_finds_a_fault_of_less_than_a_tenth_of_a_nat(name, weights, autoca
     monkeypatch.setattr(probe, "_apart", lambda *args: off.append(apart(*args)) or off[-1])
     monkeypatch.setattr(attention, "pieces", lambda query, *args: pieces(query * factor, *args))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        pairs.share()
+        pairs.pack()
     assert off[0] < 0.1
-    assert not pairs.piecewise  # with a mask instead
+    assert not pairs.packing.piecewise  # with a mask instead
 
 
 def test_rounding_is_that_of_the_numbers_computed_with():
@@ -182,5 +181,5 @@ def test_limit_of_a_learnt_mask_is_found_whatever_the_weights(seed):
     model = family_model(family_config("doge"), seed)
     add_fused_lm_head(model)
     pairs = PairForward(model)
-    assert pairs.share() is None
-    assert pairs.limit == model.config.keep_window_size == 6
+    assert pairs.pack() is None
+    assert pairs.packing.limit == model.config.keep_window_size == 6
