@@ -266,12 +266,6 @@ def test_true_takes_the_last_checkpoint(plain, tmp_path):
     assert [step for step, _ in lines(trainer, after=6)] == [8, 8]
 
 
-def test_run_can_be_made_longer(plain, tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=12)
-    trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
-    assert trainer.state.global_step == 12
-
-
 def nothing(*args):
     """What a part of the state that is forgotten does."""
 

@@ -114,6 +114,24 @@ BEFORE_LOADING = {
         {"reward_funcs": 3},
         r"`reward_funcs` has a int \(3\); give a function, a reward model",
     ),
+    "reward model with two labels": (
+        {"reward_model": "two_labels"},
+        r"two_labels.* has 2 labels; .*num_labels=1",
+    ),
+    "reward source with two labels": (
+        {"reward_model": None, "reward_funcs": "two_labels"},
+        r"two_labels.* has 2 labels; .*num_labels=1",
+    ),
+    "critic with two labels": ({"value_model": "two_labels"}, "value model has 2 labels; a state has one value"),
+    "reward model as actor": ({"model": "reward_model"}, "holds a LlamaForSequenceClassification, which scores text"),
+    "reward model as reference": (
+        {"ref_model": "reward_model"},
+        "holds a LlamaForSequenceClassification, which scores text",
+    ),
+    "actor as reward model": (
+        {"reward_model": "actor"},
+        "holds a LlamaForCausalLM, whose score head would be untrained",
+    ),
     "critic twice": ({"value_model": "somewhere", "critic": "head"}, "`critic='head'` .* remove `value_model`"),
     "adapter of no adapter": (
         {"ref_adapter_name": "sft"},
@@ -126,7 +144,8 @@ BEFORE_LOADING = {
 def test_error_comes_before_any_weights_are_loaded(tmp_path, paths, case):
     """The folders hold no weights: loading them would fail with another error."""
     arguments, message = BEFORE_LOADING[case]
-    arguments = {"model": paths["actor"], "reward_model": paths["reward_model"]} | arguments
+    arguments = {"model": "actor", "reward_model": "reward_model"} | arguments
+    arguments = {name: paths.get(v, v) if isinstance(v, str) else v for name, v in arguments.items()}
     options = {name: arguments.pop(name) for name in ("critic", "ref_adapter_name") if name in arguments}
     with pytest.raises(ValueError, match=message):
         ppo_trainer(tmp_path, arguments, **options)
@@ -135,13 +154,6 @@ def test_error_comes_before_any_weights_are_loaded(tmp_path, paths, case):
 def test_control_folders_without_weights_pass_the_checks_and_fail_to_load(tmp_path, paths):
     with pytest.raises(OSError, match="no file named"):
         ppo_trainer(tmp_path, {"model": paths["actor"], "reward_model": paths["reward_model"]})
-
-
-@pytest.mark.parametrize("role", ["reward_model", "reward_funcs"])
-def test_reward_model_with_two_labels_is_refused_before_its_weights_load(tmp_path, paths, role):
-    arguments = {"model": paths["actor"], "reward_model": None, role: paths["two_labels"]}
-    with pytest.raises(ValueError, match=r"two_labels.* has 2 labels; .*num_labels=1"):
-        ppo_trainer(tmp_path, arguments)
 
 
 @pytest.mark.parametrize("role", ["model", "ref_model", "value_model", "reward_model", "reward_funcs"])
@@ -153,79 +165,86 @@ def test_folder_with_an_adapter_alone_is_refused_with_a_way_out(tmp_path, paths,
         ppo_trainer(tmp_path, arguments)
 
 
-@pytest.mark.parametrize("role", ["model", "ref_model"])
-def test_reward_model_as_actor_or_reference_is_refused_before_its_weights_load(tmp_path, paths, role):
-    arguments = {"model": paths["actor"], "reward_model": paths["reward_model"]} | {role: paths["reward_model"]}
-    with pytest.raises(ValueError, match=r"reward_model\d* holds a LlamaForSequenceClassification, which scores text"):
-        ppo_trainer(tmp_path, arguments)
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
-def test_reward_model_without_a_trained_score_is_refused(tmp_path, paths):
-    with pytest.raises(ValueError, match="holds a LlamaForCausalLM, whose score head would be untrained"):
-        ppo_trainer(tmp_path, {"reward_model": paths["actor"]})
+def classifier(labels):
+    return AutoModelForSequenceClassification.from_config(tiny.tiny_config(num_labels=labels))
+
+
+def spoilt(model):
+    model.model.norm.weight.data.fill_(math.nan)
+    return model
+
+
+def with_optimizer_of_the_actor():
+    actor = tiny.tiny_actor()
+    return {"model": actor, "optimizers": (torch.optim.AdamW(actor.parameters(), lr=1e-3), None)}
+
+
+# Models in memory, made by each test, and what the error says.
+IN_MEMORY = {
+    "actor as its own reference": (
+        lambda: dict.fromkeys(("model", "ref_model"), tiny.tiny_actor()),
+        "`ref_model` is the `model` object itself",
+    ),
+    "actor as its own critic": (
+        lambda: dict.fromkeys(("model", "value_model"), tiny.tiny_actor()),
+        "`value_model` is the `model` object itself",
+    ),
+    "reward model as critic": (
+        lambda: dict.fromkeys(("reward_model", "value_model"), tiny.tiny_reward_model()),
+        "`value_model` is the `reward_model` object itself",
+    ),
+    "reward model with two labels": (lambda: {"reward_model": classifier(2)}, "reward model .* has 2 labels"),
+    "critic with three labels": (lambda: {"value_model": classifier(3)}, "value model has 3 labels; a state has one"),
+    "critic without a score head": (
+        lambda: {"value_model": tiny.tiny_actor(1)},
+        "LlamaForCausalLM, which writes text and has no score head",
+    ),
+    "critic that gives NaN": (
+        lambda: {"value_model": spoilt(tiny.tiny_reward_model(5))},
+        "critic.* gives NaN before it has been trained here",
+    ),
+    "actor that gives NaN": (
+        lambda: {"model": spoilt(tiny.tiny_actor())},
+        r"LlamaForCausalLM \(`model`\) gives NaN before it has been trained here",
+    ),
+    "optimizer without the critic": (
+        with_optimizer_of_the_actor,
+        "does not hold 21 of the critic's 21 trained parameters",
+    ),
+    "adapter twice": (
+        lambda: {"model": get_peft_model(tiny.tiny_actor(), LORA), "peft_config": LORA},
+        "`PeftModel` instance together with a `peft_config`",
+    ),
+    "one tokenizer for two sources": (
+        lambda: {"reward_funcs": [response_lengths], "reward_processing_classes": [None]},
+        "1 `reward_processing_classes` for 2 reward sources",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_MEMORY)
+def test_models_that_cannot_make_a_run_are_refused_by_name(tmp_path, case):
+    make, message = IN_MEMORY[case]
+    with pytest.raises(ValueError, match=message):
+        ppo_trainer(tmp_path, make())
+
+
+def test_conversation_with_an_image_part_is_refused_by_name():
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    with pytest.raises(ValueError, match="part of type 'image'; PPO reads text only"):
+        check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), 128, 8)
 
 
 def test_longest_prompt_that_fits_is_accepted(tmp_path):
     ppo_trainer(tmp_path, {"train_dataset": prompts(prompt=["cat " * 122] * 4)})
 
 
-def test_model_that_plays_two_roles_is_refused(tmp_path):
-    actor, reward_model = tiny.tiny_actor(), tiny.tiny_reward_model()
-    with pytest.raises(ValueError, match="`ref_model` is the `model` object itself"):
-        ppo_trainer(tmp_path, {"model": actor, "ref_model": actor})
-    with pytest.raises(ValueError, match="`value_model` is the `model` object itself"):
-        ppo_trainer(tmp_path, {"model": actor, "value_model": actor})
-    with pytest.raises(ValueError, match="`value_model` is the `reward_model` object itself"):
-        ppo_trainer(tmp_path, {"reward_model": reward_model, "value_model": reward_model})
-
-
-@pytest.mark.parametrize(
-    "role, labels, message",
-    [
-        ("reward_model", 2, "reward model .* has 2 labels"),
-        ("value_model", 3, "value model has 3 labels; a state has one value"),
-    ],
-)
-def test_model_object_with_several_labels_is_refused(tmp_path, role, labels, message):
-    classifier = AutoModelForSequenceClassification.from_config(tiny.tiny_config(num_labels=labels))
-    with pytest.raises(ValueError, match=message):
-        ppo_trainer(tmp_path, {role: classifier})
-
-
-def test_value_checkpoint_with_several_labels_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    classifier = AutoModelForSequenceClassification.from_config(tiny.tiny_config(num_labels=3))
-    classifier.save_pretrained(tmp_path / "value")
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
-    with pytest.raises(ValueError, match="value model has 3 labels; a state has one value"):
-        ppo_trainer(tmp_path, {"value_model": str(tmp_path / "value")})
-
-
-def test_value_model_without_a_score_head_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="LlamaForCausalLM, which writes text and has no score head"):
-        ppo_trainer(tmp_path, {"value_model": tiny.tiny_actor(1)})
-
-
-def test_optimizer_without_the_critic_is_refused(tmp_path):
-    actor = tiny.tiny_actor()
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="does not hold 21 of the critic's 21 trained parameters"):
-        ppo_trainer(tmp_path, {"model": actor, "optimizers": (optimizer, None)})
-
-
-def test_peft_config_for_a_peft_model_is_refused(tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="`PeftModel` instance together with a `peft_config`"):
-        ppo_trainer(tmp_path, {"model": get_peft_model(tiny.tiny_actor(), lora), "peft_config": lora})
-
-
 def test_config_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(TypeError, match="`args` is a TrainingArguments; PPOTrainerX needs a `PPOConfigX`"):
         PPOTrainerX(TrainingArguments(tmp_path, report_to="none"), model=tiny.tiny_actor())
-
-
-def test_reward_processing_classes_must_match_the_sources(tmp_path):
-    with pytest.raises(ValueError, match="1 `reward_processing_classes` for 2 reward sources"):
-        ppo_trainer(tmp_path, {"reward_funcs": [response_lengths], "reward_processing_classes": [None]})
 
 
 # --- at run time
@@ -334,11 +353,6 @@ def test_policy_loss_that_is_not_finite_names_the_sample_that_did_it(tmp_path):
     assert_only_the_first_checkpoint_is_there(tmp_path)
 
 
-def spoilt(model):
-    model.model.norm.weight.data.fill_(math.nan)
-    return model
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"kl_placement": "reward"}, {"kl_estimator": "full"}], ids=["loss", "reward", "full"]
 )
@@ -361,11 +375,6 @@ def test_critic_that_gives_nan_is_named(tmp_path, step, cure):
         trainer.train()
 
 
-def test_actor_that_gives_nan_before_training_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(`model`\) gives NaN before it has been trained here"):
-        ppo_trainer(tmp_path, {"model": spoilt(tiny.tiny_actor())})
-
-
 @pytest.mark.parametrize("step, cure", [(0, "It has not been trained here"), (2, "Lower the learning rate")])
 def test_actor_that_gives_nan_while_it_samples_is_named(tmp_path, step, cure):
     trainer = ppo_trainer(tmp_path)
@@ -374,11 +383,6 @@ def test_actor_that_gives_nan_while_it_samples_is_named(tmp_path, step, cure):
     )
     with pytest.raises(FloatingPointError, match=rf"The actor gives probabilities .* at step {step} .* {cure}"):
         trainer.train()
-
-
-def test_critic_that_gives_nan_before_training_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"critic.* gives NaN before it has been trained here"):
-        ppo_trainer(tmp_path, {"value_model": spoilt(tiny.tiny_reward_model(5))})
 
 
 @pytest.mark.parametrize(
@@ -414,12 +418,6 @@ def test_critic_of_an_infinite_loss_is_named_in_a_run_without_checkpoints(tmp_pa
 def test_control_run_with_finite_rewards_is_not_stopped(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_funcs": [response_lengths, judge(None)]}, max_steps=2)
     assert trainer.state.global_step == 2
-
-
-def test_conversation_with_an_image_part_is_refused_by_name(tmp_path):
-    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
-    with pytest.raises(ValueError, match="part of type 'image'; PPO reads text only"):
-        check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), 128, 8)
 
 
 @pytest.mark.parametrize("values", [[1, 2, 3, 4], [True] * 4, [["a", "b"]] * 4, [{"a": "b"}] * 4, [[7, 8]] * 4])

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 import tiny
-from ppo_runs import changed, logged, ppo_run, ppo_trainer, snapshot
+from ppo_runs import best_after_two_steps, changed, logged, ppo_run, ppo_trainer, snapshot
 from trl_ext.ppo.evaluation import HeldOut
 from trl_ext.ppo.metrics import held_out_score, means_of_batches
 
@@ -289,14 +289,10 @@ EVERY_TWO = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2
 EVERY_TWO |= {"per_device_eval_batch_size": 2, "num_sample_generations": 0}
 
 
-def rises_and_falls(completions, trainer_state, **kwargs):
-    return [-abs(trainer_state.global_step - 2.0)] * len(completions)
-
-
 @pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
 def test_best_checkpoint_is_that_of_the_highest_held_out_score(tmp_path, how):
     """Without a metric, which the Trainer would set to a loss that PPO has not."""
-    models = {"reward_model": None, "reward_funcs": rises_and_falls, "eval_dataset": tiny.tiny_prompts(3)}
+    models = {"reward_model": None, "reward_funcs": best_after_two_steps, "eval_dataset": tiny.tiny_prompts(3)}
     trainer = ppo_run(tmp_path, models, **(EVERY_TWO | how))
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.0, 2)
     assert max(logged(trainer, "eval_reward/score")) == 0.0
@@ -304,7 +300,7 @@ def test_best_checkpoint_is_that_of_the_highest_held_out_score(tmp_path, how):
 
 
 def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path):
-    models = {"reward_model": None, "reward_funcs": rises_and_falls}
+    models = {"reward_model": None, "reward_funcs": best_after_two_steps}
     models["eval_dataset"] = {"a": tiny.tiny_prompts(3), "b": tiny.tiny_prompts(3)}
     best = EVERY_TWO | {"load_best_model_at_end": True}
     for metric in (None, "eval_reward/score"):

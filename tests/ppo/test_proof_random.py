@@ -3,13 +3,14 @@ Whole optimizer steps in random configurations: gradients are those of a slow or
 
 For each sequence by itself, without padding, from plain models: log-probabilities, values, scores, rewards,
 advantages, loss. What is drawn: critic, family (rotary or absolute positions, or ALiBi for the actor alone), form of
-the prompts (text, messages, ids of both, padded with or without a mask), reward (functions that may say nothing, a
-model, both with weights), whether the reward model has a vocabulary of its own, options that came with the model and
-options of the run.
+the prompts (text, messages, ids of both, padded with or without a mask), whether a tool wrote some of the tokens,
+reward (functions that may say nothing, a model, both with weights), whether the reward model has a vocabulary of its
+own, options that came with the model and options of the run.
 """
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import oracles
 import ppo_runs
 import tiny
 from families.configs import member
-from plain import plain_distribution
+from plain import chosen, plain_distribution
 
 
 TEXTS = tiny.tiny_prompts(8, seed=3)["prompt"][:]
@@ -112,6 +113,24 @@ REWARDS = {
 }
 
 
+def play(prompts, trainer):
+    """Random responses in which a tool has written some tokens: holes at the start, in the middle and at the end."""
+    draw = random.Random(len(prompts))
+    lengths = [draw.randint(1, trainer.args.response_length) for _ in prompts]
+    masks = [[draw.random() < 0.6 for _ in range(length)] for length in lengths]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[draw.randrange(SPECIAL, 64) for _ in range(length)] for length in lengths],
+        "logprobs": None,
+        "env_mask": [[int(own) for own in mask] if any(mask) else [1] * len(mask) for mask in masks],
+    }
+
+
+def places_of(rollout):
+    """Of each response, the places of the tokens that count; what a tool wrote does not."""
+    return [mask[real].nonzero()[:, 0].tolist() for mask, real in zip(rollout.mask, rollout.attended, strict=True)]
+
+
 class Steps(TrainerCallback):
     """Weights and gradients of every optimizer step, and the sequences that it learned from."""
 
@@ -187,20 +206,19 @@ def whitened(rows, keep_mean):
 def experience(oracle, sequences, scores):
     """Per sequence: log-probabilities and values of the start, advantages and returns; `None` without a score."""
     args, found = oracle.args, []
-    for (prompt, response), score in zip(sequences, scores, strict=True):
+    for (prompt, response, places), score in zip(sequences, scores, strict=True):
         if score is None:
             found.append(None)
             continue
         score = score if args.reward_clip is None else max(-args.reward_clip, min(args.reward_clip, score))
         if args.missing_eos_penalty is not None and response[-1] != 2:
             score -= args.missing_eos_penalty
-        tokens = torch.tensor(response)[:, None]
-        logps = oracle.distributions(oracle.actor, prompt, response).gather(1, tokens)[:, 0]
-        ref_logps = oracle.distributions(oracle.reference, prompt, response).gather(1, tokens)[:, 0]
+        both = (oracle.distributions(model, prompt, response) for model in (oracle.actor, oracle.reference))
+        logps, ref_logps = (chosen(distribution, response)[places] for distribution in both)
         paid = args.kl_coef if args.kl_placement == "reward" else 0.0
-        leash = drift(ref_logps, logps, args.kl_estimator).tolist() if paid else [0.0] * len(response)
+        leash = drift(ref_logps, logps, args.kl_estimator).tolist() if paid else [0.0] * len(places)
         rewards = oracles.token_rewards(score, leash, paid)
-        found.append([logps, oracle.values(prompt, response), rewards])
+        found.append([logps, oracle.values(prompt, response)[places], rewards])
     known = [each for each in found if each is not None]
     rewards = [each[2] for each in known]
     if args.whiten_rewards and known:
@@ -235,16 +253,16 @@ def estimate(args, rewards, values):
 def loss_of(oracle, sequences, made):
     """Of the sequences of one step, over the number of their tokens; `None` without one."""
     args, total, count = oracle.args, 0.0, 0
-    for (prompt, response), each in zip(sequences, made, strict=True):
+    for (prompt, response, places), each in zip(sequences, made, strict=True):
         if each is None:
             continue
         old_logps, old_values, advantages, returns = each
         policy = oracle.distributions(oracle.actor, prompt, response)
-        logps = policy.gather(1, torch.tensor(response)[:, None])[:, 0]
+        logps, policy = chosen(policy, response)[places], policy[places]
         ratio = (logps - old_logps).exp()
         held = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
         total = total - torch.minimum(ratio * advantages, held * advantages).sum()
-        values = oracle.values(prompt, response)
+        values = oracle.values(prompt, response)[places]
         error = (values - returns) ** 2
         if args.cliprange_value is not None:
             near = old_values + (values - old_values).clamp(-args.cliprange_value, args.cliprange_value)
@@ -255,24 +273,25 @@ def loss_of(oracle, sequences, made):
             with torch.no_grad():
                 reference = oracle.distributions(oracle.reference, prompt, response)
             if args.kl_estimator == "full":
-                leash = (policy.exp() * (policy - reference)).sum()
+                leash = (policy.exp() * (policy - reference[places])).sum()
             else:
-                tokens = torch.tensor(response)[:, None]
-                leash = drift(reference.gather(1, tokens)[:, 0], logps, args.kl_estimator).sum()
+                leash = drift(chosen(reference, response)[places], logps, args.kl_estimator).sum()
             total = total + args.kl_coef * leash
-        count += len(response)
+        count += len(places)
     return total / count if count else None
 
 
-def run(folder, seed, bf16=False):
-    """A run of one rollout; its trainer, what was noted at each step, and copies of the models before it."""
+def run(folder, seed, bf16=False, weights_in=torch.float32, fixed=None):
+    """A run of one rollout: what was noted at each step, the oracle, the reward, and the ids of the prompts."""
     choose = random.Random(seed).choice
-    options, reward = some(choose), choose(list(REWARDS))
+    options, reward = some(choose) | (fixed or {}), choose(list(REWARDS))
     models, form = family(choose(["rotary", "absolute", "ALiBi beside absolute"])), choose(FORMS)
     own_vocabulary = choose([True, False]) and "model" in reward
     if own_vocabulary:
         models[2].config.pad_token_id = 3
-    before = copy.deepcopy(models)
+    for model in models:
+        model.to(weights_in)
+    before = tuple(copy.deepcopy(model).float() for model in models)
     actor, reference, reward_model, value_model = models
     if choose([True, False]):
         actor.generation_config.update(**CAME_WITH_THE_MODEL)
@@ -288,6 +307,8 @@ def run(folder, seed, bf16=False):
     }
     if own_vocabulary:
         given["reward_processing_classes"] = [shifted_tokenizer(), *[None] * len(functions)]
+    if (choose([True, False]) and form == "text") or fixed:
+        given["rollout_func"] = play
     batch = {"gradient_accumulation_steps": 8 // options["per_device_train_batch_size"], "total_episodes": 8}
     rest = {
         "reward_weights": weights,
@@ -305,17 +326,20 @@ def run(folder, seed, bf16=False):
     return steps, Oracle(before, steps.trainer.args, own_vocabulary), functions, weights, ids_of_prompts(form)
 
 
-def worst_difference(folder, seed, bf16=False):
+def worst_difference(folder, seed, bf16=False, wrong=None, **how):
     """
     The largest relative difference of a gradient in any step of a configuration, and the steps with tokens. With bf16
-    that of all gradients together: those that are small are rounding.
+    that of all gradients together: those that are small are rounding. `wrong`: options that the oracle takes instead.
     """
-    steps, oracle, functions, weights, given = run(folder, seed, bf16)
-    sequences = ppo_runs.sequences(steps.trainer.run_state.rollout)
-    assert sorted(prompt for prompt, _ in sequences) == sorted(given)
+    steps, oracle, functions, weights, given = run(folder, seed, bf16, **how)
+    oracle.args = SimpleNamespace(**(vars(oracle.args) | (wrong or {})))
+    rollout = steps.trainer.run_state.rollout
+    rows = zip(ppo_runs.sequences(rollout), places_of(rollout), strict=True)
+    sequences = [(*ids, places) for ids, places in rows]
+    assert sorted(prompt for prompt, _, _ in sequences) == sorted(given)
     oracle.load(steps.taken[0][1])
     with torch.no_grad():
-        scores = [oracle.score(*sequence, functions, weights) for sequence in sequences]
+        scores = [oracle.score(prompt, response, functions, weights) for prompt, response, _ in sequences]
     made, worst, learned = experience(oracle, sequences, scores), 0.0, 0
     for rows, at_step, gradients in steps.taken:
         oracle.load(at_step)
@@ -340,50 +364,117 @@ def worst_difference(folder, seed, bf16=False):
     return worst, learned
 
 
+@pytest.fixture(autouse=True)
+def _no_warning_of_rollout_func(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+EXACT = 1e-4
+BF16 = 0.08  # bfloat16 has 8 bits; gradients that are exact are within 0.04
+# Every term of the loss, on responses with holes.
+ALL_TERMS = {
+    "temperature": 0.7,
+    "response_length": 6,
+    "kl_placement": "loss",
+    "kl_estimator": "k2",
+    "kl_coef": 0.2,
+    "ent_coef": 0.03,
+    "old_kl_coef": 0.5,
+    "cliprange": 0.05,
+    "cliprange_value": 0.1,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "advantage_estimator": "gae",
+    "critic": "model",
+}
+PLAIN_TEXTS = 125  # a seed that draws text, scored by a model and a function
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("cliprange_value", [0.1, None])
+@pytest.mark.parametrize("kl_estimator", ["k2", "k3", "full", "k1 in the reward"])
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_gradients_of_every_term_are_the_oracles(tmp_path, critic, kl_estimator, cliprange_value):
+    estimator, *in_reward = kl_estimator.split(" in the ")
+    placement = {"kl_placement": "reward" if in_reward else "loss", "kl_estimator": estimator}
+    fixed = ALL_TERMS | placement | {"critic": critic, "cliprange_value": cliprange_value}
+    worst, learned = worst_difference(tmp_path, PLAIN_TEXTS, fixed=fixed)
+    assert learned >= 2
+    assert worst < EXACT
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_gradients_in_bfloat16_are_the_oracles_within_its_rounding(tmp_path, critic, weights):
+    fixed = ALL_TERMS | {"critic": critic}
+    worst, learned = worst_difference(tmp_path, PLAIN_TEXTS, bf16=True, weights_in=weights, fixed=fixed)
+    assert learned >= 2
+    assert worst < BF16
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("seed", [2, 13])
 def test_gradients_of_a_random_configuration_are_the_oracles(tmp_path, seed):
     worst, learned = worst_difference(tmp_path, seed)
     assert learned
-    assert worst < 1e-4
+    assert worst < EXACT
 
 
 @pytest.mark.proof
-def test_gradients_of_100_random_configurations_are_the_oracles(tmp_path):
-    differences = {seed: worst_difference(tmp_path / str(seed), seed)[0] for seed in range(100)}
+@pytest.mark.parametrize("bf16, seeds, bound", [(False, 100, EXACT), (True, 10, BF16)], ids=["float32", "bfloat16"])
+def test_gradients_of_many_random_configurations_are_the_oracles(tmp_path, bf16, seeds, bound):
+    differences = {seed: worst_difference(tmp_path / str(seed), seed, bf16)[0] for seed in range(seeds)}
     print(f"largest relative difference of a gradient: {max(differences.values()):.1e}")
-    assert {seed: worst for seed, worst in differences.items() if worst >= 1e-4} == {}
+    assert {seed: worst for seed, worst in differences.items() if worst >= bound} == {}
 
 
-@pytest.mark.proof
-def test_gradients_in_bfloat16_are_the_oracles_within_its_rounding(tmp_path):
-    differences = {seed: worst_difference(tmp_path / str(seed), seed, bf16=True)[0] for seed in range(10)}
-    print(f"largest relative difference of the gradient: {max(differences.values()):.1e}")
-    assert {seed: worst for seed, worst in differences.items() if worst >= BF16} == {}
+# What the oracle takes for an option, or does; that it is noticed shows that the tests above can fail.
+WRONG_OPTIONS = [
+    {"temperature": 1.0},
+    {"kl_estimator": "k3"},
+    {"kl_coef": 0.1},
+    {"vf_coef": 0.1},
+    {"ent_coef": -0.03},
+    {"old_kl_coef": 0.0},
+    {"cliprange": 0.5},
+    {"cliprange_value": None},
+    {"gamma": 1.0},
+    {"lam": 1.0},
+]
 
 
-BF16 = 0.08  # bfloat16 has 8 bits; gradients that are exact are within 0.04
-MISTAKES = {
-    "another temperature": (
-        "distributions",
-        lambda self, model, prompt, response: plain_distribution(model, prompt, response),
-    ),
-    "padding is read": (
-        "values",
-        lambda self, prompt, response, values=Oracle.values: values(self, [0, *prompt], response),
-    ),
-    "weights of the sources": (
-        "score",
-        lambda self, prompt, response, functions, weights, score=Oracle.score: score(
-            self, prompt, response, functions, [2 * weight for weight in weights]
-        ),
-    ),
-}
+@pytest.mark.integration
+@pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
+def test_control_an_option_that_the_oracle_takes_otherwise_shows(tmp_path, wrong):
+    worst, _ = worst_difference(tmp_path, PLAIN_TEXTS, wrong=wrong, fixed=ALL_TERMS)
+    assert worst > 10 * EXACT
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("bf16, smallest", [(False, 1e-3), (True, BF16)], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_control_the_oracle_notices(tmp_path, monkeypatch, mistake, bf16, smallest):
-    monkeypatch.setattr(Oracle, *MISTAKES[mistake])
-    assert worst_difference(tmp_path, 2, bf16)[0] > smallest
+def tools_count(monkeypatch):
+    monkeypatch.setitem(globals(), "places_of", lambda rollout: [list(range(n)) for n in rollout.attended.sum(1)])
+
+
+def padding_is_read(monkeypatch, values=Oracle.values):
+    monkeypatch.setattr(Oracle, "values", lambda self, prompt, response: values(self, [0, *prompt], response))
+
+
+def values_come_late(monkeypatch, values=Oracle.values):
+    monkeypatch.setattr(Oracle, "values", lambda self, prompt, response: values(self, prompt, response).roll(1))
+
+
+def scores_are_doubled(monkeypatch, score=Oracle.score):
+    def doubled(self, *args):
+        said = score(self, *args)
+        return None if said is None else 2 * said
+
+    monkeypatch.setattr(Oracle, "score", doubled)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("bf16, smallest", [(False, 10 * EXACT), (True, BF16)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mistake", [tools_count, padding_is_read, values_come_late, scores_are_doubled])
+def test_control_a_mistake_of_the_oracle_shows(tmp_path, monkeypatch, mistake, bf16, smallest):
+    mistake(monkeypatch)
+    fixed = ALL_TERMS | {"whiten_advantages": False}
+    assert worst_difference(tmp_path, PLAIN_TEXTS, bf16, fixed=fixed)[0] > smallest

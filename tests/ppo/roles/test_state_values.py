@@ -10,7 +10,7 @@ import ppo_runs
 import tiny
 from families.configs import family_config, family_model, member
 from ppo_runs import ppo_run, ppo_trainer
-from trl_ext.ppo.roles.critic import ValueModel, build_critic
+from trl_ext.ppo.roles.critic import ValueModel
 from trl_ext.ppo.roles.state_values import StateValues
 
 
@@ -185,8 +185,3 @@ def test_adapter_with_more_than_matrices_is_saved_and_restored_beside_a_critic_o
     assert any("embed" in name or "token" in name for name in trained)
     for name in trained:
         assert torch.allclose(again.model.get_parameter(name), straight.model.get_parameter(name), atol=1e-6), name
-
-
-def test_critic_of_a_causal_model_without_a_classifier_says_so():
-    with pytest.raises(ValueError, match="writes text and has no score head"):
-        build_critic("model", tiny.tiny_actor(), tiny.tiny_actor(1), None, {})
