@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from ..dpo.implicit_reward import pair_logps
 from ..dpo.losses import implicit_reward
-from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
+from ..models.generation import evaluating
+from .tables import ModelTable, Row, text_of, tokenizer_of
 
 
 SIDES = ("chosen", "rejected")

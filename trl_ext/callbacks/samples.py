@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from ..models.generation import generating_by, greedy_decoding
-from .tables import ModelTable, Row, evaluating, text_of, tokenizer_of
+from ..models.generation import complete
+from .tables import ModelTable, Row, text_of, tokenizer_of
 
 
 Prompt = str | list[dict[str, Any]]
@@ -79,7 +78,6 @@ class SampleCallback(TrainerCallback):
         are_these = [row["prompt"] for row in rows] == [text_of(prompt) for prompt in self.prompts]
         return [row["reference"] for row in rows] if are_these else None
 
-    @torch.no_grad()
     def _complete(self, model: Any, processing_class: Any) -> list[str]:
         tokenizer = tokenizer_of(processing_class)
         texts = [
@@ -88,9 +86,5 @@ class SampleCallback(TrainerCallback):
             else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             for prompt in self.prompts
         ]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
         device = next(model.parameters()).device
-        greedy = greedy_decoding(model, tokenizer, self.max_new_tokens)
-        with evaluating(model), generating_by(model, greedy):
-            output = model.generate(**batch.to(device), generation_config=greedy)
-        return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+        return complete(model, tokenizer, tokenizer(texts)["input_ids"], self.max_new_tokens, device)

@@ -1,7 +1,6 @@
 """What the callbacks share that ask the model something: when they ask whom, a table on the terminal and in a file."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +77,6 @@ class ModelTable:
         rows = self.rows(args, answers, self._of_reference)
         write_table(table_path(args.output_dir, self.folder, state.global_step), rows)
         return rows
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode it was in."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes.get(name, module.training)
 
 
 def takes_part(args: Any, state: Any) -> bool:

@@ -21,7 +21,7 @@ from ..data.pairs import check_columns, require_rows_left
 from ..data.rendering import with_template_kwargs
 from ..models.adapter_copies import base_left_alone, check_base_is_kept, copied_whole
 from ..models.context import context_limit
-from ..models.generation import generating_by, greedy_decoding
+from ..models.generation import complete
 from ..models.loading import (
     adapter_configs,
     check_no_adapter,
@@ -117,9 +117,10 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
+        # 1. What is given, checked before anything is loaded
+        path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = DPOConfigX(f"{name.rstrip('/').split('/')[-1]}-DPO")
+            args = DPOConfigX(f"{path.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
         take_back(model)
@@ -127,10 +128,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         if isinstance(model, str):
             check_no_adapter(model, "model")
         config = text_config(model, args)
-        if processing_class is None:
-            path = model if isinstance(model, str) else model.config._name_or_path
+        if processing_class is None:  # TRL loads it, unchecked
             revision = (args.model_init_kwargs or {}).get("revision")
-            load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)  # TRL does, unchecked
+            load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(ref_model, str):
@@ -147,6 +147,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 "`generate_during_eval` shows the reference's completions, and with `precompute_ref_log_probs` no "
                 "reference is kept. Switch one of them off."
             )
+        # 2. The reference, where TRL would make another
         if args.ref_model_quantization is not None:
             check_quantized_reference(args, model, ref_model, has_adapters)
         if ref_model is None:
@@ -156,6 +157,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             ref_model = load_reference(args, model, ref_model, kwargs.get("quantization_config"))
         elif ref_model is None:
             ref_model = copy_at_start(model, args, has_adapters)
+        # 3. What a run keeps beside TRL's own
         self._context = context_limit(config, *adapter_configs(model, kwargs.get("peft_config")))
         self._known = known_tokens(model, config)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
@@ -164,89 +166,29 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         self._sets: dict[str, dict[str, float]] = {}  # of several held-out sets, by the prefix of their names
         self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
         self._tokens_logged = 0
+        # 4. TRL's trainer: it loads the policy, prepares the data and may precompute the reference
         with base_left_alone(model), copied_whole(model, "default"):  # TRL copies an adapter that training starts from
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
             )
         if args.precompute_ref_log_probs and self._reference_is_start:
             self.ref_model = None  # under FSDP a copy has been asked
+        # 5. What is trained
         trained = check_trainable(self.model, "policy")
         check_optimizer(self.optimizer, {"policy": trained}, "Give it those of `model`, or leave it out.")
         if self._reference_is_start and not args.precompute_ref_log_probs:
             check_base_is_kept(self.model)
         self._learning = RequireGradients("policy", trained)
-        self.add_callback(self._learning)
-        self.add_callback(self.phases)
-        self.add_callback(LastLine())
+        for callback in (self._learning, self.phases, LastLine()):
+            self.add_callback(callback)
         refuse_finished_checkpoints(self)
         warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "policy")
+        # 6. How pairs are scored and collated
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)
 
-    # ---- Set-up ----
-
-    def _score_pairs(self) -> None:
-        """Replaces the forward of actor and reference, once; says whether prefixes are shared, and why not."""
-        if self._forwards:
-            return
-        actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        keep_4_bit_differentiable(actor)
-        drop_checkpointing(actor, self.args)
-        models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
-        if self.ref_model is not None:
-            models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
-        # TRL has prepared the reference, and not yet the actor.
-        unwrapped = below_autocast(models["ref_model"], self.accelerator) if "ref_model" in models else nullcontext()
-        with unwrapped:
-            self._share_prefixes(models, actor)
-
-    def _share_prefixes(self, models: dict[str, Any], actor: nn.Module) -> None:
-        silent = self.args.disable_dropout
-        self._forwards = [PairForward(model, role, silent) for role, model in models.items()]
-        for role, forward in zip(models, self._forwards, strict=True):
-            self._make_still(forward, is_frozen=role == "ref_model")
-        if self.args.torch_compile:
-            logger.warning("`torch_compile` compiles nothing here: pairs are scored in other rows in every batch.")
-        if not self.args.packing or self._is_vision_dataset:
-            return
-        of_run = why_not_run(self.args, actor)
-        for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
-            with self.accelerator.autocast():  # as in training
-                reason = of_run or forward.pack(self.aux_loss_enabled and role == "actor")
-            if reason is not None:
-                logger.warning("Prefixes are not shared (%s): %s.", role, reason)
-            else:
-                self._say_limits(role, forward)
-
-    def _say_limits(self, role: str, forward: PairForward) -> None:
-        limit, names = forward.packing.limit, ", ".join(forward.packing.limited_by)
-        if limit is not None and (self.args.max_length or limit + 1) > limit:
-            logger.warning(
-                "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: longer ones would see "
-                "the difference (%s).",
-                role,
-                limit,
-                names,
-            )
-        if forward.packing.row_limit is not None:
-            logger.warning(
-                "Prefixes are shared (%s) in rows of at most %d tokens: the model counts places in the row (%s).",
-                role,
-                forward.packing.row_limit,
-                names,
-            )
-
-    def _make_still(self, forward: PairForward, is_frozen: bool) -> None:
-        """Switches noise off where `disable_dropout` asks for it, and settles how the model is scored."""
-        if self.args.disable_dropout:
-            disable_noise(forward.model)
-            if is_frozen:
-                forward.model.eval()
-        if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
-            forward.head.settle()
-            if self.aux_loss_enabled and not is_frozen:
-                self.aux_loss_enabled = forward.head.settle_aux_loss(self.args.router_aux_loss_coef)
+    # ---- 1. The data ----
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfigX, dataset_name: str) -> Any:
         warn_of_user_turns(dataset, dataset_name)
@@ -270,7 +212,60 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         if SOURCE not in self._signature_columns:
             self._signature_columns.append(SOURCE)
 
-    # ---- 1. The reference ----
+    # ---- 2. Log-probabilities of policy and reference ----
+
+    def _score_pairs(self) -> None:
+        """Replace the forward of actor and reference, once; say whether prefixes are shared, and why not."""
+        if self._forwards:
+            return
+        actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        keep_4_bit_differentiable(actor)
+        drop_checkpointing(actor, self.args)
+        models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
+        if self.ref_model is not None:
+            models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+        # TRL has prepared the reference, and not yet the actor.
+        unwrapped = below_autocast(models["ref_model"], self.accelerator) if "ref_model" in models else nullcontext()
+        with unwrapped:
+            self._forwards = [PairForward(model, role, self.args.disable_dropout) for role, model in models.items()]
+            for role, forward in zip(models, self._forwards, strict=True):
+                if self.args.disable_dropout:
+                    disable_noise(forward.model)
+                    if role == "ref_model":
+                        forward.model.eval()
+                if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
+                    forward.head.settle()
+                    if self.aux_loss_enabled and role == "model":
+                        self.aux_loss_enabled = forward.head.settle_aux_loss(self.args.router_aux_loss_coef)
+            if self.args.torch_compile:
+                logger.warning("`torch_compile` compiles nothing here: pairs are scored in other rows in every batch.")
+            if self.args.packing and not self._is_vision_dataset:
+                self._pack(why_not_run(self.args, actor))
+
+    def _pack(self, of_run: str | None) -> None:
+        """Share prefixes where that is exact and nothing `of_run` speaks against it; say where and up to what not."""
+        for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
+            with self.accelerator.autocast():  # as in training
+                reason = of_run or forward.pack(self.aux_loss_enabled and role == "actor")
+            if reason is not None:
+                logger.warning("Prefixes are not shared (%s): %s.", role, reason)
+                continue
+            packing, names = forward.packing, ", ".join(forward.packing.limited_by)
+            if packing.limit is not None and (self.args.max_length or packing.limit + 1) > packing.limit:
+                logger.warning(
+                    "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: longer ones would "
+                    "see the difference (%s).",
+                    role,
+                    packing.limit,
+                    names,
+                )
+            if packing.row_limit is not None:
+                logger.warning(
+                    "Prefixes are shared (%s) in rows of at most %d tokens: the model counts places in the row (%s).",
+                    role,
+                    packing.row_limit,
+                    names,
+                )
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         self._score_pairs()
@@ -280,7 +275,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != SOURCE})
 
-    # ---- 2. The loss ----
+    # ---- 3. The loss ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.phases.enter("learn")
@@ -304,7 +299,11 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             self._learning.check_graph(loss)
         # 2. What TRL's sigmoid loss leaves out
         if self.label_smoothing:
-            loss = loss + self._smoothing(logratios)
+            scores = divergence_score(logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
+            chosen, rejected = scores.chunk(2)
+            smoothing = smoothing_term(self.beta * (chosen - rejected), self.label_smoothing).mean()
+            losses = zip(self.loss_types, self.loss_weights, strict=True)
+            loss = loss + sum(weight for kind, weight in losses if kind == "sigmoid") * smoothing
         ids, attended = inputs["input_ids"], inputs["attention_mask"]
         require_finite(
             loss, logps.detach(), logratios.detach(), ids, attended, self._tokenizer, self.state.global_step
@@ -340,7 +339,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             reference.outputs = None
 
     def _completion_logps(self, per_token: Tensor, mask: Tensor) -> Tensor:
-        """Sums over the completions' tokens; with `ld_alpha`, the tokens beyond the shorter of the two count less."""
+        """Return sums over completions; with `ld_alpha`, the tokens beyond the shorter of the two count less."""
         per_token = per_token[:, -mask.size(1) :]  # without a prompt's virtual tokens
         if self.ld_alpha is None:
             return per_token.sum(dim=1)
@@ -348,18 +347,10 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
         return (per_token * torch.where(beyond, self.ld_alpha, 1.0)).sum(dim=1)
 
-    def _smoothing(self, logratios: Tensor) -> Tensor:
-        scores = divergence_score(logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
-        chosen, rejected = scores.chunk(2)
-        of_sigmoid = sum(
-            weight for kind, weight in zip(self.loss_types, self.loss_weights, strict=True) if kind == "sigmoid"
-        )
-        return of_sigmoid * smoothing_term(self.beta * (chosen - rejected), self.label_smoothing).mean()
-
-    # ---- 3. Log ----
+    # ---- 4. Log ----
 
     def _record(self, logps: Tensor, logratios: Tensor, mask: Tensor, sources: list[str] | None) -> None:
-        """Enters the batch's pairs, of all ranks, into the ledger."""
+        """Enter the batch's pairs, of all ranks, into the ledger; before the first step they check the reference."""
         rewards = implicit_reward(logratios, torch.zeros_like(logratios), self.beta)
         of_both = (rewards, logratios, logps, mask.sum(dim=1))
         pairs = torch.stack([half.float() for values in of_both for half in values.chunk(2)], dim=1)
@@ -369,7 +360,13 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             sources = gather_object(sources)
         pairs = gather(pairs)
         if self.model.training and self._reference_is_start and self._is_at_start():
-            self._require_same_start(pairs)
+            columns = dict(zip(COLUMNS, pairs.unbind(1), strict=True))
+            logratios = torch.cat([columns["chosen_logratios"], columns["rejected_logratios"]])
+            lengths = torch.cat([columns["chosen_lengths"], columns["rejected_lengths"]])
+            policy = self.accelerator.unwrap_model(self.model)
+            reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+            with self.accelerator.autocast():  # as in training
+                require_same_start(logratios, lengths, policy, reference, self.args)
         for ledger in (mode, "together") if mode == "eval" else (mode,):
             if ledger in self._ledgers:
                 self._ledgers[ledger].add(pairs, None if sources is None else sources[: len(pairs)])
@@ -379,57 +376,43 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         is_noisy = not self.args.disable_dropout or bool(self.args.neftune_noise_alpha)
         return not (is_noisy or self._learning.has_begun or self.state.global_step)
 
-    def _require_same_start(self, pairs: Tensor) -> None:
-        columns = dict(zip(COLUMNS, pairs.unbind(1), strict=True))
-        logratios, lengths = (
-            torch.cat([columns[f"{side}_{name}"] for side in ("chosen", "rejected")])
-            for name in ("logratios", "lengths")
-        )
-        policy = self.accelerator.unwrap_model(self.model)
-        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        with self.accelerator.autocast():  # as in training
-            require_same_start(logratios, lengths, policy, reference, self.args)
-
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._finalize_training(*args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:
-            self._close(logs)
+        if "train_loss" in logs:  # the closing line: the loss of the whole run, also a resumed one
+            lines = self.state.log_history
+            if self._initial_global_step:
+                logs["train_loss"] = whole_run_loss(lines, self._initial_global_step) or logs["train_loss"]
+            if self.aux_loss_enabled:  # the line of the last step took it
+                with_it = (line for line in reversed(lines) if "aux_loss" in line)
+                logs.update(next(({"aux_loss": line["aux_loss"]} for line in with_it), {}))
         with in_mode_of(logs, self.model):
-            self._log_pairs(logs)
+            mode = "train" if self.model.training else "eval"
+            for key, value in self._ledgers[mode].pop().items():
+                self._metrics[mode][key] = [value]
+            if mode == "eval":
+                logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
+                if self._eval_prefix != "eval":
+                    self._log_one_of_several(logs)
+            elif "loss" in logs:
+                logs.update(self._speed() | self.phases.pop_memory(self.accelerator.gather, "reference", "learn"))
             super().log(logs, start_time)
 
-    def _close(self, logs: dict[str, float]) -> None:
-        """Gives the closing line the loss of the whole run, also a resumed one, and a mixture's auxiliary loss."""
-        lines = self.state.log_history
-        if self._initial_global_step:
-            logs["train_loss"] = whole_run_loss(lines, self._initial_global_step) or logs["train_loss"]
-        if self.aux_loss_enabled:  # the line of the last step took it
-            logs.update(next(({"aux_loss": line["aux_loss"]} for line in reversed(lines) if "aux_loss" in line), {}))
-
-    def _log_pairs(self, logs: dict[str, float]) -> None:
-        """Adds what the ledger and the phases say to a line."""
-        mode = "train" if self.model.training else "eval"
-        for key, value in self._ledgers[mode].pop().items():
-            self._metrics[mode][key] = [value]
-        if mode == "train" and "loss" in logs:
-            logs.update(self._speed() | self.phases.pop_memory(self.accelerator.gather, "reference", "learn"))
-        elif mode == "eval":
-            logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
-        if mode == "eval" and self._eval_prefix != "eval":  # one of several sets: TRL has one name for all of them
-            collected = self._metrics[mode]
-            logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
-            collected.clear()
-            if self._sets:
-                self._sets[f"{self._eval_prefix}_"] = dict(logs)
-                if all(self._sets.values()):  # the last one
-                    together = pooled(self._sets) | self._ledgers["together"].pop()
-                    logs.update({f"{self._prefix_of_all}_{key}": value for key, value in together.items()})
+    def _log_one_of_several(self, logs: dict[str, float]) -> None:
+        """Name the metrics of a held-out set by the set, where TRL has one name for all; after the last, add all's."""
+        collected = self._metrics["eval"]
+        logs.update({f"{self._eval_prefix}_{key}": sum(of) / len(of) for key, of in collected.items()})
+        collected.clear()
+        if self._sets:
+            self._sets[f"{self._eval_prefix}_"] = dict(logs)
+            if all(self._sets.values()):  # the last one
+                together = pooled(self._sets) | self._ledgers["together"].pop()
+                logs.update({f"{self._prefix_of_all}_{key}": value for key, value in together.items()})
 
     def _speed(self) -> dict[str, float]:
-        """Seconds by phase and tokens per second of learning, since the last line of training."""
+        """Return seconds by phase and tokens per second of learning, since the last line of training."""
         seconds = self.phases.pop_seconds()
         learning = seconds.get("learn")  # of every optimizer step
         if not learning:
@@ -442,7 +425,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         self._tokens_logged = tokens
         return line
 
-    # ---- 4. Evaluate ----
+    # ---- 5. Evaluate ----
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return evaluated(super()._evaluate, self.args, *args, **kwargs)
@@ -471,7 +454,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         self, sets: dict[str, Any], ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
         """
-        Evaluates held-out sets, each under its own name. The line of the last one also has the metrics of all their
+        Evaluate held-out sets, each under its own name. The line of the last one also has the metrics of all their
         pairs together under the names of a single set, which is what the best model is chosen by.
         """
         self._ledgers["together"] = PreferenceLedger()
@@ -487,7 +470,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         return metrics
 
     def _complete_prompts(self, held_out: Dataset, name: str) -> None:
-        """Shows and writes down what actor and reference make of the first prompts of the held-out set `name`."""
+        """Show and write down what actor and reference make of the first prompts of the held-out set `name`."""
         if "prompt_ids" not in held_out.column_names:
             held_out = self._prepare_dataset(held_out, self.processing_class, self.args, "eval")
         prompts = list(islice(filter(None, held_out["prompt_ids"]), self.args.num_eval_samples))
@@ -495,41 +478,27 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             logger.warning("No held-out pair has a prompt, so `generate_during_eval` has nothing to complete.")
             return
         actor = self._complete(self.model, prompts)
-        with self._as_reference() as reference:
-            of_reference = self._complete(reference, prompts)
+        if self.ref_model is not None:
+            reference = self._complete(self.ref_model, prompts)
+        else:  # the actor without its adapter
+            peft = self.accelerator.unwrap_model(self.model)
+            with use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None):
+                reference = self._complete(self.model, prompts)
         if self.is_world_process_zero():
             texts = self._tokenizer.batch_decode(prompts)
             label = f"{name}_step_{self.state.global_step:05d}"
-            show_completions(texts, actor, of_reference, label)
-            write_completions(self.args.output_dir, texts, actor, of_reference, label)
+            show_completions(texts, actor, reference, label)
+            write_completions(self.args.output_dir, texts, actor, reference, label)
 
-    @contextmanager
-    def _as_reference(self) -> Iterator[nn.Module]:
-        """The reference, ready to generate: a model of its own, or the actor without its adapter."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        actor = self.accelerator.unwrap_model(self.model)
-        with use_adapter(actor, adapter_name="ref" if "ref" in actor.peft_config else None):
-            yield self.model
-
-    @torch.no_grad()
     def _complete(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
-        batch = self._tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
-        batch = batch.to(self.accelerator.device)
-        training = model.training
-        model.eval()
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
-            greedy = greedy_decoding(unwrapped, self._tokenizer, self.args.eval_max_new_tokens)
-            with generating_by(unwrapped, greedy):
-                output = unwrapped.generate(**batch, generation_config=greedy)
-        model.train(training)
-        return self._tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+            longest, device = self.args.eval_max_new_tokens, self.accelerator.device
+            return complete(unwrapped, self._tokenizer, prompts, longest, device)
 
-    # ---- 5. Save ----
+    # ---- 6. Save ----
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the random numbers the reference, where it follows the policy."""
+        """Save the reference with the random numbers, where it follows the policy."""
         super()._save_rng_state(output_dir)
         if self.args.sync_ref_model and self.args.should_save and not self._reference_is_spread():
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(Path(output_dir) / REFERENCE)
@@ -551,7 +520,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         return is_fsdp(self.args) or is_partitioned(self.accelerator.unwrap_model(self.ref_model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The Trainer leaves out what is saved under other names, such as a mixture's experts (transformers#48805)."""
+        """Load all weights: the Trainer leaves out those saved under other names, of experts (transformers#48805)."""
         if is_peft_model(self.model) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

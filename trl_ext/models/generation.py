@@ -1,17 +1,47 @@
 """Generation from a model's own distribution: what its `generation_config` would add to a call stays out of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, device: Any) -> list[str]:
+    """
+    Return a model's greedy completions of prompts, as text. No random number is drawn.
+
+    Args:
+        model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
+        prompts: token ids.
+        device: where the model reads them.
+    """
+    batch = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
+    greedy = greedy_decoding(model, tokenizer, max_new_tokens)
+    with evaluating(model), generating_by(model, greedy):
+        output = model.generate(**batch.to(device), generation_config=greedy)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put the model in evaluation mode; afterwards every module is in the mode it was in."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
 
 
 @contextmanager
 def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     """
-    Has `model.generate` follow `config` and nothing else within the context.
+    Have `model.generate` follow `config` and nothing else within the context.
 
     transformers fills every option that a call leaves `None` (min_p, typical_p, num_beams, suppress_tokens, …) from
     the configuration that came with the model, which is made for those who use it. The model has that one back after.
@@ -34,7 +64,7 @@ def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """The most probable token each time, up to an end token that the model declares, else the tokenizer's."""
+    """Return the config for the most probable token each time, up to the model's end token, else the tokenizer's."""
     known = model.generation_config
     pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
     return GenerationConfig(
