@@ -20,6 +20,7 @@ import commands
 import tiny
 from run_logs import PPO_LOG, png_size, run_folder
 from trl_ext.data import demo
+from trl_ext.ppo.config import PPOLoopConfig
 
 
 # The Trainer collects garbage when training starts, which would go through every object of every library each time.
@@ -216,7 +217,7 @@ def test_notebook_runs_from_top_to_bottom(workplace, monkeypatch, name):
 def test_migration_page_makes_a_config_like_trl112(workplace):
     args = walk("docs/migration.md")["args"]
     assert (args.kl_placement, args.vf_coef, args.ent_coef, args.temperature) == ("reward", 0.1, 0.0, 0.7)
-    assert args.for_trainer_loop().kl_estimator == "k1"
+    assert PPOLoopConfig(args).kl_estimator == "k1"
 
 
 @pytest.mark.usefixtures("undrawn")

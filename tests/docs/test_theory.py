@@ -10,7 +10,7 @@ import oracles
 from trl_ext.dpo.losses import implicit_reward
 from trl_ext.ppo.advantages import gae, rewards_to_go
 from trl_ext.ppo.kl import k2
-from trl_ext.ppo.losses import clip_objective, policy_ratio, reinforce_objective
+from trl_ext.ppo.losses import clip_objective, policy_ratio
 
 
 TOKENS = 3
@@ -42,7 +42,8 @@ def gradient_of_the_return(theta, rewards):
 
 def episode_gradients(theta, weights):
     """Σ_t ∇log π(a_t|s_t) · weight_t of every episode, (9, 12)."""
-    objective = reinforce_objective(token_logps(theta), weights).sum(1)
+    logps = token_logps(theta)
+    objective = clip_objective(policy_ratio(logps, logps.detach()), weights, cliprange=0.2).sum(1)
     return torch.stack([torch.autograd.grad(one, theta, retain_graph=True)[0].flatten() for one in objective])
 
 

@@ -103,15 +103,15 @@ def run(size, accumulation, **options):
 
 def mean_per_micro_batch():
     """Every micro-batch is divided by its own tokens, as in a mean of means."""
-    draw = PPOTrainerX._draw_micro_batches
+    draw = trainer_module.draw_micro_batches
 
-    def draw_with_own_counts(self, rollout):
-        micro_batches = draw(self, rollout)
+    def draw_with_own_counts(rollout, *args):
+        micro_batches = draw(rollout, *args)
         for part in micro_batches:
             part.num_tokens = rollout.mask[part.rows].sum().item() / part.share
         return micro_batches
 
-    return mock.patch.object(PPOTrainerX, "_draw_micro_batches", draw_with_own_counts)
+    return mock.patch.object(trainer_module, "draw_micro_batches", draw_with_own_counts)
 
 
 def moments_per_rank():

@@ -18,6 +18,7 @@ from trl_ext.cli.launch import LaunchArguments
 from trl_ext.cli.models import ModelArguments
 from trl_ext.cli.options import recipe_options
 from trl_ext.planner import CPU, GIB, GPUS, Hardware, layout_from_options, names_from_options, plan, this_machine
+from trl_ext.ppo.config import PPOLoopConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
@@ -53,7 +54,7 @@ def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mi
     options = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     options |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 3}
     args = PPOConfigX(str(tmp_path), use_cpu=True, **options)
-    loop = args.for_trainer_loop()
+    loop = PPOLoopConfig(args)
     layout = layout_from_options("ppo", vars(args), CPU)
     assert layout.rollout == args.local_batch_size
     assert layout.micro_batch == loop.per_device_train_batch_size

@@ -6,10 +6,11 @@ import pytest
 
 from ppo_runs import ppo_config
 from trl_ext.ppo.coefficients import Coefficients
+from trl_ext.ppo.config import PPOLoopConfig
 
 
 def coefficients(aux=0.0, **options):
-    return Coefficients(ppo_config("unused", **options).for_trainer_loop(), aux)
+    return Coefficients(PPOLoopConfig(ppo_config("unused", **options)), aux)
 
 
 def test_coefficients_are_those_of_the_options():
@@ -18,7 +19,7 @@ def test_coefficients_are_those_of_the_options():
 
 
 def test_option_that_a_callback_changes_counts_from_then_on():
-    args = ppo_config("unused").for_trainer_loop()
+    args = PPOLoopConfig(ppo_config("unused"))
     weights = Coefficients(args, 0.0)
     args.ent_coef = 0.25
     assert weights.now.entropy == 0.25

@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl import GRPOConfig
 
 from trl_ext import PPOConfigX
+from trl_ext.ppo.config import PPOLoopConfig
 
 
 # The fields of TRL 1.12's PPOConfig, in its order (trl/experimental/ppo/ppo_config.py).
@@ -126,7 +127,7 @@ def test_default_is_the_documented_one(name, value):
 def test_kl_estimator_default_follows_the_placement(placement, estimator):
     args = config(kl_placement=placement)
     assert args.kl_estimator is None
-    assert args.for_trainer_loop().kl_estimator == estimator
+    assert PPOLoopConfig(args).kl_estimator == estimator
 
 
 def test_every_option_of_grpo_is_shared_renamed_or_refused():
@@ -139,7 +140,7 @@ def test_every_option_of_grpo_is_shared_renamed_or_refused():
 @pytest.mark.parametrize("name, grpo_name, value", NAMES_IN_GRPO)
 def test_grpo_name_is_derived_for_the_loop_and_the_users_config_keeps_what_was_written(name, grpo_name, value):
     args = config(**{name: value})
-    loop = args.for_trainer_loop()
+    loop = PPOLoopConfig(args)
     assert getattr(args, grpo_name) is None
     # GRPO's beta is 0: the trainer holds the reference model itself.
     assert getattr(loop, grpo_name) == (0.0 if name == "kl_coef" else value)
@@ -194,7 +195,7 @@ def test_batch_arithmetic(monkeypatch, per_device, accumulation, world, mini_bat
         num_mini_batches=mini_batches,
         num_ppo_epochs=epochs,
     )
-    loop = args.for_trainer_loop()
+    loop = PPOLoopConfig(args)
     for each in (args, loop):  # the computed fields of the loop's copy are the user's
         assert (each.batch_size, each.mini_batch_size) == expected[:2]
         assert each.local_batch_size * world == each.batch_size
@@ -247,7 +248,7 @@ def test_total_episodes_sets_max_steps(episodes, rollouts):
         num_mini_batches=2,
     )
     assert args.num_total_batches == rollouts
-    assert args.for_trainer_loop().max_steps == 6 * rollouts
+    assert PPOLoopConfig(args).max_steps == 6 * rollouts
     assert args.max_steps == -1
 
 
@@ -280,12 +281,12 @@ def test_config_made_again_is_the_same(written):
     assert dataclasses.replace(args) == args
     assert dataclasses.replace(args, seed=7).seed == 7
     assert PPOConfigX(**json.loads(json.dumps(args.to_dict()))) == args
-    assert PPOConfigX(**args.for_trainer_loop().to_dict()) == args
+    assert PPOConfigX(**PPOLoopConfig(args).to_dict()) == args
 
 
 def test_config_of_the_loop_writes_down_the_users_values():
     args = config(per_device_train_batch_size=2, gradient_accumulation_steps=8, num_mini_batches=4, total_episodes=16)
-    written = args.for_trainer_loop().to_dict()
+    written = PPOLoopConfig(args).to_dict()
     assert written["gradient_accumulation_steps"] == 8
     assert written["steps_per_generation"] is None
     assert written["max_steps"] == -1

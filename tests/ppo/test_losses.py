@@ -1,7 +1,6 @@
 """losses.py: every loss per token against an oracle, and the identities."""
 
 import torch
-from torch.distributions import Categorical
 
 import oracles
 from trl_ext.ppo import losses
@@ -58,9 +57,7 @@ def test_gradient_at_ratio_1_is_the_policy_gradient():
     ratio = losses.policy_ratio(b.logps, b.logps.detach())
     surrogate = losses.clip_objective(ratio, b.advantages, CLIPRANGE)
     (from_ratio,) = torch.autograd.grad(surrogate.sum(), b.logps)
-    (from_logps,) = torch.autograd.grad(losses.reinforce_objective(b.logps, b.advantages).sum(), b.logps)
-    torch.testing.assert_close(from_ratio, from_logps, **oracles.FLOAT64)
-    torch.testing.assert_close(from_logps, b.advantages, **oracles.FLOAT64)
+    torch.testing.assert_close(from_ratio, b.advantages, **oracles.FLOAT64)  # that of logps · A
 
 
 def test_value_loss_is_half_the_squared_error():
@@ -85,10 +82,3 @@ def test_clipped_values_are_those_without_a_gradient():
     assert torch.equal(losses.clipped_values(b.values, b.old_values, b.returns, CLIPRANGE_VALUE), flat)
     assert flat.any()
     assert not flat.all()
-
-
-def test_entropy_equals_that_of_torch_distributions():
-    logits = 3 * torch.randn(4, 7, 11, dtype=torch.float64)
-    torch.testing.assert_close(
-        losses.entropy_from_logits(logits), Categorical(logits=logits).entropy(), **oracles.FLOAT64
-    )

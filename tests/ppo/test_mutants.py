@@ -131,12 +131,10 @@ MUTANTS = [
         {},
     ),
     ("losses", "(advantages > 0) & (ratio", "(ratio", "clipped_tokens_are", {}),
-    ("losses", "return logps * advantages", "return -logps * advantages", "gradient_at_ratio_1", {}),
     ("losses", "0.5 * (values - returns)", "(values - returns)", "value_loss_is_half", {}),
     ("losses", "torch.maximum(value_loss", "torch.minimum(value_loss", "clipped_value_loss_equals", {}),
     ("losses", "old_values - cliprange_value,", "old_values,", "clipped_value_loss_equals", {}),
     ("losses", "> value_loss(values, returns)", "< value_loss(values, returns)", "clipped_values_are", {}),
-    ("losses", "return -(logps.exp() * logps)", "return (logps.exp() * logps)", "entropy_equals", {}),
     # terms.py
     ("terms", "coef.of(term) * mean for", "abs(coef.of(term)) * mean for", "total_adds", {}),
     ("terms", '"ent_coef", maximised=True', '"ent_coef"', "total_adds", {}),

@@ -15,6 +15,7 @@ import layouts
 import ppo_runs
 import two_processes
 from trl_ext import PPOTrainerX
+from trl_ext.ppo import trainer as trainer_module
 
 
 LAYOUTS = Path(layouts.__file__)
@@ -133,13 +134,13 @@ def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
     batch knows the tokens of its mini-batch.
     """
     drawn = []
-    draw = PPOTrainerX._draw_micro_batches
+    draw = trainer_module.draw_micro_batches
 
-    def spy(self, rollout):
-        drawn.append(draw(self, rollout))
+    def spy(*args):
+        drawn.append(draw(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(PPOTrainerX, "_draw_micro_batches", spy)
+    monkeypatch.setattr(trainer_module, "draw_micro_batches", spy)
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "total_episodes": 16}
     models = {"rollout_func": layouts.answer, "train_dataset": layouts.PROMPTS}
     ppo_runs.ppo_run(tmp_path, models, num_ppo_epochs=4, num_mini_batches=2, response_length=9, **sizes)

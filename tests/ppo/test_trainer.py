@@ -22,6 +22,8 @@ from ppo_runs import (
     sum_of_terms,
 )
 from trl_ext import PPOConfigX, PPOTrainerX
+from trl_ext.masked import identity
+from trl_ext.ppo.micro_batches import draw_micro_batches
 from trl_ext.ppo.roles.critic import ValueHead
 
 
@@ -186,7 +188,7 @@ def test_causal_lm_of_many_kinds_trains(tmp_path, name, critic):
 def test_what_stands_at_padded_positions_changes_neither_loss_nor_gradient(tmp_path, critic, estimator):
     trainer = ppo_run(tmp_path, max_steps=1, response_length=40, critic=critic, kl_estimator=estimator)
     rollout = trainer.run_state.rollout
-    batch = trainer._draw_micro_batches(rollout)[0]
+    batch = draw_micro_batches(rollout, trainer.args, identity, num_processes=1)[0]
     batch.rows = torch.tensor([0, 1, 2, 3])
     assert not rollout.attended.all()
     assert not rollout.prompt_mask.all()

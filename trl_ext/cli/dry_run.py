@@ -17,6 +17,7 @@ from .._trl import tokenised_pair
 from ..data.pairs import check_columns
 from ..models.context import context_limit
 from ..models.loading import load_tokenizer, text_config
+from ..ppo.config import PPOLoopConfig
 from ..ppo.data import check_datasets, prompt_ids
 from ..ppo.display import batch_plan, planned_steps
 from ..ppo.roles.inputs import Given, check_given
@@ -101,7 +102,7 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
 def batches(command: str, args: Any, rows: int | None, count: int) -> str:
     """Return what makes an optimizer step, and how many there will be, as the trainer counts them."""
     if command == "ppo":
-        return batch_plan(args.for_trainer_loop(), rows)
+        return batch_plan(PPOLoopConfig(args), rows)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     steps = optimizer_steps(command, args, rows, count)
     of = f"{rows} pairs" if rows is not None else "a stream of pairs"
@@ -114,7 +115,7 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> str:
 def optimizer_steps(command: str, args: Any, rows: int | None, count: int) -> int:
     """Count the optimizer steps that there will be, as the trainer does."""
     if command == "ppo":
-        return planned_steps(args.for_trainer_loop(), rows)
+        return planned_steps(PPOLoopConfig(args), rows)
     if args.max_steps > 0:
         return args.max_steps
     if rows is None:

@@ -100,16 +100,6 @@ def _is_quantized(model: Any, trust_remote_code: bool) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
-def check_turns(args: Any, has_tools: bool) -> None:
-    """Raises `ValueError` when ranks would wait for each other in turns of a conversation that some do not take."""
-    if has_tools and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
-        raise ValueError(
-            "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
-            "them gather each layer together for every token: they would wait for each other without end. Leave it "
-            "on, or generate with vLLM (`use_vllm`)."
-        )
-
-
 def is_partitioned(model: nn.Module) -> bool:
     """Return whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

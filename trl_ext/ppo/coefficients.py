@@ -3,8 +3,11 @@
 from typing import Any
 
 from .config import PPOConfigX
-from .controllers import FixedController
+from .controllers import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .terms import WEIGHTED, PPOCoefficients
+
+
+DEFAULT_KL_HORIZON = 10_000
 
 
 class Coefficients:
@@ -17,7 +20,15 @@ class Coefficients:
     def __init__(self, args: PPOConfigX, aux: float):
         self._args = args
         self._aux = aux
-        self._reference, self._old_policy = args.build_kl_controllers()
+        self._reference: KLController = FixedController(args.kl_coef)
+        if args.kl_controller == "proportional" and args.kl_target is not None:
+            horizon = args.kl_horizon or DEFAULT_KL_HORIZON
+            self._reference = ProportionalController(args.kl_coef, args.kl_target, horizon)
+        elif args.kl_controller == "band":
+            self._reference = BandController(args.kl_coef, *args.kl_band)
+        self._old_policy: KLController = FixedController(args.old_kl_coef)
+        if args.old_kl_target is not None:
+            self._old_policy = SchulmanController(args.old_kl_coef, args.old_kl_target)
         self._kl: float | None = None
         self._old_kls: list[float] = []
 

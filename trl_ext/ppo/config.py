@@ -15,7 +15,6 @@ from ..models.sharding import check_batch_fields, check_own_optimizer
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable
 from .config_checks import BEST_METRIC, check_options, check_sampling
-from .controllers import BandController, FixedController, KLController, ProportionalController, SchulmanController
 from .options import (
     AdvantageOptions,
     BatchOptions,
@@ -38,7 +37,6 @@ GRPO_NAMES = {
     "num_ppo_epochs": "num_iterations",
     "ent_coef": "entropy_coef",
 }
-DEFAULT_KL_HORIZON = 10_000
 
 
 @dataclass
@@ -131,21 +129,6 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             "num_generations": 1,
             "num_generations_eval": 1,
         }
-
-    def for_trainer_loop(self) -> "PPOLoopConfig":
-        """Return what GRPO and the Trainer's loop read of these options."""
-        return PPOLoopConfig(self)
-
-    def build_kl_controllers(self) -> tuple[KLController, KLController]:
-        """Controllers of `kl_coef` and of `old_kl_coef`."""
-        reference: KLController = FixedController(self.kl_coef)
-        if self.kl_controller == "proportional" and self.kl_target is not None:
-            reference = ProportionalController(self.kl_coef, self.kl_target, self.kl_horizon or DEFAULT_KL_HORIZON)
-        elif self.kl_controller == "band":
-            reference = BandController(self.kl_coef, *self.kl_band)
-        if self.old_kl_target is None:
-            return reference, FixedController(self.old_kl_coef)
-        return reference, SchulmanController(self.old_kl_coef, self.old_kl_target)
 
     def to_dict(self) -> dict[str, Any]:
         hidden = super().to_dict()

@@ -1,6 +1,7 @@
-"""The mathematics of the PPO loss: ratio, clipped objective, value loss, entropy, each per token and without a mean.
+"""The mathematics of the PPO loss: ratio, clipped objective, value loss, each per token and without a mean.
 
-Symbols: B sequences, T response tokens, V vocabulary. `ppo/terms.py` reduces and adds them.
+Symbols: B sequences, T response tokens. `ppo/terms.py` reduces and adds them; the entropy comes with the
+log-probabilities, from the scoring head.
 """
 
 import torch
@@ -31,14 +32,6 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, cliprange: float) -> Tenso
     return ((advantages > 0) & (ratio > 1 + cliprange)) | ((advantages < 0) & (ratio < 1 - cliprange))
 
 
-def reinforce_objective(logps: Tensor, advantages: Tensor) -> Tensor:
-    """The policy gradient as an objective, to be maximised (S1 §2.5 and §2.6, with t inside its sum).
-
-    logps · A, (B, T). Its gradient is that of `clip_objective` at ratio 1; its value means nothing.
-    """
-    return logps * advantages
-
-
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Squared error of the critic, to be minimised (S1 §2.10 and §4.2.2).
 
@@ -60,15 +53,6 @@ def clipped_values(values: Tensor, old_values: Tensor, returns: Tensor, cliprang
     """Where the maximum takes the clipped, constant branch, so that the critic has no gradient. (B, T) bool."""
     clipped = _clip_around(values, old_values, cliprange_value)
     return value_loss(clipped, returns) > value_loss(values, returns)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution, a bonus, to be maximised (S1 §2.10, L_ENTROPY).
-
-    −Σ_v p_v log p_v, (..., V) to (...), nats per token. Finite logits; divide them by the temperature first.
-    """
-    logps = torch.log_softmax(logits, dim=-1)
-    return -(logps.exp() * logps).sum(-1)
 
 
 def _clip_around(values: Tensor, old_values: Tensor, cliprange_value: float) -> Tensor:

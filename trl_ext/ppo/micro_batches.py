@@ -1,7 +1,6 @@
 """Learning from a rollout: cut into micro-batches, each of which gives its share of the loss terms."""
 
 import torch
-from torch import Tensor
 
 from ..masked import AllReduce
 from .config import PPOConfigX
@@ -43,7 +42,11 @@ def micro_batch_terms(
             rollout takes note of its log-probabilities.
         coef: the weights of the terms now.
     """
-    old_logps = rollout.old_logps
+    old_logps, kl = rollout.old_logps, None
+    if reads_full_kl(args):
+        kl = output.ref_kl
+    elif args.needs_reference and args.kl_placement == "loss":
+        kl = estimate_kl(args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)
     if old_logps is None:
         old_logps = output.log_probs.detach()
         inputs.rollout.keep_first_logps(inputs.rows, old_logps)
@@ -60,17 +63,8 @@ def micro_batch_terms(
         old_values=rollout.old_values,
         returns=rollout.returns,
         cliprange_value=args.cliprange_value,
-        kl=_loss_kl(output, rollout, args),
+        kl=kl,
         importance_sampling_ratio=rollout.importance_sampling_ratio,
         aux_loss=output.aux_loss if coef.aux else None,
         aux_weight=inputs.share,
     )
-
-
-def _loss_kl(output: ActorCriticOutput, rollout: Rollout, args: PPOConfigX) -> Tensor | None:
-    """(b, T) estimate of KL(π_θ ‖ π_ref) that trains the actor; `None` when it is in the reward or off."""
-    if not args.needs_reference or args.kl_placement == "reward":
-        return None
-    if reads_full_kl(args):
-        return output.ref_kl
-    return estimate_kl(args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)

@@ -27,25 +27,8 @@ def estimate_returns(
     Returns:
         (B,) sum of each response's per-token rewards, before whitening.
     """
-    mask = rollout.mask
-    kl = None
-    if args.needs_reference and args.kl_placement == "reward":
-        kl = estimate_kl(args.kl_estimator, rollout.old_logps, rollout.ref_logps, mask)
-    rewards = token_rewards(_shaped_scores(rollout, args, moments, all_reduce), mask, kl, kl_coef)
-    total = masked_sum(rewards, mask, dim=1)
-    if args.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
-    rollout.advantages, rollout.returns = estimate_advantages(
-        args.advantage_estimator, rewards, rollout.old_values, mask, args.gamma, args.lam
-    )
-    if args.whiten_advantages:
-        rollout.advantages = masked_whiten(rollout.advantages, mask, all_reduce=all_reduce)
-    return total
-
-
-def _shaped_scores(rollout: Rollout, args: PPOConfigX, moments: RunningMoments, all_reduce: AllReduce) -> Tensor:
-    """(B,) scores, normalised, clipped and lowered where the end token is missing, in this order, as asked for."""
-    scores = rollout.scores
+    # 1. One score per response: normalised, clipped, lowered where the end token is missing
+    mask, scores = rollout.mask, rollout.scores
     if args.normalize_rewards:
         moments.update(scores, rollout.scored, all_reduce=all_reduce)
         scores = normalize_scores(scores, moments)
@@ -53,7 +36,21 @@ def _shaped_scores(rollout: Rollout, args: PPOConfigX, moments: RunningMoments, 
         scores = clip_scores(scores, args.reward_clip)
     if args.missing_eos_penalty is not None:
         scores = missing_eos(scores, rollout.has_eos, args.missing_eos_penalty)
-    return scores
+    # 2. One reward per token
+    kl = None
+    if args.needs_reference and args.kl_placement == "reward":
+        kl = estimate_kl(args.kl_estimator, rollout.old_logps, rollout.ref_logps, mask)
+    rewards = token_rewards(scores, mask, kl, kl_coef)
+    total = masked_sum(rewards, mask, dim=1)
+    if args.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
+    # 3. Advantages and returns
+    rollout.advantages, rollout.returns = estimate_advantages(
+        args.advantage_estimator, rewards, rollout.old_values, mask, args.gamma, args.lam
+    )
+    if args.whiten_advantages:
+        rollout.advantages = masked_whiten(rollout.advantages, mask, all_reduce=all_reduce)
+    return total
 
 
 def sequence_kl(rollout: Rollout) -> Tensor:

@@ -15,8 +15,8 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 import copy
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +53,7 @@ from ..runs.trackio_run import go_on_logging, name_run
 from .card import ppo_training
 from .checkpoint import find_checkpoint, known_length, load_run, save_run
 from .coefficients import Coefficients
-from .config import PPOConfigX
+from .config import PPOConfigX, PPOLoopConfig
 from .data import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
@@ -71,18 +71,15 @@ from .micro_batches import draw_micro_batches, micro_batch_terms, reads_full_kl
 from .returns import estimate_returns, rollout_metrics, sequence_kl
 from .rewards import weighted_scores
 from .roles import critic as critic_module
-from .roles.adapters import restore_adapter, saving_one_adapter
+from .roles.adapters import REFERENCE, copy_adapter, restore_adapter, saving_one_adapter
 from .roles.forward import ActorCriticOutput, LogitsHead, without_router_logits
-from .roles.inputs import Given, Model, check_given, check_ids, resolve_args
+from .roles.inputs import Given, Model, check_given, check_ids, resolve
 from .roles.join import (
     can_be_asked,
     check_learning,
-    choose_adapters,
     join_to_actor,
     place_reference,
     place_reward_models,
-    stop_ids,
-    warn_of_small_steps,
 )
 from .roles.load import Roles, load_roles, load_tokenizer
 from .roles.offload import send_to_host
@@ -178,8 +175,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
         # 1. What was asked for, checked before anything is loaded
-        args = resolve_args(args, model)
-        given = Given(
+        args, given = resolve(
+            args,
             model=model,
             ref_model=ref_model,
             reward_model=reward_model,
@@ -190,7 +187,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             peft_config=peft_config,
             tools=tools,
             environment_factory=environment_factory,
-        ).with_paths_of(args)
+        )
         for earlier in (given.model, given.ref_model):
             take_back(earlier)
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
@@ -215,7 +212,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         roles = load_roles(args, tokenizer, given)
         if environment_factory is None:
             check_readable(roles.reward_funcs, train_dataset, eval_dataset, args, tokenizer, pad_of_prompts)
-        loop_args = args.for_trainer_loop()
+        loop_args = PPOLoopConfig(args)
         loop_args.model_init_kwargs = None  # every model is loaded
         super().__init__(
             model=roles.actor,
@@ -236,7 +233,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         )
         self.prompt_collator, self._pad_of_prompts = data_collator, pad_of_prompts
         self._set_up_rewards(roles.reward_funcs)
-        self._set_up_sampling(stop_ids(self.args, self.eos_token_ids, self._tokenizer.eos_token_id))
+        self._set_up_sampling()
         self._set_up_models(roles, given)
 
         # 3. What one call hands to the next, and the state of a run
@@ -289,14 +286,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             if not isinstance(source, nn.Module):
                 source.__name__ = name
 
-    def _set_up_sampling(self, ids: list[int]) -> None:
-        """The tokens that end a response, and no others: vLLM would add those of the folder that it has loaded."""
-        self.eos_token_ids = ids
+    def _set_up_sampling(self) -> None:
+        """Let a response end at the tokens that model and tokenizer declare, or at the one asked for, and no other."""
+        if self.args.stop_token_id is not None:
+            self.eos_token_ids = [self.args.stop_token_id]
+        elif self.args.stop_token is not None:
+            self.eos_token_ids = [self._tokenizer.eos_token_id]
+        ids = self.eos_token_ids
         if self.use_vllm:
             reads_logps = self.vllm_mode == "server" and self.vllm_importance_sampling_correction
             if reads_logps and self.accelerator.is_main_process:
                 require_processed_logprobs(self.vllm_generation, self.temperature)
-            stops = {"stop_token_ids": list(ids), "ignore_eos": True}
+            stops = {"stop_token_ids": list(ids), "ignore_eos": True}  # it would add those of the folder it has loaded
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:
             self.generation_kwargs["eos_token_id"] = ids
@@ -308,7 +309,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         others = (given.ref_model, args.ref_adapter_name, args.ref_model_quantization)
         self._reference_is_start = args.needs_reference and all(other is None for other in others)
         copies_start = self._reference_is_start and given.peft_config is None
-        self._ref_adapter = choose_adapters(self.model, args, copies_start)
+        if args.model_adapter_name is not None:
+            self.model.set_adapter(args.model_adapter_name)
+        self._ref_adapter = args.ref_adapter_name
+        if copies_start and is_peft_model(self.model):  # training that starts from an adapter is held to that one
+            self._ref_adapter = REFERENCE
+            copy_adapter(self.model, self.model.active_adapter, REFERENCE)
         if args.needs_reference and roles.reference is None:
             check_base_is_kept(self.model)
         self.critic: Any = roles.critic
@@ -316,8 +322,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._ref_logits: LogitsHead = head.logits
         if self.aux_loss_enabled and can_be_asked(self.model, args):
             self.aux_loss_enabled = head.settle_aux_loss(self.args.router_aux_loss_coef)
-        self.add_callback(check_learning(self.model, self.critic, args, self.optimizer))
-        warn_of_small_steps(self.model, self.critic, args, self.is_deepspeed_enabled)
+        self.add_callback(
+            check_learning(self.model, self.critic, args, self.optimizer, has_master_weights=self.is_deepspeed_enabled)
+        )
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:
@@ -387,7 +394,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             run.rollout = self._collect_rollout(rows)
         self.phases.enter("learn")
         if step_of_pass == 0:
-            run.micro_batches = self._draw_micro_batches(run.rollout)
+            run.micro_batches = draw_micro_batches(
+                run.rollout, self.args, self._sum_over_ranks, self.accelerator.num_processes
+            )
         return run.micro_batches[step_of_pass]
 
     @property
@@ -399,7 +408,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         # 1. What the last rollout taught the controllers
         run = self.run_state
         run.coefficients.close_rollout()
-        self._show_samples()
+        if self.eval_dataset is not None and samples_are_due(self.args, self.state.global_step, self.state.max_steps):
+            self.generate_completions(sampling=True)
         with self.phases.during("score"):
             # 2. Responses and their scores
             rollout = self._generate_and_score_completions(rows)
@@ -545,8 +555,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _score_with_reference(self, rollout: Rollout, size: int) -> None:
         outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
-        with self._reference_weights.on_device():
-            parts = [self._reference_forward(part, outputs) for part in rollout.split(size)]
+        with self._reference_weights.on_device(), self._reference() as reference:
+            parts = [self._forward(reference, part, outputs) for part in rollout.split(size)]
         rollout.ref_logps = torch.cat([part.log_probs for part in parts])
         if "trunk_states" in outputs:
             rollout.ref_states = torch.cat([part.trunk_states for part in parts])
@@ -590,15 +600,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             output = model(**part.model_inputs(), ppo_outputs=outputs, **kwargs)
         return output.at_last(part.response_ids.size(1))
 
-    def _reference_forward(self, part: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """Within the context, the model that it yields answers as the reference: its own, or the actor's adapter."""
         if self.ref_model is not None:
-            return self._forward(self.ref_model, part, outputs)
+            yield self.ref_model
+            return
         actor = self.accelerator.unwrap_model(self.model)
         with (
             _trl.use_adapter(actor, adapter_name=self._ref_adapter),
             _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            return self._forward(self.model, part, outputs)
+            yield self.model
 
     # ---- 3. What it was worth ----
 
@@ -623,16 +636,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self._metrics["train"]["kl/ref"].append(kl.item())
             self.run_state.coefficients.saw_kl(kl.item())
 
-    def _draw_micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
-        """A fresh permutation of the rollout, cut into mini-batches and those into micro-batches."""
-        return draw_micro_batches(rollout, self.args, self._sum_over_ranks, self.accelerator.num_processes)
-
     # ---- 4. Learn ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._leaves_out = self.run_state.early_stop.stopped and self.is_amid_rollout
         if not self._leaves_out:
-            inputs = self._next_micro_batch(model, inputs)
+            # What the Trainer's step begins with: the micro-batch has to be known here, and counts into `step_time`.
+            start = time.perf_counter()
+            model.train()
+            if callable(getattr(self.optimizer, "train", None)):
+                self.optimizer.train()
+            inputs = self._prepare_inputs(inputs)
+            self._current_train_step_time += time.perf_counter() - start
             self._leaves_out = inputs.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
         if self._leaves_out:
             return self._leave_out()
@@ -640,16 +655,6 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
         return loss
-
-    def _next_micro_batch(self, model: nn.Module, rows: list[dict[str, Any]]) -> MicroBatch:
-        """Return what the Trainer's step begins with, known before it: its time counts into `step_time`."""
-        start = time.perf_counter()
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
-        micro_batch: Any = self._prepare_inputs(rows)
-        self._current_train_step_time += time.perf_counter() - start
-        return micro_batch
 
     def _leave_out(self) -> Tensor:
         """
@@ -768,11 +773,6 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         finally:
             self.model.train(was_training)
             self._metrics["eval"] = logged
-
-    def _show_samples(self) -> None:
-        """Prints sample completions `num_sample_generations` times in a run, before a rollout."""
-        if self.eval_dataset is not None and samples_are_due(self.args, self.state.global_step, self.state.max_steps):
-            self.generate_completions(sampling=True)
 
     # ---- Log ----
 

@@ -160,13 +160,15 @@ def of_each_role(paths, folder, start, rollout):
 @torch.no_grad()
 def by_trainer(trainer, rollout):
     outputs = trainer._forward(trainer.model, rollout, ("log_probs", "state_values"))
+    with trainer._reference() as model:
+        reference = trainer._forward(model, rollout, ("log_probs",))
     prompts, responses = zip(*sequences(rollout), strict=True)
     scores = trainer.reward_funcs[0](prompt_ids=list(prompts), completion_ids=list(responses))
     return {
         "actor": outputs.log_probs[rollout.mask],
         "critic": outputs.state_values[rollout.mask],
         "reward": torch.tensor(scores),
-        "reference": trainer._reference_forward(rollout, ("log_probs",)).log_probs[rollout.mask],
+        "reference": reference.log_probs[rollout.mask],
     }
 
 
@@ -311,11 +313,11 @@ def test_critic_starts_as_a_copy_of_the_reward_adapter(paths, tmp_path):
     ids = torch.randint(7, 60, (3, 9))
     ids[:, -1] = EOS
     scores = scores_of_ids(trainer, ids)
-    torch.testing.assert_close(trainer.critic(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainer.critic.values(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-6)
     assert scores.std() > 0.01
     trainer.train()
     assert torch.equal(scores_of_ids(trainer, ids), scores)
-    assert (trainer.critic(input_ids=ids)[:, -1] - scores).abs().max() > 1e-4
+    assert (trainer.critic.values(input_ids=ids)[:, -1] - scores).abs().max() > 1e-4
 
 
 @STARTS
@@ -325,7 +327,7 @@ def test_critic_without_a_reward_adapter_is_the_actors_trunk_with_a_head_of_0(pa
     given |= {"reward_model": None, "reward_funcs": response_lengths}
     trainer = ppo_trainer(tmp_path, given, critic="adapter")
     ids = torch.randint(7, 60, (3, 9))
-    assert not trainer.critic(input_ids=ids).any()
+    assert not trainer.critic.values(input_ids=ids).any()
     trunks = [model.get_base_model().model for model in (trainer.model, trainer.critic.model)]
     of_actor, of_critic = (trunk(ids).last_hidden_state for trunk in trunks)
     assert torch.equal(of_critic, of_actor)
@@ -339,7 +341,7 @@ def test_critic_that_is_a_whole_model_starts_as_the_merged_reward_adapter(paths,
     ids = torch.randint(7, 60, (3, 9))
     ids[:, -1] = EOS
     scores = scores_of_ids(trainer, ids)
-    torch.testing.assert_close(trainer.critic(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.critic.values(input_ids=ids)[:, -1], scores, rtol=0, atol=1e-5)
     assert not any("lora" in name for name, _ in trainer.critic.named_parameters())
     assert all(p.requires_grad for p in trainer.critic.parameters())
     of_actor = {p.data_ptr() for p in trainer.model.get_base_model().model.parameters()}

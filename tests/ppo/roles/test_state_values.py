@@ -27,7 +27,7 @@ def test_value_of_a_state_is_the_score_of_the_sequence_up_to_it(name):
     classifier = classifier_of(name)
     ids = ids_of(8)
     with torch.no_grad():
-        values = ValueModel(classifier)(input_ids=ids, attention_mask=torch.ones_like(ids))
+        values = ValueModel(classifier).values(input_ids=ids, attention_mask=torch.ones_like(ids))
         scores = [classifier(input_ids=ids[:, :end]).logits[0, 0] for end in range(1, 9)]
     assert torch.allclose(values[0], torch.stack(scores), atol=1e-5)
     assert values.std() > 1e-3
@@ -40,7 +40,7 @@ def test_ppo_copies_a_trunk_whose_classifier_has_no_score_layer(tmp_path, name):
     trainer = ppo_trainer(tmp_path, models, max_steps=2, gradient_checkpointing=name != "ctrl")
     ids = ids_of(6)
     with torch.no_grad():
-        assert trainer.critic(input_ids=ids, attention_mask=torch.ones_like(ids)).abs().max() == 0
+        assert trainer.critic.values(input_ids=ids, attention_mask=torch.ones_like(ids)).abs().max() == 0
     before = ppo_runs.snapshot(trainer.critic)
     trainer.train()
     assert any("classifier" in each for each in ppo_runs.changed(trainer.critic, before))

@@ -42,7 +42,7 @@ from ...models.trainable import lend
 
 # Names of adapters and, on the actor, of the modules that hold them. No PEFT function called for the actor's adapter
 # may take them for its own, so the actor's has another name.
-CRITIC, REWARD = "critic", "reward_model"
+CRITIC, REWARD, REFERENCE = "critic", "reward_model", "ref"
 
 # What PEFT and transformers read from a quantised model; and where bitsandbytes' layers keep tensors that are neither
 # parameters nor buffers.

@@ -101,15 +101,11 @@ class ValueModel(nn.Module):
         self.model = model
         self.values = StateValues(model, "the critic")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes what the trunk takes; returns state values (B, L)."""
-        return self.values(*args, **kwargs)
-
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
         """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
-        return self(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+        return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         """Become a submodule of the actor, on its device: one engine, one optimizer for both."""
@@ -158,15 +154,11 @@ class ValueAdapter(nn.Module):
         self.model = model
         self.values = StateValues(model.get_base_model(), "the critic")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes what the trunk takes; returns state values (B, L)."""
-        return self.values(*args, **kwargs)
-
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
         """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
-        return self(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+        return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         """

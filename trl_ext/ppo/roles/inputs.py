@@ -18,7 +18,7 @@ from ...models.loading import (
     refuse_encoder_decoder,
     text_config,
 )
-from ...models.sharding import check_turns, check_unquantized
+from ...models.sharding import check_unquantized, is_stage3
 from ...models.trainable import check_trainable
 from ..config import PPOConfigX
 from .adapter_checks import check_adapters
@@ -45,15 +45,6 @@ class Given:
     tools: list[Callable] | None = None
     environment_factory: Any = None
 
-    def with_paths_of(self, args: PPOConfigX) -> "Given":
-        """Actor and reward model from the paths in `args`, where none is given."""
-        funcs: Any = self.reward_funcs
-        funcs = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
-        given = replace(self, reward_funcs=funcs, model=args.sft_model_path if self.model is None else self.model)
-        if given.reward_model is None and not given.has_other_reward:
-            return replace(given, reward_model=args.reward_model_path)
-        return given
-
     @property
     def has_other_reward(self) -> bool:
         """Return whether something other than `reward_model` gives a reward."""
@@ -70,27 +61,45 @@ class Given:
         return bool(self.tools) or self.environment_factory is not None
 
 
-def resolve_args(args: PPOConfigX | None, model: Model | None) -> PPOConfigX:
-    """`args`, or the defaults with an output folder named after the model."""
+def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
+    """
+    Return the options, by default with an output folder named after the model; and what was `passed`, with the paths
+    in the options for an actor and a reward model that were not.
+    """
+    funcs = passed["reward_funcs"]
+    passed["reward_funcs"] = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
+    given = Given(**passed)
     if args is None:
+        model = given.model
         path = model if isinstance(model, str) else "" if model is None else get_config_model_id(model.config)
-        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO")
+        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO"), given
     if not isinstance(args, PPOConfigX):
         raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainerX needs a `PPOConfigX`.")
-    return args
+    if given.model is None:
+        given = replace(given, model=args.sft_model_path)
+    if given.reward_model is None and not given.has_other_reward:
+        given = replace(given, reward_model=args.reward_model_path)
+    return args, given
 
 
 def check_given(args: PPOConfigX, given: Given) -> None:
-    """Raises `ValueError` for models that cannot make a run, from what was passed alone."""
-    _check_presence(given)
+    """Raise `ValueError` for models that cannot make a run, from what was passed alone."""
     _check_kinds(given)
-    _check_identity(args, given)
+    _check_identity(given, args.critic)
     if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
         check_trainable(given.model, "actor")
     check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)
-    _check_whole_models(args, given)
-    _check_rewards(args, given)
-    _check_reference_adapter(args, given)
+    _check_models(args, given)
+    # A reference that is an adapter of the actor: a copy of the one it starts from, or one that is named
+    adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
+    others = (given.ref_model, args.ref_adapter_name, given.peft_config)
+    if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
+        check_copyable(adapters.get(args.model_adapter_name or given.model.active_adapter))
+    if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
+        raise ValueError(
+            f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "
+            f"{list(adapters) or 'none'}; pass a `PeftModel` that holds it."
+        )
     check_placement(
         args, given.model, given.ref_model, given.reward_model, given.reward_funcs, has_adapter=given.has_adapter
     )
@@ -98,7 +107,76 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     if args.critic == "model":
         trained_in_full["value_model"] = given.value_model
     check_unquantized(args, given.quantization_config, trained_in_full)
-    check_turns(args, has_tools=given.has_tools)
+    # Ranks that wait for each other in turns of a conversation which some of them do not take
+    if given.has_tools and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
+            "them gather each layer together for every token: they would wait for each other without end. Leave it "
+            "on, or generate with vLLM (`use_vllm`)."
+        )
+
+
+def _check_kinds(given: Given) -> None:
+    """A model is a path or a module, a reward function a callable; there is an actor, and a reward."""
+    if given.model is None:
+        raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
+    if given.reward_model is None and not given.has_other_reward:
+        raise ValueError(
+            "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
+            "environment has a `get_reward`, or set `reward_model_path`."
+        )
+    for name, model in {"model": given.model, "ref_model": given.ref_model, "value_model": given.value_model}.items():
+        if model is not None and not isinstance(model, str | nn.Module):
+            raise ValueError(f"`{name}` is a {type(model).__name__} ({model!r:.60}); give a model, or its path.")
+    for source in given.reward_funcs:
+        if not (isinstance(source, str) or callable(source)):
+            raise ValueError(
+                f"`reward_funcs` has a {type(source).__name__} ({source!r:.60}); give a function, a reward model or "
+                "its path, or a list of them."
+            )
+
+
+def _check_identity(given: Given, critic: str) -> None:
+    """One object cannot be two models."""
+    model, value_model = given.model, given.value_model
+    if not isinstance(model, str):
+        if given.ref_model is model:
+            raise ValueError(
+                "`ref_model` is the `model` object itself, so the reference would move with the actor. Pass a copy, "
+                "or `None` for a frozen copy."
+            )
+        if value_model is model:
+            raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
+    if value_model is not None and critic == "head":
+        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
+    if value_model is not None and value_model is given.reward_model and not isinstance(value_model, str):
+        raise ValueError(
+            "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
+        )
+
+
+def _check_models(args: PPOConfigX, given: Given) -> None:
+    """What is meant to be a whole model is no adapter; the critic has one value, and so has every reward model."""
+    whole = {"model": given.model, "ref_model": given.ref_model}
+    if args.critic != "adapter":
+        whole["value_model"] = given.value_model
+    for name, path in whole.items():
+        if isinstance(path, nn.Module) and name != "value_model":
+            refuse_encoder_decoder(path.config, type(path).__name__)
+        if isinstance(path, str):
+            check_no_adapter(path, name)
+            if name == "model" or (name == "ref_model" and args.needs_reference):
+                text_config(path, args, name)  # refuses a model for scoring text
+    if isinstance(given.value_model, nn.Module):
+        check_value_model(given.value_model)
+    elif isinstance(given.value_model, str) and args.critic == "model":
+        check_value_checkpoint(given.value_model, args.trust_remote_code)
+    for source in [*([] if adapter_config(given.reward_model) else [given.reward_model]), *given.reward_funcs]:
+        if isinstance(source, nn.Module):
+            check_reward_model(source)
+        elif isinstance(source, str):
+            check_no_adapter(source, "reward model")
+            check_reward_checkpoint(source, args.trust_remote_code)
 
 
 def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,7 +191,11 @@ def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase
     for name, model in others.items():
         if model is None:
             continue
-        its = _vocabulary(model, args)
+        config: Any = model.config if not isinstance(model, str) else None
+        if config is None:
+            config = read_config(model, "reference or critic", trust_remote_code=args.trust_remote_code)
+        # None of a class of one's own that does not say
+        its = getattr(getattr(config, "get_text_config", lambda config=config: config)(), "vocab_size", None)
         exact = name == "ref_model" and args.kl_estimator == "full"
         if its is not None and (its < vocabulary or (exact and its != vocabulary)):
             why = (
@@ -124,93 +206,3 @@ def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase
                 f"with the actor's vocabulary, or load it and call `resize_token_embeddings({vocabulary})`."
             )
         check_same_tokens(tokenizer, model, name, args)
-
-
-def _vocabulary(model: Any, args: PPOConfigX) -> int | None:
-    """Rows of a model's embedding, from its config; `None` for a class of one's own that does not say."""
-    config = model.config if not isinstance(model, str) else None
-    if config is None:
-        config = read_config(model, "reference or critic", trust_remote_code=args.trust_remote_code)
-    return getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-
-
-def _check_presence(given: Given) -> None:
-    if given.model is None:
-        raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
-    if given.reward_model is None and not given.has_other_reward:
-        raise ValueError(
-            "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
-            "environment has a `get_reward`, or set `reward_model_path`."
-        )
-
-
-def _check_kinds(given: Given) -> None:
-    """A model is a path or a module, a reward function a callable."""
-    for name, model in {"model": given.model, "ref_model": given.ref_model, "value_model": given.value_model}.items():
-        if model is not None and not isinstance(model, str | nn.Module):
-            raise ValueError(f"`{name}` is a {type(model).__name__} ({model!r:.60}); give a model, or its path.")
-    for source in given.reward_funcs:
-        if not (isinstance(source, str) or callable(source)):
-            raise ValueError(
-                f"`reward_funcs` has a {type(source).__name__} ({source!r:.60}); give a function, a reward model or "
-                "its path, or a list of them."
-            )
-
-
-def _check_identity(args: PPOConfigX, given: Given) -> None:
-    """One object cannot be two models."""
-    model, value_model = given.model, given.value_model
-    if not isinstance(model, str):
-        if given.ref_model is model:
-            raise ValueError(
-                "`ref_model` is the `model` object itself, so the reference would move with the actor. Pass a copy, "
-                "or `None` for a frozen copy."
-            )
-        if value_model is model:
-            raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
-    if value_model is not None and args.critic == "head":
-        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
-    if value_model is not None and value_model is given.reward_model and not isinstance(value_model, str):
-        raise ValueError(
-            "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
-        )
-
-
-def _check_whole_models(args: PPOConfigX, given: Given) -> None:
-    """Actor, reference and critic are no adapters, and the critic has one value."""
-    whole = {"model": given.model, "ref_model": given.ref_model} | (
-        {} if args.critic == "adapter" else {"value_model": given.value_model}
-    )
-    for name, path in whole.items():
-        if isinstance(path, nn.Module) and name != "value_model":
-            refuse_encoder_decoder(path.config, type(path).__name__)
-        if isinstance(path, str):
-            check_no_adapter(path, name)
-            if name == "model" or (name == "ref_model" and args.needs_reference):
-                text_config(path, args, name)  # refuses a model for scoring text
-    if isinstance(given.value_model, nn.Module):
-        check_value_model(given.value_model)
-    elif isinstance(given.value_model, str) and args.critic == "model":
-        check_value_checkpoint(given.value_model, args.trust_remote_code)
-
-
-def _check_rewards(args: PPOConfigX, given: Given) -> None:
-    whole = [] if adapter_config(given.reward_model) else [given.reward_model]
-    for source in [*whole, *given.reward_funcs]:
-        if isinstance(source, nn.Module):
-            check_reward_model(source)
-        elif isinstance(source, str):
-            check_no_adapter(source, "reward model")
-            check_reward_checkpoint(source, args.trust_remote_code)
-
-
-def _check_reference_adapter(args: PPOConfigX, given: Given) -> None:
-    adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
-    others = (given.ref_model, args.ref_adapter_name, given.peft_config)
-    if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
-        check_copyable(adapters.get(args.model_adapter_name or given.model.active_adapter))
-    if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
-        raise ValueError(
-            f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "
-            f"{list(adapters) or 'none'}; pass a `PeftModel` that holds it."
-        )

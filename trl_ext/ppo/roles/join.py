@@ -19,35 +19,10 @@ from ...models.scoring_head import ScoringHead
 from ...models.sharding import declare_head, is_partitioned, is_stage3
 from ...models.trainable import RequireGradients, check_optimizer, check_trainable
 from ..config import PPOConfigX
-from .adapters import REWARD, copy_adapter, stand_on
+from .adapters import REWARD, stand_on
 from .forward import LogitsHead, add_actor_critic_forward
 from .load import Roles
 from .reward_sources import token_scorer
-
-
-REFERENCE = "ref"
-
-
-def stop_ids(args: PPOConfigX, declared: list[int], eos_token_id: int) -> list[int]:
-    """Ids of the tokens that end a response: those that model and tokenizer declare, or the one asked for."""
-    if args.stop_token is None and args.stop_token_id is None:
-        return declared
-    return [eos_token_id if args.stop_token_id is None else args.stop_token_id]
-
-
-def choose_adapters(model: Any, args: PPOConfigX, copies_start: bool) -> str | None:
-    """
-    Chooses the adapter to train; returns the adapter that is the reference, if one is.
-
-    Args:
-        copies_start: training that starts from an adapter is held to a frozen copy of that adapter, not to the base.
-    """
-    if args.model_adapter_name is not None:
-        model.set_adapter(args.model_adapter_name)
-    if not (copies_start and is_peft_model(model)):
-        return args.ref_adapter_name
-    copy_adapter(model, model.active_adapter, REFERENCE)
-    return REFERENCE
 
 
 def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
@@ -88,12 +63,19 @@ def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
 
 
 def check_learning(
-    model: nn.Module, critic: nn.Module, args: PPOConfigX, optimizer: torch.optim.Optimizer | None
+    model: nn.Module,
+    critic: nn.Module,
+    args: PPOConfigX,
+    optimizer: torch.optim.Optimizer | None,
+    has_master_weights: bool,
 ) -> RequireGradients:
     """
+    Check that actor and critic can learn; warn where their steps are too small for the rounding of their weights.
+
     Args:
         model: the actor, which holds `critic`.
         optimizer: the user's own, which has to hold what is trained.
+        has_master_weights: whether the optimizer keeps a float32 copy of 16-bit weights.
 
     Returns:
         The callback that looks for the actor's gradients.
@@ -109,19 +91,12 @@ def check_learning(
         "Give it those of `model` and of a `value_model` of your own, or leave the optimizer to the trainer "
         "(`learning_rate`, `critic_learning_rate`).",
     )
-    return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
-
-
-def warn_of_small_steps(model: nn.Module, critic: nn.Module, args: PPOConfigX, has_master_weights: bool) -> None:
-    """Warns for actor and critic, each at its own learning rate, as [`warn_of_rounding`]; `model` holds `critic`."""
-    of_critic = list(critic.parameters())
-    others = set(map(id, of_critic))
-    of_actor = [parameter for parameter in model.parameters() if id(parameter) not in others]
     warn_of_rounding(of_actor, args.learning_rate, has_master_weights, "actor")
     if args.critic_learning_rate is None:
         warn_of_rounding(of_critic, args.learning_rate, has_master_weights, "critic")
     else:
         warn_of_rounding(of_critic, args.critic_learning_rate, has_master_weights, "critic", "critic_learning_rate")
+    return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
 
 
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:

@@ -77,26 +77,21 @@ def load_tokenizer(
 
 
 def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Given) -> Roles:
-    """Loads what came as a path, and makes what did not come: reference and critic."""
-    init_kwargs = _init_kwargs(args)
+    """Load what came as a path, and make what did not come: reference and critic."""
+    # 1. The keyword arguments of `from_pretrained` for every model of the run, as GRPO chooses them
+    init_kwargs = dict(args.model_init_kwargs or {})
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        init_kwargs["device_map"] = None
+    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    # 2. Actor and reference
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
-    actor = given.model
+    actor: Any = given.model
     if isinstance(actor, str):
         actor = create_model_from_path(actor, **init_kwargs, **quantized)
     reference = None
     if args.needs_reference and not (given.ref_model is None and given.has_adapter):
         kwargs = frozen_kwargs(args, init_kwargs | quantized, args.ref_model_quantization)
         reference = _load_reference(given, actor, kwargs)
-    _check_merging(args, given, actor)
-    reward_adapter = None
-    if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
-        reward_adapter = load_reward_adapter(actor, given.reward_model)
-    functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
-    critic = _load_critic(args, given, actor, reward_adapter, shared, init_kwargs)
-    return Roles(actor, reference, functions, critic, reward_adapter)
-
-
-def _check_merging(args: PPOConfigX, given: Given, actor: PreTrainedModel) -> None:
     on_base = args.critic == "adapter" or adapter_config(given.reward_model) is not None
     if args.use_vllm and on_base and getattr(actor, "is_quantized", False):
         raise ValueError(
@@ -104,6 +99,22 @@ def _check_merging(args: PPOConfigX, given: Given, actor: PreTrainedModel) -> No
             "makes new weights for that, which critic and reward model would not share. Switch `use_vllm` off, or do "
             "not quantise the base, or give these roles whole models."
         )
+    # 3. The reward sources
+    reward_adapter = None
+    if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
+        reward_adapter = load_reward_adapter(actor, given.reward_model)
+    functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
+    # 4. The critic
+    critic: Critic
+    if args.critic == "adapter":
+        start = None if given.peft_config is not None else args.model_adapter_name or actor.active_adapter
+        critic = ValueAdapter(critic_adapter(actor, given.value_model, reward_adapter, given.peft_config, start))
+    else:
+        value_model = given.value_model
+        if value_model is None and shared is not None and args.reward_model_quantization is not None:
+            value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
+        critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
+    return Roles(actor, reference, functions, critic, reward_adapter)
 
 
 def _load_rewards(
@@ -132,34 +143,6 @@ def _load_rewards(
             "actor's. Train it with the actor's, or pass a whole model as `reward_model`."
         )
     return functions, shared
-
-
-def _load_critic(
-    args: PPOConfigX,
-    given: Given,
-    actor: PreTrainedModel,
-    reward_adapter: PeftModel | None,
-    shared: PreTrainedModel | None,
-    init_kwargs: dict[str, Any],
-) -> Critic:
-    """`shared`: the reward model, if it reads the actor's token ids."""
-    if args.critic == "adapter":
-        start = None if given.peft_config is not None else args.model_adapter_name or actor.active_adapter
-        return ValueAdapter(critic_adapter(actor, given.value_model, reward_adapter, given.peft_config, start))
-    value_model = given.value_model
-    if value_model is None and shared is not None and args.reward_model_quantization is not None:
-        value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
-    return build_critic(args.critic, actor, value_model, shared, init_kwargs)
-
-
-def _init_kwargs(args: PPOConfigX) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for every model of the run, as GRPO chooses them."""
-    kwargs = dict(args.model_init_kwargs or {})
-    # Distributed training needs device_map=None.
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return kwargs
 
 
 def _load_reference(given: Given, actor: PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -66,7 +66,10 @@ class RewardForm:
         if isinstance(prompt, TokenisedPrompt) and self._closing is not None and self.is_chat(prompt.input_ids):
             return self._of_written_chat(prompt.input_ids, answer, answer_ids)
         if self.shares_ids and prompt_ids is not None and answer_ids is not None:
-            return self._of_ids(prompt_ids, answer_ids)
+            added = len(self._added)
+            if added and prompt_ids[-added:] == self._added:
+                prompt_ids = prompt_ids[:-added]
+            return [*prompt_ids, *self._without_end(answer_ids), *self._behind_text]
         return reward_ids(self.tokenizer, prompt, self._text_of(answer, prompt_ids, answer_ids))
 
     def is_chat(self, prompt_ids: list[int]) -> bool:
@@ -124,12 +127,6 @@ class RewardForm:
         plain = [*prompt_ids, *plain_answer, *self._behind_chat]
         written = self.tokenizer.decode(trained_on)
         return sampled if written in (self.tokenizer.decode(sampled), self.tokenizer.decode(plain)) else trained_on
-
-    def _of_ids(self, prompt_ids: list[int], answer_ids: list[int]) -> list[int]:
-        added = len(self._added)
-        if added and prompt_ids[-added:] == self._added:
-            prompt_ids = prompt_ids[:-added]
-        return [*prompt_ids, *self._without_end(answer_ids), *self._behind_text]
 
     def _text_of(self, answer: Any, prompt_ids: Any, answer_ids: Any) -> str:
         """The answer as it goes on from the prompt: decoded alone, it may lose the space that it begins with."""

@@ -80,12 +80,10 @@ class TokenScorer:
         self._check_lengths(sequences)
         self._check_ids(sequences)
         scores: list[float] = []
-        for start in range(0, len(sequences), self.batch_size):
-            scores += self._score(sequences[start : start + self.batch_size]).tolist()
+        size = 1 if self.reads_padding else self.batch_size
+        for start in range(0, len(sequences), size):
+            scores += self._score(sequences[start : start + size]).tolist()
         return scores
-
-    def _score(self, sequences: list[list[int]]) -> Tensor:
-        return self._one_by_one(sequences) if self.reads_padding else self._padded(sequences)
 
     def try_padding(self) -> None:
         """
@@ -97,20 +95,21 @@ class TokenScorer:
             return
         model = extract_model_from_parallel(self.model)  # DeepSpeed's engine has another `config`
         sequences = [row[0].tolist() for row in probe_rows(model)]
-        alone = self._one_by_one(sequences)
-        allowed = tolerance(model, lambda: self._one_by_one(sequences))
-        self.reads_padding = (self._padded(sequences) - alone).abs().mean().item() > allowed
+
+        def one_by_one() -> Tensor:
+            return torch.cat([self._score([ids]) for ids in sequences])
+
+        alone, allowed = one_by_one(), tolerance(model, one_by_one)
+        self.reads_padding = (self._score(sequences) - alone).abs().mean().item() > allowed
         if self.reads_padding:
             logger.warning(
                 "The reward model %r (%s) reads the padding of shorter answers: it is asked one by one.",
                 *(self.__name__, type(model).__name__),
             )
 
-    def _one_by_one(self, sequences: list[list[int]]) -> Tensor:
-        return torch.cat([self._padded([ids]) for ids in sequences])
-
     @torch.no_grad()
-    def _padded(self, sequences: list[list[int]]) -> Tensor:
+    def _score(self, sequences: list[list[int]]) -> Tensor:
+        """(b,) scores of sequences of ids, in one batch that is padded on the right."""
         device = next(self.model.parameters()).device
         pad, own = self.pad_token_id, self.config.pad_token_id
         if pad is None:  # any id that no sequence ends with: each is read at its last one
