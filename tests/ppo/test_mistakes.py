@@ -1,0 +1,201 @@
+"""The tests of the mathematics can fail: each entry is a mistake that one of them notices."""
+
+import dataclasses
+import math
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracles
+from mistakes import assert_noticed, doubled, given, instead, negated, swapped
+from trl_ext.masked import identity
+from trl_ext.ppo.advantages import _gae
+
+
+def to(value):
+    return lambda _: value
+
+
+def on_one_rank(function):
+    """A collective that is given is not called."""
+
+    def alone(*args, all_reduce=None, **kwargs):
+        return function(*(arg for arg in args if not callable(arg)), **kwargs)
+
+    return alone
+
+
+def with_bessels_correction(moments):
+    def corrected(values, mask, all_reduce=identity):
+        count, mean, variance = moments(values, mask, all_reduce)
+        return count, mean, variance * count / (count - 1)
+
+    return corrected
+
+
+def in_one_pass(values, mask, all_reduce=identity):
+    return mask.sum(), values.mean(), values.square().mean() - values.mean().square()
+
+
+def beginning_anew(update):
+    def forgetful(self, *args, **kwargs):
+        self.__init__()
+        update(self, *args, **kwargs)
+
+    return forgetful
+
+
+def without_a_bound(self, kl, episodes):
+    self.coef *= 1 + (kl / self.target - 1) * episodes / self.horizon
+
+
+def kl_with_a_reference_that_learns(hidden, lm_head, ref_hidden, ref_lm_head, chunk_size):
+    logps, ref_logps = lm_head(hidden).log_softmax(-1), ref_lm_head(ref_hidden).log_softmax(-1)
+    return (logps.exp() * (logps - ref_logps)).sum(-1)
+
+
+UNMASKED = instead(lambda values, mask: values)
+DISCOUNTED = {"gamma": 0.9, "lam": 0.7}
+CHUNKS = {"chunk_size": 3}
+REINFORCE = {"estimator": "reinforce", "oracle": lambda rewards, values: oracles.rewards_to_go(rewards, 0.9)}
+CUT = {"cut": 1}
+TOO_LARGE = {"measured": 6.6, "factor": 1.01}
+
+# (function, the mistake, test that must notice, its parameters)
+MISTAKES = [
+    ("masked:zero_masked", UNMASKED, "sum_and_mean_count_only_the_mask", {}),
+    ("masked:zero_masked", UNMASKED, "padding_changes_no_result", {"garbage": math.nan}),
+    ("masked:masked_mean", instead(lambda values, mask: values.mean()), "sum_and_mean_count_only_the_mask", {}),
+    ("masked:masked_moments", with_bessels_correction, "moments_equal", {}),
+    ("masked:masked_moments", instead(in_one_pass), "moments_survive", {}),
+    ("masked:masked_moments", on_one_rank, "moments_on_two_ranks", {}),
+    ("masked:masked_moments", on_one_rank, "whitening_on_two_ranks", {}),
+    ("masked:masked_moments", on_one_rank, "explained_variance_on_two_ranks", {}),
+    ("masked:masked_whiten", doubled, "whitened_values", {}),
+    ("masked:masked_whiten", given(shift_mean=operator.not_), "whitening_can_keep_the_mean", {}),
+    ("masked:masked_whiten", lambda whiten: lambda *a, **k: 1 + whiten(*a, **k), "whitening_gives_0", {}),
+    ("masked:explained_variance", swapped, "explained_variance_equals", {}),
+    ("masked:explained_variance", lambda explained: lambda *args: 1 - explained(*args), "explained_variance_eq", {}),
+    ("ppo.advantages:td_error", given(gamma=to(1.0)), "td_error_equals", {}),
+    ("ppo.advantages:td_error", given(values=operator.neg), "td_error_equals", {}),
+    ("ppo.advantages:_shift_left", given(steps=to(0)), "td_error_equals", {}),
+    ("ppo.advantages:_shift_left", given(steps=lambda steps: steps + 1), "td_error_equals", {}),
+    ("ppo.advantages:gae", given(lam=to(1.0)), "gae_equals", DISCOUNTED),
+    ("ppo.advantages:gae", given(gamma=to(1.0)), "gae_equals", DISCOUNTED),
+    ("ppo.advantages:_discounted_sums", given(discount=to(0.0)), "gae_with_lam_1", {}),
+    ("ppo.advantages:_discounted_sums", given(sequence=lambda deltas: deltas.flip(1)), "gae_by_hand", {}),
+    ("ppo.advantages:_without_holes", given(mask=torch.ones_like), "holes_are_stepped_over", {}),
+    ("ppo.advantages:_without_holes", given(mask=operator.invert), "rewards_to_go_equal", {"gamma": 0.9}),
+    ("ppo.advantages:zero_masked", UNMASKED, "padding_changes", {"estimator": "gae", "garbage": 1e30}),
+    ("ppo.advantages:n_step_advantages", given(gamma=to(1.0)), "n_step_equals", {"n": 3}),
+    ("ppo.advantages:n_step_advantages", given(n=lambda n: n + 1), "n_step_with_n_1", {}),
+    ("ppo.advantages:rewards_to_go", given(gamma=to(0.0)), "rewards_to_go_equal", {"gamma": 1.0}),
+    ("ppo.advantages:value_targets", given(old_values=operator.neg), "value_targets", {}),
+    ("ppo.advantages:_reinforce", instead(_gae), "estimate_advantages_names", REINFORCE),
+    ("ppo.advantages:_reinforce_baseline", instead(_gae), "returns_of_both", {"estimator": "reinforce_baseline"}),
+    ("ppo.kl:k1", negated, "k1_and_k3_are_unbiased", {"estimator": "k1"}),
+    ("ppo.kl:k2", doubled, "gradient_of_k2", {}),
+    ("ppo.kl:k3", swapped, "gradient_of_k3", {}),
+    ("ppo.kl:k3", instead(lambda logps, ref: (ref - logps).exp() - 1 - (ref - logps)), "k3_keeps_its_digits", {}),
+    ("ppo.kl:old_policy_kl", swapped, "old_policy_kl_is_unbiased", {}),
+    ("ppo.kl:estimate_kl", given(mask=to(None)), "a_mask_keeps", {"estimator": "k3", "garbage": -1e30}),
+    ("ppo.kl:full_kl", given(hidden=torch.Tensor.detach), "full_kl_and_its", CHUNKS),
+    ("ppo.kl:full_kl", lambda kl: lambda h, head, r, ref, **k: kl(r, ref, h, head, **k), "full_kl_and_its", CHUNKS),
+    ("ppo.kl:full_kl", instead(kl_with_a_reference_that_learns), "full_kl_never_reaches", {}),
+    ("ppo.kl:checkpoint", instead(lambda run, *chunk, use_reentrant: run(*chunk)), "full_kl_keeps_nothing", {}),
+    ("ppo.controllers:ProportionalController.update", given(kl=to(5.4)), "proportional_controller_fo", TOO_LARGE),
+    ("ppo.controllers:ProportionalController.update", given(episodes=to(1)), "proportional_controller_fo", TOO_LARGE),
+    (
+        "ppo.controllers:ProportionalController.update",
+        instead(without_a_bound),
+        "proportional_controller_fo",
+        {"measured": 60.0, "factor": 1.02},
+    ),
+    (
+        "ppo.controllers:_halve_or_double",
+        lambda factor: lambda *args: 1 / factor(*args),
+        "band_controller",
+        {"measured": 2.1, "factor": 2},
+    ),
+    (
+        "ppo.controllers:_halve_or_double",
+        given(low=lambda low: 1.01 * low),
+        "band_controller",
+        {"measured": 0.5, "factor": 1},
+    ),
+    (
+        "ppo.controllers:SchulmanController.update",
+        given(kl=lambda kl: 1.2 * kl),
+        "schulman_controller",
+        {"measured": 0.044, "factor": 1},
+    ),
+    ("ppo.losses:policy_ratio", swapped, "ratio_is_the_quotient", {}),
+    ("ppo.losses:clip_objective", given(cliprange=to(9.0)), "clip_objective_equals", {}),
+    (
+        "ppo.losses:clip_objective",
+        instead(lambda ratio, advantages, cliprange: ratio.clamp(1 - cliprange, 1 + cliprange) * advantages),
+        "clip_objective_equals",
+        {},
+    ),
+    ("ppo.losses:clipped_tokens", given(advantages=torch.abs), "clipped_tokens_are", {}),
+    ("ppo.losses:reinforce_objective", negated, "gradient_at_ratio_1", {}),
+    ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
+    ("ppo.losses:clipped_value_loss", given(cliprange_value=to(9.0)), "clipped_value_loss_equals", {}),
+    ("ppo.losses:_clip_around", given(old_values=torch.zeros_like), "clipped_value_loss_equals", {}),
+    ("ppo.losses:clipped_values", lambda clipped: lambda *args: ~clipped(*args), "clipped_values_are", {}),
+    ("ppo.losses:entropy_from_logits", negated, "entropy_equals", {}),
+    ("ppo.terms:PPOCoefficients.of", lambda of: lambda *args: abs(of(*args)), "total_adds", {}),
+    (
+        "ppo.terms:PPOCoefficients.of",
+        lambda of: lambda self, term: of(dataclasses.replace(self, kl=self.vf, vf=self.kl), term),
+        "total_adds",
+        {},
+    ),
+    ("ppo.terms:ppo_terms", given(aux_weight=to(1.0)), "micro_batches_add_up", CUT),
+    (
+        "ppo.terms:ppo_terms",
+        lambda terms: lambda **k: terms(**(k | {"num_tokens": k["mask"].sum()})),
+        "micro_batches_add_up",
+        CUT,
+    ),
+    ("ppo.terms:ppo_terms", given(importance_sampling_ratio=to(None)), "importance_sampling", {"columns": 7}),
+    (
+        "ppo.terms:ppo_terms",
+        lambda terms: lambda **k: dataclasses.replace(terms(**k), entropy=k["entropy"].mean()),
+        "only_the_total",
+        {},
+    ),
+    ("ppo.terms:masked_sum", instead(lambda values, mask: values.sum()), "terms_equal", {}),
+    ("ppo.terms:old_policy_kl", lambda kl: lambda *args: kl(*args).detach(), "old_kl_has", {}),
+    ("ppo.terms:zero_masked", UNMASKED, "padding_changes", {"garbage": 1e30}),
+    ("ppo.rewards:token_rewards", given(kl_coef=operator.neg), "token_rewards_pay", {}),
+    ("ppo.rewards:last_token", instead(lambda mask: mask & (mask.cumsum(1) == 1)), "last_token", {}),
+    ("ppo.rewards:last_token", instead(lambda mask: mask.flip(1).cumsum(1).flip(1) == 1), "last_token", {}),
+    ("ppo.rewards:zero_masked", UNMASKED, "padding_changes", {"garbage": 1e30}),
+    ("ppo.rewards:missing_eos", given(penalty=operator.neg), "missing_eos", {}),
+    ("ppo.rewards:missing_eos", given(has_eos=operator.invert), "missing_eos", {}),
+    ("ppo.rewards:clip_scores", instead(lambda scores, limit: scores.clamp(max=limit)), "scores_are_clipped", {}),
+    (
+        "ppo.rewards:normalize_scores",
+        instead(lambda scores, moments: (scores - moments.mean) / moments.std),
+        "normalized_scores",
+        {},
+    ),
+    (
+        "ppo.rewards:normalize_scores",
+        instead(lambda scores, moments: scores / moments.variance),
+        "normalized_scores",
+        {},
+    ),
+    ("ppo.rewards:RunningMoments.update", beginning_anew, "running_moments_equal", {}),
+    ("ppo.rewards:RunningMoments.update", on_one_rank, "running_moments_on_two_ranks", {}),
+]
+
+
+@pytest.mark.parametrize("target, mistake, beginning, parameters", MISTAKES)
+def test_mistake_is_noticed(monkeypatch, target, mistake, beginning, parameters):
+    *room, file = target.partition(":")[0].split(".")
+    path = Path(__file__).parents[1].joinpath(*room, f"test_{file}.py")
+    assert_noticed(path, beginning, parameters, f"trl_ext.{target}", mistake, monkeypatch)
