@@ -1,6 +1,5 @@
 """What every test shares: no network, no GPU unless asked for, fixed seeds, one thread, tiny models."""
 
-import json
 import os
 from pathlib import Path
 
@@ -67,22 +66,3 @@ def tiny_reward_model():
 @pytest.fixture
 def tiny_prompts():
     return tiny.tiny_prompts()
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch) -> dict[str, str]:
-    """A folder with the files that the examples read, as current directory; their placeholders with what they are."""
-    import four_roles  # which loads TRL
-
-    monkeypatch.chdir(tmp_path)
-    paths = tiny.save_tiny(tmp_path)
-    prompts = tiny.tiny_prompts(16)["prompt"]
-    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    pairs = ({"prompt": prompt, "chosen": " good film", "rejected": " bad film"} for prompt in prompts)
-    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return {
-        "path/to/sft-model": paths["actor"],
-        "path/to/reward-model": paths["reward_model"],
-        "path/to/reward-adapter": four_roles.save_adapter(paths["actor"], tmp_path / "reward-adapter", "SEQ_CLS", 1),
-        "10_000": "8",  # episodes
-    }

@@ -1,8 +1,6 @@
 """What a run logs: the equation of every line, each value against an independent one, and docs/metrics.md."""
 
 import math
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,10 +12,6 @@ import oracles
 import tiny
 from plain import chosen, plain_distribution
 from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, response_lengths, sequences, sum_of_terms
-from trainer_keys import FROM_THE_TRAINER
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def thousand(completions, **kwargs):
@@ -398,41 +392,3 @@ def test_table_of_completions_shows_scores_and_mean_advantages(tmp_path):
     assert table["advantage"].tolist() == pytest.approx(advantages, rel=1e-5)
     both = table["reward_model"] + table["response_lengths"]
     assert both.tolist() == pytest.approx(rollout.scores.tolist(), rel=1e-5)
-
-
-# --- docs/metrics.md
-
-ONLY_WITH_VLLM = {
-    *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
-    *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "mean", "max")),
-}
-ONLY_WITH_TOOLS = {"tools/call_frequency", "tools/failure_frequency"}
-
-
-def documented():
-    """The keys that open a row of a table, up to those of DPO."""
-    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("\n## DPO\n")[0]
-    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
-
-
-def appearing(tmp_path):
-    """The keys of runs that between them log everything, with the names of reward sources left open."""
-    held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
-    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
-    runs = [
-        ppo_run(tmp_path, held_out, target_kl=1.0, num_sample_generations=0, **evaluation),
-        ppo_run(tmp_path, {"model": tiny.tiny_mixture()}, max_steps=1, response_length=60),  # some responses end
-    ]
-    keys = {key for trainer in runs for line in trainer.state.log_history for key in line}
-    return {re.sub(r"rewards/\w+/", "rewards/<source>/", key) for key in keys}
-
-
-def test_every_key_of_a_run_is_documented_and_every_documented_key_is_logged(tmp_path):
-    keys = appearing(tmp_path) - FROM_THE_TRAINER
-    # A held-out metric has the name of its training twin, unless it has a row of its own.
-    rows = documented()
-    assert len(rows) == len(set(rows))
-    held_out = {key for key in keys if key.startswith("eval_")}
-    without_row = {key for key in held_out if key not in rows}
-    assert {key.removeprefix("eval_") for key in without_row} <= set(rows)
-    assert keys - without_row == set(rows) - ONLY_WITH_VLLM - ONLY_WITH_TOOLS

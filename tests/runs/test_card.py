@@ -23,7 +23,6 @@ from trl import RewardConfig
 from trl.trainer import dpo_trainer as trl_dpo
 
 import tiny
-from doc_examples import examples, run
 from dpo_runs import TRLS, dpo_run, dpo_trainer, tiny_model, tiny_pairs
 from layers import PUBLIC_MODULES
 from ppo_runs import ppo_run, ppo_trainer
@@ -355,15 +354,6 @@ def test_interval_takes_the_form_of_its_value():
     assert _cell(line, Metric("a", "", "{:+.2f}"), "") == "+0.50 ± 0.25"
     assert _cell(line, Metric("b", "", "{:.0%}"), "") == "50% (25% to 75%)"
     assert _cell(line, Metric("c", ""), "") == "-1.000"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_example_of_the_page_leaves_a_card_with_a_picture(workplace):
-    (example,) = examples("docs/report.md")
-    quick = 'DPOConfigX("outputs/dpo", max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to="none"'
-    names = run(example.replace('DPOConfigX("outputs/dpo"', quick), workplace, {"pairs": tiny_pairs()})
-    assert "](report.png)" in read("outputs/dpo")
-    assert names["trainer"].state.global_step == 1
 
 
 # --- what it was trained from, and on

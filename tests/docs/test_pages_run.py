@@ -1,0 +1,348 @@
+"""
+Every fenced command, Python block and notebook of the documentation runs, page by page, from top to bottom.
+
+All pages have one folder, and a command that several of them have runs once. Models are narrow ones with the tests'
+tokenizer, the ratings are made up, and every run is cut short, by flags behind its own or by `SHORTER`.
+"""
+
+import gc
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+import commands
+import dpo_runs
+import four_roles
+import tiny
+from ppo_runs import ppo_config
+from run_logs import PPO_LOG, png_size, run_folder
+from trl_ext.data import demo
+from trl_ext.ppo.config import PPOLoopConfig
+
+
+# The Trainer collects garbage when training starts, which would go through every object of every library each time.
+gc.collect()
+gc.freeze()
+
+# Of TRL, transformers and torch themselves, on the way through whole scripts.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parents[2]
+
+# What is not run here, and why not.
+ELSEWHERE = {
+    "make demo": "tests/scripts/test_proof_demo.py runs what it runs, in full",
+    "make test": "runs this test",
+    "pip install .": "the tests run on an installed package",
+    'pip install ".[demo]"': "tests/scripts/test_wheel.py installs the wheel in an empty environment",
+    "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
+        "tests/cli/test_launch.py starts two processes"
+    ),
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode '
+    "processed_logprobs": "needs vLLM and a GPU; tests/ppo/test_vllm.py has a server of its own",
+}
+# Pages of measurements, whose commands take minutes to hours: where each of them runs, in full or cut short.
+MEASURED = {
+    "docs/demo.md": {
+        "trl-ext reward --test_size 250": "tests/scripts/test_proof_demo.py",
+        "trl-ext ppo --test_size 288": "tests/scripts/test_proof_demo.py",
+        "trl-ext ppo --test_size 288 --critic head --critic_learning_rate 1e-3 --output_dir outputs/ppo-head": (
+            "tests/scripts/test_proof_demo.py"
+        ),
+        "trl-ext dpo": "tests/scripts/test_proof_demo.py",
+    },
+    "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
+    "docs/measurements.md": {
+        "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",
+        "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
+        "python benchmarks/measure_memory.py": "tests/benchmarks/test_planner_measuring.py",
+        "python benchmarks/measure_gpu.py": "tests/benchmarks/test_planner_measuring.py",
+    },
+}
+A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm)(?: |$|\w)", re.MULTILINE)
+
+# What cuts a run short, by script.
+BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --report_to none"
+SHORT = {
+    "reward": f"--max_steps 2 {BATCH} --train_size 8 --test_size 4",
+    "dpo": f"--max_steps 2 --warmup_steps 0 {BATCH} --train_size 8 --test_size 4",
+    "ppo": f"--total_episodes 4 --gradient_accumulation_steps 1 --num_ppo_epochs 1 {BATCH} --response_length 3 "
+    "--test_size 4",
+    "score": "--test_size 4",
+    "equivalence": "--steps 20",
+    "plan": "",
+}
+TWO_STEPS = 'max_steps=2, logging_steps=1, per_device_train_batch_size=4, save_strategy="no", report_to="none"'
+SHORTER = {
+    "path/to/sft-model": "my-sft",
+    "path/to/reward-model": "my-reward",
+    "path/to/reward-adapter": "my-reward-adapter",
+    "total_episodes=128": "total_episodes=4",
+    "total_episodes=10_000": "total_episodes=4",
+    "total_episodes=896": "total_episodes=8",
+    "per_device_train_batch_size=16": "per_device_train_batch_size=4",
+    "gradient_accumulation_steps=4": "gradient_accumulation_steps=1",
+    "response_length=12": "response_length=3",
+    "train_size=64, test_size=32": "train_size=8, test_size=4",
+    "train_size=640, test_size=256": "train_size=8, test_size=4",
+    "train_size=192, test_size=128": "train_size=8, test_size=4",
+    "test_size=192": "test_size=4",
+    'DPOConfig("outputs/trl-dpo", ': f'DPOConfig("outputs/trl-dpo", bf16=False, {TWO_STEPS}, ',
+    'GRPOConfig("outputs/grpo", beta=0.04': 'GRPOConfig("outputs/grpo", beta=0.04, num_generations=2, bf16=False, '
+    f"max_completion_length=4, {TWO_STEPS}",
+    'DPOConfigX("outputs/dpo-watched", ': f'DPOConfigX("outputs/dpo-watched", {TWO_STEPS}, ',
+    'DPOConfigX("outputs/dpo")': f'DPOConfigX("outputs/dpo", {TWO_STEPS})',
+}
+# The names that a page's Python takes as given.
+GIVEN = {
+    "docs/dpo.md": lambda: {
+        "policy": tiny.tiny_actor(1),
+        "reference": tiny.tiny_actor(),
+        "tokenizer": tiny.tiny_tokenizer(),
+        "args": ppo_config("outputs/by-implicit-reward"),
+        "prompts": tiny.tiny_prompts(16),
+    },
+    "docs/report.md": lambda: {"pairs": dpo_runs.tiny_pairs()},
+}
+
+
+def pages():
+    return ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+def steps(page):
+    """(language, text) of every fenced command and Python block, or of every cell, in order."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        yield from (("python", "".join(cell["source"])) for cell in cells)
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            yield language, block
+        else:
+            lines = (line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+            yield from (("bash", line) for line in lines if line)
+
+
+NOTEBOOKS = ["docs/notebooks/dpo.ipynb", "docs/notebooks/ppo.ipynb"]
+# tests/scale/test_proof_launch_page.py has the commands that start several processes.
+PAGES = [page for page in pages() if list(steps(page)) and page not in {"docs/launch.md", *MEASURED}] + NOTEBOOKS
+
+
+def made_up_ratings():
+    """600 different sentences of 4 to 11 words of the tests' vocabulary."""
+    rng = random.Random(0)
+    texts = {" ".join(rng.choices(tiny.WORDS[:50], k=rng.randint(4, 11))) for _ in range(600)}
+    return Dataset.from_list(
+        [{"text": text, "rating": rng.uniform(-4, 4), "source": f"row/{i}"} for i, text in enumerate(sorted(texts))]
+    )
+
+
+def write_lines(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder like a checkout, with the files that the pages call theirs, as current directory."""
+    folder = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for room in ("scripts", "benchmarks", "experiments"):
+            patch.syspath_prepend(str(ROOT / room))
+        for room in ("configs", "scripts", "benchmarks", "experiments"):
+            Path(room).symlink_to(ROOT / room)
+        Path("docs/images").mkdir(parents=True)
+        actor = tiny.save_tiny(folder)["actor"]
+        # NF4 on CPU needs such widths.
+        tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained("my-sft")
+        tiny.tiny_reward_model().save_pretrained("my-reward")
+        for name in ("my-sft", "my-reward"):
+            tiny.tiny_tokenizer().save_pretrained(name)
+        four_roles.save_adapter("my-sft", "my-reward-adapter", "SEQ_CLS", 1)
+        rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
+        write_lines("prompts.jsonl", rows)
+        write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
+        patch.setattr(demo, "smollm2", lambda: actor)
+        patch.setattr(demo, "movie_reviews", made_up_ratings)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def done():
+    """The commands that have run in this folder."""
+    return set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs_from_top_to_bottom(workplace, done, page, request, monkeypatch, capsys):
+    shown = []  # in a notebook
+    display = SimpleNamespace(Image=lambda path: shown.append(Path(path).stat().st_size), Markdown=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    if page not in {"docs/report.md", *NOTEBOOKS}:  # which show the picture
+        request.getfixturevalue("undrawn")
+    names = GIVEN.get(page, dict)()
+    for language, text in steps(page):
+        if language == "python":
+            for long, short in SHORTER.items():
+                text = text.replace(long, short)
+            exec(compile(text, page, "exec"), names)
+            if "trainer.train()" in text:
+                assert names["trainer"].state.global_step > 0
+        elif text not in done | ELSEWHERE.keys() and page != "docs/report.md":  # whose commands follow below
+            commands.run(text, *SHORT[commands.name_in(text)].split())
+            done.add(text)
+    printed = capsys.readouterr().out
+    check = CHECKS.get(page)
+    if check:
+        check(names=names, folder=workplace, shown=shown, printed=printed)
+
+
+# What a page has left, beyond a run without an error
+
+
+def quick_start(folder, **_):
+    folders = ("outputs/dpo-demo", "outputs/reward-demo", "outputs/ppo-demo", "outputs/ppo-head", "out/dpo", "out/ppo")
+    for name in folders:
+        assert (folder / name / "metrics.json").is_file(), name
+    assert (folder / "outputs/ppo-head/critic").is_dir()
+    assert len((folder / "out/scores.jsonl").read_text().splitlines()) == 4
+
+
+def tutorial(names, folder, **_):
+    for name in ("reward", "dpo", "ppo", "dpo-then-ppo"):
+        assert (folder / "outputs" / name / "metrics.json").is_file(), name
+    ratings = {row["text"]: row["rating"] for row in made_up_ratings()}
+    gaps = [ratings[row["chosen"]] - ratings[row["rejected"]] for row in names["pairs"]]
+    assert min(gaps) > 1
+    assert len(gaps) > 50
+    assert [row["source"] for row in names["pairs"]] == ["gap above 2" if g > 2 else "gap 1 to 2" for g in gaps]
+    # A prompt opens no sentence of the pairs.
+    texts = [row[side] for row in names["pairs"] for side in ("chosen", "rejected")]
+    openings = [prompt.removeprefix(demo.CUE) for prompt in names["prompts"]["prompt"]]
+    assert len(openings) > 50
+    assert not [opening for opening in openings if any(text.startswith(f"{opening} ") for text in texts)]
+    # The source of a pair reaches the table of the DPO run.
+    assert "| accuracy, gap above 2 |" in (folder / "outputs/dpo/table.md").read_text()
+
+
+def notebook(names, shown, **_):
+    table, picture = shown
+    assert picture > 10_000
+    assert len(table.splitlines()) > 4
+    after = names["after"]
+    assert after["eval_preference/pairs"] == 4 if "eval_preference/pairs" in after else "eval_reward/rise" in after
+    assert all(math.isfinite(value) for value in after.values())
+
+
+def migration(names, **_):
+    """A config like TRL 1.12's."""
+    args = names["args"]
+    assert (args.kl_placement, args.vf_coef, args.ent_coef, args.temperature) == ("reward", 0.1, 0.0, 0.7)
+    assert PPOLoopConfig(args).kl_estimator == "k1"
+
+
+def callbacks(folder, names, **_):
+    assert (folder / "outputs/trl-dpo/report.html").is_file()
+    for table in ("samples", "implicit_rewards"):
+        assert (folder / "outputs/dpo-watched" / table / "step_00002.jsonl").is_file()
+
+
+def dpo(names, **_):
+    names["trainer"].train()
+    assert names["trainer"].state.global_step > 0
+
+
+CHECKS = {
+    "docs/callbacks.md": callbacks,
+    "docs/dpo.md": dpo,
+    "docs/migration.md": migration,
+    "docs/ppo.md": lambda folder, **_: (folder / "outputs/four-roles/critic/adapter_model.safetensors").stat(),
+    "docs/quickstart.md": quick_start,
+    "docs/report.md": lambda folder, **_: (folder / "outputs/dpo/README.md").read_text().index("](report.png)"),
+    "docs/scale.md": lambda folder, **_: (folder / "docs/images/scale.png").stat(),
+    "docs/tutorial.md": tutorial,
+    **dict.fromkeys(NOTEBOOKS, notebook),
+}
+
+
+def test_report_page_draws_one_run_then_two_then_one_until_it_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo, head = (
+        run_folder(tmp_path / "outputs" / name, PPO_LOG[:4], max_steps=3) for name in ("ppo-demo", "ppo-head")
+    )
+    one, two, watched = [text for language, text in steps("docs/report.md") if language == "bash"]
+
+    commands.run(one)
+    assert png_size(demo / "report.png")
+    assert not Path("report.html").exists()
+    commands.run(two)
+    assert all(name in Path("report.html").read_text(encoding="utf-8") for name in ("ppo-demo", "ppo-head"))
+    assert not (head / "report.html").exists()
+
+    waits = []
+
+    def sleep(seconds):
+        waits.append((seconds, 'http-equiv="refresh"' in (demo / "report.html").read_text(encoding="utf-8")))
+        run_folder(demo, PPO_LOG, global_step=3, max_steps=3)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    capsys.readouterr()
+    commands.run(watched)
+    assert waits == [(60, True)]
+    assert capsys.readouterr().out.count("ppo-demo: step ") == 2
+    assert 'http-equiv="refresh"' not in (demo / "report.html").read_text(encoding="utf-8")
+
+
+# Nothing is left out
+
+
+def commands_outside_bash(text):
+    """Lines that look like commands in a fence of another language, or of none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [match[0] for language, block in blocks if language != "bash" for match in A_COMMAND.finditer(block)]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_page_has_no_command_outside_a_fence_of_bash(page):
+    assert commands_outside_bash((ROOT / page).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["trl-ext dpo --model m", "python scripts/x.py", "pip install x", "make test", "A=1 vllm serve m", "$ trl-ext x"],
+)
+def test_control_command_in_a_bare_fence_is_found(line):
+    assert commands_outside_bash(f"text\n\n```\n{line}\n```\n")
+    assert commands_outside_bash(f"```text\nfirst\n{line}\n```\n")
+    assert not commands_outside_bash(f"```bash\n{line}\n```\n\nmake it so\n\n```\nloss = makeshift · pip\n```\n")
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_commands_of_a_page_of_measurements_run_elsewhere(page):
+    assert [text for language, text in steps(page) if language == "bash"] == list(MEASURED[page])
+    for line, test in MEASURED[page].items():
+        text = (ROOT / test).read_text()
+        assert re.search(rf"\b{commands.name_in(line)}\b", text), f"{test} does not run {line}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_notebook_is_stored_without_outputs(page):
+    """Measured figures are on the demo's page."""
+    stored = json.loads((ROOT / page).read_text())
+    assert (stored["nbformat"], stored["nbformat_minor"]) == (4, 5)
+    assert all(re.fullmatch(r"[\w-]+", cell["id"]) for cell in stored["cells"])
+    assert not any(cell.get("outputs") for cell in stored["cells"])
+
+
+def test_every_shortening_and_every_exception_is_used():
+    of_pages = [step for page in [*pages(), *NOTEBOOKS] for step in steps(page)]
+    python = "".join(text for language, text in of_pages if language == "python")
+    assert [long for long in SHORTER if long not in python] == []
+    assert [line for line in ELSEWHERE if ("bash", line) not in of_pages] == []
