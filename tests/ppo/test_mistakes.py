@@ -140,12 +140,10 @@ MISTAKES = [
         {},
     ),
     ("ppo.losses:clipped_tokens", given(advantages=torch.abs), "clipped_tokens_are", {}),
-    ("ppo.losses:reinforce_objective", negated, "gradient_at_ratio_1", {}),
     ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
     ("ppo.losses:clipped_value_loss", given(cliprange_value=to(9.0)), "clipped_value_loss_equals", {}),
     ("ppo.losses:_clip_around", given(old_values=torch.zeros_like), "clipped_value_loss_equals", {}),
     ("ppo.losses:clipped_values", lambda clipped: lambda *args: ~clipped(*args), "clipped_values_are", {}),
-    ("ppo.losses:entropy_from_logits", negated, "entropy_equals", {}),
     ("ppo.terms:PPOCoefficients.of", lambda of: lambda *args: abs(of(*args)), "total_adds", {}),
     (
         "ppo.terms:PPOCoefficients.of",
