@@ -123,9 +123,7 @@ def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch, heads):
 
     def of_pieces(query, key, value, blocks, scaling, factor=1.0):
         asked.append((query.size(1), key.size(1), query.size(3), value.size(3), scaling))
-        *sizes, _, window = heads
-        rows, _ = flex._example(*sizes, query.dtype, CPU)
-        return attention.pieces(query, key, value, rows, scaling, window) * factor
+        return attention.pieces(query, key, value, flex.example(CPU), scaling, heads.window) * factor
 
     monkeypatch.setattr(flex, "attend", of_pieces)
     assert flex.why_not([heads], torch.float32, CPU, attention.pieces) is None

@@ -47,29 +47,28 @@ FORMULAS = {
 def dpo_training(trainer: Any) -> Training:
     """Return what a `DPOTrainerX` says about itself."""
     args = trainer.args
+    if args.precompute_ref_log_probs:
+        reference = "its log-probabilities, computed before training"
+    elif trainer.ref_model is None:
+        reference = "the base without the adapter that is trained"
+    else:
+        quantisation = args.ref_model_quantization
+        reference = "a frozen model of its own" + (f", {quantisation}" if quantisation else "")
     facts = {name: ", ".join(value) if isinstance(value := getattr(args, name), list) else value for name in OPTIONS}
     return Training(
         trainer="trl_ext.DPOTrainerX",
-        facts={"reference": _reference(trainer)} | facts,
+        facts={"reference": reference} | facts,
         loss=loss_section(args, trainer.loss_weights),
         metrics=METRICS,
         loading=loading_lines("AutoModelForCausalLM", is_peft_model(trainer.model)),
     )
 
 
-def _reference(trainer: Any) -> str:
-    if trainer.args.precompute_ref_log_probs:
-        return "its log-probabilities, computed before training"
-    if trainer.ref_model is None:
-        return "the base without the adapter that is trained"
-    quantisation = trainer.args.ref_model_quantization
-    return "a frozen model of its own" + (f", {quantisation}" if quantisation else "")
-
-
 def loss_section(args: DPOConfigX, weights: list[float]) -> str:
-    """The losses of a pair, the implicit reward, and what β and ε were."""
+    """Return the losses of a pair, the implicit reward, and what β and ε were."""
     kinds = zip(args.loss_type, weights, strict=True)
-    rows = [f"| `{kind}` | {weight:g} | {_formula(kind, args.label_smoothing)} |" for kind, weight in kinds]
+    formulas = FORMULAS | ({"sigmoid": SMOOTHED} if args.label_smoothing else {})
+    rows = [f"| `{kind}` | {weight:g} | {formulas[kind]} |" for kind, weight in kinds]
     smoothing = f", label smoothing ε = {args.label_smoothing:g}" if args.label_smoothing else ""
     divergence = args.f_divergence_type
     other = (
@@ -84,7 +83,3 @@ def loss_section(args: DPOConfigX, weights: list[float]) -> str:
         "`r_w − r_l = β·[(log π_θ(y_w|x) − log π_ref(y_w|x)) − (log π_θ(y_l|x) − log π_ref(y_l|x))]`"
         f"{other and chr(10) * 2}{other.strip()}"
     )
-
-
-def _formula(kind: str, smoothing: float) -> str:
-    return SMOOTHED if kind == "sigmoid" and smoothing else FORMULAS.get(kind, "see TRL's documentation")

@@ -22,7 +22,7 @@ SOURCE = "source"
 
 
 def warn_of_user_turns(dataset: Any, name: str) -> None:
-    """Says that answers hold turns of the user, or of a tool: DPO scores what they say as if the model had said it."""
+    """Warn of answers with turns of the user, or of a tool: DPO scores them as if the model had said them."""
     for row in islice(iter(dataset.select_columns([c for c in COLUMNS if c in column_names(dataset)])), LOOKED_AT):
         pair: Any = maybe_extract_prompt(row)
         roles = {message["role"] for side in NEEDED if isinstance(pair.get(side), list) for message in pair[side]}
@@ -38,7 +38,7 @@ def warn_of_user_turns(dataset: Any, name: str) -> None:
 
 
 def drop_equal_pairs(dataset: Any, name: str) -> Any:
-    """The dataset without rows whose completions are equal: there is nothing to prefer. Says how many."""
+    """Return the dataset without rows whose completions are equal, and say how many: there is nothing to prefer."""
     kept = dataset.filter(_differs, input_columns=list(NEEDED))  # images stay undecoded
     if isinstance(dataset, IterableDataset):
         logger.info("Rows of the %s dataset whose `chosen` equals `rejected` are dropped as they come.", name)
@@ -83,8 +83,8 @@ def check_rows_known(dataset: Any, name: str, tokenizer: Any, known: int | None)
 
 def drop_equal_tokens(dataset: Any, name: str, max_length: int | None, truncation_mode: str) -> Any:
     """
-    The dataset, tokenised, without rows whose completions are equal as the model sees them: written differently and
-    tokenised alike, or cut to `max_length` before they differ. Says how many.
+    Return the dataset, tokenised, without rows whose completions are equal as the model sees them, and say how many:
+    written differently and tokenised alike, or cut to `max_length` before they differ.
     """
     keep = partial(_differs_cut, max_length=max_length, from_end=truncation_mode == "keep_end")
     kept = dataset.filter(keep, input_columns=IDS)
@@ -111,6 +111,8 @@ def check_tokenised(
     dataset: Any, name: str, rows_before: int | None, max_length: int | None, context: int | None
 ) -> None:
     """
+    Check the lengths of a tokenised dataset.
+
     Args:
         dataset: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         rows_before: rows before TRL dropped those whose prompt fills `max_length`; `None` for a stream.
@@ -136,7 +138,7 @@ def check_tokenised(
             name,
             max_length,
         )
-    lengths = _lengths(dataset)
+    lengths = list(zip(*([len(ids) for ids in dataset[column]] for column in IDS), strict=True))
     empty = [i for i, (_, chosen, rejected) in enumerate(lengths) if chosen == 0 or rejected == 0]
     if empty:
         raise ValueError(
@@ -154,12 +156,8 @@ def check_tokenised(
             )
 
 
-def _lengths(dataset: Dataset) -> list[tuple[int, int, int]]:
-    return list(zip(*([len(ids) for ids in dataset[column]] for column in IDS), strict=True))
-
-
 class SourceCollator:
-    """Collates as `collator` does, and adds the rows' `source` as a list of names."""
+    """Collate as `collator` does, and add the rows' `source` as a list of names."""
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collator = collator

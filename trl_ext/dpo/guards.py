@@ -8,6 +8,8 @@ from torch import Tensor
 
 def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> None:
     """
+    Check that two models read the same tokens.
+
     Args:
         policy, reference: the text configs of both models.
         name: the argument that the reference was given as.
@@ -33,6 +35,8 @@ def require_finite(
     step: int,
 ) -> None:
     """
+    Check the loss of a batch.
+
     Args:
         loss: of the batch, a scalar.
         logps (2B,): log π_θ, chosen then rejected.
@@ -45,6 +49,16 @@ def require_finite(
     """
     if torch.isfinite(loss):
         return
+    if torch.isfinite(logps).all() and not torch.isfinite(logratios).all():
+        cure = (
+            "The policy's own log-probabilities are finite: it is the reference that gives others. It does not learn, "
+            "so look at its weights and its dtype."
+        )
+    else:
+        cure = (
+            "A lower learning rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at "
+            "the weights that were loaded."
+        )
     chosen, rejected = logratios.chunk(2)
     margins = chosen - rejected
     broken = (~torch.isfinite(margins)).nonzero().flatten().tolist()
@@ -53,17 +67,5 @@ def require_finite(
     raise FloatingPointError(
         f"The loss is {loss.item()} after {step} optimizer steps. Pair {pair} of the batch has log-ratios of "
         f"{chosen[pair].item():.4g} (chosen) and {rejected[pair].item():.4g} (rejected) to the reference; its chosen "
-        f"sequence begins {text!r}. Nothing of this batch was learnt. {_cure(logps, logratios)}"
-    )
-
-
-def _cure(logps: Tensor, logratios: Tensor) -> str:
-    if torch.isfinite(logps).all() and not torch.isfinite(logratios).all():
-        return (
-            "The policy's own log-probabilities are finite: it is the reference that gives others. It does not learn, "
-            "so look at its weights and its dtype."
-        )
-    return (
-        "A lower learning rate, or bfloat16 instead of float16, is the usual cure; before the first step, look at the "
-        "weights that were loaded."
+        f"sequence begins {text!r}. Nothing of this batch was learnt. {cure}"
     )

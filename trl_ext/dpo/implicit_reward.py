@@ -194,7 +194,7 @@ def _tokenise(
     return ids["prompt_ids"] + ids["chosen_ids"], len(ids["prompt_ids"])
 
 
-def _logps_of_batch(model: nn.Module, rows: Sequence[Cut]) -> Tensor:
+def _logps_of_batch(model: Any, rows: Sequence[Cut]) -> Tensor:
     sequences = [torch.tensor(ids) for ids, _ in rows]
     starts = torch.tensor([start for _, start in rows])
     device = next(model.parameters()).device
@@ -203,7 +203,8 @@ def _logps_of_batch(model: nn.Module, rows: Sequence[Cut]) -> Tensor:
     first = max(int(starts.min()), 1)  # the first token of which a probability is read
     kept = ids.size(1) - first + 1
     # Some families give all logits whatever is asked (TrOCR), and some forwards cannot be asked.
-    asked = {"logits_to_keep": kept} if _takes_logits_to_keep(model) else {}
+    base = model.get_base_model() if is_peft_model(model) else model
+    asked = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **asked).logits[:, -kept:-1]
     logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
     position = torch.arange(first, ids.size(1), device=device)
@@ -229,8 +230,3 @@ def _require_causal(model: Any) -> None:
             return
         if logps(row).isfinite().all():  # what is not is reported where it is asked
             require_causal(type(base).__name__, logps, row, allowed, "score")
-
-
-def _takes_logits_to_keep(model: Any) -> bool:
-    base = model.get_base_model() if is_peft_model(model) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters

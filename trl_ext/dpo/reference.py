@@ -29,7 +29,7 @@ ROUNDING, LEAST_16_BIT, MOST_16_BIT = 1e-3, 0.02, 0.2
 
 def check_quantized_reference(args: DPOConfigX, model: Any, ref_model: Any, has_adapters: bool) -> None:
     """
-    Raises `ValueError`, before anything is loaded, when `ref_model_quantization` has no reference to quantise.
+    Check, before anything is loaded, that `ref_model_quantization` has a reference to quantise, or raise `ValueError`.
 
     Args:
         model, ref_model: as given to the trainer.
@@ -54,7 +54,7 @@ def load_reference(
     args: DPOConfigX, model: Any, ref_model: str | None, quantization_config: Any = None
 ) -> PreTrainedModel:
     """
-    The reference from the path `ref_model`, or else from the policy's path, with the policy's options.
+    Load the reference from the path `ref_model`, or else from the policy's path, with the policy's options.
 
     Args:
         quantization_config: the policy's, for a reference without `ref_model_quantization`, as TRL has it.
@@ -75,7 +75,7 @@ def load_reference(
 
 def check_adapter_to_copy(model: Any) -> None:
     """
-    Raises `ValueError` for a `PeftModel` of whose adapter TRL cannot make the reference: it copies the one that is
+    Check that TRL can make the reference of a `PeftModel`'s adapter, or raise `ValueError`: it copies the one that is
     named "default" under the name "ref".
     """
     if not isinstance(model, PeftModel):
@@ -98,10 +98,8 @@ def check_adapter_to_copy(model: Any) -> None:
 
 def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTrainedModel | None:
     """
-    A frozen copy of a policy in memory, to be its reference: TRL would load its folder, which may hold another model.
-
-    Returns:
-        `None` where TRL needs none: the policy comes from a path, trains an adapter, or is asked before training.
+    Return a frozen copy of a policy in memory, to be its reference: TRL would load its folder, which may hold another
+    model. `None` where TRL needs none: the policy comes from a path, trains an adapter, or is asked before training.
     """
     is_asked_before = args.precompute_ref_log_probs and not is_fsdp(args)
     if isinstance(model, str) or has_adapters or is_asked_before:
@@ -120,6 +118,8 @@ def require_same_start(
     logratios: Tensor, lengths: Tensor, policy: nn.Module, reference: nn.Module | None, args: DPOConfigX
 ) -> None:
     """
+    Check that a reference that was not given is the model that training starts from.
+
     Args:
         logratios (N,): log π_θ/π_ref of completions before the first step, in nats.
         lengths (N,): their tokens.
@@ -127,7 +127,7 @@ def require_same_start(
         reference: where it is a model of its own.
 
     Raises:
-        ValueError: when a reference that was not given is another model than the one that training starts from.
+        ValueError: when it is another.
     """
     typical = (logratios.square() / lengths.clamp(min=1)).mean().sqrt().item()
     if not typical > ROUNDING:  # what is not finite is reported elsewhere
@@ -178,7 +178,12 @@ def _rounding_in_16_bits(policy: Any, args: DPOConfigX) -> float:
 
 def _what_differs(policy: Any, reference: nn.Module | None, args: DPOConfigX) -> str:
     if isinstance(policy, PeftModel) and "ref" not in policy.peft_config:
-        adapters = ", ".join(f"{name!r}: {_start_of(config)}" for name, config in policy.peft_config.items())
+        starts = {name: getattr(config, "init_lora_weights", None) for name, config in policy.peft_config.items()}
+        adapters = ", ".join(
+            f"{name!r}: {type(policy.peft_config[name]).__name__}"
+            + ("" if start is None else f" with `init_lora_weights={start!r}`")
+            for name, start in starts.items()
+        )
         return (
             f"It is the policy without its adapter ({adapters}), which changes the model before it has learnt "
             "anything. Start from an adapter that is 0 (LoRA's default), or give `ref_model`: the path or a copy of "
@@ -207,11 +212,6 @@ def _has_virtual_tokens(policy: Any) -> bool:
     return any(config.is_prompt_learning for config in getattr(policy, "peft_config", {}).values())
 
 
-def _start_of(config: Any) -> str:
-    init = getattr(config, "init_lora_weights", None)
-    return f"{type(config).__name__}" + ("" if init is None else f" with `init_lora_weights={init!r}`")
-
-
 def _other_weights(policy: nn.Module, reference: nn.Module) -> list[str]:
     own = dict(policy.named_parameters())
     return [
@@ -224,5 +224,5 @@ def _other_weights(policy: nn.Module, reference: nn.Module) -> list[str]:
 
 
 def _path(model: Any) -> Any:
-    """The path that a policy comes from; the policy itself when it comes from none."""
+    """Return the path that a policy comes from; the policy itself when it comes from none."""
     return model if isinstance(model, str) else get_config_model_id(model.config) or model

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flex
-from .segments import PackedRows, Piece
+from .segments import PackedRows
 
 
 _sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -133,42 +133,29 @@ def pieces(
     """Attend by SDPA, shapes as in `packed_attention`, to the last `window` tokens or all; 0 at padding."""
     groups = query.size(1) // key.size(1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    outputs = [
-        _row(query[r : r + 1], key[r : r + 1], value[r : r + 1], of_row, scaling, window)
-        for r, of_row in enumerate(rows.pieces)
-    ]
-    return torch.cat(outputs).transpose(1, 2).contiguous()
-
-
-def _row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    of_row: tuple[Piece, ...],
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    sizes = [piece.size for piece in of_row]
-    padding = query.size(2) - sum(sizes)
-    # `split` has one backward for all pieces; slices would each fill a gradient of the whole row.
-    q, k, v = (x.split([*sizes, padding], dim=2) for x in (query, key, value))
     outputs = []
-    for i, (size, before) in enumerate(of_row):
-        if not size:
-            continue
-        # Of the ancestors, what the first token of the piece still sees.
-        beyond = 0 if window is None else sum(count for _, count in before) + 1 - window
-        keys, values = [], []
-        for j, count in before:
-            first = min(max(beyond, 0), count)
-            keys.append(k[j][:, :, first:count])
-            values.append(v[j][:, :, first:count])
-            beyond -= count
-        seen = torch.cat([*keys, k[i]], dim=2) if keys else k[i]
-        read = torch.cat([*values, v[i]], dim=2) if keys else v[i]
-        outputs.append(_causal(q[i], seen, read, scaling, window))
-    outputs.append(torch.zeros_like(value[:, :1, :1]).expand(-1, query.size(1), padding, -1))
-    return torch.cat(outputs, dim=2)
+    for r, of_row in enumerate(rows.pieces):
+        sizes = [piece.size for piece in of_row]
+        padding = query.size(2) - sum(sizes)
+        # `split` has one backward for all pieces; slices would each fill a gradient of the whole row.
+        q, k, v = (x[r : r + 1].split([*sizes, padding], dim=2) for x in (query, key, value))
+        of_pieces = []
+        for i, (size, before) in enumerate(of_row):
+            if not size:
+                continue
+            # Of the ancestors, what the first token of the piece still sees.
+            beyond = 0 if window is None else sum(count for _, count in before) + 1 - window
+            seen, read = [], []
+            for j, count in before:
+                first = min(max(beyond, 0), count)
+                seen.append(k[j][:, :, first:count])
+                read.append(v[j][:, :, first:count])
+                beyond -= count
+            keys = torch.cat([*seen, k[i]], dim=2) if before else k[i]
+            values = torch.cat([*read, v[i]], dim=2) if before else v[i]
+            of_pieces.append(_causal(q[i], keys, values, scaling, window))
+        outputs.append(torch.cat([*of_pieces, torch.zeros_like(v[-1])], dim=2))
+    return torch.cat(outputs).transpose(1, 2).contiguous()
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

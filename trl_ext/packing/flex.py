@@ -8,6 +8,7 @@ pieces compute, forward and backward, is tried out once for every model.
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,38 +113,33 @@ def why_not(
         dtype: of queries, keys and values.
         pieces: (query, key, value, rows, scaling, window) -> (R, T, heads, E).
     """
-    return next(filter(None, (_why_not_for(each, dtype, device, pieces) for each in dict.fromkeys(heads))), None)
+    rows = example(device)
+    for queries, keys, width, value_width, scaling, window in dict.fromkeys(heads):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            torch.randn(1, count, rows.input_ids.size(1), dim, generator=generator).to(device, dtype).requires_grad_()
+            for count, dim in ((queries, width), (keys, width), (keys, value_width))
+        ]
+        try:
+            blocks = block_mask_of(rows, window)
+            got = _output_and_gradients(attend, leaves, blocks, scaling)
+        except Exception as error:  # a kernel that cannot be compiled here is no reason to stop
+            return f"{type(error).__name__}: {error}"
+        expected = _output_and_gradients(pieces, leaves, rows, scaling, window)
+        off = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
+        tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BIT)
+        if not off <= tolerance:
+            return f"it is off by {off:.2g}, more than {tolerance}"
+    return None
 
 
-def _why_not_for(heads: tuple, dtype: torch.dtype, device: torch.device, pieces: Callable[..., Tensor]) -> str | None:
-    queries, keys, width, value_width, scaling, window = heads
-    rows, leaves = _example(queries, keys, width, value_width, dtype, device)
-    try:
-        blocks = block_mask_of(rows, window)
-        got = _output_and_gradients(lambda q, k, v: attend(q, k, v, blocks, scaling), leaves)
-    except Exception as error:  # a kernel that cannot be compiled here is no reason to stop
-        return f"{type(error).__name__}: {error}"
-    expected = _output_and_gradients(lambda q, k, v: pieces(q, k, v, rows, scaling, window), leaves)
-    off = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
-    tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BIT)
-    return None if off <= tolerance else f"it is off by {off:.2g}, more than {tolerance}"
+def example(device: torch.device) -> PackedRows:
+    """Return a pair over several blocks, with 20 tokens of padding behind it."""
+    ids = torch.zeros(1, 600, dtype=torch.long, device=device)
+    return PackedRows(ids, ((Segment(150), Segment(150, 0), Segment(280, 0)),), ids)
 
 
-def _example(
-    queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[PackedRows, list[Tensor]]:
-    """Return a pair over several blocks, with padding behind it, and random queries, keys and values for it."""
-    pair = (Segment(150), Segment(150, 0), Segment(280, 0))
-    ids = torch.zeros(1, sum(segment.size for segment in pair) + 20, dtype=torch.long, device=device)
-    generator = torch.Generator().manual_seed(0)
-    leaves = [
-        torch.randn(1, count, ids.size(1), dim, generator=generator).to(device, dtype).requires_grad_()
-        for count, dim in ((queries, width), (keys, width), (keys, value_width))
-    ]
-    return PackedRows(ids, (pair,), ids), leaves
-
-
-def _output_and_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+def _output_and_gradients(attend: Callable[..., Tensor], leaves: list[Tensor], *args: Any) -> list[Tensor]:
     with torch.enable_grad():
-        output = function(*leaves)[:, :-20]  # without padding
+        output = attend(*leaves, *args)[:, :-20]  # without padding
         return [x.float() for x in (output.detach(), *torch.autograd.grad(output.square().sum(), leaves))]
