@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from cli_runs import TRAINING, error_of, run_of
-from commands import command
+from trl_ext.cli import training
 from trl_ext.cli.closing import closing_lines, resuming, without
 from trl_ext.cli.main import main
 
@@ -38,10 +38,10 @@ class StopAfter(TrainerCallback):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Ends the next run of a command early."""
+    """Ends the next run early."""
 
-    def stop(name, step, error=None):
-        monkeypatch.setattr(command(name), "report_callbacks", lambda _: [StopAfter(step, error)])
+    def stop(step, error=None):
+        monkeypatch.setattr(training, "report_callbacks", lambda _: [StopAfter(step, error)])
 
     return stop
 
@@ -61,14 +61,14 @@ def steps_taken(folder):
 def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths, tmp_path, stop_after, capsys):
     """Beyond its end it would take another step and overwrite what it has left."""
     output = tmp_path / "a run"  # a folder that has to be quoted
-    stop_after(name, 1)
+    stop_after(1)
     main([name, *run_of(name, paths, output_dir=output, **SHORT[name])])
     place, lines = last_lines(capsys.readouterr().out)
     assert (place, steps_taken(output)) == (str(output), 1)
     resume = shlex.split(lines["resume"])
     assert resume[:2] == ["trl-ext", name]
     assert resume[-2:] == ["--resume_from_checkpoint", str(output / "checkpoint-1")]
-    stop_after(name, 99)
+    stop_after(99)
     main(resume[1:])
     assert steps_taken(output) == 2
     assert "resume" not in last_lines(capsys.readouterr().out)[1]
@@ -83,7 +83,7 @@ def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths
 
 def test_finished_run_of_epochs_is_refused_too(paths, tmp_path, stop_after, capsys):
     """How many steps there are is known when the rows are."""
-    stop_after("dpo", 99)
+    stop_after(99)
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, per_device_train_batch_size=36)]
     words += ["--num_train_epochs", "1", "--resume_from_checkpoint", "True"]
     main(words[:-2])
@@ -96,7 +96,7 @@ def test_finished_run_of_epochs_is_refused_too(paths, tmp_path, stop_after, caps
 
 def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"])]
-    stop_after("dpo", 1, KeyboardInterrupt())
+    stop_after(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         main(words)
     said = capsys.readouterr().err

@@ -20,7 +20,7 @@ def test_demo_is_a_reward_model_and_then_ppo_against_it(monkeypatch, capsys, tmp
     demo.main(["--output_dir", str(tmp_path)])
     (first, *of_reward), (second, *of_ppo) = ran
     assert (first, second) == ("reward", "ppo")
-    reward, ppo = command("reward").options(of_reward), command("ppo").options(of_ppo)
+    reward, ppo = command("reward").COMMAND.options(of_reward), command("ppo").COMMAND.options(of_ppo)
     assert ppo.reward_model_path == reward.output_dir == str(tmp_path / "reward-demo")
     assert ppo.total_episodes == 896  # the demo's recipe
     monkeypatch.setattr(demo.subprocess, "run", lambda words: Namespace(returncode=3))

@@ -11,7 +11,7 @@ from trl import RewardTrainer
 
 import tiny
 from cli_runs import RECIPES, plan_line, run_of
-from commands import command
+from commands import build
 from trl_ext import DPOTrainerX, PPOTrainerX
 from trl_ext.cli.main import main
 
@@ -46,8 +46,7 @@ def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_pat
 def test_dry_run_of_dpo_counts_the_steps_of_the_trainer(options, paths, tmp_path, capsys):
     options |= {"per_device_train_batch_size": 4, "output_dir": tmp_path}
     steps = re.search(r"; (\d+) optimizer steps over 36 pairs", plan_line(dry("dpo", paths, capsys, **options)))
-    body = command("dpo")
-    trainer = body.build(*body.options(run_of("dpo", paths, **options, save_strategy="no", eval_strategy="no")).make())
+    trainer = build("dpo", run_of("dpo", paths, **options, save_strategy="no", eval_strategy="no"))
     trainer.train()
     assert int(steps.group(1)) == trainer.state.max_steps
 
@@ -55,8 +54,7 @@ def test_dry_run_of_dpo_counts_the_steps_of_the_trainer(options, paths, tmp_path
 def test_dry_run_of_ppo_prints_the_trainers_plan(paths, tmp_path, capsys):
     options = {"per_device_train_batch_size": 4, "total_episodes": 24, "output_dir": tmp_path}
     line = plan_line(dry("ppo", paths, capsys, **options))
-    body = command("ppo")
-    body.build(*body.options(run_of("ppo", paths, **options)).make()).train()
+    build("ppo", run_of("ppo", paths, **options)).train()
     assert line in capsys.readouterr().out
 
 
@@ -72,8 +70,7 @@ def sample_of(text, part):
 def test_sample_of_a_dry_run_is_what_the_trainer_trains_on(name, kind, paths, tmp_path, capsys):
     options = {"output_dir": tmp_path, "max_length": 32}
     text = dry(name, paths, capsys, **options)
-    body = command(name)
-    trainer = body.build(*body.options(run_of(name, paths, **options)).make())
+    trainer = build(name, run_of(name, paths, **options))
     assert isinstance(trainer, kind)
     first = trainer.train_dataset[0]
     parts = [column.removesuffix("_ids") for column in first if column.endswith("_ids")]
@@ -131,8 +128,7 @@ def chats(paths, tmp_path):
 def test_sample_of_conversations_is_what_the_trainer_trains_on(name, row, chats, tmp_path, capsys):
     there = chats(row)
     text = dry(name, there, capsys, output_dir=tmp_path)
-    body = command(name)
-    first = body.build(*body.options(run_of(name, there, output_dir=tmp_path)).make()).train_dataset[0]
+    first = build(name, run_of(name, there, output_dir=tmp_path)).train_dataset[0]
     for part in ("prompt", "chosen", "rejected") if name == "dpo" else ("chosen", "rejected"):
         assert sample_of(text, part) == list(first[f"{part}_ids"])
     extra = {"tools": "<system> cat", "template": "<system> dog"}
@@ -149,16 +145,14 @@ def test_prompt_of_conversations_is_what_the_actor_reads(row, chats, tmp_path, c
             dry("ppo", there, capsys, **options)
         return
     text = dry("ppo", there, capsys, **options)
-    body = command("ppo")
-    trainer = body.build(*body.options(run_of("ppo", there, **options)).make())
+    trainer = build("ppo", run_of("ppo", there, **options))
     (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
     assert sample_of(text, "prompt") == list(ids)
 
 
 def test_prompt_of_a_dry_run_is_what_the_actor_reads(paths, tmp_path, capsys):
     text = dry("ppo", paths, capsys, output_dir=tmp_path)
-    body = command("ppo")
-    trainer = body.build(*body.options(run_of("ppo", paths, output_dir=tmp_path)).make())
+    trainer = build("ppo", run_of("ppo", paths, output_dir=tmp_path))
     assert isinstance(trainer, PPOTrainerX)
     (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
     assert sample_of(text, "prompt") == list(ids)

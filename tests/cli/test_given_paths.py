@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from cli_runs import TRAINING, error_of, run_of
-from commands import command
+from commands import build, command
+from trl_ext.cli import data
 from trl_ext.cli.main import main
+from trl_ext.data import demo
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
@@ -25,10 +27,8 @@ def no_rows(monkeypatch):
     def load(*_):
         raise AssertionError("the rows were read first")
 
-    for name in ("reward", "dpo"):
-        monkeypatch.setattr(command(name), "load_pairs", load)
-    for name in ("ppo", "score"):
-        monkeypatch.setattr(command(name), "load", load)
+    monkeypatch.setattr(data, "_load", load)
+    monkeypatch.setattr(demo, "movie_reviews", load)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -197,8 +197,7 @@ def test_tokenizers_get_the_revision_of_the_policy_and_remote_code(paths, tmp_pa
     main(["reward", *flags, "--trust_remote_code", "--dry_run"])
     assert asked[0]["trust_remote_code"] is True
     asked.clear()
-    body = command("reward")
-    body.build(*body.options([*flags, "--trust_remote_code"]).make())
+    build("reward", [*flags, "--trust_remote_code"])
     assert asked[0]["trust_remote_code"] is True
 
     asked.clear()

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="module")
 def known():
     """Command -> the names of its options."""
-    parsers = {name: command(name).options(["--dataset_name", "x"]).parser for name in TRAINING}
+    parsers = {name: command(name).COMMAND.options(["--dataset_name", "x"]).parser for name in TRAINING}
     return {
         name: {word.lstrip("-") for action in parser._actions for word in action.option_strings}
         for name, parser in parsers.items()

@@ -79,7 +79,10 @@ def test_recipe_value_that_a_flag_would_refuse_is_refused(line, said, tmp_path):
 @pytest.mark.parametrize("columns", ["prompt=question chosen=good", "{prompt: question, chosen: good}"])
 def test_columns_of_a_recipe_may_be_a_line_or_a_mapping(columns, tmp_path):
     (tmp_path / "r.yaml").write_text(f"columns: {columns}\n")
-    assert command("dpo").options(["--config", str(tmp_path / "r.yaml")]).columns == ["prompt=question", "chosen=good"]
+    assert command("dpo").COMMAND.options(["--config", str(tmp_path / "r.yaml")]).columns == [
+        "prompt=question",
+        "chosen=good",
+    ]
 
 
 def test_a_recipe_sets_the_environment(recipe, demo, monkeypatch):

@@ -52,7 +52,7 @@ def test_own_file_goes_before_an_installed_one(tmp_path, monkeypatch):
 
 def test_recipe_outside_a_checkout_finds_its_deepspeed_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = command("ppo").options(["--config", "ppo/33b_full_offload"])
+    given = command("ppo").COMMAND.options(["--config", "ppo/33b_full_offload"])
     assert given.deepspeed == str(INSTALLED / "deepspeed" / "ppo_33b_4x80g.json")
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from trl_ext.cli.main import COMMANDS
 
@@ -20,6 +21,12 @@ LINE = re.compile(rf"(?:trl-ext (?P<command>\w+)|{A_SCRIPT}(?P<script>\w+)\.py)(
 def command(name: str) -> ModuleType:
     """`trl_ext/cli/commands/<name>.py`."""
     return importlib.import_module(f"trl_ext.cli.commands.{name}")
+
+
+def build(name: str, words: list[str]) -> Any:
+    """The trainer of a training command with these words behind it."""
+    training = command(name).COMMAND
+    return training.build(*training.options(words).make())
 
 
 def script(name: str) -> ModuleType:

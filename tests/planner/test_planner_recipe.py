@@ -11,7 +11,7 @@ import torch
 import tiny
 from commands import command
 from trl_ext import DPOConfigX, PPOConfigX
-from trl_ext.cli import fit
+from trl_ext.cli import fit, training
 from trl_ext.cli.data import DataArguments
 from trl_ext.cli.fit import require_fit
 from trl_ext.cli.launch import LaunchArguments
@@ -250,11 +250,10 @@ def test_planner_that_cannot_plan_ends_no_run(error, tmp_path, monkeypatch, caps
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_script_asks_before_it_builds(name, tmp_path, monkeypatch):
-    script = command(name)
-    monkeypatch.setattr(script, "build", lambda *_: pytest.fail("built before it was asked"))
-    monkeypatch.setattr(script, "require_fit", lambda *given: require_fit(*given, hardware=GPU))
+    monkeypatch.setattr(training.TrainingCommand, "build", lambda *_: pytest.fail("built before it was asked"))
+    monkeypatch.setattr(training, "require_fit", lambda *given: require_fit(*given, hardware=GPU))
     flags = ["--model", "33b", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="It does not fit"):
-        script.main(flags)
+        command(name).main(flags)
     with pytest.raises(pytest.fail.Exception, match="built before"):
-        script.main([*flags, "--force"])
+        command(name).main([*flags, "--force"])

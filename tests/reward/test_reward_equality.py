@@ -37,9 +37,9 @@ def test_reward_command_equals_trls_trainer(tmp_path, bf16, dtype):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in dpo_runs.tiny_pairs(12)), encoding="utf-8")
     flags = [word for name, value in (SETTINGS | {"bf16": bf16}).items() for word in (f"--{name}", str(value))]
     given = ["--model", str(model), "--dtype", dtype, "--dataset_name", str(pairs), "--test_size", "4"]
-    data, options, args = reward.options([*given, "--output_dir", str(tmp_path / "ours"), *flags]).make()
+    data, options, args = reward.COMMAND.options([*given, "--output_dir", str(tmp_path / "ours"), *flags]).make()
     set_seed(args.seed)
-    ours = reward.build(data, options, args)
+    ours = reward.COMMAND.build(data, options, args)
     set_seed(args.seed)
     theirs = RewardTrainer(
         str(model),

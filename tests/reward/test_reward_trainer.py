@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig
 import dpo_runs
 import tiny
 from reward_runs import reward_trainer
-from trl_ext.cli.commands.reward import report
+from trl_ext.cli.commands import reward
+from trl_ext.cli.models import ModelArguments
 
 
 @torch.no_grad()
@@ -35,13 +36,13 @@ def test_accuracy_is_the_share_of_all_pairs(tmp_path, capsys, seed):
     held_out, rows = dpo_runs.tiny_pairs(9, seed=seed), dpo_runs.tiny_pairs(10, seed=seed + 10)
     trainer = reward_trainer(tmp_path, rows, held_out)
     trainer.train()
-    metrics = trainer.evaluate()
+    metrics = reward.evaluate(trainer)
     expected = right_pairs(held_out)
     assert metrics["eval_pairs"] == 9
     assert metrics["eval_accuracy"] == pytest.approx(expected / 9)
     line = next(line for line in trainer.state.log_history if "accuracy" in line)
     assert line["accuracy"] == pytest.approx(right_pairs(rows) / 10)
-    report(trainer, metrics)
+    reward.report(trainer, metrics, None, ModelArguments())
     assert f"in the right order: {expected / 9:.1%} of 9 " in capsys.readouterr().out
 
 

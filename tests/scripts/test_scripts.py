@@ -303,7 +303,7 @@ def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkey
 
 
 def parse_dpo(argv):
-    return command("dpo").options(argv).make()
+    return command("dpo").COMMAND.options(argv).make()
 
 
 def test_dpo_knows_every_flag_of_trl_dpo(capsys):

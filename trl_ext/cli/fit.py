@@ -24,10 +24,10 @@ def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, promp
 
 def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
     """
-    Plans the run on the GPUs of this launch.
+    Plan the run on the GPUs of this launch.
 
     Args:
-        trainer: "ppo" or "dpo".
+        trainer: "ppo", "dpo" or "reward", which is not planned: it needs less than DPO.
         arguments: the command's options, made.
         hardware: what it is to fit; unset: this machine, and without a GPU nothing is checked.
 
@@ -35,7 +35,7 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
         SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
     """
     options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
-    if options["force"]:
+    if trainer == "reward" or options["force"]:
         return
     if hardware is None:
         if options["use_cpu"] or not torch.cuda.is_available():

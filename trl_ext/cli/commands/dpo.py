@@ -11,29 +11,19 @@ before and after. The output folder gets the model (with --use_peft its adapter)
 report.html with its picture, and the implicit rewards before and after in table.md.
 """
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import DatasetDict
 
 from ... import DPOConfigX, DPOTrainerX
-from ...data.json_values import plain_file
-from ...report import DPO_LINE, accuracy_text, first_and_last_evaluation, preference_table, use_brief_progress
-from ...runs.folder import checkpoint_of
-from ...runs.steps_left import require_steps_left
-from ..closing import closing_lines, report_callbacks, running
+from ...report import DPO_LINE, accuracy_text, preference_table
 from ..data import PairArguments, load_pairs, require_steps
-from ..dry_run import dry_run
-from ..fit import require_fit
-from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, model_errors, path_of, require_adapted
-from ..options import Options, read, usage_errors
-
-
-DEMO = "dpo/demo"
-DEFAULTS = {"eval_on_start": True, "logging_first_step": True}
+from ..launch import LaunchArguments
+from ..models import ModelArguments
+from ..training import TrainingCommand, before_and_after, chat_with
 
 
 @dataclass
@@ -46,35 +36,20 @@ class DPOArguments(LaunchArguments, PairArguments):
     )
 
 
-def build(data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> DPOTrainerX:
-    path = path_of(model)
-    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-    adapter, quantization = model.adapter(), model.quantization()
-    splits = load_pairs(data)
+def create(path: str, args: DPOConfigX, data: DPOArguments, splits: DatasetDict, **loading: Any) -> DPOTrainerX:
     require_steps(splits["train"], args.max_steps)
-    with model_errors(model):
-        trainer = DPOTrainerX(
-            path,
-            args=args,
-            train_dataset=splits["train"],
-            eval_dataset=splits["test"],
-            peft_config=adapter,
-            quantization_config=quantization,
-        )
-    require_adapted(trainer.model, model)
+    trainer = DPOTrainerX(path, args=args, train_dataset=splits["train"], eval_dataset=splits["test"], **loading)
     if data.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
     return trainer
 
 
-def report(trainer: DPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
-    """Accuracy on the terminal; metrics.json, table.md. Without an evaluation at the start there is no before."""
-    output = Path(trainer.args.output_dir)
-    columns = {"after": after} if before is None else {"before": before, "after": after}
-    (output / "metrics.json").write_text(plain_file(columns), encoding="utf-8")
-    (output / "table.md").write_text(preference_table(columns))
+def report(trainer: DPOTrainerX, columns: dict[str, Any], *_: Any) -> None:
+    """Print the accuracy; write table.md."""
+    (Path(trainer.args.output_dir) / "table.md").write_text(preference_table(columns))
     accuracies = "; ".join(f"{accuracy_text(metrics)} {when}" for when, metrics in columns.items())
+    after = columns["after"]
     print(
         f"Held-out pairs in the right order: {accuracies}, of "
         f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
@@ -83,35 +58,16 @@ def report(trainer: DPOTrainerX, before: dict[str, Any] | None, after: dict[str,
     )
 
 
-def options(argv: list[str] | None = None) -> Options:
-    return read("dpo", (DPOArguments, ModelArguments, DPOConfigX), __doc__, argv, DEMO, DEFAULTS)
-
-
-def main(argv: list[str] | None = None) -> None:
-    with usage_errors():
-        given = options(argv)
-        if given.dry_run:
-            return dry_run("dpo", given, load_pairs)
-        if launches(given):
-            return launch("dpo", given)
-        data, model, args = given.make()
-        require_all(args)
-        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
-        require_steps_left(checkpoint, args.max_steps)
-    require_fit("dpo", data, model, args)
-    with usage_errors():
-        trainer = build(data, model, args)
-    use_brief_progress(trainer, DPO_LINE)
-    for callback in report_callbacks(data.source):
-        trainer.add_callback(callback)
-    with running("dpo", given, args):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    before, after = first_and_last_evaluation(trainer, "eval_preference/accuracy")
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        report(trainer, before, after)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
-    if trainer.is_world_process_zero():
-        print(closing_lines("dpo", args.output_dir, given.argv, chat=f"trl-ext chat {shlex.quote(args.output_dir)}"))
+COMMAND = TrainingCommand(
+    name="dpo",
+    description=__doc__,
+    classes=(DPOArguments, ModelArguments, DPOConfigX),
+    defaults={"eval_on_start": True, "logging_first_step": True},
+    line=DPO_LINE,
+    load=load_pairs,
+    create=create,
+    evaluate=lambda trainer: before_and_after(trainer, "eval_preference/accuracy"),
+    report=report,
+    further=lambda given, data, model, args: chat_with(args),
+)
+main = COMMAND.run

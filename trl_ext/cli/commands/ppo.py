@@ -23,34 +23,13 @@ from datasets import DatasetDict
 from ... import PPOConfigX, PPOTrainerX
 from ...data import demo
 from ...data.conversions import to_prompts
-from ...data.json_values import plain_file
-from ...report import (
-    PPO_LINE,
-    first_and_last_evaluation,
-    pair_samples,
-    print_samples,
-    samples_markdown,
-    use_brief_progress,
-)
-from ...runs.folder import checkpoint_of
-from ..closing import closing_lines, program, report_callbacks, running, without
+from ...report import PPO_LINE, pair_samples, print_samples, samples_markdown
+from ..closing import program, without
 from ..data import DataArguments, load_splits
-from ..dry_run import dry_run
-from ..fit import require_fit
-from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, model_errors, path_of, require_adapted, require_judges
-from ..options import Options, read, usage_errors
-
-
-DEMO = "ppo/demo"
-# Before and after need an evaluation at the start, and the completions that TRL writes down, not those it prints.
-DEFAULTS = {
-    "eval_on_start": True,
-    "log_completions": True,
-    "num_completions_to_print": 0,
-    "num_sample_generations": 0,
-    "logging_first_step": True,
-}
+from ..launch import LaunchArguments
+from ..models import ModelArguments
+from ..options import Options
+from ..training import TrainingCommand, before_and_after, chat_with
 
 
 @dataclass
@@ -74,88 +53,56 @@ def load(data: PPOArguments) -> DatasetDict:
     return load_splits(data, openings, to_prompts)
 
 
-def build(data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> PPOTrainerX:
-    path = path_of(model, args)
-    require_judges(args.reward_model_path, data.value_model)
-    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-    adapter, quantization = model.adapter(), model.quantization()
-    splits = load(data)
-    with model_errors(model):
-        trainer = PPOTrainerX(
-            args,
-            model=path,
-            train_dataset=splits["train"],
-            value_model=data.value_model,
-            eval_dataset=splits["test"],
-            peft_config=adapter,
-            quantization_config=quantization,
-        )
-    require_adapted(trainer.model, model)
-    return trainer
+def create(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> PPOTrainerX:
+    datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
+    return PPOTrainerX(args, model=path, value_model=data.value_model, **datasets, **loading)
 
 
-def report(trainer: PPOTrainerX, before: dict[str, Any] | None, after: dict[str, Any], shown: int) -> None:
-    """
-    Before and after on the terminal and in metrics.json; samples.md. Without an evaluation at the start there is no
-    before, and there are no samples of it.
-    """
-    output, args = Path(trainer.args.output_dir), trainer.args
-    columns = {"after": after} if before is None else {"before": before, "after": after}
-    (output / "metrics.json").write_text(plain_file(columns), encoding="utf-8")
-    if args.log_completions and before is not None:
-        samples = pair_samples(output / "completions", before["step"], after["step"])[:shown]
+def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_: Any) -> None:
+    """Print scores before and after; write samples.md. Without an evaluation at the start there are no samples."""
+    output, after = Path(trainer.args.output_dir), columns["after"]
+    if trainer.args.log_completions and "before" in columns:
+        samples = pair_samples(output / "completions", columns["before"]["step"], after["step"])[: data.samples]
         (output / "samples.md").write_text(samples_markdown(samples))
         print_samples(samples)
-    rise, half_width, kl = (
-        after.get(f"eval_{key}", float("nan")) for key in ("reward/rise", "reward/rise_ci95", "kl/ref")
-    )
+    keys = ("reward/rise", "reward/rise_ci95", "kl/ref")
+    rise, half_width, kl = (after.get(f"eval_{key}", float("nan")) for key in keys)
     scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    rose = f"; it rose by {rise:.3f}{interval}" if before is not None and math.isfinite(rise) else ""
+    rose = f"; it rose by {rise:.3f}{interval}" if "before" in columns and math.isfinite(rise) else ""
     print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
 
 
-def options(argv: list[str] | None = None) -> Options:
-    return read("ppo", (PPOArguments, ModelArguments, PPOConfigX), __doc__, argv, DEMO, DEFAULTS)
-
-
-def closing(given: Options, args: PPOConfigX, model: ModelArguments) -> str:
-    """How to look at the run, resume it, talk to the actor, and start another run from what this one has left."""
-    others = {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
+def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> dict[str, str]:
+    """Return how to talk to the actor, and how to start another run from what this one has left."""
+    commands = chat_with(args)
     if not model.use_peft:  # an adapter is no model to start from
         options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
         if args.critic == "model":
             options["value_model"] = f"{args.output_dir}/critic"
         flags = [word for name, value in options.items() for word in (f"--{name}", value)]
         same = without(given.argv, *options, "model_name_or_path", "resume_from_checkpoint")
-        others["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"
-    return closing_lines("ppo", args.output_dir, given.argv, **others)
+        commands["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"
+    return commands
 
 
-def main(argv: list[str] | None = None) -> None:
-    with usage_errors():
-        given = options(argv)
-        if given.dry_run:
-            return dry_run("ppo", given, load)
-        if launches(given):
-            return launch("ppo", given)
-        data, model, args = given.make()
-        require_all(args)
-        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
-    require_fit("ppo", data, model, args)
-    with usage_errors():
-        trainer = build(data, model, args)
-    use_brief_progress(trainer, PPO_LINE)
-    for callback in report_callbacks(data.source):
-        trainer.add_callback(callback)
-    with running("ppo", given, args):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    before, after = first_and_last_evaluation(trainer, "eval_reward/score")
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        report(trainer, before, after, data.samples)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
-    if trainer.is_world_process_zero():
-        print(closing(given, args, model))
+COMMAND = TrainingCommand(
+    name="ppo",
+    description=__doc__,
+    classes=(PPOArguments, ModelArguments, PPOConfigX),
+    # Before and after need an evaluation at the start, and the completions that TRL writes down, not those it prints.
+    defaults={
+        "eval_on_start": True,
+        "log_completions": True,
+        "num_completions_to_print": 0,
+        "num_sample_generations": 0,
+        "logging_first_step": True,
+    },
+    line=PPO_LINE,
+    load=load,
+    create=create,
+    evaluate=lambda trainer: before_and_after(trainer, "eval_reward/score"),
+    report=report,
+    further=further,
+)
+main = COMMAND.run

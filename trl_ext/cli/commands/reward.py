@@ -14,28 +14,21 @@ pairs, and report.html with its picture. With --use_peft it gets the adapter wit
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from datasets import DatasetDict
 from transformers import set_seed
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
 from ... import RewardTrainerX, save_base_fingerprint
-from ...data.json_values import plain_file
-from ...report import REWARD_LINE, use_brief_progress
-from ...runs.folder import checkpoint_of
-from ...runs.steps_left import require_steps_left
+from ...report import REWARD_LINE
 from ...statistics import wilson_interval
-from ..closing import closing_lines, program, report_callbacks, running
+from ..closing import program
 from ..data import PairArguments, load_pairs, require_steps
-from ..dry_run import dry_run
-from ..launch import LaunchArguments, launch, launches, require_all
-from ..models import ModelArguments, model_errors, path_of, require_adapted
-from ..options import Options, read, usage_errors
-
-
-DEMO = "reward/demo"
-DEFAULTS = {"logging_first_step": True}
+from ..launch import LaunchArguments
+from ..models import ModelArguments
+from ..options import Options
+from ..training import TrainingCommand
 
 
 @dataclass
@@ -43,78 +36,52 @@ class RewardArguments(LaunchArguments, PairArguments):
     TOPIC: ClassVar[str] = "Options of a reward run"
 
 
-def build(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> RewardTrainer:
-    path = path_of(model)
-    args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-    # The new head is trained in full.
-    adapter, quantization = model.adapter("SEQ_CLS", ["score"]), model.quantization()
-    splits = load_pairs(data)
+def create(
+    path: str, args: RewardConfig, data: RewardArguments, splits: DatasetDict, **loading: Any
+) -> RewardTrainerX:
     require_steps(splits["train"], args.max_steps)
-    with model_errors(model):
-        trainer = RewardTrainerX(
-            path,
-            args,
-            train_dataset=splits["train"],
-            eval_dataset=splits["test"],
-            peft_config=adapter,
-            quantization_config=quantization,
-        )
-    require_adapted(trainer.model, model)
-    return trainer
+    set_seed(args.seed)  # the new score head is random
+    return RewardTrainerX(path, args, train_dataset=splits["train"], eval_dataset=splits["test"], **loading)
 
 
-def report(trainer: RewardTrainer, metrics: dict[str, float]) -> None:
-    """Accuracy with its interval on the terminal and in metrics.json."""
-    count, accuracy = int(metrics["eval_pairs"]), metrics["eval_accuracy"]
-    low, high = wilson_interval(accuracy * count, count)
-    print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
-    facts = metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
-    output = Path(trainer.args.output_dir)
-    (output / "metrics.json").write_text(plain_file(facts), encoding="utf-8")
-
-
-def options(argv: list[str] | None = None) -> Options:
-    return read("reward", (RewardArguments, ModelArguments, RewardConfig), __doc__, argv, DEMO, DEFAULTS)
-
-
-def main(argv: list[str] | None = None) -> None:
-    with usage_errors():
-        given = options(argv)
-        if given.dry_run:
-            return dry_run("reward", given, load_pairs)
-        if launches(given):
-            return launch("reward", given)
-        data, model, args = given.make()
-        require_all(args)
-        checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
-        require_steps_left(checkpoint, args.max_steps)
-    set_seed(args.seed)
-    with usage_errors():
-        trainer = build(data, model, args)
-    use_brief_progress(trainer, REWARD_LINE)
-    for callback in report_callbacks(data.source):
-        trainer.add_callback(callback)
-    with running("reward", given, args):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+def evaluate(trainer: RewardTrainerX) -> dict[str, Any]:
+    """Return the held-out metrics, with the 95% interval of the accuracy."""
     metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_base_fingerprint([args.output_dir], trainer.model.config.name_or_path, model.model_revision)
-        report(trainer, metrics)
-    trainer.create_model_card(dataset_name=data.dataset_name)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
-    if trainer.is_world_process_zero():
-        print(closing_lines("reward", args.output_dir, given.argv, next=for_ppo(data, model, args)))
+    count = int(metrics["eval_pairs"])
+    low, high = wilson_interval(metrics["eval_accuracy"] * count, count)
+    return metrics | {"eval_pairs": count, "eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
-def for_ppo(data: RewardArguments, model: ModelArguments, args: RewardConfig) -> str:
-    """PPO of the same model, against what was trained, on the prompts of the same data."""
+def report(trainer: RewardTrainerX, metrics: dict[str, Any], data: RewardArguments, model: ModelArguments) -> None:
+    """Print the accuracy with its interval; write the fingerprint of an adapter's base."""
+    save_base_fingerprint([trainer.args.output_dir], trainer.model.config.name_or_path, model.model_revision)
+    accuracy, low, high = (metrics[f"eval_accuracy{end}"] for end in ("", "_low", "_high"))
+    count = metrics["eval_pairs"]
+    print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
+
+
+def further(given: Options, data: RewardArguments, model: ModelArguments, args: RewardConfig) -> dict[str, str]:
+    """Return how to run PPO on the same model against what was trained, on the prompts of the same data."""
     options = {"model": model.model_name_or_path, "dataset_name": data.dataset_name}
     flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
     flags += ["--columns", *data.columns] if data.columns else []
     if model.use_peft:
         flags += ["--use_peft", "--critic", "adapter", *(["--load_in_4bit"] if model.load_in_4bit else [])]
     out = ["--output_dir", f"{args.output_dir}-ppo"] if data.dataset_name else []
-    return f"{program('ppo')} {shlex.join([*flags, '--reward_model_path', args.output_dir, *out])}"
+    return {"next": f"{program('ppo')} {shlex.join([*flags, '--reward_model_path', args.output_dir, *out])}"}
+
+
+COMMAND = TrainingCommand(
+    name="reward",
+    description=__doc__,
+    classes=(RewardArguments, ModelArguments, RewardConfig),
+    defaults={"logging_first_step": True},
+    line=REWARD_LINE,
+    load=load_pairs,
+    create=create,
+    evaluate=evaluate,
+    report=report,
+    further=further,
+    adapter=("SEQ_CLS", ["score"]),  # the new head is trained in full
+)
+main = COMMAND.run

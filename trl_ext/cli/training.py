@@ -1,0 +1,109 @@
+"""Run a training command, `trl-ext ppo`, `dpo` or `reward`: parse, check, load, train, evaluate, save, close."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+
+from ..data.json_values import plain_file
+from ..report import first_and_last_evaluation, use_brief_progress
+from ..runs.folder import checkpoint_of
+from ..runs.steps_left import require_steps_left
+from .closing import closing_lines, report_callbacks, running
+from .dry_run import dry_run
+from .fit import require_fit
+from .launch import launch, launches, require_all
+from .models import ModelArguments, model_errors, path_of, require_adapted, require_judges
+from .options import Options, read, usage_errors
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """
+    What is a training command's own. `data`, `model` and `args` are its options, instances of the three classes.
+
+    Args:
+        name: "ppo", "dpo" or "reward".
+        description: what `--help` begins with.
+        classes: of the options: launch and data; `ModelArguments`; the trainer's config.
+        defaults: of options, where they differ from those of the classes.
+        line: metrics of the progress line.
+        load: the splits `train` and `test`, from `data`.
+        create: the trainer, from the model's path, `args`, `data`, the splits, and `peft_config` and
+            `quantization_config` by name.
+        evaluate: evaluates the trained model on every rank, and returns what goes into metrics.json.
+        report: prints and writes the results, on the main process; gets the trainer, these metrics, `data`, `model`.
+        further: what else can be done, and by which command line; gets the options, `data`, `model`, `args`.
+        adapter: arguments of `ModelArguments.adapter`.
+    """
+
+    name: str
+    description: str | None
+    classes: tuple[type, ...]
+    defaults: Mapping[str, Any]
+    line: dict[str, tuple[str, str]]
+    load: Callable[[Any], DatasetDict]
+    create: Callable[..., Any]
+    evaluate: Callable[[Any], dict[str, Any]]
+    report: Callable[[Any, dict[str, Any], Any, ModelArguments], None]
+    further: Callable[[Options, Any, ModelArguments, Any], dict[str, str]]
+    adapter: tuple[Any, ...] = ()
+
+    def options(self, argv: list[str] | None = None) -> Options:
+        return read(self.name, self.classes, self.description, argv, f"{self.name}/demo", dict(self.defaults))
+
+    def build(self, data: Any, model: ModelArguments, args: Any) -> Any:
+        """Return the trainer of these options; models are checked before any row is read."""
+        path = path_of(model, args)
+        require_judges(getattr(args, "reward_model_path", None), getattr(data, "value_model", None))
+        args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
+        loading = {"peft_config": model.adapter(*self.adapter), "quantization_config": model.quantization()}
+        splits = self.load(data)
+        with model_errors(model):
+            trainer = self.create(path, args, data, splits, **loading)
+        require_adapted(trainer.model, model)
+        return trainer
+
+    def run(self, argv: list[str] | None = None) -> None:
+        with usage_errors():
+            given = self.options(argv)
+            if given.dry_run:
+                return dry_run(self.name, given, self.load)
+            if launches(given):
+                return launch(self.name, given)
+            data, model, args = given.make()
+            require_all(args)
+            checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+            require_steps_left(checkpoint, args.max_steps)
+        require_fit(self.name, data, model, args)
+        with usage_errors():
+            trainer = self.build(data, model, args)
+        use_brief_progress(trainer, self.line)
+        for callback in report_callbacks(data.source):
+            trainer.add_callback(callback)
+        with running(self.name, given, args):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = self.evaluate(trainer)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            (Path(args.output_dir) / "metrics.json").write_text(plain_file(metrics), encoding="utf-8")
+            self.report(trainer, metrics, data, model)
+        trainer.create_model_card(dataset_name=data.dataset_name)
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=data.dataset_name)
+        if trainer.is_world_process_zero():
+            print(closing_lines(self.name, args.output_dir, given.argv, **self.further(given, data, model, args)))
+
+
+def before_and_after(trainer: Any, key: str) -> dict[str, dict[str, Any]]:
+    """Return the last evaluation with the metric `key`, and that from before the first step where there is one."""
+    before, after = first_and_last_evaluation(trainer, key)
+    return {"after": after} if before is None else {"before": before, "after": after}
+
+
+def chat_with(args: Any) -> dict[str, str]:
+    return {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
