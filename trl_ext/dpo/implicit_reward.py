@@ -16,7 +16,7 @@ from trl import DPOTrainer
 
 from .._trl import tokenised_pair, use_adapter
 from ..data.rendering import check_text
-from ..models.loading import check_known, known_tokens, refuse_encoder_decoder, refuse_scoring
+from ..models.loading import base_of, check_known, known_tokens, refuse_encoder_decoder, refuse_scoring
 from ..models.probe import in_mode, probe_rows, require_causal, tolerance
 from ..models.sharding import is_partitioned
 from .guards import check_vocabularies
@@ -203,7 +203,7 @@ def _logps_of_batch(model: Any, rows: Sequence[Cut]) -> Tensor:
     first = max(int(starts.min()), 1)  # the first token of which a probability is read
     kept = ids.size(1) - first + 1
     # Some families give all logits whatever is asked (TrOCR), and some forwards cannot be asked.
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = base_of(model)
     asked = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **asked).logits[:, -kept:-1]
     logps = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None]).squeeze(-1)
@@ -215,7 +215,7 @@ def _logps_of_batch(model: Any, rows: Sequence[Cut]) -> Tensor:
 @torch.no_grad()
 def _require_causal(model: Any) -> None:
     """Raises `ValueError` for a model that reads the tokens that follow, as the trainers do."""
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = base_of(model)
     if is_partitioned(base):
         return
     row = probe_rows(base)[0]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .._trl import create_model_from_path, get_config_model_id, use_adapter
 from ..models.adapter_copies import check_copyable
+from ..models.loading import init_kwargs, is_quantized
 from ..models.probe import ROUNDINGS, apart_in_float32, arithmetic, plain_logps, probe_rows, rounded_once
 from ..models.quantization import check_quantizable, is_fsdp, quantization
 from ..models.sharding import copy_of, is_partitioned
@@ -59,10 +60,7 @@ def load_reference(
     Args:
         quantization_config: the policy's, for a reference without `ref_model_quantization`, as TRL has it.
     """
-    kwargs = dict(args.model_init_kwargs or {})
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:  # as TRL: these need device_map=None
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs = init_kwargs(args)
     if not isinstance(model, str):
         kwargs.setdefault("dtype", model.dtype)
         kwargs.setdefault("attn_implementation", model.config._attn_implementation)
@@ -109,9 +107,8 @@ def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTraine
 
 def rounds_to_16_bits(model: nn.Module, args: DPOConfigX) -> bool:
     """Return whether log-probabilities are computed in 16 bits, or so, somewhere."""
-    is_quantized = getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False)
     is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-    return bool(args.bf16 or args.fp16 or args.tf32 or is_quantized or is_short)
+    return bool(args.bf16 or args.fp16 or args.tf32 or is_quantized(model) or is_short)
 
 
 def require_same_start(

@@ -24,11 +24,13 @@ from ..models.context import context_limit
 from ..models.generation import complete
 from ..models.loading import (
     adapter_configs,
+    base_of,
     check_no_adapter,
     check_same_tokens,
     known_tokens,
     load_tokenizer,
     restore_weights,
+    source_options,
     text_config,
     tokenizer_of,
 )
@@ -129,8 +131,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             check_no_adapter(model, "model")
         config = text_config(model, args)
         if processing_class is None:  # TRL loads it, unchecked
-            revision = (args.model_init_kwargs or {}).get("revision")
-            load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)
+            load_tokenizer(path, **source_options(args))
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(ref_model, str):
@@ -221,7 +222,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         keep_4_bit_differentiable(actor)
         drop_checkpointing(actor, self.args)
-        models = {"model": actor.get_base_model() if is_peft_model(actor) else actor}
+        models = {"model": base_of(actor)}
         if self.ref_model is not None:
             models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         # TRL has prepared the reference, and not yet the actor.

@@ -1,4 +1,4 @@
-"""What can be known of a model, or of an adapter, before its weights are loaded."""
+"""Load models, adapters and tokenizers: by which arguments, and what is checked before any weight is read."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -22,9 +23,40 @@ WAYS_OUT = {
 }
 
 
+def base_of(model: Any) -> Any:
+    """Return the model that a `PeftModel` wraps; any other model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def is_quantized(model: Any, **options: Any) -> bool:
+    """
+    Return whether a model is quantised: one in memory, or, by its config, the checkpoint of a path.
+
+    Args:
+        options: of `from_pretrained`, for a path.
+    """
+    if isinstance(model, str):
+        return getattr(AutoConfig.from_pretrained(model, **options), "quantization_config", None) is not None
+    return any(getattr(model, name, False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"))
+
+
+def source_options(args: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained` that a model's config and tokenizer are read with."""
+    revision = {name: value for name, value in (args.model_init_kwargs or {}).items() if name == "revision"}
+    return {"trust_remote_code": args.trust_remote_code} | revision
+
+
+def init_kwargs(args: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained` for every model of a run, as TRL chooses them."""
+    kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return kwargs
+
+
 def text_config(model: Any, args: Any, name: str = "model", scores: bool = False) -> Any:
     """
-    The text part of a model's config.
+    Return the text part of a model's config.
 
     Args:
         model: a path or hub name, or a model.
@@ -38,9 +70,9 @@ def text_config(model: Any, args: Any, name: str = "model", scores: bool = False
     if not isinstance(model, str):
         refuse_encoder_decoder(model.config, type(model).__name__)
         return model.config.get_text_config()
-    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
-    require_model(model, name, kwargs.get("revision"))
-    config = read_config(model, name, trust_remote_code=args.trust_remote_code, **kwargs)
+    options = source_options(args)
+    require_model(model, name, options.get("revision"))
+    config = read_config(model, name, **options)
     if not scores:
         refuse_scoring(config, model)
     refuse_encoder_decoder(config, model)
@@ -71,7 +103,7 @@ def refuse_scoring(config: Any, name: str) -> None:
     Raises:
         ValueError: for a model that was trained to score text: as a language model its head would be a new one.
     """
-    if is_for_scoring(config):
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise ValueError(
             f"{name} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
             "`reward_model` of PPO; what is trained and its reference are causal language models."
@@ -110,7 +142,7 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
     """
-    Loads into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
+    Load into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
     other names than the model has, and knows how to read them.
 
     Args:
@@ -128,24 +160,18 @@ def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | N
         raise RuntimeError(f"{folder} lacks {len(absent)} of the model's weights, the first being {absent[0]}.")
 
 
-def is_for_scoring(config: PretrainedConfig) -> bool:
-    """Return whether a model was saved as one that scores text."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
 def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
-    """The tokenizer that a trainer will take; `None` where it is not to be had from the model's path."""
+    """Return the tokenizer that a trainer will take; `None` if none can be loaded from the model's path."""
     path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
     if processing_class is not None or not path:
         return processing_class
-    kwargs = {name: v for name, v in (args.model_init_kwargs or {}).items() if name == "revision"}
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **kwargs)
+        return AutoTokenizer.from_pretrained(path, **source_options(args))
     except Exception:  # of transformers, tokenizers, sentencepiece: the trainer will say so
         return None
 
 
-# The share of ids that mean something else from which on two tokenizers are two; below, tokens were renamed.
+# Two tokenizers differ if more than this share of their ids mean other tokens; below it, tokens were renamed.
 RENAMED = 0.01
 
 
@@ -209,14 +235,14 @@ def check_known(ids: Iterable[int | None], known: int | None, tokenizer: Any, wh
 
 
 def adapter_config(path: Any) -> PeftConfig | None:
-    """The config of the adapter that a folder holds; `None` for a folder without one, and for anything else."""
+    """Return the config of the adapter in a folder; `None` without an adapter, and for anything but a folder."""
     if not isinstance(path, str) or not (Path(path) / "adapter_config.json").exists():
         return None
     return PeftConfig.from_pretrained(path)
 
 
 def adapter_configs(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
-    """The configs of the adapters that a model holds, and of the new one that it will get."""
+    """Return the configs of the adapters that a model has, and of the new one that it will get."""
     held = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     return held if peft_config is None else [*held, peft_config]
 
@@ -243,7 +269,7 @@ def check_no_adapter(path: str, name: str) -> None:
 
 def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
     """
-    Looks for the config of a model, or of an adapter, and loads nothing else.
+    Look for the config of a model, or of an adapter; load nothing else.
 
     Args:
         path: a folder, or a hub name.
@@ -282,15 +308,14 @@ def require_model(path: str, what: str, revision: str | None = None, with_base: 
 
 def require_weights(path: str, what: str) -> None:
     """
-    Looks at the heads of a folder's weights, and loads nothing. What is on the hub is not looked at.
+    Read the headers of the weight files in a folder; load no weights. The hub is not looked at.
 
     Args:
         path: of a model, or of an adapter.
         what: it is, for the error.
 
     Raises:
-        ValueError: when the folder has none, lacks one of their files, or holds one that is no safetensors file or was
-            cut off.
+        ValueError: when the folder has no weights, a file is missing, is not in the safetensors format or was cut off.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -315,7 +340,7 @@ def require_weights(path: str, what: str) -> None:
 
 
 def _require_no_gguf(path: str, what: str) -> None:
-    """GGUF files, also beside a config, have to be converted once: what is trained is saved as safetensors."""
+    """Refuse weights in GGUF, also beside a config: what is trained is saved as safetensors."""
     folder = Path(path)
     files = [folder] if folder.is_file() else sorted(folder.iterdir()) if folder.is_dir() else []
     gguf = next((file for file in files if file.suffix.lower() == ".gguf"), None)
@@ -351,7 +376,7 @@ def require_tokenizer(path: str, what: str) -> None:
 
 def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
     """
-    Loads the tokenizer of a model.
+    Load the tokenizer of a model.
 
     Args:
         path: a folder, or a hub name.

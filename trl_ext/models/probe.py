@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+
+from .loading import base_of
 
 
 LENGTHS = (12, 9)
@@ -124,7 +125,7 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
     Log-probabilities of rows (1, L) of ids, one row after the other, by the forward of the model's class: without what
     trainers have put around it, such as autocast.
     """
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = base_of(model)
     logits = [type(base).forward(base, input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
     logps = [x.float().log_softmax(-1) for x in logits]
     return torch.cat([x.gather(-1, row[0, 1:, None].to(x.device))[:, 0] for x, row in zip(logps, rows, strict=True)])

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
+from .loading import is_quantized, source_options
 from .sharding import is_stage3
 
 
@@ -72,7 +73,5 @@ def check_quantizable(option: str, model: str | nn.Module, argument: str, args: 
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"{asked} needs bitsandbytes: `pip install 'trl-ext[qlora]'`.")
-    kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name == "revision"}
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantized(model, **source_options(args)):
         raise ValueError(f"{asked}: the checkpoint {model!r} is quantised already. Leave `{option}` out.")

@@ -7,7 +7,9 @@ import types
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from .loading import is_quantized
 
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -79,7 +81,11 @@ def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict
     """
     if not is_stage3(args):
         return
-    quantized = [name for name, model in trained_in_full.items() if _is_quantized(model, args.trust_remote_code)]
+    quantized = [
+        name
+        for name, model in trained_in_full.items()
+        if is_quantized(model, trust_remote_code=args.trust_remote_code)
+    ]
     config = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     if config is not None and "model" in trained_in_full:
         quantized.append("quantization_config")
@@ -89,15 +95,6 @@ def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict
             "weights cannot be trained. Train an adapter on it (`peft_config`, `--use_peft`), or load it without "
             "quantization: a share of ZeRO-3 is small as it is."
         )
-
-
-def _is_quantized(model: Any, trust_remote_code: bool) -> bool:
-    if model is None:
-        return False
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        return getattr(config, "quantization_config", None) is not None
-    return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
 def is_partitioned(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from ..data.formats import column_names
 from ..data.pairs import check_columns, check_written, require_rows_left
 from ..data.rendering import with_template_kwargs
-from ..models.loading import check_known, known_tokens, load_tokenizer, text_config
+from ..models.loading import check_known, is_quantized, known_tokens, load_tokenizer, source_options, text_config
 from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ..models.rounding import warn_of_rounding
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
@@ -70,8 +70,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         text_config(model, args, scores=True)
         if processing_class is None:
             path = model if isinstance(model, str) else model.config._name_or_path
-            revision = (args.model_init_kwargs or {}).get("revision")
-            processing_class = load_tokenizer(path, revision=revision, trust_remote_code=args.trust_remote_code)
+            processing_class = load_tokenizer(path, **source_options(args))
         self._check_data(train_dataset, eval_dataset, processing_class, args)
         make_folder(args.output_dir)
         name_run(args)
@@ -103,7 +102,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         """Lets gradients through 4-bit weights, and gives the score head the dtype of the states that it reads."""
         model: Any = self.model
         keep_4_bit_differentiable(model)
-        if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        if not is_quantized(model):
             return
         # On a quantised base TRL casts what is trained to bfloat16; the trunk's states stay as they are.
         for name, parameter in model.named_parameters():

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 
 from .._trl import get_config_model_id
+from ..models.loading import base_of
 from .folder import read_facts, without_place
 
 
@@ -18,7 +19,7 @@ ATTACHED = ("critic", "reward_model")  # modules that hang on an actor and are n
 
 def base_name(model: Any) -> str:
     """Return what the model was trained from: a hub name, of a folder only its name, else the architecture."""
-    return without_place(get_config_model_id(model.config) or "") or type(_base(model)).__name__
+    return without_place(get_config_model_id(model.config) or "") or type(base_of(model)).__name__
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -30,20 +31,16 @@ def model_facts(model: Any) -> dict[str, Any]:
         how = "in full" if trained == total else f"{trained:,} of {total:,} parameters"
     return {
         "model": base_name(model),
-        "architecture": type(_base(model)).__name__,
+        "architecture": type(base_of(model)).__name__,
         "parameters": f"{total:,}",
         "trained": how,
         "quantisation": quantisation_words(getattr(model.config, "quantization_config", None)),
     }
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
 def _sizes(model: Any) -> tuple[int, int]:
     """Parameters that are trained, and all; of a model that ZeRO-3 has partitioned, its full sizes."""
-    attached = [getattr(owner, name, None) for owner in (model, _base(model)) for name in ATTACHED]
+    attached = [getattr(owner, name, None) for owner in (model, base_of(model)) for name in ATTACHED]
     resting = set(model.peft_config) - set(model.active_adapters) if is_peft_model(model) else set()
     modules = _outside(model, attached, resting)
     parameters = {

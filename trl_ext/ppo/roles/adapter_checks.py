@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..._trl import get_config_model_id
 from ...models.adapter_copies import CHANGE_THE_BASE
 from ...models.fingerprint import FILE, base_fingerprint, weights_fingerprint
-from ...models.loading import adapter_config, adapter_configs, check_no_adapter
+from ...models.loading import adapter_config, adapter_configs, base_of, check_no_adapter, source_options
 from ...models.quantization import is_fsdp
 from ..config import PPOConfigX
 from .adapters import CRITIC, REWARD
@@ -46,7 +46,7 @@ def _head_name(model: Any) -> str:
     """Name of the module that makes logits: for a path, the usual one."""
     if not isinstance(model, nn.Module):
         return "lm_head"
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     head = base.get_output_embeddings()
     return next((name for name, module in base.named_modules() if module is head), "lm_head")
 
@@ -159,7 +159,7 @@ def _check_same_base(role: str, folder: str, model: Any, args: PPOConfigX) -> No
     """Raises `ValueError` unless the adapter was trained on the actor's base, as far as files can tell."""
     named = getattr(adapter_config(folder), "base_model_name_or_path", None)
     if isinstance(model, str):
-        path, revision = model, (args.model_init_kwargs or {}).get("revision")
+        path, revision = model, source_options(args).get("revision")
     else:
         path, revision = get_config_model_id(model.config), getattr(model.config, "_commit_hash", None)
     trained_on = base_fingerprint(folder, named)

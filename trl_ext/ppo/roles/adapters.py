@@ -36,6 +36,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...models.adapter_copies import base_left_alone, config_of_copy, copy_weights
+from ...models.loading import is_quantized
 from ...models.noise import disable_noise
 from ...models.trainable import lend
 
@@ -161,7 +162,7 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
 
 def _in_float32(model: Any) -> bool:
     """Return whether adapters of a 16-bit model are kept in float32. As in TRL: not under ZeRO-3, of one dtype."""
-    return not is_deepspeed_zero3_enabled() or bool(getattr(model, "is_quantized", False))
+    return not is_deepspeed_zero3_enabled() or is_quantized(model)
 
 
 def stand_on(actor: PeftModel, model: nn.Module, name: str) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..._trl import create_model_from_path
-from ...models.loading import read_config, restore_weights
+from ...models.loading import base_of, is_quantized, read_config, restore_weights
 from ...models.noise import disable_noise
 from ...models.precision import keep_4_bit_differentiable
 from ...models.probe import in_mode, probe_rows
@@ -205,7 +205,7 @@ def check_value_model(model: Any) -> None:
             f"The value model is a {type(model).__name__}, which writes text and has no score head. Pass a sequence "
             "classification model with one label, or `critic='head'` for a value head on the actor's trunk."
         )
-    if getattr(model, "is_quantized", False):
+    if is_quantized(model):
         raise ValueError(
             "The critic would be a quantised model, which cannot be trained. Pass a `value_model` in full precision, "
             "or `critic='head'` for a value head on the actor's trunk."
@@ -274,7 +274,7 @@ def build_critic(
 @torch.no_grad()
 def _width_of_states(actor: Any) -> int:
     """H of the trunk's last states, which some families, such as OPT, project once more."""
-    base = actor.get_base_model() if is_peft_model(actor) else actor
+    base = base_of(actor)
     if is_partitioned(base):  # nothing can be run: the head's weight, as DeepSpeed has noted its shape
         return base.get_output_embeddings().weight.ds_shape[-1]
     trunk = trunk_of(base)
@@ -310,7 +310,7 @@ def _copy_of_trunk(actor: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_quantized(model: Any, name: str) -> None:
-    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+    if is_quantized(model):
         raise ValueError(
             f"`critic='model'` would copy the {name}, which is quantized and cannot be trained. Pass a `value_model`, "
             "or `critic='head'` for a value head on the actor's trunk, or `critic='adapter'` for an adapter on it."
@@ -322,7 +322,7 @@ def _float_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _add_to(actor: PreTrainedModel | PeftModel, critic: nn.Module) -> None:
-    base = actor.get_base_model() if is_peft_model(actor) else actor
+    base = base_of(actor)
     lend(base, ATTRIBUTE, critic.to(base.device))
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ... import _trl
+from ...models.loading import base_of
 from ...models.noise import disable_noise
 from ...models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ...models.quantization import is_fsdp
@@ -37,7 +37,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
         The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
         scores.
     """
-    actor = model.get_base_model() if is_peft_model(model) else model
+    actor = base_of(model)
     drop_checkpointing(actor, args)
     roles.critic.attach(model, (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None)
     attached: list[nn.Module] = [roles.critic]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..._trl import create_model_from_path, get_callable_name, get_config_model_id
 from ...models import loading
-from ...models.loading import adapter_config, text_config
+from ...models.loading import adapter_config, is_quantized, text_config
 from ...models.noise import disable_noise
 from ...models.sharding import copy_of
 from ..config import PPOConfigX
@@ -57,10 +57,7 @@ def load_tokenizer(
     """The actor's tokenizer, padding on the left; raises `ValueError` when it cannot serve PPO."""
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
-        revision = (args.model_init_kwargs or {}).get("revision")
-        processing_class = loading.load_tokenizer(
-            path, revision=revision, trust_remote_code=args.trust_remote_code, truncation_side="left"
-        )
+        processing_class = loading.load_tokenizer(path, truncation_side="left", **loading.source_options(args))
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"`processing_class` is a {type(processing_class).__name__}; PPO reads text only. Pass its tokenizer."
@@ -78,12 +75,8 @@ def load_tokenizer(
 
 def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Given) -> Roles:
     """Load what came as a path, and make what did not come: reference and critic."""
-    # 1. The keyword arguments of `from_pretrained` for every model of the run, as GRPO chooses them
-    init_kwargs = dict(args.model_init_kwargs or {})
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        init_kwargs["device_map"] = None
-    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    # 2. Actor and reference
+    # 1. Actor and reference
+    init_kwargs = loading.init_kwargs(args)
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
     actor: Any = given.model
     if isinstance(actor, str):
@@ -93,18 +86,18 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
         kwargs = frozen_kwargs(args, init_kwargs | quantized, args.ref_model_quantization)
         reference = _load_reference(given, actor, kwargs)
     on_base = args.critic == "adapter" or adapter_config(given.reward_model) is not None
-    if args.use_vllm and on_base and getattr(actor, "is_quantized", False):
+    if args.use_vllm and on_base and is_quantized(actor):
         raise ValueError(
             "For vLLM the actor's adapter is merged into the base and taken out again, and on a quantised base PEFT "
             "makes new weights for that, which critic and reward model would not share. Switch `use_vllm` off, or do "
             "not quantise the base, or give these roles whole models."
         )
-    # 3. The reward sources
+    # 2. The reward sources
     reward_adapter = None
     if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
         reward_adapter = load_reward_adapter(actor, given.reward_model)
     functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
-    # 4. The critic
+    # 3. The critic
     critic: Critic
     if args.critic == "adapter":
         start = None if given.peft_config is not None else args.model_adapter_name or actor.active_adapter
