@@ -4,14 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..data.json_values import plain_line
-from ..report.tables import read_rows
-from ..runs.folder import write_whole
+from ..runs.tables import read_rows, show_table, write_rows
 
 
 Row = dict[str, Any]
@@ -65,9 +60,9 @@ class ModelTable:
         if takes_part(args, state) and self._shown_at != state.global_step:
             rows = self._write(args, state, self.ask(model, processing_class))
             if rows:
-                show_table(
-                    f"Step {state.global_step}: {self.title}", [{c: row[c] for c in self.shown} for row in rows]
-                )
+                columns = [name.replace("_", " ") for name in self.shown]
+                cells = [[row[name] for name in self.shown] for row in rows]
+                show_table(f"Step {state.global_step}: {self.title}", columns, cells)
             self._shown_at = state.global_step
 
     def _write(self, args: Any, state: Any, answers: Any) -> list[Row]:
@@ -75,7 +70,7 @@ class ModelTable:
         if not state.is_world_process_zero:
             return []
         rows = self.rows(args, answers, self._of_reference)
-        write_table(table_path(args.output_dir, self.folder, state.global_step), rows)
+        write_rows(table_path(args.output_dir, self.folder, state.global_step), rows)
         return rows
 
 
@@ -96,19 +91,3 @@ def text_of(prompt: Any) -> str:
 
 def table_path(output_dir: str, folder: str, step: int) -> Path:
     return Path(output_dir) / folder / f"step_{step:05d}.jsonl"
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(map(plain_line, rows))
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def show_table(title: str, rows: Sequence[Row]) -> None:
-    """On the terminal: a column for each key, numbers with two decimals."""
-    table = Table(title=title, show_lines=True)
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:  # as Text: "[/INST]" is no markup
-        table.add_row(*(Text(f"{cell:+.2f}" if isinstance(cell, float) else str(cell)) for cell in row.values()))
-    Console().print(table)

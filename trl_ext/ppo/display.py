@@ -4,11 +4,9 @@ import math
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ..runs.tables import show_table
 from .config import PPOConfigX
 from .rollout import Rollout
 
@@ -55,12 +53,6 @@ def print_samples(
         )
     )
     samples = gather_object(samples)
-    if not accelerator.is_main_process:
-        return
-    table = Table(title=f"Samples at step {step}", show_lines=True)
-    for column in ("prompt", "response", "score"):
-        table.add_column(column)
-    for prompt, response, score, is_scored in samples[:rows]:
-        # As Text: "[/INST]" is no markup.
-        table.add_row(Text(prompt), Text(response), f"{score:.3f}" if is_scored else "none")
-    Console().print(table)
+    if accelerator.is_main_process:
+        cells = [(*texts, f"{score:.3f}" if is_scored else "none") for *texts, score, is_scored in samples[:rows]]
+        show_table(f"Samples at step {step}", ("prompt", "response", "score"), cells)

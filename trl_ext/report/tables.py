@@ -1,16 +1,15 @@
 """Tables of a run: sample completions before and after with their rewards, and the implicit rewards of pairs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from ..runs.folder import is_of_this_run, newest
 from ..runs.log import is_tie
+from ..runs.tables import read_rows, show_table
 
 
 # Row of a preference table -> the metrics it shows, and their format.
@@ -104,13 +103,6 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return newest([path for path in folder.glob(pattern) if is_of_this_run(path, folder)])
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 def _table(folder: Path, step: int) -> Path:
     return folder / f"completions_{step:05d}.parquet"
 
@@ -152,19 +144,13 @@ def _text(value: Any) -> str:
 
 
 def print_samples(samples: Sequence[Sample], title: str = "Held-out prompts, before and after") -> None:
-    """A rich table on the terminal."""
-    table = Table(title=title, show_lines=True)
-    for column, style in (("prompt", "bold"), ("before", ""), ("after", "")):
-        table.add_column(column, style=style, overflow="fold")
-        if column != "prompt":
-            table.add_column("score", justify="right", no_wrap=True)
+    """Print samples with their scores on the terminal, a score that rose in green."""
+    rows = []
     for sample in samples:
-        before, after = score_text(sample.score_before), score_text(sample.score_after)
         colour = "green" if (sample.score_after or 0) > (sample.score_before or 0) else "red"
-        # Text in brackets would be read as markup, and models write brackets.
-        texts = [text.replace("[", r"\[") for text in (sample.prompt, sample.before, sample.after)]
-        table.add_row(texts[0], texts[1], before, texts[2], f"[{colour}]{after}[/{colour}]")
-    Console().print(table)
+        scores = Text(score_text(sample.score_before)), Text(score_text(sample.score_after), style=colour)
+        rows.append([Text(sample.prompt, style="bold"), sample.before, scores[0], sample.after, scores[1]])
+    show_table(title, ("prompt", "before", "score", "after", "score"), rows)
 
 
 def samples_markdown(samples: Sequence[Sample]) -> str:

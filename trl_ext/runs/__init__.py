@@ -10,6 +10,7 @@ What a run needs to start, logs, leaves behind and says of itself.
     log            what a Trainer has logged, as series
     convergence    whether a run has converged
     alarms         what in a log deserves a look
+    tables         tables on the terminal and as JSON lines
     folder         files in a run's folder
     facts          what a trainer knows of its run, in words
     card           the model card
