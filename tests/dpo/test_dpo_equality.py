@@ -67,6 +67,14 @@ def differences(ours, theirs, undecided=False):
     return worst, dpo_runs.gradient_difference(gradient, trl_gradient)
 
 
+def both(name, **options):
+    """Arguments of the constructor: an actor and another reference."""
+    return {
+        "model": lambda: dpo_runs.tiny_model(name, **options),
+        "ref_model": lambda: dpo_runs.tiny_model(name, seed=1, **options),
+    }
+
+
 def assert_equals_trl(tmp_path, models=None, sharing=True, undecided=False, tolerance=TOLERANCE, **options):
     models = models or {}
     with dpo_runs.not_at_the_start():
@@ -126,22 +134,15 @@ def reference_modes(folder, name):
     """Arguments of the constructor and options of the config."""
     path = str(folder / name)
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)  # adapters that already do something
+    alone = both(name) | {"ref_model": None}
+    precomputed = {"precompute_ref_log_probs": True}
     return {
-        "given": ({"model": lambda: dpo_runs.tiny_model(name)}, {}),
+        "given": (both(name), {}),
         "copied": ({"model": path, "ref_model": None}, {}),
-        "adapter off": ({"model": lambda: dpo_runs.tiny_model(name), "ref_model": None, "peft_config": lora}, {}),
-        "adapter ref": (
-            {"model": lambda: dpo_runs.with_adapter(dpo_runs.tiny_model(name)), "ref_model": None},
-            {},
-        ),
-        "precomputed": (
-            {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)},
-            {"precompute_ref_log_probs": True},
-        ),
-        "precomputed from the actor": (
-            {"model": lambda: dpo_runs.tiny_model(name), "ref_model": None},
-            {"precompute_ref_log_probs": True},
-        ),
+        "adapter off": (alone | {"peft_config": lora}, {}),
+        "adapter ref": (alone | {"model": lambda: dpo_runs.with_adapter(dpo_runs.tiny_model(name))}, {}),
+        "precomputed": (both(name), precomputed),
+        "precomputed from the actor": (alone, precomputed),
     }
 
 
@@ -152,8 +153,6 @@ MODES = ["given", "copied", "adapter off", "adapter ref", "precomputed", "precom
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gemma2"])
 def test_reference_equals_trl(tmp_path, saved, name, mode):
     models, options = reference_modes(saved, name)[mode]
-    if mode != "copied":
-        models = {"ref_model": lambda: dpo_runs.tiny_model(name, seed=1)} | models
     if name == "gemma2" and mode == "copied":
         options = options | {"model_init_kwargs": {"attn_implementation": "eager"}}
     # Precomputed in other batches than trained on, the reference differs from the actor by rounding.
@@ -161,9 +160,9 @@ def test_reference_equals_trl(tmp_path, saved, name, mode):
 
 
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}, None], ids=str)
-@pytest.mark.parametrize("mode", ["given", "adapter off"])
-def test_gradient_checkpointing_equals_trl(tmp_path, saved, mode, checkpointing):
-    models, options = reference_modes(saved, "llama")[mode]
+@pytest.mark.parametrize("name, mode", [("llama", "given"), ("llama", "adapter off"), ("gemma2", "given")])
+def test_gradient_checkpointing_equals_trl(tmp_path, saved, name, mode, checkpointing):
+    models, options = reference_modes(saved, name)[mode]
     options = options | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpointing}
     assert_equals_trl(tmp_path, models, **options)
 
@@ -177,8 +176,7 @@ def in_float32(tmp_path_factory):
 
     @functools.cache
     def run(name):
-        models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
-        return measured(tmp_path_factory.mktemp(name), dpo_runs.TRLS, models, {})
+        return measured(tmp_path_factory.mktemp(name), dpo_runs.TRLS, both(name), {})
 
     return run
 
@@ -206,8 +204,8 @@ def test_bf16_shares_rows_for_an_adapter_and_for_a_precomputed_reference(tmp_pat
         models, options = reference_modes(saved, "llama")[mode]
         models = models | {"model": lambda: dpo_runs.tiny_model().to(weights)}
         with dpo_runs.not_at_the_start():  # the adapter does something already
-            ours = measured(tmp_path / mode, dpo_runs.OURS, {"ref_model": None} | models, options | {"bf16": True})
-        theirs = measured(tmp_path / mode, dpo_runs.TRLS, {"ref_model": None} | models, options | {"bf16": True})
+            ours = measured(tmp_path / mode, dpo_runs.OURS, models, options | {"bf16": True})
+        theirs = measured(tmp_path / mode, dpo_runs.TRLS, models, options | {"bf16": True})
         worst, of_gradient = differences(ours, theirs, undecided=True)
         assert all(forward.packing.on for forward in ours[2]._forwards)
         assert worst[0] < 3e-2, worst
@@ -245,19 +243,6 @@ def long_beginning():
     return Dataset.from_list(rows)
 
 
-def conversations():
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"].strip()}],
-                "chosen": [{"role": "assistant", "content": row["chosen"]}],
-                "rejected": [{"role": "assistant", "content": row["rejected"].removesuffix("<eos>")}],
-            }
-            for row in dpo_runs.tiny_pairs().to_list()
-        ]
-    )
-
-
 def implicit_prompts():
     """Without a `prompt`: TRL takes it from the beginning of both."""
     rows = dpo_runs.tiny_pairs().to_list()
@@ -274,15 +259,14 @@ def implicit_prompts():
         (only_eos, {}),
         (long_beginning, {}),
         (long_beginning, {"loss_type": ["ipo"], "ld_alpha": 0.5}),
-        (conversations, {}),
+        (dpo_runs.tiny_chats, {}),
         (implicit_prompts, {}),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_data_equals_trl(tmp_path, name, data, options):
-    models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
-    assert_equals_trl(tmp_path, models | {"train_dataset": data()}, **options)
+    assert_equals_trl(tmp_path, both(name) | {"train_dataset": data()}, **options)
 
 
 def test_evaluation_equals_trl(tmp_path):
@@ -303,16 +287,9 @@ def test_evaluation_equals_trl(tmp_path):
 # Models that cannot share, and a mistake
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom"])
-def test_model_that_cannot_share_equals_trl(tmp_path, name):
-    models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
-    assert_equals_trl(tmp_path, models, sharing=False)
-
-
-@pytest.mark.parametrize("name", ["mistral_short_window", "gemma2_short_window"])
-def test_sequences_beyond_a_window_equal_trl(tmp_path, name):
-    models = {"model": lambda: dpo_runs.tiny_model(name), "ref_model": lambda: dpo_runs.tiny_model(name, seed=1)}
-    assert_equals_trl(tmp_path, models)
+@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral_short_window", "gemma2_short_window"])
+def test_models_that_cannot_share_and_sequences_beyond_a_window_equal_trl(tmp_path, name):
+    assert_equals_trl(tmp_path, both(name), sharing=name.endswith("window"))
 
 
 @pytest.mark.parametrize("size, accumulation", [(4, 1), (2, 2)])

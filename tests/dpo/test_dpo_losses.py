@@ -29,11 +29,6 @@ def test_implicit_reward_is_beta_times_the_log_of_the_quotient():
     close(losses.implicit_reward(logps, ref_logps, 0.3), expected)
 
 
-def test_implicit_reward_of_the_reference_is_0():
-    logps = -rewards()[0].abs()
-    assert (losses.implicit_reward(logps, logps, 0.1) == 0).all()
-
-
 def test_preference_probability_is_the_share_of_two_strengths():
     """Bradley-Terry as it was written first: e^r_w / (e^r_w + e^r_l)."""
     chosen, rejected = rewards()
@@ -107,21 +102,6 @@ def test_gradient_weight_times_beta_scales_the_gradient_of_the_log_probabilities
     losses.dpo_loss(chosen, rejected).sum().backward()
     weight = losses.gradient_weight(chosen, rejected).detach()
     close(logps.grad, torch.stack([-0.3 * weight, 0.3 * weight]))
-
-
-def test_gradient_weight_is_one_half_at_the_reference_and_near_1_where_the_pair_is_wrong():
-    weight = losses.gradient_weight(torch.tensor([0.0, -20.0, 20.0]), torch.zeros(3))
-    torch.testing.assert_close(weight, torch.tensor([0.5, 1.0, 0.0]), rtol=0, atol=1e-8)
-
-
-def test_smoothing_term_is_what_the_flipped_labels_add():
-    close(
-        losses.smoothing_term(MARGINS[1:-1], 0.2),
-        [
-            0.2 * (math.log(oracles.sigmoid(m)) - math.log(oracles.sigmoid(-m))) if abs(m) < 20 else 0.2 * m
-            for m in MARGINS[1:-1].tolist()
-        ],
-    )
 
 
 # f-divergences: f of each, from its definition; its derivative must be the score.

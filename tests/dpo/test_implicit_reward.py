@@ -44,17 +44,18 @@ def texts():
 
 
 def conversations():
-    prompts = [[{"role": "user", "content": text.strip()}] for text in texts()[0]]
-    prompts[1] = [{"role": "system", "content": "the cat"}, *prompts[1]]
-    return prompts, [[{"role": "assistant", "content": text.removesuffix("<eos>")}] for text in texts()[1]]
+    data = dpo_runs.tiny_chats().select(range(6))
+    prompts = data["prompt"][:]
+    prompts[1] = [*dpo_runs.said("system", "the cat"), *prompts[1]]
+    return prompts, data["chosen"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-@pytest.mark.parametrize("rows", [texts, conversations])
+@pytest.mark.parametrize("rows", ["text", "conversations"])
 def test_reward_equals_the_slow_oracle(rows, batch_size):
     policy, reference = dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1)
     tokenizer = tiny.tiny_tokenizer()
-    prompts, completions = rows()
+    prompts, completions = texts() if rows == "text" else conversations()
     got = ImplicitReward(policy, reference, tokenizer, BETA, batch_size)(prompts, completions)
     expected = [slow_reward(policy, reference, p, c, tokenizer) for p, c in zip(prompts, completions, strict=True)]
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -135,12 +136,6 @@ def test_reward_of_an_adapter_takes_its_start_as_the_reference(adapter):
     assert policy.active_adapter == "default"
 
 
-def test_reward_of_the_reference_is_0():
-    prompts, completions = texts()
-    score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(), tiny.tiny_tokenizer(), BETA)
-    assert score(prompts, completions) == [0.0] * 6
-
-
 def test_ranking_is_by_reward_the_best_first():
     score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer())
     answers = ["good", "bad dog", "the cat is happy", "why ?"]
@@ -154,19 +149,7 @@ def test_ranking_is_by_reward_the_best_first():
 @pytest.mark.parametrize("conversational", [False, True])
 def test_rewards_are_those_of_the_training(tmp_path, conversational):
     """The means over a batch that `DPOTrainerX` logs for chosen and rejected completions."""
-    data = dpo_runs.tiny_pairs()
-    if conversational:
-
-        def turn(role, text):
-            return [{"role": role, "content": text.strip().removesuffix("<eos>")}]
-
-        data = data.map(
-            lambda row: {
-                "prompt": turn("user", row["prompt"]),
-                "chosen": turn("assistant", row["chosen"]),
-                "rejected": turn("assistant", row["rejected"]),
-            }
-        )
+    data = dpo_runs.tiny_chats() if conversational else dpo_runs.tiny_pairs()
     options = {"per_device_train_batch_size": 8, "learning_rate": 0.0, "max_steps": 1, "beta": BETA}
     line = dpo_runs.lines(dpo_runs.dpo_run(tmp_path, {"train_dataset": data}, **options))[0]
     score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer(), BETA)
@@ -257,20 +240,11 @@ def bos_tokenizer(template=TEMPLATE, pieces=False):
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
-def said(role, text):
-    return [{"role": role, "content": text}]
-
-
-def chat(prompt, chosen, rejected, **columns):
-    return {"prompt": said("user", prompt), "chosen": said("assistant", chosen)} | {
-        "rejected": said("assistant", rejected),
-        **columns,
-    }
-
-
 def test_prompt_that_a_template_has_written_is_refused_as_in_training():
     score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), bos_tokenizer())
-    written = score.tokenizer.apply_chat_template(said("user", "who ?"), tokenize=False, add_generation_prompt=True)
+    written = score.tokenizer.apply_chat_template(
+        dpo_runs.said("user", "who ?"), tokenize=False, add_generation_prompt=True
+    )
     pair = {"prompt": written, "chosen": "a cat", "rejected": "a dog"}
     for ask in (
         lambda: score([written], ["a cat"]),
@@ -284,12 +258,18 @@ def test_prompt_that_a_template_has_written_is_refused_as_in_training():
 
 CHATS = [("what is it ?", "a cat", "a dog or a bird"), ("who ?", "the dog", "we")]
 TRAINED = {  # what a pair is read with -> the tokenizer, the pairs
-    "a template that writes BOS": (bos_tokenizer(), [chat(*texts) for texts in CHATS]),
-    "tools": (bos_tokenizer(), [chat(*CHATS[0], tools=[{"name": "cat"}]), chat(*CHATS[1], tools=[{"name": "dog"}])]),
-    "tools as JSON": (bos_tokenizer(), [chat(*texts, tools='[{"name": "book"}]') for texts in CHATS]),
+    "a template that writes BOS": (bos_tokenizer(), [dpo_runs.chat(*texts) for texts in CHATS]),
+    "tools": (
+        bos_tokenizer(),
+        [dpo_runs.chat(*CHATS[0], tools=[{"name": "cat"}]), dpo_runs.chat(*CHATS[1], tools=[{"name": "dog"}])],
+    ),
+    "tools as JSON": (bos_tokenizer(), [dpo_runs.chat(*texts, tools='[{"name": "book"}]') for texts in CHATS]),
     "keywords of the template": (
         bos_tokenizer(),
-        [chat(*texts, chat_template_kwargs={"loud": loud}) for texts, loud in zip(CHATS, (True, False), strict=False)],
+        [
+            dpo_runs.chat(*texts, chat_template_kwargs={"loud": loud})
+            for texts, loud in zip(CHATS, (True, False), strict=False)
+        ],
     ),
     "text with BOS": (bos_tokenizer(), [dict(zip(PAIR, texts, strict=False)) for texts in CHATS]),
     "tokens over the seam": (

@@ -150,6 +150,23 @@ def tiny_pairs(size: int = 8, seed: int = 0, prompt: tuple[int, int] = (1, 8)) -
     return Dataset.from_list(rows)
 
 
+def said(role: str, text: str) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": role, "content": text}]
+
+
+def chat(prompt: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
+    """A row of conversations."""
+    answers = {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
+    return {"prompt": said("user", prompt), **answers, **columns}
+
+
+def tiny_chats() -> Dataset:
+    """`tiny_pairs` as conversations."""
+    rows = [{name: text.strip().removesuffix("<eos>") for name, text in row.items()} for row in tiny_pairs().to_list()]
+    return Dataset.from_list([chat(**row) for row in rows])
+
+
 def batch_of(pairs: list[tuple[list[int], list[int], int]], pad: int = 0) -> dict[str, torch.Tensor]:
     """TRL's batch of (chosen ids, rejected ids, tokens of the prompt), padded on the right."""
     rows = [(chosen, prompt) for chosen, _, prompt in pairs] + [(rejected, prompt) for _, rejected, prompt in pairs]

@@ -143,19 +143,6 @@ def test_flex_gives_what_the_pieces_give_on_cuda(heads, dtype):
 
 
 @pytest.mark.gpu
-def test_a_run_by_flex_equals_one_piece_by_piece_on_cuda(tmp_path, monkeypatch):
-    runs = []
-    for name in ("flex", "pieces"):
-        if name == "pieces":
-            monkeypatch.setattr(flex, "why_not", lambda *args: "not wanted here")
-        trainer = dpo_runs.dpo_trainer(tmp_path / name, use_cpu=False)
-        trainer.train()
-        assert trainer._forwards[0].packing.one_kernel == (name == "flex")
-        runs.append([line["loss"] for line in dpo_runs.lines(trainer)])
-    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
-
-
-@pytest.mark.gpu
 def test_rows_of_many_lengths_stay_in_the_kernel_on_cuda():
     """More lengths than torch compiles for one by one; a matrix of all scores would not fit under the limit."""
     for width in range(4096, 4096 + 12 * 77, 77):
@@ -195,13 +182,6 @@ def assert_near(runs, tolerance):
     for way in ("flex", "pieces"):
         assert runs[way][0] == pytest.approx(runs["TRL"][0], rel=tolerance)
         assert dpo_runs.gradient_difference(runs[way][1], runs["TRL"][1]) < tolerance
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("name", ["llama", "values narrower than queries", "heads wider in some layers"])
-def test_bf16_runs_equal_trl_on_a_cpu(tmp_path, name, monkeypatch):
-    """The same as below; on a CPU both ways go piece by piece."""
-    assert_near(runs_of(tmp_path, name, torch.float32, monkeypatch, use_cpu=True, max_steps=1), 5e-2)
 
 
 @pytest.mark.gpu

@@ -23,13 +23,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Run a command.
-
     Args:
         argv: the words of the command line behind `trl-ext`; unset: those of this process.
 
     Raises:
-        SystemExit: with status 2 for an unknown command.
+        SystemExit: with status 2 for a command that there is not.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def leave_out_noise() -> None:
-    """Silence warnings of other packages that a user can do nothing about."""
+    """Warnings about what other packages do among themselves, which nobody who trains can change."""
     # TRL 1.16 uses the old name of activation checkpointing.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     # On import, about a kernel for 4 bits on CPUs that it can do without.
@@ -58,10 +56,15 @@ def leave_out_noise() -> None:
 
 
 def usage() -> str:
-    """Return every command with what it does."""
-    lines = "\n".join(f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items())
-    return (
-        f"PPO with a critic, and DPO, on Hugging Face TRL.\n\n{lines}\n\n"
-        "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,\n"
-        "`python scripts/COMMAND.py` is the same command."
+    """Every command with what it does."""
+    lines = [f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "PPO with a critic, and DPO, on Hugging Face TRL.",
+            "",
+            *lines,
+            "",
+            "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,",
+            "`python scripts/COMMAND.py` is the same command.",
+        ]
     )

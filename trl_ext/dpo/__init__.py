@@ -10,6 +10,5 @@ DPO over shared rows, in the order of the data.
     metrics           pairs of a logging window or an evaluation, over all ranks
     implicit_reward   a trained policy as a reward function
     guards            what must hold of models and losses
-    display           what people see at evaluations
     card              the model card
 """

@@ -48,6 +48,7 @@ from ..runs.folder import require_optimizer
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder
 from ..runs.steps_left import refuse_finished_checkpoints
+from ..runs.tables import show_table, write_rows
 from ..runs.trackio_run import name_run
 from .card import dpo_training
 from .config import DPOConfigX
@@ -60,7 +61,6 @@ from .data import (
     drop_equal_tokens,
     warn_of_user_turns,
 )
-from .display import show_completions, write_completions
 from .forward import PairForward
 from .guards import check_vocabularies, require_finite
 from .losses import divergence_score, implicit_reward, smoothing_term
@@ -486,10 +486,12 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             with use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None):
                 reference = self._complete(self.model, prompts)
         if self.is_world_process_zero():
-            texts = self._tokenizer.batch_decode(prompts)
+            columns = ("prompt", "actor", "reference")
+            rows = list(zip(self._tokenizer.batch_decode(prompts), actor, reference, strict=True))
             label = f"{name}_step_{self.state.global_step:05d}"
-            show_completions(texts, actor, reference, label)
-            write_completions(self.args.output_dir, texts, actor, reference, label)
+            show_table(f"{label}: held-out prompts, actor and reference", columns, rows)
+            path = Path(self.args.output_dir) / "completions" / f"{label.replace('/', '_')}.jsonl"
+            write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows])
 
     def _complete(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():

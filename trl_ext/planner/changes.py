@@ -1,4 +1,4 @@
-"""Find what would make a plan fit: changes of its layout, from the cheapest to the dearest, alone and together."""
+"""What would make a plan fit: changes of its layout, from the cheapest to the dearest, alone and together."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,30 +130,37 @@ def smallest_change(failed: Plan) -> list[Change]:
 
 
 def _together(failed: Plan, keeping: bool) -> list[Change]:
-    """Return changes, the cheapest first, each if it lowers what is needed, until it fits; then as few as will do."""
-    taken: list[str] = []
+    """Changes from the cheapest on, each if it lowers what is needed, until the plan fits; then as few as will."""
+    taken: list[Change] = []
     current = failed
     for setting in [change.setting for change in changes(failed.layout, failed.hardware, keeping)]:
-        applied = _apply(failed, [*taken, setting])
-        changed = plan(failed.names, applied[-1].layout, failed.hardware) if applied else current
+        change = _find(setting, current.layout, failed.hardware)
+        if change is None:
+            continue
+        changed = plan(failed.names, change.layout, failed.hardware)
         if changed.needed < current.needed:
-            taken, current = [*taken, setting], changed
+            taken, current = [*taken, change], changed
         if current.fits:
-            break
-    else:
-        return []
-    for setting in taken[:-1]:  # needless ones
-        rest = _apply(failed, [each for each in taken if each != setting])
+            return _without_needless(failed, taken)
+    return []
+
+
+def _find(setting: str, layout: Layout, hardware: Hardware) -> Change | None:
+    return next((change for change in changes(layout, hardware) if change.setting == setting), None)
+
+
+def _without_needless(failed: Plan, taken: list[Change]) -> list[Change]:
+    for dropped in range(len(taken) - 1):
+        rest = _apply(failed, [change.setting for i, change in enumerate(taken) if i != dropped])
         if rest and plan(failed.names, rest[-1].layout, failed.hardware).fits:
-            taken.remove(setting)
-    return _apply(failed, taken)
+            return _without_needless(failed, rest)
+    return taken
 
 
 def _apply(failed: Plan, settings: list[str]) -> list[Change]:
-    """Return the changes of these settings, one after the other; none where one cannot follow the others."""
     layout, applied = failed.layout, []
     for setting in settings:
-        change = next((each for each in changes(layout, failed.hardware) if each.setting == setting), None)
+        change = _find(setting, layout, failed.hardware)
         if change is None:
             return []
         layout = change.layout

@@ -1,4 +1,4 @@
-"""Check the metric by which the best checkpoint is chosen."""
+"""By which metric the best checkpoint is chosen."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,11 @@ from typing import Any
 
 def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
     """
-    Evaluate within a training, by the Trainer's `evaluate` with the other arguments.
+    Evaluate within a training.
+
+    Args:
+        evaluate: the Trainer's, called with what else is given.
+        args: training arguments.
 
     Raises:
         ValueError: for a `metric_for_best_model` that the evaluation does not have.
@@ -28,7 +32,7 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
 
 def check_metric_of_sets(args: Any, held_out: Any, example: str) -> None:
     """
-    Raise `ValueError` for a metric that names none of several held-out sets: the first evaluation would end the run.
+    Raises `ValueError` for a metric that names none of several held-out sets: the first evaluation would end the run.
 
     Args:
         args: training arguments, of which `metric_for_best_model` is set wherever it is read.
