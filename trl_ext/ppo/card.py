@@ -6,7 +6,7 @@ from accelerate.utils import is_peft_model
 
 from ..runs.card import OUYANG, Metric, Training, loading_lines
 from .config import PPOConfigX
-from .roles.reward_sources import token_scorer
+from .roles.reward_models import token_scorer
 from .terms import TERMS, Term, total_in_words
 
 

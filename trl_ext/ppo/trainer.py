@@ -84,7 +84,7 @@ from .roles.join import (
 from .roles.load import Roles, load_roles, load_tokenizer
 from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
-from .roles.reward_sources import TokenScorer, check_readable, model_of_text, token_scorer
+from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
 from .rollout import MicroBatch, Rollout
 from .run_state import EarlyStop, RunState
 

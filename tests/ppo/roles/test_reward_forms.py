@@ -29,7 +29,7 @@ from ppo_runs import logged, ppo_run, ppo_trainer
 from trl_ext import ImplicitReward
 from trl_ext.ppo.data import TokenisedPrompt
 from trl_ext.ppo.roles.reward_forms import RewardForm
-from trl_ext.ppo.roles.reward_sources import TokenScorer
+from trl_ext.ppo.roles.reward_models import TokenScorer
 
 
 PLAIN = (

@@ -8,7 +8,7 @@ The four models of PPO: actor, critic, reference, reward.
     state_values       state values from a classifier
     adapters           several roles on one base
     adapter_checks     adapters that cannot do what they are given for
-    reward_sources     reward models, asked by token ids or by text
+    reward_models      reward models, asked by token ids or by text
     reward_forms       the token ids in which a reward model reads an answer
     reward_functions   reward functions, checked as they are given and as they answer
     offload            frozen models in host memory while nothing reads them

@@ -24,7 +24,7 @@ from ..config import PPOConfigX
 from .adapter_checks import check_adapters
 from .critic import check_value_checkpoint, check_value_model
 from .offload import check_placement
-from .reward_sources import check_reward_checkpoint, check_reward_model
+from .reward_models import check_reward_checkpoint, check_reward_model
 
 
 Model: TypeAlias = PreTrainedModel | PeftModel | str

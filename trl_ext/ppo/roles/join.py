@@ -22,7 +22,7 @@ from ..config import PPOConfigX
 from .adapters import REWARD, stand_on
 from .forward import LogitsHead, add_actor_critic_forward
 from .load import Roles
-from .reward_sources import token_scorer
+from .reward_models import token_scorer
 
 
 def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:

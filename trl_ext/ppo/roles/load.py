@@ -21,7 +21,7 @@ from .inputs import Given, Model
 from .offload import frozen_kwargs
 from .reward_forms import RewardForm
 from .reward_functions import checked
-from .reward_sources import (
+from .reward_models import (
     TokenScorer,
     check_reward_model,
     find_tokenizer,

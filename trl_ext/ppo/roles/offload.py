@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.quantization import check_quantizable, quantization, spread_by
 from ..config import PPOConfigX
-from .reward_sources import token_scorer
+from .reward_models import token_scorer
 
 
 # The tensors of bitsandbytes' 4-bit state, which lie beside the packed weights.
