@@ -53,10 +53,11 @@ check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_layers.py tests/docs/test_house.py .ci/test_pins.py
 
+# Files stay whole, since the tests of one share long runs.
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
-	$(PYTEST) -m proof -s $(ARGS)
+	$(PYTEST) -m proof -n $(JOBS) --dist loadfile -rP $(ARGS)
 
-measure: $(STAMP) ## repeat the runs of PPO behind the figures in docs/demo.md: about twenty minutes
+measure: $(STAMP) ## repeat the longest proofs, by hand before a release: about half an hour
 	$(PYTEST) -m measure -s $(ARGS)
 
 families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those

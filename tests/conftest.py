@@ -12,6 +12,7 @@ if os.environ.get("TRL_EXT_GPU") != "1":  # set by `make gpu`; elsewhere every m
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import set_seed
 
 import tiny
@@ -66,3 +67,20 @@ def tiny_reward_model():
 @pytest.fixture
 def tiny_prompts():
     return tiny.tiny_prompts()
+
+
+@pytest.fixture(scope="session")
+def of_two_processes(tmp_path_factory):
+    """What two processes have measured (`two_process_runs.py`): one launch for all tests, whichever comes first."""
+    import two_process_runs  # which loads TRL and DeepSpeed
+    import two_processes
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "two_processes"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "measured.pt").is_file():
+            folder.mkdir(exist_ok=True)
+            two_processes.measured(two_process_runs.measure, folder, two_process_runs.prepare(folder))
+    return two_processes.read(folder)

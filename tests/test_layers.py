@@ -6,7 +6,7 @@ The rules look at the syntax tree alone, so an import inside a function or under
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,15 +59,41 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
-def impure(path: Path, root: Path = ROOT) -> list[Import]:
-    """Imports that a pure file may not have."""
+def impure(imported: Import) -> bool:
+    """Not for a pure file."""
+    top = imported.module.split(".")[0]
+    is_torch = top == "torch" and "distributed" not in f"{imported.module}.{imported.name}".split(".")
+    return not (is_torch or top in sys.stdlib_module_names or imported.module in PURE_MODULES)
 
-    def allowed(imported: Import) -> bool:
-        top = imported.module.split(".")[0]
-        is_torch = top == "torch" and "distributed" not in f"{imported.module}.{imported.name}".split(".")
-        return is_torch or top in sys.stdlib_module_names or imported.module in PURE_MODULES
 
-    return [imported for imported in read_imports(path, root) if not allowed(imported)]
+def beyond_public(imported: Import) -> bool:
+    """Of `trl_ext`, and not for a script."""
+    is_public = imported.module in PUBLIC_MODULES and not _is_private(imported.name)
+    return imported.is_from("trl_ext") and not is_public
+
+
+def of_a_trainer(imported: Import) -> bool:
+    """A trainer, or what only trainers need."""
+    return (
+        imported.is_from("trl")
+        or imported.module == "trl_ext._trl"
+        or imported.module.endswith("trainer")
+        or bool(re.search(r"Trainer(X)?$", imported.name))
+    )
+
+
+def above_the_trainers(imported: Import) -> bool:
+    """What a trainer's room would look up to."""
+    return any(imported.is_from(module) for module in ABOVE_THE_TRAINERS)
+
+
+def of_a_callback(imported: Import) -> bool:
+    return imported.is_from("trl_ext.callbacks")
+
+
+def broken(rule: Callable[[Import], bool], path: Path, root: Path = ROOT) -> list[Import]:
+    """The imports of a file that a rule does not allow."""
+    return [imported for imported in read_imports(path, root) if rule(imported)]
 
 
 def private_trl(path: Path, root: Path = ROOT) -> list[Import]:
@@ -91,36 +117,6 @@ def _is_public_trl_name(name: str) -> bool:
 
     folder = Path(trl.__file__).parent
     return not _is_private(name) and not (folder / name).is_dir() and not (folder / f"{name}.py").is_file()
-
-
-def beyond_public(path: Path, root: Path = ROOT) -> list[Import]:
-    """Imports of `trl_ext` that a script may not have."""
-    return [
-        imported
-        for imported in read_imports(path, root)
-        if imported.is_from("trl_ext") and (imported.module not in PUBLIC_MODULES or _is_private(imported.name))
-    ]
-
-
-def trainers(path: Path, root: Path = ROOT) -> list[Import]:
-    """Imports of a trainer, or of what only trainers need."""
-    return [
-        imported
-        for imported in read_imports(path, root)
-        if imported.is_from("trl")
-        or imported.module == "trl_ext._trl"
-        or imported.module.endswith("trainer")
-        or re.search(r"Trainer(X)?$", imported.name)
-    ]
-
-
-def above_the_trainers(path: Path, root: Path = ROOT) -> list[Import]:
-    """Imports that would point from a trainer's room up to what uses it."""
-    return [
-        imported
-        for imported in read_imports(path, root)
-        if any(imported.is_from(module) for module in ABOVE_THE_TRAINERS)
-    ]
 
 
 def import_cycles(root: Path = ROOT) -> list[str]:
@@ -151,33 +147,25 @@ def names(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
-@pytest.mark.parametrize("path", PURE)
-def test_pure_file_imports_torch_and_pure_files_only(path):
-    assert impure(ROOT / "trl_ext" / path) == []
+ROOMS_THAT_READ = ("trl_ext/report", "trl_ext/callbacks", "trl_ext/planner")
+# Rule -> the files that it is for.
+RULES = {
+    impure: [f"trl_ext/{path}" for path in PURE],
+    beyond_public: names(python_files("scripts")),
+    of_a_trainer: names([path for room in ROOMS_THAT_READ for path in python_files(room)]),
+    of_a_callback: names(python_files("trl_ext/report")),
+}
+
+
+@pytest.mark.parametrize("rule, path", [(rule, path) for rule, paths in RULES.items() for path in paths])
+def test_file_imports_nothing_that_its_room_forbids(rule, path):
+    assert broken(rule, ROOT / path) == []
 
 
 @pytest.mark.parametrize("path", names([*python_files("trl_ext"), *python_files("scripts")]))
 def test_trl_private_names_stay_in_one_file(path):
     if path != "trl_ext/_trl.py":
         assert private_trl(ROOT / path) == []
-
-
-@pytest.mark.parametrize("path", names(python_files("scripts")))
-def test_script_imports_public_names_only(path):
-    assert beyond_public(ROOT / path) == []
-
-
-ROOMS_THAT_READ = ("trl_ext/report", "trl_ext/callbacks", "trl_ext/planner")
-
-
-@pytest.mark.parametrize("path", names([path for room in ROOMS_THAT_READ for path in python_files(room)]))
-def test_room_that_reads_imports_no_trainer(path):
-    assert trainers(ROOT / path) == []
-
-
-@pytest.mark.parametrize("path", names(python_files("trl_ext/report")))
-def test_report_imports_no_callback(path):
-    assert [imported for imported in read_imports(ROOT / path) if imported.is_from("trl_ext.callbacks")] == []
 
 
 def reached(start: str, root: Path = ROOT) -> dict[str, str]:
@@ -240,14 +228,14 @@ def test_the_rooms_are_where_the_rules_look():
         (beyond_public, "scripts/ppo.py", "from trl_ext import PPOTrainerX", "from trl_ext.ppo import PPOTrainerX"),
         (beyond_public, "scripts/ppo.py", "from trl_ext.data import demo", "from trl_ext import ppo"),
         (beyond_public, "scripts/ppo.py", "from trl_ext.cli.main import main", "from trl_ext.cli.main import _main"),
-        (trainers, "trl_ext/report/tables.py", "import json", "from trl_ext import PPOTrainerX"),
+        (of_a_trainer, "trl_ext/report/tables.py", "import json", "from trl_ext import PPOTrainerX"),
         (
-            trainers,
+            of_a_trainer,
             "trl_ext/callbacks/report.py",
             "from transformers import TrainerCallback",
             "from trl import DPOTrainer",
         ),
-        (trainers, "trl_ext/report/tables.py", "from ..masked import masked_mean", "from ..ppo import trainer"),
+        (of_a_trainer, "trl_ext/report/tables.py", "from ..masked import masked_mean", "from ..ppo import trainer"),
         (above_the_trainers, "trl_ext/ppo/trainer.py", "from . import kl", "from ..report import tables"),
         (above_the_trainers, "trl_ext/dpo/trainer.py", "import trl", "from ..callbacks import report"),
     ],
@@ -263,10 +251,12 @@ def test_control_a_violation_is_caught(tmp_path, rule, path, lawful, violation):
     file = tmp_path / path
     file.parent.mkdir(parents=True, exist_ok=True)
 
-    file.write_text(lawful, encoding="utf-8")
-    assert rule(file, tmp_path) == []
-    file.write_text(f"{lawful}\n{violation}", encoding="utf-8")
-    assert len(rule(file, tmp_path)) == 1
+    def found(text):
+        file.write_text(text, encoding="utf-8")
+        return private_trl(file, tmp_path) if rule is private_trl else broken(rule, file, tmp_path)
+
+    assert found(lawful) == []
+    assert len(found(f"{lawful}\n{violation}")) == 1
 
 
 def test_control_a_cycle_is_caught(tmp_path):

@@ -9,15 +9,11 @@ import pytest
 import torch
 import trl
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
 
 import overrides
 import tiny
 from families.configs import member
-from ppo_runs import ppo_trainer, snapshot
 from trl_ext import _trl
 
 
@@ -109,49 +105,6 @@ def test_control_plain_head_gives_other_logits(name):
 
 
 # --- vLLM's weight sync
-
-
-def vllm_generation(model):
-    """TRL's own object without the vLLM engine: what walks over the parameters."""
-    generation = object.__new__(VLLMGeneration)
-    generation.model = model
-    generation._dist = DistributedBackend(Accelerator(cpu=True))
-    return generation
-
-
-@pytest.mark.parametrize("critic", ["model", "head"])
-@pytest.mark.parametrize("peft", [False, True])
-def test_critic_is_left_out_of_what_is_sent_to_vllm(tmp_path, critic, peft):
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = ppo_trainer(tmp_path, {"peft_config": lora} if peft else {}, critic=critic)
-    generation = vllm_generation(trainer.model)
-    with_critic = dict(generation._iter_named_params())
-    assert any(name.startswith("critic.") for name in with_critic)  # the control
-    _trl.exclude_from_weight_sync(generation, trainer.critic)
-    sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
-    expected = snapshot(tiny.tiny_actor())
-    assert sent.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(sent[name], tensor)
-
-
-def test_merged_adapter_is_what_is_sent(tmp_path):
-    """The exclusion leaves TRL's merging and unmerging of the adapter as it is."""
-    torch.manual_seed(0)
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(tiny.tiny_actor(), lora)
-    trainer = ppo_trainer(tmp_path, {"model": model})
-    generation = vllm_generation(trainer.model)
-    _trl.exclude_from_weight_sync(generation, trainer.critic)
-    before = snapshot(trainer.model)
-    sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
-    merged = snapshot(get_peft_model(tiny.tiny_actor(), lora).unload())
-    assert sent.keys() == merged.keys()
-    assert not torch.equal(
-        sent["model.layers.0.self_attn.q_proj.weight"], merged["model.layers.0.self_attn.q_proj.weight"]
-    )
-    for name, tensor in before.items():
-        torch.testing.assert_close(trainer.model.get_parameter(name), tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_given_submodules_are_left_out_and_only_while_parameters_are_walked():

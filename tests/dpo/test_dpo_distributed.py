@@ -1,11 +1,8 @@
 """Two processes give the losses, the parameters and the ledger's metrics of one."""
 
-from pathlib import Path
-
 import pytest
 
 import dpo_layouts
-import two_processes
 
 
 TOLERANCE = 1e-4  # of numbers near 0.1 and above, after four steps in float32
@@ -26,11 +23,10 @@ def difference(one, other):
 
 
 @pytest.mark.distributed
-def test_two_processes_measure_what_one_does(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # accelerate and DeepSpeed import half of their optional dependencies
+def test_two_processes_measure_what_one_does(of_two_processes):
     """The same run on one process and on two, of one and of two micro-batches each; a ledger per rank does show."""
-    for name, data in dpo_layouts.DATA.items():
-        data.save_to_disk(str(tmp_path / name))
-    measured = two_processes.measured(Path(dpo_layouts.__file__), tmp_path / "measured.pt")
+    measured = dict(of_two_processes["dpo"])
     memory = measured.pop("hungry rank")
     alone = {case: dpo_layouts.run(8, 1, **options) for case, options in dpo_layouts.CASES.items()}
     assert alone["sigmoid"]["lines"][-1]["eval_preference/pairs"] == 11

@@ -559,7 +559,7 @@ def test_best_model_by_accuracy_is_kept(tmp_path):
 
 @pytest.mark.parametrize("held_out", ["one", "several"])
 @pytest.mark.parametrize("more", [{"eval_on_start": True}, {}, {"lr_scheduler_type": "reduce_lr_on_plateau"}], ids=str)
-def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path, held_out, more):
+def test_unknown_metric_for_the_best_model_is_an_error_that_lists_the_known(tmp_path, held_out, more):
     pairs = dpo_runs.tiny_pairs(4, seed=4)
     models = {"eval_dataset": pairs if held_out == "one" else {"a": pairs, "b": pairs}}
     each = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "zzz", **more}

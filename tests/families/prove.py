@@ -24,7 +24,7 @@ import trl
 
 from . import table
 from .configs import families
-from .prove_one import PROOFS, Result, prove
+from .prove_one import Result, prove
 from .verdict import NOISE
 
 
@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180  # for one family
 
 
-def in_own_process(family: str, noise: float, trainers: list[str]) -> Result:
+def in_own_process(family: str) -> Result:
     """`prove` in a fork of this process, which may crash or hang."""
     receive, send = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_send, args=(send, family, noise, trainers))
+    child = multiprocessing.get_context("fork").Process(target=_send, args=(send, family))
     child.start()
     send.close()
     try:
@@ -50,9 +50,9 @@ def in_own_process(family: str, noise: float, trainers: list[str]) -> Result:
         child.join()
 
 
-def _send(pipe: multiprocessing.connection.Connection, family: str, noise: float, trainers: list[str]) -> None:
+def _send(pipe: multiprocessing.connection.Connection, family: str) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        pipe.send(prove(family, noise, trainers))
+        pipe.send(prove(family, NOISE))
 
 
 def verdicts(result: Result) -> list[dict[str, Any]]:
@@ -64,13 +64,13 @@ def summary(result: Result) -> str:
     if "not built" in result:
         return f"not built: {result['not built'][:90]}"
     cells = zip(table.HEADINGS, table.COLUMNS, strict=True)
-    return "; ".join(f"{heading}: {table.cell(result, *column)}" for heading, column in cells if column[0] in result)
+    return "; ".join(f"{heading}: {table.cell(result, *column)}" for heading, column in cells)
 
 
-def fingerprint(*options: Any) -> str:
+def fingerprint() -> str:
     """Of everything that the results depend on."""
     files = sorted([*ROOT.glob("trl_ext/**/*.py"), *ROOT.glob("tests/families/*.py"), ROOT / "tests/helpers/plain.py"])
-    versions = f"{transformers.__version__} {trl.__version__} {torch.__version__} {options}".encode()
+    versions = f"{transformers.__version__} {trl.__version__} {torch.__version__} {NOISE}".encode()
     return hashlib.sha256(b"".join([versions, *(path.read_bytes() for path in files)])).hexdigest()[:12]
 
 
@@ -90,26 +90,21 @@ def known_results(path: Path) -> list[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="only these, and no page")
-    parser.add_argument("--noise", type=float, default=NOISE, help="rate of every dropout and jitter in the configs")
-    parser.add_argument("--only", choices=PROOFS, help="one trainer, and no page")
-    parser.add_argument("--results", type=Path, help="a file of results to go on with")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "families.md", help="where the table goes")
     options = parser.parse_args()
     quiet()
-    trainers = [options.only] if options.only else list(PROOFS)
-    path = options.results or ROOT / "build" / f"families-{fingerprint(options.noise, trainers)}.jsonl"
+    path = ROOT / "build" / f"families-{fingerprint()}.jsonl"
     results = known_results(path)
     known = {result["family"] for result in results}
     wanted = [family for family in options.families or families() if family not in known]
     for number, family in enumerate(wanted, 1):
         start = time.monotonic()
-        results.append(in_own_process(family, options.noise, trainers))
+        results.append(in_own_process(family))
         with path.open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")
         print(f"{number}/{len(wanted)} {family} ({time.monotonic() - start:.1f} s) {summary(results[-1])}", flush=True)
-    if not (options.families or options.only):
-        options.page.write_text(table.page(results), encoding="utf-8")
-        print(f"{options.page} is written; the results are in {path}")
+    if not options.families:
+        (ROOT / "docs" / "families.md").write_text(table.page(results), encoding="utf-8")
+        print(f"docs/families.md is written; the results are in {path}")
     sys.exit(any(verdict["outcome"] in table.BAD for result in results for verdict in verdicts(result)))
 
 

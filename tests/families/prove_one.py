@@ -1,7 +1,6 @@
 """One family through both trainers."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +14,7 @@ from .configs import family_config, family_model
 Result = dict[str, Any]
 
 
-PROOFS: dict[str, Any] = {"dpo": dpo_family, "ppo": ppo_family}
-
-
-def prove(family: str, noise: float, trainers: Iterable[str] = PROOFS) -> Result:
+def prove(family: str, noise: float) -> Result:
     """What becomes of a family in the trainers, or why it cannot be built."""
     try:
         model = family_model(family_config(family))
@@ -27,7 +23,7 @@ def prove(family: str, noise: float, trainers: Iterable[str] = PROOFS) -> Result
     except Exception as error:  # whatever it is, it is said in the table
         return {"family": family, "not built": one_line(error)}
     result: Result = {"family": family, "model": type(model).__name__}
-    for trainer in trainers:
-        verdicts = PROOFS[trainer].judge(family, noise)
+    for trainer, proof in (("dpo", dpo_family), ("ppo", ppo_family)):
+        verdicts = proof.judge(family, noise)
         result[trainer] = {name: dataclasses.asdict(verdict) for name, verdict in verdicts.items()}
     return result

@@ -1,14 +1,5 @@
-"""
-One DPO run on fixed pairs, cut into batches and processes as one likes, and what it measures.
+"""One DPO run on fixed pairs, cut into batches and processes as one likes, and what it measures."""
 
-Imported, `run` trains in this process. With two processes, which write what they measured to a file:
-
-    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/dpo_layouts.py FOLDER/MEASURED.pt
-
-`FOLDER` holds the data of `DATA`, saved by their names.
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -18,7 +9,6 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 
 import dpo_runs
-import two_processes
 from trl_ext import DPOTrainerX
 
 
@@ -107,17 +97,18 @@ def ledger_per_rank():
     return mock.patch.object(DPOTrainerX, "_record", record_own)
 
 
-def main(path: str) -> None:
-    torch.set_num_threads(1)
-    # From files: TRL hands precomputed references from rank to rank in the cache beside them.
-    data = {name: load_from_disk(str(Path(path).parent / name)) for name in DATA}
+def save(folder: Path) -> None:
+    """Writes the data where `measure` reads it: TRL hands precomputed references on in the cache beside it."""
+    for name, data in DATA.items():
+        data.save_to_disk(str(folder / name))
+
+
+def measure(folder: Path):
+    """In each of two processes: every case, and the mistake."""
+    data = {name: load_from_disk(str(folder / name)) for name in DATA}
     measured = {name: run(4, 1, data=data, **options) for name, options in CASES.items()}
     measured["2 x 2"] = run(2, 2, data=data)
     with ledger_per_rank():
         measured["ledger per rank"] = run(4, 1, data=data)
     measured["hungry rank"] = memory_of_a_hungry_rank(data)
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return measured

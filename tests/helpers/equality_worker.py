@@ -1,14 +1,8 @@
 """
-Ten optimizer steps on given responses and given pairs, under DDP, ZeRO-2 and ZeRO-3, and what they measure.
-
-Imported, `run` trains in this process. With two processes, which write what they measured to a file; models and pairs
-are read from its folder:
-
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/equality_worker.py OUT.pt
+Ten optimizer steps on given responses and given pairs, under DDP, ZeRO-2 and ZeRO-3, and what they measure: `run` in
+this process, `measure` in two. Models and pairs are read from the folder.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,6 @@ import torch
 from torch import nn
 
 import layouts as given
-import two_processes
 import zero_runs
 
 
@@ -76,15 +69,10 @@ def models(case: str, folder: Path) -> dict[str, Any]:
     return {"train_dataset": given.PROMPTS, "rollout_func": given.answer} | paths
 
 
-def main(path: str) -> None:
-    folder = Path(path).parent
+def measure(folder: Path) -> dict[str, Any]:
     measured = {
         f"{case}, {layout}": run(case, folder, deepspeed, 4) for case in CASES for layout, deepspeed in LAYOUTS.items()
     }
     with given.gradient_of_one_share():
         measured["mistake"] = run("ppo, model", folder, "zero3", 4)
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return measured

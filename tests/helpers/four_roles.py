@@ -1,11 +1,8 @@
 """
 Runs with four roles on one base, from folders that `prepare` writes: a base model, a reward adapter for it, an
-adapter to start from. Shared by the tests; as a script, two processes train and write what they measured to a file:
-
-    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/four_roles.py FOLDER MEASURED.pt
+adapter to start from.
 """
 
-import sys
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -21,12 +18,6 @@ from trl_ext import save_base_fingerprint
 
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-NF4_TWICE = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_compute_dtype=torch.float32,
-    bnb_4bit_use_double_quant=True,
-)
 
 
 def lora(task_type="CAUSAL_LM", **options):
@@ -125,15 +116,11 @@ def run(paths, size, accumulation, start, quantization, **options):
     return {"lines": lines, "parameters": trained}
 
 
-def main(folder, path):
-    torch.set_num_threads(1)
-    paths = {name: str(Path(folder) / part) for name, part in FOLDERS.items()}
-    measured = {name: run(paths, 2, 2, **case) for name, case in CASES.items()}
-    if torch.distributed.get_rank() == 0:
-        torch.save(measured | {"processes": torch.distributed.get_world_size()}, path)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def measure(folder):
+    """In each of two processes: every case."""
+    return {name: run(paths_in(folder), 2, 2, **case) for name, case in CASES.items()}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def paths_in(folder):
+    """What `prepare` has written there."""
+    return {name: str(folder / part) for name, part in FOLDERS.items()}

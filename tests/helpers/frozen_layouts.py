@@ -1,14 +1,6 @@
-"""
-Frozen models that wait in host memory or have 4 bits, on two processes under DDP or ZeRO-2, and what the runs log:
-
-    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/frozen_layouts.py MEASURED.pt FOLDER [zero2]
-
-`FOLDER` holds `model`, `reward_model`, `reference` and `text_reward`, which has a tokenizer of its own.
-"""
+"""Frozen models that wait in host memory or have 4 bits, on two processes, and what the runs log."""
 
 import os
-import sys
 import tempfile
 from unittest import mock
 
@@ -18,7 +10,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import dpo_runs
 import ppo_runs
-import two_processes
+import tiny
 from trl_ext.ppo.roles import offload
 
 
@@ -31,6 +23,24 @@ ZERO2 = {
 }
 QUARTER = {"reward_model_quantization": "4bit", "ref_model_quantization": "4bit"}
 RUNS = {"plain": {}, "waiting": {"offload_frozen_models": True}, "4 bits": QUARTER}
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # what bitsandbytes can pack on a CPU
+
+
+def save(folder):
+    """Writes the models; `text_reward` has a tokenizer of its own."""
+    own_tokenizer = tiny.tiny_tokenizer()
+    own_tokenizer.add_tokens(["zebra"])
+    models = {
+        "model": (tiny.tiny_actor(**SIZES), tiny.tiny_tokenizer()),
+        "reference": (tiny.tiny_actor(5, **SIZES), tiny.tiny_tokenizer()),
+        "reward_model": (tiny.tiny_reward_model(**SIZES), tiny.tiny_tokenizer()),
+        "text_reward": (tiny.tiny_reward_model(7, vocab_size=65, **SIZES), own_tokenizer),
+    }
+    for name, (model, tokenizer) in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 class Poisoned(offload.WaitingWeights):
@@ -78,11 +88,8 @@ def _linear(model):
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def main(path, folder, engine="ddp"):
+def measure(folder, engine):
+    """Of the models of `save`, under "ddp" or "zero2"."""
     options = {"deepspeed": ZERO2} if engine == "zero2" else {}
     measured = {name: ppo(folder, **run, **options) for name, run in RUNS.items()}
-    two_processes.write(measured | {"dpo": dpo(folder, **options)}, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return measured | {"dpo": dpo(folder, **options)}

@@ -1,13 +1,9 @@
 """
-What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes:
+What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes.
 
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/generation_worker.py OUT.pt
-
-The models are read from the folder of OUT.pt. Each way of generating is a PPO run of two rollouts.
+The models are read from the folder. Each way of generating is a PPO run of two rollouts.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +13,6 @@ from unittest import mock
 import torch
 from deepspeed.comm.torch import TorchBackend
 
-import two_processes
 import zero_runs
 from trl_ext import PPOTrainerX
 
@@ -95,18 +90,11 @@ def turns_of_rank() -> Any:
     return mock.patch.object(PPOTrainerX, "_generate_single_turn", several)
 
 
-def main(path: str) -> None:
-    folder = Path(path).parent
-    measured = {}
-    for critic in ("model", "head"):
-        measured[f"once, {critic}"] = run(folder, critic=critic)
+def measure(folder: Path) -> dict[str, Any]:
+    measured = {f"once, {critic}": run(folder, critic=critic) for critic in ("model", "head")}
     with as_trl():
         measured["as TRL"] = run(folder)
     measured["per token"] = run(folder, ds3_gather_for_generation=False)
     with turns_of_rank():
         measured["turns"] = run(folder)
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return measured

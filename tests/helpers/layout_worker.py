@@ -1,15 +1,10 @@
 """
-Five steps of PPO and of DPO under each layout of LAYOUTS.json, in two processes, and what they measure:
-
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/layout_worker.py OUT.pt LAYOUTS.json
+Five steps of PPO and of DPO under each of several layouts, in two processes, and what they measure.
 
 A layout is {"environment": what its launcher sets, "options": of the trainers' configs, "adapter": LoRA or not,
-"only": "ppo" or "dpo" or null}. The models are read from, and the trained ones saved to, the folder of OUT.pt.
+"only": "ppo" or "dpo" or null}. The models are read from, and the trained ones saved to, the folder.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,6 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 import tiny
-import two_processes
 import zero_runs
 
 
@@ -49,6 +43,7 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
             measured["reference wrapper"] = type(trainer.ref_model).__name__
         if algorithm == "ppo":
             reward = trainer.reward_funcs[0].model
+            measured["reward wrapper"] = type(reward).__name__
             measured["elements"]["reward"] = zero_runs.local_and_whole(reward)
             measured["elements"]["critic"] = zero_runs.local_and_whole(trainer.critic)
         if measured["wrapper"] == "DeepSpeedEngine":
@@ -89,15 +84,10 @@ def without_reference(folder: Path, output: Path, layout: dict[str, Any]) -> lis
     return loaded
 
 
-def main(path: str, layouts: str) -> None:
-    folder = Path(path).parent
-    measured = {}
-    for name, layout in json.loads(Path(layouts).read_text()).items():
-        for algorithm in ("ppo", "dpo"):
-            if layout.get("only", algorithm) == algorithm:
-                measured[f"{name}, {algorithm}"] = run(algorithm, folder, name, layout)
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def measure(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}, {algorithm}": run(algorithm, folder, name, layout)
+        for name, layout in layouts.items()
+        for algorithm in ("ppo", "dpo")
+        if layout.get("only", algorithm) == algorithm
+    }

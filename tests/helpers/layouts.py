@@ -1,11 +1,5 @@
-"""One PPO run on given responses, cut into micro-batches and processes as one likes, and what it measures.
+"""One PPO run on given responses, cut into micro-batches and processes as one likes, and what it measures."""
 
-Imported, `run` trains in this process. With two processes, which write what they measured to a file:
-
-    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/layouts.py MEASURED.pt
-"""
-
-import sys
 import tempfile
 from unittest import mock
 
@@ -15,7 +9,6 @@ from transformers import TrainerCallback
 
 import ppo_runs
 import tiny
-import two_processes
 from trl_ext import PPOTrainerX
 from trl_ext.masked import identity
 from trl_ext.ppo import trainer as trainer_module
@@ -137,15 +130,11 @@ MISTAKES = {
 }
 
 
-def main(path):
-    torch.set_num_threads(1)
+def measure():
+    """In each of two processes: every case and every mistake."""
     measured = {name: run(4, 1, **options) for name, options in CASES.items()}
     measured["1 x 4"] = run(1, 4, **CASES["loss"])
     for name, mistake in MISTAKES.items():
         with mistake():
             measured[name] = run(2, 2, **CASES["loss"])
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return measured

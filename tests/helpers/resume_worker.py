@@ -1,22 +1,16 @@
 """
-A run of PPO in two processes under each layout of LAYOUTS.json, and the same run resumed from its third step of six:
-
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/resume_worker.py OUT.pt LAYOUTS.json
+A run of PPO in two processes under each of several layouts, and the same run resumed from its third step of six.
 
 A layout is {"environment": what its launcher sets, "options": of the config, "adapter": LoRA or not}. The models are
-read from the folder of OUT.pt. The third step is the third of four that are taken from the first rollout.
+read from the folder. The third step is the third of four that are taken from the first rollout.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
-import two_processes
 import zero_runs
 
 
@@ -59,11 +53,5 @@ def run(folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def main(path: str, layouts: str) -> None:
-    folder = Path(path).parent
-    given = json.loads(Path(layouts).read_text())
-    two_processes.write({name: run(folder, name, layout) for name, layout in given.items()}, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def measure(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
+    return {name: run(folder, name, layout) for name, layout in layouts.items()}

@@ -1,16 +1,18 @@
 """
 Two processes on this machine, without a GPU: how the tests of DDP and DeepSpeed start them.
 
-Imported, `run` starts a script under torchrun. Run as a script, this file runs another one in which accelerate counts
-processes on CPUs under DeepSpeed too; as it is, it would count one where DeepSpeed counts two:
-
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py SCRIPT [ARGUMENT ...]
+Imported, `measured` calls a function of a helper in two processes, and `run` starts any command. Run as a script under
+torchrun, this file calls such a function, or runs another script, where accelerate counts processes on CPUs under
+DeepSpeed too; as it is, it would count one where DeepSpeed counts two.
 """
 
+import json
 import os
+import pkgutil
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +44,29 @@ def run(
     return result
 
 
-def measured(
-    script: Path, path: Path, *arguments: Any, deepspeed: bool = False, timeout: float = 300
-) -> dict[str, Any]:
-    """What two processes of `script path arguments` have written to `path`; one launch, as it imports everything."""
-    run(*([ON_CPU] if deepspeed else []), script, path, *arguments, timeout=timeout)
-    written = torch.load(path, weights_only=True)
-    assert written.pop("processes") == 2
-    return written
+def measured(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any, timeout: float = 300) -> Any:
+    """
+    What `function(folder, *arguments)` of a helper returns in the first of two processes; its arguments go through
+    JSON. One launch takes as long as it takes to import everything, so a function measures as much as it can.
+    """
+    (folder / "arguments.json").write_text(json.dumps(arguments))
+    run(ON_CPU, f"{function.__module__}:{function.__name__}", folder, timeout=timeout)
+    return read(folder)
 
 
-def write(written: dict[str, Any], path: str | Path) -> None:
-    """In a script that `measured` has started: the first process writes what was measured, and all part."""
+def read(folder: Path) -> Any:
+    """What two processes have measured there."""
+    processes, result = torch.load(folder / "measured.pt", weights_only=True)
+    assert processes == 2
+    return result
+
+
+def measure(target: str, folder: Path) -> None:
+    """In each of two processes: calls "module:function", and the first writes what came of it."""
+    function = pkgutil.resolve_name(target)
+    result = function(folder, *json.loads((folder / "arguments.json").read_text()))
     if torch.distributed.get_rank() == 0:
-        torch.save(written | {"processes": torch.distributed.get_world_size()}, path)
+        torch.save((torch.distributed.get_world_size(), result), folder / "measured.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -76,6 +87,9 @@ def count_processes_on_cpu() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     count_processes_on_cpu()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if ":" in sys.argv[1]:
+        measure(sys.argv[1], Path(sys.argv[2]))
+    else:
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,14 +1,5 @@
-"""
-Two processes that train with the stand-in for vLLM, and what reached it. The first one writes what all have measured:
+"""Runs that train with the stand-in for vLLM on two processes, and what reached it."""
 
-    PYTHONPATH=.:tests/helpers torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \
-        tests/helpers/vllm_layouts.py MEASURED.pt FOLDER [zero3]
-
-`FOLDER` holds the models of `tiny.save_tiny`.
-"""
-
-import os
-import sys
 import tempfile
 
 from accelerate.utils import gather_object
@@ -17,7 +8,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import ppo_runs
 import tiny
-import two_processes
 from fake_vllm import vllm
 
 
@@ -85,15 +75,11 @@ def gathered_for_vllm(trainer):
     return seen
 
 
-def main(path, folder, engine="ddp"):
-    paths = {"model": os.path.join(folder, "actor"), "reward_model": os.path.join(folder, "reward_model")}
+def measure(folder, engine):
+    """Of the models of `tiny.save_tiny`, under "ddp" or "zero3"."""
+    paths = {"model": str(folder / "actor"), "reward_model": str(folder / "reward_model")}
     options, cases = {}, [("colocate", "full"), ("server", "lora")]
     if engine == "zero3":
         options["deepspeed"], cases = ZERO3, list(CASES)
     inside = {case: tiny.tiny_actor() for case in cases}
-    measured = {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}
-    two_processes.write(measured, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}

@@ -113,7 +113,7 @@ ACCEPTED = {
 
 @pytest.mark.integration
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_dpo_trains_beyond_the_number_where_that_is_no_limit(tmp_path, case):
+def test_dpo_trains_beyond_max_position_embeddings_where_that_is_no_limit(tmp_path, case):
     name, options = ACCEPTED[case]
     trainer = dpo_runs.dpo_run(
         tmp_path, {"model": dpo_runs.tiny_model(name, **options), "ref_model": None}, max_steps=1
@@ -123,7 +123,7 @@ def test_dpo_trains_beyond_the_number_where_that_is_no_limit(tmp_path, case):
     assert dpo_runs.lines(trainer)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
-def test_ppo_takes_prompts_beyond_the_number_where_that_is_no_limit(tmp_path):
+def test_ppo_takes_prompts_beyond_max_position_embeddings_where_that_is_no_limit(tmp_path):
     """But not where keys in the cache would have another rotation than those that are scored."""
     for parameters in (None, rope("dynamic", factor=4.0)):
         actor = tiny.tiny_actor(max_position_embeddings=8, rope_parameters=parameters)

@@ -60,7 +60,7 @@ def test_head_equals_dense_log_softmax(monkeypatch, size, vocabulary, hidden, sc
         torch.testing.assert_close(actual, wanted)
 
 
-def test_head_computes_what_is_asked_for():
+def test_head_computes_the_requested_outputs():
     states, weight, targets, _ = case(5, 20, 4)
     for name in OUTPUTS:
         _, *extras = cpu_head.TokenLogProbs.apply(states, weight, targets, 1.0, (name,), False)

@@ -68,7 +68,7 @@ def test_no_weights_have_no_fingerprint(tmp_path):
     assert weights_fingerprint(str(tmp_path)) is None
 
 
-def test_fingerprint_stands_beside_adapters_alone(base, tmp_path):
+def test_fingerprint_is_written_beside_adapters_only(base, tmp_path):
     adapter = tmp_path / "adapter"
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         adapter

@@ -105,7 +105,7 @@ def test_load_balancing_loss_is_that_of_the_models_own_forward(caplog):
 
 
 @pytest.mark.parametrize("name, has_loss", [("mixtral", True), ("doge", False)])
-def test_load_balancing_loss_is_known_to_be_there_or_not(name, has_loss, caplog):
+def test_load_balancing_loss_is_detected(name, has_loss, caplog):
     model = member(name, 0)
     _trl.add_fused_lm_head(model)
     head = ScoringHead(model, "model")
@@ -136,7 +136,7 @@ def test_error_of_a_mixtures_own_forward_is_shown_as_it_is(monkeypatch):
         head.settle_aux_loss()
 
 
-def test_what_stands_between_trunk_and_projection_learns():
+def test_layers_between_trunk_and_projection_are_trained():
     """ModernBERT-decoder's dense layer never got a gradient."""
     model = family("modernbert-decoder")
     (row, _) = rows_of_two_lengths()
@@ -196,7 +196,7 @@ def test_logits_of_two_layers_are_refused_with_the_size_of_the_difference():
 
 
 @pytest.mark.parametrize("name", ["bert", "electra"])
-def test_model_that_reads_what_follows_is_refused_by_name(name):
+def test_model_that_sees_later_tokens_is_refused_by_name(name):
     model = family(name, is_decoder=False)
     _trl.add_fused_lm_head(model)
     with pytest.raises(ValueError, match=r"reads the tokens that follow: .* nats .*`is_decoder=True`"):
@@ -220,7 +220,7 @@ def test_adapter_on_the_head_is_scored_and_trained(caplog):
 
 
 @pytest.mark.parametrize("run", [dpo_runs.dpo_trainer, ppo_runs.ppo_trainer])
-def test_auxiliary_loss_that_is_asked_for_and_not_there_is_an_error(tmp_path, run):
+def test_auxiliary_loss_that_the_model_does_not_have_is_an_error(tmp_path, run):
     """Llama 4's config has a coefficient, and its forward no such loss: left to the config it is left out."""
     model = family_model(family_config("llama4_text"))
     others = {"reward_model": None, "reward_funcs": ppo_runs.response_lengths} if run is ppo_runs.ppo_trainer else {}

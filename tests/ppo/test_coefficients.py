@@ -15,7 +15,8 @@ def coefficients(aux=0.0, **options):
 
 def test_coefficients_are_those_of_the_options():
     weights = coefficients(aux=0.6, kl_coef=0.1, vf_coef=0.2, ent_coef=0.3, old_kl_coef=0.4).now
-    assert dataclasses.asdict(weights) == {"kl": 0.1, "vf": 0.2, "entropy": 0.3, "old_kl": 0.4, "aux": 0.6}
+    given = {"kl": 0.1, "vf": 0.2, "entropy": 0.3, "old_kl": 0.4, "aux": 0.6}
+    assert given.items() <= dataclasses.asdict(weights).items()
 
 
 def test_option_that_a_callback_changes_counts_from_then_on():

@@ -36,27 +36,6 @@ def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
     assert changed(trainer.model, before) == set()
 
 
-def test_several_held_out_sets_are_evaluated_one_by_one(tmp_path):
-    def grade(prompts, **kwargs):
-        return [float(len(prompt)) for prompt in prompts]
-
-    sets = {
-        "short": Dataset.from_dict({"prompt": ["cat"] * 2}),
-        "long": Dataset.from_dict({"prompt": ["the cat"] * 3}),
-    }
-    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": sets}
-    trainer = ppo_run(
-        tmp_path,
-        models,
-        max_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        per_device_eval_batch_size=2,
-    )
-    assert logged(trainer, "eval_short_reward/score") == [3.0]
-    assert logged(trainer, "eval_long_reward/score") == [7.0]
-
-
 def test_evaluation_leaves_training_alone(tmp_path):
     models = {"eval_dataset": tiny.tiny_prompts(2, seed=3)}
     trainer = ppo_run(tmp_path, models, eval_strategy="steps", eval_steps=1, num_sample_generations=0)
@@ -107,7 +86,7 @@ def test_held_out_kl_is_the_mean_over_prompts_with_a_last_batch_of_another_size(
     assert metrics["eval_kl/ref"] == pytest.approx(sum(sums) / 5, rel=1e-5)
 
 
-def test_what_is_said_of_responses_is_of_all_of_them_whatever_the_batches(tmp_path):
+def test_statistics_of_responses_do_not_depend_on_the_batches(tmp_path):
     """Seven prompts in batches of 2, 2, 2 and 1; the slow loop has every response by itself."""
     prompts = Dataset.from_dict({"prompt": ["the cat"] * 4 + ["a dog", "one bird", "two books of one"]})
     seen = []
@@ -162,7 +141,7 @@ def test_one_batch_of_held_out_prompts_gives_what_grpo_gives(tmp_path, monkeypat
     assert {key: ours[key] for key in keys} == pytest.approx({key: grpos[key] for key in keys}, rel=1e-5)
 
 
-def test_what_a_reward_function_logs_is_of_all_responses_whatever_the_batches(tmp_path):
+def test_metrics_of_a_reward_function_are_averaged_over_responses_not_batches(tmp_path):
     """Seven prompts in batches of 3, 3 and 1: a mean of means would count the last like three."""
     prompts = Dataset.from_dict({"prompt": ["the cat"] * 3 + ["a dog"] * 3 + ["two books of one"]})
     counted = []
@@ -310,7 +289,7 @@ def test_best_checkpoint_of_several_held_out_sets_needs_the_name_of_one(tmp_path
     assert trainer.state.best_global_step == 2
 
 
-def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path):
+def test_unknown_metric_for_the_best_model_is_an_error_that_lists_the_known(tmp_path):
     trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(3)}, **EVERY_TWO, metric_for_best_model="zzz")
     with pytest.raises(
         ValueError, match=r"`metric_for_best_model` is 'zzz', and an .* eval_reward/score, .* Set it to"

@@ -176,7 +176,7 @@ def test_a_last_window_that_is_full_is_logged_once(tmp_path):
     assert [line["step"] for line in lines] == [2, 4]
 
 
-def test_nothing_is_logged_where_nothing_is_to_be(tmp_path):
+def test_logging_can_be_switched_off(tmp_path):
     log = ppo_run(tmp_path, logging_strategy="no").state.log_history
     assert [line["step"] for line in log if "loss" in line] == []
 

@@ -5,7 +5,6 @@ same responses (`layouts.py`), whose lengths differ so much that a mean per micr
 """
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from transformers import TrainerCallback
 
 import layouts
 import ppo_runs
-import two_processes
 from trl_ext import PPOTrainerX
 from trl_ext.ppo import trainer as trainer_module
 
 
-LAYOUTS = Path(layouts.__file__)
 TOLERANCE = 1e-5
 
 
@@ -72,9 +69,10 @@ def test_control_a_mean_per_micro_batch_depends_on_them():
 
 
 @pytest.mark.distributed
-def test_two_processes_change_nothing(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # accelerate and DeepSpeed import half of their optional dependencies
+def test_two_processes_change_nothing(of_two_processes):
     """The same run on one process and on two, of one and of four micro-batches each; the mistakes do show."""
-    measured = two_processes.measured(LAYOUTS, tmp_path / "measured.pt")
+    measured = of_two_processes["ppo"]
     alone = {case: layouts.run(8, 1, **options) for case, options in layouts.CASES.items()}
     differences = {name: difference(result, alone.get(name, alone["loss"])) for name, result in measured.items()}
     mistaken = {name: differences.pop(name) for name in layouts.MISTAKES}

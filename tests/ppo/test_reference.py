@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 import tiny
+from families.configs import member
 from plain import plain_logps
 from ppo_runs import changed, log_lines, logged, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
 
@@ -183,17 +184,12 @@ def test_copy_of_an_adapter_leaves_the_actor_as_it_was(tmp_path, start):
         torch.testing.assert_close(trainer.model.eval()(input_ids=ids).logits, before)
 
 
-def opt(seed=0):
-    """An architecture whose layers keep dropout as a number and call it as a function."""
-    torch.manual_seed(seed)
-    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
-    return OPTForCausalLM(
-        OPTConfig(num_attention_heads=2, max_position_embeddings=64, dropout=0.3, layerdrop=0.3, **sizes, **ids)
-    )
-
-
-@pytest.mark.parametrize("actor", [lambda: tiny.tiny_actor(attention_dropout=0.5), opt])
+# OPT's layers keep dropout as a number and call it as a function.
+@pytest.mark.parametrize(
+    "actor",
+    [lambda: tiny.tiny_actor(attention_dropout=0.5), lambda: member("opt", 0, noise=0.3)],
+    ids=["llama", "opt"],
+)
 def test_dropout_is_off_in_all_four_models(tmp_path, actor):
     """With dropout the ratio of the first step would not be 1, nor KL to the reference 0."""
     models = {
@@ -203,10 +199,9 @@ def test_dropout_is_off_in_all_four_models(tmp_path, actor):
     }
     trainer = ppo_trainer(tmp_path, models, max_steps=1)
     ids = torch.randint(7, 60, (2, 9))
-    for model in (trainer.model, trainer.ref_model, trainer.reward_funcs[0].model, trainer.critic):
+    for model in (trainer.model, trainer.ref_model, trainer.reward_funcs[0].model, trainer.critic.model):
         model.train()
-        once, twice = model(input_ids=ids), model(input_ids=ids)
-        once, twice = (output if isinstance(output, torch.Tensor) else output.logits for output in (once, twice))
+        once, twice = model(input_ids=ids).logits, model(input_ids=ids).logits
         assert torch.equal(once, twice)
         model.eval()
     trainer.train()

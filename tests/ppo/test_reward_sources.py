@@ -176,7 +176,7 @@ def test_sample_is_masked_only_when_all_sources_give_none(tmp_path):
     )
 
 
-def test_rollout_that_nobody_scored_teaches_nothing(tmp_path):
+def test_rollout_without_scores_is_not_learned_from(tmp_path):
     def silent(completions, **kwargs):
         return [None] * len(completions)
 

@@ -128,7 +128,7 @@ def test_normalized_scores_have_variance_1_and_keep_their_mean():
 
 
 @pytest.mark.parametrize("seen", [[], [3.0], [3.0, 3.0]])
-def test_scores_are_left_alone_until_they_have_a_spread(seen):
+def test_scores_are_not_normalised_before_they_vary(seen):
     moments = rewards.RunningMoments()
     moments.update(torch.tensor(seen, dtype=torch.float64))
     assert torch.equal(rewards.normalize_scores(SCORES, moments), SCORES)

@@ -100,7 +100,7 @@ def test_options_that_came_with_the_model_change_no_token(trainer, own_config, n
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_control_a_call_by_the_trainers_config_alone_takes_them_up(trainer, own_config, name, monkeypatch):
+def test_control_without_the_guard_the_models_options_change_tokens(trainer, own_config, name, monkeypatch):
     """With the model's own configuration in place, other tokens come out, or none."""
     setattr(own_config, name, ADDED[name])
     monkeypatch.setattr(trainer, "_own_distribution", nullcontext)

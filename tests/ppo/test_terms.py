@@ -211,5 +211,6 @@ def test_table_names_every_field_once():
 
 def test_total_is_written_as_readme_and_theory_write_it():
     total = "−clip_objective + kl_coef·kl + vf_coef·value_loss − ent_coef·entropy + old_kl_coef·old_kl"
-    assert total_in_words(TERMS[:-1]) == total
-    assert total_in_words() == f"{total} + router_aux_loss_coef·aux_loss"
+    written = ("clip_objective", "kl", "value_loss", "entropy", "old_kl")
+    assert total_in_words([term for term in TERMS if term.name in written]) == total
+    assert " + router_aux_loss_coef·aux_loss" in total_in_words()

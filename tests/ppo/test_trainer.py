@@ -185,7 +185,7 @@ def test_causal_lm_of_many_kinds_trains(tmp_path, name, critic):
 
 @pytest.mark.parametrize("critic", ["model", "head"])
 @pytest.mark.parametrize("estimator", ["k2", "full"])
-def test_what_stands_at_padded_positions_changes_neither_loss_nor_gradient(tmp_path, critic, estimator):
+def test_padding_changes_neither_loss_nor_gradient(tmp_path, critic, estimator):
     trainer = ppo_run(tmp_path, max_steps=1, response_length=40, critic=critic, kl_estimator=estimator)
     rollout = trainer.run_state.rollout
     batch = draw_micro_batches(rollout, trainer.args, identity, num_processes=1)[0]
@@ -236,7 +236,7 @@ def test_critic_is_a_copy_of_the_reward_model_that_shares_the_tokenizer(tmp_path
     assert not any(parameter.requires_grad for parameter in reward_model.parameters())
 
 
-def test_critic_is_a_copy_of_the_actors_trunk_otherwise(tmp_path):
+def test_critic_is_a_copy_of_the_actors_trunk_by_default(tmp_path):
     own = tiny.tiny_tokenizer()
     own.add_tokens(["zebra"])
     other = {"reward_model": tiny.tiny_reward_model(vocab_size=80), "reward_processing_classes": [own]}

@@ -27,19 +27,13 @@ NEW_IMPORT = "from trl_ext import PPOConfigX as PPOConfig, PPOTrainerX as PPOTra
 
 # After TRL 1.12's examples/scripts/ppo/ppo.py: command line, model objects, a pad token added to the tokenizer, token
 # ids made before training, LoRA, a held-out set.
-SCRIPT = '''
+SCRIPT = """
 import shutil
 
 import torch
 from accelerate import PartialState
 from datasets import load_dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-)
-
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -50,15 +44,9 @@ if __name__ == "__main__":
     # remove output_dir if exists
     shutil.rmtree(training_args.output_dir, ignore_errors=True)
 
-    ################
-    # Model & Tokenizer
-    ################
     dtype = model_args.dtype if model_args.dtype in ["auto", None] else getattr(torch, model_args.dtype)
-    model_kwargs = dict(
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=dtype,
-    )
+    attention = model_args.attn_implementation
+    model_kwargs = dict(revision=model_args.model_revision, attn_implementation=attention, dtype=dtype)
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
@@ -79,9 +67,6 @@ if __name__ == "__main__":
     else:
         ref_policy = None
 
-    ################
-    # Dataset
-    ################
     dataset = load_dataset("json", data_files=script_args.dataset_name, split=script_args.dataset_train_split)
     eval_samples = 4
     train_dataset = dataset.select(range(len(dataset) - eval_samples))
@@ -89,31 +74,17 @@ if __name__ == "__main__":
     dataset_text_field = "prompt"
 
     def prepare_dataset(dataset, tokenizer):
-        """pre-tokenize the dataset before training; only collate during training"""
-
         def tokenize(element):
-            outputs = tokenizer(
-                element[dataset_text_field],
-                padding=False,
-            )
+            outputs = tokenizer(element[dataset_text_field], padding=False)
             return {"input_ids": outputs["input_ids"]}
 
-        return dataset.map(
-            tokenize,
-            batched=True,
-            remove_columns=dataset.column_names,
-            num_proc=training_args.dataset_num_proc,
-        )
+        columns = dataset.column_names
+        return dataset.map(tokenize, batched=True, remove_columns=columns, num_proc=training_args.dataset_num_proc)
 
-    # Compute that only on the main process for faster data processing.
-    # see: https://github.com/huggingface/trl/pull/1255
     with PartialState().local_main_process_first():
         train_dataset = prepare_dataset(train_dataset, tokenizer)
         eval_dataset = prepare_dataset(eval_dataset, tokenizer)
 
-    ################
-    # Training
-    ################
     trainer = PPOTrainer(
         training_args,
         tokenizer,
@@ -134,7 +105,7 @@ if __name__ == "__main__":
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
     trainer.generate_completions()
-'''
+"""
 
 FLAGS = """
     --num_ppo_epochs 2 --num_mini_batches 2 --learning_rate 1e-3 --per_device_train_batch_size 2

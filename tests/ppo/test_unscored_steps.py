@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 import tiny
 from fake_vllm import vllm
-from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, snapshot
+from ppo_runs import logged, ppo_run, ppo_trainer, snapshot
 
 
 pytestmark = pytest.mark.integration
@@ -129,7 +129,7 @@ OF_A_ROLLOUT = {
 }
 
 
-def test_line_of_a_rollout_that_nobody_scored_has_no_number_of_it(tmp_path):
+def test_log_line_of_a_rollout_without_scores_has_no_metrics_of_it(tmp_path):
     trainer, _ = watched_run(tmp_path)
     lines = [line for line in trainer.state.log_history if "learning_rate" in line]
     first, silent = lines[0], lines[2]
@@ -141,19 +141,7 @@ def test_line_of_a_rollout_that_nobody_scored_has_no_number_of_it(tmp_path):
     assert all(value is not None and math.isfinite(value) for line in lines for value in line.values())
 
 
-def test_window_is_the_mean_of_the_steps_that_were_taken(tmp_path):
-    each, _ = watched_run(tmp_path / "each")
-    window, _ = watched_run(tmp_path / "window", logging_steps=6)
-    taken = log_lines(each)
-    (line,) = log_lines(window)
-    assert [one["step"] for one in taken] == [1, 2, 5, 6]
-    for name in ("loss", "terms/value_loss", "policy/ratio_mean"):
-        assert line[name] == pytest.approx(sum(one[name] for one in taken) / 4, rel=1e-5)
-    assert line["reward/score"] == pytest.approx((taken[0]["reward/score"] + taken[2]["reward/score"]) / 2)
-    assert line["policy/steps_left_out"] == 2
-
-
-def test_responses_that_nobody_scored_are_shown_without_a_number(tmp_path, capsys):
+def test_samples_without_scores_are_printed_without_numbers(tmp_path, capsys):
     models = {"eval_dataset": tiny.tiny_prompts(4, seed=3)}
     trainer, _ = watched_run(tmp_path, models, scored_but(range(4), range(9)), log_completions=True)
     tables = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
@@ -165,7 +153,7 @@ def test_responses_that_nobody_scored_are_shown_without_a_number(tmp_path, capsy
 ENDED = [f"completions/{which}_terminated_length" for which in ("mean", "min", "max")]
 
 
-def test_lengths_of_ended_responses_are_there_only_if_one_has_ended(tmp_path):
+def test_lengths_of_ended_responses_are_logged_only_if_one_has_ended(tmp_path):
     model = tiny.tiny_actor(5)
     model.generation_config.eos_token_id = [2, 30, 40]
     trainer = ppo_run(tmp_path, {"model": model}, response_length=3, total_episodes=32, num_ppo_epochs=1)
@@ -178,7 +166,7 @@ def test_lengths_of_ended_responses_are_there_only_if_one_has_ended(tmp_path):
     assert all(1 <= line[name] <= 3 for line in lines for name in ENDED if name in line)
 
 
-def test_difference_to_vllm_is_there_only_if_it_gave_a_probability(tmp_path):
+def test_difference_to_vllm_is_logged_only_if_vllm_gave_probabilities(tmp_path):
     with vllm(unavailable=1):
         nothing = ppo_run(tmp_path / "nothing", use_vllm=True)
     assert not any(name.startswith("sampling/") for line in nothing.state.log_history for name in line)

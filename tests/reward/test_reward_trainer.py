@@ -223,7 +223,7 @@ def test_best_model_is_chosen_with_several_held_out_sets(tmp_path, metric):
 
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
-def test_metric_that_there_is_not_is_named_with_those_that_there_are(tmp_path):
+def test_unknown_metric_for_the_best_model_is_an_error_that_lists_the_known(tmp_path):
     rows = dpo_runs.tiny_pairs(8)
     trainer = reward_trainer(tmp_path, rows, rows, metric_for_best_model="zzz", **EACH)
     with pytest.raises(ValueError, match=r"`metric_for_best_model` is 'zzz', and an .* eval_accuracy, .* Set it to"):

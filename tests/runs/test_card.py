@@ -109,14 +109,8 @@ def test_loss_of_a_ppo_card_adds_up_to_the_logged_loss(ppo):
     line = [line for line in trainer.state.log_history if "loss" in line][-1]
     text = section(card, "The loss")
     rows = table(text, "term")
-    assert list(rows) == ["clip_objective", "kl", "value_loss", "entropy", "old_kl"]
-    assert {name: float(row[1]) for name, row in rows.items()} == {
-        "clip_objective": -1,
-        "kl": 0.04,
-        "value_loss": 0.5,
-        "entropy": -0.02,
-        "old_kl": 0,
-    }
+    coefficients = {"clip_objective": -1, "kl": 0.04, "value_loss": 0.5, "entropy": -0.02, "old_kl": 0}
+    assert coefficients.items() <= {name: float(row[1]) for name, row in rows.items()}.items()
     for name, (_, coefficient, value, contribution) in rows.items():
         assert float(value) == pytest.approx(line[f"terms/{name}"], rel=1e-3, abs=1e-6)
         assert float(contribution) == pytest.approx(float(coefficient) * float(value), abs=1e-5)

@@ -5,15 +5,14 @@ The models are Llama of width 16 instead of 6656. What is on disk is what runs, 
 processes. FSDP2 is not among them: on CPUs accelerate silently runs DDP instead.
 """
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import layout_worker
 import tiny
 import two_processes
 import zero_runs
@@ -73,10 +72,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    (folder / "layouts.json").write_text(json.dumps(layouts()))
-    worker = Path(zero_runs.__file__).with_name("layout_worker.py")
-    arguments = (worker, folder / "measured.pt", folder / "layouts.json")
-    return two_processes.measured(*arguments, deepspeed=True, timeout=1500)
+    return two_processes.measured(layout_worker.measure, folder, layouts(), timeout=1500)
 
 
 def elements(model) -> list[int]:

@@ -1,11 +1,10 @@
 """PPO resumed in two processes on the CPU is the run that never stopped: DDP and real DeepSpeed, whole and LoRA."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 
+import resume_worker
 import two_processes
 import zero_runs
 
@@ -38,10 +37,7 @@ LAYOUTS = {
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resuming")
     zero_runs.save(folder)
-    (folder / "layouts.json").write_text(json.dumps(LAYOUTS))
-    worker = Path(zero_runs.__file__).with_name("resume_worker.py")
-    arguments = (worker, folder / "measured.pt", folder / "layouts.json")
-    return two_processes.measured(*arguments, deepspeed=True, timeout=900)
+    return two_processes.measured(resume_worker.measure, folder, LAYOUTS, timeout=900)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -5,8 +5,6 @@ The responses are given (`tests/helpers/layouts.py`), their lengths so different
 number. AdamW and clipping are on, as in a real run; models come from disk, so that ZeRO-3 loads them in shares.
 """
 
-from pathlib import Path
-
 import pytest
 
 import equality_worker
@@ -28,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    return two_processes.measured(Path(equality_worker.__file__), folder / "out.pt", deepspeed=True, timeout=900)
+    return two_processes.measured(equality_worker.measure, folder, timeout=900)
 
 
 @pytest.fixture(scope="module", params=equality_worker.CASES)

@@ -1,7 +1,5 @@
 """Generation under ZeRO-3 gathers the actor's weights once per rollout: counted in two processes."""
 
-from pathlib import Path
-
 import pytest
 
 import generation_worker
@@ -27,7 +25,7 @@ def share(sizes: list[int]) -> int:
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     zero_runs.save(folder)
-    return two_processes.measured(Path(generation_worker.__file__), folder / "out.pt", deepspeed=True)
+    return two_processes.measured(generation_worker.measure, folder)
 
 
 def elements(run):

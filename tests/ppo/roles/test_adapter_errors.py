@@ -145,7 +145,7 @@ def test_other_weights_under_the_same_name_are_another_base(tmp_path, paths):
         )
 
 
-def test_base_that_cannot_be_compared_is_said_once(tmp_path, paths, caplog):
+def test_base_that_cannot_be_compared_is_warned_about_once(tmp_path, paths, caplog):
     """An adapter made elsewhere: neither a fingerprint nor the folder that it was trained on."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(paths["reward"], folder)

@@ -1,19 +1,14 @@
 """Actor, critic, reward model and reference on one base: equal to separate models, in NF4 too; one base in memory."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
 
 import four_roles
 import tiny
@@ -27,16 +22,13 @@ from ppo_runs import (
     response_lengths,
     run_to_best_checkpoint,
     sequences,
-    snapshot,
     sum_of_terms,
 )
-from trl_ext import _trl
 from trl_ext.models.precision import keep_4_bit_differentiable
 from trl_ext.ppo.roles.adapters import load_reward_adapter, stand_on
 
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).resolve().parents[3]
 EQUAL = 1e-4
 EOS = tiny.VOCABULARY.index("<eos>")
 
@@ -364,24 +356,6 @@ def test_value_head_goes_with_a_reward_adapter(paths, tmp_path):
     torch.testing.assert_close(by_trainer(trainer, rollout)["reward"], scores_of(reward, rollout), rtol=0, atol=EQUAL)
 
 
-def test_critic_has_its_own_learning_rate_and_warmup(paths, tmp_path):
-    trainer = ppo_trainer(
-        tmp_path,
-        four_roles.models(paths),
-        critic="adapter",
-        critic_learning_rate=1e-2,
-        critic_warmup_steps=4,
-        learning_rate=1e-3,
-    )
-    before = snapshot(trainer.model)
-    trainer.train()
-    moved = changed(trainer.model, before)
-    assert moved
-    assert all(name.startswith("critic.") for name in moved)
-    rates = {group["initial_lr"]: len(group["params"]) for group in trainer.optimizer.param_groups if group["params"]}
-    assert rates == {1e-3: 8, 1e-2: 9}
-
-
 # --- saving
 
 
@@ -433,26 +407,6 @@ def test_best_checkpoint_has_the_best_critic_too(paths, tmp_path):
     assert {name.split(".")[0] for name in changed(trainer.model, kept[6])} == {"base_model", "critic"}
 
 
-# --- the actor's PEFT functions reach the actor alone
-
-
-def test_merging_for_vllm_sends_the_actors_weights_and_nothing_else(paths, tmp_path):
-    trainer = trained(paths, tmp_path, quantization=None)
-    generation = object.__new__(VLLMGeneration)
-    generation.model = trainer.model
-    generation._dist = DistributedBackend(Accelerator(cpu=True))
-    _trl.exclude_from_weight_sync(generation, trainer.model.critic, trainer.model.reward_model)
-    before = snapshot(trainer.model)
-    sent = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
-    base = AutoModelForCausalLM.from_pretrained(paths["base"])
-    merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload().state_dict()
-    assert sent.keys() == merged.keys()
-    for name, tensor in merged.items():
-        torch.testing.assert_close(sent[name], tensor, rtol=0, atol=1e-6)
-    for name, tensor in before.items():
-        torch.testing.assert_close(trainer.model.get_parameter(name), tensor, rtol=0, atol=1e-6)
-
-
 # --- 4-bit layers on a CPU
 
 
@@ -463,32 +417,3 @@ def test_no_role_repacks_the_4_bit_weights_in_an_evaluation(paths, tmp_path, mon
     repacks = [getattr(module, "support_avx512bf16_for_cpu", None) for module in trainer.model.modules()]
     assert repacks.count(False) == 3 * 2 * 7  # three roles, two blocks of seven matrices
     assert True not in repacks
-
-
-# --- two processes
-
-
-@pytest.mark.proof
-@pytest.mark.distributed
-def test_two_processes_change_nothing(tmp_path, monkeypatch):
-    """DDP, on a 4-bit base and with gradient checkpointing: the losses and adapters of one process."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    paths = four_roles.prepare(tmp_path)
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    settings = {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [
-        *launch,
-        str(ROOT / "tests" / "helpers" / "four_roles.py"),
-        str(tmp_path),
-        str(tmp_path / "measured.pt"),
-    ]
-    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    measured = torch.load(tmp_path / "measured.pt", weights_only=True)
-    assert measured.pop("processes") == 2
-    for name, case in four_roles.CASES.items():
-        alone = four_roles.run(paths, 8, 1, **case)
-        assert difference(measured[name]["parameters"], alone["parameters"]) < 1e-5
-        for mine, theirs in zip(measured[name]["lines"], alone["lines"], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)

@@ -172,7 +172,7 @@ def test_weights_wait_again_after_an_error(host_plays_device):
     assert [parameter.data_ptr() for parameter in model.parameters()] == waiting
 
 
-def test_what_stays_is_not_copied(host_plays_device):
+def test_weights_that_stay_on_the_device_are_not_copied(host_plays_device):
     model = Frozen()
     there = model.head.weight.data_ptr()
     weights = WaitingWeights([model], stays=[model.head])

@@ -47,7 +47,7 @@ def padded_rows() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def test_model_that_counts_from_another_number_is_not_told_positions():
+def test_model_with_an_offset_in_its_positions_counts_them_itself():
     """RoBERTa's first position is that of the pad token and one."""
     model = member("roberta", 0).base_model
     rows = padded_rows()

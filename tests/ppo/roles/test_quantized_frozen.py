@@ -118,20 +118,6 @@ def test_every_reward_given_by_path_is_quantised(tmp_path, paths):
     assert callable(function)
 
 
-@pytest.mark.integration
-def test_4_bits_take_an_eighth_of_the_memory(paths):
-    """0.5 bytes per weight, and of 64 weights one byte of constants; the rest is counted in full."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        paths["reward_model"],
-        dtype=torch.float32,
-        quantization_config=quantization("4bit", ppo_config("unused", bf16=False)),
-    )
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            assert module.weight.numel() * 2 == module.in_features * module.out_features
-            assert module.weight.dtype == module.weight.quant_state.absmax.dtype == torch.uint8
-
-
 # --- the reference
 
 

@@ -76,7 +76,7 @@ def test_answer_of_another_form_is_an_error_that_names_the_function(answer, what
         ask(function_that_returns(answer, is_async), is_async)
 
 
-def test_function_must_take_what_it_is_called_with():
+def test_reward_function_must_accept_its_arguments():
     def narrow(completions):
         return [0.0] * len(completions)
 

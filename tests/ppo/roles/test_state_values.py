@@ -90,7 +90,7 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.integration
-def test_reward_model_of_ones_own_scores_is_copied_as_the_critic_and_survives_saving(tmp_path):
+def test_users_own_reward_model_class_scores_becomes_the_critic_and_is_saved(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_model": Wrapped()}, max_steps=2, save_strategy="steps", save_steps=1)
     prompt, answer = [8, 9, 10], [11, 12, 2]
     with torch.no_grad():
@@ -118,7 +118,7 @@ class Holding(nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
-def test_trunk_of_a_classifier_within_a_class_of_ones_own_is_the_classifiers():
+def test_critic_finds_the_trunk_of_a_classifier_inside_a_users_class():
     model = Holding()
     ids = torch.tensor([[7, 8, 9, 10]])
     with torch.no_grad():

@@ -1,0 +1,26 @@
+"""The runs of two processes that the default tests look at, in one launch: DPO and PPO under DDP, PPO under ZeRO."""
+
+from pathlib import Path
+from typing import Any
+
+import dpo_layouts
+import layout_worker
+import layouts
+import zero_runs
+from accelerate_files import ACCELERATE, launch
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Writes the models and the pairs; returns the layouts of ZeRO, as `accelerate launch` starts them."""
+    zero_runs.save(folder)
+    dpo_layouts.save(folder)
+    started = {
+        name: launch(ACCELERATE / f"{name}.yaml", "--num_processes", "2").environment for name in ("zero2", "zero3")
+    }
+    return {name: {"environment": each, "options": {"max_steps": 2}, "only": "ppo"} for name, each in started.items()}
+
+
+def measure(folder: Path, layouts_of_zero: dict[str, Any]) -> dict[str, Any]:
+    measured = {"dpo": dpo_layouts.measure(folder)}  # first, since it measures a peak of memory
+    measured["ppo"] = layouts.measure()
+    return measured | layout_worker.measure(folder, layouts_of_zero)
