@@ -92,16 +92,6 @@ def test_calibration_error_by_hand():
     assert metrics.calibration_error(torch.tensor([0.5] * 3)) == pytest.approx(0.5)
 
 
-def test_calibration_error_of_a_calibrated_policy_is_small():
-    """Right as often as it says: each confidence once right and wrong in that proportion."""
-    generator = torch.Generator().manual_seed(0)
-    confidence = 0.5 + torch.rand(200_000, generator=generator) / 2
-    right = torch.rand(200_000, generator=generator) < confidence
-    assert metrics.calibration_error(torch.where(right, confidence, 1 - confidence)) < 0.005
-    overconfident = torch.where(right, 1 - (1 - confidence) / 10, (1 - confidence) / 10)
-    assert metrics.calibration_error(overconfident) > 0.1
-
-
 def test_ledger_speaks_of_all_batches_together_and_forgets_them():
     """A mean of batches of different sizes would be another number."""
     pairs, names = rows(11), [str(i % 2) for i in range(11)]

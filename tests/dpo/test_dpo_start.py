@@ -83,6 +83,7 @@ def assert_starts_at_its_reference(trainer, start, tolerance=0.0):
     trainer.train()
     first, second = dpo_runs.lines(trainer)
     assert first["loss"] == log_2
+    assert first["preference/gradient_weight"] == pytest.approx(0.5, abs=max(tolerance, 1e-6))
     for name in ("logps/chosen_drift", "logps/rejected_drift", "rewards/margins"):
         assert abs(first[name]) <= tolerance
     assert second["rewards/margins"] != 0
@@ -107,6 +108,7 @@ def test_policy_of_an_earlier_run_is_its_own_reference(tmp_path, saved):
     start.load_state_dict(earlier.model.state_dict())
     models = {"model": earlier.model, "ref_model": None, "eval_dataset": dpo_runs.tiny_pairs(5, seed=4)}
     trainer = dpo_runs.dpo_trainer(tmp_path / "2", models, learning_rate=1.0)
+    assert all(forward.packing.on for forward in trainer._forwards)
     assert_starts_at_its_reference(trainer, start)
     asked = {"input_ids": torch.tensor([[4, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     asked |= {"labels": torch.tensor([[-100, 5, 6]]), "fused_lm_head": True}
@@ -154,13 +156,15 @@ def test_reference_that_follows_the_policy_follows_from_its_start(tmp_path, save
     assert not torch.equal(trainer.ref_model.lm_head.weight, start.lm_head.weight)
 
 
-def changed_after(**options):
+def changed_after(by=1.0, dtype=torch.float32, **options):
     """A trainer whose policy was changed since it was made."""
 
     def make(folder):
-        trainer = dpo_runs.dpo_trainer(folder, {"ref_model": None}, **options)
+        models = {"model": dpo_runs.tiny_model().to(dtype), "ref_model": None}
+        trainer = dpo_runs.dpo_trainer(folder, models, **options)
+        weight = trainer.model.model.layers[0].mlp.down_proj.weight
         with torch.no_grad():
-            trainer.model.model.layers[0].mlp.down_proj.weight.add_(1.0)
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(dtype), alpha=by)
         return trainer
 
     return make
@@ -202,18 +206,6 @@ def test_reference_elsewhere_stops_the_run_before_the_first_step(tmp_path, kind)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
 
 
-def slightly_changed(dtype=torch.float32, by=0.1, **options):
-    def make(folder):
-        models = {"model": dpo_runs.tiny_model().to(dtype), "ref_model": None}
-        trainer = dpo_runs.dpo_trainer(folder, models, **options)
-        weight = trainer.model.model.layers[0].mlp.down_proj.weight
-        with torch.no_grad():
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(dtype), alpha=by)
-        return trainer
-
-    return make
-
-
 def with_small_adapter(folder):
     small = lora()
     small.lora_alpha = 0.25
@@ -221,10 +213,10 @@ def with_small_adapter(folder):
 
 
 SLIGHTLY = {  # in 16 bits, by less than the most that rounding explains in any model, 0.2 nats per √token
-    "policy changed": slightly_changed(by=0.03, bf16=True),
+    "policy changed": changed_after(by=0.03, bf16=True),
     "adapter that does something": with_small_adapter,
-    "changed after precomputing": slightly_changed(by=0.05, bf16=True, precompute_ref_log_probs=True),
-    "16-bit weights": slightly_changed(by=0.05, dtype=torch.bfloat16),
+    "changed after precomputing": changed_after(by=0.05, bf16=True, precompute_ref_log_probs=True),
+    "16-bit weights": changed_after(by=0.05, dtype=torch.bfloat16),
 }
 
 

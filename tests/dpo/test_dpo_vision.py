@@ -61,13 +61,8 @@ def vision_pairs() -> Dataset:
         ("why", "a", "b"),
     ]
     rows = [
-        {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-            "image": Picture.new("RGB", (8, 8), (40 * i, 255 - 60 * i, 128)),
-        }
-        for i, (prompt, chosen, rejected) in enumerate(words + words[:1])
+        dpo_runs.chat(*texts, image=Picture.new("RGB", (8, 8), (40 * i, 255 - 60 * i, 128)))
+        for i, texts in enumerate(words + words[:1])
     ]
     message = [{"role": Value("string"), "content": Value("string")}]
     features = {"prompt": message, "chosen": message, "rejected": message, "image": Image()}

@@ -147,21 +147,6 @@ def test_ranking_is_by_reward_the_best_first():
 
 @pytest.mark.integration
 @pytest.mark.parametrize("conversational", [False, True])
-def test_rewards_are_those_of_the_training(tmp_path, conversational):
-    """The means over a batch that `DPOTrainerX` logs for chosen and rejected completions."""
-    data = dpo_runs.tiny_chats() if conversational else dpo_runs.tiny_pairs()
-    options = {"per_device_train_batch_size": 8, "learning_rate": 0.0, "max_steps": 1, "beta": BETA}
-    line = dpo_runs.lines(dpo_runs.dpo_run(tmp_path, {"train_dataset": data}, **options))[0]
-    score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer(), BETA)
-    chosen, rejected = (score(data["prompt"], data[side]) for side in ("chosen", "rejected"))
-    assert sum(chosen) / 8 == pytest.approx(line["rewards/chosen"], rel=1e-4, abs=1e-6)
-    assert sum(rejected) / 8 == pytest.approx(line["rewards/rejected"], rel=1e-4, abs=1e-6)
-    right = [good > bad for good, bad in zip(chosen, rejected, strict=True)]
-    assert sum(right) / 8 == line["preference/accuracy"]
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("conversational", [False, True])
 def test_reward_function_of_ppo(tmp_path, conversational):
     score = ImplicitReward(dpo_runs.tiny_model(seed=2), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer())
     given = []

@@ -34,10 +34,6 @@ def tokenizer():
     return words
 
 
-def turn(role, text):
-    return [{"role": role, "content": text}]
-
-
 def preferences(seed: int) -> Dataset:
     """
     Systematic draws: of `COPIES` comparisons, a over b floor(COPIES · σ(r_a − r_b) + u) times, u uniform. So the
@@ -52,13 +48,7 @@ def preferences(seed: int) -> Dataset:
                 wins = int(COPIES * share + torch.rand(1, generator=generator).item())
                 for i in range(COPIES):
                     chosen, rejected = (a, b) if i < wins else (b, a)
-                    rows.append(
-                        {
-                            "prompt": turn("user", text),
-                            "chosen": turn("assistant", tiny.VOCABULARY[chosen]),
-                            "rejected": turn("assistant", tiny.VOCABULARY[rejected]),
-                        }
-                    )
+                    rows.append(dpo_runs.chat(text, tiny.VOCABULARY[chosen], tiny.VOCABULARY[rejected]))
     return Dataset.from_list(rows)
 
 
@@ -120,8 +110,8 @@ class Outcome:
 def implicit_rewards(outcome):
     """What `ImplicitReward` says of every answer to each prompt, (2, V), without its mean."""
     score = ImplicitReward(outcome.model, outcome.start, tokenizer(), outcome.beta)
-    answers = [turn("assistant", word) for word in tiny.VOCABULARY[:ACTIONS]]
-    rewards = torch.tensor([score([turn("user", text)] * ACTIONS, answers) for text in PROMPTS])
+    answers = [dpo_runs.said("assistant", word) for word in tiny.VOCABULARY[:ACTIONS]]
+    rewards = torch.tensor([score([dpo_runs.said("user", text)] * ACTIONS, answers) for text in PROMPTS])
     return rewards.double() - rewards.double().mean(1, keepdim=True)
 
 

@@ -65,18 +65,19 @@ def test_family_with_a_window_is_scored_as_trl_does_with_a_mask(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_has_its_own_attention_back_outside_shared_rows(name, monkeypatch):
-    """Plain forwards, after batches in shared rows: bit by bit those of a model and of an SDPA that are left alone."""
+    """Logits and loss, after batches in shared rows, bit by bit: those of a model and an SDPA that are left alone."""
     kind, options, _ = FAMILIES[name]
     untouched, ours = family(kind, options), family(kind, options)
     PairForward(ours).pack()
     scored(ours, BATCHES["short"])
     inputs = {key: BATCHES["long sequences"][key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        got = ours(**inputs).logits
+        got = ours(**inputs, labels=inputs["input_ids"])
         monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
-        expected = untouched(**inputs).logits
+        expected = untouched(**inputs, labels=inputs["input_ids"])
     assert ours.config._attn_implementation == untouched.config._attn_implementation
-    assert (got == expected).all()
+    assert (got.logits == expected.logits).all()
+    assert got.loss == expected.loss
 
 
 def test_a_window_that_the_model_does_not_pass_on_is_found_out(monkeypatch):

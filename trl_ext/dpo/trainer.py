@@ -253,20 +253,11 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 continue
             packing, names = forward.packing, ", ".join(forward.packing.limited_by)
             if packing.limit is not None and (self.args.max_length or packing.limit + 1) > packing.limit:
-                logger.warning(
-                    "Prefixes are shared (%s) in batches whose sequences have at most %d tokens: longer ones would "
-                    "see the difference (%s).",
-                    role,
-                    packing.limit,
-                    names,
-                )
+                up_to = "batches whose sequences have at most %d tokens: longer ones would see the difference (%s)."
+                logger.warning(f"Prefixes are shared (%s) in {up_to}", role, packing.limit, names)
             if packing.row_limit is not None:
-                logger.warning(
-                    "Prefixes are shared (%s) in rows of at most %d tokens: the model counts places in the row (%s).",
-                    role,
-                    packing.row_limit,
-                    names,
-                )
+                up_to = "rows of at most %d tokens: the model counts places in the row (%s)."
+                logger.warning(f"Prefixes are shared (%s) in {up_to}", role, packing.row_limit, names)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         self._score_pairs()

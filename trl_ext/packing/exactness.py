@@ -59,19 +59,13 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
 
 
 def why_not_model(model: PreTrainedModel) -> str | None:
-    """Return what in a model's interface speaks against shared rows, `None` if nothing does."""
-    config = model.config.get_text_config()
+    """Return what is known of a model that speaks against shared rows, `None` if nothing is."""
+    config, name = model.config.get_text_config(), type(model).__name__
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return f"{type(model).__name__} takes no `position_ids`"
+        return f"{name} takes no `position_ids`"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"rows are shared with the attention `sdpa` or `eager`; this model's is `{config._attn_implementation}`"
-    return explanation(model)
-
-
-def explanation(model: PreTrainedModel) -> str | None:
-    """Return what is known about a model that no mask can mend."""
-    config = model.config.get_text_config()
-    name = type(model).__name__
+    # What no mask can mend
     recurrent = RECURRENT & set(getattr(config, "layer_types", None) or ())
     if recurrent or hasattr(config, "state_size"):
         return f"{name} is recurrent ({', '.join(sorted(recurrent)) or 'a state-space model'})"
@@ -81,9 +75,7 @@ def explanation(model: PreTrainedModel) -> str | None:
 
 
 def length_limit(model: PreTrainedModel) -> int | None:
-    """
-    Up to how many tokens in a sequence the rotary embedding is the same in every batch; `None` for any number.
-    """
+    """Return up to how many tokens the rotary embedding is the same in every batch; `None` for any number."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
@@ -95,10 +87,7 @@ def length_limit(model: PreTrainedModel) -> int | None:
 
 
 def lengths(model: PreTrainedModel) -> list[tuple[str, int]]:
-    """
-    The fields of a model's config that may count tokens: windows, blocks, positions, how many keys an index keeps.
-    The smallest first.
-    """
+    """Return the fields of a config that may count tokens, the smallest first: windows, positions, an index's keys."""
     fields = model.config.get_text_config().to_dict()
     found = []
     for name, value in fields.items():
@@ -122,7 +111,7 @@ def is_harmless(model: PreTrainedModel, name: str, value: int) -> bool:
 
 @contextmanager
 def shrunk(model: PreTrainedModel, name: str, value: int, to: int) -> Iterator[None]:
-    """Within the context, the length `name` of the config is `to`, also where a layer has kept it under that name."""
+    """Within the context, set the length `name` of the config to `to`, also where a layer has kept it by that name."""
     holders = [model.config.get_text_config()]
     holders += [module for module in model.modules() if vars(module).get(name) == value]
     if getattr(holders[0], name) != value:  # one of several values in a list

@@ -122,19 +122,15 @@ class PackedForward:
         """Return the mask that the model's own attention reads, or one for each kind of layer if a window matters."""
         config = self.model.config.get_text_config()
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        everything = self._mask(attention_mask_of(rows))
-        if not window or rows.longest <= window or (kinds and "sliding_attention" not in kinds):
-            return everything
-        near = self._mask(attention_mask_of(rows, window))
-        return {"full_attention": everything, "sliding_attention": near} if kinds else near
-
-    def _mask(self, visible: Tensor) -> Tensor:
-        if self.model.config.get_text_config()._attn_implementation == "sdpa":
-            return visible
-        dtype = self.model.dtype
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
-        )
+        windows = {"full_attention": None}
+        if window and rows.longest > window and (not kinds or "sliding_attention" in kinds):
+            windows = (windows if kinds else {}) | {"sliding_attention": window}
+        masks = {kind: attention_mask_of(rows, each) for kind, each in windows.items()}
+        if config._attn_implementation != "sdpa":  # eager attention adds a mask to its scores
+            dtype = self.model.dtype
+            for kind, seen in masks.items():
+                masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return masks if len(masks) > 1 else masks.popitem()[1]
 
     # ---- What is exact ----
 
@@ -215,8 +211,11 @@ class PackedForward:
         longer = UNTRIED if self.limit else self._differs(_longer_than(value))
         if longer is None:
             return None
+        # Sequences that are not longer, so many that the longest rows they fit in are.
         sequence = min(value, self.limit or value)
-        by_sequence = self._differs(_in_rows_longer_than(value, sequence)) is None
+        common, tail = sequence // 4, sequence - sequence // 4
+        pairs = [(common, tail, tail - 1)] * (value // (common + 2 * tail - 1) + 1)
+        by_sequence = self._differs(pairs) is None
         # Where padded rows cannot be as long, no more can be asked for.
         return None if by_sequence and UNTRIED in longer else by_sequence
 
@@ -235,10 +234,3 @@ def _longer_than(length: int) -> list[tuple[int, int, int]]:
         tail = length - common + max(length // 4, 16)
         pairs.append((common, tail, tail - 1))
     return pairs
-
-
-def _in_rows_longer_than(length: int, sequence: int) -> list[tuple[int, int, int]]:
-    """Pairs of sequences of at most `sequence` tokens; the longest rows that they fit in have more than `length`."""
-    common = sequence // 4
-    tail = sequence - common
-    return [(common, tail, tail - 1)] * (length // (common + 2 * tail - 1) + 1)
