@@ -99,10 +99,7 @@ def read_config(path: str, name: str, **options: Any) -> Any:
 
 
 def refuse_scoring(config: Any, name: str) -> None:
-    """
-    Raises:
-        ValueError: for a model that was trained to score text: as a language model its head would be a new one.
-    """
+    """Raise `ValueError` for a model trained to score text: as a language model it would get a new head."""
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise ValueError(
             f"{name} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
@@ -111,14 +108,7 @@ def refuse_scoring(config: Any, name: str) -> None:
 
 
 def require_writer(path: str, name: str, revision: str | None = None) -> None:
-    """
-    Args:
-        path: of a model, or of an adapter, which are there.
-        name: what it was given as, for the error.
-
-    Raises:
-        ValueError: when it, or the adapter's base, scores text and writes none.
-    """
+    """Raise `ValueError` if a model, an adapter or its base scores text; `name` is what it was given as."""
     adapter = adapter_config(path)
     if adapter is None:
         refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
@@ -129,10 +119,7 @@ def require_writer(path: str, name: str, revision: str | None = None) -> None:
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:
-    """
-    Raises:
-        ValueError: for a model whose encoder would read the answers that it is trained on, or scored by.
-    """
+    """Raise `ValueError` for a model whose encoder would read the answers that it is trained on or scores."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder ({config.model_type}): prompt and answer would both go through its "
@@ -142,14 +129,11 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
     """
-    Load into a model what it saved to `folder`. transformers saves some weights, such as a mixture's experts, under
-    other names than the model has, and knows how to read them.
-
-    Args:
-        but_not: attribute of `model` whose weights are elsewhere.
+    Load the weights that a model saved to `folder`, except those of its attribute `but_not`. transformers saves some
+    weights, such as a mixture's experts, under other names, and knows how to read them.
 
     Raises:
-        RuntimeError: when a weight of the model is not there.
+        RuntimeError: when a weight is missing.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a model may have several
@@ -177,13 +161,12 @@ RENAMED = 0.01
 
 def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
     """
+    Raise `ValueError` if ids mean other tokens to a model than to the run's tokenizer.
+
     Args:
         tokenizer: of the run; without one nothing is checked.
-        model: a path, or a model that came from one. Nothing is checked where no tokenizer is saved there.
+        model: a path, or a model loaded from one. Nothing is checked if no tokenizer is saved there.
         name: the argument that it was given as.
-
-    Raises:
-        ValueError: when ids mean other tokens to that model.
     """
     its = None if tokenizer is None else tokenizer_of(model, None, args)
     if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
@@ -202,11 +185,8 @@ def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
 
 def known_tokens(model: Any, config: Any) -> int | None:
     """
-    Return how many tokens a model has an embedding of; `None` for a class of one's own that does not say.
-
-    Args:
-        model: in memory, or a path.
-        config: its text config.
+    Return how many tokens a model, in memory or a path, has an embedding of; `None` for a user's own class that does
+    not say. `config` is its text config.
     """
     try:
         return int(model.get_input_embeddings().num_embeddings)
@@ -216,13 +196,12 @@ def known_tokens(model: Any, config: Any) -> int | None:
 
 def check_known(ids: Iterable[int | None], known: int | None, tokenizer: Any, whose: str, where: str) -> None:
     """
-    Args:
-        ids: of tokens that the model is to read; `None` for one that there is not.
-        known: how many it has an embedding of.
-        whose: model it is, and `where` the ids come from, for the error.
+    Raise `ValueError` for an id without an embedding, as when tokens were added to the tokenizer alone.
 
-    Raises:
-        ValueError: for an id that the model has no embedding of, as when tokens were added to its tokenizer alone.
+    Args:
+        ids: that the model will read; `None` is skipped.
+        known: how many tokens it has an embedding of.
+        whose: model it is, and `where` the ids come from, for the error.
     """
     unknown = None if known is None else next((i for i in ids if i is not None and not 0 <= i < known), None)
     if unknown is None:
@@ -248,10 +227,7 @@ def adapter_configs(model: Any, peft_config: PeftConfig | None) -> list[PeftConf
 
 
 def check_no_adapter(path: str, name: str) -> None:
-    """
-    Raises:
-        ValueError: when the folder holds an adapter alone: a role is a whole model.
-    """
+    """Raise `ValueError` if a folder holds only an adapter where a whole model is needed."""
     config = adapter_config(path)
     if config is None:
         return
@@ -358,10 +334,7 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "s
 
 
 def require_tokenizer(path: str, what: str) -> None:
-    """
-    Raises:
-        ValueError: for a folder that holds no file of a tokenizer.
-    """
+    """Raise `ValueError` for a folder without a tokenizer's files."""
     if not path:
         raise ValueError(
             "The model comes from no folder, where its tokenizer could be: give it as `processing_class`."

@@ -4,24 +4,24 @@ PPO with a critic, in the order of the data.
     trainer         the steps, no mathematics
     config          the options; what GRPO's loop reads of them
     options         the options by topic, with their ranges
-    config_checks   what several options must keep together
+    config_checks   options that do not go together
     roles/          the four models: checked, loaded, joined, asked
     run_state       everything that a run changes beside weights, optimizer and random numbers
-    data            prompts, and the checks that run before a model is loaded
+    data            prompts, and their checks before a model is loaded
     rollout         the tensors of one batch of experience, with their shapes
     rewards         from one score per sequence to one reward per token
-    returns         from scores to advantages and returns, and what the log says about both
+    returns         from scores to advantages and returns, and their log
     advantages      rewards-to-go, TD errors, generalised advantages
     kl              KL estimators, and the exact KL over the vocabulary
     controllers     how a KL coefficient follows the measured KL
     losses          ratio, clipped objective, value loss, entropy: per token
     terms           the terms of the loss as one table; their means and their total
     micro_batches   a rollout cut into micro-batches, each with its share of the loss terms
-    coefficients    the weights of the terms now
+    coefficients    the current weights of the terms
     metrics         the log of an optimizer step and of an evaluation
-    evaluation      what held-out prompts score
-    guards          what stops a run
-    checkpoint      what a checkpoint holds beside weights, optimizer and random numbers
-    display         what people see while it runs
+    evaluation      scores of held-out prompts
+    guards          checks that stop a run
+    checkpoint      the part of a checkpoint beside weights, optimizer and random numbers
+    display         the run's plan and sample completions
     card            the model card
 """

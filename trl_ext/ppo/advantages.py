@@ -1,4 +1,4 @@
-"""Rewards-to-go, TD errors, n-step and generalised advantages: how much better an action was than expected.
+"""Rewards-to-go, TD errors, n-step and generalised advantages, which say how much better an action was than expected.
 
 Symbols: B sequences, T response tokens; `rewards`, `values`, `mask` are (B, T), `mask` bool, True = counts. Masks are
 ragged and may have holes (tokens the policy did not write, such as a tool's answer): the token after t is the next one
@@ -68,7 +68,7 @@ def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
 
 
 def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
-    """Return what the critic is trained to predict (S1 §4.2.2).
+    """Return the targets that the critic is trained to predict (S1 §4.2.2).
 
     V_target = Â + V_old, per token
     """
@@ -78,17 +78,16 @@ def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
 def estimate_advantages(
     estimator: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages, and the returns that the critic is trained on, by the estimator of a name in `ESTIMATORS`, or
-    `<n>_step`, such as `1_step` or `3_step`.
+    """Return advantages and the returns that the critic is trained on, both (B, T).
 
-    Returns (advantages, returns), both (B, T).
+    `estimator` is a name in `ESTIMATORS`, or `<n>_step`, such as `1_step` or `3_step`.
     """
     advantages, returns = find_estimator(estimator)(rewards, values, mask, gamma, lam)
     return advantages, zero_masked(returns, mask)
 
 
 def find_estimator(name: str) -> Estimator:
-    """The estimator of a name; raise `ValueError` for a name that none has."""
+    """Return the estimator of that name; raise `ValueError` for an unknown one."""
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     if re.fullmatch(r"[1-9]\d*_step", name):
@@ -100,7 +99,6 @@ def find_estimator(name: str) -> Estimator:
 
 
 def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantages."""
     advantages = gae(rewards, values, mask, gamma, lam)
     return advantages, value_targets(advantages, values)
 
@@ -108,13 +106,11 @@ def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 def _n_step(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, *, n: int
 ) -> tuple[Tensor, Tensor]:
-    """n rewards, then the critic. `lam` is not used."""
     advantages = n_step_advantages(rewards, values, mask, gamma, n)
     return advantages, value_targets(advantages, values)
 
 
 def _reinforce(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Rewards-to-go, not centred by a critic (S1 §2.5). `values` and `lam` are not used."""
     to_go = rewards_to_go(rewards, mask, gamma)
     return to_go, to_go
 
@@ -122,7 +118,6 @@ def _reinforce(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
 def _reinforce_baseline(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. `lam` is not used."""
     return _gae(rewards, values, mask, gamma, lam=1.0)
 
 
@@ -133,24 +128,25 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 """
 By name. `gae`: generalised advantages. `reinforce`: rewards-to-go, not centred by a critic (S1 §2.5).
-`reinforce_baseline`: rewards-to-go minus value (S1 §2.6). Beside them, `<n>_step`: n rewards, then the critic.
+`reinforce_baseline`: rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. Beside them, `<n>_step`: n
+rewards, then the critic. Only `gae` reads `lam`.
 """
 
 
 def _without_holes(function: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
-    """Move the counted tokens to the front, zeros after them, apply `function`, and move its results back."""
+    """Apply `function` to the tokens that count, moved to the front with zeros behind, and move the results back."""
     order = torch.argsort((~mask).int(), dim=1, stable=True)
     result = function(*(zero_masked(tensor, mask).gather(1, order) for tensor in tensors))
     return torch.zeros_like(result).scatter(1, order, result)
 
 
 def _shift_left(sequence: Tensor, steps: int) -> Tensor:
-    """x_{t+steps} at t, and 0 past the end. (B, T) to (B, T)."""
+    """Return x_{t+steps} at t, and 0 past the end. (B, T) to (B, T)."""
     return torch.nn.functional.pad(sequence[:, steps:], (0, steps))
 
 
 def _discounted_sums(sequence: Tensor, discount: float) -> Tensor:
-    """s_t = x_t + discount · s_{t+1}, with 0 past the end. (B, T) to (B, T)."""
+    """Return s_t = x_t + discount · s_{t+1}, with 0 past the end. (B, T) to (B, T)."""
     sums = torch.zeros_like(sequence)
     running = sequence.new_zeros(len(sequence))
     for t in reversed(range(sequence.shape[1])):

@@ -1,4 +1,4 @@
-"""The model card of a PPO run: the loss with its coefficients and last values, the critic, whom to cite."""
+"""The model card of a PPO run: the loss with its coefficients and last values, the critic, the papers to cite."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ ZIEGLER = """\
 
 
 def ppo_training(trainer: Any) -> Training:
-    """Return what a `PPOTrainerX` says about itself."""
+    """Return what the card says of a `PPOTrainerX`."""
     args = trainer.args
     facts = {
         "critic": f"{args.critic} ({type(trainer.critic).__name__})",
@@ -70,23 +70,25 @@ def ppo_training(trainer: Any) -> Training:
 
 
 def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
-    """The loss with its terms: what each is, its coefficient and its value when last logged, and their product."""
+    """Return the section on the loss: of every term its formula, coefficient, last logged value and their product."""
     line: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
-    details = {"clip_objective": f"ε = {args.cliprange}", "kl": _kl_words(args), "value_loss": _value_range(args)}
+    value_range = "" if args.cliprange_value is None else f"V within {args.cliprange_value} of its old value"
+    details = {"clip_objective": f"ε = {args.cliprange}", "kl": _kl_words(args), "value_loss": value_range}
     coefficients = {term: _coefficient(term, args, line) for term in TERMS}
     shown = [term for term in TERMS if coefficients[term] is not None]
     rows = [_row(term, details.get(term.name, ""), coefficients[term] or 0.0, line) for term in shown]
     total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
+    whitened = "whitened over all ranks" if args.whiten_advantages else "not whitened"
     return (
         f"The optimizer minimised\n\n`{total_in_words(shown)}`\n\n"
         "| term | what it is | coefficient | last value | contribution |\n|---|---|---:|---:|---:|\n"
         + "\n".join(rows)
-        + f"\n\n{total}Advantages Â: {_advantages(args)}."
+        + f"\n\n{total}Advantages Â: `{args.advantage_estimator}`, γ = {args.gamma}, λ = {args.lam}, {whitened}."
     )
 
 
 def _coefficient(term: Term, args: PPOConfigX, line: dict[str, Any]) -> float | None:
-    """Return the signed coefficient when the line was logged, else that of the options; None of a term not in use."""
+    """Return the signed coefficient in the log line, else that of the options; `None` for a term not in use."""
     if not term.coefficient:
         return term.sign
     coefficient = line.get(f"coef/{term.coefficient}", getattr(args, term.option, None))
@@ -110,17 +112,8 @@ def _kl_words(args: PPOConfigX) -> str:
     return f"{where}, estimator {args.kl_estimator}, {controllers[args.kl_controller]}"
 
 
-def _value_range(args: PPOConfigX) -> str:
-    return "" if args.cliprange_value is None else f"V within {args.cliprange_value} of its old value"
-
-
-def _advantages(args: PPOConfigX) -> str:
-    whitened = "whitened over all ranks" if args.whiten_advantages else "not whitened"
-    return f"`{args.advantage_estimator}`, γ = {args.gamma}, λ = {args.lam}, {whitened}"
-
-
 def citations(args: PPOConfigX, has_reward_model: bool) -> tuple[str, ...]:
-    """The papers whose methods a run used, beside PPO's own, which TRL's card cites."""
+    """Return the papers whose methods a run used, except PPO's own, which TRL's card cites."""
     used = {
         GAE: args.advantage_estimator == "gae",
         ZIEGLER: args.kl_controller == "proportional" or args.kl_placement == "reward",

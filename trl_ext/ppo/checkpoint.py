@@ -1,5 +1,5 @@
 """
-What a checkpoint of PPO holds beside weights, optimizer and random numbers, so that a run goes on as if it had never
+The part of a checkpoint beside weights, optimizer and random numbers, with which a run goes on as if it had never
 stopped: the rollout that is being learned from, the controllers, the moments of the scores, the log's open window.
 """
 
@@ -24,12 +24,12 @@ from .roles import critic
 
 logger = logging.get_logger(__name__)
 
-# What a rollout and its passes are cut by, and what it holds: a run that goes on has to have the same.
+# Options that decide the size of a rollout, its parts and its tensors: a resumed run must have the same.
 SHARED = (
     *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
-# What has gone into a rollout that is being learned from, and into the log-probabilities that it is compared with.
+# Options that have shaped a rollout's tensors: a run that is resumed amid a rollout must have the same.
 PENDING = (
     *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
     *("mask_truncated_completions", "bf16", "fp16", "cast_lm_head_to_fp32"),
@@ -39,23 +39,23 @@ PENDING = (
     *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
 )
 CHECKSUM = "checksum of the prompts"
-# What GRPO shows of the last rollout; pictures in prompts are not kept.
+# GRPO's tables of the last rollout; pictures in prompts are not kept.
 SHOWN = ("prompt", "completion", "rewards", "advantages", "extra")
-# A model's own files, of which one is in its folder.
+# A model's folder has one of these files.
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors")
 
 
 def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: Any) -> Path | None:
     """
-    The checkpoint to go on from, or `None` for a run that begins.
+    Return the folder of the checkpoint to resume from, or `None` for a new run.
 
     Args:
         checkpoint: its folder; `True` for the last one in `args.output_dir`.
-        prompts: what the run trains on.
+        prompts: the training dataset.
 
     Raises:
-        ValueError: when there is none, one that lacks what PPO needs, one of a run that differs in `SHARED`, in its
-            prompts or, where it stopped amid a rollout, in `PENDING`, or one that has taken all steps of this run.
+        ValueError: when the checkpoint does not exist or lacks a file, has taken all steps of this run already, or is
+            of a run that differs in `SHARED`, in its prompts or, if it stopped amid a rollout, in `PENDING`.
     """
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
@@ -73,7 +73,10 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         "A rollout is being learned from that was made with it: keep it, or go on from a checkpoint between rollouts."
     )
     _require_same(folder, state["pending"], pending(args), advice)
-    require_steps_left(folder, _known_steps(args))
+    steps = args.max_steps  # 0 or less if epochs decide
+    if args.total_episodes is not None and args.num_total_batches is not None:
+        steps = args.num_total_batches * args.optimizer_steps_per_rollout
+    require_steps_left(folder, steps)
     return folder
 
 
@@ -89,15 +92,8 @@ def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advi
         raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}")
 
 
-def _known_steps(args: PPOConfigX) -> int:
-    """Optimizer steps of the run; 0 or less where epochs set them."""
-    if args.total_episodes is None or args.num_total_batches is None:
-        return args.max_steps
-    return args.num_total_batches * args.optimizer_steps_per_rollout
-
-
 def _absent(folder: Path, args: PPOConfigX) -> list[str]:
-    """Return what is missing of a checkpoint of this rank."""
+    """Return the files that this rank's checkpoint lacks."""
     numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     files = [path_of_state(folder, args).name, numbers]
     absent = [name for name in files if not (folder / name).is_file()] + absent_optimizer(folder, args)
@@ -107,27 +103,27 @@ def _absent(folder: Path, args: PPOConfigX) -> list[str]:
 
 
 def path_of_state(checkpoint: str | Path, args: PPOConfigX) -> Path:
-    """This rank's file, named like the Trainer's of random numbers."""
+    """Return the path of this rank's file, named like the Trainer's file of random numbers."""
     return Path(checkpoint) / (f"ppo_state_{args.process_index}.pt" if args.world_size > 1 else "ppo_state.pt")
 
 
 def known_length(dataset: Any) -> int | None:
-    """Prompts in a dataset; `None` of a stream."""
+    """Return the number of prompts in a dataset; `None` for a stream."""
     return len(dataset) if isinstance(dataset, Dataset) else None
 
 
 def shared(args: PPOConfigX, prompts: Any) -> dict[str, Any]:
-    """Return what a run and one that goes on from its checkpoint have in common, by name."""
+    """Return by name what a run and one resumed from its checkpoint must have in common."""
     options = {name: getattr(args, name) for name in SHARED}
     known = {"prompts": known_length(prompts), CHECKSUM: checksum(prompts)}
     return options | {"full_kl": args.kl_estimator == "full"} | known
 
 
-@functools.lru_cache(maxsize=1)  # a run has it in every checkpoint
+@functools.lru_cache(maxsize=1)  # every checkpoint of a run has it
 def checksum(prompts: Any) -> int | None:
     """
-    CRC-32 of a dataset's rows, in their order; `None` of a stream. Reward functions are given every column, so every
-    one counts. They are read as they are stored: no picture is decoded.
+    Return the CRC-32 of a dataset's rows, in their order; `None` for a stream. Every column counts, since reward
+    functions get them all. Columns are read as they are stored: no picture is decoded.
     """
     if not isinstance(prompts, Dataset):
         return None
@@ -136,7 +132,7 @@ def checksum(prompts: Any) -> int | None:
 
 
 def pending(args: PPOConfigX) -> dict[str, Any]:
-    """Return the options that have gone into a rollout, by name."""
+    """Return by name the options that have shaped a rollout."""
     options = {name: getattr(args, name) for name in PENDING}
     if args.needs_reference and args.kl_placement == "reward":
         options |= {"kl_estimator": args.kl_estimator or "k1"}
@@ -145,7 +141,7 @@ def pending(args: PPOConfigX) -> dict[str, Any]:
 
 
 def save_run(trainer: Any, checkpoint: str | Path) -> None:
-    """Write the state of the run on this rank."""
+    """Write this rank's state of the run into a checkpoint."""
     is_learning = trainer.is_amid_rollout
     state = {
         "shared": shared(trainer.args, trainer.train_dataset),
@@ -160,14 +156,14 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
 
 
 def load_run(trainer: Any, checkpoint: Path) -> None:
-    """Take up what `save_run` wrote on this rank, in a run that has just started."""
+    """Load this rank's state, as `save_run` wrote it, into a run that has just started."""
     state = torch.load(path_of_state(checkpoint, trainer.args), map_location="cpu", weights_only=True)
     state = send_to_device(state, trainer.accelerator.device)
     trainer.run_state.load_state_dict(state["run"])
     if trainer.run_state.passes_over_data and known_length(trainer.train_dataset) is None:
         logger.warning(
             "The prompts are a stream, which the run had begun to read again: it goes on from the stream's beginning, "
-            "not from where it was."
+            "not from its old position."
         )
     trainer._step = state["step"]
     trainer._reference_is_start = False  # the actor has moved
@@ -181,12 +177,11 @@ def load_run(trainer: Any, checkpoint: Path) -> None:
 
 
 def _shown(trainer: Any) -> dict[str, Any]:
-    """Return what the process that shows completions keeps of them."""
+    """Return GRPO's queues of shown completions, or its dictionaries of queues, as lists."""
     if not (trainer.log_completions and trainer.accelerator.is_main_process):
         return {}
-    return {name: _lists(trainer._logs[name]) for name in SHOWN}
-
-
-def _lists(values: Any) -> Any:
-    """GRPO's queues, or its dictionaries of queues, as lists."""
-    return {key: list(queue) for key, queue in values.items()} if isinstance(values, dict) else list(values)
+    logs = {name: trainer._logs[name] for name in SHOWN}
+    return {
+        name: {key: list(queue) for key, queue in log.items()} if isinstance(log, dict) else list(log)
+        for name, log in logs.items()
+    }

@@ -1,4 +1,4 @@
-"""The weights of the loss terms while a run goes on: fixed ones, and those of both KLs, which controllers move."""
+"""The current weights of the loss terms: fixed ones, and those of both KLs, which controllers move."""
 
 from typing import Any
 
@@ -12,6 +12,8 @@ DEFAULT_KL_HORIZON = 10_000
 
 class Coefficients:
     """
+    The weights of the loss terms, with the controllers that move some of them.
+
     Args:
         args: the loop's config.
         aux: weight of the model's own auxiliary loss, which its config may declare.
@@ -34,21 +36,21 @@ class Coefficients:
 
     @property
     def now(self) -> PPOCoefficients:
-        """The weights of the loss terms now; those of the options as they are now, too."""
+        """The current weights; those that no controller moves are read from the options each time."""
         known = {"kl": self._reference.coef, "old_kl": self._old_policy.coef, "aux": self._aux}
         of_options = {term.coefficient: term.option for term in WEIGHTED if term.coefficient not in known}
         return PPOCoefficients(**known, **{name: getattr(self._args, option) for name, option in of_options.items()})
 
     def saw_kl(self, kl: float) -> None:
-        """Takes note of a rollout's KL(π_old ‖ π_ref), nats per sequence."""
+        """Take note of a rollout's KL(π_old ‖ π_ref), nats per sequence."""
         self._kl = kl
 
     def saw_old_kl(self, old_kl: float) -> None:
-        """Takes note of an optimizer step's KL[π_old ‖ π_θ], nats per token."""
+        """Take note of an optimizer step's KL[π_old ‖ π_θ], nats per token."""
         self._old_kls.append(old_kl)
 
     def close_rollout(self) -> None:
-        """Moves the coefficients of both KLs by what was seen since the last call: of the latter, the last pass."""
+        """Move both coefficients by the KLs seen since the last call; of KL[π_old ‖ π_θ], the last pass counts."""
         if self._kl is not None:
             self._reference.update(self._kl, episodes=self._args.batch_size)
         if self._old_kls:
@@ -57,12 +59,12 @@ class Coefficients:
         self._kl, self._old_kls = None, []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been seen and where the controllers are, for a checkpoint."""
+        """Return the KLs seen so far and the coefficients, for a checkpoint."""
         coefs = {"reference": self._reference.coef, "old_policy": self._old_policy.coef}
         return {"coefs": coefs, "kl": self._kl, "old_kls": self._old_kls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there; a coefficient that nothing moves stays as the options have it."""
+        """Go on from a checkpoint; a fixed coefficient stays as the options have it."""
         self._kl, self._old_kls = state["kl"], list(state["old_kls"])
         for name, controller in (("reference", self._reference), ("old_policy", self._old_policy)):
             if not isinstance(controller, FixedController):

@@ -1,7 +1,7 @@
 """`PPOConfigX`: TRL 1.12's `PPOConfig` option names on top of `trl.GRPOConfig`.
 
-The config holds what the user wrote, and nothing derived from it, so that a copy made by `dataclasses.replace` or from
-`to_dict()` is the same config. What the Trainer's loop and GRPO read is a type of its own, `PPOLoopConfig`.
+The config holds what the user wrote and nothing derived from it, so that a copy made by `dataclasses.replace` or from
+`to_dict()` is the same config. GRPO and the Trainer's loop read another type, `PPOLoopConfig`.
 """
 
 import math
@@ -54,8 +54,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     GRPOConfig,
 ):
     """
-    Configuration of [`PPOTrainerX`]: the option names of TRL 1.12's `PPOConfig`, and everything that `GRPOConfig` and
-    `TrainingArguments` offer and that means something in PPO.
+    Configuration of [`PPOTrainerX`]: the option names of TRL 1.12's `PPOConfig`, and every option of `GRPOConfig` and
+    `TrainingArguments` that means something in PPO.
 
     Every field's help states its unit and, where a source document gives one, the document's value (S1 §6.2). Batch
     arithmetic, as in TRL 1.12: the rollout holds `per_device_train_batch_size × gradient_accumulation_steps × world
@@ -74,7 +74,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         check_ranges(self)
         check_options(self)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = BEST_METRIC  # the Trainer would take the loss, which PPO has none of
+            self.metric_for_best_model = BEST_METRIC  # the Trainer would take the held-out loss, which PPO lacks
         if getattr(self, "bf16", None) is None:
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
@@ -82,7 +82,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         check_own_optimizer(self, critic_learning_rate=self.critic_learning_rate)
 
     def _take_grpo_names(self) -> None:
-        """Lets GRPO's name set an option that is at its default; refuses two different values."""
+        """Let GRPO's name set an option that is at its default; raise `ValueError` for two different values."""
         for name, grpo_name in GRPO_NAMES.items():
             value, grpo_value = getattr(self, name), getattr(self, grpo_name)
             if grpo_value is None or grpo_value == value:
@@ -100,7 +100,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
     def _run_parent_post_init(self) -> None:
         """
-        Runs GRPO's checks, and DeepSpeed's `auto`, on the derived values, then takes those back.
+        Run GRPO's checks, and DeepSpeed's `auto`, on the derived values, then restore the written ones.
 
         GRPO refuses groups of one. Groups of two over twice the micro-batches pass its checks at every batch size.
         """
@@ -118,7 +118,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
                 setattr(self, name, value)
 
     def _derived_values(self) -> dict[str, Any]:
-        """The fields that GRPO and the Trainer's loop read."""
+        """Return the fields that GRPO and the Trainer's loop read."""
         micro_batch = self._local_micro_batch
         micro_batches = self.local_batch_size // micro_batch
         derived = {grpo_name: getattr(self, name) for name, grpo_name in GRPO_NAMES.items()}
@@ -194,9 +194,9 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
 class PPOLoopConfig(PPOConfigX):
     """
-    The values that GRPO and the Trainer's loop read, derived from the options as they were written: GRPO's names, the
-    Trainer's own meaning of `gradient_accumulation_steps` (micro-batches per optimizer step), and `max_steps`. GRPO's
-    `beta` is 0, because the trainer holds the reference model itself. Its `to_dict()` is that of the written options.
+    The values that GRPO and the Trainer's loop read, derived from the written options: GRPO's names, `max_steps`, and
+    `gradient_accumulation_steps` as the Trainer means it (micro-batches per optimizer step). GRPO's `beta` is 0,
+    because the trainer holds the reference model itself. Its `to_dict()` is that of the written options.
     """
 
     def __init__(self, written: PPOConfigX):

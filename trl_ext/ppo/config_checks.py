@@ -1,4 +1,4 @@
-"""What several options of PPO must keep together, by topic; the range of each stands beside it in `options.py`."""
+"""Checks of PPO options that do not go together, by topic; the range of each option is beside it in `options.py`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .advantages import find_estimator
 from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
 
 
-# What the best checkpoint is chosen by, unless another metric is named.
+# The metric of the best checkpoint, unless another is named.
 BEST_METRIC = "eval_reward/score"
 
 # Options of GRPO that mean nothing in PPO, and what to do instead.
@@ -54,7 +54,7 @@ NOT_FOR_GENERATION = {
     *("max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"),
 }
 # Options of GRPO that sample from another distribution than the one that is scored, and the values at which they do
-# not; a cache in few bits does so too.
+# not. A quantised cache does so too.
 SAMPLING = {
     "top_p": (1.0,),
     "top_k": (0,),
@@ -62,7 +62,7 @@ SAMPLING = {
     "repetition_penalty": (1.0,),
     "vllm_structured_outputs_regex": (None,),
 }
-# What `generation_kwargs` may hold: how tokens are computed, not which. The second line has vLLM's names.
+# Options that `generation_kwargs` may hold: they change how tokens are computed, not which. The second line is vLLM's.
 HARMLESS_IN_GENERATION = {
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
     *("skip_special_tokens", "spaces_between_special_tokens", "detokenize", "priority"),
@@ -79,7 +79,7 @@ _INSTEAD = (
 
 
 def check_options(args: Any) -> None:
-    """Raises `ValueError` for options of a `PPOConfigX` that do not go together."""
+    """Raise `ValueError` for options of a `PPOConfigX` that do not go together."""
     refuse_meaningless(args)
     refuse_noise(args)
     check_steps(args)
@@ -116,7 +116,7 @@ def check_steps(args: Any) -> None:
 
 
 def check_best_metric(args: Any) -> None:
-    """Raises `ValueError` for a metric that PPO does not have, or that says which way is better to nobody."""
+    """Raise `ValueError` for a metric that PPO does not have, and for a schedule that needs one when none is set."""
     if args.metric_for_best_model in ("loss", "eval_loss"):
         raise ValueError(
             f"`metric_for_best_model={args.metric_for_best_model!r}`: PPO has no held-out loss. Use "
@@ -138,8 +138,8 @@ def check_responses(args: Any) -> None:
 
 def check_sampling(args: Any) -> None:
     """
-    Raises `ValueError` for options with which tokens would not be drawn from the distribution that is scored: the
-    full one at `temperature`. To be called when `generation_kwargs` has been parsed.
+    Raise `ValueError` for options that would sample from another distribution than the scored one, which is the full
+    one at `temperature`. Called after `generation_kwargs` has been parsed.
     """
     for name, neutral in SAMPLING.items():
         if getattr(args, name) not in neutral:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class KLController(Protocol):
-    """What the trainer asks of a controller: a coefficient, moved once per rollout."""
+    """A coefficient that moves once per rollout."""
 
     coef: float
 
@@ -16,7 +16,7 @@ class KLController(Protocol):
 
 @dataclass
 class FixedController:
-    """A coefficient that stays as it is. 0 switches the term off."""
+    """A coefficient that stays the same. 0 switches the term off."""
 
     coef: float
 
@@ -26,7 +26,7 @@ class FixedController:
         )
 
     def update(self, kl: float, episodes: int) -> None:
-        """Only check that the KL is a number."""
+        """Check that the KL is finite, and change nothing."""
         _require_finite(kl)
 
 
@@ -105,12 +105,11 @@ class SchulmanController:
 
 
 def _halve_or_double(kl: float, low: float, high: float) -> float:
-    """The factor ½ below `low`, 2 above `high`, 1 between them."""
+    """Return the factor ½ below `low`, 2 above `high`, 1 between them."""
     return 0.5 if kl < low else 2.0 if kl > high else 1.0
 
 
 def _require_can_move(coef: float) -> None:
-    """Raise for a coefficient that no factor can change."""
     _require(
         math.isfinite(coef) and coef > 0,
         f"coef is {coef}; an adaptive controller multiplies it, so it must start above 0: use FixedController for 0.",
@@ -118,7 +117,6 @@ def _require_can_move(coef: float) -> None:
 
 
 def _require_finite(kl: float) -> None:
-    """Raise for a KL that cannot steer anything."""
     _require(
         math.isfinite(kl),
         f"The measured KL is {kl}; a finite number is needed. Training has diverged: lower the learning rate, or "
@@ -127,6 +125,5 @@ def _require_finite(kl: float) -> None:
 
 
 def _require(condition: bool, message: str) -> None:
-    """Raise ValueError unless `condition` holds."""
     if not condition:
         raise ValueError(message)

@@ -1,4 +1,4 @@
-"""Prompts: the columns a dataset may bring them in, and the checks that run before any model is loaded."""
+"""Prompts: the columns in which a dataset may have them, and their checks before any model is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -45,8 +45,7 @@ OF_EACH_ROW = (
 
 class TokenisedPrompt(str):
     """
-    The text of a prompt that came as token ids (TRL 1.12's `input_ids`), together with those ids, which are used as
-    they are.
+    The text of a prompt that was given as token ids (TRL 1.12's `input_ids`), with those ids, which the actor reads.
     """
 
     input_ids: list[int]
@@ -57,12 +56,12 @@ class TokenisedPrompt(str):
         return prompt
 
     def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:
-        """Return what a copy, or another process, makes it of."""
+        """Return class and arguments, for copies and for pickling."""
         return type(self), (str(self), self.input_ids)
 
 
 def is_tokenised(row: dict[str, Any]) -> bool:
-    """Return whether the row's prompt comes as token ids."""
+    """Return whether the row has its prompt as token ids."""
     return "input_ids" in row
 
 
@@ -70,8 +69,8 @@ def with_tokenised_prompts(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, data_collator: Callable | None, pad_id: int | None
 ) -> list[dict[str, Any]]:
     """
-    Rows with `input_ids` -> rows with a [`TokenisedPrompt`] under "prompt", without padding. A data collator sees the
-    rows first, as in TRL 1.12.
+    Return rows with a [`TokenisedPrompt`] under "prompt", without padding, in place of `input_ids`. A data collator
+    sees the rows first, as in TRL 1.12.
     """
     collated: Sequence[Mapping[str, Any]] = rows
     if data_collator is not None:
@@ -79,7 +78,7 @@ def with_tokenised_prompts(
             name: torch.as_tensor(column).tolist() for name, column in data_collator(rows).items() if name in READ
         }
         if "attention_mask" not in rows[0] and "attention_mask" in batch:
-            # The collator's mask knows what the collator has padded, not what a row was padded with before.
+            # The collator's mask leaves out the collator's padding, not the padding that a row had before.
             masks = batch.pop("attention_mask")
             batch["input_ids"] = [_kept(*pair) for pair in zip(batch["input_ids"], masks, strict=True)]
         collated = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -94,11 +93,13 @@ def with_tokenised_prompts(
 
 def unpadded(row: Mapping[str, Any], pad_id: int | None, eos_id: int | None) -> list[int]:
     """
-    A row's `input_ids` without padding, on whichever side: what its `attention_mask` leaves out, without one the pad
-    token, as in TRL 1.12. Where that is the end token too, or there is none and rows are padded with the end token, it
-    is padding at the ends of a row only, and a warning says so once: between the turns of a conversation it is none.
+    Return a row's `input_ids` without padding, on either side: without what its `attention_mask` leaves out or, if it
+    has none, without the pad token, as in TRL 1.12.
+
+    If the end token is the pad token too, or stands in for one, it counts as padding at both ends of a row only, since
+    it also ends the turns of a conversation; a warning says so once.
     """
-    ids = [int(id_) for id_ in row["input_ids"]]  # of a tensor or an array too
+    ids = [int(id_) for id_ in row["input_ids"]]  # a list, tensor or array
     if row.get("attention_mask") is not None:
         return _kept(ids, row["attention_mask"])
     pad_id = eos_id if pad_id is None else pad_id
@@ -136,11 +137,11 @@ def check_datasets(
     reads_columns: bool = True,
 ) -> None:
     """
-    Checks every map-style dataset's prompts, and the columns of a stream's first row.
+    Check the prompts of every map-style dataset, and the columns of a stream's first row.
 
     Args:
+        known: number of tokens that the actor has an embedding of.
         reads_columns: whether something, such as a reward function, may read columns beside the prompts.
-        known: how many tokens the actor has an embedding of.
     """
     if train_dataset is None:
         raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
@@ -167,7 +168,7 @@ def check_datasets(
 
 
 def named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
-    """A run's datasets, by what errors call them."""
+    """Return a run's datasets by the names that errors use."""
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     datasets = {"train_dataset": train_dataset}
     return datasets | {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
@@ -186,18 +187,15 @@ def check_prompts(
     known: int | None = None,
 ) -> None:
     """
-    Raises `ValueError` unless every row has a prompt of tokens that the actor knows, which fits the model's context
-    with its response.
+    Raise `ValueError` unless every prompt is of tokens that the actor knows and fits the context with its response.
 
     Args:
         dataset: a map-style dataset with `prompt` (text or conversation) or `input_ids` (a list of token ids).
-        name: what to call it in the error.
-        longest: the model's context in tokens; `None` when it has no limit.
-        response_length: tokens that a response may have.
-        template_kwargs: keyword arguments of the chat template.
-        whose: context, for the error.
-        pad_id: what prompts in `input_ids` may be padded with.
-        known: how many tokens the actor has an embedding of.
+        name: of the dataset, for the error.
+        longest: the model's context in tokens; `None` for no limit.
+        whose: context it is, for the error.
+        pad_id: the pad token of prompts in `input_ids`.
+        known: number of tokens that the actor has an embedding of.
     """
 
     def length(row: dict[str, Any]) -> dict[str, int]:
@@ -219,7 +217,7 @@ def check_prompts(
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> None:
-    """Raises `ValueError` unless a dataset holds prompts of text, token ids or conversations that can be written."""
+    """Raise `ValueError` unless a dataset has prompts of text, token ids, or conversations with a chat template."""
     require(dataset, "prompts", name)
     columns = describe(dataset).columns
     images = {"image", "images"} & columns.keys()
@@ -262,7 +260,7 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any)
 
 
 def _cells(dataset: Dataset | IterableDataset, column: str) -> list[Any]:
-    """A column, as far as it can be read: of a stream its beginning; none where there is no such column."""
+    """Return the cells of a column, of a stream those at its beginning; none without such a column."""
     if isinstance(dataset, Dataset):
         return list(dataset[column]) if column in dataset.column_names else []
     return [row.get(column) for row in islice(dataset, LOOKED_AT)]
@@ -274,7 +272,7 @@ def prompt_ids(
     template_kwargs: dict[str, Any],
     pad_id: int | None = None,
 ) -> list[int]:
-    """The tokens that the actor reads of a row's prompt; none of an empty one."""
+    """Return the tokens of a row's prompt as the actor reads them; none for an empty prompt."""
     if is_tokenised(row):
         return unpadded(row, pad_id, tokenizer.eos_token_id)
     prompt = row["prompt"]

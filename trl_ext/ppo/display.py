@@ -1,4 +1,4 @@
-"""What a run shows people while it runs: its plan, and sample completions."""
+"""The lines that a run prints: its plan, and sample completions."""
 
 import math
 
@@ -12,13 +12,7 @@ from .rollout import Rollout
 
 
 def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
-    """
-    The arithmetic of a run, in words.
-
-    Args:
-        args: the loop's config.
-        num_prompts: size of the training set; `None` for a stream.
-    """
+    """Return the arithmetic of a run in words; `args` is the loop's, and a stream has no `num_prompts`."""
     steps = planned_steps(args, num_prompts)
     rollouts = math.ceil(steps / args.optimizer_steps_per_rollout)
     return (
@@ -30,7 +24,7 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
 
 
 def planned_steps(args: PPOConfigX, num_prompts: int | None) -> int:
-    """Optimizer steps of a run, from the loop's config and the size of the training set."""
+    """Return the optimizer steps of a run, from the loop's config and the size of the training set."""
     if args.max_steps > 0:
         return args.max_steps
     rollouts_per_epoch = (num_prompts or 0) // args.batch_size  # an epoch has whole rollouts only
@@ -40,7 +34,7 @@ def planned_steps(args: PPOConfigX, num_prompts: int | None) -> int:
 def print_samples(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, step: int, rows: int = 5
 ) -> None:
-    """Prints a table of the first prompts with their responses and scores, on the main process."""
+    """Print a table of the first prompts with their responses and scores, on the main process."""
     prompts = [ids[kept].tolist() for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     responses = [ids[kept].tolist() for ids, kept in zip(rollout.response_ids, rollout.attended, strict=True)]
     samples = list(

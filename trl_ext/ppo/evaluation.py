@@ -1,4 +1,4 @@
-"""Evaluation: what held-out prompts score, how far that is from their first scores in the run, and the KL."""
+"""Evaluation: the scores of held-out prompts, their rise since the first evaluation, and the KL."""
 
 import math
 from collections.abc import Callable, Container
@@ -15,7 +15,7 @@ from .rollout import Rollout
 
 
 def samples_are_due(args: PPOConfigX, global_step: int, max_steps: int) -> bool:
-    """Return whether the rollout that follows is one of `num_sample_generations`, before which samples are shown."""
+    """Return whether samples are to be printed before the next rollout, `num_sample_generations` times in a run."""
     if args.num_sample_generations == 0:
         return False
     rollouts = math.ceil(max_steps / args.optimizer_steps_per_rollout)
@@ -25,10 +25,9 @@ def samples_are_due(args: PPOConfigX, global_step: int, max_steps: int) -> bool:
 
 def named_after_set(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
     """
-    Of several held-out sets, each has its own keys: GRPO's log puts "eval_" before them.
+    Return the metrics under keys of their held-out set, if there are several; GRPO's log puts "eval_" before them.
 
-    Args:
-        prefix: the Trainer's, such as "eval_news"; "eval" of a single set.
+    `prefix` is the Trainer's, such as "eval_news", or "eval" for a single set.
     """
     name = prefix.removeprefix("eval").removeprefix("_")
     return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
@@ -38,11 +37,8 @@ def lengths_and_ends(
     ids: list[list[int]], tool_mask: list[list[int]] | None, end_ids: Container[int], device: torch.device
 ) -> dict[str, Tensor]:
     """
-    Of b responses two columns (b,): `length`, the tokens that the model wrote, and `ended`, 1 with an end token.
-
-    Args:
-        ids: of each response.
-        tool_mask: 0 at tokens that a tool wrote.
+    Return two columns (b,) of b responses: `length`, the number of tokens that the model wrote, and `ended`, 1 if it
+    ended with an end token. `tool_mask` is 0 at tokens that a tool wrote.
     """
     lengths = [len(row) for row in ids] if tool_mask is None else [sum(row) for row in tool_mask]
     columns = {"length": lengths, "ended": [row[-1] in end_ids for row in ids]}
@@ -51,8 +47,8 @@ def lengths_and_ends(
 
 def of_sampling(batch: dict[str, Any]) -> dict[str, Tensor]:
     """
-    Columns (b,) of how far vLLM's probabilities are from the trainer's, as GRPO counts: of log-probabilities where
-    vLLM gave one, of its correction everywhere. None without that correction.
+    Return columns (b,) of the differences between vLLM's probabilities and the trainer's, counted as GRPO does:
+    log-probabilities where vLLM gave one, the correction everywhere. No columns without that correction.
     """
     if "importance_sampling_ratio" not in batch:
         return {}
@@ -75,7 +71,7 @@ def of_sampling(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 class HeldOut:
     """
-    The evaluations of a run: each collects its batches, and is compared with the first of the same prompts.
+    The evaluations of a run: each collects its batches, and is compared with the first one of the same prompts.
 
     Args:
         gather: from this rank's (b,) to those of all ranks, without the rows that fill up the last batch.
@@ -87,7 +83,7 @@ class HeldOut:
         self.start()
 
     def start(self) -> None:
-        """Begins an evaluation."""
+        """Begin an evaluation."""
         self._scores: list[Tensor] = []
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
@@ -96,7 +92,7 @@ class HeldOut:
         self._sizes: list[int] = []
 
     def state_dict(self) -> dict[tuple[str, int], Tensor]:
-        """The first scores of every set of prompts, for a checkpoint."""
+        """Return the first scores of every set of prompts, for a checkpoint."""
         return self._first_scores
 
     def load_state_dict(self, state: dict[tuple[str, int], Tensor]) -> None:
@@ -104,18 +100,18 @@ class HeldOut:
 
     @property
     def num_batches(self) -> int:
-        """Batches of this evaluation that this rank has answered."""
+        """Number of batches that this rank has answered in this evaluation."""
         return len(self._scores)
 
     def add(
         self, rollout: Rollout, rows: list[dict[str, Any]], responses: dict[str, Tensor], said: dict[str, float]
     ) -> None:
         """
-        Takes in a batch; its KL too where the reference has scored it.
+        Add a batch, with its KL if the reference has scored it.
 
         Args:
             responses: columns (b,) for `held_out_responses`, of this rank.
-            said: what else GRPO says of the batch, over all ranks.
+            said: GRPO's other metrics of the batch, over all ranks.
         """
         self._said.append(said)
         self._sizes.append(len(rows))
@@ -126,8 +122,8 @@ class HeldOut:
             self._kls.append(self._gather(sequence_kl(rollout)))
 
     def metrics(self, prefix: str) -> dict[str, list[float]]:
-        """Log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
-        # A checksum that another process, which goes on from a checkpoint, finds too.
+        """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
+        # A checksum, so that a resumed run recognises the prompts.
         scores, same_prompts = torch.cat(self._scores), (prefix, crc32(repr(self._prompts).encode()))
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)

@@ -1,6 +1,6 @@
 """
-What stops a run: rewards, losses and gradients that are not finite, a reference that is not the start, and a server
-that reports other log-probabilities than those that it samples by.
+Checks that stop a run: rewards, losses and gradients that are not finite, a reference that differs from the actor at
+the start, and a vLLM server that reports other log-probabilities than those that it samples by.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +19,7 @@ def require_finite_rewards(
     rewards: Tensor, is_model: list[bool], names: list[str], samples: list[tuple[Any, Any]], first: int, step: int
 ) -> None:
     """
-    Raises `FloatingPointError` for a reward model that said NaN, or any source that said ±inf. NaN from a function is
-    its `None`.
+    Raise `FloatingPointError` for NaN from a reward model, or ±inf from any source. NaN from a function is its `None`.
 
     Args:
         rewards: (all samples, sources), gathered from all ranks.
@@ -40,7 +39,7 @@ def require_finite_rewards(
     )
 
 
-# What each of the other models says of a rollout before it is learned from, and which model that is.
+# The tensors that the models give of a rollout before it is learned from, and how an error begins.
 _SAID_BY = {
     "ref_logps": "The reference model gives log-probabilities",
     "old_logps": "The actor gives log-probabilities",
@@ -50,7 +49,7 @@ _SAID_BY = {
 
 @contextmanager
 def naming_the_actor(step: int) -> Iterator[None]:
-    """Within the context, torch's refusal to sample from what is no distribution is a `FloatingPointError`."""
+    """Within the context, torch's error for probabilities that are not finite becomes a `FloatingPointError`."""
     try:
         yield
     except RuntimeError as error:
@@ -64,7 +63,7 @@ def naming_the_actor(step: int) -> Iterator[None]:
 
 
 def require_finite_scores(rollout: Rollout, step: int) -> None:
-    """Raises `FloatingPointError` naming the model that gave NaN or ±inf for a token that counts, and a response."""
+    """Raise `FloatingPointError`, naming model and response, for NaN or ±inf at a token that counts."""
     for name, said in _SAID_BY.items():
         scores = getattr(rollout, name)
         if scores is None:
@@ -81,7 +80,7 @@ def require_finite_scores(rollout: Rollout, step: int) -> None:
 
 
 def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
-    """Raises `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
+    """Raise `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
     if torch.isfinite(terms.total):
         return
     named = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name not in ("total", "ratio_max")}
@@ -103,8 +102,9 @@ def require_finite_gradient(
     norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int, applied: bool = False
 ) -> None:
     """
-    Raises `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite. `applied`:
-    the optimizer has taken its step already, as DeepSpeed's does within the backward pass.
+    Raise `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite.
+
+    `applied`: the optimizer has already taken its step, as DeepSpeed's does within the backward pass.
     """
     value = torch.as_tensor(0.0 if norm is None else norm)
     if torch.isfinite(value):
@@ -124,7 +124,7 @@ def require_same_policy(
     logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float, adapters: Any = None
 ) -> None:
     """
-    Raises `ValueError` when a reference made from the actor differs from it before the first step.
+    Raise `ValueError` when a reference made from the actor differs from it before the first step.
 
     Args:
         logps, ref_logps: (b, T) nats.
@@ -141,8 +141,8 @@ def require_same_policy(
 
 def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None:
     """
-    Raises `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from, at
-    `temperature`: the correction divides by them.
+    Raise `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from at
+    `temperature`; the importance sampling correction divides by them.
     """
     mode = vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
     if mode == "processed_logprobs" or (mode == "raw_logprobs" and temperature == 1.0):
@@ -155,7 +155,7 @@ def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None
 
 
 def _why_they_differ(adapters: Any) -> str:
-    """The usual cause; noise is none, as it was looked for before."""
+    """Return the usual cause. It is not noise, which was looked for before."""
     starts = {
         name: getattr(config, "init_lora_weights", True) for name, config in (adapters or {}).items() if name != "ref"
     }

@@ -2,13 +2,13 @@
 
 Symbols: B sequences, T response tokens, N any tokens, V vocabulary, H hidden size; `logps`, `ref_logps`, `old_logps`
 are the (B, T) log-probabilities of the sampled tokens under the policy, the reference and the policy that sampled
-them. Everything is in nats. KL(π_θ ‖ π_ref) is the leash to the reference; KL[π_old ‖ π_θ] measures one update: two
-quantities, two coefficients.
+them. Everything is in nats. KL(π_θ ‖ π_ref) is the distance to the reference; KL[π_old ‖ π_θ] measures one update:
+two quantities, two coefficients.
 
 What an estimator does depends on where it stands. In the reward its value counts: k1 and k3 are unbiased, k2 is not.
 In the loss its gradient counts, in expectation over tokens sampled from π_θ: k1 gives 0, k2 gives ∇KL(π_θ ‖ π_ref), k3
-gives ∇KL(π_ref ‖ π_θ); multiplied by the ratio π_θ / π_old, k1 and k3 give ∇KL(π_θ ‖ π_ref), from samples of π_old
-too.
+gives ∇KL(π_ref ‖ π_θ). Multiplied by the ratio π_θ / π_old, k1 and k3 give ∇KL(π_θ ‖ π_ref), also from samples of
+π_old.
 
 A new estimator is a function and a line in `IN_THE_LOSS`, `IN_THE_REWARD` or both.
 """
@@ -72,7 +72,7 @@ def estimate_kl(estimator: str, logps: Tensor, ref_logps: Tensor, mask: Tensor |
 
 
 def old_policy_kl(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """How far an update has moved the policy: KL[π_old ‖ π_θ] (S1 §4.2.3; Schulman 2017, arXiv:1707.06347, §4).
+    """KL[π_old ‖ π_θ], how far an update has moved the policy (S1 §4.2.3; Schulman 2017, arXiv:1707.06347, §4).
 
     (ratio − 1) − log ratio, with ratio = exp(logps − old_logps), (B, T), nats per token. Tokens come from π_old, so
     this is unbiased, and so is its gradient. It is k3 with the roles of the two policies exchanged.
@@ -87,9 +87,9 @@ def full_kl(
 
     Σ_v p_v (log p_v − log ref_p_v), (N,), nats per token
 
-    `hidden` is (N, H) and `ref_hidden` (N, H'): the two models may differ in width. Logits are finite. Only
-    `chunk_size` tokens have logits at a time: each chunk is computed again in the backward pass. The gradient reaches
-    `hidden` and the parameters of `lm_head`, never the reference.
+    `hidden` is (N, H) and `ref_hidden` (N, H'), as the two models may differ in width; logits are finite. Only
+    `chunk_size` tokens have logits at a time, and each chunk is computed again in the backward pass. The gradient
+    reaches `hidden` and the parameters of `lm_head`, never the reference.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; at least 1 token per chunk is needed.")
@@ -109,5 +109,5 @@ def full_kl(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last dimension, in float32 or wider."""
+    """Return log-probabilities over the last dimension, in float32 or wider."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

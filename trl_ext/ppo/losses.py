@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def policy_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """How much likelier a token has become since it was sampled (S0, "PPO 的目标函数"; S1 §2.10).
+    """Factor by which a token has become likelier since it was sampled (S0, "PPO 的目标函数"; S1 §2.10).
 
     ratio = π_θ / π_old = exp(logps − old_logps), (B, T), no unit
     """
@@ -25,7 +25,7 @@ def clip_objective(ratio: Tensor, advantages: Tensor, cliprange: float) -> Tenso
 
 
 def clipped_tokens(ratio: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
-    """Where the minimum takes the clipped, constant branch, so that the token has no policy gradient.
+    """True where the minimum is on the clipped, constant branch, so that the token has no policy gradient.
 
     A > 0 and ratio > 1 + cliprange, or A < 0 and ratio < 1 − cliprange, (B, T) bool
     """
@@ -50,11 +50,11 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def clipped_values(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:
-    """Where the maximum takes the clipped, constant branch, so that the critic has no gradient. (B, T) bool."""
+    """True where the maximum is on the clipped, constant branch, so that the critic has no gradient. (B, T) bool."""
     clipped = _clip_around(values, old_values, cliprange_value)
     return value_loss(clipped, returns) > value_loss(values, returns)
 
 
 def _clip_around(values: Tensor, old_values: Tensor, cliprange_value: float) -> Tensor:
-    """V, moved to the edge of V_old ± cliprange_value if it is outside."""
+    """Return V, moved to the edge of V_old ± cliprange_value if it is outside."""
     return values.clamp(old_values - cliprange_value, old_values + cliprange_value)

@@ -1,7 +1,7 @@
 """
-`LossLedger`: the loss terms of every micro-batch, summed to optimizer steps and averaged over a logging window.
-`held_out_score`: what an evaluation says about the score, and about how far it rose; `held_out_responses`: about the
-responses. What was not measured is in no line: a 0 would look like a measurement.
+The log. `LossLedger` sums the loss terms of micro-batches to optimizer steps and averages these over a logging window;
+`held_out_score` and `held_out_responses` summarise an evaluation. What was not measured is left out of a line, as a 0
+would look like a measurement.
 """
 
 import math
@@ -17,10 +17,10 @@ from ..statistics import half_width
 from .terms import WEIGHTED, PPOCoefficients, PPOTerms
 
 
-# What adds up over micro-batches and ranks.
+# The fields that add up over micro-batches and ranks.
 ADDITIVE = [term.name for term in fields(PPOTerms) if term.name not in ("total", "ratio_max")]
 
-# Statistic -> log key. All are means over the tokens of the optimizer batch but the maximum.
+# Statistic -> log key. All are means over the tokens of the optimizer batch.
 STATISTICS = {
     "ratio_mean": "policy/ratio_mean",
     "clip_fraction": "policy/clip_fraction",
@@ -31,8 +31,8 @@ STATISTICS = {
 
 class LossLedger:
     """
-    Keeps the books of the loss: `loss = −clip_objective + Σ coef/x · x` holds for every log line, because a window's
-    `coef/x` is mean(coef · x) / mean(x) over the optimizer steps taken.
+    Sums of the loss terms, from which log lines are made. `loss = −clip_objective + Σ coef/x · x` holds for every log
+    line, because a window's `coef/x` is mean(coef · x) / mean(x) over the optimizer steps taken.
     """
 
     def __init__(self) -> None:
@@ -42,13 +42,13 @@ class LossLedger:
         self._loss_of_run, self._steps_of_run = 0.0, 0
 
     def add(self, terms: PPOTerms) -> None:
-        """Enters one micro-batch. The terms are shares of the optimizer batch's mean, so they add up."""
+        """Add one micro-batch. The terms are shares of the optimizer batch's mean, so they add up."""
         self._micro_batches.append(terms)
 
     def close_step(
         self, coef: PPOCoefficients, all_reduce: AllReduce, max_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Sums the micro-batches of an optimizer step over all ranks; returns the step's terms and statistics."""
+        """Sum the micro-batches of an optimizer step over all ranks, and return the step's terms and statistics."""
         names = [name for name in ADDITIVE if getattr(self._micro_batches[0], name) is not None]
         sums = [sum(getattr(terms, name).detach() for terms in self._micro_batches) for name in names]
         ratio_max = torch.stack([terms.ratio_max for terms in self._micro_batches]).max()
@@ -64,11 +64,11 @@ class LossLedger:
 
     @property
     def mean_loss(self) -> float | None:
-        """Over the steps taken since the run began, also before it was resumed; `None` without one."""
+        """The mean loss of the optimizer steps since the run began, also before it was resumed; `None` without one."""
         return self._loss_of_run / self._steps_of_run if self._steps_of_run else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window and the run's loss, for a checkpoint; one is written between optimizer steps."""
+        """Return the open window and the run's loss, for a checkpoint, which is written between optimizer steps."""
         of_run = {"loss_of_run": self._loss_of_run, "steps_of_run": self._steps_of_run}
         return {"window": self._window, "coefficients": self._coefficients, **of_run}
 
@@ -77,7 +77,7 @@ class LossLedger:
         self._loss_of_run, self._steps_of_run = state["loss_of_run"], state["steps_of_run"]
 
     def pop_window(self) -> dict[str, float]:
-        """The log line of the optimizer steps since the last call; empty when none was taken."""
+        """Return the log line of the optimizer steps since the last call; empty without one."""
         steps, coefficients = self._window, self._coefficients
         self._window, self._coefficients = [], []
         if not steps:
@@ -102,7 +102,7 @@ class LossLedger:
         return line
 
 
-# Metrics of a rollout for which GRPO has 0 where there was nothing to measure, which another key says by this value.
+# Metrics of a rollout that GRPO sets to 0 if there was nothing to measure, with the key and value that tell.
 _MEASURED_UNLESS = {
     "completions/mean_terminated_length": ("completions/clipped_ratio", 1.0),
     "completions/min_terminated_length": ("completions/clipped_ratio", 1.0),
@@ -113,10 +113,9 @@ _MEASURED_UNLESS = {
 
 def mark_unmeasured(metrics: dict[str, list[float]], has_sampling_logps: bool) -> None:
     """
-    Replaces, in GRPO's metrics of the last rollout, 0 by NaN where nothing was measured; GRPO's means leave that out.
+    Replace 0 by NaN in GRPO's metrics of the last rollout if nothing was measured; GRPO's means leave NaN out.
 
-    Args:
-        has_sampling_logps: whether vLLM gave the log-probability of any token that counts.
+    `has_sampling_logps`: vLLM gave the log-probability of some token that counts.
     """
     for name, (other, value) in _MEASURED_UNLESS.items():
         if name in metrics and metrics[other][-1] == value:
@@ -127,13 +126,13 @@ def mark_unmeasured(metrics: dict[str, list[float]], has_sampling_logps: bool) -
 
 
 def drop_unmeasured(metrics: dict[str, list[float]]) -> None:
-    """Removes the keys of a log line to come without any value but NaN."""
+    """Remove the keys of the next log line that have no value but NaN."""
     for name in [name for name, values in metrics.items() if all(math.isnan(value) for value in values)]:
         del metrics[name]
 
 
 def _weighted_coefficient(weights: list[float], values: list[float]) -> float:
-    """mean(coef · x) / mean(x), so that the product with the window's mean(x) is exact."""
+    """Return mean(coef · x) / mean(x), so that the product with the window's mean(x) is exact."""
     total = sum(values)
     return sum(w * x for w, x in zip(weights, values, strict=True)) / total if total else _mean(weights)
 
@@ -144,15 +143,15 @@ def _mean(values: list[float]) -> float:
 
 def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, float]:
     """
-    The mean score of an evaluation and how far it rose since the first one, each with the half-width of its 95%
-    interval, 1.96 · std / √n. The rise is paired: of every prompt's score, the difference to its first.
+    Return the mean score of an evaluation and its rise since the first one, each with the half-width of its 95%
+    interval, 1.96 · std / √n. The rise is paired: the mean difference of each prompt's score to its first.
 
     Args:
         scores (N,): a score for every held-out prompt, NaN where no reward applies.
-        first (N,): those of the run's first evaluation; `None`, or of another length, for no comparison.
+        first (N,): the scores of the run's first evaluation; `None`, or of another length, for no comparison.
 
     Returns:
-        `score`, `score_ci95`, `rise`, `rise_ci95`; what cannot be said is left out.
+        `score`, `score_ci95`, `rise`, `rise_ci95`; what was not measured is left out.
     """
     columns = {"score": scores}
     if first is not None and len(first) == len(scores):
@@ -169,11 +168,10 @@ def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, flo
 
 def means_of_batches(batches: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
     """
-    What is known of batches alone, over all their responses: calls of tools, and what reward functions log by
-    `log_metric`, each a mean over its batch; of failures, over the calls.
+    Return the mean over all responses of metrics that GRPO gives per batch: calls of tools, and what reward functions
+    log by `log_metric`. The frequency of failures is a mean over the calls.
 
-    Args:
-        sizes: responses in each batch; ranks have as many.
+    `sizes` are the responses in each batch, the same on every rank.
     """
     line = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
@@ -186,16 +184,16 @@ def means_of_batches(batches: list[dict[str, float]], sizes: list[int]) -> dict[
 
 def held_out_responses(columns: dict[str, Tensor]) -> dict[str, float]:
     """
-    Return what GRPO says of a batch of responses, of all the held-out ones together; its own mean over batches would
-    count a smaller last batch as a whole one, and a mean of shortest lengths is no shortest length.
+    Return GRPO's metrics of a batch of responses, over all held-out ones. GRPO's own mean over batches would count a
+    smaller last batch as a whole one, and a mean of shortest lengths is no shortest length.
 
     Args:
-        columns: (N,) of every response: `length`, tokens that the model wrote; `ended`, 1 where it ended by itself,
-            else 0; `rewards/<source>`, NaN where the source said nothing; `sampling/<what>/sum`, `count`, `min` and
+        columns: (N,) of every response: `length`, tokens that the model wrote; `ended`, 1 if it ended by itself, else
+            0; `rewards/<source>`, NaN where the source does not apply; `sampling/<what>/sum`, `count`, `min` and
             `max` over the tokens of each.
 
     Returns:
-        Values by log key; what cannot be said is left out.
+        Values by log key; what was not measured is left out.
     """
     lengths, ended = columns["length"], columns["ended"].bool()
     line = {"completions/clipped_ratio": (~ended).float().mean().item()}

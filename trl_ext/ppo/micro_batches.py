@@ -1,4 +1,4 @@
-"""Learning from a rollout: cut into micro-batches, each of which gives its share of the loss terms."""
+"""A rollout cut into micro-batches, and the share of the loss terms that each gives."""
 
 import torch
 
@@ -13,7 +13,7 @@ from .terms import PPOCoefficients, PPOTerms, ppo_terms
 def draw_micro_batches(
     rollout: Rollout, args: PPOConfigX, all_reduce: AllReduce, num_processes: int
 ) -> list[MicroBatch]:
-    """A fresh permutation of the rollout, cut into mini-batches and those into micro-batches."""
+    """Return a new permutation of the rollout, cut into mini-batches and those into micro-batches."""
     rows = torch.randperm(len(rollout)).to(rollout.mask.device)
     tokens = rollout.mask.sum(dim=1)[rows].view(args.num_mini_batches, -1).sum(dim=1)
     num_tokens = all_reduce(tokens.float()).tolist()
@@ -34,13 +34,13 @@ def micro_batch_terms(
     output: ActorCriticOutput, rollout: Rollout, inputs: MicroBatch, args: PPOConfigX, coef: PPOCoefficients
 ) -> PPOTerms:
     """
-    The loss terms of one micro-batch.
+    Return the loss terms of one micro-batch.
 
     Args:
         output: of actor and critic, on `rollout`.
-        rollout: the sequences of `inputs`. Without `old_logps` the policy is still the one that sampled, and the whole
-            rollout takes note of its log-probabilities.
-        coef: the weights of the terms now.
+        rollout: the sequences of `inputs`. Without `old_logps` the policy is still the one that sampled, and its
+            log-probabilities are kept in the whole rollout.
+        coef: the current weights of the terms.
     """
     old_logps, kl = rollout.old_logps, None
     if reads_full_kl(args):

@@ -1,8 +1,8 @@
 """
-The options of PPO by topic, one class each: name, range, default, and a help that states the unit and, where a source
-document gives one, the document's value (S1 §6.2). `TOPIC` is the heading of a class's options in `--help`.
+The options of PPO by topic, one class each: name, range, default, and a help with the unit and the value that a source
+document gives (S1 §6.2). `TOPIC` is the heading of a class's options in `--help`.
 
-What several options must keep together is checked in `config_checks.py`; `PPOConfigX` in `config.py` joins the topics.
+`config_checks.py` checks whether options go together; `PPOConfigX` in `config.py` joins the topics.
 """
 
 from dataclasses import dataclass, field
@@ -272,9 +272,7 @@ class CriticOptions:
 
 @dataclass
 class GRPONames:
-    """
-    Unset in what the user wrote: they are set from the options in `PPOLoopConfig`.
-    """
+    """GRPO's names, unset in a user's config; `PPOLoopConfig` sets them from the options."""
 
     TOPIC: ClassVar[str] = "GRPO's names of these options"
 

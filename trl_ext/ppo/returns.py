@@ -1,4 +1,4 @@
-"""From the scores of a rollout to its advantages and returns, and what the log says about both."""
+"""From the scores of a rollout to its advantages and returns, and the log entries of both."""
 
 import math
 
@@ -17,7 +17,7 @@ def estimate_returns(
     rollout: Rollout, args: PPOConfigX, kl_coef: float, moments: RunningMoments, all_reduce: AllReduce
 ) -> Tensor:
     """
-    Fills in `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
+    Fill in `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
 
     Args:
         rollout: with `old_values`, and with `old_logps` and `ref_logps` if the KL is in the reward.
@@ -54,15 +54,15 @@ def estimate_returns(
 
 
 def sequence_kl(rollout: Rollout) -> Tensor:
-    """(B,) KL(π_old ‖ π_ref) of each response, k1 summed over its tokens, nats; NaN where no token counts."""
+    """Return KL(π_old ‖ π_ref) of each response, k1 summed over its tokens, (B,), nats; NaN if no token counts."""
     per_token = estimate_kl("k1", rollout.old_logps, rollout.ref_logps, rollout.mask)
     return masked_sum(per_token, rollout.mask, dim=1).masked_fill(~rollout.mask.any(dim=1), torch.nan)
 
 
 def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:
     """
-    Log entries of a rollout, over all ranks; NaN where there is nothing to take a mean of. `total` is what
-    `estimate_returns` returned.
+    Return the log entries of a rollout over all ranks, NaN for a mean of nothing. `total` is what `estimate_returns`
+    returned.
     """
     num_scored, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
     num_taught, reward, _ = masked_moments(total, rollout.mask.any(dim=1), all_reduce)

@@ -11,20 +11,20 @@ from ..masked import AllReduce, identity, masked_moments, require_shape, zero_ma
 
 
 def weighted_scores(rewards: Tensor, weights: Tensor) -> Tensor:
-    """One score per sequence: the weighted sum of what the reward sources said.
+    """One score per sequence: the weighted sum over the reward sources that apply.
 
-    Σ_k weights_k · rewards_k, (B, K) to (B,), over the sources that apply; NaN, "does not apply", where none does
+    Σ_k weights_k · rewards_k, (B, K) to (B,); NaN, "does not apply", if no source does
     """
     scores = (rewards * weights.to(rewards.device)).nansum(dim=1)
     return scores.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
 def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
-    """Scores and KL penalties as rewards: a score is paid at the last token, the KL at each (Ziegler 2019, eq. 2).
+    """Rewards per token: the score at the last token, minus the KL at every token (Ziegler 2019, eq. 2).
 
     r_t = score · [t is the last token that counts] − kl_coef · kl_t, (B, T), in the unit of the score; 0 where masked
 
-    `kl` is (B, T) in nats per token, or None. A sequence without tokens that count has no place for its score: all 0.
+    `kl` is (B, T) in nats per token, or None. A sequence without tokens that count has rewards of 0.
     """
     rewards = torch.where(last_token(mask), scores.unsqueeze(1), 0)
     if kl is None:
@@ -34,7 +34,7 @@ def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coe
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """True at the last position that counts of each sequence; nowhere in a sequence without one. (B, T) bool."""
+    """True at the last position of each sequence that counts, if one does. (B, T) bool."""
     counted_from_here = mask.flip(1).cumsum(1).flip(1)
     return mask & (counted_from_here == 1)
 
@@ -54,11 +54,11 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
 def normalize_scores(scores: Tensor, moments: "RunningMoments") -> Tensor:
     """Scores divided by the running standard deviation, (B,), no unit.
 
-    score / sqrt(variance), unchanged while fewer than two scores, or no spread, have been seen
+    score / sqrt(variance), unchanged until two different scores have been seen
 
-    The mean is kept. Subtracting it would add nothing, since the critic takes a constant out of the advantages; but it
-    moves from rollout to rollout, and the critic would chase it, and a score would change sign against the quantities
-    that stay where they are: the 0 of a token without a score, the EOS penalty, the KL.
+    The mean is kept. Subtracting it would gain nothing, since the critic takes a constant out of the advantages. But
+    the mean moves from rollout to rollout, and the critic would have to follow it. And scores would change sign
+    relative to what does not move: the 0 of a token without a score, the EOS penalty, the KL.
     """
     return scores / moments.std if moments.count >= 2 and moments.variance > 0 else scores
 
@@ -82,10 +82,7 @@ class RunningMoments:
         return self.variance**0.5
 
     def update(self, scores: Tensor, scored: Tensor | None = None, all_reduce: AllReduce = identity) -> None:
-        """Take in the `scores`, (B,), of all ranks; `scored`, (B,) bool, leaves out samples without one.
-
-        A sample that no reward function scored is nan, and counts for nothing.
-        """
+        """Add the `scores`, (B,), of all ranks, without those where `scored`, (B,) bool, is False; they may be nan."""
         scored = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored
         require_shape(scored, scores=scores)
         count, mean, variance = (moment.item() for moment in masked_moments(scores, scored, all_reduce))
@@ -97,9 +94,8 @@ class RunningMoments:
         self.count, self.mean, self.variance = total, self.mean + delta * count / total, squares / total
 
     def state_dict(self) -> dict[str, float]:
-        """Return what `load_state_dict` takes, for a checkpoint: count, mean and variance."""
+        """Return count, mean and variance, for a checkpoint."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from what `state_dict` gave."""
         self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]

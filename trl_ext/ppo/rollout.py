@@ -1,4 +1,4 @@
-"""`Rollout`: the tensors of one batch of experience on one rank, with their shapes."""
+"""`Rollout`: the tensors of one rollout on one rank, with their shapes; `MicroBatch`: a part of it."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -11,8 +11,9 @@ from .rewards import last_token
 @dataclass
 class Rollout:
     """
-    One batch of experience. B sequences, P prompt tokens (padded on the left), T response tokens (padded on the
-    right), L = P + T, H the reference trunk's width. `None` where a run does not read it.
+    Prompts and their responses, with what the models say of them. B sequences, P prompt tokens (padded on the left), T
+    response tokens (padded on the right), L = P + T, H the reference trunk's width. A tensor that a run does not read
+    is `None`.
 
     Args:
         prompt_ids, prompt_mask: (B, P).
@@ -20,8 +21,8 @@ class Rollout:
         attended: (B, T) bool, True at real tokens.
         mask: (B, T) bool, True at tokens that the actor chose and that count: no padding, no tool output, no sample
             without a score.
-        scores: (B,) float, what the reward sources said, weighted and summed; 0 where nothing was said.
-        scored: (B,) bool, False where every reward source said `None`.
+        scores: (B,) float, weighted sum over the reward sources; 0 where no source applies.
+        scored: (B,) bool, False where every reward source returned `None`.
         has_eos: (B,) bool, True where the response ends with an end token.
         old_logps: (B, T) log-probabilities under the policy that sampled, nats.
         ref_logps: (B, T) log-probabilities under the reference, nats.
@@ -29,7 +30,7 @@ class Rollout:
         old_values: (B, T) state values before learning.
         advantages, returns: (B, T).
         importance_sampling_ratio: (B, T) or (B, 1), training over sampling probability, when vLLM samples.
-        first_logps: (B, T) `old_logps` in the making, when the first learning pass gives them.
+        first_logps: (B, T) `old_logps` that are being collected in the first learning pass.
     """
 
     prompt_ids: Tensor
@@ -51,7 +52,7 @@ class Rollout:
 
     @classmethod
     def from_ids(cls, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, attended: Tensor) -> "Rollout":
-        """Responses without scores, as they are when only log-probabilities are wanted."""
+        """Return responses without scores, for a pass that reads log-probabilities alone."""
         rows = response_ids.new_zeros(len(response_ids))
         return cls(
             prompt_ids=prompt_ids,
@@ -67,11 +68,11 @@ class Rollout:
     @classmethod
     def from_grpo(cls, batch: dict, scores: Tensor, end_ids: list[int]) -> "Rollout":
         """
-        Takes over what `GRPOTrainer._generate_and_score_completions` returns.
+        Return the rollout that `GRPOTrainer._generate_and_score_completions` has made.
 
         Args:
             batch: GRPO's dictionary of tensors; `tool_mask` is 0 at tokens that a tool wrote.
-            scores: (B,) float, NaN where every reward source said `None`.
+            scores: (B,) float, NaN where every reward source returned `None`.
             end_ids: ids of the tokens that end a response.
         """
         ids, attended = batch["completion_ids"], batch["completion_mask"].bool()
@@ -97,29 +98,29 @@ class Rollout:
         return self.response_ids.size(0)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """The sequences at the indices `rows`."""
+        """Return the sequences at the indices `rows`."""
         return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """Return the tensors that are not `None`, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: tensor for name, tensor in values.items() if tensor is not None}
 
     def split(self, size: int) -> list["Rollout"]:
-        """Consecutive parts of at most `size` sequences."""
+        """Return consecutive parts of at most `size` sequences."""
         rows = torch.arange(len(self), device=self.response_ids.device)
         return [self.select(part) for part in rows.split(size)]
 
     def keep_first_logps(self, rows: Tensor, logps: Tensor) -> None:
-        """Notes the log-probabilities (b, T) that the first learning pass found for the sequences at `rows`."""
+        """Keep the log-probabilities (b, T) that the first learning pass gives for the sequences at `rows`."""
         if self.first_logps is None:
             self.first_logps = logps.new_zeros(self.response_ids.shape)
         self.first_logps[rows] = logps
 
     def model_inputs(self) -> dict[str, Tensor]:
         """
-        Return what a model's forward takes: (B, L) ids, attention mask, labels (−100 where the token does not count)
-        and positions that count real tokens only.
+        Return the inputs of a model's forward, (B, L) each: ids, attention mask, labels (−100 where the token does not
+        count) and positions that count real tokens only.
         """
         attention_mask = torch.cat([self.prompt_mask, self.attended], dim=1)
         labels = torch.cat(

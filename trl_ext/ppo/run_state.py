@@ -16,7 +16,7 @@ class EarlyStop:
     Ends the learning from a rollout once an optimizer step has moved the policy too far.
 
     Args:
-        target_kl: KL[π_old ‖ π_θ] beyond which the rest of a rollout is left out, nats per token; None: never.
+        target_kl: KL[π_old ‖ π_θ] beyond which the rest of a rollout is skipped, nats per token; None: never.
     """
 
     target_kl: float | None
@@ -28,7 +28,7 @@ class EarlyStop:
         self.stopped = self.target_kl is not None and old_kl > self.target_kl
 
     def pop_log(self) -> dict[str, float]:
-        """Return the log entry of the optimizer steps that were left out since the last call."""
+        """Return the log entry of the optimizer steps that were skipped since the last call."""
         left_out, self.left_out_steps = self.left_out_steps, 0
         return {"policy/steps_left_out": left_out} if self.target_kl is not None or left_out else {}
 
@@ -42,15 +42,17 @@ class EarlyStop:
 @dataclass
 class RunState:
     """
+    Everything that a run changes beside weights, optimizer and random numbers.
+
     Args:
         coefficients: the weights of the loss terms, with the controllers that move them.
         held_out: the evaluations, with the first scores that later ones are compared with.
-        early_stop: whether the rest of this rollout is left out.
+        early_stop: whether the rest of this rollout is skipped.
         reward_moments: of all scores so far, for `normalize_rewards`.
         ledger: the loss terms of the open logging window.
-        rollout: what is being learned from.
+        rollout: the one that is being learned from.
         micro_batches: of this pass over the rollout.
-        passes_over_data: that were finished before this run went on from a checkpoint.
+        passes_over_data: finished passes before this run was resumed.
     """
 
     coefficients: Coefficients
@@ -63,7 +65,7 @@ class RunState:
     passes_over_data: int = 0
 
     def state_dict(self, is_learning: bool, passes_over_data: int) -> dict[str, Any]:
-        """Return this rank's state for a checkpoint, with the rollout if it `is_learning` from it."""
+        """Return this rank's state for a checkpoint, with the rollout if the run `is_learning` from it."""
         learned_from = self.rollout if is_learning else None
         return {name: getattr(self, name).state_dict() for name in _PARTS} | {
             "rollout": None if learned_from is None else learned_from.tensors(),

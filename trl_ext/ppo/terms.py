@@ -26,11 +26,11 @@ from .losses import clip_objective, clipped_tokens, clipped_value_loss, clipped_
 @dataclass(frozen=True)
 class Term:
     """
-    One term of the loss, as everything that shows it calls it.
+    One term of the loss.
 
     Args:
         name: its field of `PPOTerms`; logged as `terms/<name>`.
-        formula: what it is, in the documents' notation.
+        formula: in the documents' notation.
         unit: of its mean.
         coefficient: its field of `PPOCoefficients`, logged as `coef/<coefficient>`; empty for the one of weight 1.
         option: of `PPOConfigX`, or of the model's config, that sets the coefficient.
@@ -51,7 +51,7 @@ class Term:
 
     @property
     def contribution(self) -> str:
-        """What it adds to the total, in words, such as "−ent_coef · entropy"."""
+        """Its contribution to the total, such as "−ent_coef · entropy"."""
         return f"{'−' if self.maximised else ''}{f'{self.option} · ' if self.option else ''}{self.name}"
 
 
@@ -91,7 +91,7 @@ class PPOCoefficients:
     aux: float = 0.0
 
     def of(self, term: Term) -> float:
-        """Return what a term is multiplied by in the total: negative if it is maximised."""
+        """Return a term's factor in the total, negative if it is maximised."""
         return term.sign * (getattr(self, term.coefficient) if term.coefficient else 1.0)
 
 
@@ -141,7 +141,7 @@ def ppo_terms(
     aux_loss: Tensor | None = None,
     aux_weight: float | Tensor = 1.0,
 ) -> PPOTerms:
-    """The PPO loss of one micro-batch, every term named; see `PPOTerms` for the formula.
+    """Return the PPO loss of one micro-batch with its terms; see `PPOTerms` for the formula.
 
     - `logps`, `old_logps`, `advantages`, `entropy`, `values`, `old_values`, `returns`, `kl`: (B, T), one number per
       token. `kl` is an estimate of KL(π_θ ‖ π_ref) made with the same mask (`estimate_kl(..., mask)`), or None.
@@ -197,7 +197,7 @@ def _total(means: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:
 def _value_terms(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The critic's error per token, and where its clip is active (nowhere if there is no range)."""
+    """Return the critic's error per token, and where its clip is active (nowhere without a range)."""
     if cliprange_value is None:
         return value_loss(values, returns), torch.zeros_like(values, dtype=torch.bool)
     arguments = (values, old_values, returns, cliprange_value)

@@ -3,12 +3,12 @@
 
 Where it differs from TRL 1.12's `PPOTrainer`:
 
-1. `num_ppo_epochs × num_mini_batches` optimizer steps are taken per rollout, as the options say (trl#5645).
-2. The loss is the documents': the KL to the reference stands in the loss by default, with its own coefficient, beside
-   the clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
+1. It takes `num_ppo_epochs × num_mini_batches` optimizer steps per rollout, as the options say (trl#5645).
+2. The loss is the documents': the KL to the reference is in the loss by default, with its own coefficient, beside the
+   clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
 3. Every term is a mean over the tokens of the whole optimizer batch, so micro-batches and ranks do not change it.
 4. Whitening and every logged metric are over all ranks and real tokens.
-5. The score stands on the last real token of a response, and the episode ends there.
+5. The score is the reward of the last real token of a response, and the episode ends there.
 6. A response ends at an end token unless told otherwise.
 """
 
@@ -129,8 +129,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         quantization_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
     Raises:
-        ValueError: when the models, data and options cannot make a run; before weights are loaded where that can be
-            known.
+        ValueError: when models, data and options do not go together; if possible before weights are loaded.
         FloatingPointError: during training, for a reward, loss or gradient that is not finite.
     """
 
@@ -174,7 +173,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
-        # 1. What was asked for, checked before anything is loaded
+        # 1. Check the arguments before anything is loaded
         args, given = resolve(
             args,
             model=model,
@@ -207,7 +206,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         make_folder(args.output_dir)
         name_run(args)
 
-        # 2. The four models
+        # 2. Load the four models
         set_seed(args.seed)
         roles = load_roles(args, tokenizer, given)
         if environment_factory is None:
@@ -236,7 +235,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._set_up_sampling()
         self._set_up_models(roles, given)
 
-        # 3. What one call hands to the next, and the state of a run
+        # 3. Set up what one call hands to the next, and the state of a run
         self._scores: Tensor | None = None  # of this rank's last batch, one per response
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
@@ -249,15 +248,15 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     # ---- Set-up ----
 
     def _start_run(self) -> None:
-        """Everything that a run changes, as it is before the first rollout."""
+        """Set everything that a run changes to its state before the first rollout."""
         self._step = 0
-        self._last_loaded_step = -1  # what vLLM has is of another run
+        self._last_loaded_step = -1  # vLLM has the weights of another run
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
             HeldOut(self.accelerator.gather_for_metrics),
             EarlyStop(self.args.target_kl),
         )
-        for mode in ("train", "eval"):  # of a run that was interrupted
+        for mode in ("train", "eval"):  # an interrupted run may have left some
             self._metrics[mode].clear()
         for shown in (*self._logs.values(), self._pending_metrics, self._pending_extra_logs):
             shown.clear()
@@ -265,12 +264,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        compile_nothing(
-            self.accelerator, "a forward pass asks for other outputs, of rows of another length, each time"
-        )
+        compile_nothing(self.accelerator, "every forward pass asks for other outputs, of rows of another length")
 
     def _set_up_rewards(self, sources: list[Any]) -> None:
-        """Names every reward source, has models asked in their own form, and checks what environments answer."""
+        """Name every reward source, set up the reward models that read text, and check environments' rewards."""
         self.reward_func_names[:] = named_apart([name or "reward_model" for name in self.reward_func_names])
         self._text_scorers: dict[int, TokenScorer] = {}
         for i, scorer in enumerate(map(token_scorer, sources)):
@@ -287,7 +284,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                 source.__name__ = name
 
     def _set_up_sampling(self) -> None:
-        """Let a response end at the tokens that model and tokenizer declare, or at the one asked for, and no other."""
+        """Set the tokens that end a response: the option's, else those that model and tokenizer declare."""
         if self.args.stop_token_id is not None:
             self.eos_token_ids = [self.args.stop_token_id]
         elif self.args.stop_token is not None:
@@ -297,14 +294,14 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             reads_logps = self.vllm_mode == "server" and self.vllm_importance_sampling_correction
             if reads_logps and self.accelerator.is_main_process:
                 require_processed_logprobs(self.vllm_generation, self.temperature)
-            stops = {"stop_token_ids": list(ids), "ignore_eos": True}  # it would add those of the folder it has loaded
+            stops = {"stop_token_ids": list(ids), "ignore_eos": True}  # vLLM would add those of the model's folder
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:
             self.generation_kwargs["eos_token_id"] = ids
             self.generation_config.eos_token_id = ids
 
     def _set_up_models(self, roles: Roles, given: Given) -> None:
-        """Critic and reward adapter join the actor; reference and reward models are frozen and placed."""
+        """Join critic and reward adapter to the actor; freeze and place reference and reward models."""
         args = self.args
         others = (given.ref_model, args.ref_adapter_name, args.ref_model_quantization)
         self._reference_is_start = args.needs_reference and all(other is None for other in others)
@@ -312,7 +309,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if args.model_adapter_name is not None:
             self.model.set_adapter(args.model_adapter_name)
         self._ref_adapter = args.ref_adapter_name
-        if copies_start and is_peft_model(self.model):  # training that starts from an adapter is held to that one
+        if copies_start and is_peft_model(self.model):  # the reference is the adapter that training starts from
             self._ref_adapter = REFERENCE
             copy_adapter(self.model, self.model.active_adapter, REFERENCE)
         if args.needs_reference and roles.reference is None:
@@ -332,14 +329,14 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
         for scorer in filter(None, scorers):
-            if not is_fsdp(args):  # which has spread its weights
+            if not is_fsdp(args):  # FSDP has partitioned its weights
                 scorer.try_padding()
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
+        """Create one optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.critic_learning_rate is not None:
@@ -348,9 +345,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
-        Trains; with `resume_from_checkpoint`, goes on from there: its folder, or `True` for the last one in
-        `output_dir`. Models, data and options are those that the run began with; what the checkpoint does not hold is
-        the state of a reward function, an environment or vLLM's random numbers.
+        Train; resume from a checkpoint if given: its folder, or `True` for the last one in `output_dir`. Models, data
+        and options must be those that the run began with. A checkpoint does not hold the state of a reward function or
+        an environment, nor vLLM's random numbers.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args, self.train_dataset)
         if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
@@ -372,7 +369,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self.run_state.passes_over_data):
-            next(iter(sampler), None)  # every pass over the data draws its order when it begins
+            next(iter(sampler), None)  # draws the order of a pass over the data
         return sampler
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -384,7 +381,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     # ---- 1. Collect a rollout ----
 
     def _prepare_inputs(self, rows: list[dict[str, Any]] | MicroBatch) -> MicroBatch | Rollout:
-        """A rollout every `num_ppo_epochs` passes over it; its mini-batches are redrawn for every pass."""
+        """Return a micro-batch. A rollout serves `num_ppo_epochs` passes; every pass draws its mini-batches anew."""
         if isinstance(rows, MicroBatch):
             return rows
         if not self.model.training:
@@ -401,22 +398,22 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     @property
     def is_amid_rollout(self) -> bool:
-        """Whether the next micro-batch is of a rollout that has been learned from before."""
+        """Return whether the next micro-batch is of a rollout that has been learned from before."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
-        # 1. What the last rollout taught the controllers
+        # 1. Move the KL coefficients by the last rollout
         run = self.run_state
         run.coefficients.close_rollout()
         if self.eval_dataset is not None and samples_are_due(self.args, self.state.global_step, self.state.max_steps):
             self.generate_completions(sampling=True)
         with self.phases.during("score"):
-            # 2. Responses and their scores
+            # 2. Generate responses and score them
             rollout = self._generate_and_score_completions(rows)
-            # 3. What the other three models say about them
+            # 3. Score them with critic and reference
             self._score_with_models(rollout)
             self._check_reference(rollout)
-            # 4. Per-token rewards, advantages, returns
+            # 4. Estimate per-token rewards, advantages and returns
             total = estimate_returns(
                 rollout, self.args, run.coefficients.now.kl, run.reward_moments, self._sum_over_ranks
             )
@@ -433,7 +430,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         elif self.prompt_collator is not None:
             raise ValueError(NO_IDS_TO_COLLATE.format(name="the stream", columns=list(rows[0])))
         batch = super()._generate_and_score_completions(rows)
-        # Means and advantages over groups of one say nothing.
+        # GRPO's statistics over groups of one mean nothing.
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
@@ -442,7 +439,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
-        """Return whether vLLM gave the log-probability of any token that counts, on any rank."""
+        """Return whether vLLM gave the log-probability of some token that counts, on any rank."""
         if "importance_sampling_ratio" not in batch:
             return False
         counts = batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
@@ -471,18 +468,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             )
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._responses = lengths_and_ends(completion_ids, tool_mask, ends, self.accelerator.device)
-        # Extra fields reach the reward functions; a model that shares the tokenizer reads the ids.
+        # Extra fields are passed to the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
 
     def _own_distribution(self) -> AbstractContextManager[None]:
-        """The actor is sampled from as it is scored, whatever options came with it (vLLM is told every one)."""
+        """Sample from the distribution that is scored, whatever options came with the actor; vLLM gets every one."""
         if self.use_vllm:
             return nullcontext()
         return generating_by(self.accelerator.unwrap_model(self.model), self.generation_config)
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
-        """Under ZeRO-3 and with `ds3_gather_for_generation`, the actor's weights are gathered, once per rollout."""
+        """Gather the actor's weights, once per rollout, under ZeRO-3 with `ds3_gather_for_generation`."""
         by_transformers = not self.use_vllm and self.rollout_func is None
         if not (by_transformers and is_stage3(self.args) and self.args.ds3_gather_for_generation):
             return nullcontext()
@@ -496,7 +493,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        """GRPO's rewards (all samples, sources); keeps this rank's weighted sums, NaN where no source applies."""
+        """Return GRPO's rewards (all samples, sources); keep this rank's weighted sums, NaN if no source applies."""
         sources = list(self.reward_funcs)
         self.reward_funcs[:] = [self._text_scorers.get(id(source), source) for source in sources]
         try:
@@ -515,7 +512,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return rewards
 
     def _ask_reward_adapter(self, **inputs: Tensor) -> Tensor:
-        """(b,) scores, through the actor's forward: the engine that holds the actor holds this adapter's base."""
+        """Return scores (b,) through the actor's forward, as the adapter's base is in the actor's engine."""
         with self.accelerator.autocast():
             return self.model(**inputs, ppo_outputs=("scores",)).scores
 
@@ -523,8 +520,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
     ) -> tuple[Tensor | None, None, None]:
         """
-        GRPO asks here for the log-probabilities before learning. Only its correction for vLLM's probabilities reads
-        them there; everything else is scored in `_score_with_models`, once and if it is read.
+        Return log-probabilities before learning, if GRPO's correction for vLLM's probabilities reads them. Everything
+        else is scored in `_score_with_models`, once and only if it is read.
         """
         if not (self.use_vllm and self.vllm_importance_sampling_correction):
             return None, None, None
@@ -538,7 +535,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     @torch.no_grad()
     def _score_with_models(self, rollout: Rollout) -> None:
-        """Fills in what is read before learning: state values, reference and, if needed, old log-probabilities."""
+        """Fill in what is read before learning: state values, reference and, if needed, old log-probabilities."""
         size = self.args.local_rollout_forward_batch_size
         outputs: tuple[str, ...] = ("state_values",) if self.model.training else ()
         if rollout.old_logps is None and self._reads_old_logps_early:
@@ -562,7 +559,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             rollout.ref_states = torch.cat([part.trunk_states for part in parts])
 
     def _check_reference(self, rollout: Rollout) -> None:
-        """Before the first step, a reference made from the actor must be the actor."""
+        """Check before the first step that a reference made from the actor equals it."""
         if not self._reference_is_start:
             return
         self._reference_is_start = False
@@ -574,7 +571,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         require_same_policy(logps, part.ref_logps, part.mask, tolerance, getattr(self.model, "peft_config", None))
 
     def _differs_in_float32(self) -> bool:
-        """Return whether actor and reference are seen to be two models without the rounding of the run."""
+        """Return whether actor and reference differ in float32, without the rounding of the run."""
         actor = self.accelerator.unwrap_model(self.model)
         if is_fsdp(self.args) or is_partitioned(actor):
             return False
@@ -587,13 +584,13 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _reads_old_logps_early(self) -> bool:
         """
         Return whether old log-probabilities are read before the first learning pass gives them: by the KL in the
-        reward, or by a second mini-batch, which the first one's optimizer step has made old.
+        reward, or by a second mini-batch, whose policy the first one's optimizer step has changed.
         """
         in_reward = self.args.needs_reference and self.args.kl_placement == "reward"
         return in_reward or self.args.num_mini_batches > 1 or not self.model.training
 
     def _forward(self, model: nn.Module, part: Rollout, outputs: tuple[str, ...], **kwargs: Any) -> ActorCriticOutput:
-        """Outputs at the response tokens, (b, T) each."""
+        """Return the outputs at the response tokens, (b, T) each."""
         if not outputs:
             return ActorCriticOutput()
         with self.accelerator.autocast():
@@ -602,7 +599,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
-        """Within the context, the model that it yields answers as the reference: its own, or the actor's adapter."""
+        """Within the context, the yielded model is the reference: a model of its own, or the actor's adapter."""
         if self.ref_model is not None:
             yield self.ref_model
             return
@@ -613,12 +610,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         ):
             yield self.model
 
-    # ---- 3. What it was worth ----
+    # ---- 3. Log it ----
 
     def _log_rollout(self, rollout: Rollout, total: Tensor) -> None:
         for name, value in rollout_metrics(rollout, total, self._sum_over_ranks).items():
             self._metrics["train"][name].append(value)
-        # GRPO's table of completions shows advantages: of a response, the mean over its tokens.
+        # GRPO's table of completions shows an advantage per response: the mean over its tokens.
         per_response = masked_mean(rollout.advantages, rollout.mask, dim=1)
         per_response = per_response.masked_fill(~rollout.mask.any(dim=1), torch.nan)
         shown = self.accelerator.gather(per_response).tolist()
@@ -627,7 +624,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._logs["advantages"].extend(shown)
 
     def _measure_kl(self, rollout: Rollout) -> None:
-        """KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
+        """Log KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
         if not self.args.needs_reference:
             return
         per_sequence = sequence_kl(rollout)
@@ -641,7 +638,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._leaves_out = self.run_state.early_stop.stopped and self.is_amid_rollout
         if not self._leaves_out:
-            # What the Trainer's step begins with: the micro-batch has to be known here, and counts into `step_time`.
+            # The beginning of the Trainer's step, since the micro-batch is needed here; it counts into `step_time`.
             start = time.perf_counter()
             model.train()
             if callable(getattr(self.optimizer, "train", None)):
@@ -658,18 +655,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _leave_out(self) -> Tensor:
         """
-        Goes on without learning. There are no gradients then, which leave weights and the optimizer's moments alone;
-        zero gradients would let both go on moving.
+        Skip a micro-batch. Without gradients, weights and the optimizer's moments stay the same; zero gradients would
+        still move both.
         """
         self._step += 1
         self.run_state.early_stop.left_out_steps += self.accelerator.sync_gradients
-        if self.args.fp16:  # the loss scaler would ask for gradients
+        if self.args.fp16:  # the loss scaler would need gradients
             self.accelerator.gradient_state._set_sync_gradients(False)
         return torch.zeros((), device=self.accelerator.device)
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         rollout, step = inputs.rollout.select(inputs.rows), self.state.global_step
-        # 1. One forward pass of actor and critic
+        # 1. Run actor and critic in one forward pass
         outputs: tuple[str, ...] = ("log_probs", "entropy", "state_values")
         kwargs: dict[str, Any] = {"train_actor": step >= self.args.critic_warmup_steps}
         if reads_full_kl(self.args):
@@ -678,12 +675,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         output = self._forward(model, rollout, outputs, **kwargs)
-        # 2. The terms of the loss
+        # 2. Compute the terms of the loss
         terms = micro_batch_terms(output, rollout, inputs, self.args, self.run_state.coefficients.now)
         read = {"log_probs": output.log_probs, "values": output.state_values}
         require_finite_terms(terms, read, rollout, step)
         self.run_state.ledger.add(terms)
-        # Gradients are averaged over ranks, and the terms are shares of a sum.
+        # Gradients are averaged over ranks, but the terms are shares of a sum.
         return terms.total * self.accelerator.num_processes
 
     def _close_optimizer_step(self) -> None:
@@ -710,7 +707,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return grad_norm
 
     def _drop_actor_gradients(self) -> None:
-        """Absent gradients leave a parameter alone; zero ones would still decay it."""
+        """Set the actor's gradients to `None`, which leaves its parameters alone; zeros would still decay them."""
         of_critic = {id(parameter) for parameter in self.critic.parameters()}
         for parameter in self.model.parameters():
             if id(parameter) not in of_critic:
@@ -719,12 +716,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     # ---- 5. Evaluate ----
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
-        """Held-out prompts are answered and scored; PPO has no held-out loss."""
+        """Answer and score held-out prompts; PPO has no held-out loss."""
         self._prepare_inputs(inputs)
         return None, None, None
 
     def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
-        # Every evaluation draws the same random numbers: what differs between two of them is the policy.
+        # Every evaluation draws the same random numbers, so that two of them differ only by the policy.
         batch = self.run_state.held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(self.args.seed + batch)
         metrics = self._metrics["eval"]
@@ -755,10 +752,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def generate_completions(self, sampling: bool = False) -> None:
         """
-        Prints responses to the prompts of `eval_dataset` with their scores, as TRL 1.12 did.
+        Print responses to the prompts of `eval_dataset` with their scores, as TRL 1.12 did.
 
         Args:
-            sampling: answer the first batch only.
+            sampling: only the first batch.
         """
         if self.eval_dataset is None:
             return
@@ -779,11 +776,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         run = self.run_state
         if "train_loss" in logs and run.ledger.mean_loss is not None:
-            # The Trainer's is of the steps since a checkpoint, and counts steps that were left out.
+            # The Trainer's starts at a checkpoint, and counts steps that were skipped.
             logs["train_loss"] = run.ledger.mean_loss
         with in_mode_of(logs, self.model):
             if "loss" in logs:
-                # The Trainer's mean counts steps that an early stop has left out.
+                # The Trainer's mean counts steps that an early stop has skipped.
                 del logs["loss"]
                 logs |= run.ledger.pop_window() | run.early_stop.pop_log()
                 logs.update(self.phases.pop_memory(self.accelerator.gather, *PHASES))
@@ -793,7 +790,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             super().log(logs, start_time)
 
     def _log_speed(self, rollout: Rollout) -> None:
-        """Seconds of this rollout's phases; of learning, those of the rollout before."""
+        """Log the seconds of this rollout's phases, and of learning from the rollout before."""
         metrics, seconds = self._metrics["train"], self.phases.pop_seconds()
         spent = {phase: sum(seconds[phase]) for phase in PHASES if phase in seconds}
         for phase, of_phase in spent.items():
@@ -805,7 +802,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     # ---- Save ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The actor's files hold the actor; the critic gets the folder `critic/`."""
+        """Save the actor, and the critic in the folder `critic/`."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if state_dict is None:
             state_dict = self.model.state_dict()
@@ -821,7 +818,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             save_base_fingerprint(folders, _trl.get_config_model_id(config), getattr(config, "_commit_hash", None))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The Trainer pushes the model's own files of a checkpoint; the critic's folder goes with them."""
+        """Push the critic's folder with the model's files of a checkpoint, which the Trainer pushes."""
         critic = Path(checkpoint_folder) / critic_module.FOLDER
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and critic.is_dir():
             is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -830,17 +827,17 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the random numbers, everything else that a run is made of on this rank."""
+        """Save the random numbers, and everything else of the run on this rank."""
         super()._save_rng_state(output_dir)
         save_run(self, output_dir)
-        self.accelerator.wait_for_everyone()  # the Trainer's own state comes last, when that of every rank is there
+        self.accelerator.wait_for_everyone()  # the Trainer's own state comes last, after that of every rank
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The actor from its own files, the critic from its folder."""
+        """Load the actor from its own files, the critic from its folder."""
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        if is_peft_model(self.model):  # the Trainer would take the critic's adapter for one of the actor's
+        if is_peft_model(self.model):  # the Trainer would mistake the critic's adapter for one of the actor's
             name = self.model.active_adapter
             restore_adapter(self.model, folder if name == "default" else folder / name)
         else:

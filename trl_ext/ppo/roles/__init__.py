@@ -1,17 +1,17 @@
 """
 The four models of PPO: actor, critic, reference, reward.
 
-    inputs             what the constructor was given, checked before weights are loaded
-    load               the models, loaded
-    join               critic and reward adapter put into the actor, the frozen models beside it
+    inputs             the constructor's arguments, checked before weights are loaded
+    load               loading the models
+    join               joining critic and reward adapter to the actor, and placing the frozen models
     critic             the critic: built, attached, split off when the actor is saved
     state_values       state values from a classifier
     adapters           several roles on one base
-    adapter_checks     adapters that cannot do what they are given for
-    reward_models      reward models, asked by token ids or by text
+    adapter_checks     checks of adapters before weights are loaded
+    reward_models      reward models, which score token ids or text
     reward_forms       the token ids in which a reward model reads an answer
-    reward_functions   reward functions, checked as they are given and as they answer
+    reward_functions   checks of reward functions and of their answers
     offload            frozen models in host memory while nothing reads them
-    padding            rows padded on the left, read as without padding
+    padding            left-padded rows, read as without padding
     forward            one call of the actor: log-probabilities, entropy, values, exact KL
 """

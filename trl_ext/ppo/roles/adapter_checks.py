@@ -1,4 +1,4 @@
-"""Adapters that cannot do what they are given for, found out before any weights are loaded."""
+"""Checks of the adapters of actor, critic and reward model, before any weights are loaded."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 def check_adapters(
     args: PPOConfigX, model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None
 ) -> None:
-    """Raises `ValueError` for adapters of actor, critic and reward model that cannot make a run."""
+    """Raise `ValueError` for adapters of actor, critic and reward model that cannot make a run."""
     for config in adapter_configs(model, peft_config):
         _check_actors_adapter(config, _head_name(model))
     has_adapter = peft_config is not None or isinstance(model, PeftModel)
@@ -43,7 +43,7 @@ def check_adapters(
 
 
 def _head_name(model: Any) -> str:
-    """Name of the module that makes logits: for a path, the usual one."""
+    """Return the name of the module that makes logits: for a path, the usual one."""
     if not isinstance(model, nn.Module):
         return "lm_head"
     base: Any = base_of(model)
@@ -140,7 +140,7 @@ def _check_base_is_shareable(args: PPOConfigX, model: Any, peft_config: PeftConf
 
 
 def _check_score_adapter(role: str, folder: str) -> None:
-    """From names and shapes in the adapter's file: it has a score head, of one label."""
+    """Raise `ValueError` unless the adapter's file has a score head of one label."""
     file = Path(folder) / "adapter_model.safetensors"
     if not file.exists():
         return
@@ -156,7 +156,7 @@ def _check_score_adapter(role: str, folder: str) -> None:
 
 
 def _check_same_base(role: str, folder: str, model: Any, args: PPOConfigX) -> None:
-    """Raises `ValueError` unless the adapter was trained on the actor's base, as far as files can tell."""
+    """Raise `ValueError` unless the adapter was trained on the actor's base, as far as files can tell."""
     named = getattr(adapter_config(folder), "base_model_name_or_path", None)
     if isinstance(model, str):
         path, revision = model, source_options(args).get("revision")

@@ -1,10 +1,10 @@
 """
 Several roles on one base: the critic and the reward model as adapters on the actor's frozen weights.
 
-Each of these roles has modules of its own, which hold the actor's tensors, the very same ones, and an adapter of its
-own. So no adapter is switched on or off between a forward pass and its backward pass: what gradient checkpointing
-computes again is what was computed. And PEFT's `set_adapter`, `merge_adapter` and `disable_adapter` of the actor reach
-the actor alone. The reference is the actor's own modules, without its adapter or with a frozen copy of it.
+Each of these roles has its own modules, which hold the actor's very tensors, and its own adapter. So no adapter is
+switched on or off between a forward pass and its backward pass, and gradient checkpointing computes the same again.
+And PEFT's `set_adapter`, `merge_adapter` and `disable_adapter` of the actor affect the actor alone. The reference is
+the actor's own modules, without its adapter or with a frozen copy of it.
 """
 
 import copy
@@ -41,18 +41,18 @@ from ...models.noise import disable_noise
 from ...models.trainable import lend
 
 
-# Names of adapters and, on the actor, of the modules that hold them. No PEFT function called for the actor's adapter
-# may take them for its own, so the actor's has another name.
+# Names of adapters and, on the actor, of the modules that hold them. The actor's adapter must have another name, so
+# that no PEFT function called for it takes one of these.
 CRITIC, REWARD, REFERENCE = "critic", "reward_model", "ref"
 
-# What PEFT and transformers read from a quantised model; and where bitsandbytes' layers keep tensors that are neither
-# parameters nor buffers.
+# Attributes that PEFT and transformers read from a quantised model, and those in which bitsandbytes' layers keep
+# tensors that are neither parameters nor buffers.
 QUANTISATION = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 QUANTISED_STATE = ("quant_state", "state")
 
 
 def modules_with_the_same_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model's modules that holds the same parameters and buffers: not a byte of weights more."""
+    """Return a copy of a model's modules that holds the same parameters and buffers, so that it takes no memory."""
     shared = list(chain(model.parameters(), model.buffers()))
     for module in model.modules():
         shared += [value for name in QUANTISED_STATE if (value := vars(module).get(name)) is not None]
@@ -61,8 +61,8 @@ def modules_with_the_same_weights(model: nn.Module) -> nn.Module:
 
 def classifier_on_base(actor: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
-    A sequence classification model with one label whose trunk is the actor's base, without its adapters, and shares
-    its weights; the score head is new and 0.
+    Return a sequence classification model with one label whose trunk shares the weights of the actor's base, without
+    adapters; the score head is new and 0.
     """
     base: Any = modules_with_the_same_weights(actor)
     if is_peft_model(base):
@@ -97,7 +97,7 @@ def classifier_on_base(actor: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _without_trunk(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model of this kind whose trunk, which is to be replaced, takes no memory worth mentioning."""
+    """Return a model of this kind whose trunk, which will be replaced, takes next to no memory."""
     if not is_deepspeed_zero3_enabled():
         with torch.device("meta"):
             return kind(config)
@@ -109,7 +109,7 @@ def _without_trunk(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pre
 
 
 def load_reward_adapter(actor: PreTrainedModel | PeftModel, folder: str) -> PeftModel:
-    """The reward adapter of a folder on the actor's base, frozen, with its score head."""
+    """Load the reward adapter of a folder, with its score head, onto the actor's base, and freeze it."""
     model = _load(actor, folder, REWARD, is_trainable=False)
     model.config.name_or_path = folder  # its name in the log, and where its tokenizer is
     return model.requires_grad_(False).eval()
@@ -123,8 +123,8 @@ def critic_adapter(
     start: str | None,
 ) -> PeftModel:
     """
-    A trainable adapter with a score head on the actor's base: the one saved in the folder `value_model`, else a copy
-    of the reward adapter, else a copy of the adapter that the actor starts from, with a score head that is 0.
+    Return a trainable adapter with a score head on the actor's base: the one saved in the folder `value_model`, else a
+    copy of the reward adapter, else a copy of the adapter that the actor starts from, with a score head that is 0.
 
     Args:
         peft_config: of the actor's adapter, if that is new; `actor` is then the base model.
@@ -146,7 +146,7 @@ def critic_adapter(
 
 
 def _weights(model: PeftModel, name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of an adapter and its score head, under the names that files have; none of the base's."""
+    """Return the tensors of an adapter and its score head, without the base's, under their names in files."""
     return get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=False)
 
 
@@ -161,14 +161,14 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
 
 
 def _in_float32(model: Any) -> bool:
-    """Return whether adapters of a 16-bit model are kept in float32. As in TRL: not under ZeRO-3, of one dtype."""
+    """Return whether adapters of a 16-bit model are kept in float32: as in TRL, not under ZeRO-3, of one dtype."""
     return not is_deepspeed_zero3_enabled() or is_quantized(model)
 
 
 def stand_on(actor: PeftModel, model: nn.Module, name: str) -> None:
     """
-    Makes `model`, whose trunk shares the actor's weights, a submodule of the actor's wrapper: one engine for all, and
-    out of reach of what PEFT does to the modules below it.
+    Make `model`, whose trunk shares the actor's weights, a submodule of the actor's wrapper: in one engine with it,
+    but not among the modules that PEFT changes.
 
     Raises:
         RuntimeError: when the base is no longer shared.
@@ -181,7 +181,7 @@ def stand_on(actor: PeftModel, model: nn.Module, name: str) -> None:
             "replaced the base's parameters after they were loaded."
         )
     devices = {parameter.device for parameter in actor.parameters()}
-    if len(devices) == 1:  # a base that is spread over devices has its adapters there already
+    if len(devices) == 1:  # the adapters of a base on several devices are there already
         model.to(devices.pop())
     lend(actor, name, model)
 
@@ -191,7 +191,7 @@ def _of_adapter(name: str) -> bool:
 
 
 def cast_adapter(model: nn.Module, actor: PeftModel) -> None:
-    """Gives the trainable parameters of an adapter the dtype of the actor's: in bfloat16, on a quantised base."""
+    """Cast the trainable parameters of an adapter to the dtype of the actor's adapter."""
     dtype = next(parameter.dtype for parameter in actor.parameters() if parameter.requires_grad)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "score." not in name and "lora_magnitude_vector" not in name:
@@ -199,7 +199,7 @@ def cast_adapter(model: nn.Module, actor: PeftModel) -> None:
 
 
 def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Writes a folder that `AutoPeftModelForSequenceClassification` loads."""
+    """Write a folder that `AutoPeftModelForSequenceClassification` loads."""
     (name,) = model.peft_config
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = _weights(model, name, state_dict)
@@ -210,7 +210,7 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Ten
 
 
 def restore_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Loads what was saved in `folder` into the adapter of `model` that is active."""
+    """Load the weights saved in `folder` into the active adapter of `model`."""
     (name,) = model.active_adapters
     with without_other_roles(model):
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
@@ -218,7 +218,7 @@ def restore_adapter(model: PeftModel, folder: str | Path) -> None:
 
 @contextmanager
 def without_other_roles(model: PeftModel) -> Iterator[None]:
-    """Within the context, PEFT finds no wrappers of critic and reward model among those of the actor's adapter."""
+    """Within the context, PEFT does not see critic and reward model among the actor's modules."""
     modules = model._modules
     model._modules = {name: each for name, each in modules.items() if name not in (CRITIC, REWARD)}
     try:
@@ -229,7 +229,7 @@ def without_other_roles(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def saving_one_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context, `save_pretrained` of a `PeftModel` saves the adapter that is trained and no other."""
+    """Within the context, `save_pretrained` of a `PeftModel` saves only the adapter that is trained."""
     if not is_peft_model(model):
         yield
         return
@@ -243,7 +243,7 @@ def saving_one_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def copy_adapter(model: Any, name: str, copy_name: str) -> None:
-    """Adds a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype, so that both compute the same."""
+    """Add a frozen copy of the adapter `name` to a `PeftModel`, in the same dtype."""
     with base_left_alone(model):
         model.add_adapter(copy_name, config_of_copy(model.peft_config[name]))
     copy_weights(model, name, copy_name)

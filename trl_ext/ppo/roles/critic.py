@@ -1,8 +1,8 @@
 """
 The critic V(s): built, attached to the actor as a submodule, split off when the actor is saved, restored.
 
-The three kinds answer the same methods (`attach`, `settle`, `values_at`, `save_pretrained`, `restore`), so that only
-who builds one knows which it is.
+The three kinds have the same methods (`attach`, `settle`, `values_at`, `save_pretrained`, `restore`), so that only the
+code that builds a critic knows its kind.
 """
 
 import copy
@@ -50,14 +50,14 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Trunk states (N, H) -> state values (N,), in the unit of the returns."""
+        """Return state values (N,), in the unit of the returns, from trunk states (N, H)."""
         weight, bias = self.score.weight.float(), self.score.bias.float()
         return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
 
     needs_states = True  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """State values (B, L) at the `positions` (B, L) whose trunk states (N, H) are given, 0 elsewhere."""
+        """Return state values (B, L) at the `positions` (B, L) whose trunk states (N, H) are given, 0 elsewhere."""
         values = self(states)
         return values.new_zeros(positions.shape).masked_scatter(positions, values)
 
@@ -66,14 +66,14 @@ class ValueHead(nn.Module):
         _add_to(actor, self)
 
     def settle(self) -> None:
-        """Nothing has to be tried out: the actor's states are read as they are."""
+        """Do nothing: the actor's states need no trial."""
 
     def restore(self, folder: str | Path) -> None:
         """Load what was saved to `folder`."""
         self.load_state_dict(ValueHead.from_pretrained(folder).state_dict())
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes `model.safetensors` and `config.json` for `from_pretrained`."""
+        """Write `model.safetensors` and `config.json` for `from_pretrained`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME)
@@ -81,7 +81,7 @@ class ValueHead(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ValueHead":
-        """Loads what `save_pretrained` wrote; raises `FileNotFoundError` when the folder holds no value head."""
+        """Load what `save_pretrained` wrote; raise `FileNotFoundError` when the folder holds no value head."""
         tensors = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
         head = cls(**json.loads((Path(folder) / "config.json").read_text()), dtype=tensors["score.weight"].dtype)
         head.load_state_dict(tensors)
@@ -90,7 +90,7 @@ class ValueHead(nn.Module):
 
 class ValueModel(nn.Module):
     """
-    A critic of its own: a sequence classification model with one label, read at every position.
+    A critic that is a model: a sequence classification model with one label, read at every position.
 
     Args:
         model: e.g. `LlamaForSequenceClassification`; its trunk and its `score` head are used as they are.
@@ -104,7 +104,7 @@ class ValueModel(nn.Module):
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
+        """Return state values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
         return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
@@ -125,8 +125,8 @@ class ValueModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
-        Writes a folder that `AutoModelForSequenceClassification` loads; for a class of one's own that cannot save
-        itself, `model.safetensors` with its state, and its config where that can.
+        Write a folder that `AutoModelForSequenceClassification` loads. A user's own class without `save_pretrained`
+        gets `model.safetensors`, and `config.json` if its config is one of transformers'.
         """
         tensors = _of_model(state_dict)
         if hasattr(self.model, "save_pretrained"):
@@ -157,16 +157,16 @@ class ValueAdapter(nn.Module):
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """State values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
+        """Return state values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
         return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         """
-        Stand on the actor's base, beside the actor's adapter.
+        Become a submodule of the actor's wrapper, on the actor's base.
 
         Args:
-            checkpointing: for the critic's modules, which are not the actor's, what the Trainer does for the actor's;
-                None without gradient checkpointing.
+            checkpointing: options of gradient checkpointing, which the Trainer sets for the actor's modules alone;
+                None without it.
         """
         cast_adapter(self, actor)
         stand_on(actor, self, ATTRIBUTE)
@@ -184,7 +184,7 @@ class ValueAdapter(nn.Module):
         restore_adapter(self.model, folder)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
+        """Write a folder that `AutoPeftModelForSequenceClassification` loads, and `value_model` takes."""
         save_adapter(self.model, folder, _of_model(state_dict))
 
 
@@ -192,14 +192,14 @@ Critic = ValueHead | ValueModel | ValueAdapter
 
 
 def _of_model(state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """The tensors of a critic under the names that its `model` has for them."""
+    """Return the tensors of a critic under their names in its `model`."""
     if state_dict is None:
         return None
     return {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
 
 
 def check_value_model(model: Any) -> None:
-    """Raises `ValueError` for a model that writes text, a quantised one, and one of several labels."""
+    """Raise `ValueError` for a model that writes text, is quantised, or has several labels."""
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         raise ValueError(
             f"The value model is a {type(model).__name__}, which writes text and has no score head. Pass a sequence "
@@ -220,8 +220,8 @@ def check_value_model(model: Any) -> None:
 
 def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     """
-    Raises `ValueError`, from the config alone, for a checkpoint whose score head has several labels. One without a
-    score head is fine: it gets a new one.
+    Raise `ValueError`, from the config alone, for a checkpoint whose score head has several labels. A checkpoint
+    without a score head gets a new one.
     """
     config = read_config(path, "value_model", trust_remote_code=trust_remote_code)
     if "ForSequenceClassification" in (config.architectures or [""])[0]:
@@ -243,17 +243,18 @@ def build_critic(
     init_kwargs: dict[str, Any],
 ) -> ValueHead | ValueModel:
     """
-    Makes the critic of a run.
+    Build the critic of a run.
 
     Args:
-        kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else
-            a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
+        kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else a copy of the actor's trunk
+            with a new head. For "adapter" see `critic_adapter`.
         actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
         reward_model: the reward model, if it reads the actor's token ids, else `None`.
         init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
     """
     if kind == "head":
-        return ValueHead(_width_of_states(actor), dtype=_float_dtype(actor))
+        floats = (p.dtype for p in actor.parameters() if p.is_floating_point())
+        return ValueHead(_width_of_states(actor), dtype=next(floats, torch.float32))
     if isinstance(value_model, str):
         value_model = create_model_from_path(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs
@@ -273,9 +274,9 @@ def build_critic(
 
 @torch.no_grad()
 def _width_of_states(actor: Any) -> int:
-    """H of the trunk's last states, which some families, such as OPT, project once more."""
+    """Return the width H of the trunk's last states; some families, such as OPT, project them once more."""
     base = base_of(actor)
-    if is_partitioned(base):  # nothing can be run: the head's weight, as DeepSpeed has noted its shape
+    if is_partitioned(base):  # nothing can be run: DeepSpeed keeps the shape of the head's weight
         return base.get_output_embeddings().weight.ds_shape[-1]
     trunk = trunk_of(base)
     keep_4_bit_differentiable(base)
@@ -317,17 +318,13 @@ def _refuse_quantized(model: Any, name: str) -> None:
         )
 
 
-def _float_dtype(model: PreTrainedModel) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def _add_to(actor: PreTrainedModel | PeftModel, critic: nn.Module) -> None:
     base = base_of(actor)
     lend(base, ATTRIBUTE, critic.to(base.device))
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
-    """Moves the critic's parameters into groups of their own, which differ in the learning rate alone."""
+    """Move the critic's parameters into their own groups, which differ only in the learning rate."""
     of_critic = {id(parameter) for parameter in critic.parameters()}
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if id(p) in of_critic]
@@ -339,8 +336,8 @@ def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_
 
 def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:
     """
-    The parameters that `model` generates with: neither those of adapters that are switched off, nor those that only
-    the modules in `attached`, such as the critic, have; a base that these share with the actor is the actor's.
+    Return the parameters that `model` generates with: not those of adapters that are switched off, nor those that only
+    the modules in `attached`, such as the critic, have. A base that these share with the actor is included.
     """
     modules = list(_outside(model, attached))
     unused = {id(p) for layer in modules if isinstance(layer, BaseTunerLayer) for p in _switched_off(layer)}
@@ -356,7 +353,7 @@ def _outside(module: nn.Module, attached: tuple[nn.Module, ...]) -> Iterator[nn.
 
 
 def _switched_off(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
-    """The parameters of adapters that are not active in a layer."""
+    """Yield the parameters of adapters that are not active in a layer."""
     for kind in layer.adapter_layer_names:
         for name, part in getattr(layer, kind).items():
             if name not in layer.active_adapters:
@@ -366,7 +363,7 @@ def _switched_off(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
 def split_state_dict(
     model: nn.Module, critic: nn.Module, state_dict: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The actor's tensors under their names, and the critic's under its own; a reward adapter's are left out."""
+    """Return the actor's tensors under their names, and the critic's under its own, without a reward adapter's."""
     prefix = next(name for name, module in model.named_modules() if module is critic) + "."
     actor = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, f"{REWARD}."))}
     of_critic = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}

@@ -1,6 +1,6 @@
 """
-One call of the actor gives everything PPO reads at the response positions: log-probabilities, entropy, state values,
-the exact KL to the reference, the trunk's states.
+The forward of the actor. One call gives everything that PPO reads at the response positions: log-probabilities,
+entropy, state values, the exact KL to the reference, the trunk's states.
 
 The call goes through the wrapped model (DDP, DeepSpeed, PEFT), so gradients are synchronised and parameters gathered
 as in any forward. Only positions with a label are projected to the vocabulary.
@@ -24,7 +24,7 @@ from .critic import Critic
 from .padding import LeftPadding
 
 
-# Logits of one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
+# Number of logits in one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
 CHUNK = 2**24
 
 PER_TOKEN = ("log_probs", "entropy", "state_values", "ref_kl", "trunk_states")
@@ -35,7 +35,7 @@ LogitsHead = Callable[[Tensor], Tensor]
 @dataclass
 class ActorCriticOutput(ModelOutput):
     """
-    What was asked for in `ppo_outputs`; the rest is `None`. Per-token fields have shape (B, L - 1), where position j
+    The outputs named in `ppo_outputs`; the rest is `None`. Per-token fields have shape (B, L - 1), where position j
     belongs to the choice of token j + 1, and are 0 where token j + 1 has no label.
 
     Args:
@@ -44,7 +44,7 @@ class ActorCriticOutput(ModelOutput):
         state_values: V of the state in which token j + 1 is chosen.
         ref_kl: KL(π_θ ‖ π_ref) over the vocabulary, nats.
         trunk_states: (B, L - 1, H) last hidden states.
-        scores: (B,) of the reward adapter, asked for alone.
+        scores: (B,) of the reward adapter, requested alone.
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
     """
 
@@ -57,7 +57,7 @@ class ActorCriticOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
     def at_last(self, length: int) -> "ActorCriticOutput":
-        """This output with the last `length` positions of what is per token."""
+        """Cut the per-token fields to their last `length` positions, and return this output."""
         for name in PER_TOKEN:
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[:, -length:])
@@ -71,21 +71,21 @@ def add_actor_critic_forward(
     role: str = "ref_model",
 ) -> ScoringHead:
     """
-    Extends `model.forward` with `ppo_outputs`, a tuple of the field names of [`ActorCriticOutput`] wanted; without it
-    the forward is the original one, so generation is unchanged. The forward then also takes `labels` (−100 where
-    nothing is read), `train_actor` (off: no gradient reaches the actor) and, for `ref_kl`, `ref_states` (B, T, H) of
-    the last T positions with the `ref_head` that maps them to logits.
+    Extend `model.forward` with `ppo_outputs`, a tuple of names of the requested fields of [`ActorCriticOutput`].
+    Without it the forward is the original one, so generation does not change. With it the forward also takes `labels`
+    (−100 where nothing is read), `train_actor` (off: no gradient reaches the actor) and, for `ref_kl`, `ref_states`
+    (B, T, H) of the last T positions with the `ref_head` that maps them to logits.
 
     Args:
         model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if
-            entropy will be asked for.
+            that will be requested.
         critic: gives the state values.
         reward_model: an adapter with a score head on the model's base, which gives the scores.
-        role: "model" for the actor, which has to be without noise, or "ref_model".
+        role: "model" for the actor, which must have no noise, or "ref_model".
 
     Returns:
-        The head that scores; its `logits` is the model's map from trunk states to temperature-scaled logits. It
-        settles at the first call at the latest.
+        The head that scores. Its `logits` maps trunk states to temperature-scaled logits; its `settle` is called by
+        the first forward at the latest.
     """
     head = ScoringHead(model, role, silent=role == "model")
     padding = LeftPadding(head.trunk, head.name)
@@ -144,8 +144,8 @@ def add_actor_critic_forward(
 @contextmanager
 def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within the context, a mixture of experts does not return its router logits: transformers 5 would compute their
-    auxiliary loss for each generated token with the attention mask of the whole sequence, and fail.
+    Within the context, a mixture of experts returns no router logits: transformers 5 would compute their auxiliary
+    loss for each generated token with the attention mask of the whole sequence, and fail.
     """
     config = model.config.get_text_config()
     asked = getattr(config, "output_router_logits", False)
@@ -159,7 +159,7 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _scored_positions(labels: Tensor) -> Tensor:
-    """(B, L - 1) True where the next token has a label; one response position when none has, to keep the graph."""
+    """Return (B, L - 1) bool, True where the next token has a label; if none has, at one position, for the graph."""
     positions = labels[:, 1:] != -100
     if not positions.any():
         positions[0, -1] = True
@@ -167,5 +167,5 @@ def _scored_positions(labels: Tensor) -> Tensor:
 
 
 def _scatter(compact: Tensor, positions: Tensor) -> Tensor:
-    """(N,) values of the True positions -> (B, L - 1), 0 elsewhere."""
+    """Return (B, L - 1) with the values (N,) at the True positions, 0 elsewhere."""
     return compact.new_zeros(positions.shape).masked_scatter(positions, compact)

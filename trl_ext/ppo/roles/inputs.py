@@ -1,4 +1,4 @@
-"""What a run was given, and whether it can make one: checked before any weights are loaded."""
+"""The constructor's arguments, and the checks whether they can make a run, before any weights are loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel | str
 
 @dataclass(frozen=True)
 class Given:
-    """The models and what goes with them, as they were passed to `PPOTrainerX`, which describes each."""
+    """The models and their companions as they were passed to `PPOTrainerX`, which describes each."""
 
     model: Model | None
     ref_model: Model | None = None
@@ -63,8 +63,8 @@ class Given:
 
 def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
     """
-    Return the options, by default with an output folder named after the model; and what was `passed`, with the paths
-    in the options for an actor and a reward model that were not.
+    Return the options, by default with an output folder named after the model, and the `passed` arguments; the options
+    may have the paths of actor and reward model.
     """
     funcs = passed["reward_funcs"]
     passed["reward_funcs"] = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
@@ -83,14 +83,14 @@ def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
 
 
 def check_given(args: PPOConfigX, given: Given) -> None:
-    """Raise `ValueError` for models that cannot make a run, from what was passed alone."""
+    """Raise `ValueError` for models that cannot make a run, without loading weights."""
     _check_kinds(given)
     _check_identity(given, args.critic)
     if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
         check_trainable(given.model, "actor")
     check_adapters(args, given.model, given.reward_model, given.value_model, given.peft_config)
     _check_models(args, given)
-    # A reference that is an adapter of the actor: a copy of the one it starts from, or one that is named
+    # A reference that is an adapter of the actor: a copy of the first one, or the one in `ref_adapter_name`
     adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
     others = (given.ref_model, args.ref_adapter_name, given.peft_config)
     if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
@@ -107,7 +107,7 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     if args.critic == "model":
         trained_in_full["value_model"] = given.value_model
     check_unquantized(args, given.quantization_config, trained_in_full)
-    # Ranks that wait for each other in turns of a conversation which some of them do not take
+    # Ranks would wait for each other in turns of a conversation that some of them do not take
     if given.has_tools and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
         raise ValueError(
             "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
@@ -117,7 +117,7 @@ def check_given(args: PPOConfigX, given: Given) -> None:
 
 
 def _check_kinds(given: Given) -> None:
-    """A model is a path or a module, a reward function a callable; there is an actor, and a reward."""
+    """Check that actor and reward were given, models as paths or modules, reward functions as callables."""
     if given.model is None:
         raise ValueError("There is no model to train: pass `model`, or set `sft_model_path`.")
     if given.reward_model is None and not given.has_other_reward:
@@ -137,7 +137,7 @@ def _check_kinds(given: Given) -> None:
 
 
 def _check_identity(given: Given, critic: str) -> None:
-    """One object cannot be two models."""
+    """Check that no object was given as two models."""
     model, value_model = given.model, given.value_model
     if not isinstance(model, str):
         if given.ref_model is model:
@@ -156,7 +156,7 @@ def _check_identity(given: Given, critic: str) -> None:
 
 
 def _check_models(args: PPOConfigX, given: Given) -> None:
-    """What is meant to be a whole model is no adapter; the critic has one value, and so has every reward model."""
+    """Check that whole models are no adapters, and that critic and reward models have one label."""
     whole = {"model": given.model, "ref_model": given.ref_model}
     if args.critic != "adapter":
         whole["value_model"] = given.value_model
@@ -181,8 +181,8 @@ def _check_models(args: PPOConfigX, given: Given) -> None:
 
 def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Raises `ValueError` for a reference or critic that does not know every id that the actor can sample, or knows it
-    as another token, and for the exact KL between two vocabularies.
+    Raise `ValueError` for a reference or critic that does not know every id that the actor can sample, or knows it as
+    another token, and for the exact KL between different vocabularies.
     """
     vocabulary = text_config(given.model, args).vocab_size
     others = {"ref_model": given.ref_model if args.needs_reference else None}
@@ -194,7 +194,7 @@ def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase
         config: Any = model.config if not isinstance(model, str) else None
         if config is None:
             config = read_config(model, "reference or critic", trust_remote_code=args.trust_remote_code)
-        # None of a class of one's own that does not say
+        # None for a user's own class that does not say
         its = getattr(getattr(config, "get_text_config", lambda config=config: config)(), "vocab_size", None)
         exact = name == "ref_model" and args.kl_estimator == "full"
         if its is not None and (its < vocabulary or (exact and its != vocabulary)):

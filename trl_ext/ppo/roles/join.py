@@ -1,4 +1,4 @@
-"""How the roles of a run are put together: critic and reward adapter within the actor, the frozen models beside it."""
+"""Joining the roles of a run: critic and reward adapter become part of the actor, the frozen models stay beside it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +27,14 @@ from .reward_models import token_scorer
 
 def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
     """
-    Makes the critic and the reward adapter submodules of the actor, and has its forward answer for all three. A new
-    adapter of the actor must be in it by now: it goes into every module whose name fits.
+    Make critic and reward adapter submodules of the actor, whose forward then answers for all three. PEFT must have
+    added a new adapter of the actor before: it would go into their modules too.
 
     Args:
         model: the actor, perhaps a `PeftModel`.
 
     Returns:
-        The modules that are below the actor's wrapper and no part of the actor, the critic first; and the head that
-        scores.
+        The modules that were joined, the critic first, and the head that scores.
     """
     actor = base_of(model)
     drop_checkpointing(actor, args)
@@ -56,7 +55,7 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
 
 
 def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
-    """Return whether a model can be run here and now; one yet to be spread or moved settles at its first call."""
+    """Return whether a model can run now: it is on its device, and ZeRO-3 or FSDP do not partition it."""
     if is_partitioned(model) or is_fsdp(args):
         return False
     return next(model.parameters()).device.type == args.device.type
@@ -70,18 +69,18 @@ def check_learning(
     has_master_weights: bool,
 ) -> RequireGradients:
     """
-    Check that actor and critic can learn; warn where their steps are too small for the rounding of their weights.
+    Check that actor and critic can learn; warn if rounding of their weights would swallow most steps.
 
     Args:
         model: the actor, which holds `critic`.
-        optimizer: the user's own, which has to hold what is trained.
+        optimizer: the user's own, which must hold every trained parameter.
         has_master_weights: whether the optimizer keeps a float32 copy of 16-bit weights.
 
     Returns:
-        The callback that looks for the actor's gradients.
+        The callback that checks the actor's gradients.
 
     Raises:
-        ValueError: when actor or critic would stay as they are.
+        ValueError: when actor or critic would not be trained.
     """
     of_critic = [parameter for parameter in critic.parameters() if parameter.requires_grad]
     of_actor = check_trainable(model, "actor", but_not=of_critic)
@@ -100,7 +99,7 @@ def check_learning(
 
 
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:
-    """The reference, frozen on its device, answering as the actor does; and the head that makes its logits."""
+    """Freeze and place the reference; return it, with the actor's forward, and the head that makes its logits."""
     _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     head = add_actor_critic_forward(reference)
     if can_be_asked(reference, args):
@@ -114,7 +113,7 @@ def place_reward_models(
     ask_adapter: Callable[..., Tensor],
     accelerator: Accelerator,
 ) -> None:
-    """Freezes the reward models that read token ids, on their device; an adapter is asked through the actor."""
+    """Freeze and place the reward models that read token ids; an adapter is called through the actor."""
     for scorer in map(token_scorer, reward_funcs):
         if scorer is not None and scorer.model is reward_adapter:
             scorer.ask = ask_adapter

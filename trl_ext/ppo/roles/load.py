@@ -1,4 +1,4 @@
-"""The four models of a run, loaded: actor, reference, reward, critic."""
+"""Loading the four models of a run: actor, reference, reward, critic."""
 
 import copy
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ from .reward_models import (
 @dataclass
 class Roles:
     """
-    The models of a run, as GRPO takes them.
+    The loaded models of a run.
 
     Args:
         actor: the policy, before `peft_config` wraps it.
-        reference: a frozen model, or `None`: an adapter of the actor, or no reference at all.
+        reference: a frozen model; `None` if it is an adapter of the actor, or not read.
         reward_funcs: the reward sources, the reward model first.
         critic: the value model, value adapter or value head.
-        reward_adapter: the reward model, where it is an adapter on the actor's base.
+        reward_adapter: the reward model, if it is an adapter on the actor's base.
     """
 
     actor: PreTrainedModel
@@ -54,7 +54,7 @@ class Roles:
 def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | None, model: Model, args: PPOConfigX
 ) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer, padding on the left; raises `ValueError` when it cannot serve PPO."""
+    """Return the actor's tokenizer, padding on the left; raise `ValueError` for one that PPO cannot use."""
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = loading.load_tokenizer(path, truncation_side="left", **loading.source_options(args))
@@ -67,14 +67,14 @@ def load_tokenizer(
     processing_class.padding_side = "left"
     vocabulary = text_config(model, args).vocab_size
     if processing_class.pad_token_id is not None and processing_class.pad_token_id >= vocabulary:
-        # Scripts for TRL 1.12 add a pad token without a row in the embedding. Any id may stand at a masked position.
+        # Scripts for TRL 1.12 add a pad token without a row in the embedding. Masked positions may have any id.
         processing_class = copy.deepcopy(processing_class)
         processing_class.pad_token = processing_class.eos_token
     return processing_class
 
 
 def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Given) -> Roles:
-    """Load what came as a path, and make what did not come: reference and critic."""
+    """Load the models that were given as paths, and make reference and critic if they were not given."""
     # 1. Actor and reference
     init_kwargs = loading.init_kwargs(args)
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
@@ -118,7 +118,7 @@ def _load_rewards(
     reward_adapter: PeftModel | None,
     init_kwargs: dict[str, Any],
 ) -> tuple[list[Any], PreTrainedModel | None]:
-    """The reward sources, and the reward model if it reads the actor's token ids."""
+    """Return the reward sources, and the reward model if it reads the actor's token ids."""
     reward_model = given.reward_model if reward_adapter is None else reward_adapter
     sources = ([] if reward_model is None else [reward_model]) + given.reward_funcs
     tokenizers = _align(given.reward_processing_classes, sources)
@@ -151,7 +151,7 @@ def _load_reference(given: Given, actor: PreTrainedModel, init_kwargs: dict[str,
 
 
 def _align(processing_classes: list[Any] | Any | None, sources: list[Any]) -> list[Any]:
-    """One processing class, or `None`, per reward source."""
+    """Return one processing class, or `None`, per reward source."""
     if processing_classes is None:
         return [None] * len(sources)
     given = processing_classes if isinstance(processing_classes, list) else [processing_classes]
@@ -166,7 +166,7 @@ def _align(processing_classes: list[Any] | Any | None, sources: list[Any]) -> li
 def _reward_source(
     source: Any, own_tokenizer: Any, tokenizer: Any, vocabulary: int, args: PPOConfigX, init_kwargs: dict[str, Any]
 ) -> Any:
-    """A reward function, checked as it answers, or a reward model in the form that it was trained on."""
+    """Return a reward function with checks of its answers, or a reward model's scorer."""
     if isinstance(source, str):
         source = load_reward_model(source, init_kwargs)
     if is_function(source):  # GRPO would take a module for a model

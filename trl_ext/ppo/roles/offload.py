@@ -1,4 +1,4 @@
-"""Where the frozen models are: in fewer bits, or in host memory except while a phase reads them."""
+"""Placement of the frozen models: in fewer bits, or in host memory except while a phase reads them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from ..config import PPOConfigX
 from .reward_models import token_scorer
 
 
-# The tensors of bitsandbytes' 4-bit state, which lie beside the packed weights.
+# The tensors of bitsandbytes' 4-bit state, beside the packed weights.
 QUANT_STATE = ("absmax", "code", "offset")
 
 
@@ -22,7 +22,7 @@ def check_placement(
     args: PPOConfigX, model: Any, ref_model: Any, reward_model: Any, reward_funcs: list[Any], has_adapter: bool
 ) -> None:
     """
-    Raises `ValueError`, before anything is loaded, for frozen models that cannot be quantised or moved as asked.
+    Raise `ValueError`, before loading, for frozen models that cannot be quantised or moved as the options say.
 
     Args:
         model, ref_model, reward_model: as given to the trainer.
@@ -66,7 +66,7 @@ def _check_movable(args: PPOConfigX, models: list[tuple[str, Any]]) -> None:
 
 
 def frozen_kwargs(args: PPOConfigX, init_kwargs: dict[str, Any], bits: str | None) -> dict[str, Any]:
-    """`from_pretrained`'s keyword arguments of a frozen model: in fewer `bits`, or into host memory, if asked."""
+    """Return `from_pretrained`'s arguments for a frozen model in fewer `bits` or, to be offloaded, on the host."""
     if bits is not None:
         return init_kwargs | {"quantization_config": quantization(bits, args)}
     if args.offload_frozen_models and "quantization_config" not in init_kwargs:
@@ -78,8 +78,8 @@ def send_to_host(
     args: PPOConfigX, actor: nn.Module, reference: nn.Module | None, reward_funcs: list[Any], accelerator: Accelerator
 ) -> "tuple[WaitingWeights, WaitingWeights]":
     """
-    With `offload_frozen_models`, says and does what the option says: the weights of the reference, and those of the
-    reward models, wait in host memory. Without it, none do.
+    Move the weights of the reference and of the reward models to host memory, with a line, if `offload_frozen_models`
+    says so; return the handles that bring them back.
     """
     if not args.offload_frozen_models:
         return WaitingWeights([]), WaitingWeights([])
@@ -99,8 +99,8 @@ class WaitingWeights:
     """
     Weights of frozen models that wait in host memory, and are on their devices within `on_device()`.
 
-    Nobody trains them, so the host copy is made once and coming back costs nothing: the device's tensors are dropped.
-    What is in host memory from the start stays where it is.
+    They are not trained, so the host copy is made once, and moving back only drops the device's tensors. Weights that
+    are in host memory from the start stay there.
 
     Args:
         models: frozen models, wrapped or not, on their devices.
@@ -121,7 +121,7 @@ class WaitingWeights:
 
     @property
     def gigabytes(self) -> float:
-        """Size of what waits, in units of 10⁹ bytes."""
+        """Size of the waiting weights in units of 10⁹ bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._waiting) / 1e9
 
     @contextmanager
@@ -144,7 +144,7 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where the tensors of a model are kept, as an object and an attribute of it: parameters, buffers, 4-bit state."""
+    """Yield the places of a model's tensors, as object and attribute: parameters, buffers, 4-bit state."""
     for tensor in chain(model.parameters(), model.buffers()):
         yield tensor, "data"
         state = getattr(tensor, "quant_state", None)
@@ -153,13 +153,13 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def without_models_of(actor: nn.Module, models: Iterable[nn.Module]) -> list[nn.Module]:
-    """The models that have no parameter in common with the actor: the others are where the actor is."""
+    """Return the models that share no parameter with the actor; the others stay where the actor is."""
     of_actor = {id(parameter) for parameter in actor.parameters()}
     return [model for model in models if not any(id(p) in of_actor for p in model.parameters())]
 
 
 def placement_line(reference: WaitingWeights, rewards: WaitingWeights, device: torch.device) -> str:
-    """Return what `offload_frozen_models` does in this run, in one line."""
+    """Return the line that says what `offload_frozen_models` does in this run."""
     if reference.gigabytes + rewards.gigabytes > 0:
         return (
             f"Frozen models wait in host memory while nothing reads them: {rewards.gigabytes:.2f} GB of reward "

@@ -1,8 +1,8 @@
 """
-Rows that are padded on the left, read as the same rows without padding: each model is asked how it wants them.
+Left-padded rows, read as the same rows without padding: a trial finds the inputs that each model needs for that.
 
-Families with absolute positions take them as `position_ids`; others count real tokens themselves, have none, or, as
-RoBERTa, count from another number. Some read the padding whatever they are told.
+Families with absolute positions take `position_ids`; others count real tokens themselves, have no positions or, like
+RoBERTa, count from another number. Some read the padding in any case.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from ...models.probe import in_mode, probe_rows, tolerance
 
 class LeftPadding:
     """
-    What a model is told of a left-padded batch.
+    The inputs of a model for left-padded batches.
 
     Args:
         trunk: gives `last_hidden_state` for `input_ids`, `attention_mask` and, perhaps, `position_ids`.
@@ -31,8 +31,8 @@ class LeftPadding:
 
     def inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """
-        The arguments of the trunk: `position_ids` only where it reads them, and its own pad token at what the mask
-        leaves out, from which some families count instead of from the mask.
+        Return the arguments of the trunk: `position_ids` only if it reads them, and its own pad token at masked
+        positions, since some families count real tokens by that instead of by the mask.
 
         Raises:
             ValueError: for a padded batch, when the model cannot read one.
@@ -60,7 +60,7 @@ class LeftPadding:
         return ids.masked_fill(~mask.bool(), pad) if known else ids
 
     def _check_selection(self, mask: Tensor) -> None:
-        """Of keys that score alike, as those of equal tokens, the length of the row decides which Doge selects."""
+        """Raise `ValueError` for padded rows of a model that selects keys: the row's length breaks ties in Doge."""
         config: Any = self.trunk.config
         selected = getattr(config.get_text_config(), "keep_window_size", None)
         if selected is not None and mask.size(1) > selected and not bool(mask.all()):
@@ -72,7 +72,7 @@ class LeftPadding:
 
     @torch.no_grad()
     def _find_out(self) -> None:
-        """By random rows, padded and alone: positions as the signature has them, else the other way."""
+        """Try random rows, padded and alone, with positions as the signature has them, else the other way."""
         takes = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
         self._takes_positions = takes
         rows = probe_rows(self.trunk)
@@ -80,7 +80,7 @@ class LeftPadding:
             alone = torch.cat([self._states(row, torch.ones_like(row)) for row in rows])
             allowed = tolerance(self.trunk, lambda: self._states(rows[0], torch.ones_like(rows[0])))
             differences = {way: self._distance(rows, alone, way) for way in (takes, not takes)}
-        if alone.isnan().any():  # the padding is not what is wrong with it
+        if alone.isnan().any():  # the padding is not its problem
             return
         fits = [way for way, difference in differences.items() if difference <= allowed]
         if fits:
@@ -89,7 +89,7 @@ class LeftPadding:
             self._difference = min(differences.values()) / alone.abs().mean().item()
 
     def _distance(self, rows: list[Tensor], alone: Tensor, with_positions: bool) -> float:
-        """Mean difference of the states of real tokens in one padded batch from those of each row alone."""
+        """Return the mean difference between the states of real tokens in a padded batch and in each row alone."""
         ids, mask = (
             nn.utils.rnn.pad_sequence([row[0].flip(0) for row in each], batch_first=True).flip(1)
             for each in (rows, [torch.ones_like(row) for row in rows])
@@ -102,6 +102,6 @@ class LeftPadding:
             return float("inf")
 
     def _states(self, ids: Tensor, mask: Tensor, **positions: Tensor) -> Tensor:
-        """(N, H) of the tokens that the mask (B, L) marks, float32."""
+        """Return the states (N, H) of the tokens that the mask (B, L) marks, float32."""
         states = self.trunk(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
         return states[mask.bool()].float()

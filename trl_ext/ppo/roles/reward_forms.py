@@ -17,15 +17,15 @@ QUESTION, WITH_ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", 
 
 class RewardForm:
     """
-    A prompt and its answer in the form of `RewardTrainer`'s data: text with an end token behind it and with whatever
-    the tokenizer adds (BOS, CLS, SEP); conversations by the chat template of the reward model's own tokenizer.
+    A prompt and its answer in the form of `RewardTrainer`'s data: text with an end token behind it and whatever the
+    tokenizer adds (BOS, CLS, SEP); conversations by the chat template of the reward model's own tokenizer.
 
-    A model that shares the actor's vocabulary reads the ids as they were sampled, with that end behind them, where
-    they say the same: so no token is read otherwise than it was written. An answer that was cut off is ended here too,
-    since a reward model is trained on no other and reads its score at the end.
+    A model that shares the actor's vocabulary reads the sampled ids, with that end behind them, if they say the same.
+    An answer that was cut off gets an end here too, since a reward model is trained on ended answers and reads its
+    score at the end.
 
-    A chat that comes as token ids is recognised by its end, which opens an answer in the actor's chat template. It
-    goes on from there, with the answer and what the template writes behind one.
+    A chat in token ids is recognised by its end, which opens an answer in the actor's chat template. The answer
+    follows, and then what the template writes behind one.
 
     Args:
         tokenizer: the reward model's.
@@ -60,7 +60,7 @@ class RewardForm:
         answer_ids: list[int] | None,
         environment: str | None = None,
     ) -> list[int]:
-        """The ids that the model reads. Without `prompt` they are those of a text, with the end behind them."""
+        """Return the ids that the model reads. Without `prompt` they are those of a text, with the end behind them."""
         if isinstance(prompt, list):
             return self._of_chat(prompt, answer, prompt_ids, answer_ids, environment)
         if isinstance(prompt, TokenisedPrompt) and self._closing is not None and self.is_chat(prompt.input_ids):
@@ -74,8 +74,8 @@ class RewardForm:
 
     def is_chat(self, prompt_ids: list[int]) -> bool:
         """
-        Return whether a prompt's ids end with what opens an answer in the actor's chat template; where that has a
-        mark of its own, an answer may have begun behind it.
+        Return whether a prompt's ids end with the opening of an answer in the actor's chat template. If that opening
+        has a special token, the beginning of an answer may follow it.
         """
         opening, size = self._opening, len(self._opening)
         ends = [end for end in range(size, len(prompt_ids) + 1) if prompt_ids[end - size : end] == opening]
@@ -86,8 +86,8 @@ class RewardForm:
 
     def why_unreadable(self, prompt_ids: list[int]) -> str | None:
         """
-        Return why a chat in token ids cannot be read as the reward model was trained: messages, for it to write them
-        its own way, cannot be had of them. `None` where it can, and for text.
+        Return why the reward model cannot read a chat in token ids as it was trained; `None` if it can, and for text.
+        Token ids cannot be turned back into messages, which it would write its own way.
         """
         if not self.is_chat(prompt_ids):
             return None
@@ -105,7 +105,7 @@ class RewardForm:
         return "they cannot be decoded to the text that they were made of, for {}, which has another vocabulary"
 
     def behind(self, is_chat: bool) -> int:
-        """Tokens that stand behind an answer."""
+        """Return the number of tokens that are written behind an answer."""
         return len((self._behind_chat or ()) if is_chat else self._behind_text)
 
     def _of_written_chat(self, prompt_ids: list[int], answer: Any, answer_ids: Any) -> list[int]:
@@ -122,14 +122,14 @@ class RewardForm:
         if not self.shares_ids or prompt_ids is None or self._behind_chat is None:
             return trained_on
         sampled = [*prompt_ids, *self._without_end(answer_ids), *self._behind_chat]
-        # The messages lack the special tokens that were sampled in an answer; the ids keep them.
+        # The messages lack special tokens that were sampled within an answer; the ids have them.
         plain_answer = [id_ for id_ in answer_ids if id_ not in self._special]
         plain = [*prompt_ids, *plain_answer, *self._behind_chat]
         written = self.tokenizer.decode(trained_on)
         return sampled if written in (self.tokenizer.decode(sampled), self.tokenizer.decode(plain)) else trained_on
 
     def _text_of(self, answer: Any, prompt_ids: Any, answer_ids: Any) -> str:
-        """The answer as it goes on from the prompt: decoded alone, it may lose the space that it begins with."""
+        """Return the answer's text after the prompt; decoded alone, it may lose a space at its beginning."""
         if prompt_ids is None or answer_ids is None:
             return answer
         before, whole = self.actors.batch_decode([prompt_ids, [*prompt_ids, *answer_ids]], skip_special_tokens=True)
@@ -145,14 +145,14 @@ class RewardForm:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _added_behind_text(self) -> list[int]:
-        """Return what the tokenizer itself puts behind a text: SEP, or another end token."""
+        """Return the ids that the tokenizer itself puts behind a text: SEP, or another end token."""
         plain, whole = self._ids(ANSWER), self.tokenizer(ANSWER)["input_ids"]
         before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[before + len(plain) :]
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the actor's chat template writes for an answer to go on from; nothing where it writes none."""
+        """Return the ids with which the actor's chat template opens an answer; none if it opens none."""
         if not self.actors.chat_template:
             return []
         without = self._written(self.actors, [QUESTION])
@@ -172,7 +172,7 @@ class RewardForm:
         return self.actors.chat_template == self.tokenizer.chat_template and theirs == own
 
     def _written_behind_an_answer(self) -> str | None:
-        """Return what the chat template writes behind an answer's words; `None` where it does not write them once."""
+        """Return what the chat template writes behind an answer's words; `None` unless it writes them once."""
         written = self._written(self.tokenizer, [QUESTION, WITH_ANSWER])
         return written.partition(ANSWER)[2] if written.count(ANSWER) == 1 else None
 

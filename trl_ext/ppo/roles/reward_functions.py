@@ -1,4 +1,4 @@
-"""Reward functions, checked as they are given and as they answer."""
+"""Checks of reward functions, when they are given and when they answer."""
 
 import functools
 import inspect
@@ -14,17 +14,17 @@ from ..._trl import is_async_callable
 
 logger = logging.getLogger(__name__)
 
-# What every reward function is called with, beside the columns of the dataset.
+# The arguments of every reward function, beside the columns of the dataset.
 GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def checked(function: Callable, name: str) -> Callable:
     """
-    The reward function, its answers as a list of finite numbers; `None` in it means "does not apply". It is named in
-    every error, under its `__name__`.
+    Return the reward function with its answers checked: a list of finite numbers, or `None` for "does not apply".
+    Errors name it by its `__name__`.
 
     Raises:
-        ValueError: for a function that does not take what it is called with.
+        ValueError: for a function that does not take the arguments of a reward function.
     """
     check_signature(function, name, dict.fromkeys(GIVEN), complete=False)
     asked: Any
@@ -48,16 +48,15 @@ def checked(function: Callable, name: str) -> Callable:
 
 def check_signature(function: Callable, name: str, inputs: dict[str, Any], complete: bool = True) -> None:
     """
-    Args:
-        inputs: what the function is called with, by name.
-        complete: whether nothing else will be given.
+    Raise `ValueError` when a function cannot be called with these arguments.
 
-    Raises:
-        ValueError: when the function cannot be called so.
+    Args:
+        inputs: the arguments by name.
+        complete: whether these are all arguments.
     """
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # what is written in C need not tell
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         (signature.bind if complete else signature.bind_partial)(**inputs)
@@ -71,7 +70,7 @@ def check_signature(function: Callable, name: str, inputs: dict[str, Any], compl
 
 def check_scores(answer: Any, name: str, inputs: dict[str, Any]) -> list[float | None]:
     """
-    The scores as a list, of a list, tuple, tensor or array.
+    Return the scores, given as a list, tuple, tensor or array, as a list.
 
     Raises:
         ValueError: for anything that is not one number or `None` for each completion.
@@ -135,7 +134,7 @@ def _sample(row: int, inputs: dict[str, Any]) -> str:
 
 
 def named_apart(names: list[str]) -> list[str]:
-    """The names, each once: what is logged under one name would be one reward. A warning says which are new."""
+    """Return the names, with a number at repeated ones, as the log has one reward per name; a warning says so."""
     apart: list[str] = []
     for name in names:
         number, new = 2, name

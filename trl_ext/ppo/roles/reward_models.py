@@ -1,4 +1,4 @@
-"""Sources of scores: reward models, on token ids or on text."""
+"""Reward models as sources of scores, on token ids or on text."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -31,22 +31,22 @@ logger = logging.get_logger(__name__)
 
 # Text on which two tokenizers with one vocabulary would still differ: case, accents, digits, spaces, other scripts.
 PROBE = "Hello, World!  naïve café\n\t1234.5 don't 长城 <|x|> émile"
-# What families call their tables of absolute positions.
+# Names of the tables of absolute positions, by family.
 POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_emb")
 
 
 class TokenScorer:
     """
-    A reward model, asked in the form that it was trained on ([`RewardForm`]).
+    A reward model that scores texts in the form that it was trained on ([`RewardForm`]).
 
-    GRPO calls it as a reward function; the ids that were sampled reach it as `prompt_ids` and `completion_ids`.
+    GRPO calls it as a reward function; the sampled ids are passed as `prompt_ids` and `completion_ids`.
 
-    transformers' classifiers of decoders read their score at the last id that is not the config's pad token: the one
-    that the model was trained with, which is kept, whatever the actor pads with. Where that is the end token too, it
-    is not read, neither here nor when the model was trained. One without a pad token is read at its last id.
+    transformers' classifiers of decoders read their score at the last id that is not the config's pad token. That
+    token stays the one of the model's training, whatever the actor pads with. If it is the end token too, the end is
+    not read, as in training. A model without a pad token reads its score at the last id.
 
-    `ask` gives the scores (b,) of `input_ids` and `attention_mask`: the model does, unless it is an adapter on the
-    actor's base, which is reached through the actor.
+    `ask` returns the scores (b,) of `input_ids` and `attention_mask`. It calls the model or, if that is an adapter on
+    the actor's base, the actor.
     """
 
     def __init__(self, model: nn.Module, name: str, form: RewardForm, batch_size: int):
@@ -70,8 +70,8 @@ class TokenScorer:
         environment: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float]:
-        """Scores, one per response."""
-        if None in self.form.tools:  # one environment, or none: the column is the user's own
+        """Return one score per response."""
+        if None in self.form.tools:  # one environment, or none: the column is the user's
             environment = None
         given = (prompts, completions, prompt_ids, completion_ids, environment)
         count = max(len(column) for column in given if column is not None)
@@ -87,8 +87,8 @@ class TokenScorer:
 
     def try_padding(self) -> None:
         """
-        Finds out, by random sequences, whether the model reads padding behind one in spite of the mask, as XLNet does,
-        which sums a sequence up at the last column: it is asked one by one then.
+        Try random sequences to see whether the model reads padding behind one in spite of the mask, as XLNet does,
+        which reads its score at the last column. If so, it gets one sequence at a time.
         """
         embeds = any(isinstance(module, nn.Embedding) for module in self.model.modules())
         if not embeds or is_partitioned(self.model) or self.ask != self._ask_model:
@@ -109,10 +109,10 @@ class TokenScorer:
 
     @torch.no_grad()
     def _score(self, sequences: list[list[int]]) -> Tensor:
-        """(b,) scores of sequences of ids, in one batch that is padded on the right."""
+        """Return the scores (b,) of sequences of ids, in one batch that is padded on the right."""
         device = next(self.model.parameters()).device
         pad, own = self.pad_token_id, self.config.pad_token_id
-        if pad is None:  # any id that no sequence ends with: each is read at its last one
+        if pad is None:  # any id that no sequence ends with, so that each is read at its last id
             pad = next(id_ for id_ in range(len(sequences) + 1) if all(ids[-1] != id_ for ids in sequences))
         rows = [torch.tensor(ids) for ids in sequences]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
@@ -124,7 +124,7 @@ class TokenScorer:
             self.config.pad_token_id = own
 
     def try_out(self) -> None:
-        """Asks a model of a class of one's own for a score; `_ask_model` says what is wrong with the answer."""
+        """Score a short sequence with a model of a user's own class; `_ask_model` checks the answer."""
         if not is_partitioned(self.model):
             self._score([[1, 2, 3]])
 
@@ -164,16 +164,13 @@ def check_readable(
     pad_id: int | None = None,
 ) -> None:
     """
-    Raises `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and what
-    would not fit its table of positions with a response of `response_length` tokens.
-
-    Args:
-        tokenizer: the actor's.
+    Raise `ValueError` for prompts that a reward model cannot read: conversations without a chat template, and prompts
+    that do not fit its table of positions with a response of `response_length` tokens.
     """
     datasets = named(train_dataset, eval_dataset).items()
     actors = RewardForm(tokenizer, tokenizer, shares_ids=True, template_kwargs=args.chat_template_kwargs)
     for source in reward_funcs:
-        # As `ImplicitReward` has one, which reads a model of chats.
+        # `ImplicitReward` has one if its model is trained on chats.
         if getattr(getattr(source, "tokenizer", None), "chat_template", None):
             for name, dataset in datasets:
                 _check_function_gets_chats(dataset, name, actors, source.__name__, pad_id)
@@ -223,9 +220,9 @@ def _check_ids_readable(dataset: Any, name: str, form: RewardForm, model: str, p
 
 
 def longest_input(model: nn.Module) -> int | None:
-    """Tokens that a model has positions for; `None` where it has no table of positions, or none that ends."""
+    """Return the number of tokens that a model has positions for; `None` without a table of absolute positions."""
     tables = [
-        # RoBERTa's begins behind the pad token's row.
+        # RoBERTa's table begins behind the pad token's row.
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
@@ -238,17 +235,17 @@ def longest_input(model: nn.Module) -> int | None:
 
 
 def token_scorer(reward_func: Any) -> TokenScorer | None:
-    """The [`TokenScorer`] that GRPO calls, or `None` for another kind of reward."""
+    """Return the reward if it is a [`TokenScorer`], else `None`."""
     return reward_func if isinstance(reward_func, TokenScorer) else None
 
 
 def model_of_text(reward_func: Any) -> nn.Module | None:
-    """The reward model with a tokenizer of its own, as GRPO takes it, or `None` for another kind of reward."""
+    """Return the reward's model if that has its own tokenizer, which GRPO takes, else `None`."""
     return reward_func.model if isinstance(reward_func, TokenScorer) and not reward_func.form.shares_ids else None
 
 
 def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
-    """Raises `ValueError`, from the config alone, for a checkpoint without a trained score of one label."""
+    """Raise `ValueError`, from the config alone, for a checkpoint without a trained score of one label."""
     config = read_config(path, "reward model", trust_remote_code=trust_remote_code)
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if "ForSequenceClassification" not in architecture:
@@ -260,15 +257,15 @@ def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
 
 
 def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Loads a trained reward model; raises `ValueError` for a checkpoint without a trained score of one label."""
+    """Load a trained reward model; raise `ValueError` for a checkpoint without a trained score of one label."""
     check_reward_checkpoint(path, init_kwargs.get("trust_remote_code", False))
     return create_model_from_path(path, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
 
 
 def check_reward_model(model: PreTrainedModel) -> None:
     """
-    Raises `ValueError` for a reward model in memory that gives more than one score, or says too little of itself; a
-    module that takes what a reward function takes is one.
+    Raise `ValueError` for a reward model in memory with several labels, or without a config. A module that takes the
+    arguments of a reward function passes.
     """
     if is_function(model):
         return
@@ -283,7 +280,7 @@ def check_reward_model(model: PreTrainedModel) -> None:
 
 
 def is_function(source: Any) -> bool:
-    """Return whether a module takes what TRL gives a reward function, and no token ids."""
+    """Return whether a module takes the arguments of a reward function, and no token ids."""
     if not isinstance(source, nn.Module) or hasattr(source, "config"):
         return False
     parameters = inspect.signature(source.forward).parameters
@@ -299,7 +296,7 @@ def check_single_label(num_labels: int, name: str) -> None:
 
 
 def find_tokenizer(path: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved beside the reward model in `path`, or `None`."""
+    """Return the tokenizer saved beside the reward model in `path`, or `None`."""
     if not path:
         return None
     try:
@@ -310,9 +307,9 @@ def find_tokenizer(path: str | None, trust_remote_code: bool = False) -> PreTrai
 
 def same_tokenizer(actors: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, actor_vocabulary: int) -> bool:
     """
-    Return whether two tokenizers turn text into the same ids and ids into the same text. What does not count: ids of
-    the actor's tokenizer that the actor does not have, and a pad token that only one of the two has, which is never
-    read (scripts for TRL 1.12 add one).
+    Return whether two tokenizers turn text into the same ids and ids into the same text. Two differences do not count:
+    ids without a row in the actor's embedding, and a pad token that only one of the two has, which is never read
+    (scripts for TRL 1.12 add one).
     """
     if actors is other:
         return True
@@ -329,11 +326,10 @@ def reads_actor_ids(
     actor_vocabulary: int,
 ) -> bool:
     """
-    Return whether the reward model shares the actor's tokenizer. A model with no tokenizer of its own to be found,
-    made in memory as in scripts for TRL 1.12, must have a vocabulary that holds every id of the actor's.
+    Return whether the reward model shares the actor's tokenizer. A model without a tokenizer, such as one made in
+    memory by scripts for TRL 1.12, must have an embedding of every id of the actor's.
 
-    Args:
-        actor_vocabulary: rows of the actor's embedding; it can sample no id beyond.
+    `actor_vocabulary` is the number of rows in the actor's embedding; it samples no id beyond.
     """
     vocabulary = reward_model.config.get_text_config().vocab_size
     if reward_tokenizer is not None:

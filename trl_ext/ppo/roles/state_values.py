@@ -1,4 +1,4 @@
-"""State values from a classifier: its score of every beginning of a sequence, as it scores the whole."""
+"""State values from a classifier: its score of a sequence up to each position."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from .padding import LeftPadding
 
 class StateValues:
     """
-    V at every position: what the classifier's head makes of the trunk's state there. A head called `score` is applied
-    to all states; any other is asked through the classifier's own forward, a sequence of one token for each state.
+    V at every position: the classifier's head on the trunk's state there. A head called `score` is applied to all
+    states; any other is called through the classifier's own forward, with a sequence of one token for each state.
 
     Args:
         classifier: a model with one label whose forward takes `input_ids` and `attention_mask` and returns `logits`
@@ -23,7 +23,7 @@ class StateValues:
         name: the classifier's in messages.
 
     Raises:
-        ValueError: when its trunk is not to be found.
+        ValueError: when its trunk cannot be found.
     """
 
     def __init__(self, classifier: nn.Module, name: str):
@@ -34,7 +34,7 @@ class StateValues:
         self._is_settled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes what the trunk takes; returns (B, L), float32."""
+        """Return state values (B, L), float32, from the inputs of the trunk."""
         if not self._is_settled:
             self.settle()
         states = self.trunk(*args, use_cache=False, **self._padding.inputs(kwargs)).last_hidden_state
@@ -43,7 +43,7 @@ class StateValues:
     @torch.no_grad()
     def settle(self) -> None:
         """
-        Switches the trunk's noise off, and tries the head.
+        Switch the trunk's noise off, and try the head.
 
         Raises:
             ValueError: for NaN, for noise that does not stop, and for a head that gives no value for a state.
@@ -82,7 +82,7 @@ class StateValues:
             raise ValueError(self._no_value(f"values of shape {tuple(shape)} for {len(states)} states"))
 
     def _require_last_token(self, row: Tensor, allowed: float) -> None:
-        """Require that a head gives for a state alone what it gives for the sequence; RoBERTa's reads the first."""
+        """Require that the head scores the last state as it scores the sequence; RoBERTa's reads the first token."""
         if isinstance(getattr(self.classifier, "score", None), nn.Module):
             return
         last = self.of_states(self.trunk(input_ids=row, use_cache=False).last_hidden_state)[0, -1]
@@ -102,24 +102,22 @@ class StateValues:
         )
 
     def of_states(self, states: Tensor) -> Tensor:
-        """Trunk states (B, L, H) -> state values (B, L), float32."""
+        """Return state values (B, L), float32, from trunk states (B, L, H)."""
         score = getattr(self.classifier, "score", None)
         if isinstance(score, nn.Module):
             return score(states).float().squeeze(-1)
         alone = states.flatten(0, 1).unsqueeze(1)
-        ids = torch.full(alone.shape[:2], self._a_token(), device=states.device)
+        # Any id but the pad token, at which a classifier would not look
+        pads = {getattr(config, "pad_token_id", None) for config in (self.classifier.config, self.trunk.config)}
+        token = next(token for token in range(3) if token not in pads)
+        ids = torch.full(alone.shape[:2], token, device=states.device)
         with trunk_gives(self.trunk, alone):
             output = self.classifier.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
         return getattr(output, "logits", output).float().view(states.shape[:2])
 
-    def _a_token(self) -> int:
-        """Some id that is not the pad token, after which a classifier would not look."""
-        pads = {getattr(config, "pad_token_id", None) for config in (self.classifier.config, self.trunk.config)}
-        return next(token for token in range(3) if token not in pads)
-
 
 def _trunk_of(classifier: nn.Module, name: str) -> Any:
-    """The part of a classifier that ends in the last hidden states, by its `base_model_prefix` or by its kind."""
+    """Return the part of a classifier that ends in the last hidden states, by `base_model_prefix` or by its kind."""
     if getattr(getattr(classifier, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder, whose encoder reads the whole answer: it has no value of a state within "
@@ -130,7 +128,7 @@ def _trunk_of(classifier: nn.Module, name: str) -> Any:
         return named
     trunks = [child for child in classifier.children() if isinstance(child, PreTrainedModel)]
     if len(trunks) == 1:
-        return trunks[0].base_model  # a class of one's own may hold a whole classifier
+        return trunks[0].base_model  # a user's own class may hold a whole classifier
     raise ValueError(
         f"The trunk of {name} is not to be found, so it cannot be the critic: name the attribute that holds it in "
         "`base_model_prefix`, pass another `value_model`, or choose `critic='head'` for a value head on the actor's "
@@ -139,12 +137,7 @@ def _trunk_of(classifier: nn.Module, name: str) -> Any:
 
 
 def last_linear(classifier: nn.Module, trunk: nn.Module) -> nn.Linear:
-    """
-    The layer that makes the score of one label.
-
-    Raises:
-        ValueError: when there is none.
-    """
+    """Return the layer that makes the score of one label; raise `ValueError` if there is none."""
     of_trunk = set(trunk.modules())
     found = [m for m in classifier.modules() if isinstance(m, nn.Linear) and m.out_features == 1 and m not in of_trunk]
     if not found:
