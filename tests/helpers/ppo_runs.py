@@ -64,6 +64,18 @@ def logged(trainer: PPOTrainerX, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
+def returned_by(trainer: PPOTrainerX, name: str) -> list[Any]:
+    """A list that fills with what a method of this trainer returns."""
+    method, results = getattr(trainer, name), []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        results.append(method(*args, **kwargs))
+        return results[-1]
+
+    setattr(trainer, name, keep)
+    return results
+
+
 def sequences(rollout: Rollout) -> list[tuple[list[int], list[int]]]:
     """The real token ids of each prompt and its response."""
     prompts = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)

@@ -373,18 +373,12 @@ def test_run_with_other_rollouts(plain, tmp_path, options, message):
 
 OTHER_PROMPTS = {
     "other answers for a reward function": (
-        lambda: tiny.tiny_prompts(8).add_column("answer", list(range(8))),
+        lambda: tiny.tiny_prompts(8).add_column("answer", [1] * 8),
         "other columns beside them",
     ),
     "fewer": (lambda: tiny.tiny_prompts(6), "had prompts=8, checksum.*; this one has prompts=6, checksum"),
-    "others": (
-        lambda: tiny.tiny_prompts(8, seed=5),
-        "had other prompts, as many as this one",
-    ),
-    "in another order": (
-        lambda: tiny.tiny_prompts(8).select(range(7, -1, -1)),
-        "had other prompts, as many as this one",
-    ),
+    "others": (lambda: tiny.tiny_prompts(8, seed=5), "had other prompts, as many"),
+    "in another order": (lambda: tiny.tiny_prompts(8).select(range(7, -1, -1)), "had other prompts, as many"),
 }
 
 

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding
 
 import tiny
 from plain import plain_logps
-from ppo_runs import logged, ppo_run, ppo_trainer, sequences
+from ppo_runs import logged, ppo_run, ppo_trainer, returned_by, sequences
 from trl_ext.ppo.data import TokenisedPrompt, unpadded, with_tokenised_prompts
 
 
@@ -178,33 +178,21 @@ def test_reward_function_sees_the_text_and_the_columns_of_tokenised_prompts(tmp_
 def test_held_out_prompts_may_be_tokenised_too(tmp_path):
     models = {"train_dataset": tokenised_prompts(8), "eval_dataset": tokenised_prompts(3)}
     trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=2)
-    seen = []
-    collect = trainer._collect_held_out
-
-    def keep(rows):
-        rollout = collect(rows)
-        seen.extend(prompts_of(rollout))
-        return rollout
-
-    trainer._collect_held_out = keep
+    held_out = returned_by(trainer, "_collect_held_out")
     trainer.evaluate()
-    assert sorted(seen) == sorted(tokenised_prompts(3)["input_ids"])
+    assert sorted(prompt for rollout in held_out for prompt in prompts_of(rollout)) == sorted(
+        tokenised_prompts(3)["input_ids"]
+    )
 
 
 def test_responses_are_sampled_anew_for_every_rollout_from_the_next_prompts(tmp_path):
     data = tiny.tiny_prompts(8)
     trainer = ppo_trainer(tmp_path, {"train_dataset": data})
-    seen = []
-    collect = trainer._collect_rollout
-
-    def keep(rows):
-        rollout = collect(rows)
-        seen.extend(prompts_of(rollout))
-        return rollout
-
-    trainer._collect_rollout = keep
+    rollouts = returned_by(trainer, "_collect_rollout")
     trainer.train()
-    assert sorted(seen) == sorted(tokens()(data["prompt"][:])["input_ids"])  # 2 rollouts, each prompt once
+    assert len(rollouts) == 2
+    seen = [prompt for rollout in rollouts for prompt in prompts_of(rollout)]
+    assert sorted(seen) == sorted(tokens()(data["prompt"][:])["input_ids"])  # each once
 
 
 @pytest.mark.parametrize("shuffled", [True, False])

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 import tiny
-from ppo_runs import best_after_two_steps, changed, logged, ppo_run, ppo_trainer, snapshot
+from ppo_runs import best_after_two_steps, changed, logged, ppo_run, ppo_trainer, returned_by, snapshot
 from trl_ext.ppo.evaluation import HeldOut
 from trl_ext.ppo.metrics import held_out_score, means_of_batches
 
@@ -65,17 +65,10 @@ def test_evaluations_of_one_policy_give_the_same_responses(tmp_path):
 def test_held_out_kl_is_the_mean_over_prompts_with_a_last_batch_of_another_size(tmp_path):
     """A mean of batch means would weigh the last prompt like the two of each batch before."""
     data = tiny.tiny_prompts(5, seed=3)
-    kept = []
     trainer = ppo_trainer(
         tmp_path, {"ref_model": tiny.tiny_actor(5), "eval_dataset": data}, per_device_eval_batch_size=2
     )
-    measure = trainer._collect_held_out
-
-    def keep(rows):
-        kept.append(measure(rows))
-        return kept[-1]
-
-    trainer._collect_held_out = keep
+    kept = returned_by(trainer, "_collect_held_out")
     metrics = trainer.evaluate()
     sums = [
         sum((r.old_logps[i, t] - r.ref_logps[i, t]).item() for t in range(r.mask.size(1)) if r.mask[i, t])

@@ -56,12 +56,33 @@ def kl_with_a_reference_that_learns(hidden, lm_head, ref_hidden, ref_lm_head, ch
     return (logps.exp() * (logps - ref_logps)).sum(-1)
 
 
+def inverse(factor):
+    return lambda *args: 1 / factor(*args)
+
+
+def always_clipped(ratio, advantages, cliprange):
+    return ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+
+
+def with_kl_for_value(of):
+    return lambda self, term: of(dataclasses.replace(self, kl=self.vf, vf=self.kl), term)
+
+
+def over_its_own_tokens(terms):
+    return lambda **given: terms(**(given | {"num_tokens": given["mask"].sum()}))
+
+
+def with_a_graph(terms):
+    return lambda **given: dataclasses.replace(terms(**given), entropy=given["entropy"].mean())
+
+
 UNMASKED = instead(lambda values, mask: values)
 DISCOUNTED = {"gamma": 0.9, "lam": 0.7}
 CHUNKS = {"chunk_size": 3}
 REINFORCE = {"estimator": "reinforce", "oracle": lambda rewards, values: oracles.rewards_to_go(rewards, 0.9)}
 CUT = {"cut": 1}
 TOO_LARGE = {"measured": 6.6, "factor": 1.01}
+FAR_TOO_LARGE = {"measured": 60.0, "factor": 1.02}
 
 # (function, the mistake, test that must notice, its parameters)
 MISTAKES = [
@@ -105,20 +126,15 @@ MISTAKES = [
     ("ppo.kl:full_kl", lambda kl: lambda h, head, r, ref, **k: kl(r, ref, h, head, **k), "full_kl_and_its", CHUNKS),
     ("ppo.kl:full_kl", instead(kl_with_a_reference_that_learns), "full_kl_never_reaches", {}),
     ("ppo.kl:checkpoint", instead(lambda run, *chunk, use_reentrant: run(*chunk)), "full_kl_keeps_nothing", {}),
-    ("ppo.controllers:ProportionalController.update", given(kl=to(5.4)), "proportional_controller_fo", TOO_LARGE),
-    ("ppo.controllers:ProportionalController.update", given(episodes=to(1)), "proportional_controller_fo", TOO_LARGE),
+    ("ppo.controllers:ProportionalController.update", given(kl=to(5.4)), "proportional_controller_f", TOO_LARGE),
+    ("ppo.controllers:ProportionalController.update", given(episodes=to(1)), "proportional_controller_f", TOO_LARGE),
     (
         "ppo.controllers:ProportionalController.update",
         instead(without_a_bound),
-        "proportional_controller_fo",
-        {"measured": 60.0, "factor": 1.02},
+        "proportional_controller_f",
+        FAR_TOO_LARGE,
     ),
-    (
-        "ppo.controllers:_halve_or_double",
-        lambda factor: lambda *args: 1 / factor(*args),
-        "band_controller",
-        {"measured": 2.1, "factor": 2},
-    ),
+    ("ppo.controllers:_halve_or_double", inverse, "band_controller", {"measured": 2.1, "factor": 2}),
     (
         "ppo.controllers:_halve_or_double",
         given(low=lambda low: 1.01 * low),
@@ -133,38 +149,18 @@ MISTAKES = [
     ),
     ("ppo.losses:policy_ratio", swapped, "ratio_is_the_quotient", {}),
     ("ppo.losses:clip_objective", given(cliprange=to(9.0)), "clip_objective_equals", {}),
-    (
-        "ppo.losses:clip_objective",
-        instead(lambda ratio, advantages, cliprange: ratio.clamp(1 - cliprange, 1 + cliprange) * advantages),
-        "clip_objective_equals",
-        {},
-    ),
+    ("ppo.losses:clip_objective", instead(always_clipped), "clip_objective_equals", {}),
     ("ppo.losses:clipped_tokens", given(advantages=torch.abs), "clipped_tokens_are", {}),
     ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
     ("ppo.losses:clipped_value_loss", given(cliprange_value=to(9.0)), "clipped_value_loss_equals", {}),
     ("ppo.losses:_clip_around", given(old_values=torch.zeros_like), "clipped_value_loss_equals", {}),
     ("ppo.losses:clipped_values", lambda clipped: lambda *args: ~clipped(*args), "clipped_values_are", {}),
     ("ppo.terms:PPOCoefficients.of", lambda of: lambda *args: abs(of(*args)), "total_adds", {}),
-    (
-        "ppo.terms:PPOCoefficients.of",
-        lambda of: lambda self, term: of(dataclasses.replace(self, kl=self.vf, vf=self.kl), term),
-        "total_adds",
-        {},
-    ),
+    ("ppo.terms:PPOCoefficients.of", with_kl_for_value, "total_adds", {}),
     ("ppo.terms:ppo_terms", given(aux_weight=to(1.0)), "micro_batches_add_up", CUT),
-    (
-        "ppo.terms:ppo_terms",
-        lambda terms: lambda **k: terms(**(k | {"num_tokens": k["mask"].sum()})),
-        "micro_batches_add_up",
-        CUT,
-    ),
+    ("ppo.terms:ppo_terms", over_its_own_tokens, "micro_batches_add_up", CUT),
     ("ppo.terms:ppo_terms", given(importance_sampling_ratio=to(None)), "importance_sampling", {"columns": 7}),
-    (
-        "ppo.terms:ppo_terms",
-        lambda terms: lambda **k: dataclasses.replace(terms(**k), entropy=k["entropy"].mean()),
-        "only_the_total",
-        {},
-    ),
+    ("ppo.terms:ppo_terms", with_a_graph, "only_the_total", {}),
     ("ppo.terms:masked_sum", instead(lambda values, mask: values.sum()), "terms_equal", {}),
     ("ppo.terms:old_policy_kl", lambda kl: lambda *args: kl(*args).detach(), "old_kl_has", {}),
     ("ppo.terms:zero_masked", UNMASKED, "padding_changes", {"garbage": 1e30}),
@@ -177,16 +173,11 @@ MISTAKES = [
     ("ppo.rewards:clip_scores", instead(lambda scores, limit: scores.clamp(max=limit)), "scores_are_clipped", {}),
     (
         "ppo.rewards:normalize_scores",
-        instead(lambda scores, moments: (scores - moments.mean) / moments.std),
+        instead(lambda scores, all: (scores - all.mean) / all.std),
         "normalized_scores",
         {},
     ),
-    (
-        "ppo.rewards:normalize_scores",
-        instead(lambda scores, moments: scores / moments.variance),
-        "normalized_scores",
-        {},
-    ),
+    ("ppo.rewards:normalize_scores", instead(lambda scores, all: scores / all.variance), "normalized_scores", {}),
     ("ppo.rewards:RunningMoments.update", beginning_anew, "running_moments_equal", {}),
     ("ppo.rewards:RunningMoments.update", on_one_rank, "running_moments_on_two_ranks", {}),
 ]

@@ -64,21 +64,18 @@ BEFORE_LOADING = {
     ),
     "task of the critic": (
         adapter() | {"critic": "adapter", "value_model": "start"},
-        "`value_model` is .*, an adapter of task type CAUSAL_LM",
+        "an adapter of task type CAUSAL_LM",
     ),
     "task of the reward": (adapter() | {"reward_model": "start"}, "an adapter of task type CAUSAL_LM, .* has SEQ_CLS"),
     "reward on a moving base": ({"reward_model": "reward"}, "adapter without its base.* the actor a `peft_config`"),
-    "reward adapter as actor": (
-        {"model": "reward"},
-        r"\(`model`\) holds an adapter of task type SEQ_CLS, which scores",
-    ),
+    "reward adapter as actor": ({"model": "reward"}, r"\(`model`\) holds an adapter of task type SEQ_CLS"),
     "reward adapter as reference": ({"ref_model": "reward"}, r"\(`ref_model`\) .* SEQ_CLS, which scores text"),
     "critic adapter as a whole": ({"value_model": "reward"}, "without its base model. Set `critic='adapter'`"),
     "reward without a head": (adapter() | {"reward_model": "no head"}, r"\(`reward_model`\) has no score head"),
     "trained biases": (adapter(bias="all") | {"reward_model": "reward"}, "`bias='all'`, which changes the base"),
     "base changed at the start": (
         adapter(init_lora_weights="pissa") | {"critic": "adapter"},
-        "`init_lora_weights='pissa'`, which changes the base",
+        "`init_lora_weights='pissa'`",
     ),
 }
 

@@ -1,6 +1,5 @@
 """A reward model reads what `trl.RewardTrainer` would train it on, at the place where it was trained to."""
 
-import copy
 from itertools import product
 from types import SimpleNamespace
 
@@ -18,13 +17,12 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    XLNetConfig,
-    XLNetForSequenceClassification,
 )
 from trl import RewardTrainer
 
 import four_roles
 import tiny
+from families.configs import family_config, family_model
 from ppo_runs import logged, ppo_run, ppo_trainer
 from trl_ext import ImplicitReward
 from trl_ext.ppo.data import TokenisedPrompt
@@ -198,30 +196,20 @@ def test_scores_of_a_padded_batch_are_those_of_each_answer_alone(tmp_path, pad):
     assert judge.config.pad_token_id == pad  # as it was
 
 
-KINDS = {  # classifiers; whether they read padding behind a sequence
-    "XLNet": (
-        XLNetForSequenceClassification,
-        XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=1),
-        True,
-    ),
-    "BERT": (
-        BertForSequenceClassification,
-        BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=1),
-        False,
-    ),
-    "GPT-2": (GPT2ForSequenceClassification, GPT2Config(n_embd=16, n_layer=2, n_head=2, num_labels=1), False),
-}
+KINDS = {"xlnet": True, "bert": False, "gpt2": False}  # classifiers; whether they read padding behind a sequence
+
+
+def classifier(name, vocab_size):
+    both_ways = {"bert": {"is_decoder": False}, "xlnet": {"attn_type": "bi"}}.get(name, {})
+    config = family_config(name, vocab_size=vocab_size, num_labels=1, **both_ways)
+    return family_model(config, seed=1, of=AutoModelForSequenceClassification)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("name", KINDS)
 def test_score_does_not_depend_on_a_longer_neighbour(name, precision):
-    kind, config, reads_padding = KINDS[name]
     tokenizer = bytes_tokenizer()
-    config = copy.deepcopy(config)
-    config.update({"vocab_size": len(tokenizer), "pad_token_id": 0, "initializer_range": 0.3})
-    torch.manual_seed(1)
-    model = kind(config).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).eval()
+    model = classifier(name, len(tokenizer)).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     if precision == "autocast":  # as accelerate prepares a model
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     scorer = TokenScorer(model, "judge", RewardForm(tokenizer, tokenizer, shares_ids=True), 4)
@@ -235,21 +223,20 @@ def test_score_does_not_depend_on_a_longer_neighbour(name, precision):
         ]
     close = {"rel": 1e-4, "abs": 1e-5} if precision == "float32" else {"rel": 0.1, "abs": 0.05}
     assert scores == pytest.approx(alone, **close)
-    assert scorer.reads_padding is reads_padding
+    assert scorer.reads_padding is KINDS[name]
 
 
 @pytest.mark.parametrize("vocabulary", ["the same", "another"])
 def test_reward_model_of_a_run_is_asked_whether_it_reads_padding(tmp_path, vocabulary):
     actors = bytes_tokenizer()
     own = bytes_tokenizer() if vocabulary == "the same" else another_vocabulary()
-    kind, config, _ = KINDS["XLNet"]
-    config = copy.deepcopy(config)
-    config.update({"vocab_size": len(own), "pad_token_id": 0, "initializer_range": 0.3})
     models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors))}
-    models["reward_model"] = save_judge(tmp_path / "judge", own, kind, config)
+    judge = classifier("xlnet", len(own))
+    judge.save_pretrained(tmp_path / "judge")
+    own.save_pretrained(tmp_path / "judge")
+    models["reward_model"] = str(tmp_path / "judge")
     trainer = ppo_trainer(tmp_path, models, critic="head", bf16=False)
     scorer = next(iter(trainer._text_scorers.values()), trainer.reward_funcs[0])
-    judge = kind.from_pretrained(models["reward_model"]).eval()
     texts, answers = ["what is it", "hello"], [" two", " a much longer answer of words"]
     alone = [judge(torch.tensor([trained_on(own, *pair)])).logits.item() for pair in zip(texts, answers, strict=True)]
     assert scorer(texts, answers) == pytest.approx(alone, rel=1e-4, abs=1e-6)
