@@ -201,7 +201,7 @@ KINDS = {"xlnet": True, "bert": False, "gpt2": False}  # classifiers; whether th
 
 def classifier(name, vocab_size):
     both_ways = {"bert": {"is_decoder": False}, "xlnet": {"attn_type": "bi"}}.get(name, {})
-    config = family_config(name, vocab_size=vocab_size, num_labels=1, **both_ways)
+    config = family_config(name, vocab_size=vocab_size, num_labels=1, initializer_range=0.3, **both_ways)
     return family_model(config, seed=1, of=AutoModelForSequenceClassification)
 
 
