@@ -168,28 +168,37 @@ def test_column_error_comes_before_a_model_is_loaded(tmp_path):
         dpo_runs.dpo_trainer(tmp_path, models)
 
 
-def test_equal_pairs_are_counted_dropped_and_never_trained_on(tmp_path, caplog):
-    rows = dpo_runs.tiny_pairs().to_list()
-    for i in (0, 5):
-        rows[i]["rejected"] = rows[i]["chosen"]
-    models = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[5:])}
+EQUAL = "`chosen` equals `rejected`."
+AS_TEXT = dpo_runs.tiny_pairs().to_list()
+DROPPED = {
+    "text": (AS_TEXT, {0, 5}, {"rejected": "cat", "chosen": "cat"}, EQUAL),
+    "conversations": (
+        dpo_runs.tiny_chats().to_list(),
+        {2},
+        dict.fromkeys(("chosen", "rejected"), dpo_runs.said("assistant", "cat")),
+        EQUAL,
+    ),
+    "tokens": (
+        AS_TEXT,
+        {4},
+        {"chosen": "good", "rejected": "good <eos>"},
+        "`chosen` and `rejected` have the same tok",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPED)
+def test_equal_pairs_are_counted_dropped_and_never_trained_on(tmp_path, kind, caplog):
+    good, where, columns, why = DROPPED[kind]
+    rows = [row | (columns if i in where else {}) for i, row in enumerate(good)]
+    last = max(where)
+    models = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[last:])}
     trainer = dpo_runs.dpo_trainer(tmp_path, models)
-    assert len(trainer.train_dataset) == 6
-    assert len(trainer.eval_dataset) == 2
-    assert rows[0]["prompt"] not in trainer.train_dataset["prompt"]
-    said = warnings_of(caplog)
-    assert "Dropped 2 of 8 rows of the train dataset: `chosen` equals `rejected`." in said
-    assert "Dropped 1 of 3 rows of the eval dataset: `chosen` equals `rejected`." in said
-
-
-def test_pairs_that_tokenise_alike_are_dropped(tmp_path, caplog):
-    rows = dpo_runs.tiny_pairs().to_list()
-    rows[4] |= {"chosen": "good", "rejected": "good <eos>"}
-    trainer = dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(rows)})
-    assert len(trainer.train_dataset) == 7
-    assert rows[4]["prompt"] not in trainer.train_dataset["prompt"]
-    begins = "Dropped 1 of 8 rows of the train dataset: `chosen` and `rejected` have the same tokens"
-    assert any(said.startswith(begins) for said in warnings_of(caplog))
+    assert trainer.train_dataset["prompt"] == [row["prompt"] for i, row in enumerate(rows) if i not in where]
+    assert len(trainer.eval_dataset) == 8 - last - 1
+    for dropped, of, split in ((len(where), 8, "train"), (1, 8 - last, "eval")):
+        begins = f"Dropped {dropped} of {of} rows of the {split} dataset: {why}"
+        assert any(said.startswith(begins) for said in warnings_of(caplog)), warnings_of(caplog)
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
@@ -218,12 +227,6 @@ def test_equal_pairs_of_a_stream_are_never_trained_on_and_it_says_so(tmp_path, c
         first, second = (losses(dpo_runs.dpo_run(tmp_path, {"train_dataset": stream})) for stream in streams)
     assert first == second
     assert "Rows of the train dataset whose `chosen` equals `rejected` are dropped as they come." in caplog.text
-
-
-def test_equal_conversations_are_dropped(tmp_path):
-    answers = [("good", "bad"), ("good", "good"), ("bad", "good"), ("dog", "cat")]
-    data = Dataset.from_list([dpo_runs.chat("the cat", *pair) for pair in answers])
-    assert len(dpo_runs.dpo_trainer(tmp_path, {"train_dataset": data}).train_dataset) == 3
 
 
 def test_dataset_of_equal_pairs_alone_is_refused(tmp_path):
@@ -318,31 +321,24 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_pair(tmp_path)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 6}
 
 
-def dropout_model():
-    return dpo_runs.tiny_model(attention_dropout=0.3)
-
-
+UNSHARED = r"Prefixes are not shared \(actor\): "
 REASONS = {
     "dropout": (
-        {"model": dropout_model},
+        {"model": lambda: dpo_runs.tiny_model(attention_dropout=0.3)},
         {"disable_dropout": False},
-        r"Prefixes are not shared \(actor\): dropout is active \(`disable_dropout=False`\)",
+        UNSHARED + r"dropout is active \(`disable_dropout=False`\)",
     ),
     "prompt tuning": (
         {"ref_model": None, "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
         {},
-        r"Prefixes are not shared \(actor\): PROMPT_TUNING puts virtual tokens before every row",
+        UNSHARED + "PROMPT_TUNING puts virtual tokens before every row",
     ),
     "activated adapter": (
         {"ref_model": None, "peft_config": LoraConfig(task_type="CAUSAL_LM", r=2, alora_invocation_tokens=[20])},
         {},
-        r"Prefixes are not shared \(actor\): an activated LoRA looks for its invocation tokens",
+        UNSHARED + "an activated LoRA looks for its invocation tokens",
     ),
-    "alibi": (
-        {"model": lambda: dpo_runs.tiny_model("bloom")},
-        {},
-        r"Prefixes are not shared \(actor\): BloomForCausalLM ",
-    ),
+    "alibi": ({"model": lambda: dpo_runs.tiny_model("bloom")}, {}, UNSHARED + "BloomForCausalLM "),
     "rotary embedding": (
         {"model": lambda: dpo_runs.tiny_model(rope_parameters=DYNAMIC)},
         {"max_length": None},

@@ -156,37 +156,32 @@ def test_reward_function_of_ppo(tmp_path, conversational):
         given.extend(rewards)
         return rewards
 
-    models = {
-        "reward_model": None,
-        "reward_funcs": score,
-        "train_dataset": tiny.tiny_prompts(16, conversational=conversational),
-    }
-    trainer = ppo_runs.ppo_run(tmp_path, models, total_episodes=4)
-    line = ppo_runs.log_lines(trainer)[0]
-    assert any("implicit_reward" in key for key in line), sorted(line)
-    spied = ppo_runs.ppo_run(tmp_path, models | {"reward_funcs": spy}, total_episodes=4)
-    assert len(given) >= 4
-    key = next(key for key in line if key.startswith("reward") and "implicit_reward" in key and "mean" in key)
-    assert ppo_runs.log_lines(spied)[0][key.replace("implicit_reward", "spy")] == pytest.approx(line[key], rel=1e-5)
+    data = tiny.tiny_prompts(16, conversational=conversational)
+    models = {"reward_model": None, "train_dataset": data}
+    line, spied = (
+        ppo_runs.log_lines(ppo_runs.ppo_run(tmp_path, models | {"reward_funcs": function}, total_episodes=4))[0]
+        for function in (score, spy)
+    )
+    (key,) = (key for key in line if key.startswith("reward") and "implicit_reward" in key and "mean" in key)
+    assert spied[key.replace("implicit_reward", "spy")] == pytest.approx(line[key], rel=1e-5)
     assert line[key] == pytest.approx(sum(given[:4]) / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
-def test_beta_must_be_above_0(beta):
-    with pytest.raises(ValueError, match=r"`beta` is .*; give the β > 0"):
-        ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(), tiny.tiny_tokenizer(), beta)
-
-
-def test_no_reference_is_refused_without_an_adapter():
-    with pytest.raises(
-        ValueError, match=r"no adapter to switch off: give the model that DPO started from.*`--ref_model`"
-    ):
-        ImplicitReward(dpo_runs.tiny_model(), None, tiny.tiny_tokenizer())
-
-
-def test_reference_of_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocabulary of 64 tokens and `reference` one of 70"):
-        ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(vocab_size=70), tiny.tiny_tokenizer())
+@pytest.mark.parametrize(
+    "reference, beta, message",
+    [
+        *((dpo_runs.tiny_model, beta, r"`beta` is .*; give the β > 0") for beta in (0.0, -1.0, float("nan"))),
+        (lambda: None, 0.1, r"no adapter to switch off: give the model that DPO started from.*`--ref_model`"),
+        (
+            lambda: dpo_runs.tiny_model(vocab_size=70),
+            0.1,
+            "vocabulary of 64 tokens and `reference` one of 70",
+        ),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(reference, beta, message):
+    with pytest.raises(ValueError, match=message):
+        ImplicitReward(dpo_runs.tiny_model(), reference(), tiny.tiny_tokenizer(), beta)
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -20,16 +20,7 @@ FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def pairs_of(sizes):
-    """TRL's batch of pairs of (common, chosen, rejected) random tokens."""
-    generator = torch.Generator().manual_seed(3)
-    rows = []
-    for common, chosen, rejected in sizes:
-        ids = torch.randint(10, 64, (common + chosen + rejected,), generator=generator).tolist()
-        start = ids[:common]
-        rows.append(
-            ([*start, 7, *ids[common + 1 : common + chosen]], [*start, 8, *ids[common + chosen + 1 :]], common)
-        )
-    return dpo_runs.batch_of(rows)
+    return vars(probe.pairs(dpo_runs.tiny_model(), sizes))
 
 
 BATCHES = {
