@@ -1,7 +1,7 @@
 """
 The only file that imports TRL's private names, and the range of TRL versions they were checked with.
 
-When a new TRL release changes one of them, this file and its test (`tests/test_trl_seams.py`) are the place to mend.
+When a new TRL release changes one of them, change this file and its test, `tests/test_trl_seams.py`.
 """
 
 import functools
@@ -67,14 +67,14 @@ if not SUPPORTED[0] <= Version(Version(trl.__version__).base_version) < SUPPORTE
 
 class FusedHead:
     """
-    TRL's fused head of a causal LM that `add_fused_lm_head` has patched: what it reads, and the map that it is.
+    TRL's fused head of a causal LM that `add_fused_lm_head` has patched.
 
-    TRL knows the soft cap and the scale of the logits by the names that most architectures have for them in their
-    config; those of others are written into it here.
+    TRL finds the soft cap and the scale of the logits in the config under the names that most architectures use; those
+    of other architectures are set here.
 
     Attributes:
-        temperature: what logits are divided by.
-        outputs: the fields that are asked for.
+        temperature: of the logits, which are divided by it.
+        outputs: the requested fields.
     """
 
     SOFT_CAPS, DIVISORS = ("logits_soft_cap",), ("logits_mup_width_multiplier",)
@@ -94,7 +94,7 @@ class FusedHead:
                 self._cells["logit_scale"].cell_contents = 1 / getattr(config, name)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Trunk states (n, H) -> logits (n, V), float32 and divided by the temperature."""
+        """Return the logits (n, V) of trunk states (n, H), float32 and divided by the temperature."""
         head = self.model.get_output_embeddings()
         softcap = self._cells["final_logit_softcapping"].cell_contents
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
@@ -105,7 +105,7 @@ class FusedHead:
 
 
 def _fused_forward_of(model: PreTrainedModel) -> Any:
-    """The function that `add_fused_lm_head` has made of the model's forward, below what was put around it since."""
+    """Return `add_fused_lm_head`'s function, which later wrappers of the model's forward may enclose."""
     around = [model.forward, vars(model).get("_original_forward")]  # the second under accelerate's autocast
     while around:
         function = around.pop()
@@ -119,8 +119,8 @@ def _fused_forward_of(model: PreTrainedModel) -> Any:
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     """
-    Places a model that is only read: ZeRO-3 or FSDP partitions it, everything else puts it on the device. One that is
-    quantised stays as bitsandbytes has made it: DeepSpeed would cast what is not quantised in it.
+    Freeze a model and place it: ZeRO-3 or FSDP partitions it, everything else puts it on the device. A quantised model
+    stays as bitsandbytes has made it: DeepSpeed would cast what is not quantised in it.
     """
     model.requires_grad_(False)
     model.eval()
@@ -140,11 +140,11 @@ def gathered_for_generation(
     gradient_checkpointing_kwargs: dict[str, Any] | None,
 ) -> Iterator[None]:
     """
-    Within the context, GRPO's generation under ZeRO-3 uses the full weights of `parameters`, gathered here, once.
+    Within the context, GRPO's generation under ZeRO-3 uses the full weights of `parameters`, gathered once, here.
 
-    GRPO would gather every parameter of the engine, and anew in each turn of a conversation with tools, of which the
-    ranks have different numbers; `generate` would wait for the other ranks at each token, as it must where a forward
-    pass gathers weights.
+    GRPO would gather every parameter of the engine in each turn of a conversation with tools, and ranks have different
+    numbers of turns. `generate` would wait for the other ranks at each token, as it must if a forward pass gathers
+    weights.
     """
     import deepspeed
 
@@ -172,10 +172,10 @@ def gathered_for_generation(
 
 def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:
     """
-    Leaves submodules of the actor out of what is sent to vLLM, which does not know them.
+    Leave submodules of the actor out of what is sent to vLLM, which does not know them.
 
-    They are off the model while TRL walks the parameters. So under ZeRO-3 they are not gathered either, which with
-    PEFT would happen for all parameters at once, and no prefix of a wrapper can hide them.
+    They are taken off the model while TRL walks the parameters. So ZeRO-3 does not gather them either, which with PEFT
+    would happen for all parameters at once, and no wrapper's prefix can hide them.
     """
     iterate = vllm_generation._iter_named_params
 
@@ -197,8 +197,8 @@ def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> No
 @contextmanager
 def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
     """
-    Within the context, TRL's fused head scores with `cpu_head` where that is enough: a plain float32 head on CPU.
-    Everywhere else it stays TRL's.
+    Within the context, `cpu_head` replaces TRL's fused head for a plain float32 head on CPU; every other head is
+    still scored by TRL's.
     """
     original = trl_utils._ChunkedLogProbFunction
     trl_utils._ChunkedLogProbFunction = _chosen_head(original, cpu_head)
@@ -235,9 +235,9 @@ def _chosen_head(original: Any, cpu_head: type[torch.autograd.Function]) -> type
 
 def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:
     """
-    Token ids by column, as `trainer`, TRL's DPOTrainer or RewardTrainer, prepares a row of its dataset. It asks
-    nothing of itself for that but the tokenizer, so there is no need of a trainer, or of a model; and it waits for no
-    other process, so that one may ask alone.
+    Return token ids by column, as `trainer`, the class of TRL's DPOTrainer or RewardTrainer, prepares a row.
+
+    That needs no trainer and no model, as the method reads only the tokenizer. It waits for no other process.
     """
     preparer: Any = object.__new__(trainer)
     preparer._tokenizer = tokenizer
@@ -256,8 +256,8 @@ def reward_ids(
     tokenizer: Any, prompt: Any, answer: Any, tools: Any = None, template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
     """
-    The token ids of a prompt and an answer, text or messages, as TRL's RewardTrainer makes them of a row's `prompt`
-    and `chosen`.
+    Return the token ids of a prompt and an answer, text or messages, as TRL's RewardTrainer makes them of a row's
+    `prompt` and `chosen`.
     """
     whole = prompt + answer
     if isinstance(whole, list):

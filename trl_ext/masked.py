@@ -19,7 +19,7 @@ VARIANCE_FLOOR = 1e-8
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The sum over ranks when there is one rank."""
+    """Return the sum over ranks when there is one rank."""
     return tensor
 
 
@@ -36,28 +36,28 @@ def require_shape(mask: Tensor, **tensors: Tensor) -> None:
 
 
 def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` with 0, and no gradient, where `mask` is False; any value there is allowed, nan and inf included."""
+    """Return `values` with 0, and no gradient, where `mask` is False; nan and inf are allowed there."""
     return torch.where(mask, values, 0)
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum over the positions that count, in float32 or wider; over everything, or along `dim`."""
+    """Return the sum over the positions that count, in float32 or wider; over everything, or along `dim`."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     return zero_masked(values, mask).sum(dim=dim, dtype=dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over the positions that count, 0 where nothing counts; over everything, or along `dim`."""
+    """Return the mean over the positions that count, 0 if none does; over everything, or along `dim`."""
     return masked_sum(values, mask, dim) / mask.sum(dim=dim).clamp(min=1)
 
 
 def masked_moments(values: Tensor, mask: Tensor, all_reduce: AllReduce = identity) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and population variance over the positions that count, on all ranks.
+    """Return count, mean and population variance over the positions that count, on all ranks.
 
     mean = Σ x / n;  variance = Σ (x − mean)² / n  (no Bessel correction; 0, 0, 0 where nothing counts)
 
-    Two passes, the mean before the deviations from it: Σ x² − n·mean² would lose all digits to a large mean. Returns
-    three scalars, the same on every rank.
+    Three scalars, the same on every rank. The mean is computed before the deviations from it: Σ x² − n·mean² would
+    lose all digits to a large mean.
     """
     values = zero_masked(values, mask).to(torch.promote_types(values.dtype, torch.float32))
     count, total = all_reduce(torch.stack([masked_sum(mask, mask), masked_sum(values, mask)]))
@@ -83,7 +83,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, all_red
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, all_reduce: AllReduce = identity) -> Tensor:
-    """How much of the spread of the returns the critic predicts, over the positions that count, on all ranks.
+    """Return the share of the returns' variance that the critic explains, over the positions that count, on all ranks.
 
     1 − Var(returns − values) / Var(returns): 1 is a perfect critic up to a constant, 0 no better than a constant,
     negative worse than one. nan if the returns do not vary. Scalar, no unit.

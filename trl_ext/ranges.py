@@ -1,6 +1,6 @@
 """
-What an option may be, written beside it: `lam: Annotated[float, FRACTION] = field(default=0.95)`. `check_ranges` holds
-a config to that.
+Ranges of options, written beside each: `lam: Annotated[float, FRACTION] = field(default=0.95)`. `check_ranges` checks
+a config against them.
 """
 
 import math
@@ -25,24 +25,24 @@ NOT_NEGATIVE_OR_UNSET = Range("0 or above, or unset", lambda value: value is Non
 
 
 def one_of(*choices: Any) -> Range:
-    """The range of an option that is one of a few values."""
+    """Return the range of an option that is one of a few values."""
     return Range(f"one of {choices}", lambda value: value in choices)
 
 
 def check_ranges(options: Any) -> None:
-    """Raises `ValueError` for the first option of a config that is outside the range in its annotation."""
+    """Raise `ValueError` for the first option of a config that is outside the range in its annotation."""
     for name, allowed in _ranges(type(options)):
         require(options, name, allowed.holds(getattr(options, name)), allowed.needed)
 
 
 def require(options: Any, name: str, holds: bool, needed: str) -> None:
-    """Raises `ValueError`, with the value of the option `name`, unless `holds`."""
+    """Raise `ValueError`, with the value of the option `name`, unless `holds`."""
     if not holds:
         raise ValueError(f"`{name}` is {getattr(options, name)!r}; it must be {needed}.")
 
 
 def default_of(config_class: type, name: str) -> Any:
-    """Default of a dataclass field."""
+    """Return the default of a dataclass field."""
     declared = next(f for f in fields(config_class) if f.name == name)
     return declared.default_factory() if callable(declared.default_factory) else declared.default
 

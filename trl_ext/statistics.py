@@ -7,7 +7,7 @@ from torch import Tensor
 
 def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """
-    95% interval of a proportion (Wilson 1927), which stays within 0 and 1 also near the ends.
+    Return the 95% interval of a proportion (Wilson 1927), which stays within 0 and 1 also near the ends.
 
     center ± half = (p + z²/2n) / (1 + z²/n) ± z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
     """
@@ -20,7 +20,7 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
 
 
 def half_width(values: Tensor, z: float = 1.96) -> float:
-    """Half the width of the 95% interval of the mean of `values` (N,), N > 1: z · std / √N."""
+    """Return half the width of the 95% interval of the mean of `values` (N,), N > 1: z · std / √N."""
     if len(values) < 2:
         raise ValueError(f"The mean of {len(values)} values has no interval; it takes at least 2.")
     return z * values.std().item() / math.sqrt(len(values))

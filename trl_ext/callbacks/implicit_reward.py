@@ -1,4 +1,4 @@
-"""`ImplicitRewardCallback`: what a policy has learnt of single pairs, over time."""
+"""`ImplicitRewardCallback`: show what a policy has learnt of single pairs, over time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,19 +18,20 @@ SIDES = ("chosen", "rejected")
 
 class ImplicitRewardCallback(TrainerCallback):
     """
-    A table of pairs with the implicit rewards r = β log(π_θ / π_ref) of both completions, at the start, at every
+    Shows a table of pairs with the implicit rewards r = β log(π_θ / π_ref) of both completions, at the start, at every
     evaluation or every `every` steps, and at the end: on the terminal, and in `implicit_rewards/step_<step>.jsonl`,
-    which the report shows. The log has means over many pairs; this says which pair has learnt what. The reference is
-    the model as it is when training starts, which is DPO's own, so no second model is held in memory.
+    which the report shows. The log has means over many pairs; this shows single pairs. The reference is the model as
+    it is when training starts, as in DPO, so no second model is held in memory.
 
-    For any trainer of a causal language model: of PPO and GRPO it says how their policy would order the pairs.
+    Works with any trainer of a causal language model: for PPO and GRPO it shows how their policy would order the
+    pairs.
 
     Args:
         pairs: rows with `prompt`, `chosen` and `rejected`, text or conversation, such as the first few of a dataset;
             with `tools` and `chat_template_kwargs` where it has them.
         beta: the β of r. Unset: the trainer's `beta`.
         every: optimizer steps. Unset: at every evaluation.
-        reference: another model, where training does not start from the reference.
+        reference: another model, if training does not start from the reference.
         batch_size: sequences in a forward pass.
 
     Raises:
@@ -56,10 +57,7 @@ class ImplicitRewardCallback(TrainerCallback):
             raise ValueError(f"`beta` is {beta}; it must be above 0.")
         if every is not None and every < 1:
             raise ValueError(f"`every` is {every}; it must be at least 1 step, or unset for every evaluation.")
-        self.pairs = rows
-        self.beta = beta
-        self.every = every
-        self.batch_size = batch_size
+        self.pairs, self.beta, self.every, self.batch_size = rows, beta, every, batch_size
         self._table = ModelTable(
             folder="implicit_rewards",
             title="implicit rewards, β · nats",
@@ -98,15 +96,14 @@ class ImplicitRewardCallback(TrainerCallback):
         ]
 
     def _recall(self, rows: list[Row]) -> Tensor | None:
-        """The reference's log-probabilities from the first table, if it is of these pairs."""
-        if [[row[side] for side in SIDES] for row in rows] != [
-            [text_of(p[side]) for side in SIDES] for p in self.pairs
-        ]:
+        """Return the reference's log-probabilities from the first table, if it is of these pairs."""
+        texts = [[text_of(pair[side]) for side in SIDES] for pair in self.pairs]
+        if [[row[side] for side in SIDES] for row in rows] != texts:
             return None
         known = [[row[f"{side}_ref_logp"] for row in rows] for side in SIDES]
         return None if any(None in each for each in known) else torch.tensor(known)
 
     def _logps(self, model: Any, processing_class: Any) -> Tensor:
-        """(2, pairs): log-probabilities of the chosen and of the rejected completions, nats per sequence."""
+        """Return log-probabilities (2, pairs) of the chosen and of the rejected completions, nats per sequence."""
         with evaluating(model):
             return pair_logps(model, tokenizer_of(processing_class), self.pairs, self.batch_size)

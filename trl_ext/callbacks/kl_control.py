@@ -1,4 +1,4 @@
-"""`KLControlCallback`: a KL controller for trainers that have none, and an end to runs that leave the reference."""
+"""`KLControlCallback`: control the KL in trainers that have no controller, and stop runs that leave the reference."""
 
 from typing import Any
 
@@ -11,22 +11,20 @@ from ..runs.log import reference_kl
 class KLControlCallback(TrainerCallback):
     """
     Moves the KL coefficient of `trl.GRPOTrainer` and `trl.RLOOTrainer`, their constant `beta`, by the KL that they
-    log, and stops a run whose KL stays too large. `PPOTrainerX` has controllers of its own (`kl_controller`), which
-    this one does not replace; the stop is for it too. TRL logs the KL per token: it is taken times the mean length, so
-    that controllers read nats per sequence, as in PPO. The coefficient is written into the log as `coef/kl`; a resumed
-    run takes it up from there.
+    log, and stops a run whose KL stays too large. `PPOTrainerX` has its own controllers (`kl_controller`), which this
+    does not replace; the stop works there too. TRL logs the KL per token: it is multiplied by the mean length, so that
+    controllers read nats per sequence, as in PPO. The coefficient is logged as `coef/kl`; a resumed run continues with
+    it.
 
     Args:
         trainer: whose `beta` to move; needed with `controller`.
         controller: one of `trl_ext.ppo.controllers`, such as `BandController(0.04)` or
-            `ProportionalController(0.04, 2.0, 10_000)`; its coefficient takes the place of `beta`. `None`: the
-            coefficient is left alone.
-        stop_above: nats per sequence; with `patience` log lines in a row above it the training ends.
+            `ProportionalController(0.04, 2.0, 10_000)`; its coefficient replaces `beta`. `None`: no control.
+        stop_above: nats per sequence; after `patience` log lines in a row above it the training ends.
         patience: log lines.
 
     Raises:
-        ValueError: for nothing to do; for a trainer without a KL coefficient in its loss, or with controllers of its
-            own.
+        ValueError: for nothing to do; for a trainer without a KL coefficient in its loss, or with its own controllers.
     """
 
     def __init__(
@@ -44,10 +42,7 @@ class KLControlCallback(TrainerCallback):
             raise ValueError(f"`stop_above` is {stop_above}; it must be above 0, in nats per sequence.")
         if patience < 1:
             raise ValueError(f"`patience` is {patience}; it must be at least one log line.")
-        self.trainer = trainer
-        self.controller = controller
-        self.stop_above = stop_above
-        self.patience = patience
+        self.trainer, self.controller, self.stop_above, self.patience = trainer, controller, stop_above, patience
         self._seen = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,19 +75,19 @@ class KLControlCallback(TrainerCallback):
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises ValueError for a trainer whose KL coefficient cannot be moved from outside."""
-    config = type(getattr(trainer, "args", None)).__name__
-    if hasattr(getattr(trainer, "args", None), "kl_controller"):
+    """Raise `ValueError` for a trainer whose KL coefficient cannot be moved from outside."""
+    args = getattr(trainer, "args", None)
+    if hasattr(args, "kl_controller"):
         raise ValueError(
-            f"{type(trainer).__name__} has KL controllers of its own: set `kl_controller`, `kl_target` or "
-            "`kl_band` in its config, and leave `controller` away."
+            f"{type(trainer).__name__} has its own KL controllers: set `kl_controller`, `kl_target` or "
+            "`kl_band` in its config, and leave `controller` out."
         )
     if not hasattr(trainer, "beta") or not hasattr(trainer, "num_generations"):
         raise ValueError(
             f"`controller` moves the `beta` of a GRPOTrainer or RLOOTrainer; the `trainer` given is a "
-            f"{type(trainer).__name__} ({config}). In DPO β is no coefficient of a term; it stays as it is."
+            f"{type(trainer).__name__} ({type(args).__name__}). In DPO, β is no coefficient of a term; it is fixed."
         )
     if trainer.beta == 0:
         raise ValueError(
-            "The trainer's `beta` is 0, so that it has no reference and measures no KL: start with a `beta` above 0."
+            "The trainer's `beta` is 0, so it has no reference and measures no KL: start with a `beta` above 0."
         )

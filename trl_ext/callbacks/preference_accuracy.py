@@ -1,4 +1,4 @@
-"""`PreferenceAccuracyCallback`: the accuracy on pairs with its interval, for trainers that log a bare mean."""
+"""`PreferenceAccuracyCallback`: log the accuracy on pairs with its interval, for trainers that log a bare mean."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ NAMES = ("rewards/accuracies", "accuracy")
 class PreferenceAccuracyCallback(TrainerCallback):
     """
     Adds `preference/accuracy`, its 95% interval (Wilson) and the number of pairs to the log lines of `trl.DPOTrainer`
-    and `trl.RewardTrainer`, which log a mean over batches and not of how many pairs; and prints the held-out accuracy
-    at every evaluation. In the lines of `DPOTrainerX`, which has all of that, nothing is added.
+    and `trl.RewardTrainer`, which log a mean over batches without the number of pairs; and prints the held-out
+    accuracy at every evaluation. Adds nothing to the lines of `DPOTrainerX`, which has all of that.
 
     The keys go into `state.log_history`, hence into checkpoints and the report; dashboards of `report_to` have
     received the line before a callback is called. In an evaluation whose last batch is smaller, a mean over batches
@@ -36,8 +36,10 @@ class PreferenceAccuracyCallback(TrainerCallback):
             pairs = per_step * max(1, state.global_step - self._step_of_last_line)
             self._step_of_last_line = state.global_step
             _add_interval(line, "", pairs)
-        loader = kwargs.get("eval_dataloader")
-        held_out = _pairs_of(loader)
+        try:
+            held_out = len(kwargs["eval_dataloader"].dataset)
+        except (KeyError, AttributeError, TypeError):  # no loader yet, or a stream
+            held_out = 0
         if any(f"eval_{name}" in line for name in NAMES) and held_out:
             counted = "eval_pairs" in line or "eval_preference/accuracy" in line  # by the trainer, pair by pair
             _add_interval(line, "eval_", held_out)
@@ -64,11 +66,3 @@ def _sentence(line: dict[str, Any]) -> str:
     share, low, high = (line[f"eval_preference/accuracy{end}"] for end in ("", "_low", "_high"))
     pairs = line["eval_preference/pairs"]
     return f"{share:.1%} (95% interval {low:.1%} to {high:.1%}) of {pairs:.0f} held-out pairs are in the right order."
-
-
-def _pairs_of(loader: Any) -> int:
-    """Rows of the evaluation; 0 where they cannot be counted."""
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError):  # no loader yet, or a stream
-        return 0

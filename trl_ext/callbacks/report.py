@@ -1,4 +1,4 @@
-"""`ReportCallback`: the report of a run, kept up to date while it runs."""
+"""`ReportCallback`: keep the report of a run up to date while it runs."""
 
 import logging
 import math
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 class ReportCallback(TrainerCallback):
     """
     Writes `report.html` into the run's folder, at the end and, while it runs, at most every `seconds` seconds; the
-    page loads itself again until the run is done. At the end also `report.png`. With them `run.json`, what is trained
-    on what, and `trainer_state.json`, the log so far, from which `trl-ext report` makes the same page, or one of
-    several runs.
+    page reloads itself until the run is done. Also writes `report.png` at the end, `run.json`, what is trained on
+    what, and `trainer_state.json`, the log so far, from which `trl-ext report` makes the same page, or one of several
+    runs.
 
     Drawing takes a second or two of the main process. A page that cannot be written is a warning, not the end of the
     run.
 
     Args:
-        seconds: at least this long between two pages, and at most as often as there is a log line. 0: at the end only.
-        facts: what the Trainer does not know and the page should say. The name in "data", such as `{"data":
-            "pairs.jsonl"}`, stands before the number of training rows, also on the model card.
+        seconds: at least this long between two pages, each at a log line. 0: at the end only.
+        facts: what the page should say and the Trainer does not know. The name in "data", such as `{"data":
+            "pairs.jsonl"}`, is put before the number of training rows, also on the model card.
 
     Raises:
         ImportError: at construction, without the extra `report`.
@@ -64,7 +64,7 @@ class ReportCallback(TrainerCallback):
         data = facts.pop("data", None)
         if data is not None and "training data" not in self.facts:
             facts["training data"] = ", ".join(filter(None, (data, facts.get("training data"))))
-        if state.global_step:  # a resumed run has begun when it was first started
+        if state.global_step:  # a resumed run began when it was first started
             with _in_spite_of_errors():
                 self._begun = begun_at(folder) or self._begun
         self._known = {"begun": self._begun, "every": self.seconds, "data": data, "facts": facts}
@@ -87,7 +87,7 @@ class ReportCallback(TrainerCallback):
             self._write(args, state, finished=True)
 
     def _note_held_out(self, folder: Path, metrics: Mapping[str, Any], loader: Any) -> None:
-        """Which rows are held out is known when they are first evaluated; of several sets, each by its name."""
+        """Note the held-out rows, which are known at their first evaluation; of several sets, each by its name."""
         rows = rows_of(getattr(loader, "dataset", None))
         name = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime")
         name = name.removeprefix("eval").removesuffix("runtime").strip("_")
@@ -113,7 +113,7 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def _in_spite_of_errors() -> Iterator[None]:
-    """A full disk or an odd log line must not cost a run of days."""
+    """Within the context, an error is a warning: a full disk or an odd log line must not end a run of days."""
     try:
         yield
     except Exception as error:
@@ -121,7 +121,7 @@ def _in_spite_of_errors() -> Iterator[None]:
 
 
 def facts_of(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:
-    """Return what is trained, on what, with what; in words."""
+    """Return what is trained, on what, with what, in words."""
     facts = {} if model is None else model_facts(model)
     facts["training data"] = rows_of(getattr(train_dataloader, "dataset", None))
     facts["hardware"] = hardware(args)

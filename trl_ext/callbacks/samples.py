@@ -1,4 +1,4 @@
-"""`SampleCallback`: what the model makes of fixed prompts as it learns, side by side with the reference."""
+"""`SampleCallback`: show how the model completes fixed prompts as it learns, beside the reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class SampleCallback(TrainerCallback):
     """
     Completes the same prompts every `every` steps and at the end, and shows them beside the reference's completions: a
     table on the terminal, and `samples/step_<step>.jsonl` in the run's folder, which the report shows. Decoding is
-    greedy, so that what changes is the model and no random number is drawn. The reference is the model as it is when
-    training starts, so it is asked once, and no second model is held in memory.
+    greedy, so only the model changes and no random number is drawn. The reference is the model as it is when training
+    starts, so it is asked once, and no second model is held in memory.
 
     For any trainer of a causal language model. `DPOTrainerX` has `generate_during_eval`, at evaluations and for
     held-out prompts; `PPOTrainerX` and `GRPOTrainer` have `log_completions`, for the prompts of the batch and without
@@ -45,9 +45,7 @@ class SampleCallback(TrainerCallback):
         for name, value in (("every", every), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-        self.prompts = list(prompts)
-        self.every = every
-        self.max_new_tokens = max_new_tokens
+        self.prompts, self.every, self.max_new_tokens = list(prompts), every, max_new_tokens
         self._table = ModelTable(
             folder="samples",
             title="fixed prompts, actor and reference",

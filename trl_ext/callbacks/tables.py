@@ -1,4 +1,4 @@
-"""What the callbacks share that ask the model something: when they ask whom, a table on the terminal and in a file."""
+"""Compare a model's answers with its reference's, in tables on the terminal and in files, for several callbacks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ Row = dict[str, Any]
 
 class ModelTable:
     """
-    What a model and its reference answer to the same questions, at the start of a run, whenever `again` is called and
-    at the end: on the terminal, and in `<folder>/step_<step>.jsonl` in the run's folder. The reference is the model as
-    it is when training starts, unless another is given; it is asked once, and a resumed run reads its answers from the
+    The answers of a model and its reference to the same questions, at the start of a run and whenever `again` is
+    called: on the terminal, and in `<folder>/step_<step>.jsonl` in the run's folder. The reference is the model as it
+    is when training starts, unless another is given; it is asked once, and a resumed run reads its answers from the
     first table.
 
     Args:
@@ -45,7 +45,7 @@ class ModelTable:
         self._shown_at = -1
 
     def begin(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
-        """When training starts: the reference's answers, and the first table, which is not shown."""
+        """Ask the reference when training starts; write the first table, which is not shown."""
         if not takes_part(args, state):
             return
         first = read_rows(table_path(args.output_dir, self.folder, 0)) if state.global_step else []
@@ -56,7 +56,7 @@ class ModelTable:
             self._write(args, state, self._of_reference if is_reference else self.ask(model, processing_class))
 
     def again(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
-        """A table of this step, unless it has one."""
+        """Write and show the table of this step, unless it has one."""
         if takes_part(args, state) and self._shown_at != state.global_step:
             rows = self._write(args, state, self.ask(model, processing_class))
             if rows:
@@ -66,7 +66,7 @@ class ModelTable:
             self._shown_at = state.global_step
 
     def _write(self, args: Any, state: Any, answers: Any) -> list[Row]:
-        """The rows that the main process has written; none in another process."""
+        """Write the rows on the main process and return them; none on the others."""
         if not state.is_world_process_zero:
             return []
         rows = self.rows(args, answers, self._of_reference)
@@ -75,17 +75,17 @@ class ModelTable:
 
 
 def takes_part(args: Any, state: Any) -> bool:
-    """Return whether this process computes: all do where weights are spread over them, else the main one alone."""
+    """Return whether this process computes: all do if weights are spread over them, else only the main one."""
     return state.is_world_process_zero or is_deepspeed_zero3_enabled() or bool(args.fsdp)
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer, also of a processor."""
+    """Return the tokenizer, also of a processor."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def text_of(prompt: Any) -> str:
-    """A prompt for people: a conversation as its messages' contents, one a line."""
+    """Return a prompt as text: a conversation as its messages' contents, one a line."""
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 

@@ -1,8 +1,17 @@
 """
-The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same.
+The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same. A command's body is in `commands/`.
 
-A command's body is in `commands/`. What they share is here: `training` runs those that train, `options` reads recipe
-and flags with `parser`, `topics` groups them for `--help`, `older_names` knows what they were called, `recipes` finds
-the files of `configs/`, `data` and `models` have the options of both, `launch` starts several processes, `dry_run` and
-`fit` say what a run would be, `closing` says what it has left.
+    main          finds the command
+    options       reads defaults, recipe and flags
+    parser        parses flags, and hints at what a misspelt one was to be
+    topics        groups options for `--help`
+    older_names   what options were called earlier and elsewhere
+    recipes       finds the files of `configs/`
+    models        the options of the model
+    data          the options of the data, and the rows
+    training      runs the commands that train
+    launch        starts several processes
+    fit           checks that a run fits
+    dry_run       prints what a run would be
+    closing       prints what a run has left
 """

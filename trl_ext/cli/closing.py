@@ -1,4 +1,4 @@
-"""The last lines of a run: where everything is, and what to do with it."""
+"""Write the last lines of a run: where everything is, and what to do with it."""
 
 import shlex
 import sys
@@ -16,21 +16,20 @@ from .options import Options, usage_errors
 
 
 def program(command: str) -> str:
-    """How the command was called: `trl-ext dpo`, or `python scripts/dpo.py`."""
+    """Return how the command was called: `trl-ext dpo`, or `python scripts/dpo.py`."""
     called = Path(sys.argv[0])
     return f"python {sys.argv[0]}" if called.name == f"{command}.py" else f"trl-ext {command}"
 
 
 def closing_lines(command: str, output: str | Path, argv: Sequence[str] | None = None, **others: str) -> str:
     """
+    Return the last lines of a run: where everything is, and the commands to look at it, to resume it, to go on.
+
     Args:
         command: that has run.
         output: the run's folder.
-        argv: its flags, for one that can be resumed from its last checkpoint, as it has stopped before its end.
-        others: what else can be done, and how.
-
-    Returns:
-        The last lines of a run: where everything is, and the commands to look at it, to resume it, to talk to it.
+        argv: its flags, which resume it from its last checkpoint if it has stopped early.
+        others: what else can be done, and by which command line.
     """
     page, quoted = Path(output) / "report.html", shlex.quote(str(output))
     lines = {"look": f"open {shlex.quote(str(page))}" if page.is_file() else f"trl-ext report {quoted}"}
@@ -43,18 +42,13 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str] | None =
 @contextmanager
 def running(command: str, given: Options, args: Any) -> Iterator[None]:
     """
-    Around the training: an error about what was given ends it in one sentence, and a run that is cut short, by Ctrl-C
-    or by any error, says how to go on from its last checkpoint.
-
-    Args:
-        command: that runs.
-        given: its options.
-        args: the trainer's config.
+    Run the training: an error about an option ends it in one sentence, and a run that is cut short, by Ctrl-C or by
+    any other error, says how to go on from its last checkpoint.
     """
     try:
         with usage_errors():
             yield
-    except SystemExit:  # what was given cannot be trained with, and no checkpoint would help
+    except SystemExit:  # an option is wrong, and no checkpoint would help
         raise
     except BaseException:
         again = resuming(command, args.output_dir, given.argv) if args.process_index == 0 else None
@@ -64,39 +58,31 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
 
 
 def resuming(command: str, output: str | Path, argv: Sequence[str]) -> str | None:
-    """The command that goes on from the run's last checkpoint; `None` where it has none, or one of a finished run."""
-    checkpoints = checkpoints_of(Path(output))
-    if not checkpoints or not has_steps_left(checkpoints[-1]):
+    """Return the command that goes on from the run's last checkpoint; `None` without one, or if the run is done."""
+    paths = [path.parent for path in Path(output).glob(f"checkpoint-*/{STATE}")]
+    steps = {path: path.name.removeprefix("checkpoint-") for path in paths if is_of_this_run(path, output)}
+    last = max((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), default=None)
+    if last is None or not has_steps_left(last):
         return None
-    flags = [*without(argv, "resume_from_checkpoint"), "--resume_from_checkpoint", str(checkpoints[-1])]
+    flags = [*without(argv, "resume_from_checkpoint"), "--resume_from_checkpoint", str(last)]
     return f"{program(command)} {shlex.join(flags)}"
 
 
-def checkpoints_of(output: Path) -> list[Path]:
-    """Those of the last run in the folder that were saved whole, by step."""
-    paths = [path.parent for path in output.glob(f"checkpoint-*/{STATE}") if is_of_this_run(path.parent, output)]
-    steps = {path: path.name.removeprefix("checkpoint-") for path in paths}
-    return sorted((path for path in paths if steps[path].isdigit()), key=lambda path: int(steps[path]))
-
-
 def without(argv: Sequence[str], *options: str) -> list[str]:
-    """The words without these options and their values."""
+    """Return the words without these options and their values."""
     kept: list[str] = []
     skip = False
     for word in argv:
         if word.startswith("--"):
             name = word.removeprefix("--").partition("=")[0]
             skip = name.replace("-", "_") in options
-            if skip:
-                continue
-        elif skip:
-            continue
-        kept.append(word)
+        if not skip:
+            kept.append(word)
     return kept
 
 
 def report_callbacks(data: str) -> list[TrainerCallback]:
-    """The report of a run; without the extra that draws it, a word about that, and none."""
+    """Return the callback that writes the report; none, and a note, without the extra that draws it."""
     try:
         return [ReportCallback(facts={"data": data})]
     except ImportError as error:

@@ -1,8 +1,9 @@
-"""Which rows a command trains on, evaluates on or scores."""
+"""Load the rows that a command trains on, evaluates on or scores."""
 
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,16 +15,12 @@ from ..data.conversions import to_preference
 from ..data.formats import parse_columns
 from ..data.json_values import key_of
 from ..runs.folder import DATA_FILES
-from .options import is_ours
+from .options import PACKAGE, package_of
 
 
 @dataclass
 class DataArguments(DatasetMixtureConfig):
-    """
-    Data
-
-    Which rows to train on and which to hold out. `datasets` is TRL's mixture; it goes before `dataset_name`.
-    """
+    """Which rows to train on and which to hold out. TRL's mixture, `datasets`, goes before `dataset_name`."""
 
     TOPIC: ClassVar[str] = "Data"
 
@@ -57,7 +54,7 @@ class DataArguments(DatasetMixtureConfig):
 
     @property
     def source(self) -> str:
-        """Where the rows come from, for people."""
+        """Return where the rows come from, in words."""
         mixture = ", ".join(str(part.path) for part in self.datasets)
         return mixture or self.dataset_name or "embedded movie reviews (Hutto & Gilbert 2014)"
 
@@ -70,12 +67,8 @@ class PairArguments(DataArguments):
 
 
 def load_pairs(data: PairArguments) -> DatasetDict:
-    """Pairs to train on and to evaluate on; the embedded ones without data of the user's own."""
-
-    def pairs(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return demo.preference_pairs(data.min_gap, train_size, test_size)
-
-    return load_splits(data, pairs, to_preference)
+    """Return pairs to train on and to evaluate on; the embedded ones without data of the user's own."""
+    return load_splits(data, partial(demo.preference_pairs, data.min_gap), to_preference)
 
 
 def load_splits(
@@ -84,24 +77,22 @@ def load_splits(
     convert: Callable[[Any, Mapping[str, str]], Any],
 ) -> DatasetDict:
     """
-    The splits `train` and `test`.
+    Return the splits `train` and `test`.
 
     Args:
-        own: gives them, from `train_size` and `test_size`, where there are no data of the user's own.
+        own: makes them, from `train_size` and `test_size`, if the user gives no data.
         convert: `to_preference` or `to_prompts`, which gets the columns to rename.
     """
     if args.dataset_name is None and not args.datasets:
         return own(args.train_size, args.test_size)
     splits = _load(args)
     if args.dataset_train_split not in splits:
-        raise ValueError(
-            f"{args.source} has no split {args.dataset_train_split!r} but {list(splits)}; choose one with "
-            "`--dataset_train_split`."
-        )
+        raise _no_split("train", splits, args)
     _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
     columns = parse_columns(args.columns or ())
     train = convert(splits[args.dataset_train_split], columns)
-    _require_test_split(splits, args)
+    if args.dataset_test_split not in (*splits, "test"):
+        raise _no_split("test", splits, args, ", or leave it out")
     if args.dataset_test_split in splits:
         test = convert(splits[args.dataset_test_split], columns)
     else:
@@ -110,42 +101,36 @@ def load_splits(
 
 
 def require_steps(rows: Any, max_steps: int) -> None:
-    """
-    Raises:
-        ValueError: for a stream without `max_steps`: nobody knows how many steps an epoch has.
-    """
+    """Raise `ValueError` for a stream without `max_steps`: nothing says how many steps an epoch has."""
     if isinstance(rows, IterableDataset) and max_steps <= 0:
         raise ValueError("A stream has no length: give `--max_steps`.")
 
 
 def load_rows(args: DataArguments) -> Dataset:
-    """All pairs of the test split, or of the training split where there is no other; at most `test_size`."""
+    """Return at most `test_size` pairs of the test split, or of the training split where there is no other."""
     splits = _load(args)
-    _require_test_split(splits, args)
+    if args.dataset_test_split not in (*splits, "test"):
+        raise _no_split("test", splits, args, ", or leave it out")
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
             _require_rows(splits[name], f"split {name!r} of {args.source}")
             return _first(to_preference(splits[name], parse_columns(args.columns or ())), args.test_size)
-    raise ValueError(
-        f"{args.source} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
-        "`--dataset_test_split`."
+    raise _no_split("test", splits, args)
+
+
+def _no_split(kind: str, splits: Any, args: DataArguments, way_out: str = "") -> ValueError:
+    option = f"dataset_{kind}_split"
+    given = getattr(args, option)
+    return ValueError(
+        f"{args.source} has no split {given!r} but {list(splits)}; choose one with `--{option}`{way_out}."
     )
-
-
-def _require_test_split(splits: Any, args: DataArguments) -> None:
-    """Raises `ValueError` for a split to evaluate on that was named and is not there."""
-    if args.dataset_test_split not in (*splits, "test"):
-        raise ValueError(
-            f"{args.source} has no split {args.dataset_test_split!r} but {list(splits)}; choose one with "
-            "`--dataset_test_split`, or leave it out."
-        )
 
 
 def _load(args: DataArguments) -> DatasetDict:
     try:
         return _read(args)
     except Exception as error:  # of datasets, pyarrow, pandas and the hub: each raises its own
-        if is_ours(error):
+        if package_of(error) == PACKAGE:
             raise
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a heading alone
             raise ValueError(f"{args.source} holds no rows.") from error
@@ -166,16 +151,16 @@ def _read(args: DataArguments) -> DatasetDict:
     name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
     if path.is_file() or path.suffix.lower() in DATA_FILES:
-        _require_content(path)
-        return load_dataset(_builder(path), data_files=str(path), streaming=streaming)
+        _check_file(path)
+        return load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     return load_dataset(name, args.dataset_config, streaming=streaming)
 
 
-def _builder(path: Path) -> str:
-    """Return what `load_dataset` calls a file's kind; `ValueError` for one that is not there, or of another kind."""
+def _check_file(path: Path) -> None:
+    """Raise `ValueError` for a file that does not exist, of a kind that is not read, or empty."""
     if not path.is_file():
         names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in DATA_FILES]
         near = difflib.get_close_matches(str(path), names, n=1, cutoff=0)
@@ -183,15 +168,9 @@ def _builder(path: Path) -> str:
         raise ValueError(f"There is no file {path}.{meant}")
     if path.suffix.lower() not in DATA_FILES:
         raise ValueError(f"{path} is of no kind that is known by its name; those are {', '.join(DATA_FILES)}.")
-    return DATA_FILES[path.suffix.lower()]
-
-
-def _require_content(path: Path) -> None:
-    """Raises `ValueError` for a file of nothing, or of blanks alone."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if not file.read(4096).strip():
-                raise ValueError(f"The file {path} is empty.")
+    with path.open("rb") as file:
+        if not file.read(4096).strip():
+            raise ValueError(f"The file {path} is empty.")
 
 
 def _require_rows(rows: Any, name: str) -> None:
@@ -204,7 +183,7 @@ def _require_rows(rows: Any, name: str) -> None:
 
 
 def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
-    """Rows to train on and rows to evaluate on, of a dataset with one split."""
+    """Divide a dataset with one split into rows to train on and rows to evaluate on."""
     if not isinstance(rows, IterableDataset):
         if len(rows) < 2:
             raise ValueError("There is one row, and it takes two at least: one to train on and one to hold out.")
@@ -221,7 +200,7 @@ def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
 
 
 def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Rows to train on and a share to hold out. Rows of one prompt stay together, where there are prompts enough."""
+    """Hold out a share of the rows. Rows of one prompt stay together, if there are enough prompts."""
     prompts = [key_of(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else []
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) == len(prompts) or len(distinct) < 10:

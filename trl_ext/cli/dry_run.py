@@ -1,4 +1,4 @@
-"""What a run would be: its batches, its memory, and the first sample as the model reads it."""
+"""Print what a run would be: its batches, its memory, and the first sample as the model reads it."""
 
 import math
 import sys
@@ -36,12 +36,12 @@ LOOKED_AT = 1000  # prompts that are tokenised to find the longest
 
 def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) -> None:
     """
-    Prints it all; nothing is loaded but the tokenizer and the data, and no file is written.
+    Print it all; only the tokenizer and the data are loaded, and no file is written.
 
     Args:
         command: "reward", "ppo" or "dpo".
         given: its options.
-        load: the data's splits from the command's first class of options.
+        load: loads the splits of the data from the command's first class of options.
     """
     require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
@@ -70,7 +70,7 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
 
 @contextmanager
 def as_if_of(count: int) -> Iterator[None]:
-    """The options count `count` processes, which are not started."""
+    """Within the context, options count `count` processes, which are not started."""
     state = PartialState()
     before, state.num_processes = state.num_processes, count
     try:
@@ -81,11 +81,8 @@ def as_if_of(count: int) -> Iterator[None]:
 
 def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
     """
-    Check what `PPOTrainerX` checks of prompts and models before it loads any. A reward model that is still to be
-    trained is no error here.
-
-    Raises:
-        ValueError: as the trainer would.
+    Check what `PPOTrainerX` checks of prompts and models before it loads any; raise its errors. A reward model that is
+    still to be trained is no error here.
     """
     judge = args.reward_model_path
     given = Given(model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge)
@@ -100,7 +97,7 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
 
 
 def batches(command: str, args: Any, rows: int | None, count: int) -> str:
-    """Return what makes an optimizer step, and how many there will be, as the trainer counts them."""
+    """Return the size and the number of optimizer steps in words, as the trainer counts them."""
     if command == "ppo":
         return batch_plan(PPOLoopConfig(args), rows)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -125,7 +122,7 @@ def optimizer_steps(command: str, args: Any, rows: int | None, count: int) -> in
 
 
 def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:
-    """The memory plan, or why there is none."""
+    """Return the memory plan, or why there is none."""
     if command == "reward":
         return "Memory: the planner plans PPO and DPO; a reward model needs less than DPO of the same model."
     if given.gpu is not None:
@@ -141,7 +138,7 @@ def memory(command: str, options: dict[str, Any], given: Options, count: int, lo
 
 
 def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str]:
-    """Tokens of the longest of the first prompts, and the first of them, for people."""
+    """Return the tokens of the longest of the first prompts, and the first of them in words."""
     first = [row for row, _ in zip(rows, range(LOOKED_AT), strict=False)]
     ids = [prompt_ids(row, tokenizer, args.chat_template_kwargs or {}, tokenizer.pad_token_id) for row in first]
     longest = max(map(len, ids))
@@ -150,7 +147,7 @@ def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str]:
 
 
 def pair(command: str, row: dict[str, Any], tokenizer: Any, args: Any) -> str:
-    """The first pair, for people."""
+    """Return the first pair in words."""
     if getattr(args, "chat_template_path", None):
         print("`chat_template_path` is not applied in a dry run.", file=sys.stderr)
     columns = tokenised_pair(PAIR_TRAINERS[command], row, tokenizer, args)
@@ -161,9 +158,8 @@ def pair(command: str, row: dict[str, Any], tokenizer: Any, args: Any) -> str:
 
 
 def token_lines(parts: dict[str, list[int]], tokenizer: Any) -> str:
-    """Of each part its length, its text with special tokens, and its ids."""
-    lines = [
+    """Return the length of each part, its text with special tokens, and its ids."""
+    return "\n".join(
         f"  {name:9}{len(ids):5} tokens  {tokenizer.decode(ids)!r}\n{'':24}{' '.join(map(str, ids))}"
         for name, ids in parts.items()
-    ]
-    return "\n".join(lines)
+    )

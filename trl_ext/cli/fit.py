@@ -1,4 +1,4 @@
-"""Whether a run fits, before anything of it is loaded."""
+"""Check that a run fits, before anything is loaded."""
 
 import sys
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from ..planner import Hardware, Plan, layout_from_options, names_from_options, p
 
 def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
     """
+    Plan a run of "ppo" or "dpo" from the names and values of its options.
+
     Args:
-        trainer: "ppo" or "dpo".
-        options: names and values of every option.
-        prompt: tokens of the longest prompt, where it is known.
+        prompt: tokens of the longest prompt, if it is known.
 
     Raises:
         ValueError: for a model or a layout that the planner cannot read.
@@ -29,7 +29,7 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
     Args:
         trainer: "ppo", "dpo" or "reward", which is not planned: it needs less than DPO.
         arguments: the command's options, made.
-        hardware: what it is to fit; unset: this machine, and without a GPU nothing is checked.
+        hardware: what it must fit; unset: this machine, and without a GPU nothing is checked.
 
     Raises:
         SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
@@ -43,7 +43,7 @@ def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None)
         hardware = this_machine()
     try:
         planned = plan_run(trainer, options, hardware)
-    except Exception as reason:  # what cannot be planned is the trainer's to refuse: a plan must not end a run
+    except Exception as reason:  # a failing plan must not end a run
         print(f"Whether the run fits has not been planned: {reason}", file=sys.stderr)
         return
     if not planned.fits:

@@ -1,4 +1,4 @@
-"""Several processes: a command starts itself again through `accelerate launch`."""
+"""Start several processes: a command starts itself again through `accelerate launch`."""
 
 import os
 from dataclasses import dataclass, field
@@ -53,18 +53,14 @@ class LaunchArguments:
 OF_ACCELERATE = ("machine_rank", "main_process_ip", "main_process_port")
 
 
-def is_launched() -> bool:
-    """Return whether a launcher has started this process: torchrun, or accelerate."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
 def launches(given: Options) -> bool:
     """Return whether the command is to start processes, and has not been started by a launcher."""
     asked = given.nproc is not None or given.accelerate_config is not None
     require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
         raise ValueError("`--machine_rank` and its like are for several processes: give `--accelerate_config` too.")
-    return asked and not is_launched()
+    is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ  # by torchrun, accelerate
+    return asked and not is_launched
 
 
 def require_count(given: Options) -> None:
@@ -74,23 +70,21 @@ def require_count(given: Options) -> None:
 
 def launch(command: str, given: Options) -> None:
     """
-    Runs the command in several processes, as `accelerate launch` does, until all have ended.
+    Run the command in several processes, as `accelerate launch` does, until all have ended.
 
     Raises:
-        ValueError: for a file that there is not, or one that starts a single process where several are asked for.
+        ValueError: for a file that does not exist, or that starts one process although several are asked for.
     """
-    on_cpu = (
-        [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]
-    )  # or each would take itself to be alone
+    # Without the flag, each process on a CPU would believe that it is the only one.
+    on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]
     words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
     launch_command(launch_command_parser().parse_args(words))
 
 
 def require_all(args: Any) -> None:
     """
-    Raises:
-        ValueError: when a launcher has started several processes and this one is alone, as on a CPU without
-            `--use_cpu`: each would write the same folder.
+    Raise `ValueError` if a launcher has started several processes and this one believes that it is the only one, as on
+    a CPU without `--use_cpu`: each would write into the same folder.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != args.world_size:
@@ -101,7 +95,7 @@ def require_all(args: Any) -> None:
 
 
 def accelerate_flags(given: Options) -> list[str]:
-    """The flags of `accelerate launch` for what was asked."""
+    """Return the flags of `accelerate launch` for the command's options."""
     file, settings = accelerate_file(given)
     if (given.nproc or 1) > 1 and settings.get("distributed_type", "NO") == "NO":
         raise ValueError(
@@ -117,19 +111,19 @@ def accelerate_flags(given: Options) -> list[str]:
 
 
 def accelerate_file(given: Options) -> tuple[Path, dict[str, Any]]:
-    """The file that the processes are started with, and what is in it."""
+    """Return the file that the processes are started with, and its content."""
     usual = "ddp" if (given.nproc or 1) > 1 else "single"
     file = find_config(given.accelerate_config or usual, "accelerate")
     return file, read_yaml(file, "accelerate file")
 
 
 def deepspeed_of(settings: dict[str, Any]) -> str | None:
-    """The DeepSpeed file that an accelerate file names."""
+    """Return the DeepSpeed file that an accelerate file names."""
     return (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
 
 
 def processes(given: Options) -> int:
-    """How many the run has, or would have."""
+    """Return how many processes the run has, or would have."""
     if given.nproc is not None:
         return given.nproc
     if given.accelerate_config is not None:
@@ -138,6 +132,6 @@ def processes(given: Options) -> int:
 
 
 def deepspeed_file(given: Options) -> str | None:
-    """The DeepSpeed file of the run, its own or that of its accelerate file."""
+    """Return the DeepSpeed file of the run, its own or that of its accelerate file."""
     named = deepspeed_of(accelerate_file(given)[1]) if given.accelerate_config is not None else None
     return given.deepspeed or (None if named is None else str(find_config(named, "deepspeed")))

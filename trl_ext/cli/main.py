@@ -23,11 +23,13 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """
+    Run a command.
+
     Args:
         argv: the words of the command line behind `trl-ext`; unset: those of this process.
 
     Raises:
-        SystemExit: with status 2 for a command that there is not.
+        SystemExit: with status 2 for an unknown command.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def leave_out_noise() -> None:
-    """Warnings about what other packages do among themselves, which nobody who trains can change."""
+    """Silence warnings of other packages that a user can do nothing about."""
     # TRL 1.16 uses the old name of activation checkpointing.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     # On import, about a kernel for 4 bits on CPUs that it can do without.
@@ -56,15 +58,10 @@ def leave_out_noise() -> None:
 
 
 def usage() -> str:
-    """Every command with what it does."""
-    lines = [f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "PPO with a critic, and DPO, on Hugging Face TRL.",
-            "",
-            *lines,
-            "",
-            "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,",
-            "`python scripts/COMMAND.py` is the same command.",
-        ]
+    """Return every command with what it does."""
+    lines = "\n".join(f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items())
+    return (
+        f"PPO with a critic, and DPO, on Hugging Face TRL.\n\n{lines}\n\n"
+        "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,\n"
+        "`python scripts/COMMAND.py` is the same command."
     )

@@ -1,4 +1,4 @@
-"""The options of the model to start from."""
+"""Read the options of the model to start from, and check the models that options name."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class ModelArguments(ModelConfig):
     )
 
     def init_kwargs(self, use_cpu: bool = False) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`."""
+        """Return keyword arguments for `from_pretrained`."""
         # Small updates of bfloat16 weights round to nothing, so weights that are trained in full are kept in float32.
         dtype = "bfloat16" if self.use_peft and computes_in_bf16(use_cpu) else "float32"
         kwargs = {"dtype": self.dtype or dtype, "revision": self.model_revision}
@@ -51,8 +51,8 @@ class ModelArguments(ModelConfig):
             modules_to_save: modules to train in full where none are given.
 
         Raises:
-            ValueError: for a task type other than `task`, a pattern of modules that is none, or quantised weights
-                without an adapter.
+            ValueError: for a task type other than `task`, an invalid pattern of modules, or quantised weights without
+                an adapter.
         """
         if self.lora_task_type not in ("CAUSAL_LM", task):
             raise ValueError(f"`lora_task_type` is {self.lora_task_type}; this command trains {task}: leave it out.")
@@ -78,12 +78,7 @@ class ModelArguments(ModelConfig):
         return config
 
     def quantization(self) -> Any:
-        """
-        Return how the weights are quantised as they are loaded; `None` if they are not.
-
-        Raises:
-            ValueError: for options that bitsandbytes does not have.
-        """
+        """Return how weights are quantised on loading, if they are; `ValueError` if bitsandbytes refuses."""
         try:
             return get_quantization_config(self)
         except ValueError as error:
@@ -93,10 +88,8 @@ class ModelArguments(ModelConfig):
 @contextmanager
 def model_errors(model: ModelArguments) -> Iterator[None]:
     """
-    Says in one sentence, with the cure, what transformers, PEFT or TRL refuse as they make the model.
-
-    Raises:
-        ValueError: for an error that one of them raises itself; another keeps its traceback.
+    Within the context, an error that transformers, PEFT or TRL raise themselves about the model becomes a `ValueError`
+    of one sentence with a way out; any other keeps its traceback.
     """
     try:
         yield
@@ -119,14 +112,7 @@ def model_errors(model: ModelArguments) -> Iterator[None]:
 
 
 def require_adapted(model: nn.Module, given: ModelArguments) -> None:
-    """
-    Args:
-        model: with its adapter.
-        given: the options that the adapter was made of.
-
-    Raises:
-        ValueError: for a name that no module has. PEFT passes it over if it finds another one.
-    """
+    """Raise `ValueError` for an adapter's module that the model does not have: PEFT skips it if it finds another."""
     if not given.use_peft:
         return
     names = [name for name, _ in model.named_modules()]
@@ -142,7 +128,7 @@ def require_adapted(model: nn.Module, given: ModelArguments) -> None:
 
 def path_of(model: ModelArguments, args: Any = None) -> str:
     """
-    The model to start from; without one, SmolLM2, converted at first use.
+    Return the model to start from, checked; if none is given, SmolLM2, converted at first use.
 
     Raises:
         ValueError: as `require_model` does, and for an adapter without its base.
@@ -150,17 +136,15 @@ def path_of(model: ModelArguments, args: Any = None) -> str:
     named = model.model_name_or_path or getattr(args, "sft_model_path", None)
     if named is None:
         return str(demo.smollm2())
-    require_model(named, "--model" if model.model_name_or_path else "--sft_model_path", model.model_revision)
+    option = "--model" if model.model_name_or_path else "--sft_model_path"
+    require_model(named, option, model.model_revision)
     check_no_adapter(named, "model")
-    require_weights(named, "--model" if model.model_name_or_path else "--sft_model_path")
+    require_weights(named, option)
     return named
 
 
 def require_judges(reward_model: str | None, value_model: str | None) -> None:
-    """
-    Raises:
-        ValueError: for one that is given and is no model, as `require_model` does.
-    """
+    """Raise `ValueError` for a reward or value model that is given and is no model, as `require_model` does."""
     for what, path in {"--reward_model_path": reward_model, "--value_model": value_model}.items():
         if path is not None:
             require_model(path, what)

@@ -1,4 +1,4 @@
-"""What a command was given, by default, recipe and flag, and the objects that are made of it."""
+"""Read the options of a command from defaults, recipe and flags, and make its config objects of them."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ PACKAGE = __name__.split(".")[0]
 
 class Options:
     """
-    Option names and values of a command; nothing is made of them yet, no device or process group is touched.
+    Option names and values of a command; no config is made of them yet, no device or process group is touched.
 
     Args:
         parser: of the command.
@@ -40,10 +40,10 @@ class Options:
 
     def make(self, **changes: Any) -> tuple:
         """
-        Makes an instance of each of the command's classes, with `changes` over what was given.
+        Make an instance of each of the command's classes, with `changes` on top of the options.
 
         Raises:
-            ValueError: for options that cannot be, also where TRL or transformers says so.
+            ValueError: for options that are refused, here or by TRL or transformers.
         """
         values = vars(self.values) | changes
         check_startable(self.values)
@@ -72,7 +72,7 @@ def read(
     defaults: dict[str, Any] | None = None,
 ) -> Options:
     """
-    The options from, in rising order: the classes' own defaults, `defaults`, the YAML recipe, the flags.
+    Read the options; of the classes' own defaults, `defaults`, the YAML recipe and the flags, the later wins.
 
     The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is `demo`,
     whose settings fit the embedded data. A recipe's `env` is put into the environment, as TRL does.
@@ -82,7 +82,7 @@ def read(
         demo: an installed recipe, such as "dpo/demo".
 
     Raises:
-        ValueError: for an unknown key or flag, with the nearest one, or a recipe that there is not.
+        ValueError: for an unknown key or flag, with the nearest one, or a recipe that does not exist.
         SystemExit: after `--help`, or for a flag without a value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -102,16 +102,15 @@ def read(
     _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        words = [word for word in unknown if word.startswith("-")] or unknown
-        raise ValueError(f"{misspelt(words, parser)} `--help_all` lists every option.")
+        raise ValueError(f"{misspelt(unknown, parser)} `--help_all` lists every option.")
     _find_deepspeed(values)
     return Options(parser, values, argv)
 
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
     """
-    Option names and values of a recipe, with the defaults of `dataclasses` for what it leaves open. Nothing is built
-    from them, so a recipe for other hardware can be read. Keys that `dataclasses` do not know are a command's own.
+    Return option names and values of a recipe, with the defaults of `dataclasses` for the rest. No config is made, so
+    a recipe for other hardware can be read. Keys that `dataclasses` do not know are a command's own.
     """
     parser = OptionParser("", dataclasses)
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
@@ -125,20 +124,15 @@ def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str,
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """
-    An error that this package raises about what it was given ends the command with its text alone. One that comes from
-    elsewhere keeps its traceback, which may be all there is to go by.
+    Within the context, an error that this package raises ends the command with its text alone. One from elsewhere
+    keeps its traceback, which may be the only hint.
     """
     try:
         yield
     except (ValueError, ImportError) as error:  # an extra that is not installed is one, too
-        if not is_ours(error):
+        if package_of(error) != PACKAGE:
             raise
         raise SystemExit(f"error: {error}") from error
-
-
-def is_ours(error: BaseException) -> bool:
-    """Return whether the error was raised in this package."""
-    return package_of(error) == PACKAGE
 
 
 def package_of(error: BaseException) -> str:
@@ -150,8 +144,7 @@ def package_of(error: BaseException) -> str:
 
 
 def _apply_recipe(parser: OptionParser, path: Path) -> None:
-    """Sets the parser's defaults from a YAML mapping; a key is the name of a flag, `model` and `model_name_or_path`
-    alike."""
+    """Set the parser's defaults from a YAML mapping; a key is any name of a flag, `model` or `model_name_or_path`."""
     recipe = read_recipe(path)
     os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
     options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
@@ -172,10 +165,8 @@ def _apply_recipe(parser: OptionParser, path: Path) -> None:
 
 def recipe_value(action: argparse.Action, value: Any) -> Any:
     """
-    A value of a recipe as the flag would have it: lists may be written in one line, and columns as a mapping.
-
-    Raises:
-        ValueError: for a value that the flag would refuse.
+    Return a value of a recipe as the flag would have it, or raise `ValueError` where the flag would refuse it. Lists
+    may be written in one line, and columns as a mapping.
     """
     if action.nargs == "+" and isinstance(value, str):
         return value.split()
@@ -197,7 +188,7 @@ def recipe_value(action: argparse.Action, value: Any) -> Any:
 
 
 def _follow_the_device(parser: OptionParser, known: argparse.Namespace) -> None:
-    """Defaults that TRL and transformers would choose as if there were a GPU."""
+    """Set the defaults that TRL and transformers would choose as if there were a GPU."""
     use_cpu = getattr(known, "use_cpu", False)
     if use_cpu or not torch.cuda.is_available():
         parser.set_defaults(dataloader_pin_memory=False)
@@ -206,7 +197,7 @@ def _follow_the_device(parser: OptionParser, known: argparse.Namespace) -> None:
 
 
 def _find_deepspeed(values: argparse.Namespace) -> None:
-    """A DeepSpeed file may be an installed one."""
+    """Find a DeepSpeed file, which may be an installed one; raise `ValueError` if it is broken."""
     file = getattr(values, "deepspeed", None)
     if isinstance(file, str) and file.endswith(".json"):
         values.deepspeed = str(find_config(file, "deepspeed"))

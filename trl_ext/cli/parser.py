@@ -1,4 +1,4 @@
-"""The parsers of the commands: options by topic, both spellings, and what was meant by one that there is not."""
+"""Parse command lines: options by topic, in both spellings, with a hint at what a misspelt one was to be."""
 
 import argparse
 import difflib
@@ -53,7 +53,7 @@ class OptionParser(TrlParser):
         return self._headings[heading]
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """As the parent does, by topic. A dataclass has the fields of its last base first, and so have the topics."""
+        """Add options as the parent does, by topic; as a dataclass, a topic has the fields of its last base first."""
         absent = ABSENT.get(self.command, "").split()
         hints = get_type_hints(dtype)
         options = [option for option in fields(dtype) if option.init and option.name not in absent]
@@ -81,28 +81,23 @@ class OptionParser(TrlParser):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """For commands with few options: `argparse`, which takes hyphens for underscores and says what was meant."""
+    """`argparse` for commands with few options: takes hyphens for underscores and hints at what was meant."""
 
     def __init__(self, command: str, description: str | None):
         super().__init__(
-            prog=f"trl-ext {command}",
-            description=description,
-            formatter_class=_HelpFormatter,
-            usage=None,
-            allow_abbrev=False,
+            f"trl-ext {command}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         values, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            words = [word for word in unknown if word.startswith("-")] or unknown
-            raise SystemExit(f"error: {misspelt(words, self)} `--help` lists every option.")
+            raise SystemExit(f"error: {misspelt(unknown, self)} `--help` lists every option.")
         return values
 
 
 def _with_underscores(word: str) -> str:
-    """A flag in the spelling that is known: `--from_config` for `--from-config`, and argparse's own `--no-suggest`."""
+    """Return a flag in the spelling that is known: `--from_config` for `--from-config`; argparse's `--no-suggest`."""
     if not word.startswith("--"):
         return word
     name, sign, value = word.partition("=")
@@ -111,7 +106,7 @@ def _with_underscores(word: str) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """One name per option (`--max_steps INT`), though argparse knows its hyphens too, and no empty defaults."""
+    """Show one name per option (`--max_steps INT`), although argparse knows its hyphens too, and no empty defaults."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=WIDTH)
@@ -127,10 +122,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
-    """Unknown options, each with what it is called today, or else the nearest one that there is."""
+    """Return a sentence for each unknown option, or word: what it is called today, or else the nearest option."""
     known = [name.lstrip("-") for action in parser._actions for name in spellings(action)]
     sentences = []
-    for word in unknown:
+    for word in [word for word in unknown if word.startswith("-")] or unknown:
         dashes = "--" if word.startswith("-") else ""
         wanted = word.split("=")[0].lstrip("-").replace("-", "_")
         meant = what_it_is_today(wanted, set(known))
@@ -145,7 +140,7 @@ def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
 
 
 def spellings(action: argparse.Action) -> list[str]:
-    """The names of an option, without the second spelling with hyphens."""
+    """Return the names of an option, without the second spelling with hyphens."""
     return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
 
 

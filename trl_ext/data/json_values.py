@@ -1,4 +1,4 @@
-"""Any value as JSON can hold it, for files that others read and for telling rows apart."""
+"""Write any value as JSON can hold it, for files that others read and for telling rows apart."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 def plain(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
     """
-    Turns a value into what JSON has, within lists and mappings too: dates and times into ISO 8601, bytes into their
+    Turn a value into what JSON has, within lists and mappings too: dates and times into ISO 8601, bytes into their
     text or else base64, arrays and tensors into lists, sets into sorted lists, anything else into its `str`.
 
     Args:
@@ -40,17 +40,17 @@ def plain(value: Any, not_finite: Callable[[float], Any] = lambda number: None) 
 
 
 def plain_line(row: Any) -> str:
-    """Writes a row as a line of a JSON Lines file."""
+    """Return a row as a line of a JSON Lines file."""
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def plain_file(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> str:
-    """Writes the text of a JSON file."""
+    """Return the text of a JSON file."""
     return json.dumps(plain(value, not_finite), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def key_of(value: Any) -> str:
-    """Gives a text that tells values apart as far as JSON does: a date is as its text, a tuple as a list."""
+    """Return a text that tells values apart as far as JSON does: a date is as its text, a tuple as a list."""
     return json.dumps(plain(value, str), sort_keys=True)
 
 

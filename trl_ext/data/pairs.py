@@ -1,4 +1,4 @@
-"""What a dataset of preference pairs must hold, for DPO and reward models."""
+"""Check a dataset of preference pairs, for DPO and reward models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,35 +18,31 @@ TO_ONE_KIND = " `trl_ext.data.conversions.to_preference(dataset)` makes turns of
 
 def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
     """
+    Check the columns of preference pairs.
+
     Args:
-        tokenizer: gives the tokenizer that conversations will be written with; `None` where that is not known yet.
+        tokenizer: gives the tokenizer that conversations will be written with; `None` if that is not known yet.
 
     Raises:
-        ValueError: for a dataset without the columns of a preference pair, or with other things in them than text or
-            messages; for conversations that the tokenizer has no chat template for.
+        ValueError: for a dataset without these columns, or with anything in them but text or messages; for
+            conversations that the tokenizer has no chat template for.
     """
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **held_out}.items():
-        if isinstance(dataset, Dataset | IterableDataset):
-            if next(iter(dataset), None) is None:
-                raise ValueError(f"`{name}` has no rows.")
-            require(dataset, "preference", name)
-            _check_row(name, dataset)
-            warn_of_unread(dataset, "preference", name)
+        if not isinstance(dataset, Dataset | IterableDataset):
+            continue
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{name}` has no rows.")
+        require(dataset, "preference", name)
+        _check_row(name, dataset)
+        warn_of_unread(dataset, "preference", name)
         if isinstance(dataset, Dataset):
             _check_cells(name, dataset)
-        if isinstance(dataset, Dataset | IterableDataset):
-            check_written(name, dataset, tokenizer)
+        check_written(name, dataset, tokenizer)
 
 
 def check_written(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None:
-    """
-    Args:
-        tokenizer: as for [`check_columns`].
-
-    Raises:
-        ValueError: for pairs that the tokenizer, or its chat template, cannot write as they are meant.
-    """
+    """Raise `ValueError` for pairs that the tokenizer, or its chat template, cannot write as they are meant."""
     columns = describe(dataset).columns
     if {"image", "images"} & columns.keys():
         return
@@ -91,7 +87,7 @@ def _check_row(name: str, dataset: Any) -> None:
 
 
 def _check_cells(name: str, dataset: Dataset) -> None:
-    """Raises `ValueError` for cells that hold nothing: TRL would stumble over them somewhere in the tokenisation."""
+    """Raise `ValueError` for empty cells and cells of two kinds: TRL would fail somewhere in the tokenisation."""
     for column in (*OPTIONAL, *NEEDED):
         if column in dataset.column_names:
             cells = dataset[column]
@@ -121,7 +117,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_roles(messages: list[dict[str, Any]], has_prompt: bool, whose: str) -> None:
-    """Raises `ValueError` for an answer that the assistant does not begin, or does not end."""
+    """Raise `ValueError` for an answer that the assistant does not begin, or does not end."""
     roles = [message.get("role") for message in messages]
     if roles[-1] != "assistant":
         raise ValueError(
@@ -145,10 +141,6 @@ def _is_conversation(value: Any) -> bool:
 
 
 def require_rows_left(dataset: Any, name: str, why: str) -> None:
-    """
-    Raises:
-        ValueError: for a stream that gives no row, after what is left out of it: a run on it would end at once. The
-            rows up to the first one that is kept are read.
-    """
+    """Raise `ValueError` for a stream of which no row is left; reads up to the first that is."""
     if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
         raise ValueError(f"No row of the stream of {name} rows is left: {why}.")

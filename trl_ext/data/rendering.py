@@ -21,9 +21,8 @@ BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that joi
 
 def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
     """
-    Raises:
-        ValueError: where the tokenizer and its chat template would write the first pairs without a part of them, with
-            something twice, or as Python.
+    Raise `ValueError` if the tokenizer and its chat template would write the first pairs without a part of them, with
+    something twice, or as Python.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor, which takes images too
         return
@@ -37,7 +36,9 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
             check_text(pair["prompt"], where, tokenizer)
             _check_answers(pair, where, tokenizer)
             continue
-        options: dict[str, Any] = {"tools": _tools(row), **template_kwargs(row)}
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options: dict[str, Any] = {"tools": tools, **template_kwargs(row)}
         for side in ("chosen", "rejected"):
             written = _written(pair["prompt"] + pair[side], where, tokenizer, BY_PAIRS, **options)
             _require_names(options["tools"], squashed(written), f"`tools` of {where}")
@@ -53,12 +54,11 @@ def check_written_prompts(
     ids_of: Callable[[dict[str, Any]], list[int]],
 ) -> None:
     """
+    Raise `ValueError` as [`check_pairs`] does, of prompts.
+
     Args:
         options: keyword arguments of the chat template.
-        ids_of: gives the ids that are read of a row with `input_ids`: without padding, which may be the BOS token.
-
-    Raises:
-        ValueError: as [`check_pairs`], of prompts.
+        ids_of: gives the ids of a row with `input_ids` that are read: without padding, which may be the BOS token.
     """
     for number, row in _first(dataset):
         where, prompt = f"row {number} of `{name}`", row.get("prompt")
@@ -73,14 +73,14 @@ def check_written_prompts(
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     """
-    A row's keyword arguments of the chat template. A table fills up what one row has and another has not with `None`,
-    which a template would take for a value.
+    Return a row's keyword arguments of the chat template. If only some rows of a table have an argument, the others
+    have `None`, which a template would take for a value.
     """
     return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
 
 
 def with_template_kwargs(dataset: Any) -> Any:
-    """The dataset with each row's own `chat_template_kwargs`, and none where a row has `None`."""
+    """Return the dataset with each row's own `chat_template_kwargs`, without those that are `None`."""
     if "chat_template_kwargs" not in column_names(dataset):
         return dataset
     options = {}
@@ -90,7 +90,7 @@ def with_template_kwargs(dataset: Any) -> Any:
 
 
 def _first(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Some rows with their numbers: the first of a stream, of a table some from all over it."""
+    """Yield some rows with their numbers: the first of a stream, of a table some from all over it."""
     if not isinstance(dataset, Dataset):
         yield from enumerate(islice(iter(dataset), LOOKED_AT))
         return
@@ -118,11 +118,6 @@ def _kind_of(cell: Any) -> Any:
     return frozenset(marks | {str(message.get("role")) for message in messages})
 
 
-def _tools(row: dict[str, Any]) -> Any:
-    tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools
-
-
 def _written(messages: list[dict[str, Any]], where: str, tokenizer: Any, conversion: str, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -137,9 +132,8 @@ def _check_messages(
     messages: list[dict[str, Any]], written: str, whose: str, tokenizer: Any, conversion: str, answers: bool = False
 ) -> None:
     """
-    Args:
-        answers: the messages are what is learnt: thoughts belong to the last of them. Of earlier turns templates leave
-            thoughts out by design.
+    Raise `ValueError` if a message is not written whole. With `answers`, the last message is what is learnt, and its
+    thoughts count: those of earlier turns are left out by design.
     """
     plain = squashed(written)
     for number, message in enumerate(messages):
@@ -165,7 +159,7 @@ def _check_messages(
 
 
 def _require_names(functions: Any, plain: str, whose: str) -> None:
-    """Raises `ValueError` for tools, or calls of them, that a template does not write: many know of none."""
+    """Raise `ValueError` for tools, or calls of them, that a template does not write; many do not know them."""
     each = [one for one in functions or () if isinstance(one, dict)]
     names = [one.get("name") or (one.get("function") or {}).get("name") for one in each]
     missing = [name for name in names if name and squashed(name) not in plain]
@@ -197,11 +191,7 @@ def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
 
 
 def check_text(prompt: str, where: str, tokenizer: Any) -> None:
-    """
-    Raises:
-        ValueError: for a prompt, text, that begins with BOS where the tokenizer puts one before it, or that the
-            tokenizer puts EOS behind.
-    """
+    """Raise `ValueError` for a text prompt that begins with BOS twice, or that the tokenizer puts EOS behind."""
     ids, eos = tokenizer(prompt)["input_ids"], tokenizer.eos_token
     reads_both_ways = tokenizer.cls_token is not None  # as RoBERTa's, which may score text, and writes none
     is_ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # one alone may be BOS, as OPT's
@@ -245,19 +235,17 @@ def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
 
 
 def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:
-    repeats = [_repeats_prompt(row) for _, row in rows]
+    repeats = [
+        isinstance(row.get("prompt"), str)
+        and all(after_prompt(row[side], row["prompt"]) is not None for side in ("chosen", "rejected"))
+        for _, row in rows
+    ]
     if are_most(repeats):
         number, row = rows[repeats.index(True)]
         raise ValueError(
             f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
             f"twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` takes it off."
         )
-
-
-def _repeats_prompt(row: dict[str, Any]) -> bool:
-    prompt = row.get("prompt")
-    sides = (row["chosen"], row["rejected"])
-    return isinstance(prompt, str) and all(after_prompt(side, prompt) is not None for side in sides)
 
 
 def _joined_by(messages: list[dict[str, Any]], conversion: str) -> str:

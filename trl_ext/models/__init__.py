@@ -8,10 +8,10 @@ What both trainers know of a model, from its folder to its logits.
     rounding         16-bit weights that are trained in full
     sharding         DeepSpeed's ZeRO: copies, gathers, what its file must say
     adapter_copies   a copy of an adapter beside it
-    trainable        refuse a run that would train nothing
+    trainable        refuses a run that would train nothing
     context          how many tokens a model takes
-    probe            random sequences to ask a model about, and how far rounding moves its answers
-    noise            dropout and jitter switched off, and what else draws random numbers
+    probe            random sequences to try a model with, and how far rounding moves its answers
+    noise            switches off dropout, jitter and whatever else draws random numbers
     generation       generation from the model's own distribution
     scoring_head     scoring as the model's own forward does
     lm_head          TRL's fused LM head over the positions that are read

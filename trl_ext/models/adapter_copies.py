@@ -1,4 +1,4 @@
-"""Copies of an adapter beside it, which are whole and leave the base as it is; and a base that nothing trains."""
+"""Complete copies of an adapter, which leave the base as it is; and the check that nothing trains the base."""
 
 import copy
 from collections.abc import Iterator
@@ -9,19 +9,13 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 
 
-# Starts of LoRA that take out of the base's weights what they put into the adapter, whenever one with that config is
-# added: a copy of the adapter would take it out a second time.
+# Initialisations of LoRA that subtract the adapter's first weights from the base whenever an adapter with that config
+# is added: adding a copy would subtract them a second time.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_copyable(config: PeftConfig | None) -> None:
-    """
-    Args:
-        config: of an adapter; `None` for one that is not there, which others say.
-
-    Raises:
-        ValueError: for an adapter that trains biases of the base: PEFT holds no second one beside it.
-    """
+    """Raise `ValueError` for an adapter that trains biases of the base: PEFT cannot hold a copy beside it."""
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise ValueError(
@@ -31,10 +25,7 @@ def check_copyable(config: PeftConfig | None) -> None:
 
 
 def check_base_is_kept(model: Any) -> None:
-    """
-    Raises:
-        ValueError: for a `PeftModel` that also trains parameters of its base, where the reference is that base.
-    """
+    """Raise `ValueError` for a `PeftModel` that also trains its base, which the reference stands on."""
     if not isinstance(model, PeftModel):
         return
     prefix = getattr(model.base_model, "prefix", None)
@@ -54,7 +45,7 @@ def check_base_is_kept(model: Any) -> None:
 
 
 def config_of_copy(config: PeftConfig) -> PeftConfig:
-    """Return the config for a frozen copy of an adapter. AdaLoRA takes another only if that is not trained."""
+    """Return the config for a frozen copy of an adapter. AdaLoRA allows a second one only if it is not trained."""
     if isinstance(config, AdaLoraConfig):
         config = copy.copy(config)
         config.inference_mode = True
@@ -63,7 +54,7 @@ def config_of_copy(config: PeftConfig) -> PeftConfig:
 
 @contextmanager
 def base_left_alone(model: Any) -> Iterator[None]:
-    """Within the context, adapters that are added to a `PeftModel` with its own configs leave the base alone."""
+    """Within the context, an adapter that is added with one of the `PeftModel`'s configs does not change the base."""
     configs = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     changed = [c for c in configs if str(getattr(c, "init_lora_weights", "")).startswith(CHANGE_THE_BASE)]
     written = [config.init_lora_weights for config in changed]
@@ -79,8 +70,9 @@ def base_left_alone(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def copy_weights(model: PeftModel, name: str, copy_name: str) -> None:
     """
-    Gives the adapter `copy_name` the weights of `name`, which has the same config, in their dtype. The adapter's name
-    stands within a parameter's (LoRA) or at its end (VeRA, IA3, LoHa and others).
+    Copy the weights of the adapter `name` to the adapter `copy_name` of the same config, in their dtype.
+
+    The adapter's name is in the middle of a parameter's name (LoRA) or at its end (VeRA, IA3, LoHa and others).
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for place, tensor in tensors.items():
@@ -92,7 +84,7 @@ def copy_weights(model: PeftModel, name: str, copy_name: str) -> None:
 
 @contextmanager
 def copied_whole(model: Any, name: str) -> Iterator[None]:
-    """Within the context, an adapter that is added to a `PeftModel` has all the weights of its adapter `name`."""
+    """Within the context, an adapter that is added to a `PeftModel` is a copy of its adapter `name`."""
     if not isinstance(model, PeftModel):
         yield
         return

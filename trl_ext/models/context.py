@@ -1,9 +1,9 @@
-"""How many tokens a model takes, as its config says: what the families call it, and how they extend it."""
+"""The context of a model in tokens, as its config says: what families call it, and how they extend it."""
 
 from typing import Any
 
 
-# The field's names. GPT-2's, GPT-J's and CTRL's `n_positions` answers to the first one too.
+# What configs call the context. GPT-2, GPT-J and CTRL give their `n_positions` under the first name too.
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
 WITHOUT_END = 1e9  # what some configs write for "no limit"
 
@@ -15,18 +15,18 @@ BEHIND_PAD = {
 
 def context_limit(config: Any, *adapters: Any, generates: bool = False) -> int | None:
     """
+    Return the tokens of the longest sequence that a model can read; `None` if there is no limit.
+
+    There is none with attention biased by distance (ALiBi), with a state (Mamba), and with a rotary embedding that
+    adapts to the length (dynamic NTK). For other rotary embeddings it is the declared length with its scaling: longer
+    sequences can be computed, but the model has not learnt to read them.
+
     Args:
         config: the text part of a language model's config.
         adapters: configs of the adapters in it; virtual tokens take positions too.
-        generates: whether the model also writes what it reads. With a rotary embedding that adapts to the length, the
-            keys in the cache then have another rotation than in a forward pass over the whole, which ends the context
-            where the adapting begins.
-
-    Returns:
-        The tokens of the longest sequence, or `None` where there is no limit: attention biased by the distance
-        (ALiBi), a state (Mamba), a rotary embedding that adapts to the length (dynamic NTK). For other rotary
-        embeddings it is the length that they are declared for, with their scaling; longer sequences can be computed,
-        but the model has not learnt to read them.
+        generates: whether the model also writes what it reads. If so, the context ends where a dynamic rotary
+            embedding begins to adapt: from there on the keys in the cache have another rotation than in one forward
+            pass over the whole sequence.
     """
     declared, ropes = _declared(config), _ropes(config)
     adapts = any(_type(rope) == "dynamic" for rope in ropes)
@@ -49,7 +49,7 @@ def _biases_by_distance(config: Any) -> bool:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """Parameters of the rotary embeddings: one set, or one for every kind of layer; in older code `rope_scaling`."""
+    """Return the parameters of the rotary embeddings: one set, or one per kind of layer."""
     written = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return [each for each in (written, *written.values()) if isinstance(each, dict)]
 
@@ -59,7 +59,7 @@ def _type(rope: dict[str, Any]) -> str:
 
 
 def _stretched(rope: dict[str, Any], declared: int) -> int:
-    """The original length times the factor: YaRN, linear scaling, Llama 3's."""
+    """Return the length that YaRN, linear scaling or Llama 3's scaling extends the context to."""
     if _type(rope) in ("default", "dynamic"):
         return declared
     return int((rope.get("original_max_position_embeddings") or declared) * (rope.get("factor") or 1))

@@ -1,4 +1,4 @@
-"""Log-probabilities and their statistics straight from trunk states, for CPUs: what TRL's kernel does on GPUs."""
+"""Log-probabilities and their statistics from trunk states, on CPUs: what TRL's kernel does on GPUs."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ KEPT = 2**28
 
 class TokenLogProbs(torch.autograd.Function):
     """
-    Of softmax(states · weightᵀ · scale), in tiles over the vocabulary, each (N,): log π(target); the entropy
-    −Σ_v p_v log p_v; log Σ_v p_v²; the mean logit; whether the target is the first of the largest logits. The first
-    two have gradients. What is not among `outputs` is `None`.
+    Statistics of softmax(states · weightᵀ · scale), each (N,), computed in tiles over the vocabulary: log π(target);
+    the entropy −Σ_v p_v log p_v; log Σ_v p_v²; the mean logit; whether the target is the first of the largest logits.
+    The first two have gradients. Outputs that were not requested are `None`.
 
     Args:
         states (N, H), weight (V, H): float32.
         targets (N,): token ids.
-        scale: what the logits are multiplied by, 1 / temperature.
-        outputs: among "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1".
+        scale: factor of the logits, 1 / temperature.
+        outputs: some of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1".
         with_grad: whether a backward pass may follow.
     """
 
@@ -110,5 +110,5 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def _tile(buffer: Tensor, start: int, size: int, width: int) -> Tensor:
-    """The (size, width) tile that begins at column `start`; tiles lie one after the other in the buffer."""
+    """Return the (size, width) tile that begins at column `start`; the buffer holds the tiles in sequence."""
     return buffer[start * size : (start + width) * size].view(size, width)

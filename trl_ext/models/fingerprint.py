@@ -1,10 +1,10 @@
 """
-Which base an adapter belongs to: a fingerprint of the base's weights, as they are on disk.
+A fingerprint of a base's weights on disk, which tells the base that an adapter belongs to.
 
 A name says little: folders are moved, and a base that has been trained further keeps its name. The files on disk are
-the same however a run loads them, in 4 bits, bfloat16 or float32. What the fingerprint does not see: weights that a
-program changes after loading them. The same weights saved in another dtype, or under other tensor names, count as
-another base; other shards do not.
+the same whether a run loads them in 4 bits, bfloat16 or float32. The fingerprint does not see weights that a program
+changes after loading them. The same weights in another dtype or under other tensor names count as another base; the
+same weights in other shards do not.
 """
 
 import hashlib
@@ -19,18 +19,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 
 FILE = "base_model.json"
-ROWS = 8  # read of each tensor with rows; of vectors, everything is read
+ROWS = 8  # that are read of each matrix; vectors are read whole
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
     """
-    SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint: a few megabytes of reading.
+    Return the SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint, a folder or hub name.
 
-    Args:
-        path: a folder, or a hub name.
-
-    Returns:
-        `None` where there are no safetensors files.
+    It reads a few megabytes. Without safetensors files it is `None`.
     """
     digests = {}
     for file in _weight_files(path, revision):
@@ -41,7 +37,7 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
 
 
 def _digest(weights: Any, name: str) -> str:
-    """Digest of a tensor of an open file: all of a vector, evenly spaced rows of anything else."""
+    """Return the digest of a tensor in an open file: of a whole vector, or of evenly spaced rows."""
     rows = weights.get_slice(name)
     shape = rows.get_shape()
     digest = hashlib.sha256(f"{rows.get_dtype()} {shape}".encode())
@@ -71,7 +67,7 @@ def _find(path: str, name: str, revision: str | None) -> str | None:
 
 
 def save_base_fingerprint(folders: Iterable[str | Path], base: str | None, revision: str | None = None) -> None:
-    """Writes into those folders that hold an adapter which weights it was trained on, if `base` has them on disk."""
+    """Write the fingerprint of `base` into the folders that hold an adapter, if its weights are on disk."""
     of_adapters = [Path(folder) for folder in folders if (Path(folder) / "adapter_config.json").exists()]
     fingerprint = weights_fingerprint(base, revision) if base and of_adapters else None
     if fingerprint is None:
@@ -82,8 +78,8 @@ def save_base_fingerprint(folders: Iterable[str | Path], base: str | None, revis
 
 def base_fingerprint(folder: str | Path, base: str | None) -> str | None:
     """
-    Fingerprint of the base that the adapter in `folder` was trained on: what was written beside it, else that of the
-    folder `base`, which the adapter names; `None` if neither is there.
+    Return the fingerprint of the base that the adapter in `folder` was trained on: the one written beside it, else
+    that of the folder `base`, which the adapter names; `None` if neither exists.
     """
     file = Path(folder) / FILE
     if file.exists():

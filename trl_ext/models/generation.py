@@ -1,4 +1,4 @@
-"""Generation from a model's own distribution: what its `generation_config` would add to a call stays out of it."""
+"""Generation from a model's own distribution, without what its `generation_config` would add to a call."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +12,9 @@ from transformers import GenerationConfig
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, device: Any) -> list[str]:
     """
-    Return a model's greedy completions of prompts, as text. No random number is drawn.
+    Return a model's greedy completions of prompts (token ids), as text. No random number is drawn.
 
-    Args:
-        model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
-        prompts: token ids.
-        device: where the model reads them.
+    `model` is a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
     greedy = greedy_decoding(model, tokenizer, max_new_tokens)
@@ -28,7 +25,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_t
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Put the model in evaluation mode; afterwards every module is in the mode it was in."""
+    """Put the model in evaluation mode, and restore every module's mode afterwards."""
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
@@ -44,14 +41,14 @@ def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     Have `model.generate` follow `config` and nothing else within the context.
 
     transformers fills every option that a call leaves `None` (min_p, typical_p, num_beams, suppress_tokens, …) from
-    the configuration that came with the model, which is made for those who use it. The model has that one back after.
+    the generation config that came with the model, which is meant for its users. It is restored afterwards.
 
     Args:
         model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
-        config: complete: what it leaves `None` is transformers' default.
+        config: complete: an option that it leaves `None` has transformers' default.
     """
     models = [model, model.get_base_model()] if is_peft_model(model) else [model]
-    # A `PeftModel` has one of its own only where somebody has set it; `generate` then copies it to the base.
+    # A `PeftModel` has its own only if somebody has set it; `generate` then copies it to the base.
     holders = [each for each in models if "generation_config" in vars(each)]
     own = [each.generation_config for each in holders]
     for each in holders:
@@ -64,7 +61,7 @@ def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Return the config for the most probable token each time, up to the model's end token, else the tokenizer's."""
+    """Return the config of greedy decoding, up to the model's end token, else the tokenizer's."""
     known = model.generation_config
     pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""TRL's fused LM head, given the positions that are read and nothing else: what both trainers score with."""
+"""TRL's fused LM head on the scored positions alone: what both trainers score with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from .cpu_head import TokenLogProbs
 def score_only(trunk: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """
     Within the context, `trunk` returns `select(last_hidden_state)`, of shape (N, H), as one row (1, N, H), so that
-    TRL's fused head scores these N states alone; plain heads on CPU are scored by [`TokenLogProbs`]. The states, as
-    (N, H), are also put into the list that the context yields.
+    TRL's fused head scores these N states alone; plain heads on CPU are scored by [`TokenLogProbs`]. The context
+    yields a list, to which the states (N, H) are appended.
 
-    Off CUDA TRL's fused head scores every position that it is given, in several passes over Python tiles.
+    Without CUDA, TRL's fused head scores every position that it is given, in several passes over Python tiles.
     """
     kept: list[Tensor] = []
 

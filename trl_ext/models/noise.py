@@ -1,8 +1,8 @@
 """
-A model that computes the same twice: dropout, layer drop and router jitter switched off, and what else draws random
-numbers found and kept in evaluation mode.
+Makes a model compute the same twice: switches off dropout, layer drop and router jitter, and finds whatever else draws
+random numbers and keeps it in evaluation mode.
 
-Ratio 1 and KL 0 at the start, and every log-ratio after it, are those of a policy without noise.
+Ratio 1 and KL 0 at the start, and every log-ratio after it, assume a policy without noise.
 """
 
 import logging
@@ -19,16 +19,16 @@ from .probe import in_mode, probe_rows
 
 logger = logging.getLogger(__name__)
 
-# Attributes that hold a probability, or the width of a jitter, as a number or as numbers by adapter. Not
+# Attributes with the probability of a dropout or the width of a jitter, one number or one per adapter. Not
 # `router_jitter_noise`: Phi-MoE compares scores with it, in evaluation too.
 STRENGTHS = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
-# How often noise is looked for: what is within a module that draws itself shows when that has stopped.
+# How often noise is looked for: a module within one that draws shows only after the outer one has stopped.
 ROUNDS = 5
 
 
 def disable_noise(model: nn.Module) -> None:
-    """Sets to 0 whatever a module keeps as the strength of its noise: `nn.Dropout` in all its kinds, and numbers."""
+    """Set the strength of every module's noise to 0: of `nn.Dropout` in all its kinds, and of plain attributes."""
     for module in model.modules():
         of_dropout = "drop" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
@@ -41,7 +41,7 @@ def disable_noise(model: nn.Module) -> None:
 
 
 def has_noise(model: nn.Module) -> bool:
-    """Return whether a module keeps a strength of noise above 0."""
+    """Return whether the strength of some module's noise is above 0."""
     for module in model.modules():
         of_dropout = "drop" in type(module).__name__.lower()
         for name, value in vars(module).items():
@@ -54,7 +54,7 @@ def has_noise(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def draws_noise(model: nn.Module) -> bool:
-    """Return whether a model draws random numbers when it is trained, wherever it keeps their strength; tried out."""
+    """Return whether a model draws random numbers in training mode, found by trying it."""
     row = probe_rows(model)[0]
     with in_mode(model, training=True):
         return bool(_drawing(model, lambda: model(input_ids=row, use_cache=False).logits))
@@ -63,12 +63,12 @@ def draws_noise(model: nn.Module) -> bool:
 @torch.no_grad()
 def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: float) -> None:
     """
-    Switches off the noise of a model's training mode: the modules that still draw random numbers in it after
-    [`disable_noise`] compute as in evaluation mode from now on, with a line that names them.
+    Switch off the noise of a model's training mode. Modules that still draw random numbers after [`disable_noise`]
+    compute as in evaluation mode from now on; a warning names them.
 
     Args:
         name: the model's in messages.
-        answer: asks the model, the same each time.
+        answer: runs the model on the same rows each time.
         allowed: mean difference of two answers that rounding explains.
 
     Raises:
@@ -107,18 +107,17 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
 
 
 def _as_in_evaluation(module: nn.Module, args: Any) -> None:
-    """Before each forward pass, as `model.train()` comes again at every step; children keep their mode."""
-    module.training = False
+    module.training = False  # before each forward pass, as every step calls `model.train()`; children keep their mode
 
 
 def require_numbers(answer: Tensor, name: str) -> None:
-    """Raises `ValueError` for NaN in a model's answer, which every comparison would lay to something else."""
+    """Raise `ValueError` for NaN in a model's answer, before a comparison blames something else."""
     if answer.isnan().any():
         raise ValueError(f"{name} gives NaN before it has been trained here: look at its weights and its dtype.")
 
 
 def _drawing(model: nn.Module, answer: Callable[[], Tensor]) -> dict[str, nn.Module]:
-    """The modules that draw random numbers themselves, not their children, during `answer()`, by name."""
+    """Return by name the modules that draw random numbers during `answer()` themselves, not through a child."""
     found: dict[str, nn.Module] = {}
     states: list[list[Any]] = []  # of the modules that are running: [random state on entry, a child has drawn]
     names = {module: name for name, module in model.named_modules()}
@@ -147,6 +146,5 @@ def _drawing(model: nn.Module, answer: Callable[[], Tensor]) -> dict[str, nn.Mod
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """Return the state of the generators that modules draw from."""
     of_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     return torch.get_rng_state().numpy().tobytes(), of_device, random.getstate()

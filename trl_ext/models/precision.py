@@ -17,17 +17,16 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # what t
 
 
 def computes_in_bf16(use_cpu: bool = False) -> bool:
-    """
-    Return whether the device is a GPU that computes in bfloat16. A CPU is four times slower in it than in float32.
-    """
+    """Return whether the device is a GPU with bfloat16. A CPU is four times slower in it than in float32."""
     return torch.cuda.is_available() and not use_cpu and torch.cuda.is_bf16_supported()
 
 
 def keep_4_bit_differentiable(model: nn.Module) -> None:
     """
-    Keeps bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16. It does so in the first pass in eval
-    mode, for good, and no gradient goes through the repacked weights: an adapter below them would learn from the
-    residual stream alone.
+    Keep bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16.
+
+    It does so in the first pass in evaluation mode, for good, and no gradient goes through the repacked weights: an
+    adapter below them would learn from the residual stream alone.
     """
     module: Any
     for module in model.modules():
@@ -38,8 +37,8 @@ def keep_4_bit_differentiable(model: nn.Module) -> None:
 @contextmanager
 def below_autocast(model: Any, accelerator: Accelerator) -> Iterator[None]:
     """
-    Within the context, the forward of a prepared model is without accelerate's autocast, which goes around what has
-    become of it at the end. A trial that switches autocast off would find it on again below.
+    Within the context, the forward of a prepared model has no autocast of accelerate's, so that a trial can run in
+    float32. Afterwards autocast wraps the forward again, with whatever was put around it meanwhile.
     """
     unwrapped = vars(model).pop("_original_forward", None)
     if unwrapped is None:
@@ -54,7 +53,7 @@ def below_autocast(model: Any, accelerator: Accelerator) -> Iterator[None]:
 
 
 def compile_nothing(accelerator: Accelerator, why: str) -> None:
-    """Has no model compiled, with a warning, where `torch_compile` or an accelerate file asks for it."""
+    """Switch off compilation, with a warning, if `torch_compile` or an accelerate file asks for it."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO:
         plugin.backend = DynamoBackend.NO
@@ -63,8 +62,8 @@ def compile_nothing(accelerator: Accelerator, why: str) -> None:
 
 def drop_checkpointing(model: nn.Module, args: Any) -> None:
     """
-    Switches off the run's gradient checkpointing, TRL's default, with a warning, where transformers has none for the
-    family. It saves memory and changes no number.
+    Switch off gradient checkpointing, TRL's default, with a warning, if transformers has none for the family. It saves
+    memory and changes no number.
     """
     names = [name for name in CHECKPOINTING if getattr(args, name, False)]
     if names and not getattr(model, "supports_gradient_checkpointing", True):

@@ -1,4 +1,4 @@
-"""A few random sequences to ask a model about before the first step, and how far rounding alone moves its answers."""
+"""Random sequences to try a model with before the first step, and how far rounding alone moves its answers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ LENGTHS = (12, 9)
 SPECIAL = re.compile(r"_token_(id|index)$")
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
-# A mean difference in nats that is rounding whatever the model; and how many times what one rounding, of the
-# embeddings, does to a model's answers is still rounding: there is one in every layer.
+# A mean difference in nats that counts as rounding for any model, and how many times the effect of rounding the
+# embeddings once still does: every layer rounds.
 FLOOR, ROUNDINGS = 1e-4, 8
 
 
 def probe_rows(model: Any) -> list[Tensor]:
-    """Two rows (1, L) of random ordinary tokens, of different lengths within the context."""
+    """Return two rows (1, L) of random ordinary tokens, of different lengths within the context."""
     config = model.config.get_text_config()
     contexts = [value for name in CONTEXTS if isinstance(value := getattr(config, name, None), int) and value > 0]
     shorten = max(LENGTHS) - min([max(LENGTHS), *contexts])
@@ -32,7 +32,7 @@ def probe_rows(model: Any) -> list[Tensor]:
 
 
 def ordinary_tokens(model: Any) -> Tensor:
-    """Up to 1000 token ids that the config gives no meaning of their own, such as padding or the place of an image."""
+    """Return up to 1000 token ids without a special meaning in the config, such as padding or an image's place."""
     special: set[Any] = set()
     for config in (model.config, model.config.get_text_config()):
         for name, value in config.to_dict().items():
@@ -45,8 +45,9 @@ def ordinary_tokens(model: Any) -> Tensor:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """
-    Within the context every module trains, or evaluates, and draws no random number that the run would miss. Weights
-    in float32 are asked in float32, also where the run computes in 16 bits: what differs there hides in rounding.
+    Within the context every module is in training or in evaluation mode, and the run's random numbers are untouched.
+    A model with float32 weights computes in float32 even if the run computes in 16 bits, whose rounding would hide
+    differences.
     """
     modes = {module: module.training for module in model.modules()}
     device = _device(model)
@@ -63,8 +64,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> float:
     """
-    The mean difference of `answer()` that rounding explains on this model, in its arithmetic: ROUNDINGS times what
-    it changes when the output of the embeddings is rounded once more, and at least FLOOR · `scale`.
+    Return the mean difference of `answer()` that rounding explains on this model: ROUNDINGS times its change when the
+    output of the embeddings is rounded once more, and at least FLOOR · `scale`.
     """
     expected = answer()
     with rounded_once(model):
@@ -74,14 +75,13 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
 
 def require_causal(name: str, logps: Callable[[Tensor], Tensor], row: Tensor, allowed: float, do: str) -> None:
     """
+    Raise `ValueError` for a model whose prediction after a token depends on the tokens that follow it.
+
     Args:
         name, do: the model's name, and what it would do with answers, for the error.
-        logps: gives the log-probabilities (L, V) that the model says after each token of a row (1, L).
+        logps: from a row of ids (1, L) to the log-probabilities (L, V) after each token.
         row: ids (1, L).
         allowed: the mean difference in nats that rounding explains.
-
-    Raises:
-        ValueError: for a model that says something else of a token without those that follow.
     """
     half = (row.size(1) + 1) // 2
     change = (logps(row)[:half] - logps(row[:, :half])).abs().mean().item()
@@ -98,8 +98,8 @@ def apart_in_float32(
     policy: Any, reference: Any, as_reference: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> bool | None:
     """
-    Whether two models with weights in float32 give other log-probabilities of random rows, also where the run computes
-    in fewer bits and a difference would hide in their rounding; `None` where they cannot be asked that.
+    Return whether two models with float32 weights give different log-probabilities of random rows in float32, even if
+    the run computes in fewer bits; `None` if that cannot be tried.
 
     Args:
         policy, reference: may be a `PeftModel`.
@@ -122,8 +122,8 @@ def apart_in_float32(
 
 def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
     """
-    Log-probabilities of rows (1, L) of ids, one row after the other, by the forward of the model's class: without what
-    trainers have put around it, such as autocast.
+    Return the log-probabilities of rows (1, L) of ids, one row after the other, by the forward of the model's class,
+    without what trainers have put around it, such as autocast.
     """
     base = base_of(model)
     logits = [type(base).forward(base, input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
@@ -134,8 +134,8 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
 @contextmanager
 def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
     """
-    Within the context, every number of a token's embedding is off by `unit` of itself, up or down; without one, by
-    that of the arithmetic below the forward that is asked, which accelerate may have put under autocast.
+    Within the context, every number of an embedding is off by the share `unit` of itself, up or down. The default is
+    the rounding unit of the arithmetic that the model computes in, autocast included.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -158,7 +158,7 @@ def _unit(model: Any) -> float:
 
 
 def arithmetic(model: Any) -> torch.dtype:
-    """The coarsest numbers that a model computes with here: by its weights, autocast and quantisation."""
+    """Return the coarsest dtype that a model computes in here, by its weights, autocast and quantisation."""
     device = _device(model).type
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if torch.is_autocast_enabled(device) and dtypes != {torch.float64}:
@@ -174,7 +174,7 @@ def _device(model: Any) -> torch.device:
 
 
 def _embeddings(model: Any) -> Any:
-    """The module that reads token ids; of a wrapper that does not say, the first of its kind."""
+    """Return the module that reads token ids; if a wrapper does not name it, the first `nn.Embedding`."""
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):

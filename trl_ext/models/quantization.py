@@ -1,4 +1,4 @@
-"""Frozen models in 8 or 4 bits, and what stands against moving or quantising them."""
+"""Frozen models in 8 or 4 bits, and the checks whether they can be moved or quantised."""
 
 import importlib.util
 import os
@@ -18,8 +18,8 @@ QUANTIZATIONS = (None, "8bit", "4bit")
 
 def quantization(bits: str, args: Any) -> BitsAndBytesConfig:
     """
-    bitsandbytes' config of a frozen model: "8bit" (LLM.int8, Dettmers 2022) or "4bit" (NF4 with quantised constants,
-    about 4.13 bits per weight; QLoRA, Dettmers 2023), computing in the dtype of the run.
+    Return bitsandbytes' config of a frozen model: "8bit" (LLM.int8, Dettmers 2022) or "4bit" (NF4 with quantised
+    constants, about 4.13 bits per weight; QLoRA, Dettmers 2023), computing in the dtype of the run.
     """
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -45,14 +45,10 @@ def is_fsdp(args: Any) -> bool:
 
 def check_quantizable(option: str, model: str | nn.Module, argument: str, args: Any) -> None:
     """
-    Args:
-        option: name of the option that asks for fewer bits.
-        model: what was given as `argument`.
-        args: the trainer's config.
+    Check that a frozen model, given as `argument`, can be loaded in the bits that `option` asks for.
 
     Raises:
-        ValueError: for a model that is not loaded here, is an adapter or quantised already, or that ZeRO-3 or FSDP
-            partitions.
+        ValueError: for a model that is in memory, an adapter, or quantised already, or that ZeRO-3 or FSDP partitions.
         ImportError: without bitsandbytes.
     """
     asked = f"`{option}={getattr(args, option)!r}`"

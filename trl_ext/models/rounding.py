@@ -1,4 +1,4 @@
-"""Weights in 16 bits: in full training most steps of a usual size round to nothing; options that cast to them."""
+"""Warnings about 16-bit weights: in full training most steps of a usual size round to nothing."""
 
 import logging
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ ENOUGH = 0.5
 @torch.no_grad()
 def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | None:
     """
-    The share of elements in 16 bits that a change of `step` moves: those whose neighbouring numbers are less than
-    2 · `step` away. Adam's first steps are of the size of the learning rate, and later ones seldom larger. `None`
-    without such elements.
+    Return the share of 16-bit elements that a change of `step` moves: those whose neighbouring numbers are less than
+    2 · `step` away; `None` without such elements. Adam's first steps have the size of the learning rate, and later
+    ones are seldom larger.
     """
     moving = total = 0.0
     for parameter in parameters:
@@ -35,7 +35,7 @@ def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | Non
 
 
 def warn_of_casting(trainer: Any) -> None:
-    """Says, before an evaluation outside of training, that the Trainer is about to cast the model for good."""
+    """Warn before an evaluation outside of training for which the Trainer will cast the model for good."""
     names = [name for name in ("fp16_full_eval", "bf16_full_eval") if getattr(trainer.args, name)]
     is_wide = any(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     if names and is_wide and not trainer.is_in_train:
@@ -54,11 +54,13 @@ def warn_of_rounding(
     option: str = "learning_rate",
 ) -> None:
     """
+    Warn if a step of the learning rate moves less than half of the trained 16-bit weights.
+
     Args:
-        parameters: of a role; those that require a gradient are looked at.
-        has_master_weights: whether the optimizer keeps weights in float32 of its own, as DeepSpeed's does.
-        what: the role, for the line.
-        option: that sets its learning rate.
+        parameters: of a role; those that require a gradient count.
+        has_master_weights: whether the optimizer keeps its own float32 weights, as DeepSpeed's does.
+        what: the role, for the warning.
+        option: the option that sets its learning rate.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if has_master_weights or not learning_rate > 0:

@@ -1,9 +1,9 @@
 """
-Scoring as the model's own forward does: with TRL's fused head where that computes the same, with the model's own head
-where it does not, and not at all where neither does.
+The head that scores as the model's own forward does: TRL's fused head if it computes the same, else the model's own
+head; if neither does, an error.
 
-TRL's head projects the trunk's last state with the weight of the output embedding. Families differ in what else stands
-between the two: ModernBERT-decoder has a dense layer, RecurrentGemma a cap of another name, Inkling a divisor.
+TRL's head projects the trunk's last state with the weight of the output embedding. Some families compute more between
+the two: ModernBERT-decoder has a dense layer, RecurrentGemma a cap of another name, Inkling a divisor.
 """
 
 import functools
@@ -27,21 +27,21 @@ from .probe import in_mode, probe_rows, require_causal, tolerance
 logger = logging.getLogger(__name__)
 
 READ = {"weight", "bias"}  # the parameters of a head that TRL's fused head reads
-AUX_ROUNDING = 0.02  # share of a load-balancing loss that bfloat16 explains; another formula is further off
+AUX_ROUNDING = 0.02  # relative error of a load-balancing loss that bfloat16 explains; another formula is further off
 
 
 class ScoringHead:
     """
-    Answers `model(..., labels=…, fused_lm_head=True)` in place of what TRL's `add_fused_lm_head` has made of the
-    forward: by TRL's head, or by the model's own.
+    Answers `model(..., labels=…, fused_lm_head=True)` in place of the forward that TRL's `add_fused_lm_head` has
+    patched in: by TRL's head, or by the model's own.
 
     Args:
         model: the base causal LM, patched by `add_fused_lm_head`.
         role: what the model is in the run, for errors.
-        silent: whether the model has to be without noise when it is trained.
+        silent: whether the model must have no noise in training mode.
 
     Attributes:
-        uses_own: whether the model's own head scores; `None` until `settle` has found out.
+        uses_own: whether the model's own head scores; `None` before `settle`.
     """
 
     def __init__(self, model: PreTrainedModel, role: str, silent: bool = False):
@@ -63,7 +63,7 @@ class ScoringHead:
         model.forward = self._forward = types.MethodType(forward, model)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Trunk states (n, H) -> logits (n, V), float32 and divided by the temperature."""
+        """Return the logits (n, V) of trunk states (n, H), float32 and divided by the temperature."""
         if not self.uses_own:
             return self._trl.logits(states)
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
@@ -73,8 +73,8 @@ class ScoringHead:
     @torch.no_grad()
     def settle(self) -> None:
         """
-        Chooses the head, once, by random sequences that the model's own forward reads one by one without padding, and
-        switches noise off.
+        Choose the head, once, and switch noise off. Each head is compared with the model's own forward on random
+        sequences, one at a time without padding.
 
         Raises:
             ValueError: for a trained model that gives NaN, for one that reads what follows a token, when neither head
@@ -106,14 +106,14 @@ class ScoringHead:
     @torch.no_grad()
     def settle_aux_loss(self, asked_coef: float | None = None) -> bool:
         """
-        Chooses the model's own head where TRL's does not give the load-balancing loss of a mixture of experts: TRL
-        has Mixtral's formula, and Mixtral's names in the config, for every family.
+        Choose the model's own head if TRL's does not give the load-balancing loss of a mixture of experts: for every
+        family, TRL uses Mixtral's formula and Mixtral's names in the config.
 
         Args:
-            asked_coef: the coefficient that the run sets; `None` where it takes the config's.
+            asked_coef: the coefficient that the run sets; `None` if it takes the config's.
 
         Returns:
-            Whether the model has that loss: its config may speak of experts that it was built without.
+            Whether the model has that loss: its config may name experts that it was built without.
 
         Raises:
             ValueError: when the model's own forward fails at it, or has none and the run asks for it.
@@ -152,7 +152,7 @@ class ScoringHead:
         return True
 
     def _require_forward(self, ids: Tensor, mask: Tensor) -> None:
-        """Raises `ValueError` with the model's own error where its forward fails at plain text, too."""
+        """Raise `ValueError` with the model's own error if its forward fails at plain text, too."""
         try:
             self._plain(input_ids=ids, attention_mask=mask, use_cache=False)
         except Exception as own:  # of the family's own code
@@ -185,16 +185,16 @@ class ScoringHead:
         return f"{difference:.2g} nats apart, where rounding explains {allowed:.2g}"
 
     def _logps(self, rows: list[Tensor]) -> Tensor:
-        """Log-probabilities of rows (1, L) of ids, by the model's own forward, one row after the other."""
+        """Return log-probabilities of rows (1, L) of ids, by the model's own forward, one row after the other."""
         return torch.cat([self._logps_of_all(row)[:-1].gather(-1, row[0, 1:, None]).squeeze(-1) for row in rows])
 
     def _logps_of_all(self, row: Tensor) -> Tensor:
-        """(L, V)"""
+        """Return log-probabilities (L, V) after each token of a row (1, L), by the model's own forward."""
         logits = self._plain(input_ids=row, use_cache=False).logits[0].float()
         return (logits / self._trl.temperature).log_softmax(-1)
 
     def _distance(self, rows: list[Tensor]) -> float:
-        """Mean difference between what is scored, in a padded batch, and the model's own forward, in nats."""
+        """Return the mean difference in nats between the scores of a padded batch and the model's own forward."""
         ids, mask = _padded(rows)
         scored = mask[:, 1:].bool()
         try:
@@ -217,7 +217,7 @@ class ScoringHead:
     def _score(
         self, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any
     ) -> FusedCausalLMOutput:
-        """Return what TRL's fused forward does, from the logits of the model's own."""
+        """Return the output of TRL's fused forward, computed from the logits of the model's own."""
         output = self._plain(*args, **(kwargs | {"use_cache": False}))
         logits: Any = output.logits
         if shift_labels is None and labels is not None:
@@ -239,7 +239,7 @@ def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Of logits (..., V), each (...): the log-probability of the targets, and the others that TRL's head can give."""
+    """Return the requested outputs of TRL's head, each (...), from logits (..., V)."""
     logps = logits.log_softmax(-1)
     found = {"log_probs": logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)}
     if "entropy" in outputs:
@@ -254,7 +254,7 @@ def _statistics(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> di
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM that ends in the last hidden states."""
+    """Return the part of a causal LM that ends in the last hidden states."""
     if model.base_model is not model:
         return model.base_model
     # A prefix that names no attribute, such as Llama 4's, makes `base_model` the model itself.
@@ -264,14 +264,14 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 
 def _holds_more(head: nn.Module) -> bool:
     """
-    Return whether a head has parameters beside the weight and the bias that TRL reads: an adapter's, or a part that
-    may be 0 at the start, so that no probe sees it, and would then never learn.
+    Return whether a head has parameters beside the weight and the bias that TRL reads. They may be 0 at the start, as
+    an adapter's are, so that no probe sees them; they would never learn.
     """
     return not {name for name, _ in head.named_parameters()} <= READ
 
 
 class _States(BaseModelOutputWithPastAndCrossAttentions):
-    """A trunk's output of states alone: everything else that a model asks it for is `None`."""
+    """A trunk's output with nothing but states: every other attribute is `None`."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -280,7 +280,7 @@ class _States(BaseModelOutputWithPastAndCrossAttentions):
 
 @contextmanager
 def trunk_gives(trunk: nn.Module, states: Tensor) -> Iterator[None]:
-    """Within the context the trunk reads nothing and returns `states`."""
+    """Within the context, the trunk reads nothing and returns `states`."""
     kept = vars(trunk).get("forward")
     trunk.forward = lambda *args, **kwargs: _States(last_hidden_state=states)
     try:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: its file against the options, and models whose weights stage 3 has spread over the ranks."""
+"""DeepSpeed's ZeRO: checks of its file against the options, and copies of models that stage 3 has partitioned."""
 
 import copy
 import functools
@@ -17,12 +17,12 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 def check_batch_fields(args: Any, counting: str) -> None:
     """
-    Raises `ValueError` when a DeepSpeed file names batch sizes other than those that the options make.
+    Raise `ValueError` when the batch sizes in a DeepSpeed file differ from those of the options.
 
     Args:
         args: training arguments with the values that the Trainer's loop reads: micro-batches per optimizer step in
             `gradient_accumulation_steps`.
-        counting: which options make these values, in words, for the message.
+        counting: the options behind these values, in words, for the message.
     """
     plugin = args.deepspeed_plugin
     if plugin is None:
@@ -52,8 +52,8 @@ def _listed(fields: dict[str, Any]) -> str:
 
 def check_own_optimizer(args: Any, **unread: Any) -> None:
     """
-    Raises `ValueError` when a DeepSpeed file brings its own optimizer, which reads none of the options in `unread`,
-    and one of them is set.
+    Raise `ValueError` when a DeepSpeed file has its own optimizer and one of the options `unread`, which that would
+    ignore, is set.
     """
     plugin = args.deepspeed_plugin
     ignored = [name for name, value in unread.items() if value is not None]
@@ -71,8 +71,8 @@ def is_stage3(args: Any) -> bool:
 
 def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict[str, Any]) -> None:
     """
-    Raises `ValueError` when ZeRO-3 is to train a quantized model in full, before it is loaded. An adapter on a
-    quantized base is fine: ZeRO-3 partitions the base, too.
+    Raise `ValueError`, before loading, when ZeRO-3 is to train a quantized model in full. An adapter on a quantized
+    base is fine: ZeRO-3 partitions the base, too.
 
     Args:
         args: training arguments.
@@ -98,14 +98,14 @@ def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Return whether ZeRO-3 has already spread the parameters over the ranks, so that nothing can be run yet."""
+    """Return whether ZeRO-3 has partitioned the parameters, so that nothing can run before a gather."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def copy_of(model: AnyModule) -> AnyModule:
     """
-    Copies a model. Under ZeRO-3, `copy.deepcopy` would give one without weights: there a new model is made, and
-    its parameters are filled one by one.
+    Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new model is made and its parameters
+    are filled one by one.
     """
     if not is_partitioned(model):
         twin = copy.deepcopy(model)
@@ -123,8 +123,8 @@ def copy_of(model: AnyModule) -> AnyModule:
 
 def _forget_patches(twin: nn.Module) -> None:
     """
-    Gives the modules of a deep copy their class's forward back, where a trainer had put a function there that holds
-    on to a module: a deep copy of that function would go on computing with the original's weights.
+    Give the modules of a deep copy their class's forward if a trainer had replaced it by a function that refers to
+    another module: the copied function would continue to compute with the original's weights.
     """
     for module in twin.modules():
         for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
@@ -133,7 +133,7 @@ def _forget_patches(twin: nn.Module) -> None:
 
 
 def _leads_away(function: Any, itself: nn.Module) -> bool:
-    """Return whether a function holds on to a module other than `itself`, by closure or as that module's method."""
+    """Return whether a function refers to a module other than `itself`, by closure or as that module's method."""
     held, seen = [function], set()
     while held:
         each = held.pop()
@@ -156,7 +156,7 @@ def _held_by(function: Any) -> list[Any]:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copies parameters and buffers between two models of the same names, which ZeRO-3 may have partitioned."""
+    """Copy parameters and buffers between models with the same names in them, which ZeRO-3 may have partitioned."""
     if not is_partitioned(source) and not is_partitioned(target):
         target.load_state_dict(source.state_dict())
         return
@@ -172,7 +172,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def fill_zeros(parameter: nn.Parameter) -> None:
-    """Sets a parameter to 0, which ZeRO-3 may have partitioned."""
+    """Set a parameter to 0, which ZeRO-3 may have partitioned."""
     if not hasattr(parameter, "ds_id"):
         nn.init.zeros_(parameter)
         return
@@ -184,9 +184,9 @@ def fill_zeros(parameter: nn.Parameter) -> None:
 
 def declare_head(model: PreTrainedModel) -> None:
     """
-    Tells DeepSpeed that `model.forward` reads the weights of its output head. ZeRO-3 would find out by itself when
-    that first happens; but PPO's first pass may ask for values alone, and what it then records as the order of
-    gathers would be wrong for the next.
+    Tell DeepSpeed that `model.forward` reads the weights of its output head. ZeRO-3 would notice when that first
+    happens; but PPO's first pass may ask for values alone, and the order of gathers that it records would be wrong
+    for the next.
     """
     import deepspeed
 

@@ -1,6 +1,6 @@
 """
-A run that would train nothing, refused before it starts, or before its first optimizer step; and what an earlier run
-has left in a model, which would be trained and saved with it.
+Checks that refuse a run which would train nothing, before it starts or before its first optimizer step; and removal of
+modules that an earlier run has left in a model, which would be trained and saved with it.
 """
 
 import logging
@@ -23,7 +23,7 @@ WAYS_OUT = (
 
 
 def lend(owner: Any, name: str, module: nn.Module) -> None:
-    """Makes `module` a submodule of `owner` for a run; `save_pretrained` of the owner leaves it out."""
+    """Make `module` a submodule of `owner` for a run; `save_pretrained` of the owner leaves it out."""
     owner.add_module(name, module)
     vars(owner).setdefault("_lent", set()).add(name)
     keys = {f"{name}.{key}" for key in module.state_dict()}
@@ -31,7 +31,7 @@ def lend(owner: Any, name: str, module: nn.Module) -> None:
 
 
 def take_back(model: Any) -> None:
-    """Takes off a model in memory what an earlier run has lent it, such as PPO's critic, and says so."""
+    """Remove from a model in memory what an earlier run has lent it, such as PPO's critic, with a warning."""
     owners = [module for module in model.modules() if "_lent" in vars(module)] if isinstance(model, nn.Module) else []
     for owner in owners:
         names = vars(owner).pop("_lent")
@@ -45,17 +45,7 @@ def take_back(model: Any) -> None:
 
 
 def check_trainable(model: nn.Module, role: str, but_not: Iterable[nn.Parameter] = ()) -> list[nn.Parameter]:
-    """
-    Args:
-        role: what the model is called in the message.
-        but_not: parameters within `model` that are another role's.
-
-    Returns:
-        The parameters that will be trained.
-
-    Raises:
-        ValueError: when there is none.
-    """
+    """Return the parameters that will be trained, without another role's in `but_not`; raise `ValueError` if none."""
     others = {id(parameter) for parameter in but_not}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     if not trained:
@@ -67,13 +57,12 @@ def check_optimizer(
     optimizer: torch.optim.Optimizer | None, roles: dict[str, list[nn.Parameter]], needed: str
 ) -> None:
     """
+    Raise `ValueError` if the user's own optimizer does not hold every trained parameter.
+
     Args:
         optimizer: the user's own, or `None`.
-        roles: what is to be trained, by role.
+        roles: the trained parameters by role.
         needed: what to give the optimizer, for the message.
-
-    Raises:
-        ValueError: when the optimizer does not hold all of it.
     """
     if optimizer is None:
         return
@@ -89,17 +78,17 @@ def check_optimizer(
 
 class RequireGradients(TrainerCallback):
     """
-    Stops a run before its first optimizer step when a role gets no gradient: with gradient checkpointing, or beside
-    another role, a backward pass that reaches none of its parameters goes through without a word.
+    Stops a run before its first optimizer step when a role gets no gradient. With gradient checkpointing, or beside
+    another role, a backward pass that reaches none of its parameters raises no error.
 
     Args:
         role: what is to learn.
-        parameters: what is trained of it.
-        others: trained parameters of other roles. A step in which they have no gradient either is passed over.
-        warmup: optimizer steps in which the role is not meant to learn yet.
+        parameters: its trained parameters.
+        others: trained parameters of other roles. A step in which they have no gradient either is skipped.
+        warmup: optimizer steps in which the role does not learn yet.
 
     Attributes:
-        has_begun: whether the role has been about to learn.
+        has_begun: whether the role has had a gradient.
     """
 
     def __init__(
@@ -109,7 +98,7 @@ class RequireGradients(TrainerCallback):
         self.has_begun = False
 
     def check_graph(self, loss: torch.Tensor) -> None:
-        """Raises `ValueError` for a loss of training that nothing trained is in."""
+        """Raise `ValueError` for a training loss that depends on no trained parameter."""
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(self._unreached())
 

@@ -1,7 +1,17 @@
 """
-The planner: what a run needs on each GPU, before anything is loaded, from configs alone.
+What a run needs on each GPU, before anything is loaded, from configs alone.
 
-`plan` gives the phases of a run; `layout_from_options` makes the layout of a recipe; `suggest` searches layouts.
+    shapes     sizes of models and adapters, counted on meta models
+    layout     what is planned: how a run is laid out, on which hardware
+    memory     bytes of each part, as formulas
+    phases     bytes by role and moment
+    planning   a plan: the phases, and whether they fit
+    changes    what would make a plan fit
+    timing     seconds, tokens per second, GPU-hours
+    search     the fastest layouts that fit
+    recipe     from a run's options to its layout
+    table      plans in words and tables
+    drawing    how cost grows, as a picture
 """
 
 from .changes import smallest_change

@@ -1,4 +1,4 @@
-"""What would make a plan fit: changes of its layout, from the cheapest to the dearest, alone and together."""
+"""Find what would make a plan fit: changes of its layout, from the cheapest to the dearest, alone and together."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,37 +130,30 @@ def smallest_change(failed: Plan) -> list[Change]:
 
 
 def _together(failed: Plan, keeping: bool) -> list[Change]:
-    """Changes from the cheapest on, each if it lowers what is needed, until the plan fits; then as few as will."""
-    taken: list[Change] = []
+    """Return changes, the cheapest first, each if it lowers what is needed, until it fits; then as few as will do."""
+    taken: list[str] = []
     current = failed
     for setting in [change.setting for change in changes(failed.layout, failed.hardware, keeping)]:
-        change = _find(setting, current.layout, failed.hardware)
-        if change is None:
-            continue
-        changed = plan(failed.names, change.layout, failed.hardware)
+        applied = _apply(failed, [*taken, setting])
+        changed = plan(failed.names, applied[-1].layout, failed.hardware) if applied else current
         if changed.needed < current.needed:
-            taken, current = [*taken, change], changed
+            taken, current = [*taken, setting], changed
         if current.fits:
-            return _without_needless(failed, taken)
-    return []
-
-
-def _find(setting: str, layout: Layout, hardware: Hardware) -> Change | None:
-    return next((change for change in changes(layout, hardware) if change.setting == setting), None)
-
-
-def _without_needless(failed: Plan, taken: list[Change]) -> list[Change]:
-    for dropped in range(len(taken) - 1):
-        rest = _apply(failed, [change.setting for i, change in enumerate(taken) if i != dropped])
+            break
+    else:
+        return []
+    for setting in taken[:-1]:  # needless ones
+        rest = _apply(failed, [each for each in taken if each != setting])
         if rest and plan(failed.names, rest[-1].layout, failed.hardware).fits:
-            return _without_needless(failed, rest)
-    return taken
+            taken.remove(setting)
+    return _apply(failed, taken)
 
 
 def _apply(failed: Plan, settings: list[str]) -> list[Change]:
+    """Return the changes of these settings, one after the other; none where one cannot follow the others."""
     layout, applied = failed.layout, []
     for setting in settings:
-        change = _find(setting, layout, failed.hardware)
+        change = next((each for each in changes(layout, failed.hardware) if each.setting == setting), None)
         if change is None:
             return []
         layout = change.layout

@@ -1,4 +1,4 @@
-"""One picture of how cost grows: with the size of the model, the length of the sequences, and the number of GPUs."""
+"""Draw how cost grows: with the size of the model, the length of the sequences, and the number of GPUs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ COUNTS = tuple(2**i for i in range(13))
 
 def picture(planned: Plan, path: str | Path, assumptions: Assumptions | None = None) -> None:
     """
-    Draws three panels around a plan: GiB on each GPU by model size and method, GiB by length in each phase, with and
+    Draw three panels around a plan: GiB on each GPU by model size and method, GiB by length in each phase, with and
     without gradient checkpointing, and GiB and tokens per second of a GPU by number of GPUs.
 
     Args:
@@ -47,7 +47,7 @@ def picture(planned: Plan, path: str | Path, assumptions: Assumptions | None = N
 
 
 def methods(layout: Layout) -> dict[str, Layout]:
-    """The layout trained in full as it is, with LoRA, and with QLoRA and all roles on one base."""
+    """Return the layout as it is, with LoRA, and with QLoRA and all roles on one base."""
     on_base: dict[str, Any] = {"compute": "bf16" if layout.compute == "autocast" else layout.compute}
     if layout.reference == "model":
         on_base["reference"] = "adapter"
@@ -80,9 +80,10 @@ def _lengths(axes: Any, planned: Plan) -> None:
                 how = (", checkpointing" if checkpointing else ", all kept") if phase.name == "learn" else ""
                 if how or checkpointing:
                     lines.setdefault(phase.name + how, []).append(phase.total / GIB)
+    where = f"{planned.models.actor.name} on {planned.hardware.gpus} GPUs"
     for label, needed in lines.items():
         axes.plot(LENGTHS, needed, "o-", label=label)
-    axes.set(xlabel="tokens of prompt and response", xscale="log", title=f"Length, {_where(planned)}")
+    axes.set(xlabel="tokens of prompt and response", xscale="log", title=f"Length, {where}")
 
 
 def _counts(axes: Any, planned: Plan, assumptions: Assumptions | None) -> None:
@@ -91,7 +92,3 @@ def _counts(axes: Any, planned: Plan, assumptions: Assumptions | None) -> None:
     rates = [speed(p, assumptions).tokens_per_second / p.hardware.gpus for p in plans]
     axes.plot(COUNTS, rates, "s--", label="tokens/s of each GPU")
     axes.set(xlabel="GPUs", xscale="log", yscale="log", title=f"GPUs, {planned.models.actor.name}")
-
-
-def _where(planned: Plan) -> str:
-    return f"{planned.models.actor.name} on {planned.hardware.gpus} GPUs"

@@ -1,4 +1,4 @@
-"""What is planned: the layout of a run, and the hardware that it is to fit."""
+"""The layout of a run, which is planned, and the hardware that it is to fit."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -184,7 +184,7 @@ class Layout:
             raise ValueError("DeepSpeed computes in the dtype of its weights: set `compute` to 'bf16' (or 'fp32').")
 
     def change(self, **changes: object) -> "Layout":
-        """The layout with `changes`; raises `ValueError` where they do not go together."""
+        """Return the layout with `changes`; raise `ValueError` where they do not go together."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
     @property

@@ -62,19 +62,15 @@ def compute_bytes(layout: Layout) -> int:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def weight_bytes(shape: ModelShape, layout: Layout, bits: int = 16, parameters: int | None = None) -> float:
-    """Weights of a whole model; with `bits` 4 or 8, linear layers but the head are quantised."""
+def weight_bytes(shape: ModelShape, layout: Layout, bits: int = 16) -> float:
+    """Return the bytes of a whole model's weights; with `bits` 4 or 8, linear layers but the head are quantised."""
     if bits == 16:
-        return element(layout) * (shape.parameters if parameters is None else parameters)
-    packed = bits / 8 + scale_bytes(bits, layout.nested_quantisation)
-    return packed * shape.linear + element(layout) * (shape.parameters - shape.linear)
-
-
-def scale_bytes(bits: int, nested: bool) -> float:
-    """Bytes of scales per quantised weight; 8-bit rows share one scale, which is next to nothing."""
+        return element(layout) * shape.parameters
     if bits == 8:
-        return 0.0
-    return 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if nested else 4 / BLOCK
+        scales = 0.0  # rows share one, which is next to nothing
+    else:
+        scales = 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if layout.nested_quantisation else 4 / BLOCK
+    return (bits / 8 + scales) * shape.linear + element(layout) * (shape.parameters - shape.linear)
 
 
 # ------------------------------------------------------------------------------------- weights, gradients, optimizer
@@ -171,29 +167,21 @@ def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
     keys = q if layout.padded or shared else shape.key
     mask = size * layout.length if layout.padded and not shared else 0
     attention: float = size * (2 * q + 2 * keys) + 4 * shape.heads + mask
-    if shared:
-        attention += _shared_row_copies(shape, layout)
+    if shared:  # packing/attention.py: the pieces' outputs before they are joined, and the keys and values that the
+        # rejected completion reads, its prompt's in front of its own
+        tokens = layout.prompt + 2 * layout.response
+        attention += compute_bytes(layout) * shape.query * (1 + 2 * layout.length / tokens)
     if adapter is None:
         # A norm keeps its input, in float32, and what it multiplies by its weight; the projections keep its output,
         # which autocast casts for each of the five that read one.
         norms = {"fp32": 24 * h, "bf16": 16 * h, "autocast": 16 * h + 5 * 2 * h}[layout.compute]
         return norms + attention + 4 * f * size
-    read = 2 * adapter.modules if _casts_adapter_inputs(layout) else size * adapter.inputs
-    return 8 * h + attention + 3 * f * size + read + size * adapter.ranks
-
-
-def _shared_row_copies(shape: ModelShape, layout: Layout) -> float:
-    """Bytes per token of `packing/attention.py`: the pieces' outputs before they are joined, and the keys and values
-    that the rejected completion reads, its prompt's in front of its own."""
-    tokens = layout.prompt + 2 * layout.response
-    return compute_bytes(layout) * shape.query * (1 + 2 * layout.length / tokens)
-
-
-def _casts_adapter_inputs(layout: Layout) -> bool:
-    """Return whether each adapted module casts its input to the adapter's dtype, or autocast's, and keeps the copy."""
+    # Whether each adapted module casts its input to the adapter's dtype, or autocast's, and keeps the copy.
+    casts = layout.compute == "fp32"
     if layout.method == "lora":
-        return layout.compute == "bf16" and layout.zero_stage == 0
-    return layout.compute == "fp32"
+        casts = layout.compute == "bf16" and layout.zero_stage == 0
+    read = 2 * adapter.modules if casts else size * adapter.inputs
+    return 8 * h + attention + 3 * f * size + read + size * adapter.ranks
 
 
 def trunk_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
@@ -227,16 +215,12 @@ def kv_cache(shape: ModelShape, sequences: float, length: float, layout: Layout)
 
 
 def vllm(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Bytes of a colocated vLLM: its share, or 16-bit weights and the cache of one sequence if that is more."""
+    """Return the bytes of a colocated vLLM: its share, or 16-bit weights and one sequence's cache if that is more."""
     if not layout.vllm_share:
         return 0.0
     of_sequence = 4 * shape.key * shape.layers * layout.length
     least = (2 * shape.parameters + of_sequence) / layout.vllm_tensor_parallel
     return max(layout.vllm_share * hardware.memory, least)
-
-
-def sampling_logits(shape: ModelShape, sequences: float) -> float:
-    return SAMPLING_COPIES * 4.0 * sequences * shape.vocab
 
 
 def head_tile(shape: ModelShape, tokens: float, is_cpu: bool) -> float:

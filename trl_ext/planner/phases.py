@@ -1,4 +1,4 @@
-"""Who holds what, phase by phase: generate, score, learn; and within learning the moment at which most is held."""
+"""Add up who holds what, by phase: generate, score, learn; and within learning the moment at which most is held."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,11 +66,8 @@ class _Run:
         self.models, self.layout, self.hardware = models, layout, hardware
         self.vllm = memory.vllm(models.actor, layout, hardware)
         self.trained = self._trained()
-        self.engine = memory.zero_buffers(self._trained_shapes(), layout, hardware)
-
-    def _trained_shapes(self) -> list[ModelShape]:
-        own_critic = self.layout.critic == "model"
-        return [self.models.actor, *([self.models.critic] if own_critic and self.models.critic else [])]
+        shapes = [models.actor, *([models.critic] if layout.critic == "model" and models.critic else [])]
+        self.engine = memory.zero_buffers(shapes, layout, hardware)
 
     # ---- What is there all the time ----
 
@@ -144,7 +141,7 @@ class _Run:
         roles["actor"] += Usage(
             activations=memory.forward_activations(shape, layout.rollout * layout.prompt, layout),
             kv_cache=memory.kv_cache(shape, layout.rollout, layout.length, layout),
-            logits=memory.sampling_logits(shape, layout.rollout),
+            logits=memory.SAMPLING_COPIES * 4.0 * layout.rollout * shape.vocab,
             buffers=memory.cast_buffers(shape, layout) + gathered,
         )
         return Phase("generate", "the last token is sampled", roles)
@@ -178,8 +175,10 @@ class _Run:
         return 0.0 if self.layout.vllm_sleeps else self.vllm
 
     def learn(self) -> Phase:
-        moments = [self._forward_end, self._head_backward, self._backward_end, self._step]
-        return max((moment() for moment in moments), key=lambda phase: phase.total)
+        # The fused AdamW needs nothing beside states and gradients; DeepSpeed gathers 16-bit weights in a bucket.
+        step = self._moment("the optimizer steps", Usage(), Usage(), lambda role: self.trained[role].gradients)
+        moments = [self._forward_end(), self._head_backward(), self._backward_end(), step]
+        return max(moments, key=lambda phase: phase.total)
 
     # ---- Moments of learning ----
 
@@ -262,7 +261,3 @@ class _Run:
         backward = memory.backward_activations(shape, layout, adapter)
         actor = Usage(gradients=beside, activations=backward)
         return self._moment("the backward pass ends", actor, Usage(), lambda role: self.trained[role].gradients)
-
-    def _step(self) -> Phase:
-        """The fused AdamW needs nothing beside states and gradients; DeepSpeed gathers 16-bit weights in a bucket."""
-        return self._moment("the optimizer steps", Usage(), Usage(), lambda role: self.trained[role].gradients)

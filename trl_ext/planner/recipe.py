@@ -1,4 +1,4 @@
-"""From the options of a run, a recipe's or a command line's, to its layout: what is planned is what is run."""
+"""Make the layout of a run from its options, so that what is planned is what is run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ DEFAULT_PROMPT, DEFAULT_LENGTH = 512, 1024
 
 
 def names_from_options(options: Mapping[str, Any]) -> ModelNames:
-    """The models that `trl-ext ppo` or `trl-ext dpo` would load."""
+    """Return the models that `trl-ext ppo` or `trl-ext dpo` would load."""
     actor = options.get("model_name_or_path") or options.get("sft_model_path") or EMBEDDED
     reward = options.get("reward_model_path")
     has_config = reward is not None and (Path(reward) / "config.json").is_file()
@@ -33,7 +33,7 @@ def layout_from_options(
     trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None
 ) -> Layout:
     """
-    The layout of a run.
+    Return the layout of a run.
 
     Args:
         trainer: "ppo" or "dpo".
@@ -47,19 +47,18 @@ def layout_from_options(
     """
     if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise ValueError("FSDP is not planned. ZeRO-3 shards alike: plan it with `zero_stage: 3`.")
-    common = _training(options, hardware) | _adapters(options) | _deepspeed(options)
+    optim = str(options.get("optim") or "adamw_torch_fused")
+    checkpointing = options.get("gradient_checkpointing")
+    common: dict[str, Any] = {
+        "optimizer": "adamw_8bit" if "8bit" in optim else "sgd" if optim == "sgd" else "adamw",
+        "gradient_checkpointing": True if checkpointing is None else checkpointing,
+    }
+    common |= _adapters(options) | _deepspeed(options)
     common["compute"] = _compute(options, hardware, bool(common.get("zero_stage")))
     if common["method"] == "qlora" and options.get("ref_model_quantization") is None:
         common["reference_bits"] = 4  # a reference of its own is loaded like the actor
     of_trainer = _ppo(options, prompt) if trainer == "ppo" else _dpo(options, prompt)
     return Layout(trainer=trainer, **(common | of_trainer))
-
-
-def _training(options: Mapping[str, Any], hardware: Hardware) -> dict[str, Any]:
-    optim = str(options.get("optim") or "adamw_torch_fused")
-    optimizer = "adamw_8bit" if "8bit" in optim else "sgd" if optim == "sgd" else "adamw"
-    checkpointing = options.get("gradient_checkpointing")
-    return {"optimizer": optimizer, "gradient_checkpointing": True if checkpointing is None else checkpointing}
 
 
 def _adapters(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,11 +117,15 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     micro_batch = max(size for size in range(1, per_device + 1) if mini_batch % size == 0)
     kl_coef = options.get("beta") if options.get("beta") is not None else options.get("kl_coef")
     has_reference = kl_coef is None or kl_coef != 0
+    judge: Any = options.get("reward_model_path")
+    is_adapter = bool(judge) and (Path(judge) / "adapter_config.json").is_file()
+    if judge and not Path(judge).is_dir():  # still to be trained, as an adapter where the critic is one
+        is_adapter = options.get("critic") == "adapter"
     colocated = options.get("use_vllm") and options.get("vllm_mode", "colocate") == "colocate"
     return {
         "critic": options.get("critic") or "model",
         "reference": "none" if not has_reference else "adapter" if options.get("use_peft") else "model",
-        "reward": _reward_kind(options.get("reward_model_path"), options.get("critic")),
+        "reward": "adapter" if is_adapter else "model",
         "micro_batch": micro_batch,
         "accumulation": mini_batch // micro_batch,
         "rollout": rollout,
@@ -136,13 +139,6 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "gather_for_generation": options.get("ds3_gather_for_generation") is not False,
         "offload_frozen": bool(options.get("offload_frozen_models")),
     }
-
-
-def _reward_kind(path: str | None, critic: str | None) -> str:
-    """An adapter's folder says so; one that is still to be trained is taken for an adapter beside a critic that is."""
-    if path and (Path(path) / "adapter_config.json").is_file():
-        return "adapter"
-    return "adapter" if critic == "adapter" and not Path(path or "").is_dir() else "model"
 
 
 def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
 
 
 def this_machine() -> Hardware:
-    """The devices that this process and the others of its launch see."""
+    """Return the devices that this process and the others of its launch see."""
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = int(os.environ.get("WORLD_SIZE", 1))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))

@@ -1,4 +1,4 @@
-"""Which layouts fit given hardware, the fastest of each kind of training."""
+"""Search the layouts that fit given hardware, for the fastest of each kind of training."""
 
 import itertools
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ def suggest(
     names: ModelNames | str, start: Layout, hardware: Hardware, assumptions: Assumptions | None = None
 ) -> list[Suggestion]:
     """
-    The fastest layout that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that order.
-    Trainer, lengths, rollout and optimizer are `start`'s; all else is searched.
+    Return the fastest layout that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
+    order. Trainer, lengths, rollout and optimizer are `start`'s; all else is searched.
     """
     best: dict[tuple[str, str], Suggestion] = {}
     for layout in layouts(start, hardware):
@@ -40,7 +40,7 @@ def suggest(
 
 
 def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:
-    """Every layout that `suggest` looks at; those whose parts do not go together are left out."""
+    """Yield every layout that `suggest` looks at; those whose parts do not go together are left out."""
     sequences = start.micro_batch * start.accumulation
     sizes = [size for size in MICRO_BATCHES if size <= sequences]
     engines = _engines(hardware)
@@ -60,7 +60,7 @@ def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:
 
 
 def _roles(start: Layout) -> Iterator[dict[str, str]]:
-    """Method, critic, reward and reference that go together."""
+    """Yield method, critic, reward and reference that go together."""
     ppo = start.trainer == "ppo"
     for method in ("full", "lora", "qlora"):
         reference = start.reference if method == "full" or start.reference == "none" else "adapter"

@@ -1,4 +1,4 @@
-"""What the planner knows of a model: its sizes, counted on a meta model built from the config. No weight is loaded."""
+"""Count the sizes of a model and of an adapter on a meta model built from the config. No weight is loaded."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -57,6 +57,8 @@ ALIASES |= {
 # What families call the experts of a layer, and those that a token visits.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")  # of the MLP
+KEY_HEADS = ("num_key_value_heads", "num_attention_heads")
 
 _SUFFIX = re.compile(r"-(instruct|chat|base|it|hf|dpo|sft|v[0-9.]+)+$")
 
@@ -124,28 +126,25 @@ class AdapterShape:
 
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     """
-    The config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose config
-    cannot be read is looked up in the table without its suffix, such as "-Instruct".
+    Return the config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose
+    config cannot be read is looked up in the table without its suffix, such as "-Instruct".
 
     Raises:
         ValueError: when it is none of them.
     """
     key = name.lower().rstrip("/").split("/")[-1]
-    if not Path(name).is_dir() and _built_in(key):
+    if not Path(name).is_dir() and ALIASES.get(key, key) in SHAPES:
         return _from_table(key)
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
     except Exception as error:  # a family's own checks raise what they like
-        if _built_in(_SUFFIX.sub("", key)):
-            return _from_table(_SUFFIX.sub("", key))
+        plain = _SUFFIX.sub("", key)
+        if ALIASES.get(plain, plain) in SHAPES:
+            return _from_table(plain)
         raise ValueError(
             f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}), and no "
             f"built-in shape. Built-in shapes: {sorted([*ALIASES, *SHAPES])}."
         ) from error
-
-
-def _built_in(key: str) -> bool:
-    return ALIASES.get(key, key) in SHAPES
 
 
 def _from_table(key: str) -> PretrainedConfig:
@@ -155,7 +154,7 @@ def _from_table(key: str) -> PretrainedConfig:
 
 def meta_model(config: PretrainedConfig, with_score: bool = False) -> nn.Module:
     """
-    Builds the model of `config` without storage: a language model, of a multimodal one with its towers, or with
+    Build the model of `config` without storage: a language model, of a multimodal one with its towers, or with
     `with_score` a model with one score; of a family that has none, the trunk with such a head.
     """
     config = type(config).from_dict(config.to_dict())  # from_config notes its attention in it
@@ -174,33 +173,20 @@ def meta_model(config: PretrainedConfig, with_score: bool = False) -> nn.Module:
 
 
 def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> ModelShape:
-    """The sizes of a model, from a name for `load_config` or a config; with a score head instead of the LM head."""
+    """Return the sizes of a model, from a name for `load_config` or a config; with a score head instead of its own."""
     config = load_config(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(config, "name_or_path", "") or config.model_type
-    key = (_identity(config), with_score)
+    key = (key_of(config.to_dict()), with_score)
     if key not in _MODELS:
-        _MODELS[key] = _count_model(config, with_score)
+        try:
+            _MODELS[key] = _count(meta_model(config, with_score), config.get_text_config(), with_score)
+        except Exception as error:  # the code of some 150 families, on configs that may be anybody's
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(
+                f"The planner cannot read the sizes of a {config.model_type!r} model ({reason:.200}): it knows models "
+                "with attention heads, an embedding and a head."
+            ) from error
     return replace(_MODELS[key], name=label)
-
-
-def _identity(config: PretrainedConfig) -> str:
-    return key_of(config.to_dict())
-
-
-def _count_model(config: PretrainedConfig, with_score: bool) -> ModelShape:
-    try:
-        model: Any = meta_model(config, with_score)
-        return _count(model, config.get_text_config(), with_score)
-    except Exception as error:  # the code of some 150 families, on configs that may be anybody's
-        raise _unplanned(config, error) from error
-
-
-def _unplanned(config: PretrainedConfig, error: Exception) -> ValueError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(
-        f"The planner cannot read the sizes of a {config.model_type!r} model ({reason:.200}): it knows models with "
-        "attention heads, an embedding and a head."
-    )
 
 
 def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
@@ -217,7 +203,7 @@ def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
         vocab=text.vocab_size,
         inner=width,
         query=_mean(text, lambda layer: layer.num_attention_heads * _head_size(layer)),
-        key=_mean(text, lambda layer: _key_heads(layer) * _head_size(layer)),
+        key=_mean(text, lambda layer: _first_of(layer, KEY_HEADS) * _head_size(layer)),
         heads=_mean(text, lambda layer: layer.num_attention_heads),
         parameters=total,
         active=total - round(experts * (1 - share)),
@@ -236,7 +222,7 @@ def _score_head(model: Any) -> Any:
 
 
 def _mean(text: PretrainedConfig, size: Callable[[Any], int]) -> int:
-    """A size, of models whose layers differ its mean over the layers."""
+    """Return a size, or its mean where layers differ."""
     layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     return round(sum(size(layer) for layer in layers) / len(layers))
 
@@ -245,8 +231,9 @@ def _head_size(layer: PretrainedConfig) -> int:
     return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
-def _key_heads(layer: PretrainedConfig) -> int:
-    return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+def _first_of(config: PretrainedConfig, names: Iterable[str]) -> Any:
+    """Return the first of these fields that a config has and that is not 0; `None` without one."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]:
@@ -254,29 +241,24 @@ def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     if not experts:
         return 0, _mean(text, _width), 1.0
-    visited = next((n for name in VISITED if (n := getattr(text, name, None))), None)
+    visited = _first_of(text, VISITED)
     if visited is None:
         raise AttributeError(f"its config has none of {', '.join(VISITED)}, the experts that a token visits")
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    return experts, visited * width, visited / _number_of_experts(text)
+    return experts, visited * width, visited / (_first_of(text, EXPERTS) or 1)
 
 
 def _width(text: PretrainedConfig) -> int:
-    """Of the MLP; older families call it otherwise, or leave it at four times the hidden width."""
-    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-    size = next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
+    """Return the width of the MLP; some older families leave it at four times the hidden width."""
+    size = _first_of(text, WIDTHS) or 4 * text.hidden_size
     return round(sum(size) / len(size)) if isinstance(size, list) else size  # Gemma 3n has one for each layer
-
-
-def _number_of_experts(text: PretrainedConfig) -> int:
-    return next((n for name in EXPERTS if (n := getattr(text, name, None))), 1)
 
 
 def adapter_shape(
     name: str | PretrainedConfig, rank: int, targets: Iterable[str] | str, with_score: bool = False
 ) -> AdapterShape:
     """
-    The sizes of a LoRA adapter, counted on what PEFT makes of the meta model.
+    Return the sizes of a LoRA adapter, counted on what PEFT makes of the meta model.
 
     Args:
         rank: of every adapted module.
@@ -285,7 +267,7 @@ def adapter_shape(
     """
     config = load_config(name) if isinstance(name, str) else name
     targets = targets if isinstance(targets, str) else tuple(targets)
-    key = (_identity(config), rank, targets, with_score)
+    key = (key_of(config.to_dict()), rank, targets, with_score)
     if key not in _ADAPTERS:
         _ADAPTERS[key] = _count_adapter(config, rank, targets, with_score)
     return _ADAPTERS[key]

@@ -1,10 +1,10 @@
-"""A plan in words and tables, for a terminal or a page."""
+"""Show a plan in words and tables, for a terminal or a page."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 
 from .changes import Change, smallest_change
-from .layout import GIB, Hardware
+from .layout import GIB
 from .memory import PARTS
 from .phases import ROLES
 from .planning import Plan, plan
@@ -15,16 +15,16 @@ from .timing import Assumptions, speed
 HEADERS = {"optimizer": "optimizer states", "kv_cache": "KV cache"}
 
 
-def plan_text(planned: Plan, with_changes: bool = True) -> str:
-    """Sizes of the models, the table by phase and role, whether it fits, and what would make it fit."""
-    lines = [sizes(planned), "", memory_table(planned), "", verdict(planned)]
-    if with_changes and not planned.fits:
-        lines += ["", change_text(smallest_change(planned), planned)]
-    return "\n".join(lines)
+def plan_text(planned: Plan) -> str:
+    """Return the models' sizes, the table by phase and role, whether it fits, and what would make it fit."""
+    parts = [sizes(planned), memory_table(planned), verdict(planned)]
+    if not planned.fits:
+        parts.append(change_text(smallest_change(planned), planned))
+    return "\n\n".join(parts)
 
 
 def sizes(planned: Plan) -> str:
-    """The models by role, with their parameters, and how they are laid out."""
+    """Return the models by role, with their parameters, and how they are laid out."""
     layout, models = planned.layout, planned.models
     kinds = {"actor": layout.method, "critic": layout.critic, "reward": layout.reward, "reference": layout.reference}
     parts = []
@@ -33,10 +33,9 @@ def sizes(planned: Plan) -> str:
         if kinds[role] == "none":
             continue
         size = f"{shape.name} {shape.parameters / 1e9:.3f}B" if shape is not None else "on the actor's"
-        adapter = (
-            f", {models.adapter.parameters / 1e6:.1f}M of an adapter" if role == "actor" and models.adapter else ""
-        )
-        parts.append(f"{role} ({kinds[role]}) {size}{adapter}")
+        if role == "actor" and models.adapter is not None:
+            size += f", {models.adapter.parameters / 1e6:.1f}M of an adapter"
+        parts.append(f"{role} ({kinds[role]}) {size}")
     zero = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "DDP" if planned.hardware.gpus > 1 else "one process"
     tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}"
     return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{zero}, {layout.compute}, {tokens}."
@@ -63,7 +62,7 @@ def gib(value: float) -> str:
 
 
 def markdown(headers: list[str], rows: Iterable[list[str]]) -> str:
-    """A table whose columns are aligned in a terminal too; figures to the right."""
+    """Return a Markdown table whose columns are aligned in a terminal too; figures to the right."""
     cells = [headers, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
     left = [all(not cell[:1].isdigit() for row in cells[1:] for cell in [row[i]]) for i in range(len(headers))]
@@ -79,19 +78,14 @@ def verdict(planned: Plan) -> str:
     """Return whether it fits, with what was added for the device."""
     hardware = planned.hardware
     where = "the process" if hardware.is_cpu else "each GPU"
-    added = (
-        ""
-        if hardware.is_cpu
-        else (
+    added = host = ""
+    if not hardware.is_cpu:
+        added = (
             f" ({planned.peak.total / GIB:.1f} of tensors; assumed are {hardware.fragmentation:.0%} for the allocator "
             f"and {hardware.context / GIB:.1f} for context and workspaces)"
         )
-    )
-    host = (
-        f" Host memory of a node: {planned.host / GIB:.0f} of {hardware.host_memory / GIB:.0f} GiB."
-        if planned.host
-        else ""
-    )
+    if planned.host:
+        host = f" Host memory of a node: {planned.host / GIB:.0f} of {hardware.host_memory / GIB:.0f} GiB."
     word = "It fits" if planned.fits else "It does not fit"
     return (
         f"{word}: {planned.needed / GIB:.1f} of {hardware.memory / GIB:.1f} GiB on {where}{added}, most when "
@@ -113,7 +107,7 @@ def change_text(found: list[Change], failed: Plan) -> str:
 
 
 def speed_text(planned: Plan, assumptions: Assumptions, sequences: float | None = None) -> str:
-    """The estimated seconds of a step, tokens per second and, for a number of responses or pairs, GPU-hours."""
+    """Return the estimated seconds of a step, tokens per second and, for a number of responses or pairs, GPU-hours."""
     estimate = speed(planned, assumptions)
     phases = f"generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f}"
     unit = "a rollout" if planned.layout.trainer == "ppo" else "an optimizer step"
@@ -129,11 +123,10 @@ def speed_text(planned: Plan, assumptions: Assumptions, sequences: float | None 
 
 
 def scale_table(planned: Plan, gpus: Iterable[int], assumptions: Assumptions, sequences: float) -> str:
-    """The same layout on several numbers of GPUs: what each needs, and how fast all are."""
+    """Return the same layout on several numbers of GPUs: what each needs, and how fast all are."""
     rows = []
     for count in gpus:
-        hardware: Hardware = replace(planned.hardware, gpus=count)
-        there = plan(planned.names, planned.layout, hardware)
+        there = plan(planned.names, planned.layout, replace(planned.hardware, gpus=count))
         estimate = speed(there, assumptions)
         fits = "yes" if there.fits else "no"
         rate, hours = f"{estimate.tokens_per_second:,.0f}", f"{estimate.gpu_hours(sequences):,.0f}"
@@ -142,7 +135,7 @@ def scale_table(planned: Plan, gpus: Iterable[int], assumptions: Assumptions, se
 
 
 def suggestion_table(suggestions: list[Suggestion]) -> str:
-    """The layouts that fit, one a row, the fastest of each kind."""
+    """Return the layouts that fit, one a row, the fastest of each kind."""
     if not suggestions:
         return "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences."
     rows = []

@@ -1,5 +1,5 @@
 """
-Seconds of one step, tokens per second and GPU-hours, from FLOPs, bandwidths and the shares of both that are assumed.
+Estimate the seconds of a step, tokens per second and GPU-hours from FLOPs, bandwidths and assumed shares of both.
 
 Generation reads every weight and the KV cache once per token, so bandwidth bounds it; learning is matrix products, so
 FLOPs bound it, unless the network does. 2 FLOPs per weight and token forward, twice that backward (Kaplan et al. 2020,
@@ -71,17 +71,15 @@ class Speed:
 
 
 def speed(planned: Plan, assumptions: Assumptions | None = None) -> Speed:
-    """The estimate for a plan."""
+    """Return the estimate for a plan."""
     assumed = assumptions or Assumptions()
     layout, models, hardware = planned.layout, planned.models, planned.hardware
     if layout.trainer == "dpo":
         pairs = layout.micro_batch * layout.accumulation
         seconds = layout.accumulation * _learn_micro_batch(layout, models, hardware, assumed)
-        seconds += (
-            pairs
-            * _read(models.actor, layout.learned_tokens / layout.micro_batch, layout, hardware, assumed)
-            * (layout.reference != "none")
-        )
+        if layout.reference != "none":
+            tokens = layout.learned_tokens / layout.micro_batch
+            seconds += pairs * _read(models.actor, tokens, layout, hardware, assumed)
         seconds += _step(layout, models, hardware, assumed)
         sequences = pairs * hardware.gpus
         return Speed(0.0, 0.0, seconds, sequences * 2 * layout.length, sequences, hardware.gpus)
@@ -98,20 +96,12 @@ def speed(planned: Plan, assumptions: Assumptions | None = None) -> Speed:
     )
 
 
-def _mfu(layout: Layout, assumed: Assumptions) -> float:
-    return assumed.mfu * (assumed.unpacking if layout.method == "qlora" else 1.0)
-
-
-def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
-    """FLOPs of a forward pass: two per weight that a token meets, and causal attention's scores and sums."""
+def _read(shape: ModelShape, tokens: float, layout: Layout, hardware: Hardware, assumed: Assumptions) -> float:
+    """Return the seconds of a forward pass: two FLOPs per weight that a token meets, and causal attention's."""
     embedding = 0 if shape.tied else shape.hidden * shape.vocab
     matrices = shape.active - embedding
-    return tokens * (2.0 * matrices + 2.0 * shape.layers * shape.query * length)
-
-
-def _read(shape: ModelShape, tokens: float, layout: Layout, hardware: Hardware, assumed: Assumptions) -> float:
-    """Seconds of a forward pass."""
-    return forward_flops(shape, tokens, layout.length) / (hardware.flops * _mfu(layout, assumed))
+    flops = tokens * (2.0 * matrices + 2.0 * shape.layers * shape.query * layout.length)
+    return flops / (hardware.flops * assumed.mfu * (assumed.unpacking if layout.method == "qlora" else 1.0))
 
 
 def _generate(layout: Layout, shape: ModelShape, hardware: Hardware, assumed: Assumptions) -> float:

@@ -1,4 +1,17 @@
-"""Pages, pictures and tables of a run, made from what the Trainer has logged. Imports no trainer."""
+"""
+Pages, pictures and tables of a run, made from what the Trainer has logged. Imports no trainer.
+
+    run                 what a run's folder says of it
+    tables              samples before and after, implicit rewards of pairs
+    progress            a progress bar with one short line per log
+    drawing             colours, lines and figures
+    panel               what the page shows of some log keys
+    policy_panels       the panels of PPO, GRPO and RLOO
+    preference_panels   the panels of DPO and reward models
+    machine_panels      the panels of time and memory
+    pictures            the panels of a run, drawn; a PNG of them
+    page                the HTML page
+"""
 
 from .page import write_report
 from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress

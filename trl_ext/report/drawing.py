@@ -1,8 +1,8 @@
 """
-How a panel is drawn with matplotlib: colours, lines, legends, thinning; and a figure as inline SVG for the page.
+Draw a panel with matplotlib: colours, lines, legends, thinning; and a figure as inline SVG for the page.
 
-matplotlib is an extra: `pip install 'trl-ext[report]'`. Figures are made without pyplot, so that nothing outside them
-changes: training goes on in the same process.
+matplotlib is an extra: `pip install 'trl-ext[report]'`. Figures are made without pyplot, which would change settings
+of the process that trains.
 """
 
 import io
@@ -55,7 +55,7 @@ STYLE = {
 
 
 def matplotlib() -> Any:
-    """The library, or an error that says how to get it."""
+    """Import the library, or raise an error that says how to install it."""
     try:
         import matplotlib as library
         import matplotlib.figure
@@ -67,12 +67,12 @@ def matplotlib() -> Any:
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     return matplotlib().figure.Figure(figsize=(width, height))
 
 
 def thin(points: Series, most: int = MOST_POINTS) -> Series:
-    """At most `most` points: means of as many neighbours as it takes."""
+    """Return at most `most` points, means of neighbours."""
     steps, values = points
     share = -(-len(values) // most)
     if share <= 1:
@@ -82,13 +82,13 @@ def thin(points: Series, most: int = MOST_POINTS) -> Series:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Of each value and up to `window` − 1 before it."""
+    """Return the mean of each value and up to `window` − 1 before it."""
     parts = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def curve(axis: Any, points: Series, colour: str, label: str = "", dashed: bool = False, smooth: bool = True) -> None:
-    """A metric of the training as a line; of many points the running mean, with the points faint behind it."""
+    """Draw a metric of the training as a line; of many points the running mean, with the points faint behind it."""
     steps, values = thin(points)
     if not values:
         return
@@ -104,7 +104,7 @@ def curve(axis: Any, points: Series, colour: str, label: str = "", dashed: bool 
 def held_out(
     axis: Any, points: Series, colour: str, label: str = "", ends: tuple[Series, Series] | None = None
 ) -> None:
-    """A metric of the evaluations as diamonds, with their intervals where `ends`, lower and upper, are known."""
+    """Draw a metric of the evaluations as diamonds, with intervals if their `ends`, lower and upper, are known."""
     steps, values = points
     if not values:
         return
@@ -120,7 +120,7 @@ def held_out(
 
 
 def level(axis: Any, value: float, label: str = "") -> None:
-    """A line to compare with, such as chance."""
+    """Draw a line to compare with, such as chance."""
     axis.axhline(value, color=COLOURS["muted"], linewidth=1, linestyle="--", label=label)
 
 
@@ -129,7 +129,7 @@ def band(axis: Any, low: float, high: float, label: str = "") -> None:
 
 
 def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
-    """Labels, below the axes a legend where something has a name, and the axes in the room that is left."""
+    """Write the labels and, below the axes, a legend if anything has a name; give the axes the rest of the room."""
     axis.set_ylabel(ylabel)
     axis.set_xlabel(xlabel)
     if xlabel == "optimizer step":
@@ -141,7 +141,7 @@ def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
         rows = -(-len(labels) // columns)
         style = {"columnspacing": 1.2, "borderpad": 0.1, "borderaxespad": 0.2}
         axis.figure.legend(handles, labels, loc="lower left", ncols=columns, **style)
-    # Margins in inches, as the texts have one size: a layout engine would draw everything several times.
+    # Margins in inches, as the texts have one size; a layout engine would draw everything several times.
     room = axis.figure
     width, height = room.bbox.width / room.dpi, room.bbox.height / room.dpi
     left, right, top, bottom = 0.84, 0.1, 0.22, 0.5 + 0.19 * rows
@@ -149,7 +149,7 @@ def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
 
 
 def pixels(drawn: Any, dpi: int = 120) -> Any:
-    """A figure as an array (height, width, 3) of bytes."""
+    """Return a figure as an array (height, width, 3) of bytes."""
     import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -160,14 +160,14 @@ def pixels(drawn: Any, dpi: int = 120) -> Any:
 
 
 def text_line(text: str, width: float, height: float, dpi: int = 120, size: float = 11, colour: str = "ink") -> Any:
-    """A line of text as pixels; width and height in inches."""
-    strip = matplotlib().figure.Figure(figsize=(width, height))
+    """Return a line of text as pixels; width and height in inches."""
+    strip = figure(width, height)
     strip.text(0.09 / width, 0.5, text, fontsize=size, fontweight="bold", color=COLOURS[colour], va="center")
     return pixels(strip, dpi)
 
 
 def inline_svg(drawn: Any, name: str) -> str:
-    """A figure as an `<svg>` for a page: colours as CSS variables, text in the page's font, nothing from outside."""
+    """Return a figure as an `<svg>`: colours as CSS variables, text in the page's font, nothing from outside."""
     buffer = io.StringIO()
     with matplotlib().rc_context({"svg.hashsalt": name}):  # ids of two figures on a page differ
         drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

@@ -1,4 +1,4 @@
-"""The panels of what a run costs: seconds and memory by phase, tokens per second."""
+"""Draw the panels of what a run costs: seconds and memory by phase, tokens per second."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PHASES = {"generate": "blue", "score": "red", "learn": "green", "reference": "pu
 
 
 def seconds(figure: Any, runs: Runs) -> None:
-    """Seconds of a rollout by phase, stacked."""
+    """Draw the seconds of a rollout by phase, stacked."""
     (run,) = runs
     axis = figure.subplots()
     phases = [phase for phase in PHASES if series(run.log, f"time/{phase}")[1]]
@@ -25,7 +25,7 @@ def seconds(figure: Any, runs: Runs) -> None:
 
 
 def memory(figure: Any, runs: Runs) -> None:
-    """Peaks of one run, from 0 upwards, so that a height is a share of the whole."""
+    """Draw the peaks of one run, from 0 upwards, so that a height is a share of the whole."""
     (run,) = runs
     axis = figure.subplots()
     for phase, colour in PHASES.items():

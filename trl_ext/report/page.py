@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run or several: nothing is loaded from anywhere, no script runs."""
+"""Write one self-contained HTML page about one run or several: it loads nothing and runs no script."""
 
 import json
 import time
@@ -17,14 +17,8 @@ from .tables import preference_rows, score_text
 TEMPLATE = Path(__file__).with_name("page.html")
 NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model"}
 SHOWN_FACTS = (
-    "algorithm",
-    "model",
-    "architecture",
-    "parameters",
-    "trained",
-    "training data",
-    "held-out data",
-    "hardware",
+    *("algorithm", "model", "architecture", "parameters", "trained"),
+    *("training data", "held-out data", "hardware"),
 )
 # Options that decide most, in the order of the page; all others that were changed are listed below.
 SHOWN_OPTIONS = (
@@ -39,19 +33,19 @@ def write_report(
     folders: Sequence[str | Path], path: str | Path | None = None, refresh: int = 0, picture: bool = True
 ) -> Path:
     """
-    Reads runs and writes the page, and a PNG of the same name beside it.
+    Read runs and write the page, and a PNG of the same name beside it.
 
     Args:
         folders: output folders of runs.
-        path: where the page goes; by default `report.html` in the folder of the one run, or here for several.
-        refresh: seconds after which a page about a run that goes on loads itself again; 0: never.
+        path: where the page goes; by default `report.html` in the folder of the run, or here for several.
+        refresh: seconds after which the page of a run that is not finished reloads itself; 0: never.
         picture: whether to write the PNG.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: without a run, for a path that is no .html, or for logs that cannot be read.
+        ValueError: without a run, for a path that does not end in .html, or for logs that cannot be read.
         FileNotFoundError: for a folder without a log.
     """
     if not folders:
@@ -72,11 +66,16 @@ def write_report(
 
 
 def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int = 0) -> str:
-    """The page as text, with its drawn panels."""
+    """Return the text of the page, with its drawn panels."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     running = any(not run.is_finished and not run.is_silent for run in runs)
+    with matplotlib().rc_context(STYLE):
+        figures = [
+            {"title": d.heading, "caption": d.panel.caption, "svg": inline_svg(d.figure, f"panel-{i}")}
+            for i, d in enumerate(drawn)
+        ]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         runs=runs,
@@ -85,24 +84,16 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         light=COLOURS,
         refresh=refresh if running else 0,
         facts=_rows({run.name: _facts(run) for run in runs}),
-        figures=_figures(drawn),
+        figures=figures,
         results=_results(runs),
         options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
         score_text=score_text,
-        time_text=_time_text,
+        time_text=lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
     )
 
 
-def _figures(drawn: Sequence[Drawn]) -> list[dict[str, str]]:
-    with matplotlib().rc_context(STYLE):
-        return [
-            {"title": d.heading, "caption": d.panel.caption, "svg": inline_svg(d.figure, f"panel-{i}")}
-            for i, d in enumerate(drawn)
-        ]
-
-
 def _results(runs: Sequence[Run]) -> list[list[str]]:
-    """With its heading: of one run the first and the last value of each row, of several a column for each run."""
+    """Return the rows with their heading: first and last value of one run, or a column for each of several."""
     if len(runs) == 1:
         return [["", "first", "last"], *result_rows(runs[0])]
     columns = {
@@ -113,7 +104,7 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def result_rows(run: Run) -> list[list[str]]:
-    """Name, value at the first and value at the last evaluation (of training, the first and the last line)."""
+    """Return name, value at the first and at the last evaluation; of training, at the first and the last line."""
     rows = []
     accuracy = held_out_accuracy(run.log)
     evaluations = [line for line in run.log if accuracy in line]
@@ -142,7 +133,7 @@ def result_rows(run: Run) -> list[list[str]]:
 
 
 def _first_and_last(label: str, points: Series, form: str) -> list[list[str]]:
-    """A row of the first and the last value, of one value only that; none of no value."""
+    """Return a row of the first and the last value; a single value is the last; no row without a value."""
     values = points[1]
     if not values:
         return []
@@ -157,13 +148,9 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _rows(columns: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-    """One row for each name that any column has, with the value of every column."""
+    """Return one row for each name that any column has, with the value of every column."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     return [[name, *(column.get(name, "") for column in columns.values())] for name in names]
-
-
-def _time_text(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _text(value: Any) -> str:

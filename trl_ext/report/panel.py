@@ -1,6 +1,6 @@
 """
-`Panel`: a function of a figure and of the runs to draw, and what it shows. Several runs lie over each other, each in
-its own colour.
+`Panel`: what the page shows of some log keys, and the function that draws it; several runs share a plot, each in its
+colour.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,10 @@ class Panel:
     Args:
         title: its heading.
         draw: draws the runs on a figure.
-        keys: it is shown if a run has logged one of them, in training or held out; a name ending in "/" is the
-            beginning of keys.
+        keys: it is shown if a run has logged one of them, in training or held out; a name ending in "/" is a prefix.
         caption: what healthy looks like, in a sentence.
-        height: inches; the width is that of a phone.
-        per_run: whether every run gets a panel of its own, because it cannot be laid over another.
+        height: in inches; the width is that of a phone.
+        per_run: whether every run gets a panel of its own, because runs cannot share it.
         at_least: how many of the keys a run must have logged.
     """
 
@@ -46,12 +45,12 @@ class Panel:
 
 
 def colour(runs: Runs, run: Run, alone: str = "blue") -> str:
-    """Of several runs, the run's colour; of one, that of what is shown."""
+    """Return the run's colour among several; that of the curve if there is one run."""
     return alone if len(runs) == 1 else OF_RUNS[next(i for i, r in enumerate(runs) if r is run) % len(OF_RUNS)]
 
 
 def name(runs: Runs, run: Run, label: str) -> str:
-    """The label of a curve; of several runs only the first names what all of them show."""
+    """Return the label of a curve; of several runs, only the first has one."""
     return label if run is runs[0] else ""
 
 
@@ -62,7 +61,7 @@ def lines(
     smooth: bool = True,
     at: float | None = None,
 ) -> Callable[[Any, Runs], None]:
-    """A panel with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
+    """Make a panel with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
 
     def draw(figure: Any, runs: Runs) -> None:
         axis = figure.subplots()
@@ -81,7 +80,7 @@ def lines(
 
 
 def two_rows(upper: Callable[[Any, Runs], None], lower: Callable[[Any, Runs], None]) -> Callable[[Any, Runs], None]:
-    """Two panels above each other."""
+    """Make a panel of two, one above the other."""
 
     def draw(figure: Any, runs: Runs) -> None:
         above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
@@ -93,7 +92,7 @@ def two_rows(upper: Callable[[Any, Runs], None], lower: Callable[[Any, Runs], No
 
 
 def by_name(prefix: str, ylabel: str, suffix: str = "") -> Callable[[Any, Runs], None]:
-    """A curve for every key of one run that begins with `prefix` and ends with `suffix`."""
+    """Make a panel with a curve for every key of one run that begins with `prefix` and ends with `suffix`."""
 
     def draw(figure: Any, runs: Runs) -> None:
         (run,) = runs

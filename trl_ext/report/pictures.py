@@ -1,4 +1,4 @@
-"""Which panels a run has, drawn; and a PNG of them."""
+"""Draw the panels that a run has, and write a PNG of them."""
 
 import itertools
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ OF_KIND = {"ppo": POLICY, "grpo": POLICY, "dpo": PREFERENCE, "reward": PREFERENC
 
 
 def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:
-    """The panels to draw, each with its runs, in order; those of two algorithms after each other."""
+    """Return the panels to draw, each with its runs, in order; those of two algorithms one after the other."""
     chosen: dict[Panel, list[Run]] = {}
     for run in runs:
         for panel in OF_KIND.get(run.kind or "", OTHER):
@@ -50,12 +50,7 @@ class Drawn:
 
 
 def draw(runs: Runs, panels: Sequence[Panel] | None = None) -> list[Drawn]:
-    """
-    The panels that the runs have something for.
-
-    Args:
-        panels: those to choose from; by default all.
-    """
+    """Draw the panels that the runs have logged something for, of all or of `panels`."""
     found = []
     with matplotlib().rc_context(STYLE):
         for panel, of_panel in panels_of(runs):
@@ -68,7 +63,7 @@ def draw(runs: Runs, panels: Sequence[Panel] | None = None) -> list[Drawn]:
 
 
 def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: str = "", columns: int = 3) -> Path:
-    """One PNG of drawn panels, `columns` of them beside each other; several runs are named in their colours."""
+    """Write a PNG of drawn panels in `columns` columns; several runs are named in their colours."""
     import numpy
 
     columns = min(columns, max(len(drawn), 1))
@@ -79,26 +74,22 @@ def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: s
             strips += [text_line(f"● {run.name}", WIDTH * columns, 0.25, size=10, colour=c) for run, c in names]
         cells = [[text_line(d.heading, WIDTH, 0.35), pixels(d.figure)] for d in drawn]
         rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] or [[[text_line("", WIDTH, 1.0)]]]
-        picture = _stack(strips + [_beside([_stack(cell) for cell in row]) for row in rows])
+        picture = _join(strips + [_join([_join(cell, 0) for cell in row], 1) for row in rows], 0)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         matplotlib().image.imsave(path, numpy.ascontiguousarray(picture))
     return path
 
 
-def _stack(images: Sequence[Any]) -> Any:
-    """Images under each other, white where one is narrower."""
+def _join(images: Sequence[Any], axis: int) -> Any:
+    """Join images under each other (axis 0) or side by side (1), white where one is narrower or lower."""
     import numpy
 
-    width = max(image.shape[1] for image in images)
-    fill = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
-    return numpy.vstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
-
-
-def _beside(images: Sequence[Any]) -> Any:
-    """Images beside each other, white where one is lower."""
-    import numpy
-
-    height = max(image.shape[0] for image in images)
-    fill = [((0, height - image.shape[0]), (0, 0), (0, 0)) for image in images]
-    return numpy.hstack([numpy.pad(i, f, constant_values=254) for i, f in zip(images, fill, strict=True)])
+    other = 1 - axis
+    size = max(image.shape[other] for image in images)
+    padded = []
+    for image in images:
+        fill = [(0, 0), (0, 0), (0, 0)]
+        fill[other] = (0, size - image.shape[other])
+        padded.append(numpy.pad(image, fill, constant_values=254))
+    return numpy.concatenate(padded, axis)

@@ -1,4 +1,4 @@
-"""The panels of a policy that samples: PPO, GRPO, RLOO."""
+"""Draw the panels of a policy that samples: PPO, GRPO, RLOO."""
 
 import math
 from typing import Any
@@ -17,17 +17,17 @@ def reward(figure: Any, runs: Runs) -> None:
         curve(axis, scores(run.log), colour(runs, run), name(runs, run, "rollouts"))
         evaluations = _held_out_scores(run)
         widths = dict(zip(*series(run.log, "eval_reward/score_ci95"), strict=True))
-        ends = [
+        low, high = (
             (evaluations[0], [v + sign * widths.get(s, 0.0) for s, v in zip(*evaluations, strict=True)])
             for sign in (-1, 1)
-        ]
+        )
         label = "held-out prompts, 95% interval" if widths else "held-out prompts"
-        held_out(axis, evaluations, colour(runs, run), name(runs, run, label), (ends[0], ends[1]))
+        held_out(axis, evaluations, colour(runs, run), name(runs, run, label), (low, high))
     finish(axis, "score")
 
 
 def frontier(figure: Any, runs: Runs) -> None:
-    """Draw what the reward has cost in KL: a point for each rollout, later ones stronger; diamonds for evaluations."""
+    """Draw the score over the KL: a point for each rollout, later ones stronger; diamonds for evaluations."""
     axis = figure.subplots()
     for run in runs:
         shade = COLOURS[colour(runs, run)]
@@ -64,7 +64,7 @@ def kl_coefficient(figure: Any, runs: Runs) -> None:
 
 
 def contributions(log: Log) -> dict[str, Series]:
-    """Return steps and values of each weighted term of the PPO loss, which add up to `loss`; none that stays 0."""
+    """Return steps and values of each weighted term of the PPO loss, which add up to `loss`; not those always 0."""
     curves = {}
     for term in TERMS:
         keys = [f"terms/{term.name}", *([f"coef/{term.coefficient}"] if term.coefficient else [])]
@@ -76,7 +76,7 @@ def contributions(log: Log) -> dict[str, Series]:
 
 
 def loss_terms(figure: Any, runs: Runs) -> None:
-    """Signed contributions of one run, stacked: what is above 0 adds to the loss, what is below takes from it."""
+    """Stack the signed contributions of one run: those above 0 add to the loss, those below subtract."""
     (run,) = runs
     axis = figure.subplots()
     curves = {term: thin(points) for term, points in contributions(run.log).items()}
@@ -97,7 +97,7 @@ def loss_terms(figure: Any, runs: Runs) -> None:
 
 
 def policy_terms(figure: Any, runs: Runs) -> None:
-    """The same without the value loss, which dwarfs them: what the actor learns from."""
+    """Draw the same without the value loss, which dwarfs them: what the actor learns from."""
     (run,) = runs
     axis = figure.subplots()
     curves = contributions(run.log)
@@ -128,7 +128,7 @@ def _held_out_scores(run: Run) -> Series:
 
 
 def _paired(first: Series, second: Series) -> list[tuple[float, float]]:
-    """Values of two series at the steps of both."""
+    """Return the values of two series at the steps that both have."""
     known = dict(zip(*second, strict=True))
     return [(value, known[step]) for step, value in zip(*first, strict=True) if step in known]
 

@@ -1,13 +1,11 @@
-"""The panels of a model that learns from pairs: DPO, and reward models."""
+"""Draw the panels of a model that learns from pairs: DPO, and reward models."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..runs.log import is_tie, series
 from .drawing import COLOURS, curve, finish, held_out, level, thin
 from .machine_panels import MEMORY, PAIR_THROUGHPUT
 from .panel import LEARNING, Panel, Runs, colour, lines, name, two_rows
-from .run import Run
 
 
 def preference_loss(figure: Any, runs: Runs) -> None:
@@ -20,11 +18,13 @@ def preference_loss(figure: Any, runs: Runs) -> None:
 
 
 def accuracy(figure: Any, runs: Runs) -> None:
-    """Shares of pairs, each with its 95% interval where one is logged."""
+    """Draw shares of pairs, each with its 95% interval if one is logged."""
     axis = figure.subplots()
     for run in runs:
-        shade, key = colour(runs, run), _accuracy_key(run)
-        log = [line for line in run.log if not _before_training(line, key)]
+        shade, keys = colour(runs, run), ("preference/accuracy", "rewards/accuracies", "accuracy")
+        key = next((key for key in keys if any(key in line or f"eval_{key}" in line for line in run.log)), keys[0])
+        # Before the first step no pair is right or wrong.
+        log = [x for x in run.log if not (is_tie(x) or (x.get("step") == 0 and x.get(f"eval_{key}") == 0))]
         curve(axis, series(log, key), shade, name(runs, run, "training"))
         ends = [series(log, f"eval_{key}_{end}") for end in ("low", "high")]
         label = "held out, 95% interval" if ends[0][1] else "held out"
@@ -34,16 +34,6 @@ def accuracy(figure: Any, runs: Runs) -> None:
     level(axis, 0.75, "75%, asked for by the documents")
     axis.set_ylim(-0.02, 1.02)
     finish(axis, "share of pairs")
-
-
-def _before_training(line: Mapping[str, Any], key: str) -> bool:
-    """Before the first step no pair is right or wrong."""
-    return is_tie(line) or (line.get("step") == 0 and line.get(f"eval_{key}") == 0)
-
-
-def _accuracy_key(run: Run) -> str:
-    keys = ("preference/accuracy", "rewards/accuracies", "accuracy")
-    return next((key for key in keys if any(key in line or f"eval_{key}" in line for line in run.log)), keys[0])
 
 
 def margins(figure: Any, runs: Runs) -> None:

@@ -1,4 +1,4 @@
-"""A progress bar that writes one short line per log, instead of a dictionary of forty metrics."""
+"""Write one short line per log beside the progress bar, instead of a dictionary of forty metrics."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..runs.log import is_tie
 
 
-# Log key -> what the line calls it, and its format. A line shows those it has.
+# Log key -> its name in the line, and its format. A line shows the keys that are logged.
 PPO_LINE = {
     "reward/score": ("reward", "+.3f"),
     "eval_reward/score": ("held-out reward", "+.3f"),
@@ -39,7 +39,7 @@ REWARD_LINE = {
 
 
 class BriefProgress(ProgressCallback):
-    """The Trainer's progress bar; of each log it writes the chosen metrics. All of them are still in the log."""
+    """The Trainer's progress bar, which writes the chosen metrics of each log; the log still has all of them."""
 
     def __init__(self, line: dict[str, tuple[str, str]]):
         super().__init__()
@@ -53,7 +53,7 @@ class BriefProgress(ProgressCallback):
 
 
 def brief_line(logs: dict[str, Any], line: dict[str, tuple[str, str]]) -> str:
-    """The chosen metrics of a log line, as text. Who is right says nothing while all pairs are ties."""
+    """Return the chosen metrics of a log line as text; there is no accuracy while all pairs are ties."""
     known = {key: value for key, value in logs.items() if isinstance(value, int | float)}
     texts = {key: f"{known[key]:{form}}" for key, (_, form) in line.items() if key in known}
     if is_tie(known):
@@ -62,6 +62,6 @@ def brief_line(logs: dict[str, Any], line: dict[str, tuple[str, str]]) -> str:
 
 
 def use_brief_progress(trainer: Any, line: dict[str, tuple[str, str]]) -> None:
-    """Puts [`BriefProgress`] in the place of the Trainer's own bar; does nothing where bars are switched off."""
+    """Put [`BriefProgress`] in the place of the Trainer's own bar; do nothing if bars are switched off."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BriefProgress(line))

@@ -1,4 +1,4 @@
-"""`Run`: what a run's folder says about it, while it is running or when it is done."""
+"""`Run`: read what a run's folder says about it, while it is running or when it is done."""
 
 import json
 import math
@@ -15,15 +15,14 @@ from ..runs.log import algorithm
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
-QUIET = 600.0  # seconds: a run is not taken for dead before
+QUIET = 600.0  # seconds before a run may count as silent
 
 
 @dataclass(frozen=True)
 class Run:
     """
     One run: its log, and what is known of it. `facts` and `options` are for people to read. `heard` is when its log
-    was last written, in seconds since the epoch; a run of which nothing is heard for `silent_after` seconds longer is
-    silent.
+    was last written, in seconds since the epoch; after `silent_after` more seconds without a log line, it is silent.
     """
 
     name: str
@@ -39,12 +38,12 @@ class Run:
 
     @property
     def kind(self) -> str | None:
-        """The algorithm, as in `trl_ext.runs.log.SIGNS`."""
+        """Return the algorithm, as in `trl_ext.runs.log.SIGNS`."""
         return algorithm(self.log)
 
     @property
     def kl_band(self) -> tuple[float, float]:
-        """Nats per sequence: the run's own, else the documents'."""
+        """Return the run's own band, else the documents', in nats per sequence."""
         low, high = self.options.get("kl_band") or KL_BAND
         return float(low), float(high)
 
@@ -54,12 +53,12 @@ class Run:
 
     @property
     def is_silent(self) -> bool:
-        """Return whether a run that is not finished has been quiet for so long that it will hardly go on."""
+        """Return whether an unfinished run has logged nothing for so long that it has probably stopped."""
         return not self.is_finished and self.heard is not None and time.time() - self.heard > self.silent_after
 
     @property
     def state(self) -> str:
-        """Finished, running, or for how long it has not been heard of."""
+        """Return "finished", "running", or for how long it has not been heard of."""
         if self.is_silent:
             return f"has not been heard of for {_duration(time.time() - (self.heard or 0.0))}"
         return "finished" if self.is_finished else "running"
@@ -75,13 +74,13 @@ class Run:
 
 def read_run(folder: str | Path) -> Run:
     """
-    A run from its output folder: the newest `trainer_state.json` in it or in its checkpoints, `run.json` if
-    [`ReportCallback`] has written one, and completions that were written down. What is older than `run.json` says is
-    of an earlier run in the same folder and is passed over.
+    Read a run from its output folder: the newest `trainer_state.json` in it or in its checkpoints, `run.json` if
+    [`ReportCallback`] has written one, and saved completions. Files that are older than the beginning in `run.json`
+    are an earlier run's and are skipped.
 
     Raises:
-        FileNotFoundError: where no log is to be found.
-        ValueError: where none can be read, such as one that is half-written.
+        FileNotFoundError: when there is no log.
+        ValueError: when none can be read, such as one that is half-written.
     """
     folder = Path(folder)
     paths = _states(folder)
@@ -104,7 +103,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
-    """Runs whose folders have one name get as much of their paths as tells them apart."""
+    """Give runs whose folders have the same name as much of their paths as tells them apart."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
@@ -114,7 +113,7 @@ def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
 
 
 def _states(folder: Path) -> list[Path]:
-    """The logs of the last run in a folder, the newest first."""
+    """Return the logs of the last run in a folder, the newest first."""
     there = newest([path for path in (folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")) if path.is_file()])
     paths = [path for path in there if is_of_this_run(path, folder)]
     if paths:
@@ -131,7 +130,7 @@ def _states(folder: Path) -> list[Path]:
 
 
 def _newest(paths: Sequence[Path]) -> dict[str, Any]:
-    """The first that is whole: the Trainer may be writing the others."""
+    """Return the first that is whole: the Trainer may be writing the others."""
     errors = []
     for path in paths:
         try:
@@ -143,14 +142,14 @@ def _newest(paths: Sequence[Path]) -> dict[str, Any]:
 
 def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:
     """
-    Seconds without a new log after which a run is silent: at least 10 minutes, 20 times what a log line usually takes
-    and 3 times what lies between two logs. Infinite where nothing says how often there is one.
+    Return the seconds without a new log after which a run is silent: at least 10 minutes, 20 times the usual time of a
+    log line and 3 times the time between two logs. Infinite if nothing says how often there is one.
 
     Args:
-        written: the times of the logs that are there, of checkpoints too.
-        lines: in the last of them.
+        written: the times of the logs, those in checkpoints too.
+        lines: of the last log.
         begun: when the run began.
-        every: seconds between two logs by `ReportCallback`, 0 where it writes none while the run goes on.
+        every: seconds between two logs by `ReportCallback`; 0 if it writes none during the run.
     """
     times = sorted(written if begun is None else (begun, *written))
     if not every and len(times) < 2:
@@ -168,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    """Return `facts` and `options` from `run.json`; without one, what the model's config says of it."""
+    """Return `facts` and `options` from `run.json`; without one, what the model's config says."""
     known = read_facts(folder)
     if known:
         return {"facts": {}, "options": {}} | known

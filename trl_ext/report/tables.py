@@ -1,4 +1,4 @@
-"""Tables of a run: sample completions before and after with their rewards, and the implicit rewards of pairs."""
+"""Read and show sample completions before and after with their rewards, and the implicit rewards of pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,10 +63,9 @@ class Pair:
 
 def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: int = SHOWN) -> list[Sample]:
     """
-    Completions before and after, from what a run has written down: `SampleCallback` (`samples/`), DPOTrainerX with
-    `generate_during_eval` (`completions/*.jsonl`), or TRL with `log_completions` (`completions/*.parquet`) where both
-    the first and the last evaluation answered the same prompts. What an earlier run has left in the folder is passed
-    over.
+    Return completions before and after, from the files of `SampleCallback` (`samples/`), of DPOTrainerX with
+    `generate_during_eval` (`completions/*.jsonl`), or of TRL with `log_completions` (`completions/*.parquet`) if the
+    first and the last evaluation answered the same prompts. Files of an earlier run in the folder are skipped.
     """
     folder = Path(folder)
     for files in (_files(folder, "samples/*.jsonl"), _files(folder, "completions/*.jsonl")):
@@ -81,7 +80,7 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
 
 
 def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
-    """Return what `ImplicitRewardCallback` wrote first and last."""
+    """Return the pairs that `ImplicitRewardCallback` wrote first and last."""
     files = _files(Path(folder), "implicit_rewards/step_*.jsonl")
     if not files:
         return []
@@ -99,7 +98,7 @@ def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """Tables of the last run in a folder, the newest first."""
+    """Return the tables of the last run in a folder, the newest first."""
     return newest([path for path in folder.glob(pattern) if is_of_this_run(path, folder)])
 
 
@@ -109,7 +108,7 @@ def _table(folder: Path, step: int) -> Path:
 
 def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sample]:
     """
-    The prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
+    Return the prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
     `<output_dir>/completions` with `log_completions=True`.
     """
     paths = [_table(Path(folder), step) for step in (first_step, last_step)]
@@ -124,7 +123,7 @@ def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sa
 
 
 def _completions(path: Path) -> dict[str, tuple[str, float]]:
-    """Prompt -> completion and the sum of its rewards; of a prompt's several completions, the last."""
+    """Return completion and sum of rewards by prompt; of several completions, the last."""
     from datasets import Dataset
 
     table = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
@@ -139,7 +138,7 @@ def _completions(path: Path) -> dict[str, tuple[str, float]]:
 
 
 def _text(value: Any) -> str:
-    """Plain text as it is; a conversation as its last message."""
+    """Return plain text as it is, and a conversation as its last message."""
     return value if isinstance(value, str) else str(value[-1]["content"])
 
 
@@ -154,7 +153,7 @@ def print_samples(samples: Sequence[Sample], title: str = "Held-out prompts, bef
 
 
 def samples_markdown(samples: Sequence[Sample]) -> str:
-    """The same table in Markdown."""
+    """Return the same table in Markdown."""
     rows = ["| prompt | before | score | after | score |", "|---|---|---:|---|---:|"]
     for s in samples:
         prompt, before, after = (_cell(text) for text in (s.prompt, s.before, s.after))
@@ -167,7 +166,7 @@ def score_text(score: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line, with nothing that a Markdown table or HTML would take for its own."""
+    """Return a text in one line, with the special characters of Markdown tables and HTML escaped."""
     for special, escaped in {"&": "&amp;", "|": "\\|", "<": "&lt;", "\n": " ⏎ "}.items():
         text = text.replace(special, escaped)
     return text.strip()
@@ -175,8 +174,8 @@ def _cell(text: str) -> str:
 
 def preference_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """
-    The implicit rewards of held-out pairs in Markdown. Before the first step the policy is the reference: all margins
-    are 0, and what depends on their signs is left out.
+    Return the implicit rewards of held-out pairs in Markdown. Before the first step the policy is the reference: all
+    margins are 0, and what depends on their signs is left out.
 
     Args:
         columns: heading -> the metrics of an evaluation by `DPOTrainerX`, with or without `eval_` in front.
@@ -188,11 +187,16 @@ def preference_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def preference_rows(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    """The same as rows of cells: the name of each, and its value in each column."""
+    """Return the same as rows of cells: the name of each, and its value in each column."""
     metrics = [{key.removeprefix("eval_"): value for key, value in column.items()} for column in columns]
-    metrics = [{k: v for k, v in m.items() if not (is_tie(m) and _is_of_signs(k))} for m in metrics]
+    for i, column in enumerate(metrics):
+        if is_tie(column):  # nothing that depends on signs
+            ends = ("calibration_error", "below_zero")
+            metrics[i] = {k: v for k, v in column.items() if not (k.startswith(f"{ACCURACY}/") or k.endswith(ends))}
     rows = [["preference accuracy (95% interval)", *map(accuracy_text, metrics)]]
-    rows += [["accuracy, " + source, *cells] for source, cells in _of_sources(metrics).items()]
+    for key in sorted({key for column in metrics for key in column if key.startswith(f"{ACCURACY}/")}):
+        cells = ["" if column.get(key) is None else f"{column[key]:.1%}" for column in metrics]
+        rows.append(["accuracy, " + key.removeprefix(f"{ACCURACY}/"), *cells])
     for name, (keys, form) in PREFERENCE_ROWS.items():
         values = [[column.get(key) for key in keys] for column in metrics]
         if any(None not in row for row in values):
@@ -200,12 +204,8 @@ def preference_rows(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
     return rows
 
 
-def _is_of_signs(key: str) -> bool:
-    return key.startswith(f"{ACCURACY}/") or key.endswith(("calibration_error", "below_zero"))
-
-
 def accuracy_text(metrics: Mapping[str, float]) -> str:
-    """Preference accuracy with its 95% interval; "all ties" where policy and reference are equal."""
+    """Return the preference accuracy with its 95% interval; "all ties" if policy and reference are equal."""
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     if is_tie(metrics):
         return "all ties"
@@ -215,18 +215,10 @@ def accuracy_text(metrics: Mapping[str, float]) -> str:
     return f"{metrics[ACCURACY]:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _of_sources(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
-    """Source of the pairs -> its accuracy in each column."""
-    prefix = f"{ACCURACY}/"
-    sources = sorted({key.removeprefix(prefix) for column in metrics for key in column if key.startswith(prefix)})
-    known = {source: [column.get(prefix + source) for column in metrics] for source in sources}
-    return {source: ["" if v is None else f"{v:.1%}" for v in values] for source, values in known.items()}
-
-
 def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """
-    The log lines with the metric `key` from before the first step, `None` without `eval_on_start`, and from behind the
-    last one; evaluates where that is not there yet.
+    Return the log lines with the metric `key` from before the first step, `None` without `eval_on_start`, and from
+    after the last one; evaluate if there is none yet.
     """
 
     def held_out() -> list[dict[str, Any]]:

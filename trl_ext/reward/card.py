@@ -1,4 +1,4 @@
-"""The sections of a reward model's card."""
+"""Write the sections of a reward model's card."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ for the scores s of the preferred completion y_w and of the other one, y_l.{purp
 
 
 def reward_training(trainer: Any) -> Training:
-    """Return what a `trl.RewardTrainer` says about itself."""
+    """Return the sections of the card of a `trl.RewardTrainer`."""
     args, columns = trainer.args, trainer.train_dataset.column_names or ()
     centering = args.center_rewards_coefficient
     return Training(

@@ -1,4 +1,4 @@
-"""`RewardTrainerX`: TRL's `RewardTrainer`, which looks at data and model first, counts pairs, and writes a card."""
+"""`RewardTrainerX`: TRL's `RewardTrainer`, which checks data and model first, counts pairs, and writes a card."""
 
 import logging
 from itertools import chain
@@ -92,14 +92,14 @@ class RewardTrainerX(WritesCard, RewardTrainer):
 
     @staticmethod
     def _check_data(train_dataset: Any, eval_dataset: Any, tokenizer: Any, args: RewardConfig) -> None:
-        """Looks at what is not tokenised yet; how it is written only where TRL does not change the tokenizer first."""
+        """Check what is not tokenised yet; how it is written only if TRL does not change the tokenizer first."""
         known = None if args.chat_template_path is not None or args.eos_token is not None else tokenizer
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         raw = {name: None if _is_tokenised(each) else each for name, each in held_out.items()}
         check_columns(None if _is_tokenised(train_dataset) else train_dataset, raw, lambda: known)
 
     def _keep_computable(self) -> None:
-        """Lets gradients through 4-bit weights, and gives the score head the dtype of the states that it reads."""
+        """Let gradients through 4-bit weights, and give the score head the dtype of the states that it reads."""
         model: Any = self.model
         keep_4_bit_differentiable(model)
         if not is_quantized(model):
@@ -195,7 +195,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
             super().log(logs, start_time)
 
     def _log_pairs(self, logs: dict[str, float]) -> None:
-        """Adds what was counted; names what is of a held-out set, for which TRL has one name whichever it is."""
+        """Add what was counted; name the metrics by their held-out set, for which TRL has one name."""
         mode = "train" if self.model.training else "eval"
         if self._in_order[mode]:
             in_order = torch.cat(self._in_order[mode])
@@ -225,7 +225,7 @@ def _is_tokenised(dataset: Any) -> bool:
 
 
 def pooled(sets: list[dict[str, float]]) -> dict[str, float]:
-    """Average over held-out sets, weighted by their `pairs`, which are summed."""
+    """Return the mean over held-out sets, weighted by their `pairs`, which are summed."""
     total = sum(each["pairs"] for each in sets)
     means = {key: sum(each[key] * each["pairs"] for each in sets) / total for key in sets[0]}
     return means | {"pairs": total}
@@ -233,14 +233,12 @@ def pooled(sets: list[dict[str, float]]) -> dict[str, float]:
 
 def require_finite(loss: Tensor, chosen: Tensor, rejected: Tensor, inputs: Any, tokenizer: Any, step: int) -> None:
     """
+    Raise `FloatingPointError` when the loss of a batch is NaN or infinite, with the step and the pair it comes from.
+
     Args:
-        loss: of the batch, a scalar.
         chosen, rejected (B,): scores.
         inputs: with `input_ids` and `attention_mask` (2B, L), chosen then rejected.
         step: optimizer steps taken so far.
-
-    Raises:
-        FloatingPointError: when the loss is NaN or infinite, with the step and the pair it comes from.
     """
     if torch.isfinite(loss):
         return

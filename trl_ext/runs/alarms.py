@@ -1,6 +1,5 @@
 """
-What in a log deserves a look, and what to do about it: docs/metrics.md's "healthy" column as rules. Pure: the standard
-library only.
+Find what in a log deserves a look, and what to do about it: docs/metrics.md's "healthy" column as rules. Pure.
 """
 
 import math
@@ -30,13 +29,13 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Rule:
-    """An alarm when the mean of the last few values of `key` is above, or below, a limit."""
+    """Raises an alarm when the mean of the last few values of `key` is above, or below, a limit."""
 
     key: str
     limit: float
     advice: str
     below: bool = False
-    after: int = 1  # values that must be there: what is normal in the beginning is no alarm
+    after: int = 1  # values that must be logged first: what is normal at the start is no alarm
 
     def __call__(self, log: Log) -> Alarm | None:
         values = series(log, self.key)[1]
@@ -83,7 +82,7 @@ FOR_ALL = (
 
 def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
     """
-    The alarms of a run so far, worst first.
+    Return the alarms of a run so far, the worst first.
 
     Args:
         log: `state.log_history`.
@@ -102,7 +101,7 @@ def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
 
 
 def _without_noise(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A log line without the calibration error of few pairs, which is about 1 / (2√pairs) by chance alone."""
+    """Return a log line without the calibration error of few pairs, which is about 1 / (2√pairs) by chance."""
     key, pairs = "eval_preference/calibration_error", line.get("eval_preference/pairs", FEW)
     return line if pairs >= FEW else {name: value for name, value in line.items() if name != key}
 
@@ -143,7 +142,7 @@ def _lengths_drift(log: Log) -> Alarm | None:
 
 
 def _past_its_best(log: Log) -> Alarm | None:
-    """The held-out score has fallen from its best by more than its interval."""
+    """Alarm if the held-out score has fallen from its best by more than its interval."""
     key = "eval_reward/score" if any("eval_reward/score" in line for line in log) else "eval_reward"
     values = series(log, key)[1]
     widths = series(log, f"{key}_ci95")[1]
@@ -154,7 +153,7 @@ def _past_its_best(log: Log) -> Alarm | None:
 
 
 def _overfitted(log: Log) -> Alarm | None:
-    """The held-out loss has turned, and training goes on falling."""
+    """Alarm if the held-out loss rises again while the training loss falls."""
     held_out, training = series(log, "eval_loss")[1], series(log, "loss")[1]
     if len(held_out) < 3 or not training or not all(map(math.isfinite, held_out)):
         return None

@@ -1,4 +1,4 @@
-"""By which metric the best checkpoint is chosen."""
+"""Check the metric by which the best checkpoint is chosen."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,7 @@ from typing import Any
 
 def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
     """
-    Evaluate within a training.
-
-    Args:
-        evaluate: the Trainer's, called with what else is given.
-        args: training arguments.
+    Evaluate within a training, by the Trainer's `evaluate` with the other arguments.
 
     Raises:
         ValueError: for a `metric_for_best_model` that the evaluation does not have.
@@ -32,7 +28,7 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
 
 def check_metric_of_sets(args: Any, held_out: Any, example: str) -> None:
     """
-    Raises `ValueError` for a metric that names none of several held-out sets: the first evaluation would end the run.
+    Raise `ValueError` for a metric that names none of several held-out sets: the first evaluation would end the run.
 
     Args:
         args: training arguments, of which `metric_for_best_model` is set wherever it is read.

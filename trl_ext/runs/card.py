@@ -1,8 +1,8 @@
 """
 The model card: what was trained on what, by which loss, how it came out, how to load it, whom to cite.
 
-TRL's trainers write a card with their text, tags and citations. `complete_card` puts a run's own sections into it,
-from the trainer and from what it has logged. TRL writes a card anew each time, so no section is ever in it twice.
+TRL's trainers write a card with their text, tags and citations. `complete_card` adds a run's own sections, from the
+trainer and its log. TRL writes a new card each time, so no section is ever in it twice.
 """
 
 import math
@@ -24,7 +24,7 @@ from .log import is_tie
 
 
 FILE, PICTURE = "README.md", "report.png"
-# Options that say nothing about the model: places and switches of one machine.
+# Options that say nothing about the model: paths and switches of one machine.
 OF_THE_MACHINE = {
     *("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "debug", "resume_from_checkpoint"),
     *("accelerator_config", "activation_checkpointing", "do_train", "do_eval", "do_predict", "pad_to_multiple_of"),
@@ -77,16 +77,17 @@ class Training:
 
 
 def card_name(trainer: Any) -> str:
-    """The model's name: that of its repository, else of its folder."""
+    """Return the model's name: that of its repository, else of its folder."""
     repository = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
     return str(repository).split("/")[-1] if repository else Path(trainer.args.output_dir).resolve().name
 
 
 def hub_name(dataset_name: str | None) -> str | None:
-    """The dataset's name if it is one of the hub's; a file or folder has no page there."""
-    if dataset_name is None or Path(dataset_name).exists() or Path(dataset_name).is_absolute():
+    """Return the dataset's name if it is one of the hub's; a file or folder has no page there."""
+    if dataset_name is None:
         return None
-    return None if Path(dataset_name).suffix in DATA_FILES else dataset_name
+    path = Path(dataset_name)
+    return None if path.exists() or path.is_absolute() or path.suffix in DATA_FILES else dataset_name
 
 
 class WritesCard:
@@ -118,18 +119,18 @@ class WritesCard:
 
 def complete_card(trainer: Any, training: Training, dataset_name: str | None = None) -> None:
     """
-    Completes the card that TRL has just written into a trainer's output folder.
+    Complete the card that TRL has just written into a trainer's output folder; on the main process.
 
     Args:
-        trainer: any TRL trainer, after TRL's `create_model_card`; on the main process.
+        trainer: any TRL trainer, after TRL's `create_model_card`.
         training: what to say about it.
         dataset_name: what it was trained on.
     """
     path = Path(trainer.args.output_dir) / FILE
     card = ModelCard.load(path)
-    base = base_name(trainer.model)
-    card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
-    card.text = card.text.replace('="None"', f'="{_repository(trainer)}"')
+    repository = getattr(trainer, "hub_model_id", None) or str(without_place(trainer.args.output_dir))
+    card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base_name(trainer.model)}`")
+    card.text = card.text.replace('="None"', f'="{repository}"')
     before, heading, citations = card.text.partition("## Citations")
     more = "".join(f"\n```bibtex\n{entry}\n```\n" for entry in training.citations)
     cited = f"{citations.rstrip()}\n" + (f"\nCite the methods used as:\n{more}" if more else "")
@@ -138,17 +139,16 @@ def complete_card(trainer: Any, training: Training, dataset_name: str | None = N
     card.save(path)
 
 
-def _repository(trainer: Any) -> str:
-    return getattr(trainer, "hub_model_id", None) or str(without_place(trainer.args.output_dir))
-
-
 # ---- Sections ----
 
 
 def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str:
     facts: dict[str, Any] = {"trained by": f"`{training.trainer}`"}
     of_model = model_facts(trainer.model)
-    facts |= {"base model": _linked(of_model.pop("model"))} | of_model
+    base = of_model.pop("model")
+    if base.count("/") == 1 and not Path(base).exists():  # a hub name has a page
+        base = f"[{base}](https://huggingface.co/{base})"
+    facts |= {"base model": base} | of_model
     facts |= data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
     known = {name: str(value).replace("|", "\\|") for name, value in facts.items() if value not in (None, "")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in known.items())
@@ -160,11 +160,6 @@ def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str
         "How to load it": _loading(trainer, training.loading),
     }
     return "\n".join(f"## {title}\n\n{text}\n" for title, text in parts.items() if text)
-
-
-def _linked(name: str) -> str:
-    """A hub name with its page; a folder's has none."""
-    return f"[{name}](https://huggingface.co/{name})" if name.count("/") == 1 and not Path(name).exists() else name
 
 
 def _results(trainer: Any, metrics: Sequence[Metric]) -> str:
@@ -187,7 +182,7 @@ def _held_out(log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> li
 
 
 def _table(title: str, log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric], prefix: str) -> str:
-    """Each metric in the first and in the last line that has it; a cell of another step than its column's says so."""
+    """Show each metric as first and last logged; a cell names its step if it is not its column's."""
     known = {metric: lines for metric in metrics if (lines := _lines(log, prefix + metric.key))}
     if not known:
         return ""
@@ -208,7 +203,7 @@ def _lines(log: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]
 
 
 def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
-    """The value, with its 95% interval where one is logged."""
+    """Return the value, with its 95% interval if one is logged."""
     if _is_of_ties(line, metric, prefix):
         return "all ties"
     key = prefix + metric.key
@@ -222,7 +217,7 @@ def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
 
 
 def _is_of_ties(line: Mapping[str, Any], metric: Metric, prefix: str) -> bool:
-    """Who is right says nothing while all pairs are ties."""
+    """Return whether the metric depends on signs that say nothing, because all pairs are ties."""
     return metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()})
 
 
@@ -246,7 +241,7 @@ def _loading(trainer: Any, lines: str) -> str:
 
 
 def _complete_metadata(card: ModelCard, trainer: Any, training: Training, dataset_name: str | None) -> None:
-    """The card's YAML header, as huggingface_hub defines it."""
+    """Complete the card's YAML header, as huggingface_hub defines it."""
     data: Any = card.data
     is_adapter = is_peft_model(trainer.model)
     if "licence" in data.__dict__:  # TRL's placeholder, under a name that the hub does not know
@@ -280,7 +275,7 @@ def _eval_result(value: float, metric: Metric, prefix: str, task: str, dataset_n
 
 
 def _license_of(base: str | None) -> str | None:
-    """The license that the base's own card names, as far as it is on this machine."""
+    """Return the license that the base's own card names, if the card is on this machine."""
     if not base:
         return None
     card = Path(base) / FILE if Path(base).is_dir() else try_to_load_from_cache(base, FILE)
@@ -290,13 +285,10 @@ def _license_of(base: str | None) -> str | None:
 
 
 def loading_lines(auto_class: str, is_adapter: bool, *arguments: str) -> str:
-    """Python lines that load the model, or the adapter with its base, and the tokenizer, from the folder `folder`."""
-    name = f"AutoPeft{auto_class.removeprefix('Auto')}" if is_adapter else auto_class
-    imports = (
-        [f"from peft import {name}", "from transformers import AutoTokenizer"]
-        if is_adapter
-        else [f"from transformers import {name}, AutoTokenizer"]
-    )
-    given = ", ".join(["folder", *arguments])
-    loads = [f"model = {name}.from_pretrained({given})", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    return "\n".join([*imports, "", *loads])
+    """Return Python lines that load the model, or the adapter with its base, and the tokenizer, from `folder`."""
+    name, imports = auto_class, f"from transformers import {auto_class}, AutoTokenizer"
+    if is_adapter:
+        name = f"AutoPeft{auto_class.removeprefix('Auto')}"
+        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
+    load = f"model = {name}.from_pretrained({', '.join(['folder', *arguments])})"
+    return f"{imports}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained(folder)"

@@ -1,10 +1,9 @@
 """
-Whether a run has converged, is diverging, or neither yet: a pure function of what it has logged.
+Tell whether a run has converged, is diverging, or neither yet: a pure function of what it has logged.
 
 The criteria are the documents' (S1 §6.2): for PPO a KL to the reference of 0.5 to 2 nats per sequence, with a reward
-that no longer rises; for DPO more than 75% of held-out pairs in the right order. What is added here is when a curve
-counts as flat or falling: when a straight line through the last `window` points has a slope that is, or is not, told
-from 0 at 95%.
+that no longer rises; for DPO more than 75% of held-out pairs in the right order. Added here: a curve is rising or
+falling if the slope of a straight line through the last `window` points differs from 0 at 95%, and flat if not.
 """
 
 import math
@@ -17,7 +16,6 @@ from .log import Log, algorithm, held_out_accuracy, is_tie, reference_kl, scores
 
 
 CONVERGED, DIVERGING, NOT_YET = "converged", "diverging", "not yet"
-STATUSES = (CONVERGED, DIVERGING, NOT_YET)
 KL_BAND = (0.5, 2.0)  # nats per sequence
 MIN_ACCURACY = 0.75
 WINDOW = 20  # rollouts
@@ -26,7 +24,7 @@ Z = 1.96
 
 @dataclass(frozen=True)
 class Verdict:
-    """A status of `STATUSES`, and a sentence that gives its figures."""
+    """A status, and a sentence that gives its figures."""
 
     status: str
     reason: str
@@ -85,7 +83,7 @@ def verdict(
 
 
 def check_criteria(kl_band: Sequence[float], window: int, min_accuracy: float) -> None:
-    """Raises ValueError for criteria that no run can meet, or that every run meets."""
+    """Raise `ValueError` for criteria that no run can meet, or that every run meets."""
     if len(kl_band) != 2 or not 0 <= kl_band[0] < kl_band[1]:
         raise ValueError(f"`kl_band` is {kl_band!r}; it must be two numbers of nats per sequence, 0 <= low < high.")
     if window < 4:
@@ -95,7 +93,7 @@ def check_criteria(kl_band: Sequence[float], window: int, min_accuracy: float) -
 
 
 def policy_verdict(log: Log, kl_band: Sequence[float] = KL_BAND, window: int = WINDOW) -> Verdict:
-    """PPO, GRPO, RLOO: the KL to the reference inside its band, and a reward that has risen and is flat."""
+    """Judge PPO, GRPO, RLOO: the KL to the reference must be in its band, the reward must have risen and be flat."""
     rewards, kls = scores(log)[1], reference_kl(log)[1]
     low, high = kl_band
     if not kls:
@@ -125,7 +123,7 @@ def policy_verdict(log: Log, kl_band: Sequence[float] = KL_BAND, window: int = W
 
 
 def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
-    """DPO and reward models: the share of held-out pairs in the right order, at the last evaluation."""
+    """Judge DPO and reward models by the share of held-out pairs in the right order, at the last evaluation."""
     key = held_out_accuracy(log)
     evaluations = [line for line in log if key is not None and line.get(key) is not None]
     if key is None or is_tie(evaluations[-1]):
@@ -149,8 +147,8 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
 
 def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
     """
-    The 95% interval of an evaluation's accuracy: as it is logged, else Wilson's for the number of pairs, which is the
-    evaluation's seconds times its pairs per second. Without those the accuracy twice.
+    Return the 95% interval of an evaluation's accuracy: as logged, else Wilson's for the number of pairs, which is the
+    evaluation's seconds times its pairs per second. Without those, the accuracy twice.
     """
     low, high = (line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high"))
     if low is not None and high is not None:
@@ -160,7 +158,7 @@ def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, 
 
 
 def first_not_finite(log: Log) -> tuple[int, str] | None:
-    """Step and key of the first loss, reward, KL or gradient norm that is no finite number."""
+    """Return step and key of the first loss, reward, KL or gradient norm that is not finite."""
     watched = ("loss", "eval_loss", "grad_norm", "reward", "reward/score", "kl", "kl/ref")
     for line in log:
         for key in watched:
@@ -171,24 +169,24 @@ def first_not_finite(log: Log) -> tuple[int, str] | None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """Return the mean of at least one value."""
     return sum(values) / len(values)
 
 
 def variance(values: Sequence[float]) -> float:
-    """Unbiased: over n − 1."""
+    """Return the unbiased variance, over n − 1."""
     center = mean(values)
     return sum((value - center) ** 2 for value in values) / (len(values) - 1)
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> Trend:
-    """Mean of `after` minus mean of `before`, with 1.96 standard errors (Welch)."""
+    """Return the mean of `after` minus that of `before`, with 1.96 standard errors (Welch)."""
     error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
     return Trend(mean(after) - mean(before), Z * error)
 
 
 def trend(values: Sequence[float]) -> Trend:
-    """The least-squares line through equally spaced values, at least 4: rise = slope · (n − 1), with 1.96 errors."""
+    """Fit a least-squares line to at least 4 equally spaced values: rise = slope · (n − 1), with 1.96 errors."""
     n = len(values)
     if n < 4:
         return Trend(0.0, math.inf)

@@ -1,4 +1,4 @@
-"""What a trainer knows of its run, in words: the model, the adapter, the data, the machine, the options."""
+"""Describe a run in words: the model, the adapter, the data, the machine, the options."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ ATTACHED = ("critic", "reward_model")  # modules that hang on an actor and are n
 
 
 def base_name(model: Any) -> str:
-    """Return what the model was trained from: a hub name, of a folder only its name, else the architecture."""
+    """Return what the model was trained from: a hub name, the name of a folder, or else the architecture."""
     return without_place(get_config_model_id(model.config) or "") or type(base_of(model)).__name__
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """The model, and how much of it is trained; what is not known is `None`."""
+    """Return the model, and how much of it is trained; what is not known is `None`."""
     trained, total = _sizes(model)
     if is_peft_model(model):
         how = f"{adapter_words(model.peft_config[model.active_adapter])}; {trained:,} of {total:,} parameters"
@@ -39,13 +39,12 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def _sizes(model: Any) -> tuple[int, int]:
-    """Parameters that are trained, and all; of a model that ZeRO-3 has partitioned, its full sizes."""
+    """Return how many parameters are trained, and how many there are; under ZeRO-3 the full sizes."""
     attached = [getattr(owner, name, None) for owner in (model, base_of(model)) for name in ATTACHED]
     resting = set(model.peft_config) - set(model.active_adapters) if is_peft_model(model) else set()
-    modules = _outside(model, attached, resting)
     parameters = {
         id(p): p
-        for module in modules
+        for module in _outside(model, attached, resting)
         for name, p in module.named_parameters(recurse=False)
         if not (isinstance(module, torch.nn.ParameterDict) and name in resting)
     }
@@ -55,8 +54,8 @@ def _sizes(model: Any) -> tuple[int, int]:
 
 def _outside(module: torch.nn.Module, attached: list[Any], resting: set[str]) -> Iterator[torch.nn.Module]:
     """
-    The modules of the actor: a role that is an adapter has modules of its own around the actor's base, and `resting`
-    adapters, such as the reference, lie beside the trained one in PEFT's dictionaries.
+    Yield the actor's modules: a role that is an adapter has modules of its own around the actor's base, and `resting`
+    adapters, such as the reference, are beside the trained one in PEFT's dictionaries.
     """
     yield module
     for name, child in module.named_children():
@@ -66,7 +65,7 @@ def _outside(module: torch.nn.Module, attached: list[Any], resting: set[str]) ->
 
 
 def adapter_words(config: Any) -> str:
-    """An adapter's kind and size, such as "LoRA adapter, r = 16, alpha = 32, on q_proj, v_proj"."""
+    """Return an adapter's kind and size, such as "LoRA adapter, r = 16, alpha = 32, on q_proj, v_proj"."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     words = [f"{'LoRA' if kind == 'LORA' else kind} adapter"]
     sizes = {"r": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
@@ -78,7 +77,7 @@ def adapter_words(config: Any) -> str:
 
 
 def quantisation_words(config: Any) -> str | None:
-    """In how many bits a base is kept; `None` for one that is not quantised."""
+    """Return in how many bits a base is kept; `None` if it is not quantised."""
     if config is None:
         return None
     known = config if isinstance(config, dict) else config.to_dict()
@@ -99,7 +98,7 @@ def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
 
 
 def rows_of(dataset: Any) -> str:
-    """How many rows; of a stream nobody knows."""
+    """Return the number of rows in words; a stream has none."""
     if dataset is None:
         return ""
     if not hasattr(dataset, "__len__"):
@@ -108,13 +107,11 @@ def rows_of(dataset: Any) -> str:
 
 
 def machine_facts(trainer: Any) -> dict[str, Any]:
-    """How long the run was, on what, in which precision, with what."""
+    """Return the length of the run, the hardware, the precision and the versions."""
     args, state = trainer.args, trainer.state
     seconds = next((line["train_runtime"] for line in reversed(state.log_history) if "train_runtime" in line), None)
-    own = import_module(
-        __package__.partition(".")[0]
-    ).__version__  # not from its top: the package imports the trainers
-    versions = f"trl_ext {own}" + (f", PEFT {peft.__version__}" if is_peft_model(trainer.model) else "")
+    own: Any = import_module(__package__.partition(".")[0])  # here, as the package imports the trainers
+    versions = f"trl_ext {own.__version__}" + (f", PEFT {peft.__version__}" if is_peft_model(trainer.model) else "")
     return {
         "optimizer steps": state.global_step,
         "epochs": None if state.epoch is None else f"{state.epoch:.2f}",
@@ -126,13 +123,13 @@ def machine_facts(trainer: Any) -> dict[str, Any]:
 
 
 def hardware(args: Any) -> str:
-    """How many devices of which name."""
+    """Return the number and the name of the devices."""
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
     return f"{args.world_size} × {device}"
 
 
 def changed_options(args: Any) -> dict[str, Any]:
-    """The options of a config that differ from its class's defaults, without secrets."""
+    """Return the options of a config that differ from its class's defaults, without secrets."""
     written = args.to_dict()
     defaults = {}
     for option in dataclasses.fields(args):

@@ -1,4 +1,4 @@
-"""That the last steps of a run are logged too, whatever `logging_steps` is, and the loss of the whole run."""
+"""Log the last steps of a run, whatever `logging_steps` is, and the loss of the whole run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 class LastLine(TrainerCallback):
     """
     Asks the Trainer for a log line after the last optimizer step, unless `logging_strategy="no"`. By itself it logs
-    every `logging_steps` steps, and what came after the last of those lines is lost. It logs no step twice.
+    every `logging_steps` steps, and the steps after the last of those lines are lost. It logs no step twice.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -26,8 +26,8 @@ class LastLine(TrainerCallback):
 @contextmanager
 def in_mode_of(logs: Mapping[str, Any], model: nn.Module) -> Iterator[None]:
     """
-    TRL's trainers put the metrics of training into a line if the model is in training mode. A line of training, with
-    a `loss`, that comes after an evaluation finds it in evaluation mode; here it is in the other one for that long.
+    Within the context, the model is in training mode if the line has a `loss`: TRL's trainers put the metrics of
+    training only into a line that is logged in that mode, and after an evaluation the model is in the other one.
     """
     was_training = model.training
     model.training = was_training or "loss" in logs
@@ -39,8 +39,8 @@ def in_mode_of(logs: Mapping[str, Any], model: nn.Module) -> Iterator[None]:
 
 def whole_run_loss(lines: Sequence[Mapping[str, Any]], resumed_at: int) -> float | None:
     """
-    The mean loss over the steps of a run that went on from a checkpoint, from its lines; `None` without a line. The
-    Trainer's `train_loss` is that of the steps after the checkpoint.
+    Return the mean loss over all steps of a resumed run, from its lines; `None` without a line. The Trainer's
+    `train_loss` covers the steps after the checkpoint.
 
     Args:
         lines: the state's `log_history`.
@@ -50,9 +50,7 @@ def whole_run_loss(lines: Sequence[Mapping[str, Any]], resumed_at: int) -> float
     for line in lines:
         if "loss" in line:
             since = resumed_at if last < resumed_at < line["step"] else last
-            total, steps, last = (
-                total + line["loss"] * (line["step"] - since),
-                steps + line["step"] - since,
-                line["step"],
-            )
+            total += line["loss"] * (line["step"] - since)
+            steps += line["step"] - since
+            last = line["step"]
     return total / steps if steps else None

@@ -1,4 +1,4 @@
-"""Files in a run's folder that several read, which of them are of its last run, and paths as people are shown them."""
+"""Find the files in a run's folder that belong to its last run, and show paths without their place."""
 
 import json
 from collections.abc import Callable
@@ -17,10 +17,10 @@ DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "par
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """
-    Return what `run.json` says of the last run in a folder; nothing where there is none.
+    Return what `run.json` says of the last run in a folder; `{}` without one.
 
     Raises:
-        ValueError: for a file that is no JSON.
+        ValueError: for a file that is not JSON.
     """
     path = Path(folder) / FACTS
     if not path.is_file():
@@ -28,17 +28,15 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); remove it, and what the run's log says is shown."
-        ) from None
+        raise ValueError(f"{path} cannot be read ({error}). Remove it; the run's log is shown without it.") from None
 
 
 def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
     """
-    The checkpoint to go on from; `None` for a run that begins.
+    Return the checkpoint to resume from; `None` for a new run.
 
     Args:
-        given: a checkpoint's folder; `True`, or the word as a command line has it, for the last one in `output_dir`.
+        given: a checkpoint's folder; `True`, or the word on a command line, for the last one in `output_dir`.
 
     Raises:
         ValueError: when there is no such checkpoint.
@@ -61,7 +59,7 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
 
 
 def absent_optimizer(checkpoint: Path, args: Any) -> list[str]:
-    """Return the files of a checkpoint that optimizer and schedule go on from and that are not there."""
+    """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
     if args.deepspeed_plugin is not None:  # which saves its engine
         return []
     files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
@@ -69,15 +67,12 @@ def absent_optimizer(checkpoint: Path, args: Any) -> list[str]:
 
 
 def require_optimizer(checkpoint: str | Path | None, args: Any) -> None:
-    """
-    Raises:
-        ValueError: for a checkpoint without the optimizer's state: the Trainer would go on with a new one.
-    """
+    """Raise `ValueError` for a checkpoint without the optimizer's state: the Trainer would go on with a new one."""
     absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), args)
     if absent:
         raise ValueError(
             f"The run saved in {checkpoint} cannot go on: there is no {' and no '.join(absent)}. It was cut off, or "
-            "saved with `save_only_model`, or is no checkpoint but what a run has left. Resume from another one, or "
+            "saved with `save_only_model`, or is the result of a run and no checkpoint. Resume from another one, or "
             "start a new run from its model."
         )
 
@@ -88,18 +83,18 @@ def is_local(path: str) -> bool:
 
 
 def begun_at(folder: str | Path) -> float | None:
-    """When the last run in a folder began, seconds since the epoch; `None` where no `run.json` says it."""
+    """Return when the last run in a folder began, in seconds since the epoch; `None` without a `run.json`."""
     path = Path(folder) / FACTS
     if not path.is_file():
         return None
-    # The files of a copy have times of their own, so what is written goes before the time of the file.
+    # A copied file has another time than the run, so the time inside the file comes first.
     return float(read_facts(folder).get("begun") or path.stat().st_mtime)
 
 
 def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
     """
-    Return whether a file or folder is there and is not what an earlier run left: it is no older than the run's
-    beginning. Without `run.json` nothing says so, and all that is there counts.
+    Return whether a file or folder exists and is not an earlier run's: it is no older than the beginning of the run.
+    Without `run.json`, every file counts.
 
     Args:
         path: a table, a picture, a checkpoint.
@@ -113,19 +108,19 @@ def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
 
 
 def newest(paths: list[Path]) -> list[Path]:
-    """Paths by the time of their last change, the newest first; of equal times, the last in the alphabet."""
+    """Return paths by the time of their last change, the newest first; of equal times, the last in the alphabet."""
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all: another process may be reading it."""
+    """Write a file whole or not at all: another process may be reading it."""
     part = path.with_name(path.name + ".part")
     write(part)
     part.replace(path)
 
 
 def without_place(value: Any) -> Any:
-    """Of an absolute path only the last part, also within lists and dicts."""
+    """Return only the last part of an absolute path, also within lists and dicts; any other value as it is."""
     if isinstance(value, dict):
         return {key: without_place(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a Trainer has logged (`state.log_history`), read as series. Pure."""
+"""Read what a Trainer has logged (`state.log_history`) as series. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Series = tuple[list[int], list[float]]
 
 TIE = 1e-4  # in β · nats; what rounding makes of two equal models is smaller
 
-# Algorithm -> keys of which a line of its training or of its evaluations has one. The first that fits is taken.
+# Algorithm -> keys of which its log lines, of training or of evaluations, have one. The first that fits is taken.
 SIGNS = {
     "ppo": ("terms/clip_objective", "reward/score"),
     "dpo": ("preference/accuracy", "rewards/accuracies"),
@@ -20,26 +20,26 @@ SIGNS = {
 
 
 def series(log: Log, key: str) -> Series:
-    """Steps and values of a log key, from the lines that have it; of several lines at one step, the last."""
+    """Return steps and values of a log key, from the lines that have it; of several lines at one step, the last."""
     values = {int(line["step"]): float(line[key]) for line in log if line.get(key) is not None}
     return list(values), list(values.values())
 
 
 def algorithm(log: Log) -> str | None:
-    """Which of `SIGNS` has written a log; `None` for another trainer, or when nothing is logged yet."""
+    """Return which of `SIGNS` has written a log; `None` for another trainer, or if nothing is logged yet."""
     keys = {key.removeprefix("eval_") for line in log for key in line}
     return next((name for name, signs in SIGNS.items() if keys.intersection(signs)), None)
 
 
 def scores(log: Log) -> Series:
-    """The mean score of the completions sampled in training, in reward units: of PPO, else of GRPO and RLOO."""
+    """Return the mean score of the completions sampled in training, in reward units, of PPO, GRPO or RLOO."""
     return series(log, "reward/score" if any("reward/score" in line for line in log) else "reward")
 
 
 def reference_kl(log: Log) -> Series:
     """
-    KL(π_θ ‖ π_ref) of the sampled completions, nats per sequence. GRPO and RLOO log it per token, as `kl`; it is
-    multiplied by the mean length of the last rollout.
+    Return KL(π_θ ‖ π_ref) of the sampled completions, in nats per sequence. GRPO and RLOO log it per token, as `kl`;
+    it is multiplied by the mean length of the last rollout.
     """
     if any("kl/ref" in line for line in log):
         return series(log, "kl/ref")
@@ -52,14 +52,14 @@ def reference_kl(log: Log) -> Series:
 
 
 def memory(log: Log) -> Series:
-    """GiB at most held in any phase, of the lines that say it."""
+    """Return the peak memory of any phase, in GiB, from the lines that have it."""
     lines = [(int(line["step"]), [v for k, v in line.items() if k.startswith("memory/")]) for line in log]
     values = {step: float(max(peaks)) for step, peaks in lines if peaks}
     return list(values), list(values.values())
 
 
 def held_out_accuracy(log: Log) -> str | None:
-    """The key of the held-out preference accuracy: `DPOTrainerX`'s, else `DPOTrainer`'s, else `RewardTrainer`'s."""
+    """Return the key of the held-out accuracy: `DPOTrainerX`'s, else `DPOTrainer`'s, else `RewardTrainer`'s."""
     names = ("eval_preference/accuracy", "eval_rewards/accuracies", "eval_accuracy")
     return next((name for name in names if any(line.get(name) is not None for line in log)), None)
 

@@ -1,4 +1,4 @@
-"""`Phases`: what the phases of a run take, such as generating and learning: seconds, and at most how much memory."""
+"""`Phases`: measure the seconds and the peak memory of the phases of a run, such as generating and learning."""
 
 import time
 from collections import defaultdict
@@ -18,17 +18,17 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 class Phases(TrainerCallback):
     """
-    At every moment a run is in one phase or in none: time within an inner phase is not that of the outer one. As a
-    callback it ends "learn", which a trainer enters with an optimizer step's first micro-batch, when the optimizer has
-    stepped; so clocks and counters are read, and a GPU is waited for, at most twice in an optimizer step.
+    A run is always in one phase or in none: time within an inner phase does not count for the outer one. As a callback
+    it ends "learn", which a trainer enters with an optimizer step's first micro-batch, after the optimizer's step; so
+    clocks and counters are read, and a GPU is waited for, at most twice in an optimizer step.
 
     Args:
-        device: whose memory is counted. A GPU's: what PyTorch has allocated there for this process. A CPU's: the
-            process's resident memory, libraries and all; only on Linux, which can reset its peak. Of others, none.
-        counts_memory: to be switched off where somebody else reads the same counters, which are reset here.
+        device: whose memory is counted. Of a GPU: what PyTorch has allocated for this process. Of a CPU: the process's
+            resident memory with its libraries; only on Linux, which can reset its peak. Of others: none.
+        counts_memory: switch it off if others read the same counters, which are reset here.
 
     Attributes:
-        highest: bytes at most held in any phase and between them, up to the last change of phase.
+        highest: peak in bytes, in any phase and between them, up to the last change of phase.
     """
 
     def __init__(self, device: torch.device, counts_memory: bool = True):
@@ -40,12 +40,12 @@ class Phases(TrainerCallback):
         self.forget()
 
     def forget(self) -> None:
-        """Drops what was measured."""
+        """Drop what was measured."""
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._peaks: dict[str, int] = {}
 
     def enter(self, phase: str | None) -> None:
-        """From here on the run is in this phase; `None`: in none."""
+        """Begin a phase; `None` ends the current one."""
         if phase == self._phase:
             return
         if self.device.type == "cuda":
@@ -60,7 +60,7 @@ class Phases(TrainerCallback):
 
     @contextmanager
     def during(self, phase: str | None) -> Iterator[None]:
-        """Within the context the run is in this phase, then again in that from before."""
+        """Within the context the run is in this phase; afterwards in the one before."""
         outer = self._phase
         self.enter(phase)
         try:
@@ -75,17 +75,18 @@ class Phases(TrainerCallback):
         self.enter(None)
 
     def pop_seconds(self) -> dict[str, list[float]]:
-        """Phase -> the seconds of every stay in it since the last call, on this process."""
+        """Return the seconds of every stay in each phase since the last call, on this process."""
         seconds, self._seconds = dict(self._seconds), defaultdict(list)
         return seconds
 
     def pop_memory(self, gather: Callable[[Tensor], Tensor], *phases: str) -> dict[str, float]:
         """
-        Log entries `memory/<phase>`: the peaks since the last call, the largest of all ranks, in GiB. Called on all.
+        Return log entries `memory/<phase>`: peaks since the last call, the largest of all ranks, in GiB. Call it on
+        all ranks.
 
         Args:
             gather: from this rank's (1, n) to those of all ranks, (ranks, n).
-            phases: which to take; those without a measurement are left out.
+            phases: those to return; one without a measurement is left out.
         """
         names = [phase for phase in phases if phase in self._peaks]
         if not names:
@@ -95,7 +96,7 @@ class Phases(TrainerCallback):
 
 
 def take_peak(device: torch.device) -> int | None:
-    """Bytes at most held since the last call, by the device's counter, which is reset; `None` where it cannot be."""
+    """Return the peak in bytes since the last call, by the device's counter, which is reset; `None` without one."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What stands against a run before a model is loaded: numbers that are no counts, missing packages, closed folders."""
+"""Check a run before a model is loaded: numbers in their range, installed packages, writable folders."""
 
 import importlib.util
 import os
@@ -50,15 +50,14 @@ LOGGERS = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
-# In the names of optimizers that are bitsandbytes'; PyTorch's own of 4 and 8 bits are torchao's.
+# Parts of the names of bitsandbytes' optimizers; PyTorch's own of 4 and 8 bits come from torchao.
 OF_BITSANDBYTES = ("8bit", "bnb", "paged")
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
 def check_startable(options: Any) -> None:
     """
-    Args:
-        options: of a run, as attributes; one that is missing is passed over.
+    Check the options of a run, given as attributes; a missing one is skipped.
 
     Raises:
         ValueError: for a batch of less than one row, an adapter of rank 0, a negative learning rate or number of
@@ -78,10 +77,7 @@ def check_startable(options: Any) -> None:
 
 def check_optimizable(args: Any) -> None:
     """
-    Makes the optimizer and the schedule of a run for a single number.
-
-    Args:
-        args: the trainer's config. What DeepSpeed makes of it is not tried.
+    Try the optimizer and the schedule of a run on a single number; not those of DeepSpeed.
 
     Raises:
         ValueError: for what torch or transformers refuse, such as a schedule that lacks one of its arguments, or an
@@ -116,7 +112,9 @@ def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[No
     except (ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         given = f"`{name}={getattr(value, 'value', value)}` with `{name_of_more}={more}`"
-        raise ValueError(f"{given} is refused: {reason.rstrip('.')}. Mend that, or take another `{name}`.") from error
+        raise ValueError(
+            f"{given} is refused: {reason.rstrip('.')}. Mend that, or choose another `{name}`."
+        ) from error
 
 
 def is_installed(package: str) -> bool:
@@ -146,9 +144,11 @@ def _check_numbers(options: Any) -> None:
 
 
 def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
-    """Return what was asked for, the packages of which it needs one, and what installs that."""
+    """Return each option that needs a package, the packages of which it needs one, and what installs that."""
     needed = []
-    for logger in _loggers(getattr(options, "report_to", None)):
+    report_to = getattr(options, "report_to", None)
+    loggers = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for logger in loggers if loggers not in (["all"], ["none"]) else ():
         if logger not in LOGGERS:
             raise ValueError(f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.")
         needed.append((f"`report_to={logger}`", LOGGERS[logger], LOGGERS[logger][0]))
@@ -167,21 +167,10 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     return needed
 
 
-def _loggers(report_to: Any) -> list[str]:
-    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    return [] if names in (["all"], ["none"]) else names
-
-
 def require_writable(path: str | Path, what: str = "output_dir") -> None:
     """
-    Makes nothing: looks at the nearest folder on the way that is there.
-
-    Args:
-        path: a folder that files will be written into.
-        what: the option that names it.
-
-    Raises:
-        ValueError: where it cannot be written.
+    Raise `ValueError` if no files can be written into a folder, by the nearest folder above it that exists; `what` is
+    the option that names it.
     """
     folder = Path(path)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
@@ -192,15 +181,7 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
 
 
 def make_folder(path: str | Path, what: str = "output_dir") -> None:
-    """
-    Makes a folder, and sees that files can be written into it.
-
-    Args:
-        what: the option that names it.
-
-    Raises:
-        ValueError: where that cannot be.
-    """
+    """Make a folder; raise `ValueError` if no files can be written into it. `what` is the option that names it."""
     require_writable(path, what)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

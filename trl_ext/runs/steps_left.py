@@ -11,8 +11,8 @@ from .folder import STATE
 
 class StepsLeft(TrainerCallback):
     """
-    Refuses to go on from a checkpoint that has all optimizer steps of the run. The Trainer takes one more, and
-    overwrites what the finished run has left. Here the number of steps is known also where epochs set it.
+    Refuses to resume from a checkpoint that has all optimizer steps of the run: the Trainer would take one more and
+    overwrite the finished run. Here the number of steps is known even if epochs set it.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -21,18 +21,17 @@ class StepsLeft(TrainerCallback):
 
 
 def refuse_finished_checkpoints(trainer: Any) -> None:
-    """Gives a trainer a [`StepsLeft`], before the callbacks that begin a log or a report."""
+    """Give a trainer a [`StepsLeft`], before the callbacks that begin a log or a report."""
     trainer.callback_handler.callbacks.insert(0, StepsLeft())
 
 
 def require_steps_left(checkpoint: Path | None, max_steps: int) -> None:
     """
-    Args:
-        checkpoint: its folder; `None` for a run that begins.
-        max_steps: optimizer steps of the run that goes on from it; 0 or less where that is not known yet.
+    Raise `ValueError` for a checkpoint that has taken all steps.
 
-    Raises:
-        ValueError: when the checkpoint has taken them all.
+    Args:
+        checkpoint: its folder; `None` for a new run.
+        max_steps: optimizer steps of the run that resumes; 0 or less if that is not known yet.
     """
     if checkpoint is not None and 0 < max_steps <= (taken := steps_of(checkpoint)[0]):
         raise ValueError(_nothing_left(f"The run saved in {checkpoint}", taken, max_steps))
@@ -48,10 +47,8 @@ def has_steps_left(folder: str | Path) -> bool:
 
 def steps_of(folder: str | Path) -> tuple[int, int]:
     """
-    Optimizer steps that the run in a folder had taken when its state was written, and those that it was to take.
-
-    Raises:
-        ValueError: when the file with its state cannot be read.
+    Return the optimizer steps that the run in a folder had taken when its state was written, and those of the whole
+    run; raise `ValueError` when the file with its state cannot be read.
     """
     path = Path(folder) / STATE
     try:

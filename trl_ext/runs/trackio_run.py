@@ -1,4 +1,4 @@
-"""One run in trackio for a training and the evaluations behind it."""
+"""Log a training and the evaluations after it as one run in trackio."""
 
 import time
 from pathlib import Path
@@ -8,15 +8,15 @@ from transformers.integrations import TrackioCallback
 
 
 def name_run(args: Any) -> None:
-    """Names a run for trackio, which would give each part of it, begun with `trackio.init`, a name of its own."""
+    """Name a run for trackio, which would give each part of it, begun with `trackio.init`, a name of its own."""
     if "trackio" in (args.report_to or ()) and args.run_name is None:
         args.run_name = f"{Path(args.output_dir).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def go_on_logging(trainer: Any) -> None:
     """
-    Opens the run again that trackio has closed with the training. An evaluation behind it belongs to it, and TRL logs
-    to it while it generates, which without a run is an error.
+    Open the run again that trackio has closed with the training: an evaluation afterwards belongs to it, and TRL logs
+    to it while it generates, which is an error without a run.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TrackioCallback) and not callback._initialized:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(command: str, *flags: str) -> None:
-    """A process of its own, so that the first run's memory is free for the second."""
+    """Run a command in a process of its own, so that the first run's memory is free for the second."""
     status = subprocess.run([sys.executable, "-m", "trl_ext.cli", command, *flags]).returncode
     if status != 0:
         raise SystemExit(status)

@@ -58,9 +58,8 @@ def arguments() -> CommandParser:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(f"--{name}", **options)
 
-    add(
-        "models", "from_config", metavar="RECIPE", help="A PPO or DPO recipe: a path, or the name of an installed one."
-    )
+    recipe = "A PPO or DPO recipe: a path, or the name of an installed one."
+    add("models", "from_config", metavar="RECIPE", help=recipe)
     for name, text in MODEL_TEXTS.items():
         add("models", name, metavar="NAME", help=text)
     add("hardware", "gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
@@ -74,24 +73,17 @@ def arguments() -> CommandParser:
     add("answers", "picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
     for field in fields(Layout):
         default: Any = field.default if field.default is not MISSING else None
-        said = {
-            "default": None,
-            "help": f"{field.metadata['help']} (default: {START_TEXTS.get(field.name, default)})",
-        }
+        text = f"{field.metadata['help']} (default: {START_TEXTS.get(field.name, default)})"
+        said: dict[str, Any] = {"default": None, "help": text}
         if isinstance(default, bool):
             add("layout", field.name, action=argparse.BooleanOptionalAction, **said)
         else:
             kind = float if isinstance(default, float) else type(default)
             add("layout", field.name, type=kind, metavar=kind.__name__.upper(), **said)
     for field in fields(Assumptions):
-        text = "Assumed share of what the hardware can do."
-        add(
-            "assumed shares of the hardware's speeds",
-            f"assume_{field.name}",
-            type=float,
-            default=field.default,
-            help=text,
-        )
+        share: dict[str, Any] = {"type": float, "default": field.default}
+        share["help"] = "Assumed share of what the hardware can do."
+        add("assumed shares of the hardware's speeds", f"assume_{field.name}", **share)
     return parser
 
 
@@ -103,7 +95,7 @@ def machine_of(given: argparse.Namespace) -> Hardware:
 
 
 def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, Layout]:
-    """The models and the layout: the recipe's, and over them the flags'."""
+    """Return the models and the layout: the recipe's, overridden by the flags'."""
     flags = {f.name: getattr(given, f.name) for f in fields(Layout) if getattr(given, f.name) is not None}
     names = ModelNames(given.model or START_MODEL)
     if given.from_config:
@@ -111,29 +103,23 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
         trainer = flags.get("trainer") or recipe.resolve().parent.name
         if trainer not in CONFIGS:
             raise ValueError(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with `--trainer`.")
-        config = CONFIGS[trainer]
-        options = recipe_options((DataArguments, ModelArguments, config), recipe)
-        names, layout = (
-            planner.names_from_options(options),
-            planner.layout_from_options(trainer, options, machine, given.prompt),
-        )
+        options = recipe_options((DataArguments, ModelArguments, CONFIGS[trainer]), recipe)
+        names = planner.names_from_options(options)
+        layout = planner.layout_from_options(trainer, options, machine, given.prompt)
     else:
         compute = "fp32" if machine.is_cpu else "bf16" if flags.get("zero_stage") or "method" in flags else "autocast"
         start: dict[str, Any] = {"compute": compute, "accumulation": START_ACCUMULATION}
         if flags.get("trainer") == "dpo":
             start |= {"critic": "none", "reward": "none", "trainer": "dpo"}
         layout = Layout(**start)
-        steps = flags.get("micro_batch", 1) * flags.get("accumulation", layout.accumulation)
-        flags.setdefault("rollout", steps)
-    given_names = {"actor": given.model, "reward": given.reward_model, "reference": given.ref_model}
-    given_names |= {"critic": given.value_model}
-    return ModelNames(**(vars(names) | {role: name for role, name in given_names.items() if name})), layout.change(
-        **flags
-    )
+        flags.setdefault("rollout", flags.get("micro_batch", 1) * flags.get("accumulation", layout.accumulation))
+    roles = {"actor": "model", "reward": "reward_model", "reference": "ref_model", "critic": "value_model"}
+    named = {role: name for role, option in roles.items() if (name := getattr(given, option))}
+    return ModelNames(**(vars(names) | named)), layout.change(**flags)
 
 
 def answer(given: argparse.Namespace) -> None:
-    """Prints what was asked for, and draws it."""
+    """Print the plan, or the suggestions; draw the picture."""
     machine = machine_of(given)
     names, layout = run_of(given, machine)
     assumed = Assumptions(**{f.name: getattr(given, f"assume_{f.name}") for f in fields(Assumptions)})
@@ -154,6 +140,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with usage_errors():
             answer(given)
-    except Exception as error:  # configs are anybody's, and so is what reading one of them raises
+    except Exception as error:  # a config may be anybody's, and reading it may raise anything
         text = " ".join(str(error).split())
         raise SystemExit(f"error: {type(error).__name__}: {text}") from error

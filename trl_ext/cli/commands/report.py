@@ -23,16 +23,10 @@ from ..parser import CommandParser
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="file for the page; the PNG is written beside it"
-    )
-    parser.add_argument(
-        "--watch",
-        type=int,
-        default=0,
-        metavar="SECONDS",
-        help="write the page again this often, until every run is done or silent",
-    )
+    output = "file for the page; the PNG is written beside it"
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help=output)
+    watch = "write the page again this often, until every run is done or silent"
+    parser.add_argument("--watch", type=int, default=0, metavar="SECONDS", help=watch)
     arguments = parser.parse_args(argv)
     if arguments.watch < 0:
         parser.error(f"--watch is {arguments.watch}; it must be 0, for once, or a number of seconds.")

@@ -61,9 +61,10 @@ def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision:
     model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
     kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
+    options = model.init_kwargs(data.use_cpu) | {"revision": revision}
     quantization = model.quantization()
-    options = {} if quantization is None else {"quantization_config": quantization}
-    options |= model.init_kwargs(data.use_cpu) | {"revision": revision}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     return kind.from_pretrained(path, device_map={"": device}, **options)
 
 
@@ -76,12 +77,7 @@ def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArg
 
 
 def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | None]:
-    """
-    The policy, and the reference where it is another model.
-
-    Raises:
-        ValueError: when one of them is not there, or is a reward model.
-    """
+    """Return the policy, and the reference if it is another model; `ValueError` unless both are language models."""
     path, ref_path = model.model_name_or_path, data.ref_model
     if path is None:
         if not Path(DEMO_POLICY).exists():
@@ -97,7 +93,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
     check_columns(None, {"the pairs to score": rows}, lambda: reward.tokenizer)
-    pairs = rows.map(maybe_extract_prompt)  # where there is none, it is what both answers begin with
+    pairs = rows.map(maybe_extract_prompt)  # if there is none, it is what both answers begin with
     others = {name: pairs[name] for name in pairs.column_names if name not in PAIR}  # such as `tools`
     rewards = reward.of_pairs(*(pairs[name] for name in PAIR), **others)
     return [
@@ -109,7 +105,6 @@ def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
-    with usage_errors():
         require_writable(Path(data.output_file).parent, "output_file")
         paths = paths_of(data, model)  # before any row is read
         scored = score(load(data), build(*paths, data, model))
