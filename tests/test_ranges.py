@@ -1,4 +1,4 @@
-"""Ranges beside the options that they bind."""
+"""The ranges of options."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""95% intervals: what they are made of, and how often they hold the truth."""
+"""95% intervals: their formula, and how often they contain the truth."""
 
 import math
 

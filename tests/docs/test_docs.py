@@ -1,4 +1,4 @@
-"""The pages keep their word: names, links, navigation, public docstrings; every formula has its function and test."""
+"""Names, links, navigation and public docstrings are right; every formula has its function and test."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The house keeps its own promises: names, versions, pins and documented commands agree with each other."""
+"""Names, versions, pins and documented commands agree with each other."""
 
 import ast
 import importlib

@@ -265,7 +265,7 @@ def test_virtual_tokens_are_said_to_change_the_model(tmp_path, caplog):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_copy_of_an_adapter_leaves_the_policy_as_it_was(tmp_path, start):
-    """Adding one more adapter with such a config takes its part out of the base once more."""
+    """Adding a second adapter with such a config would change the base weights again."""
     policy = get_peft_model(dpo_runs.tiny_model(), lora(start))
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():

@@ -11,16 +11,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import dpo_runs
 import ppo_runs
 import tiny
+import zero_runs
 from trl_ext.ppo.roles import offload
 
 
 LOGGED = ("loss", "terms/", "kl/", "reward/", "rewards/", "value/")
-ZERO2 = {
-    "zero_optimization": {"stage": 2},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-}
 QUARTER = {"reward_model_quantization": "4bit", "ref_model_quantization": "4bit"}
 RUNS = {"plain": {}, "waiting": {"offload_frozen_models": True}, "4 bits": QUARTER}
 
@@ -90,6 +85,6 @@ def _linear(model):
 
 def measure(folder, engine):
     """Of the models of `save`, under "ddp" or "zero2"."""
-    options = {"deepspeed": ZERO2} if engine == "zero2" else {}
+    options = {"deepspeed": zero_runs.only_stage(2)} if engine == "zero2" else {}
     measured = {name: ppo(folder, **run, **options) for name, run in RUNS.items()}
     return measured | {"dpo": dpo(folder, **options)}

@@ -8,16 +8,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import ppo_runs
 import tiny
+import zero_runs
 from fake_vllm import vllm
 
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
-ZERO3 = {
-    "zero_optimization": {"stage": 3},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-}
 CASES = {
     (mode, kind): {"vllm_mode": mode, "vllm_enable_sleep_mode": mode == "colocate", "peft": kind == "lora"}
     for mode in ("colocate", "server")
@@ -80,6 +75,6 @@ def measure(folder, engine):
     paths = {"model": str(folder / "actor"), "reward_model": str(folder / "reward_model")}
     options, cases = {}, [("colocate", "full"), ("server", "lora")]
     if engine == "zero3":
-        options["deepspeed"], cases = ZERO3, list(CASES)
+        options["deepspeed"], cases = zero_runs.only_stage(3), list(CASES)
     inside = {case: tiny.tiny_actor() for case in cases}
     return {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}

@@ -78,6 +78,12 @@ def dpo(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> A
     return dpo_runs.dpo_trainer(output, arguments | models, **(defaults | options))
 
 
+def only_stage(stage: int) -> dict[str, Any]:
+    """A DeepSpeed configuration that names a stage, and leaves weights in float32."""
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": {"stage": stage}, **dict.fromkeys(sizes, "auto")}
+
+
 BUILD = {"ppo": ppo, "dpo": dpo}
 
 

@@ -1,4 +1,4 @@
-"""A copy of an adapter computes what the adapter computes, wherever its kind keeps its weights."""
+"""A copy of an adapter computes the same, wherever its kind keeps its weights."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def with_biases(folder, trainer, starts_from_an_adapter, **others):
 @pytest.mark.parametrize("trainer", [dpo_runs.dpo_trainer, ppo_runs.ppo_trainer])
 @pytest.mark.parametrize("starts_from_an_adapter", [True, False])
 def test_base_whose_biases_are_trained_is_no_reference(tmp_path, trainer, starts_from_an_adapter):
-    """The adapter can be switched off; the biases stay what they have become."""
+    """The adapter can be switched off; the trained biases would stay."""
     with pytest.raises(ValueError, match=r"bias.* pass a `ref_model`"):
         with_biases(tmp_path, trainer, starts_from_an_adapter, ref_model=None)
     with_biases(tmp_path, trainer, starts_from_an_adapter, ref_model=tiny.tiny_actor(attention_bias=True))

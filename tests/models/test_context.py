@@ -1,4 +1,4 @@
-"""The tokens that a model takes, over families: against the model itself where it breaks beyond, by hand elsewhere."""
+"""The longest sequence a model takes: checked against the model where it fails beyond, by hand elsewhere."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a model's config and tokenizer say against it, before any weights are loaded."""
+"""Models that are refused by their config or tokenizer, before any weights are loaded."""
 
 import json
 

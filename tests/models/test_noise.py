@@ -1,4 +1,4 @@
-"""Nothing draws random numbers in a model that is trained, unless it is asked to."""
+"""A model that is trained draws no random numbers, unless it is asked to."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_noise_is_turned_off_in_every_form_that_is_a_number():
 
 
 class Drifting(nn.Module):
-    """Gives another answer at every call, and draws no random number for it."""
+    """Gives another answer at every call without drawing random numbers."""
 
     def __init__(self):
         super().__init__()

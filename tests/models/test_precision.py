@@ -1,4 +1,4 @@
-"""What the model cannot do is switched off with a warning."""
+"""What a model does not support is switched off with a warning."""
 
 import pytest
 import torch

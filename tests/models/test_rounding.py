@@ -1,4 +1,4 @@
-"""Weights in 16 bits that a step of the learning rate does not move, told before training."""
+"""A warning before training if steps are too small to move 16-bit weights."""
 
 import math
 

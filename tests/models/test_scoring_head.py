@@ -1,4 +1,4 @@
-"""What both trainers score is what the model's own forward says, whatever stands between its trunk and its logits."""
+"""Both trainers score what the model's own forward computes, whatever is between its trunk and its logits."""
 
 import pytest
 import torch

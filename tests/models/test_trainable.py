@@ -1,4 +1,4 @@
-"""Runs that would train nothing, in both trainers and in reward training."""
+"""Runs that would train nothing are refused by all three trainers."""
 
 import pytest
 import torch

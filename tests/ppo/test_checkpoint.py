@@ -1,4 +1,4 @@
-"""A run that stopped and goes on from a checkpoint is the run that never stopped, to the last bit."""
+"""A resumed run equals the run that was never interrupted, to the last bit."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ class SaveAt(TrainerCallback):
 
 
 class StopAt(TrainerCallback):
-    """What somebody does to a run that takes too long."""
+    """Interrupts a run, as Ctrl-C does."""
 
     def __init__(self, step):
         self.step = step
@@ -124,7 +124,7 @@ class StopAt(TrainerCallback):
 
 
 def trainer_of(folder, kind="critic of its own", **options):
-    """A run that saves at `STEPS`, as any process would begin it."""
+    """Make a trainer that saves at `STEPS`, from the same start each time."""
     torch.manual_seed(0)
     models, others = KINDS[kind]
     given = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
@@ -133,7 +133,7 @@ def trainer_of(folder, kind="critic of its own", **options):
 
 
 def lines(trainer, after=0):
-    """Log lines of the steps after this one, without what is a call's own; of a step's evaluations the last."""
+    """Return the log lines of later steps, without times; of several evaluations of one step, the last."""
     return {
         (line["step"], "eval_reward/score" in line): {
             name: value for name, value in line.items() if not any(part in name for part in OWN)
@@ -144,7 +144,7 @@ def lines(trainer, after=0):
 
 
 def require_equal(first, second):
-    """Equal to the last bit, the loss of the whole run too; nan is nan."""
+    """Check that all numbers are equal to the last bit, the loss of the whole run too; NaN equals NaN."""
     assert first.keys() == second.keys()
     for key, line in first.items():
         assert line.keys() == second[key].keys()
@@ -155,7 +155,7 @@ def require_equal(first, second):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Of a kind, the run that never stopped: its folder with the checkpoints, its log and its weights."""
+    """The uninterrupted run of each kind: its folder with checkpoints, its log and its weights."""
 
     @functools.cache
     def of(kind="critic of its own"):
@@ -169,7 +169,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The folder of a run that stopped after a checkpoint."""
+    """The folder of a run that was stopped after a checkpoint."""
     folder = tmp_path_factory.mktemp("plain")
     trainer_of(folder, max_steps=6).train()
     return folder
@@ -216,7 +216,7 @@ def test_rise_is_still_from_the_first_evaluation(plain, tmp_path):
 
 
 def test_interrupted_run_is_resumed_by_the_same_trainer(whole, tmp_path):
-    """As in a notebook: nothing of what came after the checkpoint is left."""
+    """As in a notebook; nothing that came after the checkpoint may be left."""
     folder, expected, weights = whole("rate of the critic")
     trainer = trainer_of(tmp_path, "rate of the critic")
     stop = StopAt(14)
@@ -258,7 +258,7 @@ def test_true_takes_the_last_checkpoint(plain, tmp_path):
 
 
 def nothing(*args):
-    """What a part of the state that is forgotten does."""
+    """Stands in for a part of the state that is forgotten."""
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def nothing(*args):
     ],
 )
 def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, name, instead, step):
-    """Without it, the run that goes on is another one."""
+    """Without it, the resumed run differs."""
     folder, expected, _ = whole()
     monkeypatch.setattr(part, name, instead)
     trainer = trainer_of(tmp_path)
@@ -299,7 +299,7 @@ def test_best_model_of_a_mixture_has_its_experts(tmp_path):
 
 
 def test_patience_of_early_stopping_is_restored_by_the_trainers_option(tmp_path):
-    """By the Trainer's option, which docs/ppo.md names: without it early stopping would begin to count anew."""
+    """docs/ppo.md names the option; without it early stopping would start counting again."""
 
     def run(**options):
         models = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(3, seed=3)}
@@ -392,7 +392,7 @@ def test_run_on_other_prompts(plain, tmp_path, name, step):
 
 
 def test_checksum_is_of_every_column_however_rows_are_read():
-    """Of what the actor reads, padding left out, and of what reward functions are given."""
+    """The checksum covers what the actor reads, without padding, and what reward functions get."""
     rows = {"input_ids": [[1, 2, 3], [4, 5, 6]], "attention_mask": [[1, 1, 1], [0, 1, 1]], "answer": ["a", "b"]}
     prompts = Dataset.from_dict(rows)
     assert checkpoint.checksum(Dataset.from_dict(dict(reversed(rows.items()))).with_format("torch")) == (
@@ -441,7 +441,7 @@ OF_THE_ROLLOUT = {
 
 @pytest.mark.parametrize("name", OF_THE_ROLLOUT)
 def test_options_of_a_rollout_may_not_change_in_the_middle_of_it(plain, tmp_path, name):
-    """Refused amid a rollout; between two, the next is made by the new option."""
+    """Refused within a rollout; between two, the next one uses the new option."""
     before, now = OF_THE_ROLLOUT[name]
     args, prompts = ppo_config(tmp_path, use_cpu=True, **(OPTIONS | {name: now})), tiny.tiny_prompts(8)
     message = rf"had {name}={re.escape(str(before))}; this one has {name}={re.escape(str(now))}\. A rollout is being"

@@ -23,7 +23,7 @@ def prompts_of(rollout):
 
 
 def tokenised_prompts(size=8):
-    """Ids that no text gives back: special tokens in the middle, and the id of an unknown word."""
+    """Ids that decoding and encoding would change: special tokens in the middle, an unknown word."""
     rows = [[1, 5, 7 + i, 3, 6, 20 + i][: 2 + i % 5] for i in range(size)]
     return Dataset.from_dict({"input_ids": rows})
 
@@ -244,7 +244,7 @@ def test_response_ends_at_any_declared_end_token_unless_told_otherwise(tmp_path)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("column, cell", [("tools", '[{"name": "look"}]'), ("chat_template_kwargs", {"think": False})])
 def test_options_of_each_row_are_refused_where_a_template_would_read_them(tmp_path, column, cell, stream):
-    """They were left out of the prompt without a word."""
+    """They would silently be left out of the prompt."""
 
     def data(value, **kind):
         rows = tiny.tiny_prompts(4, **kind).to_list()

@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded, and what stops a run."""
+"""Errors before anything is loaded, and errors that stop a run."""
 
 import math
 import re
@@ -251,7 +251,7 @@ def test_reward_model_that_is_not_finite_stops_the_run_and_is_named(tmp_path, ow
 
 
 def at_step(trainer, step):
-    """Whether the trainer is learning from the optimizer step with this index."""
+    """Return whether the trainer is in the backward pass of this optimizer step."""
     return torch.is_grad_enabled() and trainer.model.training and trainer.state.global_step == step
 
 
@@ -262,7 +262,7 @@ def assert_only_the_first_checkpoint_is_there(folder):
 
 
 def stopped(trainer):
-    """Runs until the error; returns it, with the parameters as they were after the first optimizer step."""
+    """Train until the error; return its text and the parameters after the first optimizer step."""
     kept = {}
     step = trainer._save_checkpoint
 

@@ -190,7 +190,7 @@ def test_rise_is_paired_by_prompt_and_skips_what_no_reward_scores():
 
 
 def test_one_held_out_prompt_has_no_interval(tmp_path):
-    """Neither in the log nor on the card, and nothing there is no number."""
+    """Neither in the log nor on the card, and all logged numbers are finite."""
     models = {"eval_dataset": tiny.tiny_prompts(1, seed=3)}
     options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "num_sample_generations": 0}
     trainer = ppo_run(tmp_path, models, max_steps=2, **options)
@@ -207,7 +207,7 @@ def test_one_held_out_prompt_has_no_interval(tmp_path):
 
 
 def test_held_out_prompts_without_an_answer_have_no_kl():
-    """A response of no token is told from the reference by nothing."""
+    """An empty response has no KL to the reference."""
     held_out = HeldOut(lambda values: values)
     rollout = SimpleNamespace(
         scores=torch.zeros(2),
@@ -263,7 +263,7 @@ EVERY_TWO |= {"per_device_eval_batch_size": 2, "num_sample_generations": 0}
 
 @pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
 def test_best_checkpoint_is_that_of_the_highest_held_out_score(tmp_path, how):
-    """Without a metric, which the Trainer would set to a loss that PPO has not."""
+    """No metric is named; the Trainer would default to an evaluation loss, which PPO does not have."""
     models = {"reward_model": None, "reward_funcs": best_after_two_steps, "eval_dataset": tiny.tiny_prompts(3)}
     trainer = ppo_run(tmp_path, models, **(EVERY_TWO | how))
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.0, 2)

@@ -361,7 +361,7 @@ def test_speed_is_response_tokens_by_the_seconds_of_a_cycle(tmp_path):
 
 
 def test_sample_completions_count_for_no_phase(tmp_path, monkeypatch):
-    """A clock that ticks once per look; showing samples takes a thousand ticks."""
+    """A clock that ticks each time it is read; showing samples takes a thousand ticks."""
     clock = [0.0]
 
     def look():

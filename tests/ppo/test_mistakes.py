@@ -19,7 +19,7 @@ def to(value):
 
 
 def on_one_rank(function):
-    """A collective that is given is not called."""
+    """A collective that is passed is not called."""
 
     def alone(*args, all_reduce=None, **kwargs):
         return function(*(arg for arg in args if not callable(arg)), **kwargs)

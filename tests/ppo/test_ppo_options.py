@@ -1,4 +1,4 @@
-"""No option of PPO is dead: each changes what is trained, or has a test of its own."""
+"""Every option of PPO has an effect: it changes what is trained, or has a test of its own."""
 
 import inspect
 
@@ -83,7 +83,7 @@ def test_every_option_of_ppo_is_in_one_of_the_lists():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Parameters that a run ends with; runs with the same options and models are made once."""
+    """Return the final parameters of a run; equal runs are made once."""
     runs = {}
 
     def train(options, models):

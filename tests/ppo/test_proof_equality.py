@@ -88,7 +88,7 @@ def ragged_rollout(seed=0):
 
 
 def make_old(trainer, rollout, seed=1):
-    """Fills in what the models say, then moves old policy and old values away, to both sides of the clip ranges."""
+    """Score with the models, then move old policy and old values to both sides of the clip ranges."""
     generator = torch.Generator().manual_seed(seed)
     trainer._score_with_models(rollout)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def make_old(trainer, rollout, seed=1):
 
 
 def loss_and_gradients(trainer, rollout):
-    """Of the whole rollout as one micro-batch, which is one optimizer batch."""
+    """Treat the whole rollout as one micro-batch, which is one optimizer batch."""
     trainer.model.zero_grad()
     whole = MicroBatch(rollout, torch.arange(len(rollout)), rollout.mask.sum().item(), share=1.0)
     loss = trainer._compute_loss(trainer.model, whole)

@@ -163,7 +163,7 @@ def slightly_moved(folder):
 
 @pytest.mark.parametrize("how", [with_small_adapter, slightly_moved])
 def test_reference_close_by_is_an_error_in_16_bits_too(tmp_path, how):
-    """By less than the 0.1 nats of a token that 16 bits may round, but seen in the float32 of the weights."""
+    """The difference is below what 16 bits may round, 0.1 nats per token, but visible in the float32 weights."""
     trainer = how(tmp_path)
     with pytest.raises(ValueError, match=r"must be 0 before the first step, but .* differ by 0\.0\d+ nats"):
         trainer.train()
@@ -175,7 +175,7 @@ def test_given_reference_may_differ_from_the_start(tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_copy_of_an_adapter_leaves_the_actor_as_it_was(tmp_path, start):
-    """Adding one more adapter with such a config takes its part out of the base once more."""
+    """Adding a second adapter with such a config would change the base weights again."""
     actor = get_peft_model(tiny.tiny_actor(), lora(init_lora_weights=start))
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():

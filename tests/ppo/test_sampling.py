@@ -1,5 +1,5 @@
 """
-Responses are drawn from the distribution that is scored: the full one at `temperature`.
+Responses are sampled from the distribution that is scored: the full one at `temperature`.
 
 Expected tokens come from a loop that draws them one at a time from the softmax of the model's plain forward, without
 cache, padding or `generate`, by the same random numbers.
@@ -85,7 +85,7 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture
 def own_config(trainer):
-    """A generation config of the actor's own, to be spoilt."""
+    """A generation config of the actor, for a test to change."""
     before = trainer.model.generation_config
     trainer.model.generation_config = GenerationConfig.from_dict(before.to_dict())
     yield trainer.model.generation_config
@@ -101,7 +101,7 @@ def test_options_that_came_with_the_model_change_no_token(trainer, own_config, n
 
 @pytest.mark.parametrize("name", ADDED)
 def test_control_without_the_guard_the_models_options_change_tokens(trainer, own_config, name, monkeypatch):
-    """With the model's own configuration in place, other tokens come out, or none."""
+    """Without the guard, other tokens are sampled, or generation fails."""
     setattr(own_config, name, ADDED[name])
     monkeypatch.setattr(trainer, "_own_distribution", nullcontext)
     try:
@@ -127,7 +127,7 @@ def spoilt_actor():
 
 
 def test_options_of_an_adapters_model_change_no_token(tmp_path):
-    """Of the base, and where the wrapper was given a config of its own."""
+    """Options of the base model, and of a config that the wrapper has itself."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = ppo_trainer(tmp_path, {"model": spoilt_actor(), "peft_config": lora}, **SHARED)
     expected = drawn_one_by_one(actor(), PROMPTS, seed=1)  # a new adapter changes nothing
@@ -249,7 +249,7 @@ def test_vllm_samples_from_the_distribution_that_is_scored(tmp_path, mode):
 
 @pytest.mark.parametrize("name", FOLDER)
 def test_control_an_option_that_is_not_stated_shows(tmp_path, name):
-    """The server then takes the folder's, as vLLM's does."""
+    """The server then uses the option in the model's folder, as vLLM does."""
     with vllm(folder=FOLDER):
         trainer = ppo_trainer(tmp_path, use_vllm=True, vllm_mode="server", temperature=1.3, max_steps=1)
         client = trainer.vllm_generation.vllm_client

@@ -1,4 +1,4 @@
-"""A step in which no token counts moves nothing, and a line says nothing of what was not measured."""
+"""A step without a token that counts changes nothing, and the log has no number that was not measured."""
 
 import math
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 
 def scored_but(rows, rollouts=(1,)):
-    """A reward function that says nothing of `rows` in these rollouts of two optimizer steps."""
+    """Return a reward function that gives `None` for `rows` in these rollouts."""
     calls = []
 
     def score(completions, **kwargs):
@@ -103,7 +103,7 @@ def test_truncated_responses_that_are_masked_move_nothing(tmp_path):
     ids=["no tokens", "early stop"],
 )
 def test_step_that_is_left_out_under_loss_scaling(tmp_path, options, reward, expected):
-    """A scaler asks for gradients at each step. On a CPU fp16 has none, so it is put in by hand."""
+    """A gradient scaler needs gradients at each step. On a CPU fp16 has no scaler, so one is put in by hand."""
     models = {"reward_model": None, "reward_funcs": reward}
     trainer = ppo_trainer(tmp_path, models, total_episodes=12, **options)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

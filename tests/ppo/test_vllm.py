@@ -61,7 +61,7 @@ def test_control_an_actor_that_was_not_sent_shows(tmp_path):
 
 
 def test_second_run_and_best_model_are_sent_anew(tmp_path):
-    """Both begin at a step that vLLM has weights of, but other weights."""
+    """Both begin at a step for which vLLM already has weights, but other ones."""
     with vllm() as sampler:
         trainer = ppo_trainer(tmp_path, use_vllm=True, learning_rate=1e-2, total_episodes=4)
         trainer.train()
@@ -79,7 +79,7 @@ def test_second_run_and_best_model_are_sent_anew(tmp_path):
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("start", [False, True], ids=["new adapter", "from an adapter"])
 def test_of_four_roles_on_one_base_the_actor_is_sent(tmp_path, mode, start):
-    """Its adapter is merged into weights that critic and reward model stand on too, and taken out again."""
+    """Its adapter is merged into weights that critic and reward model share, and taken out again."""
     paths = four_roles.prepare(tmp_path)
     models = four_roles.models(paths, start, quantization=None)
     with vllm(model=tiny.tiny_actor()):
@@ -214,7 +214,7 @@ def grpo_with_vllm(folder, **options):
 
 
 def ratio_by_hand(errors, mode, low, high):
-    """The ratio of each token of a response, from what the engine's log-probabilities are off by."""
+    """Return the ratio of each token, from the errors of the engine's log-probabilities."""
     if mode.startswith("sequence"):
         errors = [sum(errors)] * len(errors)
     ratios = [math.exp(-error) for error in errors]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """The folders of `four_roles`, and some that do not fit."""
+    """The folders of `four_roles`, and some that do not fit them."""
     folder = tmp_path_factory.mktemp("adapters")
     paths = four_roles.prepare(folder)
     tiny.tiny_actor(8).save_pretrained(folder / "other")
@@ -37,7 +37,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_weights(paths, tmp_path_factory):
-    """The base with a file in which the weights cannot be read, so that loading it would be another error."""
+    """The base without its weights, so that loading it would raise another error."""
     folder = tmp_path_factory.mktemp("weightless") / "base"
     shutil.copytree(paths["base"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return str(folder)

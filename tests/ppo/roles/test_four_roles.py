@@ -81,7 +81,7 @@ def test_control_whole_models_are_counted_as_more_than_one_base(paths, tmp_path)
 
 
 def test_base_that_is_replaced_after_loading_is_noticed(paths):
-    """Two bases would drift apart, or take twice the memory, without a word."""
+    """Otherwise two bases would silently take twice the memory and drift apart."""
     actor = get_peft_model(AutoModelForCausalLM.from_pretrained(paths["base"]), four_roles.lora())
     model = load_reward_adapter(AutoModelForCausalLM.from_pretrained(paths["base"]), paths["reward"])
     with pytest.raises(RuntimeError, match=r"reward_model does not share .* weights with the actor"):

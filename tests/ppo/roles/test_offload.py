@@ -9,6 +9,7 @@ from torch import nn
 
 import four_roles
 import tiny
+from frozen_layouts import Poisoned
 from ppo_runs import log_lines, ppo_config, ppo_run, ppo_trainer, response_lengths, snapshot
 from trl_ext.ppo.roles import offload
 from trl_ext.ppo.roles.offload import WaitingWeights
@@ -18,15 +19,6 @@ from trl_ext.ppo.roles.offload import WaitingWeights
 def host_plays_device(monkeypatch):
     """Everything counts as being on a device. Host and device are then both host memory, in storages of their own."""
     monkeypatch.setattr(offload, "on_host", lambda tensor: False)
-
-
-class Poisoned(WaitingWeights):
-    """While weights wait, those in the model are NaN: whoever reads them at the wrong time will show."""
-
-    def _put(self, tensors):
-        if tensors is self._waiting:
-            tensors = [torch.full_like(t, torch.nan) if t.is_floating_point() else t for t in tensors]
-        super()._put(tensors)
 
 
 def whereabouts(trainer):
@@ -48,12 +40,6 @@ def whereabouts(trainer):
     for role, model in roles.items():
         model.register_forward_pre_hook(lambda *_, role=role: note(role))
     return seen
-
-
-def shifted_tokenizer():
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_tokens(["zebra"])
-    return tokenizer
 
 
 # --- the phases
@@ -82,12 +68,14 @@ RUNS = {
 
 
 def of_run(folder, **options):
+    own_tokenizer = tiny.tiny_tokenizer()
+    own_tokenizer.add_tokens(["zebra"])
     models = {
         "ref_model": tiny.tiny_actor(5),
         "eval_dataset": tiny.tiny_prompts(4, seed=3),
         # The reward model reads ids, the other one text.
         "reward_funcs": [tiny.tiny_reward_model(7, vocab_size=65)],
-        "reward_processing_classes": [None, shifted_tokenizer()],
+        "reward_processing_classes": [None, own_tokenizer],
     }
     trainer = ppo_run(folder, models, **options)
     trainer.evaluate()

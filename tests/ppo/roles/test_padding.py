@@ -95,7 +95,7 @@ def test_ppo_of_such_a_model_stops_before_a_step_unless_prompts_are_of_one_lengt
 
 
 def test_model_that_selects_keys_reads_no_padded_row_longer_than_its_selection():
-    """Equal tokens score alike, and which of them is selected hangs on the row's length."""
+    """Equal tokens have equal scores, and which of them is selected depends on the length of the row."""
     model = member("doge", 0).base_model
     for layer in model.layers:
         layer.self_attn.A.data.fill_(-0.5)

@@ -1,4 +1,4 @@
-"""A reward model reads what `trl.RewardTrainer` would train it on, at the place where it was trained to."""
+"""A reward model reads what `trl.RewardTrainer` would train it on, and scores the same token."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -177,7 +177,7 @@ def test_encoder_reads_its_cls_and_sep_tokens(tmp_path):
 
 @pytest.mark.parametrize("pad", [None, 0, 2])
 def test_scores_of_a_padded_batch_are_those_of_each_answer_alone(tmp_path, pad):
-    """Read at the model's own pad token: at the last id without one, before the end token where that pads."""
+    """The score is read where the model's own pad token says: at the last id if it has none."""
     tokenizer = bytes_tokenizer(pad=None)  # the actor's, for which an end token pads
     torch.manual_seed(1)
     config = tiny.tiny_config(vocab_size=len(tokenizer), num_labels=1, pad_token_id=pad)
@@ -243,7 +243,7 @@ def test_reward_model_of_a_run_is_asked_whether_it_reads_padding(tmp_path, vocab
 
 
 def test_special_tokens_that_were_sampled_are_read(tmp_path):
-    """GRPO's text of an answer lacks them: a model that shares the vocabulary must not be blind to them."""
+    """GRPO's text of an answer lacks them, but a model that shares the vocabulary must see them."""
     tokenizer = bytes_tokenizer(LINES)
     models = {"processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=len(tokenizer))}
     trainer = ppo_trainer(tmp_path, models | {"reward_model": save_judge(tmp_path / "judge", tokenizer)})
@@ -363,7 +363,7 @@ def test_chat_in_token_ids_is_read_as_its_messages(template, vocabulary, ended):
 
 
 def test_chat_in_token_ids_whose_answer_has_begun_is_a_chat():
-    """As prompts end that are written with an option of the template, or with the first words of the answer."""
+    """Such prompts come from an option of the template, or already hold the first words of the answer."""
     actors = bytes_tokenizer(LINES)
     form = RewardForm(another_vocabulary(LINES), actors, shares_ids=False)
     messages, opening = PROMPTS["chat"][0], actors("So: ", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What reward functions return and take, with an error that names them otherwise; and their names in the log."""
+"""What reward functions may take and return, the errors that name them, and their names in the log."""
 
 import asyncio
 

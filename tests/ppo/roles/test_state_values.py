@@ -1,4 +1,4 @@
-"""Critics of every kind of class: their head found, their values right, and never lost when they are saved."""
+"""Critics of all kinds of classes: the head is found, values are right, and saving loses nothing."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_value_model_that_cannot_value_a_state_is_refused_by_name(tmp_path, valu
 
 
 class Wrapped(nn.Module):
-    """A reward model of a user: no `save_pretrained`, its head under another name, its trunk a child."""
+    """A user's reward model: no `save_pretrained`, a head with another name, the trunk as a child."""
 
     def __init__(self, seed: int = 1, tuple_output: bool = False):
         super().__init__()
@@ -107,7 +107,7 @@ def test_users_own_reward_model_class_scores_becomes_the_critic_and_is_saved(tmp
 
 
 class Holding(nn.Module):
-    """A model of a user that holds a whole classifier; its config says what an error asks for, and no more."""
+    """A user's model that holds a whole classifier; its config has only what the error messages ask for."""
 
     def __init__(self, seed: int = 1):
         super().__init__()
