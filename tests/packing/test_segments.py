@@ -69,12 +69,14 @@ def test_sequences_of_any_batch_are_found_again_in_their_rows(batch):
     assert_found_again(*batch)
 
 
-def test_segments_of_groups_are_their_beginning_and_a_child_for_each_sequence():
+def test_segments_of_a_group_are_its_beginning_and_what_each_sequence_has_of_its_own():
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [5, 6, 0, 0], [3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
-    three = (Segment(2), Segment(2, 0), Segment(1, 0), Segment(0, 0))
+    three = (Segment(2), Segment(2, 0), Segment(1, 0))
     assert pack(ids[:3], mask[:3], torch.tensor([[0, 1, 2]])).rows == (three,)
     pairs = pack(ids, mask, torch.tensor([[0, 1], [3, 2]]))
+    alone = pack(ids, mask, torch.tensor([[0], [1], [2], [3]]))
+    assert alone.rows == ((Segment(4), Segment(3), Segment(2), Segment(1)),)
     assert pairs.rows == ((Segment(2), Segment(2, 0), Segment(1, 0), Segment(0), Segment(1, 3), Segment(2, 3)),)
     assert pairs.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 5, 6]]
     assert pairs.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 0, 1]]

@@ -118,7 +118,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, groups: Tensor, row_size: in
             rows.append([])
             sizes.append(0)
         parent, start = len(rows[row]), sizes[row]
-        rows[row] += [Segment(shared), *(Segment(tail, parent) for tail in tails)]
+        rows[row] += [Segment(shared), *(Segment(tail, parent) for tail in tails if tail)]
         sizes[row] += size
         place = start + shared
         for member, tail in zip(members, tails, strict=True):
