@@ -28,30 +28,20 @@ def context_limit(config: Any, *adapters: Any, generates: bool = False) -> int |
             embedding begins to adapt: from there on the keys in the cache have another rotation than in one forward
             pass over the whole sequence.
     """
-    declared, ropes = _declared(config), _ropes(config)
+    values = (getattr(config, name, None) for name in NAMES)
+    declared = next((int(v) for v in values if isinstance(v, int | float) and 0 < v < WITHOUT_END), None)
+    # MPT's ALiBi is a table as long as `max_seq_len`, so there the limit holds.
+    has_alibi = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi"
+    # The parameters of the rotary embeddings: one set, or one per kind of layer
+    written = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [each for each in (written, *written.values()) if isinstance(each, dict)]
     adapts = any(_type(rope) == "dynamic" for rope in ropes)
-    if declared is None or _biases_by_distance(config) or (adapts and not generates):
+    if declared is None or has_alibi or (adapts and not generates):
         return None
     limit = max([declared, *(_stretched(rope, declared) for rope in ropes)])
     if config.model_type in BEHIND_PAD:
         limit -= (config.pad_token_id or 0) + 1
     return limit - max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
-
-
-def _declared(config: Any) -> int | None:
-    values = (getattr(config, name, None) for name in NAMES)
-    return next((int(v) for v in values if isinstance(v, int | float) and 0 < v < WITHOUT_END), None)
-
-
-def _biases_by_distance(config: Any) -> bool:
-    # MPT's ALiBi is a table as long as `max_seq_len`, so there the limit holds.
-    return bool(getattr(config, "alibi", False)) or getattr(config, "position_embedding_type", None) == "alibi"
-
-
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """Return the parameters of the rotary embeddings: one set, or one per kind of layer."""
-    written = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return [each for each in (written, *written.values()) if isinstance(each, dict)]
 
 
 def _type(rope: dict[str, Any]) -> str:

@@ -141,7 +141,10 @@ def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
 
     def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:
         sign = torch.randint(2, states.shape, generator=generator).to(states.device) * 2 - 1
-        by = _unit(model) if unit is None else unit
+        by = unit
+        if by is None:
+            by = torch.finfo(arithmetic(model)).eps
+            by = max(by, 2**-11) if _device(model).type == "cuda" else by  # TF32 is float32 with 10 bits
         wide = states if states.dtype == torch.float64 else states.float()
         return (wide * (1 + by * sign)).to(states.dtype)
 
@@ -150,11 +153,6 @@ def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _unit(model: Any) -> float:
-    unit = torch.finfo(arithmetic(model)).eps
-    return max(unit, 2**-11) if _device(model).type == "cuda" else unit  # TF32 is float32 with 10 bits
 
 
 def arithmetic(model: Any) -> torch.dtype:

@@ -162,7 +162,9 @@ class ScoringHead:
 
     def _choose(self, rows: list[Tensor], allowed: float) -> None:
         difference = self._distance(rows)
-        if difference <= allowed and not _holds_more(self.model.get_output_embeddings()):
+        # Parameters that TRL's head does not read may be 0 at the start, as an adapter's are: no probe would see them.
+        reads_all = {name for name, _ in self.model.get_output_embeddings().named_parameters()} <= READ
+        if difference <= allowed and reads_all:
             return
         self.uses_own = True
         of_own = self._distance(rows)
@@ -260,14 +262,6 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     # A prefix that names no attribute, such as Llama 4's, makes `base_model` the model itself.
     trunks = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     return trunks[0] if len(trunks) == 1 else model
-
-
-def _holds_more(head: nn.Module) -> bool:
-    """
-    Return whether a head has parameters beside the weight and the bias that TRL reads. They may be 0 at the start, as
-    an adapter's are, so that no probe sees them; they would never learn.
-    """
-    return not {name for name, _ in head.named_parameters()} <= READ
 
 
 class _States(BaseModelOutputWithPastAndCrossAttentions):

@@ -81,10 +81,20 @@ _INSTEAD = (
 def check_options(args: Any) -> None:
     """Raise `ValueError` for options of a `PPOConfigX` that do not go together."""
     refuse_meaningless(args)
-    refuse_noise(args)
-    check_steps(args)
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` adds noise to the embeddings in training, and PPO "
+            "compares the same policy's log-probabilities before and after a step: ratio and KL would measure the "
+            "noise. Leave it out."
+        )
+    if args.total_episodes is not None and args.max_steps > 0:
+        raise ValueError(
+            f"`total_episodes={args.total_episodes}` sets the number of optimizer steps, and so does "
+            f"`max_steps={args.max_steps}`. Keep one of them."
+        )
     check_best_metric(args)
-    check_responses(args)
+    if args.stop_token is not None and args.stop_token_id is not None:
+        raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
     check_kl(args)
     check_frozen_models(args)
     find_estimator(args.advantage_estimator)
@@ -96,23 +106,6 @@ def refuse_meaningless(args: Any) -> None:
         unset = (default, 1) if name.startswith("num_generations") else (default,)
         if value not in unset:
             raise ValueError(f"`{name}={value!r}` is an option of GRPO that means nothing in PPO: {instead}.")
-
-
-def refuse_noise(args: Any) -> None:
-    if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"`neftune_noise_alpha={args.neftune_noise_alpha}` adds noise to the embeddings in training, and PPO "
-            "compares the same policy's log-probabilities before and after a step: ratio and KL would measure the "
-            "noise. Leave it out."
-        )
-
-
-def check_steps(args: Any) -> None:
-    if args.total_episodes is not None and args.max_steps > 0:
-        raise ValueError(
-            f"`total_episodes={args.total_episodes}` sets the number of optimizer steps, and so does "
-            f"`max_steps={args.max_steps}`. Keep one of them."
-        )
 
 
 def check_best_metric(args: Any) -> None:
@@ -129,11 +122,6 @@ def check_best_metric(args: Any) -> None:
             f"{BEST_METRIC!r}, say with `lr_scheduler_kwargs={{'mode': 'max'}}` that higher is better, and measure "
             "it: `eval_strategy='steps'` with `eval_steps` and an `eval_dataset`."
         )
-
-
-def check_responses(args: Any) -> None:
-    if args.stop_token is not None and args.stop_token_id is not None:
-        raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
 
 
 def check_sampling(args: Any) -> None:
@@ -162,13 +150,7 @@ def check_sampling(args: Any) -> None:
 
 
 def check_kl(args: Any) -> None:
-    _check_kl_estimator(args)
-    _check_kl_controller(args)
-    if args.old_kl_target is not None and args.old_kl_coef == 0:
-        raise ValueError("`old_kl_target` steers `old_kl_coef`, which is 0; start it above 0.")
-
-
-def _check_kl_estimator(args: Any) -> None:
+    # The estimator
     in_loss = args.kl_placement == "loss"
     allowed = LOSS_KL_ESTIMATORS if in_loss else REWARD_KL_ESTIMATORS
     if in_loss and args.kl_estimator == "k1":
@@ -179,9 +161,7 @@ def _check_kl_estimator(args: Any) -> None:
         )
     is_allowed = args.kl_estimator in (None, *allowed)
     require(args, "kl_estimator", is_allowed, f"one of {allowed} in the {args.kl_placement}")
-
-
-def _check_kl_controller(args: Any) -> None:
+    # The controllers
     for name in ("kl_target", "kl_horizon"):
         if getattr(args, name) is not None and args.kl_controller != "proportional":
             raise ValueError(f"`{name}` is read by `kl_controller='proportional'` only; set that or remove it.")
@@ -193,6 +173,8 @@ def _check_kl_controller(args: Any) -> None:
         raise ValueError("`kl_band` is read by `kl_controller='band'` only; set that or remove it.")
     if args.kl_controller != "fixed" and args.kl_coef == 0:
         raise ValueError(f"`kl_controller='{args.kl_controller}'` scales `kl_coef`, which is 0; start above 0.")
+    if args.old_kl_target is not None and args.old_kl_coef == 0:
+        raise ValueError("`old_kl_target` steers `old_kl_coef`, which is 0; start it above 0.")
 
 
 def check_frozen_models(args: Any) -> None:

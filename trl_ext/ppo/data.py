@@ -279,15 +279,13 @@ def prompt_ids(
     if not prompt or (is_conversational(row) and not any(message.get("content") for message in prompt)):
         return []
     if is_conversational(row):
-        _require_text(prompt)
+        parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+        others = {part.get("type") for part in parts} - {"text"}
+        if others:
+            raise ValueError(
+                f"A prompt has a part of type {others.pop()!r}; PPO reads text only. Remove such prompts."
+            )
         return tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
         )["input_ids"]
     return tokenizer(prompt)["input_ids"]
-
-
-def _require_text(messages: list[dict[str, Any]]) -> None:
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    others = {part.get("type") for part in parts} - {"text"}
-    if others:
-        raise ValueError(f"A prompt has a part of type {others.pop()!r}; PPO reads text only. Remove such prompts.")

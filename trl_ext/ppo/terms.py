@@ -162,7 +162,11 @@ def ppo_terms(
     objective = clip_objective(ratio, advantages, cliprange)
     if importance_sampling_ratio is not None:
         objective = objective * zero_masked(importance_sampling_ratio.expand_as(mask), mask)
-    value_error, value_clipped = _value_terms(values, old_values, returns, cliprange_value)
+    if cliprange_value is None:
+        value_error, value_clipped = value_loss(values, returns), torch.zeros_like(mask)
+    else:
+        value_error = clipped_value_loss(values, old_values, returns, cliprange_value)
+        value_clipped = clipped_values(values, old_values, returns, cliprange_value)
 
     divisor = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
 
@@ -192,13 +196,3 @@ def ppo_terms(
 def _total(means: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:
     """Return what the optimizer minimises; a term that is None is not part of it."""
     return sum(coef.of(term) * mean for term in TERMS if (mean := means[term.name]) is not None)  # type: ignore[return-value]
-
-
-def _value_terms(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return the critic's error per token, and where its clip is active (nowhere without a range)."""
-    if cliprange_value is None:
-        return value_loss(values, returns), torch.zeros_like(values, dtype=torch.bool)
-    arguments = (values, old_values, returns, cliprange_value)
-    return clipped_value_loss(*arguments), clipped_values(*arguments)

@@ -1,8 +1,9 @@
 """
 The critic V(s): built, attached to the actor as a submodule, split off when the actor is saved, restored.
 
-The three kinds have the same methods (`attach`, `settle`, `values_at`, `save_pretrained`, `restore`), so that only the
-code that builds a critic knows its kind.
+The three kinds have the same methods, so that only the code that builds a critic knows its kind: `attach` makes it a
+submodule of the actor, in one engine and optimizer; `settle` tries out how the model is read; `values_at` gives state
+values (B, L) at the True `positions` (B, L) and 0 elsewhere; `save_pretrained` and `restore` write and load a folder.
 """
 
 import copy
@@ -57,19 +58,16 @@ class ValueHead(nn.Module):
     needs_states = True  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """Return state values (B, L) at the `positions` (B, L) whose trunk states (N, H) are given, 0 elsewhere."""
         values = self(states)
         return values.new_zeros(positions.shape).masked_scatter(positions, values)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
-        """Become a submodule of the actor, on its device: one engine, one optimizer for both."""
         _add_to(actor, self)
 
     def settle(self) -> None:
         """Do nothing: the actor's states need no trial."""
 
     def restore(self, folder: str | Path) -> None:
-        """Load what was saved to `folder`."""
         self.load_state_dict(ValueHead.from_pretrained(folder).state_dict())
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -104,19 +102,15 @@ class ValueModel(nn.Module):
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """Return state values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
         return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
-        """Become a submodule of the actor, on its device: one engine, one optimizer for both."""
         _add_to(actor, self)
 
     def settle(self) -> None:
-        """Try out how the model is read."""
         self.values.settle()
 
     def restore(self, folder: str | Path) -> None:
-        """Load what was saved to `folder`."""
         model: Any = self.model
         if hasattr(model, "from_pretrained"):
             restore_weights(model, folder)
@@ -157,7 +151,6 @@ class ValueAdapter(nn.Module):
     needs_states = False  # of the actor's trunk, at the scored positions
 
     def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        """Return state values (B, L) at the `positions` (B, L), from the inputs (B, L + 1); 0 elsewhere."""
         return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
@@ -176,11 +169,9 @@ class ValueAdapter(nn.Module):
             enable(checkpointing or None)
 
     def settle(self) -> None:
-        """Try out how the model is read."""
         self.values.settle()
 
     def restore(self, folder: str | Path) -> None:
-        """Load what was saved to `folder`."""
         restore_adapter(self.model, folder)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:

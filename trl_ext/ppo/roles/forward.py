@@ -108,7 +108,9 @@ def add_actor_critic_forward(
         of_critic = dict(kwargs)
         kwargs = padding.inputs(kwargs)
         reads_states = "state_values" in wanted and critic is not None and critic.needs_states
-        positions = _scored_positions(labels)
+        positions = labels[:, 1:] != -100  # (B, L - 1), True where the next token has a label
+        if not positions.any():
+            positions[0, -1] = True  # keeps the graph
         output = ActorCriticOutput()
         states = None
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
@@ -156,14 +158,6 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if asked:
             config.output_router_logits = asked
-
-
-def _scored_positions(labels: Tensor) -> Tensor:
-    """Return (B, L - 1) bool, True where the next token has a label; if none has, at one position, for the graph."""
-    positions = labels[:, 1:] != -100
-    if not positions.any():
-        positions[0, -1] = True
-    return positions
 
 
 def _scatter(compact: Tensor, positions: Tensor) -> Tensor:

@@ -55,11 +55,6 @@ class Given:
         """Return whether the actor trains an adapter."""
         return self.peft_config is not None or isinstance(self.model, PeftModel)
 
-    @property
-    def has_tools(self) -> bool:
-        """Return whether a response may take several turns."""
-        return bool(self.tools) or self.environment_factory is not None
-
 
 def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
     """
@@ -108,7 +103,8 @@ def check_given(args: PPOConfigX, given: Given) -> None:
         trained_in_full["value_model"] = given.value_model
     check_unquantized(args, given.quantization_config, trained_in_full)
     # Ranks would wait for each other in turns of a conversation that some of them do not take
-    if given.has_tools and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
+    has_turns = bool(given.tools) or given.environment_factory is not None
+    if has_turns and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
         raise ValueError(
             "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
             "them gather each layer together for every token: they would wait for each other without end. Leave it "

@@ -49,8 +49,10 @@ class RewardForm:
         self.tools: dict[str | None, list[Any]] = {}
         self._added = self._added_behind_text()
         self._behind_text = self._ids(tokenizer.eos_token or "") + self._added
-        closing = self._written_behind_an_answer() if tokenizer.chat_template else None
-        self._closing, self._behind_chat = closing, None if closing is None else self._ids(closing)
+        # What the chat template writes behind an answer's words; `None` unless it writes them once
+        written = self._written(tokenizer, [QUESTION, WITH_ANSWER]) if tokenizer.chat_template else ""
+        self._closing = written.partition(ANSWER)[2] if written.count(ANSWER) == 1 else None
+        self._behind_chat = None if self._closing is None else self._ids(self._closing)
 
     def __call__(
         self,
@@ -96,7 +98,8 @@ class RewardForm:
             return "the tokenizer of {} has none" if loses_marks else None
         if not self._writes_as_the_actor:
             return "the tokenizer of {} has another one, or writes it with other special tokens"
-        if self._closing is None or not self._written_to_the_answer.startswith(self._written_to_the_opening):
+        written_to_answer = self._written(self.actors, [QUESTION, WITH_ANSWER]).partition(ANSWER)[0]
+        if self._closing is None or not written_to_answer.startswith(self._written_to_the_opening):
             return (
                 "it does not write an answer as it opens one, as where thoughts are taken out: {} reads it otherwise"
             )
@@ -162,19 +165,10 @@ class RewardForm:
     def _written_to_the_opening(self) -> str:
         return self._written(self.actors, [QUESTION], add_generation_prompt=True)
 
-    @property
-    def _written_to_the_answer(self) -> str:
-        return self._written(self.actors, [QUESTION, WITH_ANSWER]).partition(ANSWER)[0]
-
     @cached_property
     def _writes_as_the_actor(self) -> bool:
         theirs, own = (self._written(one, [QUESTION, WITH_ANSWER]) for one in (self.actors, self.tokenizer))
         return self.actors.chat_template == self.tokenizer.chat_template and theirs == own
-
-    def _written_behind_an_answer(self) -> str | None:
-        """Return what the chat template writes behind an answer's words; `None` unless it writes them once."""
-        written = self._written(self.tokenizer, [QUESTION, WITH_ANSWER])
-        return written.partition(ANSWER)[2] if written.count(ANSWER) == 1 else None
 
     def _written(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
         return tokenizer.apply_chat_template(messages, **(self.template_kwargs | {"tokenize": False} | options))

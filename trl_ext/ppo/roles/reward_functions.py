@@ -96,8 +96,11 @@ def check_scores(answer: Any, name: str, inputs: dict[str, Any]) -> list[float |
     for row, score in enumerate(scores):
         if score is not None and not math.isfinite(score):
             step = getattr(inputs.get("trainer_state"), "global_step", "?")
+            prompts, sample = inputs.get("prompts"), f"row {row}"
+            if prompts and completions:
+                sample = f"prompt {prompts[row]!r}, response {completions[row]!r}"
             raise FloatingPointError(
-                f"The reward {name!r} is {score} at step {step} for {_sample(row, inputs)}. Return a finite "
+                f"The reward {name!r} is {score} at step {step} for {sample}. Return a finite "
                 "number, or `None` where it does not apply."
             )
     return scores
@@ -112,8 +115,8 @@ NEEDED = (
 def _number(score: Any, row: int, name: str) -> float | None:
     if score is None:
         return None
-    is_number = isinstance(score, bool | int | float) or (getattr(score, "shape", None) == () and not _is_text(score))
-    if not is_number:
+    is_text = getattr(getattr(score, "dtype", None), "kind", "") in ("U", "S", "O")
+    if not (isinstance(score, bool | int | float) or (getattr(score, "shape", None) == () and not is_text)):
         raise ValueError(
             f"The reward function {name!r} returned {score!r:.60}, a {type(score).__name__}, for completion {row}. "
             f"{NEEDED}"
@@ -122,15 +125,6 @@ def _number(score: Any, row: int, name: str) -> float | None:
         return float(score.item() if isinstance(score, Tensor) else score)
     except OverflowError:  # an integer beyond every float
         return math.inf if score > 0 else -math.inf
-
-
-def _is_text(score: Any) -> bool:
-    return getattr(getattr(score, "dtype", None), "kind", "") in ("U", "S", "O")
-
-
-def _sample(row: int, inputs: dict[str, Any]) -> str:
-    prompts, completions = inputs.get("prompts"), inputs.get("completions")
-    return f"prompt {prompts[row]!r}, response {completions[row]!r}" if prompts and completions else f"row {row}"
 
 
 def named_apart(names: list[str]) -> list[str]:

@@ -78,7 +78,8 @@ class TokenScorer:
         rows = zip(*([None] * count if column is None else column for column in given), strict=True)
         sequences = [self.form(*row) for row in rows]
         self._check_lengths(sequences)
-        self._check_ids(sequences)
+        known, whose = known_tokens(self.model, self.config), f"The reward model {self.__name__!r}"
+        check_known(chain.from_iterable(sequences), known, self.form.tokenizer, whose, "a prompt with its answer")
         scores: list[float] = []
         size = 1 if self.reads_padding else self.batch_size
         for start in range(0, len(sequences), size):
@@ -148,11 +149,6 @@ class TokenScorer:
                 f"{len(longest)}: {self.form.tokenizer.decode(longest)!r:.200}. Lower `response_length`, shorten the "
                 "prompts, or pass a function in `reward_funcs` that cuts what it hands to the model."
             )
-
-    def _check_ids(self, sequences: list[list[int]]) -> None:
-        known, ids = known_tokens(self.model, self.config), chain.from_iterable(sequences)
-        whose = f"The reward model {self.__name__!r}"
-        check_known(ids, known, self.form.tokenizer, whose, "a prompt with its answer")
 
 
 def check_readable(
