@@ -42,20 +42,16 @@ def defined(path):
     return {node.name for node in ast.parse(read(path)).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
+A_FILE = r"`((?:trl_ext|tests|scripts|benchmarks|experiments|configs|docs)/[\w/.]+\.(?:py|md|yaml|json|ipynb))`"
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_every_function_and_test_that_a_page_names_exists(path):
+def test_files_functions_and_tests_that_a_page_names_exist(path):
+    for file in re.findall(A_FILE, read(path)):
+        assert (ROOT / file).is_file(), f"{relative(path)} names {file}"
     for file, name in named(read(path)):
         assert (ROOT / file).is_file(), f"{relative(path)} names {file}"
         assert name in defined(ROOT / file), f"{relative(path)} names {file}::{name}"
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_every_file_that_a_page_names_exists(path):
-    for file in re.findall(
-        r"`((?:trl_ext|tests|scripts|benchmarks|experiments|configs|docs)/[\w/.]+\.(?:py|md|yaml|json|ipynb))`",
-        read(path),
-    ):
-        assert (ROOT / file).is_file(), f"{relative(path)} names {file}"
 
 
 def formulas(markdown):

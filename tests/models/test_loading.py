@@ -44,28 +44,27 @@ def saved(model, folder) -> str:
     return str(folder)
 
 
+READERS = {
+    "model of DPO": lambda folder, model: dpo_runs.dpo_trainer(folder, {"model": model}),
+    "reference of DPO": lambda folder, model: dpo_runs.dpo_trainer(folder, {"ref_model": model}),
+    "model of PPO": lambda folder, model: ppo_runs.ppo_trainer(folder, {"model": model}),
+    "reference of PPO": lambda folder, model: ppo_runs.ppo_trainer(folder, {"ref_model": model}),
+    "reward training": lambda folder, model: reward_trainer(folder, dpo_runs.tiny_pairs(4), None, model),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("role", ["model", "ref_model"])
-def test_encoder_decoder_is_refused_by_both_trainers_before_it_is_loaded(tmp_path, no_loading, name, role):
-    path = saved(MODELS[name](), tmp_path / name)
-    for given in (path, MODELS[name]()):
+@pytest.mark.parametrize("reader", READERS)
+def test_encoder_decoder_is_refused_before_it_is_loaded(tmp_path, no_loading, name, reader):
+    for given in (saved(MODELS[name](), tmp_path / name), MODELS[name]()):
         with pytest.raises(ValueError, match=MESSAGE):
-            dpo_runs.dpo_trainer(tmp_path, {role: given})
-        with pytest.raises(ValueError, match=MESSAGE):
-            ppo_runs.ppo_trainer(tmp_path, {role: given})
+            READERS[reader](tmp_path, given)
 
 
 def test_encoder_decoder_is_refused_as_an_implicit_reward():
     for policy, reference in ((MODELS["bart"](), tiny.tiny_actor()), (tiny.tiny_actor(), MODELS["bart"]())):
         with pytest.raises(ValueError, match=MESSAGE):
             ImplicitReward(policy, reference, tiny.tiny_tokenizer())
-
-
-def test_encoder_decoder_is_refused_by_reward_training_before_it_is_loaded(tmp_path, no_loading):
-    path = saved(MODELS["bart"](), tmp_path / "bart")
-    for given in (path, MODELS["bart"]()):
-        with pytest.raises(ValueError, match=MESSAGE):
-            reward_trainer(tmp_path, dpo_runs.tiny_pairs(4), None, given)
 
 
 def test_decoder_of_such_a_family_is_taken(tmp_path):

@@ -27,22 +27,20 @@ def loaded_frozen(folder):
 FROZEN = {"merged": merged, "adapter loaded for inference": loaded_frozen}
 
 
+TRAINERS = {"policy": dpo_runs.dpo_trainer, "actor": ppo_runs.ppo_trainer}
+
+
 @pytest.mark.parametrize("kind", FROZEN)
-def test_policy_without_a_trainable_parameter_is_refused_by_dpo(tmp_path, kind):
-    with pytest.raises(ValueError, match=r"No parameter of the policy requires a gradient.*is_trainable=True"):
-        dpo_runs.dpo_trainer(tmp_path / "out", {"model": FROZEN[kind](tmp_path), "ref_model": None})
+@pytest.mark.parametrize("role", TRAINERS)
+def test_model_without_a_trainable_parameter_is_refused(tmp_path, role, kind):
+    with pytest.raises(ValueError, match=rf"No parameter of the {role} requires a gradient.*is_trainable=True"):
+        TRAINERS[role](tmp_path / "out", {"model": FROZEN[kind](tmp_path), "ref_model": None})
 
 
 def test_new_adapter_for_inference_is_refused_by_dpo(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", inference_mode=True)
     with pytest.raises(ValueError, match="No parameter of the policy requires a gradient"):
         dpo_runs.dpo_trainer(tmp_path, {"ref_model": None, "peft_config": lora})
-
-
-@pytest.mark.parametrize("kind", FROZEN)
-def test_policy_without_a_trainable_parameter_is_refused_by_ppo(tmp_path, kind):
-    with pytest.raises(ValueError, match=r"No parameter of the actor requires a gradient.*is_trainable=True"):
-        ppo_runs.ppo_trainer(tmp_path / "out", {"model": FROZEN[kind](tmp_path)})
 
 
 def test_optimizer_without_a_trained_parameter_is_refused():
