@@ -98,4 +98,5 @@ class RunningMoments:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` gave."""
         self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]
