@@ -336,9 +336,7 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "s
 def require_tokenizer(path: str, what: str) -> None:
     """Raise `ValueError` for a folder without a tokenizer's files."""
     if not path:
-        raise ValueError(
-            "The model comes from no folder, where its tokenizer could be: give it as `processing_class`."
-        )
+        raise ValueError("The model was not loaded from a folder with a tokenizer: give it as `processing_class`.")
     folder = Path(path)
     if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         raise ValueError(

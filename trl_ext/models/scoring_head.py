@@ -92,7 +92,7 @@ class ScoringHead:
             try:
                 allowed = tolerance(self.model, answer, 1 / self._trl.temperature)
             except Exception as error:  # a model that cannot read a few tokens will say so itself
-                logger.warning("Whether %s is scored as it should be is unknown: %s.", self.name, error)
+                logger.warning("It is unknown whether %s is scored correctly: %s.", self.name, error)
                 return
             if self.trains:
                 require_numbers(answer(), self.name)
@@ -144,9 +144,8 @@ class ScoringHead:
                 self.uses_own = True
         if self.uses_own:
             logger.warning(
-                "The load-balancing loss of %s is another than TRL's fused head computes: logits are computed as the "
-                "model does, which keeps all of them, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` "
-                "leaves that loss out.",
+                "TRL's fused head computes another load-balancing loss than %s: the model's own head is used, which "
+                "keeps all logits, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` leaves that loss out.",
                 self.name,
             )
         return True
@@ -171,8 +170,8 @@ class ScoringHead:
         if not of_own <= allowed:
             self._refuse(min(difference, of_own), allowed)
         logger.warning(
-            "%s makes its logits by more than TRL's fused head computes (%s): they are computed as the model does, "
-            "which keeps all of them, (tokens, vocabulary), in memory.",
+            "TRL's fused head does not compute all that makes the logits of %s (%s): the model's own head is used, "
+            "which keeps all logits, (tokens, vocabulary), in memory.",
             self.name,
             self._how_far(difference, allowed),
         )

@@ -68,10 +68,8 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
             "start a new run from this one's actor (`model`) and `critic/` (`value_model`)."
         )
     state = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)
-    _require_same(folder, state["shared"], shared(args, prompts), "It has to be the same.")
-    advice = (
-        "A rollout is being learned from that was made with it: keep it, or go on from a checkpoint between rollouts."
-    )
+    _require_same(folder, state["shared"], shared(args, prompts), "It must be the same.")
+    advice = "The checkpoint is amid a rollout that was made with it: keep it, or resume from one between rollouts."
     _require_same(folder, state["pending"], pending(args), advice)
     steps = args.max_steps  # 0 or less if epochs decide
     if args.total_episodes is not None and args.num_total_batches is not None:

@@ -136,5 +136,5 @@ def named_apart(names: list[str]) -> list[str]:
             new, number = f"{name}_{number}", number + 1
         apart.append(new)
     if apart != names:
-        logger.warning("Some rewards have one name; in their order they are logged as %s.", ", ".join(apart))
+        logger.warning("Some rewards have the same name; in their order they are logged as %s.", ", ".join(apart))
     return apart

@@ -104,7 +104,7 @@ class TokenScorer:
         self.reads_padding = (self._score(sequences) - alone).abs().mean().item() > allowed
         if self.reads_padding:
             logger.warning(
-                "The reward model %r (%s) reads the padding of shorter answers: it is asked one by one.",
+                "The reward model %r (%s) reads the padding of shorter answers: it scores them one by one.",
                 *(self.__name__, type(model).__name__),
             )
 

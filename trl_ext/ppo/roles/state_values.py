@@ -130,7 +130,7 @@ def _trunk_of(classifier: nn.Module, name: str) -> Any:
     if len(trunks) == 1:
         return trunks[0].base_model  # a user's own class may hold a whole classifier
     raise ValueError(
-        f"The trunk of {name} is not to be found, so it cannot be the critic: name the attribute that holds it in "
+        f"The trunk of {name} cannot be found, so it cannot be the critic: name the attribute that holds it in "
         "`base_model_prefix`, pass another `value_model`, or choose `critic='head'` for a value head on the actor's "
         "trunk."
     )
