@@ -280,9 +280,7 @@ def test_quantised_reference_that_is_never_loaded_is_refused(tmp_path):
 WITHOUT_KL = {
     "in the loss": {},
     "in the reward": {"kl_placement": "reward"},
-    "exact": {"kl_estimator": "full"},
-    "with the value head": {"critic": "head"},
-    "with offloading": {"offload_frozen_models": True},
+    "exact, value head, offloading": {"kl_estimator": "full", "critic": "head", "offload_frozen_models": True},
 }
 
 
