@@ -46,7 +46,13 @@ class PreferenceAccuracyCallback(TrainerCallback):
             if state.is_world_process_zero:
                 size = args.eval_batch_size * args.world_size
                 about = "" if counted or held_out < size or held_out % size == 0 else "about "
-                print(f"Step {state.global_step}: {about}{_sentence(line)}", flush=True)
+                said = "held-out pairs are all ties; the policy is the reference."
+                if not is_tie(line):
+                    share, low, high = (line[f"eval_preference/accuracy{end}"] for end in ("", "_low", "_high"))
+                    interval = f"(95% interval {low:.1%} to {high:.1%})"
+                    pairs = line["eval_preference/pairs"]
+                    said = f"{share:.1%} {interval} of {pairs:.0f} held-out pairs are in the right order."
+                print(f"Step {state.global_step}: {about}{said}", flush=True)
 
 
 def _add_interval(line: dict[str, Any], prefix: str, pairs: int) -> None:
@@ -58,11 +64,3 @@ def _add_interval(line: dict[str, Any], prefix: str, pairs: int) -> None:
     line[f"{prefix}preference/accuracy_low"] = low
     line[f"{prefix}preference/accuracy_high"] = high
     line[f"{prefix}preference/pairs"] = float(pairs)
-
-
-def _sentence(line: dict[str, Any]) -> str:
-    if is_tie(line):
-        return "held-out pairs are all ties; the policy is the reference."
-    share, low, high = (line[f"eval_preference/accuracy{end}"] for end in ("", "_low", "_high"))
-    pairs = line["eval_preference/pairs"]
-    return f"{share:.1%} (95% interval {low:.1%} to {high:.1%}) of {pairs:.0f} held-out pairs are in the right order."

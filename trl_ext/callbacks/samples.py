@@ -33,13 +33,7 @@ class SampleCallback(TrainerCallback):
         ValueError: for no prompts, or `every` below 1.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        every: int = 100,
-        max_new_tokens: int = 64,
-        reference: Any = None,
-    ):
+    def __init__(self, prompts: Sequence[Prompt], every: int = 100, max_new_tokens: int = 64, reference: Any = None):
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"`prompts` is {prompts!r}; give a list of at least one text or conversation.")
         for name, value in (("every", every), ("max_new_tokens", max_new_tokens)):

@@ -28,8 +28,7 @@ class LaunchArguments:
         metadata={"help": "With --dry_run: the GPU to plan for, such as rtx4090-24gb. Unset: this machine's."},
     )
     force: bool = field(
-        default=False,
-        metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."},
+        default=False, metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."}
     )
     nproc: int | None = field(
         default=None, metadata={"help": "Number of processes to start, over all machines: one for each GPU."}

@@ -1,4 +1,4 @@
-"""Today's names of options of TRL up to 1.15, LLaMA-Factory, OpenRLHF and the alignment handbook."""
+"""Translate options of TRL up to 1.15, LLaMA-Factory, OpenRLHF and the alignment handbook."""
 
 # Name today -> the names that it had. One that is not an option of the command at hand is passed over, so that a name
 # may stand in several lines: the first that the command has is meant.
@@ -159,7 +159,7 @@ WITHOUT_OPTION = {
 
 def what_it_is_today(name: str, known: set[str]) -> str | None:
     """
-    Says what to give in place of an option of another time or package; `None` for a name that is not known here.
+    Return what to give instead of an option of an earlier version or another package; `None` for an unknown name.
 
     Args:
         name: without hyphens, as `lora_rank`.

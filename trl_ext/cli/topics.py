@@ -49,7 +49,7 @@ TEXTS = {
     },
     "dpo": {
         "label_smoothing": "Assumed share of labels that are wrongly flipped, in [0, 0.5): conservative DPO with "
-        "`--loss_type sigmoid`; also read by robust, exo_pair, aot and aot_unpaired.",
+        "`--loss_type sigmoid`; also read by robust, exo_pair, aot and aot_unpaired."
     },
     "ppo": {
         "generation_kwargs": "Options of transformers' GenerationConfig, or vLLM's SamplingParams, that do not change "

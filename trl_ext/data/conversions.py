@@ -67,7 +67,14 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
     if found.columns.get("prompt") == TEXT and found.columns["chosen"] == found.columns["rejected"] == CONVERSATION:
         return dataset.map(_with_turns)
     repeats = [_repeats_prompt(row) for row in islice(iter(dataset), LOOKED_AT)]
-    return dataset.map(_without_prompt_again) if are_most(repeats) else dataset
+    if not are_most(repeats):
+        return dataset
+
+    def without(row: dict[str, Any]) -> dict[str, Any]:
+        repeated = _repeats_prompt(row)
+        return {side: after_prompt(row[side], row["prompt"]) if repeated else row[side] for side in SIDES}
+
+    return dataset.map(without)
 
 
 def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
@@ -157,12 +164,6 @@ def _with_system(dataset: Any) -> Any:
 def _repeats_prompt(row: dict[str, Any]) -> bool:
     """Return whether both answers of a pair begin with its prompt."""
     return all(after_prompt(row[side], row.get("prompt")) is not None for side in SIDES)
-
-
-def _without_prompt_again(row: dict[str, Any]) -> dict[str, Any]:
-    if not _repeats_prompt(row):
-        return {side: row[side] for side in SIDES}
-    return {side: after_prompt(row[side], row["prompt"]) for side in SIDES}
 
 
 def _with_turns(row: dict[str, Any]) -> dict[str, Any]:

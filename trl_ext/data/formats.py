@@ -28,11 +28,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": {"prompt": CELLS, "chosen": CELLS, "rejected": CELLS},
     "preference with an implicit prompt": {"chosen": CELLS, "rejected": CELLS},
     "unpaired preference": {"prompt": CELLS, "completion": CELLS, "label": ("true or false", "number")},
-    "stepwise supervision": {
-        "prompt": CELLS,
-        "completions": ("list of text",),
-        "labels": ("list of true or false",),
-    },
+    "stepwise supervision": {"prompt": CELLS, "completions": ("list of text",), "labels": ("list of true or false",)},
     "prompt-completion": {"prompt": CELLS, "completion": CELLS},
     "prompt-only": {"prompt": CELLS},
     "tokenised prompts": {"input_ids": ("token ids",)},

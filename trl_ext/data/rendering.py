@@ -147,7 +147,12 @@ def _check_messages(
         is_learnt = answers and number == len(messages) - 1
         thoughts = [str(message[key]) for key in THOUGHTS if is_learnt and message.get(key)]
         is_past = message.get("role") == "assistant" and not is_learnt
-        missing = [part for part in ([] if is_past else [text, *thoughts]) if not _is_in(part, plain)]
+        # A part is written as it is or, as what a tool returns in Llama 3.1's template, as JSON.
+        missing = [
+            part
+            for part in ([] if is_past else [text, *thoughts])
+            if squashed(part) not in plain and squashed(_json(part)[1:-1]) not in plain
+        ]
         if missing:
             raise ValueError(
                 f"The chat template leaves out a part of {whose}: it says {missing[0]!r:.120}, and what is written is "
@@ -155,7 +160,14 @@ def _check_messages(
                 "thought), or take out of the data what is not to be learnt."
             )
         _require_names(message.get(CALLS), plain, f"`{CALLS}` of {whose}")
-        _check_marks(text, plain, whose, tokenizer)
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        ends_twice = eos and text.rstrip().endswith(eos) and squashed(eos * 2) in plain
+        if ends_twice or (bos and text.startswith(bos)):
+            raise ValueError(
+                f"A message of {whose} is written as text already: {text!r:.120}. The chat template would put its "
+                f"marks around it again. Take {bos!r} and {eos!r} out of the messages, or give text instead of "
+                "messages."
+            )
 
 
 def _require_names(functions: Any, plain: str, whose: str) -> None:
@@ -170,24 +182,9 @@ def _require_names(functions: Any, plain: str, whose: str) -> None:
         )
 
 
-def _is_in(text: str, plain: str) -> bool:
-    """Return whether a text is written as it is or, as what a tool returns in Llama 3.1's template, as JSON."""
-    return squashed(text) in plain or squashed(_json(text)[1:-1]) in plain
-
-
 def _json(value: Any) -> str:
-    """As the filter `tojson` of chat templates."""
+    """Return what the filter `tojson` of chat templates writes."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _check_marks(text: str, written: str, whose: str, tokenizer: Any) -> None:
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    ends_twice = eos and text.rstrip().endswith(eos) and squashed(eos * 2) in written
-    if ends_twice or (bos and text.startswith(bos)):
-        raise ValueError(
-            f"A message of {whose} is written as text already: {text!r:.120}. The chat template would put its marks "
-            f"around it again. Take {bos!r} and {eos!r} out of the messages, or give text instead of messages."
-        )
 
 
 def check_text(prompt: str, where: str, tokenizer: Any) -> None:

@@ -61,7 +61,7 @@ class Hardware:
 
     @property
     def on_node(self) -> int:
-        """GPUs of a full node."""
+        """Return the GPUs of a full node."""
         return min(self.gpus, self.gpus_per_node)
 
 
@@ -80,7 +80,7 @@ CPU = Hardware(memory=16 * GIB, flops=1e11, bandwidth=2e10, context=0, fragmenta
 
 
 def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
-    """The hardware with GPUs of the table; `options` override."""
+    """Return the hardware with GPUs of the table, overridden by `options`."""
     if gpu not in GPUS:
         raise ValueError(f"{gpu!r} is no GPU of the table, which has {sorted(GPUS)}. Choose one, or give its numbers.")
     return Hardware(**(GPUS[gpu] | options))  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ class Layout:
 
     @property
     def learned_tokens(self) -> int:
-        """Tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice."""
+        """Return the tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice."""
         if self.trainer == "ppo":
             return self.micro_batch * self.length
         prompts = 1 if self.share_prefixes else 2
@@ -201,5 +201,5 @@ class Layout:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of one micro-batch whose log-probability is read."""
+        """Return the tokens of one micro-batch whose log-probability is read."""
         return self.micro_batch * self.response * (1 if self.trainer == "ppo" else 2)

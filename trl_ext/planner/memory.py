@@ -1,5 +1,6 @@
 """
-Bytes of each part of a run on one GPU: weights, gradients, optimizer states, activations, KV cache, logits, buffers.
+Count the bytes of each part of a run on one GPU: weights, gradients, optimizer states, activations, KV cache, logits,
+buffers.
 
 Pure functions of sizes. Sources: Rajbhandari et al. 2020 (ZeRO), §3 and §5, and DeepSpeed's own estimators for what
 its stages hold; Korthikanti et al. 2022, "Reducing Activation Recomputation", §4, for the way of counting
@@ -50,12 +51,12 @@ PARTS = tuple(part.name for part in fields(Usage))
 
 
 def element(layout: Layout) -> int:
-    """Bytes of one unquantised weight."""
+    """Return the bytes of one unquantised weight."""
     return 2 if layout.compute == "bf16" else 4
 
 
 def compute_bytes(layout: Layout) -> int:
-    """Bytes of one element that a matrix product reads or writes."""
+    """Return the bytes of one element that a matrix product reads or writes."""
     return 4 if layout.compute == "fp32" else 2
 
 
@@ -93,13 +94,13 @@ def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardw
 
 
 def adapter_element(layout: Layout, role: str) -> int:
-    """PEFT keeps adapters of 16-bit models in float32; TRL casts the actor's on a quantised one to bfloat16."""
+    """Return 4: PEFT keeps adapters in float32; or 2: TRL casts the actor's on a quantised base to bfloat16."""
     return 2 if layout.method == "qlora" and role == "actor" else 4
 
 
 def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware) -> Usage:
     """
-    ZeRO's arithmetic, as DeepSpeed's estimators count: of a trained parameter its 16-bit value, a 16-bit gradient (in
+    Count as DeepSpeed's estimators do: of a trained parameter its 16-bit value, a 16-bit gradient (in
     stages 1 and 2), a gradient of 32 bits for the step, and 12 bytes of AdamW: master weight and two moments. What is
     partitioned is the optimizer (1), the gradients too (2), the weights too (3).
     """
@@ -117,9 +118,9 @@ def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware
 
 def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -> float:
     """
-    DeepSpeed's working space: the reduce bucket and, in stages 1 and 2, the all-gather bucket of the same size; in
-    stage 3 the gathered weights, `stage3_max_live_parameters` or the largest module if that is more, and the gradient
-    of the largest module.
+    Return DeepSpeed's working space: the reduce bucket and, in stages 1 and 2, the all-gather bucket of the same size;
+    in stage 3 the gathered weights, `stage3_max_live_parameters` or the largest module if that is more, and the
+    gradient of the largest module.
     """
     if not layout.zero_stage or not shapes:
         return 0.0
@@ -132,14 +133,14 @@ def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -
 
 
 def cast_buffers(shape: ModelShape, layout: Layout) -> float:
-    """Copies of weights that the computation makes: autocast's of a whole model that trains, or of one 4-bit layer."""
+    """Return the bytes of copied weights: autocast's of a whole model that trains, or those of one 4-bit layer."""
     if layout.compute == "autocast" and layout.method == "full":
         return 2.0 * (shape.linear + shape.head)
     return compute_bytes(layout) * shape.largest_linear if layout.method == "qlora" else 0.0
 
 
 def host_states(trained: int, frozen: float, layout: Layout, hardware: Hardware) -> float:
-    """Bytes of one node's host memory that offloading holds, DeepSpeed's estimate."""
+    """Return the bytes of one node's host memory that offloading holds, DeepSpeed's estimate."""
     if not layout.offload_optimizer:
         return 0.0
     if layout.zero_stage < 3:
@@ -154,8 +155,8 @@ def host_states(trained: int, frozen: float, layout: Layout, hardware: Hardware)
 
 def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
     """
-    Bytes per token that one layer keeps for its backward pass: a pre-norm layer with RMS norms and a gated MLP, and
-    attention that keeps queries, keys, values, output and the log of the softmax's sum, not the scores.
+    Return the bytes per token that one layer keeps for its backward pass: a pre-norm layer with RMS norms and a gated
+    MLP, and attention that keeps queries, keys, values, output and the log of the softmax's sum, not the scores.
 
     Args:
         adapter: `None` when the layer's own weights learn. When they do not, their inputs are kept only where an
@@ -185,7 +186,7 @@ def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
 
 
 def trunk_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
-    """Bytes that one micro-batch keeps from a trunk's forward to its backward pass."""
+    """Return the bytes that one micro-batch keeps from a trunk's forward to its backward pass."""
     h, tokens = shape.hidden, layout.learned_tokens
     residual = h * (2 if layout.compute == "bf16" else 4)
     each = residual if layout.gradient_checkpointing else layer_activations(shape, layout, adapter)
@@ -195,13 +196,13 @@ def trunk_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
 
 
 def backward_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
-    """Bytes that the backward pass of one layer adds: gradients inside its MLP, and what it computes again."""
+    """Return the bytes that one layer's backward pass adds: gradients inside its MLP, and what it computes again."""
     again = layer_activations(shape, layout, adapter) if layout.gradient_checkpointing else 0.0
     return layout.learned_tokens * (again + compute_bytes(layout) * (2 * shape.inner + shape.hidden))
 
 
 def forward_activations(shape: ModelShape, tokens: float, layout: Layout) -> float:
-    """Bytes alive at the peak of a forward pass without gradient: the residual, a norm's output, the MLP's three."""
+    """Return the peak bytes of a forward pass without gradient: the residual, a norm's output, the MLP's three."""
     residual = 2 if layout.compute == "bf16" else 4
     return tokens * (2 * shape.hidden * residual + 3 * shape.inner * compute_bytes(layout))
 
@@ -210,7 +211,7 @@ def forward_activations(shape: ModelShape, tokens: float, layout: Layout) -> flo
 
 
 def kv_cache(shape: ModelShape, sequences: float, length: float, layout: Layout) -> float:
-    """Bytes of keys and values; one layer's are there twice while a token is appended."""
+    """Return the bytes of keys and values; one layer has them twice while a token is appended."""
     return 2 * shape.key * (shape.layers + 1) * sequences * length * compute_bytes(layout)
 
 
@@ -224,21 +225,21 @@ def vllm(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
 
 
 def head_tile(shape: ModelShape, tokens: float, is_cpu: bool) -> float:
-    """Logits that are alive at a time where nothing is kept for a backward pass."""
+    """Return the bytes of logits at a time if nothing is kept for a backward pass."""
     if is_cpu:
         return 4.0 * min(tokens * shape.vocab, max(CPU_TILE, tokens))
     return 2.0 * min(tokens, KERNEL_TILE[0]) * min(shape.vocab, KERNEL_TILE[1])
 
 
 def kept_logits(shape: ModelShape, tokens: float, layout: Layout, is_cpu: bool) -> float:
-    """Logits from the head's forward to its backward pass: none on a GPU, where they are computed again."""
+    """Return the bytes of logits kept for the head's backward pass: none on a GPU, which computes them again."""
     if not (is_cpu and layout.compute == "fp32" and not layout.zero_stage):
         return 0.0
     return 4.0 * tokens * shape.vocab if tokens * shape.vocab <= CPU_KEPT else 0.0
 
 
 def head_gradient(shape: ModelShape, layout: Layout, is_cpu: bool) -> float:
-    """Bytes of the LM head's gradient while it is computed: TRL's kernel sums in float32, then casts."""
+    """Return the bytes of the LM head's gradient while it is computed: TRL's kernel sums in float32, then casts."""
     if layout.method != "full":
         return 0.0
     plain = is_cpu and layout.compute == "fp32" and not layout.zero_stage

@@ -52,7 +52,7 @@ class Phase:
 
 
 def phases(models: Models, layout: Layout, hardware: Hardware) -> list[Phase]:
-    """The phases of one step: PPO generates, scores and learns; DPO learns, with its reference inside."""
+    """Return the phases of one step: PPO generates, scores and learns; DPO learns, with its reference inside."""
     run = _Run(models, layout, hardware)
     if layout.trainer == "dpo":
         return [run.learn()]
@@ -72,7 +72,7 @@ class _Run:
     # ---- What is there all the time ----
 
     def _trained(self) -> dict[str, Usage]:
-        """States of actor and critic, without what a step adds; gradients are those of a whole step."""
+        """Return the states of actor and critic, without what a step adds; gradients are those of a whole step."""
         models, layout, hardware = self.models, self.layout, self.hardware
         whole = memory.element(layout)
 
@@ -100,7 +100,7 @@ class _Run:
         return self.models.adapter
 
     def frozen(self, role: str) -> float:
-        """Bytes of a frozen role's weights while they are on the GPU."""
+        """Return the bytes of a frozen role's weights while they are on the GPU."""
         kind = getattr(self.layout, role)
         shape = getattr(self.models, role)
         if kind == "adapter":
@@ -116,8 +116,8 @@ class _Run:
 
     def base(self, active: str | None = None) -> dict[str, Usage]:
         """
-        The roles at rest, without gradients, which a step's end frees. With offloading, a frozen role is on the GPU
-        only while it is `active`.
+        Return the roles at rest, without gradients, which a step's end frees. With offloading, a frozen role is on the
+        GPU only while it is `active`.
         """
         roles = {name: replace(states, gradients=0.0) for name, states in self.trained.items()}
         roles["actor"] += Usage(buffers=self.engine)
@@ -147,7 +147,7 @@ class _Run:
         return Phase("generate", "the last token is sampled", roles)
 
     def score(self) -> Phase:
-        """One model at a time reads the rollout: the one that needs most decides."""
+        """Return the fullest moment: one model at a time reads the rollout."""
         layout, is_cpu = self.layout, self.hardware.is_cpu
         sequences = min(layout.score_batch, layout.rollout)
         tokens, choices = sequences * layout.length, []
@@ -194,12 +194,12 @@ class _Run:
         return Phase("learn", name, roles, self._vllm_beside)
 
     def _held_gradients(self, role: str) -> float:
-        """Gradients of micro-batches before this one; none are there when every step has one."""
+        """Return the gradients of earlier micro-batches; none if a step has one micro-batch."""
         held = self.layout.accumulation > 1 or self.layout.zero_stage > 0
         return self.trained[role].gradients if held else 0.0
 
     def _trunk(self, role: str) -> float:
-        """Activations kept by a role's trunk: the critic's own, or its adapter's pass through the actor's base."""
+        """Return the activations that a role's trunk keeps; a critic's adapter goes through the actor's base."""
         if role == "critic" and self.layout.critic == "head":
             return 0.0
         shape, adapter = self._learner(role)
@@ -220,7 +220,7 @@ class _Run:
         return memory.cast_buffers(self._learner(role)[0], self.layout)
 
     def _forward_end(self) -> Phase:
-        """All activations are kept; in DPO the reference then reads the same rows."""
+        """Add up the end of the forward pass: all activations are kept; in DPO the reference reads the same rows."""
         layout, reads = self.layout, 0.0
         if layout.trainer == "dpo" and layout.reference != "none":
             reads = memory.forward_activations(self.models.actor, layout.learned_tokens, layout) + self._tile()
@@ -235,8 +235,10 @@ class _Run:
         return self._moment("the forward pass ends", actor, critic, self._held_gradients)
 
     def _head_backward(self) -> Phase:
-        """The critic, last in the forward pass, has its gradients; the LM head gets its own, on top of all that the
-        actor's trunk keeps."""
+        """
+        Add up the LM head's backward pass: the critic, last in the forward pass, has its gradients; the head gets its
+        own, on top of all that the actor's trunk keeps.
+        """
         shape, adapter = self._learner("actor")
         layout = self.layout
         head = memory.head_gradient(shape, layout, self.hardware.is_cpu)
@@ -253,7 +255,7 @@ class _Run:
         return self._moment("the backward pass of the LM head ends", actor, Usage(), gradients)
 
     def _backward_end(self) -> Phase:
-        """Every gradient is there; a tied embedding's is added to the head's."""
+        """Add up the end of the backward pass: every gradient exists; a tied embedding's is added to the head's."""
         shape, adapter = self._learner("actor")
         layout = self.layout
         embedding = shape.hidden * shape.vocab * memory.element(layout) if layout.method == "full" else 0.0

@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs most."""
+        """Return the phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def needed(self) -> float:
-        """Bytes on one GPU, with what the allocator and the device's context take."""
+        """Return the bytes on one GPU, with what the allocator and the device's context take."""
         return self.peak.total * (1 + self.hardware.fragmentation) + self.hardware.context
 
     @property
@@ -54,7 +54,7 @@ class Plan:
 
 
 def models_of(names: ModelNames, layout: Layout) -> Models:
-    """The sizes of the models that a layout has, counted on meta models."""
+    """Return the sizes of the models that a layout has, counted on meta models."""
     actor = model_shape(names.actor)
     reward = names.reward or names.actor
 
@@ -72,7 +72,7 @@ def models_of(names: ModelNames, layout: Layout) -> Models:
 
 def plan(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan:
     """
-    Plans a run from its models' configs; nothing is loaded.
+    Plan a run from its models' configs; nothing is loaded.
 
     Args:
         names: of the models, or of the actor alone.
@@ -88,7 +88,7 @@ def plan(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan:
 
 
 def _host(models: Models, layout: Layout, hardware: Hardware) -> float:
-    """Bytes of host memory on one node: what DeepSpeed offloads, and frozen models that wait for their turn."""
+    """Return the bytes of one node's host memory: what DeepSpeed offloads, and frozen models that wait."""
     critic = models.critic.parameters if models.critic is not None else 0
     of_actor = models.actor.parameters if models.adapter is None else models.adapter.parameters
     base = 0.0 if models.adapter is None else memory.weight_bytes(models.actor, layout)

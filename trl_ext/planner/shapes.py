@@ -216,7 +216,7 @@ def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
 
 
 def _score_head(model: Any) -> Any:
-    """The weight of a linear score head; `None` where a family has another kind of classifier."""
+    """Return the weight of a linear score head; `None` if a family has another kind of classifier."""
     heads = [getattr(model, name, None) for name in ("score", "classifier", "classification_head")]
     return next((head.weight for head in heads if isinstance(head, nn.Linear)), None)
 
@@ -237,7 +237,7 @@ def _first_of(config: PretrainedConfig, names: Iterable[str]) -> Any:
 
 
 def _experts(model: nn.Module, text: PretrainedConfig) -> tuple[int, int, float]:
-    """Parameters of all experts, the MLP's width that one token meets, and the share of the experts that it meets."""
+    """Return the parameters of all experts, the width of the MLP that a token meets, and its share of the experts."""
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     if not experts:
         return 0, _mean(text, _width), 1.0

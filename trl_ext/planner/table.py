@@ -42,7 +42,7 @@ def sizes(planned: Plan) -> str:
 
 
 def memory_table(planned: Plan) -> str:
-    """GiB on one GPU: phases, roles, parts."""
+    """Return the GiB on one GPU by phases, roles, parts."""
     headers = ["phase", "role", *(HEADERS.get(part, part) for part in PARTS), "total"]
     rows = []
     for phase in planned.phases:
@@ -57,7 +57,7 @@ def memory_table(planned: Plan) -> str:
 
 
 def gib(value: float) -> str:
-    """Bytes as GiB: two decimals, and nothing for nothing."""
+    """Return bytes as GiB with two decimals, an empty text for 0."""
     return "" if value == 0 else f"{value / GIB:.2f}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runs.log import series
-from .drawing import OF_RUNS, curve, finish, held_out, level
+from .drawing import COLOURS, OF_RUNS, curve, finish, held_out, level, thin
 from .run import Run
 
 
@@ -60,6 +60,7 @@ def lines(
     evaluations: bool = True,
     smooth: bool = True,
     at: float | None = None,
+    at_label: str = "",
 ) -> Callable[[Any, Runs], None]:
     """Make a panel with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
 
@@ -73,6 +74,39 @@ def lines(
                     twin = "held out" if label == "training" else f"{label}, held out"
                     held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, twin))
         if at is not None:
+            level(axis, at, at_label)
+        finish(axis, ylabel)
+
+    return draw
+
+
+def spread(
+    keys: Sequence[str], ends: tuple[str, str], ylabel: str, label: str, alone: str = "blue", at: float | None = None
+) -> Callable[[Any, Runs], None]:
+    """
+    Make a panel with a mean, its held-out twin as diamonds and, of one run, the area between two other keys.
+
+    Args:
+        keys: of the mean; the first that a run has logged is drawn.
+        ends: those two keys; "{}" stands for that of the mean.
+        label: of the area.
+        at: a level to compare with; without one the axis begins at 0.
+    """
+
+    def draw(figure: Any, runs: Runs) -> None:
+        axis = figure.subplots()
+        for run in runs:
+            shade = colour(runs, run, alone)
+            key = next((key for key in keys if any(key in line for line in run.log)), keys[-1])
+            low, high = (thin(series(run.log, end.format(key))) for end in ends)
+            if len(runs) == 1 and low[1] and low[0] == high[0]:
+                style = {"color": COLOURS[shade], "alpha": 0.15, "linewidth": 0, "label": label}
+                axis.fill_between(low[0], low[1], high[1], **style)
+            curve(axis, series(run.log, key), shade, name(runs, run, "mean"))
+            held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, "mean, held out"))
+        if at is None:
+            axis.set_ylim(bottom=0)
+        else:
             level(axis, at)
         finish(axis, ylabel)
 

@@ -7,7 +7,7 @@ from ..ppo.terms import TERMS
 from ..runs.log import Log, Series, reference_kl, scores, series
 from .drawing import COLOURS, OF_RUNS, band, curve, finish, held_out, level, thin
 from .machine_panels import MEMORY, THROUGHPUT, TIME
-from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, two_rows
+from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, spread, two_rows
 from .run import Run
 
 
@@ -108,20 +108,6 @@ def policy_terms(figure: Any, runs: Runs) -> None:
     finish(axis, "those of the actor")
 
 
-def lengths(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
-    for run in runs:
-        shade = colour(runs, run)
-        ends = [thin(series(run.log, f"completions/{end}_length")) for end in ("min", "max")]
-        if len(runs) == 1 and ends[0] and ends[0][0] == ends[1][0]:
-            style = {"color": COLOURS[shade], "alpha": 0.15, "linewidth": 0, "label": "shortest to longest"}
-            axis.fill_between(ends[0][0], ends[0][1], ends[1][1], **style)
-        curve(axis, series(run.log, "completions/mean_length"), shade, name(runs, run, "mean"))
-        held_out(axis, series(run.log, "eval_completions/mean_length"), shade, name(runs, run, "mean, held out"))
-    axis.set_ylim(bottom=0)
-    finish(axis, "tokens per response")
-
-
 def _held_out_scores(run: Run) -> Series:
     points = series(run.log, "eval_reward/score")
     return points if points[1] else series(run.log, "eval_reward")
@@ -164,7 +150,12 @@ POLICY = (
     ),
     Panel(
         "Lengths of responses",
-        lengths,
+        spread(
+            ("completions/mean_length",),
+            ("completions/min_length", "completions/max_length"),
+            "tokens per response",
+            "shortest to longest",
+        ),
         ("completions/mean_length",),
         "Steady. A drift to the limit or to a few tokens says that length is rewarded.",
     ),

@@ -3,18 +3,9 @@
 from typing import Any
 
 from ..runs.log import is_tie, series
-from .drawing import COLOURS, curve, finish, held_out, level, thin
+from .drawing import curve, finish, held_out, level
 from .machine_panels import MEMORY, PAIR_THROUGHPUT
-from .panel import LEARNING, Panel, Runs, colour, lines, name, two_rows
-
-
-def preference_loss(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
-    for run in runs:
-        curve(axis, series(run.log, "loss"), colour(runs, run), name(runs, run, "training"))
-        held_out(axis, series(run.log, "eval_loss"), colour(runs, run), name(runs, run, "held out"))
-    level(axis, 0.6931, "log 2: no preference")
-    finish(axis, "loss, nats")
+from .panel import LEARNING, Panel, Runs, colour, lines, name, spread, two_rows
 
 
 def accuracy(figure: Any, runs: Runs) -> None:
@@ -36,23 +27,13 @@ def accuracy(figure: Any, runs: Runs) -> None:
     finish(axis, "share of pairs")
 
 
-def margins(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
-    for run in runs:
-        shade = colour(runs, run, "green")
-        key = "rewards/margins" if any("rewards/margins" in line for line in run.log) else "margin"
-        ends = [thin(series(run.log, f"{key}_{end}")) for end in ("p10", "p90")]
-        if len(runs) == 1 and ends[0][1]:
-            style = {"color": COLOURS[shade], "alpha": 0.15, "linewidth": 0, "label": "10% to 90% of pairs"}
-            axis.fill_between(ends[0][0], ends[0][1], ends[1][1], **style)
-        curve(axis, series(run.log, key), shade, name(runs, run, "mean"))
-        held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, "mean, held out"))
-    level(axis, 0)
-    finish(axis, "chosen − rejected")
-
-
 PREFERENCE = (
-    Panel("Loss", preference_loss, ("loss",), "Below log 2 and falling; held out, it turns where overfitting begins."),
+    Panel(
+        "Loss",
+        lines(("loss", "training"), ylabel="loss, nats", at=0.6931, at_label="log 2: no preference"),
+        ("loss",),
+        "Below log 2 and falling; held out, it turns where overfitting begins.",
+    ),
     Panel(
         "Preference accuracy",
         accuracy,
@@ -67,7 +48,9 @@ PREFERENCE = (
     ),
     Panel(
         "Margin between chosen and rejected",
-        margins,
+        spread(
+            ("rewards/margins", "margin"), ("{}_p10", "{}_p90"), "chosen − rejected", "10% to 90% of pairs", "green", 0
+        ),
         ("rewards/margins", "margin"),
         "Rising from 0. A mean far above the median is carried by a few pairs.",
     ),

@@ -83,8 +83,17 @@ def read_run(folder: str | Path) -> Run:
         ValueError: when none can be read, such as one that is half-written.
     """
     folder = Path(folder)
-    paths = _states(folder)
-    state = _newest(paths)
+    paths, errors, state = _states(folder), [], None
+    for path in paths:  # the first that is whole: the Trainer may be writing the others
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            break
+        except ValueError as error:
+            errors.append(f"{path} ({error})")
+    if state is None:
+        raise ValueError(
+            f"No log can be read: {', '.join(errors)}. Look again when it is written, or remove the file."
+        )
     log = state.get("log_history") or []
     known = _known(folder)
     written = [path.stat().st_mtime for path in paths]
@@ -127,17 +136,6 @@ def _states(folder: Path) -> list[Path]:
         f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
         "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."
     )
-
-
-def _newest(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the first that is whole: the Trainer may be writing the others."""
-    errors = []
-    for path in paths:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            errors.append(f"{path} ({error})")
-    raise ValueError(f"No log can be read: {', '.join(errors)}. Look again when it is written, or remove the file.")
 
 
 def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:

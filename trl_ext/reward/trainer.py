@@ -71,7 +71,12 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         if processing_class is None:
             path = model if isinstance(model, str) else model.config._name_or_path
             processing_class = load_tokenizer(path, **source_options(args))
-        self._check_data(train_dataset, eval_dataset, processing_class, args)
+        # What is not tokenised yet; how it is written only if TRL does not change the tokenizer first.
+        sees_text = args.chat_template_path is None and args.eos_token is None
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        raw = {name: None if _is_tokenised(each) else each for name, each in held_out.items()}
+        rows = None if _is_tokenised(train_dataset) else train_dataset
+        check_columns(rows, raw, lambda: processing_class if sees_text else None)
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
@@ -89,14 +94,6 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
         warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "reward model")
-
-    @staticmethod
-    def _check_data(train_dataset: Any, eval_dataset: Any, tokenizer: Any, args: RewardConfig) -> None:
-        """Check what is not tokenised yet; how it is written only if TRL does not change the tokenizer first."""
-        known = None if args.chat_template_path is not None or args.eos_token is not None else tokenizer
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        raw = {name: None if _is_tokenised(each) else each for name, each in held_out.items()}
-        check_columns(None if _is_tokenised(train_dataset) else train_dataset, raw, lambda: known)
 
     def _keep_computable(self) -> None:
         """Let gradients through 4-bit weights, and give the score head the dtype of the states that it reads."""

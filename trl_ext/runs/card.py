@@ -152,12 +152,20 @@ def _sections(trainer: Any, training: Training, dataset_name: str | None) -> str
     facts |= data_facts(trainer, dataset_name) | {**training.facts} | machine_facts(trainer)
     known = {name: str(value).replace("|", "\\|") for name, value in facts.items() if value not in (None, "")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in known.items())
+    changed = {name: value for name, value in changed_options(trainer.args).items() if name not in OF_THE_MACHINE}
+    options = without_place(plain(changed, not_finite=str))
+    if options:
+        lines = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+        options = f"Those that differ from the defaults of `{type(trainer.args).__name__}`:\n\n```yaml\n{lines}```"
+    folder = f'folder = "{without_place(trainer.args.output_dir)}"'
+    if repository := getattr(trainer, "hub_model_id", None):
+        folder = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}")'
     parts = {
         "Results": _results(trainer, training.metrics),
         "What was trained, and how": f"| | |\n|---|---|\n{rows}",
         "The loss": training.loss,
-        "Options": _options(trainer.args),
-        "How to load it": _loading(trainer, training.loading),
+        "Options": options,
+        "How to load it": f"```python\n{folder}\n{textwrap.dedent(training.loading).strip()}\n```",
     }
     return "\n".join(f"## {title}\n\n{text}\n" for title, text in parts.items() if text)
 
@@ -219,22 +227,6 @@ def _cell(line: Mapping[str, Any], metric: Metric, prefix: str) -> str:
 def _is_of_ties(line: Mapping[str, Any], metric: Metric, prefix: str) -> bool:
     """Return whether the metric depends on signs that say nothing, because all pairs are ties."""
     return metric.key in OF_SIGNS and is_tie({key.removeprefix(prefix): value for key, value in line.items()})
-
-
-def _options(args: Any) -> str:
-    changed = {name: value for name, value in changed_options(args).items() if name not in OF_THE_MACHINE}
-    options = plain(changed, not_finite=str)
-    lines = yaml.safe_dump(without_place(options), sort_keys=False, allow_unicode=True)
-    return f"Those that differ from the defaults of `{type(args).__name__}`:\n\n```yaml\n{lines}```" if options else ""
-
-
-def _loading(trainer: Any, lines: str) -> str:
-    repository = getattr(trainer, "hub_model_id", None)
-    if repository:
-        where = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}")'
-    else:
-        where = f'folder = "{without_place(trainer.args.output_dir)}"'
-    return f"```python\n{where}\n{textwrap.dedent(lines).strip()}\n```"
 
 
 # ---- Metadata ----

@@ -52,10 +52,7 @@ class Trend:
 
 
 def verdict(
-    log: Log,
-    kl_band: Sequence[float] = KL_BAND,
-    window: int = WINDOW,
-    min_accuracy: float = MIN_ACCURACY,
+    log: Log, kl_band: Sequence[float] = KL_BAND, window: int = WINDOW, min_accuracy: float = MIN_ACCURACY
 ) -> Verdict:
     """
     Return what a log says about its run.
