@@ -3,24 +3,14 @@
 import contextlib
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield lambda name: __import__(name)
-    for name in ("bench_dpo", "bench_dpo_setup", "bench_dpo_worker"):
-        sys.modules.pop(name, None)
+from commands import ROOT, script
 
 
-def test_pairs_tokenise_to_the_lengths_of_the_shape(script):
+def test_pairs_tokenise_to_the_lengths_of_the_shape():
     setup = script("bench_dpo_setup")
     shape = setup.SHAPES["tiny"]
     tokenizer = setup.tokenizer(shape)
@@ -29,7 +19,7 @@ def test_pairs_tokenise_to_the_lengths_of_the_shape(script):
         assert row["chosen"].endswith("<end>")
 
 
-def test_bound_counts_the_operations_of_a_slow_loop(script):
+def test_bound_counts_the_operations_of_a_slow_loop():
     setup = script("bench_dpo_setup")
     config = setup.TINY | {"num_key_value_heads": 1}
     shape = setup.shape(config, 2, (4, 8), (2, 4))
@@ -51,7 +41,7 @@ def test_bound_counts_the_operations_of_a_slow_loop(script):
     assert setup.flops(shape, steps=3) == pytest.approx((theirs, ours))
 
 
-def test_row_compares_medians_without_first_steps(script):
+def test_row_compares_medians_without_first_steps():
     bench = script("bench_dpo")
     runs = {
         "trl": [{"seconds": [99.0, 4.0, 6.0], "peak_gb": 4.0}, {"seconds": [99.0, 8.0, 6.0], "peak_gb": 5.0}],
@@ -62,11 +52,11 @@ def test_row_compares_medians_without_first_steps(script):
     assert cells[5:] == ["5.0", "2.5", "0.50"]
 
 
-def test_benchmark_runs_both_trainers_in_turns(script, monkeypatch, capsys):
+def test_benchmark_runs_both_trainers_in_turns(monkeypatch, capsys):
     bench, worker = script("bench_dpo"), script("bench_dpo_worker")
 
     def run_here(command, stdout, stderr, env):
-        assert command[:2] == [sys.executable, SCRIPTS / "bench_dpo_worker.py"]
+        assert command[:2] == [sys.executable, ROOT / "benchmarks" / "bench_dpo_worker.py"]
         with contextlib.redirect_stdout(stdout):
             worker.main(json.loads(command[2]))
         return SimpleNamespace(returncode=0)
@@ -79,7 +69,7 @@ def test_benchmark_runs_both_trainers_in_turns(script, monkeypatch, capsys):
     assert lines[-1].count("|") == lines[-2].count("|") == 9
 
 
-def test_one_step_is_refused(script, monkeypatch):
+def test_one_step_is_refused(monkeypatch):
     bench = script("bench_dpo")
     monkeypatch.setattr(sys, "argv", ["bench_dpo.py", "--steps", "1"])
     with pytest.raises(SystemExit):

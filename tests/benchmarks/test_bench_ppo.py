@@ -1,31 +1,13 @@
 """`benchmarks/bench_ppo.py`: the arithmetic of its table, what a run takes part in, and one run on a tiny model."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Loads a file of scripts/ by name; as when it is run, its neighbours can be imported."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+from commands import script
 
 
 def run(*totals, peak):
@@ -34,12 +16,12 @@ def run(*totals, peak):
     return {"updates": updates, "peak_gb": peak, "load": 0.0}
 
 
-def test_summary_leaves_out_first_updates_and_takes_medians_over_runs(script):
+def test_summary_leaves_out_first_updates_and_takes_medians_over_runs():
     summary = script("bench_ppo").summarise([run(100, 4, 8, peak=2.0), run(100, 12, 20, peak=3.0)])
     assert summary == {"generate": 5.0, "score": 2.5, "learn": 2.5, "total": 10.0, "cpu": 20.0, "peak_gb": 3.0}
 
 
-def test_table_compares_with_the_baseline(script):
+def test_table_compares_with_the_baseline():
     bench = script("bench_ppo")
     slow, fast = [run(0, 30, peak=8.0)], [run(0, 12, peak=6.0)]
     fast[0]["updates"][1]["cpu"] = 15
@@ -51,7 +33,7 @@ def test_table_compares_with_the_baseline(script):
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_trainers_take_turns_and_every_run_is_kept(script, monkeypatch, tmp_path, capsys):
+def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys):
     bench = script("bench_ppo")
     seen = []
 
@@ -74,21 +56,21 @@ def test_trainers_take_turns_and_every_run_is_kept(script, monkeypatch, tmp_path
     assert "| 2.0 | 4.0 | 1.0 | 1.00 (1.00) | 1.00 |" in capsys.readouterr().out
 
 
-def test_one_update_is_refused(script, monkeypatch):
+def test_one_update_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--updates", "1"])
     with pytest.raises(SystemExit):
         script("bench_ppo").main()
 
 
-def test_failed_run_says_what_it_printed(script, tmp_path):
+def test_failed_run_says_what_it_printed(tmp_path):
     bench, python = script("bench_ppo"), tmp_path / "python"
     python.write_text("#!/bin/sh\necho no GPU for $1 >&2\nexit 7\n")
     python.chmod(0o755)
     with pytest.raises(RuntimeError, match=r"(?s)run of head ended with 7.*no GPU for .*bench_ppo_worker\.py"):
-        bench.measure(str(python), _job(script, "head"), tmp_path)
+        bench.measure(str(python), _job("head"), tmp_path)
 
 
-def test_clock_splits_an_update_into_its_phases(script, monkeypatch):
+def test_clock_splits_an_update_into_its_phases(monkeypatch):
     """Two steps in an update: 1 s before, 2 s generating, 3 s scoring, 4 s and 5 s learning."""
     worker = script("bench_ppo_worker")
     now = 100.0
@@ -114,7 +96,7 @@ def test_clock_splits_an_update_into_its_phases(script, monkeypatch):
     assert clock.updates == [{"generate": 2, "learn": 9, "total": 15, "score": 4, "cpu": 22.5}] * 2
 
 
-def _job(script, trainer):
+def _job(trainer):
     setup = script("bench_ppo_setup")
     return setup.SHAPES["tiny"]["job"] | {"trainer": trainer, "updates": 2}
 
@@ -122,7 +104,7 @@ def _job(script, trainer):
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainer", ["model", "head"])
-def test_run_of_our_trainer_on_the_tiny_shape(script, tmp_path, monkeypatch, trainer):
+def test_run_of_our_trainer_on_the_tiny_shape(tmp_path, monkeypatch, trainer):
     """One in a process of its own, as the benchmark starts it, the other in this one."""
     bench, setup = script("bench_ppo"), script("bench_ppo_setup")
     if trainer == "head":
@@ -134,7 +116,7 @@ def test_run_of_our_trainer_on_the_tiny_shape(script, tmp_path, monkeypatch, tra
 
         monkeypatch.setattr(bench.subprocess, "run", run_here)
     setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
-    measured = bench.measure(sys.executable, _job(script, trainer), tmp_path)
+    measured = bench.measure(sys.executable, _job(trainer), tmp_path)
     assert len(measured["updates"]) == 2
     for update in measured["updates"]:
         assert min(update.values()) > 0

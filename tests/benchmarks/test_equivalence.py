@@ -1,32 +1,24 @@
 """`experiments/equivalence.py`: PPO, a reward model with PPO, and DPO end at one policy, as the page shows."""
 
-import importlib.util
 import math
 import re
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 
+from commands import ROOT, script
 
-ROOT = Path(__file__).parents[2]
+
 REWARDS = [-0.6, -0.3, 0.0, 0.2, 0.4, 0.6, 0.9, 1.2]
 REFERENCE = [0.18, 0.22, 0.20, 0.14, 0.10, 0.08, 0.05, 0.03]
 WAYS = ("PPO on the reward", "reward model, then PPO", "DPO")
 
 
 @pytest.fixture(scope="module")
-def script():
-    """experiments/equivalence.py; as when it is run, its neighbours can be imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "experiments"))
-        spec = importlib.util.spec_from_file_location("equivalence", ROOT / "experiments" / "equivalence.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "equivalence", module)
-        spec.loader.exec_module(module)
-        yield module
+def equivalence():
+    return script("equivalence")
 
 
 def closed_form(rewards, reference, beta):
@@ -38,22 +30,22 @@ def kl(logps, probabilities):
     return sum(p * (math.log(p) - math.log(q)) for p, q in zip(logps.exp().tolist(), probabilities, strict=True))
 
 
-def test_bandit_is_the_one_of_the_test(script):
-    assert script.REWARDS.tolist() == REWARDS
-    assert script.REF_LOGPS.exp().tolist() == pytest.approx(REFERENCE)
+def test_bandit_is_the_one_of_the_test(equivalence):
+    assert equivalence.REWARDS.tolist() == REWARDS
+    assert equivalence.REF_LOGPS.exp().tolist() == pytest.approx(REFERENCE)
 
 
-def test_preferences_are_bradley_terrys(script):
+def test_preferences_are_bradley_terrys(equivalence):
     shares = [1 / (1 + math.exp(REWARDS[b] - REWARDS[a])) for a, b in combinations(range(8), 2)]
-    assert script.preferences(None).tolist() == pytest.approx(shares)
-    drawn = script.preferences(4000)
+    assert equivalence.preferences(None).tolist() == pytest.approx(shares)
+    drawn = equivalence.preferences(4000)
     assert drawn.tolist() == pytest.approx(shares, abs=0.04)  # five standard deviations
     assert drawn.tolist() != pytest.approx(shares, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_ppo_and_dpo_end_at_the_closed_form(script, beta):
-    histories = script.train(script.preferences(None), beta, steps=300)
+def test_ppo_and_dpo_end_at_the_closed_form(equivalence, beta):
+    histories = equivalence.train(equivalence.preferences(None), beta, steps=300)
     optimum = closed_form(REWARDS, REFERENCE, beta)
     for name in WAYS:
         assert kl(histories[name][0], REFERENCE) < 1e-12, name  # they start at the reference
@@ -63,14 +55,14 @@ def test_ppo_and_dpo_end_at_the_closed_form(script, beta):
     assert kl(histories["DPO"][3], histories["PPO on the reward"][3].exp().tolist()) > 1e-3
 
 
-def test_control_s2s_model_knows_neither_reference_nor_beta(script):
-    end = script.train(script.preferences(None), beta=0.5, steps=300)["S2's preference model"][-1]
+def test_control_s2s_model_knows_neither_reference_nor_beta(equivalence):
+    end = equivalence.train(equivalence.preferences(None), beta=0.5, steps=300)["S2's preference model"][-1]
     assert kl(end, closed_form(REWARDS, [1 / 8] * 8, 1.0)) < 1e-6
     assert kl(end, closed_form(REWARDS, REFERENCE, 0.5)) > 0.02
 
 
-def test_from_a_sample_both_ways_end_at_one_policy_that_misses_the_optimum(script):
-    histories = script.train(script.preferences(100), beta=0.5, steps=300)
+def test_from_a_sample_both_ways_end_at_one_policy_that_misses_the_optimum(equivalence):
+    histories = equivalence.train(equivalence.preferences(100), beta=0.5, steps=300)
     ends = {name: history[-1] for name, history in histories.items()}
     assert kl(ends["DPO"], ends["reward model, then PPO"].exp().tolist()) < 1e-6
     assert kl(ends["DPO"], closed_form(REWARDS, REFERENCE, 0.5)) > 1e-3
@@ -78,8 +70,8 @@ def test_from_a_sample_both_ways_end_at_one_policy_that_misses_the_optimum(scrip
 
 
 @pytest.mark.integration
-def test_tables_of_the_page_are_those_of_the_script(script, tmp_path, capsys):
-    script.main(["--output", str(tmp_path / "equivalence.png")])
+def test_tables_of_the_page_are_those_of_the_script(equivalence, tmp_path, capsys):
+    equivalence.main(["--output", str(tmp_path / "equivalence.png")])
     tables = re.findall(r"(?:^\|.*\|\n?)+", capsys.readouterr().out, flags=re.MULTILINE)
     page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     assert len(tables) == 2
@@ -87,7 +79,7 @@ def test_tables_of_the_page_are_those_of_the_script(script, tmp_path, capsys):
     assert (tmp_path / "equivalence.png").stat().st_size > 10_000
 
 
-def test_estimators_script_still_ends_where_its_page_says(script, tmp_path, capsys, monkeypatch):
+def test_estimators_script_still_ends_where_its_page_says(equivalence, tmp_path, capsys, monkeypatch):
     """The estimators on the same bandit: k2 at the optimum, k3 at that of the reverse KL, k1 at neither."""
     import kl_estimators
 
@@ -100,7 +92,7 @@ def test_estimators_script_still_ends_where_its_page_says(script, tmp_path, caps
     assert min(distance["k1"]) > 0.1
 
 
-def test_gradient_descent_keeps_where_it_has_been(script):
+def test_gradient_descent_keeps_where_it_has_been(equivalence):
     bandit = sys.modules["bandit"]
     history = bandit.descend(lambda x: (x**2).sum(), torch.tensor([1.0, -2.0]), steps=3, learning_rate=0.25)
     assert [step.tolist() for step in history] == [[1.0, -2.0], [0.5, -1.0], [0.25, -0.5], [0.125, -0.25]]

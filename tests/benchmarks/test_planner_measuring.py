@@ -1,35 +1,17 @@
 """The scripts that compare plans with runs, on tiny models."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import bitsandbytes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from commands import script
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Loads a script, whose neighbours it imports by name."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-def test_plans_of_the_measured_runs_are_of_different_layouts(script, tmp_path):
+def test_plans_of_the_measured_runs_are_of_different_layouts(tmp_path):
     module = script("measure_memory")
     module.save_models(module.TINY, tmp_path)
     layouts = {name: module.planned(run, tmp_path).layout for name, run in module.RUNS.items()}
@@ -42,7 +24,7 @@ def test_plans_of_the_measured_runs_are_of_different_layouts(script, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["tiny-full", "tiny"])
-def test_gpu_measurements_run_on_a_cpu_at_small_size(script, tmp_path, run):
+def test_gpu_measurements_run_on_a_cpu_at_small_size(tmp_path, run):
     module = script("measure_gpu")
     module.work(module.SHAPES[run], "cpu", tmp_path)
     row = (tmp_path / "row").read_text().split(" | ")
@@ -51,7 +33,7 @@ def test_gpu_measurements_run_on_a_cpu_at_small_size(script, tmp_path, run):
     assert float(row[4].replace(",", "")) > 0
 
 
-def test_gpu_measurements_cover_what_is_asked_for(script):
+def test_gpu_measurements_cover_what_is_asked_for():
     shapes = script("measure_gpu").SHAPES
     four_roles = shapes["33b-four-roles"]
     assert (four_roles["model"], four_roles["method"], four_roles["critic"]) == ("33b", "qlora", "adapter")
@@ -59,7 +41,7 @@ def test_gpu_measurements_cover_what_is_asked_for(script):
     assert {job["model"] for job in shapes.values()} >= {"0.5b", "1.5b", "7b"}
 
 
-def test_model_built_layer_by_layer_computes_as_one_loaded_in_4_bits(script, tmp_path):
+def test_model_built_layer_by_layer_computes_as_one_loaded_in_4_bits(tmp_path):
     """The same weights, packed one layer at a time and loaded by transformers, give the same logits."""
     models = script("measure_gpu_models")
     config = models.config_of("tiny")

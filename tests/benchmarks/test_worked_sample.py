@@ -1,30 +1,19 @@
 """The documents' worked sample of DPO (S0): the numbers of docs/dpo.md, by hand from its four log-probabilities."""
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from commands import ROOT, script
 from trl_ext.dpo.losses import dpo_loss, implicit_reward
 
 
-ROOT = Path(__file__).resolve().parents[2]
 BETA = 0.1
 NAMES = """
     policy_w policy_l reference_w reference_l ratio_w ratio_l reward_w reward_l margin probability loss weight
 """.split()
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("scripts_worked_sample", ROOT / "experiments" / "worked_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def documented():
@@ -62,7 +51,7 @@ def test_every_value_of_the_page_follows_from_its_log_probabilities(column):
 
 
 def test_the_script_derives_what_the_page_shows():
-    module = script()
+    module = script("worked_sample")
     assert (module.PROMPT, module.BETA) == ("请介绍一下长城", BETA)
     columns = {}
     for heading, page in zip(("at the start", "after one step"), documented(), strict=True):
@@ -82,7 +71,7 @@ def test_the_gradient_weight_is_what_pulls_each_log_probability():
 @pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")  # of transformers, loading the model
 def test_smollm2_gives_the_log_probabilities_of_the_page():
-    module = script()
+    module = script("worked_sample")
     pair = module.Pair(str(module.demo.smollm2()))
     sizes = [[len(ids) for ids in pair.tokens(answer)] for answer in (module.CHOSEN, module.REJECTED)]
     assert sizes == [[14, 42], [14, 18]]

@@ -66,6 +66,9 @@ def test_criteria_of_the_callback_are_read():
     assert play(callback, pairs_log(0.6, 0.8, 0.9)) == 30
 
 
+RUNS_AWAY = {"window": 4, "kl_band": (0, 1e-3)}
+
+
 def stops_early(trainer, **criteria):
     """A run whose held-out accuracy or whose KL decides; the callback, and the step at which it stopped."""
     callback = ConvergenceCallback(**criteria)
@@ -74,24 +77,17 @@ def stops_early(trainer, **criteria):
     return callback, trainer.state.global_step
 
 
-def test_ppo_run_stops_when_its_kl_runs_away(tmp_path):
-    trainer = ppo_runs.ppo_trainer(tmp_path, learning_rate=0.1, total_episodes=200, num_ppo_epochs=1, kl_coef=1e-6)
-    callback, stopped = stops_early(trainer, stop_when="diverging", window=4, kl_band=(0, 1e-3))
-    assert callback.verdict.status == "diverging"
-    assert stopped < 50
-
-
-def test_trls_grpo_run_stops_when_its_kl_runs_away(tmp_path):
-    trainer = trl_runs.grpo_trainer(tmp_path, learning_rate=0.1, max_steps=40, beta=1e-6)
-    callback, stopped = stops_early(trainer, stop_when="diverging", window=4, kl_band=(0, 1e-3))
-    assert callback.verdict.status == "diverging"
-    assert stopped < 40
-
-
-def test_trls_dpo_run_stops_when_the_pairs_are_learnt(tmp_path):
-    trainer = trl_runs.dpo_trainer(tmp_path, learning_rate=5.0, max_steps=40)
-    callback, stopped = stops_early(trainer, stop_when="converged")
-    assert callback.verdict.status == "converged"
+@pytest.mark.parametrize(
+    "make, options, status, criteria",
+    [
+        (ppo_runs.ppo_trainer, {"total_episodes": 200, "num_ppo_epochs": 1, "kl_coef": 1e-6}, "diverging", RUNS_AWAY),
+        (trl_runs.grpo_trainer, {"max_steps": 40, "beta": 1e-6}, "diverging", RUNS_AWAY),
+        (trl_runs.dpo_trainer, {"max_steps": 40, "learning_rate": 5.0}, "converged", {}),
+    ],
+)
+def test_run_stops_when_its_kl_runs_away_or_the_pairs_are_learnt(tmp_path, make, options, status, criteria):
+    callback, stopped = stops_early(make(tmp_path, **{"learning_rate": 0.1} | options), stop_when=status, **criteria)
+    assert callback.verdict.status == status
     assert stopped < 40
 
 

@@ -1,6 +1,7 @@
 """`SampleCallback`: the completions are the models' own, beside those of the start, every n steps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,24 +48,13 @@ def trainers(folder):
     yield "trl.SFTTrainer", trl_runs.sft_trainer(folder / "sft", max_steps=4, learning_rate=0.1)
 
 
-def test_generation_warns_of_nothing(tmp_path, monkeypatch):
-    """transformers deprecates options beside a `generation_config`."""
-    said = []
-    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", said.append)
-    trainer = trl_runs.sft_trainer(tmp_path, max_steps=1)
-    trainer.add_callback(SampleCallback(["the cat"], max_new_tokens=2))
-    trainer.train()
-    assert said == []
-
-
 def test_completions_are_those_of_the_model_and_of_its_start_in_any_trainer(tmp_path):
     for name, trainer in trainers(tmp_path):
         start = [slow_completion(trainer.model.eval(), prompt, 6) for prompt in PROMPTS]
         trainer.add_callback(SampleCallback(PROMPTS, every=2, max_new_tokens=6))
         trainer.train()
         end = [slow_completion(trainer.model.eval(), prompt, 6) for prompt in PROMPTS]
-        folder = trainer.args.output_dir
-        tables = [table(type(tmp_path)(folder), step) for step in (0, 2, 4)]
+        tables = [table(Path(trainer.args.output_dir), step) for step in (0, 2, 4)]
         assert [row["prompt"] for row in tables[0]] == ["the cat", "what is a good book", "why not"], name
         assert [[row["reference"] for row in rows] for rows in tables] == [start] * 3, name
         assert [row["actor"] for row in tables[0]] == start, name
@@ -72,7 +62,9 @@ def test_completions_are_those_of_the_model_and_of_its_start_in_any_trainer(tmp_
         assert start != end, f"{name} has learnt nothing that shows"
 
 
-def test_options_that_came_with_the_model_change_no_completion(tmp_path):
+def test_options_that_came_with_the_model_change_no_completion(tmp_path, monkeypatch):
+    """Nor does transformers warn: it deprecates options beside a `generation_config`."""
+    said = []
     trainer = trl_runs.sft_trainer(tmp_path, max_steps=1)
     own, model = trainer.model.generation_config, trainer.model.eval()
     own.update(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, min_new_tokens=6, suppress_tokens=[9, 30])
@@ -80,7 +72,9 @@ def test_options_that_came_with_the_model_change_no_completion(tmp_path):
     ids = tiny.tiny_tokenizer()(PROMPTS[0], return_tensors="pt").input_ids
     assert tiny.tiny_tokenizer().decode(model.generate(ids, max_new_tokens=6)[0, ids.size(1) :]) != start[0]
     trainer.add_callback(SampleCallback(PROMPTS, max_new_tokens=6))
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", said.append)
     trainer.train()
+    assert said == []
     assert [row["actor"] for row in table(tmp_path, 0)] == start
     assert trainer.model.generation_config is own
 

@@ -1,6 +1,7 @@
 """`trl-ext chat` answers as the model generates."""
 
 import pytest
+from transformers import TextGenerationPipeline
 
 import tiny
 from trl_ext.cli.commands import chat
@@ -28,24 +29,24 @@ def test_chat_answers_as_the_model_generates(paths, monkeypatch, capsys):
     assert expected in talk(monkeypatch, capsys, paths["actor"], "good film")
 
 
-def test_chat_remembers_until_it_starts_over(paths, monkeypatch, capsys):
-    asked, real = [], chat.pipeline
-    monkeypatch.setattr(chat, "pipeline", lambda *a, **k: Spy(real(*a, **k), asked))
+@pytest.fixture
+def asked(monkeypatch):
+    """What a pipeline is asked."""
+    asked, real = [], TextGenerationPipeline.__call__
+
+    def call(self, messages, **options):
+        asked.append(list(messages))
+        return real(self, messages, **options)
+
+    monkeypatch.setattr(TextGenerationPipeline, "__call__", call)
+    return asked
+
+
+def test_chat_remembers_until_it_starts_over(paths, monkeypatch, capsys, asked):
     talk(monkeypatch, capsys, paths["actor"], "one", "two", "/new", "three", options=["--system", "be brief"])
     roles = [[message["role"] for message in messages] for messages in asked]
     assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
     assert asked[2][1]["content"] == "three"
-
-
-class Spy:
-    """A pipeline that writes down what it is asked."""
-
-    def __init__(self, writer, asked):
-        self.writer, self.asked, self.model = writer, asked, writer.model
-
-    def __call__(self, messages, **options):
-        self.asked.append(list(messages))
-        return self.writer(messages, **options)
 
 
 def test_chat_needs_a_model(tmp_path):
@@ -53,13 +54,11 @@ def test_chat_needs_a_model(tmp_path):
         chat.main([str(tmp_path)])
 
 
-def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys):
+def test_chat_ends_where_the_model_ends(paths, tmp_path, monkeypatch, capsys, asked):
     model, tokenizer = tiny.tiny_actor(), tiny.tiny_tokenizer()
     model.generation_config.eos_token_id = list(range(3, 64))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    asked, real = [], chat.pipeline
-    monkeypatch.setattr(chat, "pipeline", lambda *a, **k: Spy(real(*a, **k), asked))
     talk(monkeypatch, capsys, tmp_path, "one", "two")
     answer = asked[1][1]["content"]
     assert len(tokenizer(answer)["input_ids"]) <= 1

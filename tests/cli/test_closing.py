@@ -1,4 +1,4 @@
-"""The last lines of a run: the commands to look at it, to resume it, to go on from it, to talk to it."""
+"""The last lines of a run: its evaluations, and the commands to look at it, to resume it, to go on, to talk to it."""
 
 import json
 import os
@@ -46,15 +46,17 @@ def stop_after(monkeypatch):
     return stop
 
 
-SHORT = {
-    "dpo": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1},
-    "reward": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1},
-    "ppo": {"total_episodes": 8, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "save_steps": 1},
-}
+OF_PAIRS = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1}
+SHORT = {"dpo": OF_PAIRS, "reward": OF_PAIRS}
+SHORT["ppo"] = {"total_episodes": 8, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "save_steps": 1}
+
+
+def state_in(folder):
+    return json.loads((folder / "trainer_state.json").read_text())
 
 
 def steps_taken(folder):
-    return json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    return state_in(folder)["global_step"]
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -99,9 +101,8 @@ def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
     stop_after(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         main(words)
-    said = capsys.readouterr().err
-    line = next(line for line in said.splitlines() if line.startswith("To go on from the last checkpoint: "))
-    assert line.endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("To go on from the last chec")]
+    assert lines[0].endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
 
 
 def test_checkpoint_that_was_cut_off_is_named(paths, tmp_path, capsys):
@@ -121,10 +122,9 @@ def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):
 
 
 def test_last_lines_of_ppo_go_on_from_actor_and_critic(paths, tmp_path, capsys):
-    short = {"total_episodes": 4, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "output_dir": tmp_path / "1"}
+    short = SHORT["ppo"] | {"total_episodes": 4, "output_dir": tmp_path / "1"}
     main(["ppo", *run_of("ppo", paths, **short)])
-    _, lines = last_lines(capsys.readouterr().out)
-    words = shlex.split(lines["next"])
+    words = shlex.split(last_lines(capsys.readouterr().out)[1]["next"])
     assert words[:2] == ["trl-ext", "ppo"]
     again = dict(zip(words[2::2], words[3::2], strict=True))
     first = dict(zip(*[iter(run_of("ppo", paths, **short))] * 2, strict=True))
@@ -142,9 +142,9 @@ def test_next_of_a_resumed_run_of_ppo_does_not_resume(paths, tmp_path, stop_afte
     short = SHORT["ppo"] | {"total_episodes": 4, "output_dir": tmp_path}
     main(["ppo", *run_of("ppo", paths, **short)])
     capsys.readouterr()
-    before = json.loads((tmp_path / "trainer_state.json").read_text())
+    before = state_in(tmp_path)
     main(["ppo", *run_of("ppo", paths, **short | {"total_episodes": 8}), "--resume_from_checkpoint", "True"])
-    after = json.loads((tmp_path / "trainer_state.json").read_text())
+    after = state_in(tmp_path)
     assert after["global_step"] == 2 * before["global_step"]
     first, both = ([line["loss"] for line in s["log_history"] if "loss" in line] for s in (before, after))
     assert both[: len(first)] == first
@@ -186,3 +186,40 @@ def test_last_line_without_a_report_says_how_to_make_it(tmp_path):
 def test_words_are_dropped_with_their_values_in_both_spellings():
     argv = ["--a_b", "1", "2", "--keep", "3", "--a-b=4", "--flag", "--c", "5"]
     assert without(argv, "a_b", "c") == ["--keep", "3", "--flag"]
+
+
+# --- what a run says of its evaluations
+
+UNSAVED = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "save_strategy": "no"}
+PPO_SHORT = UNSAVED | {"total_episodes": 8, "num_ppo_epochs": 1}
+
+
+def summary(name, paths, capsys, **options):
+    main([name, *run_of(name, paths, **options)])
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Held-out "))
+
+
+# An evaluation on the way is not one from before the first step.
+@pytest.mark.parametrize("on_the_way", [{}, {"eval_strategy": "steps", "eval_steps": 1}], ids=["none", "some"])
+def test_without_an_evaluation_at_the_start_there_is_no_before(on_the_way, paths, tmp_path, capsys):
+    said = summary("ppo", paths, capsys, output_dir=tmp_path / "ppo", eval_on_start=False, **PPO_SHORT, **on_the_way)
+    assert " after. KL to the reference:" in said
+    assert not any(word in said for word in ("before", "rose", "nan"))
+    dpo = UNSAVED | {"max_steps": 2, "output_dir": tmp_path / "dpo"}
+    said = summary("dpo", paths, capsys, eval_on_start=False, **dpo, **on_the_way)
+    assert " after, of 4." in said
+    assert "before" not in said
+    for name in ("ppo", "dpo"):
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert list(metrics) == ["after"]
+        assert metrics["after"]["step"] == 2
+    assert not (tmp_path / "ppo" / "samples.md").exists()
+    assert (tmp_path / "dpo" / "table.md").read_text().startswith("| held-out pairs | after |")
+
+
+def test_with_an_evaluation_at_the_start_both_are_there(paths, tmp_path, capsys):
+    said = summary("ppo", paths, capsys, output_dir=tmp_path, **PPO_SHORT)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    before, after = (metrics[when]["eval_reward/score"] for when in ("before", "after"))
+    rise = metrics["after"]["eval_reward/rise"]
+    assert said.startswith(f"Held-out score: {before:+.3f} before, {after:+.3f} after; it rose by {rise:.3f} ± ")

@@ -41,9 +41,8 @@ def test_a_file_is_loaded_and_a_tenth_of_it_held_out(rows, tmp_path, kind):
 def test_a_saved_folder_is_loaded_with_its_splits(rows, tmp_path):
     DatasetDict(train=rows, test=rows.select([3])).save_to_disk(str(tmp_path / "both"))
     rows.save_to_disk(str(tmp_path / "one"))
-    both = load_splits(
-        DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99), no_embedded, to_prompts
-    )
+    given = DataArguments(dataset_name=str(tmp_path / "both"), train_size=5, test_size=99)
+    both = load_splits(given, no_embedded, to_prompts)
     assert (both["train"]["prompt"], both["test"]["prompt"]) == ([f"p{i}" for i in range(5)], ["p3"])
     assert len(load_splits(DataArguments(dataset_name=str(tmp_path / "one")), no_embedded, to_prompts)["test"]) == 2
 
@@ -52,9 +51,8 @@ def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
     DatasetDict(training=rows).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"no split 'train' but \['training'\]"):
         load_splits(DataArguments(dataset_name=str(tmp_path / "rows")), no_embedded, to_prompts)
-    given = DataArguments(
-        dataset_name=str(tmp_path / "rows"), dataset_train_split="training", dataset_test_split="nope"
-    )
+    splits = {"dataset_train_split": "training", "dataset_test_split": "nope"}
+    given = DataArguments(dataset_name=str(tmp_path / "rows"), **splits)
     for read in (lambda: load_splits(given, no_embedded, to_prompts), lambda: load_rows(given)):
         with pytest.raises(ValueError, match=r"no split 'nope' but \['training'\]; .* or leave it out"):
             read()
@@ -99,7 +97,6 @@ def test_a_mixture_in_the_recipe_is_loaded_and_split(rows, tmp_path, recipe, dem
     data.dataset_train_split = "none"
     with pytest.raises(ValueError, match=r"^json, json has no split 'none' but \['train'\]"):
         load_splits(data, no_embedded, to_prompts)
-    assert toy_run(["--datasets", "mine"], demo)[3].output_dir != "from-demo"
 
 
 def test_rows_to_score_are_those_of_the_test_split_or_all(rows, tmp_path):
@@ -108,10 +105,9 @@ def test_rows_to_score_are_those_of_the_test_split_or_all(rows, tmp_path):
     DatasetDict(train=rows, test=rows.select([3, 4])).save_to_disk(str(tmp_path / "both"))
     assert len(load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))) == 20
     assert load_rows(DataArguments(dataset_name=str(tmp_path / "both"), test_size=1))["prompt"] == ["p3"]
+    given = DataArguments(dataset_name=str(tmp_path / "both"), dataset_test_split="held", dataset_train_split="t")
     with pytest.raises(ValueError, match=r"no split 'held' but \['train', 'test'\]"):
-        load_rows(
-            DataArguments(dataset_name=str(tmp_path / "both"), dataset_test_split="held", dataset_train_split="t")
-        )
+        load_rows(given)
 
 
 def test_columns_of_other_names_are_mapped_by_the_flag_that_the_error_gives(paths, tmp_path, capsys):
@@ -194,10 +190,7 @@ TURNS = {name: [{"role": "user" if name == "prompt" else "assistant", "content":
     [
         ([{"prompt": 1, "chosen": 2, "rejected": 3}] * 4, r"'prompt' of `(.*)` holds int \(1\); it must hold text"),
         ([PAIR | {"prompt": 1}] * 4, r"'prompt' of `(.*)` holds int \(1\); it must hold text"),
-        (
-            [PAIR, PAIR | {"chosen": [1]}, PAIR, PAIR],
-            r"'chosen' of `(.*)` holds text in its first row and list in row \d",
-        ),
+        ([PAIR, PAIR | {"chosen": [1]}, PAIR, PAIR], r"'chosen' of `(.*)` holds text in its .* and list in row \d"),
         (
             [TURNS, TURNS | {"rejected": "cat"}, TURNS, TURNS],
             r"'rejected' of `(.*)` holds a conversation in its first row and text in row \d",
@@ -245,12 +238,9 @@ def test_prompts_with_times_bytes_and_decimals_are_held_out_together(tmp_path):
     def turn(role, text):
         return [{"role": role, "content": text, **ODD}]
 
+    rejected = {"rejected": turn("assistant", "b")}
     rows = [
-        {
-            "prompt": turn("user", f"good {i % 12}"),
-            "chosen": turn("assistant", f"a {i}"),
-            "rejected": turn("assistant", "b"),
-        }
+        {"prompt": turn("user", f"good {i % 12}"), "chosen": turn("assistant", f"a {i}"), **rejected}
         for i in range(36)
     ]
     Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
@@ -274,13 +264,8 @@ def test_scored_rows_are_json_whatever_they_hold(paths, tmp_path):
     for line in (tmp_path / "s.jsonl").read_text().splitlines():
         row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert row.pop("margin") == pytest.approx(row.pop("chosen_reward") - row.pop("rejected_reward"))
-        assert row == rows[0] | {
-            "when": "2025-01-02T00:00:00+00:00",
-            "day": "2025-01-02",
-            "raw": "/w==",
-            "price": "1.10",
-            "weight": None,
-        }
+        plain = {"when": "2025-01-02T00:00:00+00:00", "day": "2025-01-02", "raw": "/w==", "price": "1.10"}
+        assert row == rows[0] | plain | {"weight": None}
 
 
 def test_names_of_files_may_be_in_capitals(paths, tmp_path, capsys):

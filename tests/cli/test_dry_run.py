@@ -7,12 +7,10 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from trl import RewardTrainer
 
 import tiny
 from cli_runs import RECIPES, plan_line, run_of
 from commands import build
-from trl_ext import DPOTrainerX, PPOTrainerX
 from trl_ext.cli.main import main
 
 
@@ -66,43 +64,20 @@ def sample_of(text, part):
     return ids
 
 
-@pytest.mark.parametrize(("name", "kind"), [("dpo", DPOTrainerX), ("reward", RewardTrainer)])
-def test_sample_of_a_dry_run_is_what_the_trainer_trains_on(name, kind, paths, tmp_path, capsys):
-    options = {"output_dir": tmp_path, "max_length": 32}
-    text = dry(name, paths, capsys, **options)
-    trainer = build(name, run_of(name, paths, **options))
-    assert isinstance(trainer, kind)
-    first = trainer.train_dataset[0]
-    parts = [column.removesuffix("_ids") for column in first if column.endswith("_ids")]
-    assert set(parts) >= {"chosen", "rejected"}
-    for part in parts:
-        assert sample_of(text, part) == list(first[f"{part}_ids"])
-
-
 PROMPT, ANSWERS = [{"role": "user", "content": "what is"}], ("good film", "bad film")
 CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in ANSWERS)
 WHEN = datetime.datetime(2025, 1, 2)
 # A template that writes what a row may bring along, so that a sample without it is seen.
 TEMPLATE = "{% if tools %}{{ '<system> ' + tools[0]['name'] + ' ' }}{% endif %}{{ mark or '' }}" + tiny.CHAT_TEMPLATE
-CHATS = {
+ROWS = {
+    "text": {"prompt": "what is", "chosen": " good film", "rejected": " bad film"},
     "chat": {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED},
     "implicit prompt": {"chosen": PROMPT + CHOSEN, "rejected": PROMPT + REJECTED},
-    "tools": {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED, "tools": '[{"name": "cat"}]'},
-    "template": {
-        "prompt": PROMPT,
-        "chosen": CHOSEN,
-        "rejected": REJECTED,
-        "chat_template_kwargs": {"mark": "<system> dog "},
-    },
-    "times": {
-        "prompt": [PROMPT[0] | {"when": WHEN}],
-        "chosen": CHOSEN,
-        "rejected": REJECTED,
-        "when": WHEN,
-        "raw": b"\xff",
-        "price": decimal.Decimal("1.10"),
-    },
 }
+ROWS["tools"] = ROWS["chat"] | {"tools": '[{"name": "cat"}]'}
+ROWS["template"] = ROWS["chat"] | {"chat_template_kwargs": {"mark": "<system> dog "}}
+ROWS["times"] = ROWS["chat"] | {"prompt": [PROMPT[0] | {"when": WHEN}], "when": WHEN, "raw": b"\xff"}
+ROWS["times"] |= {"price": decimal.Decimal("1.10")}
 
 
 @pytest.fixture
@@ -124,20 +99,20 @@ def chats(paths, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])
-@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
-def test_sample_of_conversations_is_what_the_trainer_trains_on(name, row, chats, tmp_path, capsys):
-    there = chats(row)
-    text = dry(name, there, capsys, output_dir=tmp_path)
-    first = build(name, run_of(name, there, output_dir=tmp_path)).train_dataset[0]
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_sample_of_a_dry_run_is_what_the_trainer_trains_on(name, row, chats, tmp_path, capsys):
+    there, options = chats(row), {"output_dir": tmp_path, "max_length": 32}
+    text = dry(name, there, capsys, **options)
+    first = build(name, run_of(name, there, **options)).train_dataset[0]
     for part in ("prompt", "chosen", "rejected") if name == "dpo" else ("chosen", "rejected"):
         assert sample_of(text, part) == list(first[f"{part}_ids"])
     extra = {"tools": "<system> cat", "template": "<system> dog"}
     for kind, words in extra.items():
-        assert (words in text) is (row is CHATS[kind])
+        assert (words in text) is (row is ROWS[kind])
 
 
-@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
-def test_prompt_of_conversations_is_what_the_actor_reads(row, chats, tmp_path, capsys):
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_prompt_of_a_dry_run_is_what_the_actor_reads(row, chats, tmp_path, capsys):
     there = chats(row)
     options = {"output_dir": tmp_path, "per_device_train_batch_size": 4, "total_episodes": 4}
     if row.keys() & {"tools", "chat_template_kwargs"}:  # options of each row, which PPO does not read
@@ -146,14 +121,6 @@ def test_prompt_of_conversations_is_what_the_actor_reads(row, chats, tmp_path, c
         return
     text = dry("ppo", there, capsys, **options)
     trainer = build("ppo", run_of("ppo", there, **options))
-    (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
-    assert sample_of(text, "prompt") == list(ids)
-
-
-def test_prompt_of_a_dry_run_is_what_the_actor_reads(paths, tmp_path, capsys):
-    text = dry("ppo", paths, capsys, output_dir=tmp_path)
-    trainer = build("ppo", run_of("ppo", paths, output_dir=tmp_path))
-    assert isinstance(trainer, PPOTrainerX)
     (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
     assert sample_of(text, "prompt") == list(ids)
 

@@ -63,8 +63,12 @@ def test_chat_and_score_name_the_model_that_there_is_not(paths, tmp_path, monkey
     assert said == "error: The demo's policy is not in outputs/dpo-demo: run `trl-ext dpo` first, or give `--model`."
 
 
+def lora(model, task="CAUSAL_LM"):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type=task))
+
+
 def test_base_of_an_adapter_that_there_is_not_is_named(tmp_path, no_rows, capsys):
-    adapter = get_peft_model(tiny.tiny_actor(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter = lora(tiny.tiny_actor())
     adapter.peft_config["default"].base_model_name_or_path = "nowhere"
     adapter.save_pretrained(tmp_path)
     for words in (["chat", str(tmp_path)], ["score", "--model", str(tmp_path)]):
@@ -73,13 +77,9 @@ def test_base_of_an_adapter_that_there_is_not_is_named(tmp_path, no_rows, capsys
 
 def test_reward_model_is_scored_by_as_little_as_it_is_talked_to(paths, tmp_path, no_rows, capsys):
     """Its language model's head would be a random one."""
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
-    base = AutoModelForSequenceClassification.from_pretrained(paths["actor"], num_labels=1)
-    get_peft_model(base, config).save_pretrained(tmp_path / "judge")
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(paths["reward_model"]), config).save_pretrained(
-        tmp_path / "on"
-    )
+    judge = AutoModelForSequenceClassification.from_pretrained(paths["actor"], num_labels=1)
+    lora(judge, "SEQ_CLS").save_pretrained(tmp_path / "judge")
+    lora(AutoModelForCausalLM.from_pretrained(paths["reward_model"])).save_pretrained(tmp_path / "on")
     for path in (paths["reward_model"], tmp_path / "judge", tmp_path / "on"):
         for option in ("--model", "--ref_model"):
             words = {"--model": paths["actor"], "--ref_model": paths["actor"], option: str(path)}
@@ -111,14 +111,7 @@ DAMAGED = {
         r"The config of .* cannot be read: .*nonesuch",
     ),
 }
-ROLES = [
-    ("chat", "model"),
-    ("dpo", "model"),
-    ("ppo", "model"),
-    ("reward", "model"),
-    ("score", "model"),
-    ("score", "ref_model"),
-]
+ROLES = [*((name, "model") for name in ("chat", "dpo", "ppo", "reward", "score")), ("score", "ref_model")]
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -130,12 +123,10 @@ def test_damaged_model_is_named(damage, paths, tmp_path, capsys):
     for name, option in [*ROLES, ("ppo", "reward_model_path"), ("ppo", "value_model")]:
         path = tmp_path / ("actor" if option in ("model", "ref_model") else "reward_model")
         flags = run_of("ppo" if name == "ppo" else "dpo", paths, **{option: path})
-        if name != "score":
-            flags += ["--output_dir", str(tmp_path / "out")]
+        flags += ["--output_dir", str(tmp_path / "out")]
         if name == "score":
-            others = {} if option == "ref_model" else {"ref_model": paths["actor"]}
-            flags = [word for word in run_of("dpo", paths, **{option: path}, **others) if word != "--report_to"]
-            flags.remove("none")
+            flags = ["--model", paths["actor"], "--ref_model", paths["actor"], "--dataset_name", paths["pairs"]]
+            flags[flags.index(f"--{option}") + 1] = str(path)
         error = error_of(["chat", str(path)] if name == "chat" else [name, *flags], capsys)
         assert re.search(said, error), (name, option, error)
         assert str(path) in error

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from argparse import Namespace
 
 import pytest
 
@@ -9,8 +10,10 @@ from cli_runs import error_of, run_of
 from commands import ROOT, command
 from trl_ext import __version__
 from trl_ext.cli import closing
+from trl_ext.cli.commands import demo
 from trl_ext.cli.main import COMMANDS, leave_out_noise, main
 from trl_ext.cli.options import usage_errors
+from trl_ext.data import demo as embedded
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
@@ -60,7 +63,6 @@ def test_noise_of_other_packages_is_left_out_and_nothing_else(recwarn):
 def test_error_of_this_package_ends_a_run_in_one_sentence_and_another_keeps_its_traceback(paths, tmp_path):
     with pytest.raises(SystemExit, match="error: There is no reward at all"):
         main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--output_dir", str(tmp_path)])
-
     with pytest.raises(ValueError, match="invalid literal"), usage_errors():
         int("x")
 
@@ -75,20 +77,6 @@ def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths,
     printed = capsys.readouterr()
     assert "There will be no report: Pictures need matplotlib" in printed.err
     assert f"trl-ext report {tmp_path}" in printed.out
-
-
-@pytest.mark.parametrize("name", ["reward", "ppo", "dpo"])
-def test_option_that_transformers_refuses_ends_in_a_sentence_too(name, capsys):
-    for flags, said in (
-        (["--dataloader_prefetch_factor", "2"], "error: --dataloader_prefetch_factor can only be set when data is"),
-        (
-            ["--logging_steps", "0"],
-            "error: `logging_steps` is 0.0; it must be above 0. For none at all set `logging_str",
-        ),
-        (["--per_device_train_batch_size", "0"], "error: `per_device_train_batch_size` is 0; it must be"),
-        (["--report_to", "wandbb"], "error: `report_to` has 'wandbb'; it may have"),
-    ):
-        assert error_of([name, *flags], capsys).startswith(said)
 
 
 def test_broken_files_that_options_name_are_one_sentence(tmp_path, capsys):
@@ -106,3 +94,28 @@ def test_broken_files_that_options_name_are_one_sentence(tmp_path, capsys):
         text = error_of(["dpo", *map(str, flags)], capsys)
         assert text.startswith(f"error: {said}")
         assert len(text.splitlines()) == 1
+
+
+# --- the demo
+
+
+def test_demo_is_a_reward_model_and_then_ppo_against_it(monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.setattr(demo.subprocess, "run", lambda words: ran.append(words[3:]) or Namespace(returncode=0))
+    monkeypatch.setattr(embedded, "smollm2", lambda: pytest.fail("loaded something"))
+    demo.main(["--output_dir", str(tmp_path)])
+    (first, *of_reward), (second, *of_ppo) = ran
+    assert (first, second) == ("reward", "ppo")
+    reward, ppo = command("reward").COMMAND.options(of_reward), command("ppo").COMMAND.options(of_ppo)
+    assert ppo.reward_model_path == reward.output_dir == str(tmp_path / "reward-demo")
+    assert ppo.total_episodes == 896  # the demo's recipe
+    monkeypatch.setattr(demo.subprocess, "run", lambda words: Namespace(returncode=3))
+    with pytest.raises(SystemExit) as end:
+        demo.main([])
+    assert end.value.code == 3
+
+
+def test_demo_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs gguf, matplotlib, jinja2: pip install 'trl-ext\[demo\]'"):
+        demo.main([])

@@ -26,6 +26,7 @@ OF_THE_MODEL = {
     f"{LORA} --load_in_4bit --bnb_4bit_quant_type x": "invalid choice: 'x'",
     "--load_in_4bit": "`--load_in_4bit` without an adapter: such weights are not trained. Add `--use_peft`.",
     "--attn_implementation flash_attention_9": "Leave out `--attn_implementation flash_attention_9`, or give sdpa",
+    "--attn_implementation flash_attention_2": "Leave out `--attn_implementation flash_attention_2`, or give sdpa or",
     "--attn_implementation none/of-the-hub": "Leave out `--attn_implementation none/of-the-hub`, or give sdpa",
     "--dtype foo": "invalid choice: 'foo'",
     "--pad_token nothing": "The specified `pad_token` ('nothing') is not found in the vocabulary",
@@ -45,6 +46,9 @@ OF_THE_TRAINING = {
     "--eval_strategy steps --eval_steps -1": "`eval_steps` is -1.0; it must be above 0. For none at all",
     "--save_steps 0": "`save_steps` is 0.0; it must be above 0. For none at all set `save_strategy=no`.",
     "--seed -1": "`seed` is -1; it must be 0 or above",
+    "--dataloader_prefetch_factor 2": "--dataloader_prefetch_factor can only be set when data is",
+    "--logging_steps 0": "`logging_steps` is 0.0; it must be above 0. For none at all set `logging_str",
+    "--per_device_train_batch_size 0": "`per_device_train_batch_size` is 0; it must be",
 }
 
 
@@ -64,17 +68,13 @@ def test_what_other_packages_refuse_is_one_sentence(words, paths, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", ["reward", "ppo"])
-@pytest.mark.parametrize("words", [*list(OF_THE_MODEL)[:2], "--attn_implementation flash_attention_9", "--seed -1"])
+@pytest.mark.parametrize(
+    "words", [*list(OF_THE_MODEL)[:2], "--attn_implementation flash_attention_9", *list(OF_THE_TRAINING)[-4:]]
+)
 def test_other_commands_refuse_it_alike(name, words, paths, tmp_path, capsys):
     said = refusal(name, words, paths, tmp_path, capsys)
     assert said.startswith("error: ")
-    assert any(part in said for part in ("`--lora_target_modules`", "`--attn_implementation", "`seed`"))
-
-
-def test_missing_attention_package_is_named(paths, tmp_path, capsys):
-    said = refusal("dpo", "--attn_implementation flash_attention_2", paths, tmp_path, capsys)
-    assert "FlashAttention2" in said
-    assert said.endswith("Leave out `--attn_implementation flash_attention_2`, or give sdpa or eager.")
+    assert (OF_THE_MODEL | OF_THE_TRAINING)[words] in said
 
 
 def test_advice_of_a_refusal_trains(paths, tmp_path, monkeypatch):
@@ -111,6 +111,5 @@ def test_names_are_looked_for_in_a_model_with_an_adapter_alone():
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_dry_run_checks_the_adapter(name, paths, tmp_path, capsys):
-    assert "`lora_task_type`" in refusal(
-        name, "--use_peft --lora_task_type TOKEN_CLS --dry_run", paths, tmp_path, capsys
-    )
+    words = "--use_peft --lora_task_type TOKEN_CLS --dry_run"
+    assert "`lora_task_type`" in refusal(name, words, paths, tmp_path, capsys)

@@ -39,12 +39,7 @@ def test_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, name, 
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "llama", "hidden_size": "wide"},
-        {"model_type": "llama", "num_attention_heads": 0},
-        [],
-    ],
+    "config", [{"model_type": "llama", "hidden_size": "wide"}, {"model_type": "llama", "num_attention_heads": 0}, []]
 )
 def test_config_that_makes_no_sense_is_one_sentence(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))

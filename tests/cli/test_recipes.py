@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli_runs import RECIPES
 from commands import ROOT, command
 from trl_ext.cli.recipes import INSTALLED, find_config
+from zero_runs import launched
 
 
 # Of TRL, transformers and torch themselves, on the way through whole commands.
@@ -56,10 +59,106 @@ def test_recipe_outside_a_checkout_finds_its_deepspeed_file(tmp_path, monkeypatc
     assert given.deepspeed == str(INSTALLED / "deepspeed" / "ppo_33b_4x80g.json")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_recipe_says_what_it_is_for(path):
-    head = path.read_text().split("\n\n")[0]
-    for entry in ("Hardware:", "Launch:"):
-        assert entry in head
-    assert "Expected:" in head or "Measured:" in head
-    assert "@" not in head
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+SIZED = "33b_full_offload 33b_lora 33b_qlora 8b_qlora_24gb 1b5_12gb 0b5_cpu".split()
+EMBEDDED = ("demo", "documents", "0b5_cpu")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_says_what_it_is_for_and_is_accepted(path, monkeypatch):
+    text, room = path.read_text(), path.parent.name
+    opening = text.split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in opening)
+    said = [line.split(":")[0].removeprefix("# ") for line in opening if re.match(r"# [A-Z][a-z]+: ", line)]
+    assert {"Hardware", "Launch"} < set(said)
+    assert {"Expected", "Measured"} & set(said)
+    assert "@" not in opening
+    if path.stem in SIZED:
+        assert said == ["Hardware", "Launch", "Memory", "Measured"]
+        assert opening.index("#") > 0, "the purpose comes first"
+        assert re.search(rf"trl-ext {room}( --\w+ \w+)* --config configs/{name_of(path)}", "\n".join(opening))
+        assert f"trl-ext plan --from-config configs/{name_of(path)}" in text
+    for named in re.findall(r"(?:configs|docs)/[\w./]+\.(?:yaml|json|md)", text):
+        assert (ROOT / named).is_file(), named
+    monkeypatch.chdir(ROOT)  # a recipe may name a DeepSpeed file, which must not stay in force
+    with launched({}):
+        data, _, args = command(room).COMMAND.options(["--config", str(path)]).make()
+    assert (data.dataset_name is None) == (path.stem in EMBEDDED)
+    assert args.output_dir.startswith("outputs/")
+
+
+def test_there_is_a_recipe_for_every_size():
+    assert {f"{room}/{name}" for room in ("ppo", "dpo") for name in SIZED} <= set(map(name_of, RECIPES))
+
+
+@pytest.mark.parametrize("room, deepspeed, gpus", [("ppo", "ppo_33b_4x80g", 4), ("dpo", "dpo_33b_2x80g", 2)])
+def test_recipes_of_33b_are_the_documents_layout(room, deepspeed, gpus):
+    """In full with a DeepSpeed file; a quantised base is small enough to be whole on every GPU."""
+    text = (ROOT / "configs" / room / "33b_full_offload.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    assert recipe["deepspeed"] == f"configs/deepspeed/{deepspeed}.json"
+    assert f"trl-ext {room} --nproc {gpus} --config" in text
+    assert not {"use_peft", "load_in_4bit"} & {key for key, value in recipe.items() if value}
+    for name in ("33b_qlora", "8b_qlora_24gb"):
+        recipe = yaml.safe_load((ROOT / "configs" / room / f"{name}.yaml").read_text())
+        assert (recipe["load_in_4bit"], recipe["use_peft"], recipe.get("deepspeed")) == (True, True, None)
+
+
+def options_of(room, name):
+    return command(room).COMMAND.options(["--config", f"{room}/{name}"])
+
+
+@pytest.mark.parametrize("name", [*SIZED, "documents"])
+def test_recipes_of_ppo_take_the_documents_numbers(name):
+    """S1 §6.2; the KL to the reference is kept within 0.5 to 2 nats per sequence."""
+    given = options_of("ppo", name)
+    numbers = ("cliprange", "gamma", "lam", "vf_coef", "ent_coef", "kl_band")
+    assert [getattr(given, number) for number in numbers] == [0.2, 0.99, 0.95, 0.5, 0.01, [0.5, 2.0]]
+    if name == "documents":
+        assert (given.kl_placement, given.kl_estimator) == ("loss", "k2")
+        assert (given.whiten_advantages, given.cliprange_value) == (False, None)
+
+
+@pytest.mark.parametrize("name", ["33b_full_offload", "documents"])
+def test_recipes_of_dpo_take_the_documents_numbers(name):
+    """S1 §6.2: beta 0.1 to 0.5, learning rate 1e-6, 16 pairs per device."""
+    given = options_of("dpo", name)
+    assert (given.beta, given.learning_rate, given.loss_type, given.label_smoothing) == (0.1, 1e-6, ["sigmoid"], 0.0)
+    assert given.per_device_train_batch_size * given.gradient_accumulation_steps == 16
+
+
+def test_qlora_recipe_asks_for_nf4_and_an_adapter():
+    _, model, args = options_of("dpo", "8b_qlora_24gb").make()
+    quantization, adapter = model.quantization(), model.adapter()
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
+    assert quantization.bnb_4bit_use_double_quant
+    assert (adapter.r, adapter.target_modules, args.gradient_checkpointing) == (16, "all-linear", True)
+    assert args.metric_for_best_model == "eval_rewards/accuracies"
+
+
+# --- the memory that a header names is what the planner says when it is asked as the header says
+
+HEADER = re.compile(r"^# Memory: +(.+), planned by\n# +(trl-ext plan .+)$", flags=re.MULTILINE)
+PLANNED = {path: HEADER.search(path.read_text()) for path in RECIPES if path.parent.name != "reward"}
+
+
+def test_recipes_for_hardware_name_their_memory():
+    without = {path.stem for path, header in PLANNED.items() if header is None}
+    assert without == {"demo", "documents"}  # which have been run, and which are for no hardware in particular
+
+
+@pytest.mark.parametrize("path", [path for path in PLANNED if PLANNED[path]], ids=name_of)
+def test_header_says_what_the_planner_says(path, capsys, monkeypatch):
+    figure, line = PLANNED[path].groups()
+    assert f"--from-config {path.relative_to(ROOT)}" in line
+    monkeypatch.chdir(ROOT)
+    command("plan").main(shlex.split(line)[2:])
+    said = capsys.readouterr().out
+    assert "It fits" in said
+    numbers = re.findall(r"\d+\.\d|\d+(?= GiB of host)", figure)
+    assert numbers
+    for number in numbers:
+        assert re.search(rf"\b{re.escape(number)} of ", said), number

@@ -30,18 +30,9 @@ def test_every_format_has_an_example():
 
 def test_columns_are_described_by_what_they_hold():
     row = {"a": "x", "b": 1, "c": 0.5, "d": True, "e": USER, "f": SHAREGPT, "g": [1], "h": ["x"], "i": None, "j": []}
-    assert describe(dataset(row)).columns == {
-        "a": "text",
-        "b": "number",
-        "c": "number",
-        "d": "true or false",
-        "e": "conversation",
-        "f": "conversation with `from` and `value`",
-        "g": "token ids",
-        "h": "list of text",
-        "i": "nothing",
-        "j": "empty list",
-    }
+    kinds = ["text", "number", "number", "true or false", "conversation", "conversation with `from` and `value`"]
+    kinds += ["token ids", "list of text", "nothing", "empty list"]
+    assert list(describe(dataset(row)).columns.values()) == kinds
     assert describe(dataset(row).select([])).columns["a"] == "no rows"
 
 
@@ -85,10 +76,8 @@ def test_rename_to_a_name_that_is_taken_is_refused_with_a_way_out():
 
 
 def test_columns_are_parsed_from_a_command_line():
-    assert parse_columns(["prompt=question", "chosen = the good one"]) == {
-        "prompt": "question",
-        "chosen": "the good one",
-    }
+    parsed = parse_columns(["prompt=question", "chosen = the good one"])
+    assert parsed == {"prompt": "question", "chosen": "the good one"}
     for pair in ("prompt", "=question", "prompt=", ""):
         with pytest.raises(ValueError, match="maps no column: write `new=old`"):
             parse_columns([pair])
@@ -186,7 +175,5 @@ def test_conversations_need_a_chat_template():
     require_chat_template(dataset({"prompt": USER}), tokenizer)
     tokenizer.chat_template = None
     require_chat_template(dataset({"prompt": "what"}), tokenizer)
-    with pytest.raises(
-        ValueError, match=r"\['prompt'\] of `x` hold conversations, and the tokenizer has no chat template"
-    ):
+    with pytest.raises(ValueError, match=r"\['prompt'\] of `x` hold conversations, and the tokenizer has no chat"):
         require_chat_template(dataset({"prompt": USER}), tokenizer, "x")

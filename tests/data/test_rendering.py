@@ -119,11 +119,7 @@ REFUSED = {  # name -> the tokenizer, a pair, what the error says
         "leaves out a part of `chosen`",
     ),
     "thoughts under a key": (tokenizer(), REASONED, "it says 'so so'"),
-    "a call of a tool": (
-        tokenizer(),
-        CALLED,
-        "leaves out `tool_calls` of `chosen` of row 0 .*: 'look' is not",
-    ),
+    "a call of a tool": (tokenizer(), CALLED, "leaves out `tool_calls` of `chosen` of row 0 .*: 'look' is not"),
     "a call before the answer": (
         tokenizer(),
         chat() | {"prompt": said("user", "who ?") + CALLED["chosen"] + said("tool", "blue")},
@@ -292,9 +288,8 @@ def test_dpo_says_that_it_would_learn_what_others_say(tmp_path, caplog):
     assert "why ?" not in words
     assert "Answers of the train dataset go on over turns of the role user" in caplog.text
     caplog.clear()
-    dpo_runs.dpo_trainer(
-        tmp_path, {"train_dataset": Dataset.from_list([{"chosen": both["good"], "rejected": both["bad"]}] * 4)}
-    )
+    short = [{"chosen": both["good"], "rejected": both["bad"]}] * 4
+    dpo_runs.dpo_trainer(tmp_path, {"train_dataset": Dataset.from_list(short)})
     assert "go on over turns" not in caplog.text
 
 
@@ -325,10 +320,8 @@ def test_question_that_nobody_reads_is_an_error_with_its_cure(row, way, expected
         check_columns(cured, None, tokenizer)
         pair = next(iter(cured))
         expected = expected or said("system", "be kind") + said("user", "who is it ?" + " " * (row is not ORCA))
-        assert pair["prompt"] == expected or [m["content"].strip() for m in pair["prompt"]] == [
-            "be kind",
-            "who is it ?",
-        ]
+        turns = [] if isinstance(pair["prompt"], str) else [m["content"].strip() for m in pair["prompt"]]
+        assert pair["prompt"] == expected or turns == ["be kind", "who is it ?"]
         assert "a cat" in str(pair["chosen"])
 
 
@@ -342,9 +335,7 @@ def test_text_beside_answers_that_have_no_prompt_is_an_error_with_its_cure(name,
     row = {name: said("user", QUESTION) if name == "messages" else QUESTION, **ANSWERS, "source": "forum of cats"}
     rows = Dataset.from_list([row] * 3)
     given = rows.to_iterable_dataset() if as_stream else rows
-    with pytest.raises(
-        ValueError, match=f"Nothing would read '{name}', and .* {QUESTION!r}".replace("?", r"\?")
-    ) as error:
+    with pytest.raises(ValueError, match=rf"Nothing would read '{name}', and .* 'who is it \?'") as error:
         check_columns(given, None, tokenizer)
     if name == "messages":  # there is no telling how answers in text go on from it
         assert "one conversation in `prompt`, and the answers as messages of the assistant" in str(error.value)
@@ -363,26 +354,16 @@ def test_reward_training_and_dpo_refuse_answers_without_their_question(tmp_path)
             make(tmp_path, {"train_dataset": rows})
 
 
-METADATA = {
-    "source": "a b",
-    "prompt_id": "x y",
-    "chosen_model": "m n",
-    "score": 0.5,
-    "lang": "en",
-    "label": "good one",
-}
+METADATA = {"source": "a b", "prompt_id": "x y", "chosen_model": "m n", "score": 0.5, "lang": "en", "label": "good"}
 
 
 def test_text_that_nothing_reads_beside_a_prompt_is_named_in_one_line(tmp_path, caplog):
     for whole in (TEXT, chat(), implicit(chat())):
         check_columns(Dataset.from_list([whole | METADATA] * 3), None, tokenizer)
         assert caplog.messages == []
-        more = {"context": "the story of it", "history": [["so", "so"]], "question": "who is it ?"}
-        check_columns(
-            Dataset.from_list([whole | (more if "prompt" in whole else {"history": more["history"]})] * 3),
-            None,
-            tokenizer,
-        )
+        more = {"context": "the story of it", "question": "who is it ?"} if "prompt" in whole else {}
+        more |= {"history": [["so", "so"]]}
+        check_columns(Dataset.from_list([whole | more] * 3), None, tokenizer)
         assert len(caplog.messages) == 1
         named = "'context', 'history'" if "prompt" in whole else "'history'"
         assert f"Nothing reads the columns {named} of `train_dataset`" in caplog.text
@@ -400,11 +381,11 @@ def test_ppo_names_text_that_no_reward_function_could_read(tmp_path, caplog):
 
 
 def test_system_that_is_empty_in_the_first_rows_is_seen():
-    for empty in ("", None):
-        rows = Dataset.from_list([TEXT | {"system": empty}] * 40 + [TEXT | {"system": "be kind"}] * 3)
+    for empty, before, after in (("", 40, 3), (None, 40, 3), ("", 2, 1)):
+        rows = Dataset.from_list([TEXT | {"system": empty}] * before + [TEXT | {"system": "be kind"}] * after)
         with pytest.raises(ValueError, match=r"Nothing would read 'system'.*'be kind'"):
             check_columns(rows, None, tokenizer)
-        assert [len(row["prompt"]) for row in to_preference(rows)] == [1] * 40 + [2] * 3
+        assert [len(row["prompt"]) for row in to_preference(rows)] == [1] * before + [2] * after
 
 
 def test_question_that_the_answers_begin_with_is_no_error():
@@ -414,34 +395,22 @@ def test_question_that_the_answers_begin_with_is_no_error():
     rendering.check_written_prompts(prompts, "prompts", tokenizer(), None, list)
 
 
-def test_system_of_a_later_row_is_seen_too():
-    rows = Dataset.from_list([TEXT | {"system": text} for text in ("", "", "be kind")])
-    with pytest.raises(ValueError, match="Nothing would read 'system'"):
-        check_columns(rows, None, tokenizer)
-    cured = to_preference(rows)
-    assert [len(row["prompt"]) for row in cured] == [1, 1, 2]
-
-
 def test_prompts_get_their_system_turn(tmp_path):
     rows = Dataset.from_list([{"prompt": "who ?", "system": "be kind", "answer": "a cat"}] * 8)
-    with pytest.raises(
-        ValueError, match=r"Nothing would read 'system'.*`trl_ext.data.conversions.to_prompts\(dataset\)`"
-    ):
+    with pytest.raises(ValueError, match=r"Nothing would read 'system'.*`.*conversions.to_prompts\(dataset\)`"):
         ppo_runs.ppo_trainer(tmp_path, {"train_dataset": rows})
-    assert to_prompts(rows)[0] == {
-        "prompt": said("system", "be kind") + said("user", "who ?"),
-        "answer": "a cat",
-    }
+    assert to_prompts(rows)[0] == {"prompt": said("system", "be kind") + said("user", "who ?"), "answer": "a cat"}
 
 
 def test_conversions_join_parts_and_take_a_repeated_prompt_off():
-    rows = to_preference(Dataset.from_list([IN_PARTS] * 2))
-    assert rows[0] == chat("who ?")
-    assert to_prompts(Dataset.from_list([{"prompt": said("user", parts("who ?"))}]))[0] == {
-        "prompt": said("user", "who ?")
-    }
-    assert to_preference(Dataset.from_list([chat() | implicit(chat())]))[0] == chat()
-    assert to_preference(Dataset.from_list([TEXT | implicit(TEXT)]))[0] == TEXT
+    in_parts = Dataset.from_list([{"prompt": said("user", parts("who ?"))}])
+    assert to_prompts(in_parts)[0] == {"prompt": said("user", "who ?")}
+    for row, converted in (
+        (IN_PARTS, chat("who ?")),
+        (chat() | implicit(chat()), chat()),
+        (TEXT | implicit(TEXT), TEXT),
+    ):
+        assert to_preference(Dataset.from_list([row] * 2))[0] == converted
 
 
 def test_padding_that_is_the_bos_token_is_no_second_bos(tmp_path):

@@ -17,10 +17,10 @@ TEMPLATE = (
 ) + tiny.CHAT_TEMPLATE
 
 
-def tokenizer():
-    return_value = tiny.tiny_tokenizer()
-    return_value.chat_template = TEMPLATE
-    return return_value
+def tokenizer(template=TEMPLATE):
+    made = tiny.tiny_tokenizer()
+    made.chat_template = template
+    return made
 
 
 def user(text):
@@ -96,19 +96,10 @@ PROMPTS = {
 @pytest.fixture(scope="module")
 def grpo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo")
-    args = GRPOConfig(
-        str(folder),
-        per_device_train_batch_size=2,
-        num_generations=2,
-        max_completion_length=2,
-        report_to="none",
-        bf16=False,
-        use_cpu=True,
-        chat_template_kwargs={"shout": True},
-    )
-    return GRPOTrainer(
-        tiny.tiny_actor(), response_lengths, args, train_dataset=tiny.tiny_prompts(4), processing_class=tokenizer()
-    )
+    sizes = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 2}
+    machine = {"report_to": "none", "bf16": False, "use_cpu": True}
+    args = GRPOConfig(str(folder), **sizes, **machine, chat_template_kwargs={"shout": True})
+    return GRPOTrainer(tiny.tiny_actor(), response_lengths, args, tiny.tiny_prompts(4), processing_class=tokenizer())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -227,22 +218,16 @@ def test_ppo_says_what_makes_prompts_of_it(folder, row, message):
 @pytest.mark.parametrize("trainer, rows", [(ppo_on, PROMPTS["conversation"]), (dpo_on, CHAT)], ids=["ppo", "dpo"])
 @pytest.mark.parametrize("make", [dataset, stream], ids=["dataset", "stream"])
 def test_conversations_without_a_chat_template_are_refused(folder, trainer, rows, make):
-    bare = tiny.tiny_tokenizer()
-    bare.chat_template = None
     with pytest.raises(ValueError, match="of `train_dataset` hold conversations, and the tokenizer has no chat temp"):
-        trainer(folder, train_dataset=make(*rows), processing_class=bare)
+        trainer(folder, train_dataset=make(*rows), processing_class=tokenizer(None))
 
 
 def test_template_is_looked_for_in_the_models_folder(folder):
-    bare = tiny.tiny_tokenizer()
-    bare.chat_template = None
     (folder / "none" / "chat_template.jinja").unlink()
-    bare.save_pretrained(folder / "none")
+    tokenizer(None).save_pretrained(folder / "none")
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         dpo_on(folder, train_dataset=dataset(*CHAT), processing_class=None)
-    with pytest.raises(
-        OSError, match="no file named"
-    ):  # the control: text goes on to the weights, which are not there
+    with pytest.raises(OSError, match="no file named"):  # the control: text goes on to the weights
         dpo_on(folder, train_dataset=dataset(*STANDARD), processing_class=None)
 
 
@@ -254,8 +239,6 @@ def test_stream_of_no_rows_is_refused(folder, trainer):
 
 def test_images_are_left_to_trl(folder):
     """A vision row is not asked for a chat template of the text tokenizer: TRL says what it needs."""
-    bare = tiny.tiny_tokenizer()
-    bare.chat_template = None
     rows = dataset(*[row | {"image": [0.0]} for row in CHAT])
     with pytest.raises(ValueError, match="vision"):
-        dpo_trainer(folder, {"train_dataset": rows, "processing_class": bare})
+        dpo_trainer(folder, {"train_dataset": rows, "processing_class": tokenizer(None)})

@@ -30,8 +30,10 @@ def build(name: str, words: list[str]) -> Any:
 
 
 def script(name: str) -> ModuleType:
-    """`<name>.py` of `scripts/`, `benchmarks/` or `experiments/`."""
+    """`<name>.py` of `scripts/`, `benchmarks/` or `experiments/`; as when it is run, it can import its neighbours."""
     (path,) = (path for room in FOLDERS for path in (ROOT / room).glob(f"{name}.py"))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up their annotations

@@ -63,11 +63,9 @@ def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mi
 
 
 def test_defaults_are_those_of_the_configs(tmp_path):
-    args = PPOConfigX(str(tmp_path), use_cpu=True)
-    layout, empty = layout_from_options("ppo", vars(args), CPU), layout_from_options("ppo", {}, CPU)
-    assert layout == empty
-    args = DPOConfigX(str(tmp_path), use_cpu=True)
-    assert layout_from_options("dpo", vars(args), CPU) == layout_from_options("dpo", {}, CPU)
+    for name, config in CONFIGS.items():
+        args = config(str(tmp_path), use_cpu=True)
+        assert layout_from_options(name, vars(args), CPU) == layout_from_options(name, {}, CPU)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +207,12 @@ def test_run_that_does_not_fit_stops_with_the_plan(tmp_path):
     assert message.endswith("`--force` trains all the same.")
 
 
-def test_force_goes_on_and_so_does_what_fits(tmp_path):
+def test_what_goes_on(tmp_path, monkeypatch):
+    """With `--force`, what fits, a model that the planner cannot read, and, without a GPU, anything."""
     model, asked, config = arguments(tmp_path)
     require_fit("ppo", model, dataclasses.replace(asked, force=True), config, hardware=GPU)
     require_fit("ppo", model, asked, config, hardware=dataclasses.replace(GPU, memory=4000 * GIB))
-
-
-def test_without_a_gpu_nothing_is_checked(tmp_path, monkeypatch):
-    model, asked, config = arguments(tmp_path)
+    require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), asked, config, hardware=GPU)
     monkeypatch.setattr(fit, "this_machine", lambda: pytest.fail("looked for a GPU"))
     require_fit("ppo", model, asked, config)
     assert not torch.cuda.is_available()
@@ -229,11 +225,6 @@ def test_visible_gpus_are_what_it_is_to_fit(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"of 24\.0 GiB"):
         require_fit("ppo", model, asked, config)
     require_fit("ppo", model, asked, PPOConfigX(str(tmp_path), use_cpu=True, bf16=False))
-
-
-def test_model_that_the_planner_cannot_read_is_left_to_the_trainer(tmp_path):
-    _, asked, config = arguments(tmp_path)
-    require_fit("ppo", ModelArguments(model_name_or_path="no/such-model"), asked, config, hardware=GPU)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("per layer"), KeyError("head_dim"), ValueError("no such model")])

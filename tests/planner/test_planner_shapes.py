@@ -64,17 +64,15 @@ def test_counts_are_those_of_a_real_model(tied):
     assert (scored.head, scored.tied) == (16, False)
 
 
-def test_experts_that_a_token_does_not_meet_are_not_active():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    from transformers import MixtralConfig
+EXPERTS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+EXPERTS |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
 
-    config = MixtralConfig(
-        **sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0
-    )
-    shape = model_shape(config)
-    of_expert = 3 * 16 * 32
+
+def test_experts_that_a_token_does_not_meet_are_not_active():
+    shape = model_shape(MixtralConfig(**EXPERTS, num_experts_per_tok=2))
+    of_expert = 3 * 64 * 128
     assert shape.parameters - shape.active == 2 * 2 * of_expert
-    assert shape.inner == 2 * 32
+    assert shape.inner == 2 * 128
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\..*(v_proj|o_proj)"])
@@ -107,28 +105,17 @@ def test_what_4_bit_loading_packs(tmp_path):
     assert model_shape(config).linear == sum(2 * weight.numel() for weight in weights)  # two in a byte
 
 
-def test_name_that_is_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"is no folder or hub name .* no built-in shape\. Built-in shapes: .*33b"):
-        model_shape("no/such-model")
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gpt_neox"])
 def test_older_families_are_counted_too(kind):
     config = AutoConfig.for_model(kind)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert model_shape(config).parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_model_without_attention_heads_is_refused_by_name():
-    with pytest.raises(ValueError, match="cannot read the sizes of a 'mamba' model"):
-        model_shape(AutoConfig.for_model("mamba"))
+    assert model_shape(config).parameters == count(model)
 
 
 def test_4_bit_loading_leaves_stacked_experts_as_they_are(tmp_path):
     """Counted on what bitsandbytes makes of a mixture of experts."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
-    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    config = MixtralConfig(**EXPERTS)
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     loaded = MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     packed = sum(m.in_features * m.out_features for m in loaded.modules() if type(m).__name__ == "Linear4bit")
@@ -182,19 +169,17 @@ def test_every_family_is_planned_or_refused_in_one_sentence(kind, with_score):
     config = AutoConfig.for_model(kind)
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = 2
-    said = ""
     try:
         said = str(model_shape(config, with_score))
     except ValueError as error:
         said = str(error)
     assert said.startswith(("ModelShape(", f"The planner cannot read the sizes of a {kind!r} model ("))
+    assert kind != "mamba" or said.startswith("The planner cannot")  # it has no attention heads
     assert len(said.splitlines()) == 1
 
 
 def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
-    with pytest.raises(
-        ValueError, match=r"A LoRA adapter on \('q_proj',\) of a 'gpt2' model: Target modules .* not found"
-    ):
+    with pytest.raises(ValueError, match=r"A LoRA adapter on \('q_proj',\) of a 'gpt2' model: Target modules .* not"):
         adapter_shape(AutoConfig.for_model("gpt2", n_layer=1), 4, ("q_proj",))
 
 
@@ -203,5 +188,6 @@ def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
 )
 def test_config_that_cannot_be_read_is_refused_in_one_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="is no folder or hub name with a config that can be read"):
-        model_shape(str(tmp_path))
+    for name in (str(tmp_path), "no/such-model"):
+        with pytest.raises(ValueError, match=r"is no folder or hub name with a config .* Built-in shapes: .*33b"):
+            model_shape(name)

@@ -1,14 +1,12 @@
 """Proof: what the planner says is within 10% of what the process holds at its peak, on runs of different layout."""
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
+from commands import script
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
 # Six of the runs of docs/measurements.md; `benchmarks/measure_memory.py` repeats all.
 RUNS = ["ppo-model", "ppo-head-checkpointing", "ppo-lora", "ppo-qlora", "dpo-full", "dpo-lora"]
 
@@ -17,12 +15,8 @@ RUNS = ["ppo-model", "ppo-head-checkpointing", "ppo-lora", "ppo-qlora", "dpo-ful
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RUNS)
 def test_plan_is_within_a_tenth_of_the_measured_peak(name, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count()))  # one run at a time has all cores
-    spec = importlib.util.spec_from_file_location("scripts_measure_memory", SCRIPTS / "measure_memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = script("measure_memory")
     module.save_models(module.TINY, tmp_path / "warm-up")
     module.save_models(module.RUNS[name]["config"], tmp_path / name)
     planned = module.planned(module.RUNS[name], tmp_path / name)

@@ -5,21 +5,22 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from commands import command
+from commands import ROOT, command
 from run_logs import DPO_LOG, PPO_LOG, png_size, run_folder, write_completions
 from trl_ext.report import Run, read_run, write_report
 from trl_ext.report.drawing import COLOURS, running_mean, thin
 from trl_ext.report.page import render
 from trl_ext.report.pictures import draw, panels_of
+from trl_ext.report.policy_panels import POLICY
+from trl_ext.report.preference_panels import PREFERENCE
 from trl_ext.runs.folder import is_of_this_run
+from trl_ext.runs.tables import write_rows
 
 
-ROOT = Path(__file__).resolve().parents[2]
 DONE = {"step": 2, "train_runtime": 1.0}
 
 
@@ -37,12 +38,6 @@ def headings(page):
 def undrawn(monkeypatch):
     """Pages without their panels, for tests of what else stands on them: drawing takes a second or two."""
     monkeypatch.setattr("trl_ext.report.page.draw", lambda runs: [])
-
-
-def titles(folder):
-    """What the page of a run would draw."""
-    run = read_run(folder)
-    return [panel.title for panel, _ in panels_of([run])]
 
 
 class Balanced(html.parser.HTMLParser):
@@ -68,40 +63,15 @@ class Balanced(html.parser.HTMLParser):
 
 
 def test_page_of_a_ppo_run_shows_all_that_its_log_has(tmp_path):
-    extra = {
-        "policy/clip_fraction": 0.1,
-        "policy/approx_kl": 0.01,
-        "value/explained_variance": 0.2,
-        "completions/mean_length": 7.0,
-        "completions/clipped_ratio": 0.5,
-        "time/generate": 1.0,
-        "time/learn": 2.0,
-        "tokens_per_second": 50.0,
-        "learning_rate": 1e-3,
-        "rewards/a/mean": 1.0,
-        "rewards/a/std": 1.0,
-        "rewards/b/mean": 1.0,
-        "rewards/b/std": 1.0,
-        "memory/learn": 3.0,
-    }
+    extra = dict.fromkeys(
+        "policy/clip_fraction policy/approx_kl value/explained_variance completions/mean_length "
+        "completions/clipped_ratio time/generate time/learn tokens_per_second learning_rate rewards/a/mean "
+        "rewards/a/std rewards/b/mean rewards/b/std memory/learn".split(),
+        0.05,
+    )
     log = [line | extra if "reward/score" in line else line for line in PPO_LOG]
     page = write_report([run_folder(tmp_path / "my-run", log)]).read_text(encoding="utf-8")
-    assert headings(page) == [
-        "Reward",
-        "Reward against KL",
-        "KL to the reference and its coefficient",
-        "What each term adds to the loss",
-        "Lengths of responses",
-        "Responses cut off",
-        "Entropy",
-        "Clipping, and how far an update goes",
-        "Explained variance of the critic",
-        "Rewards by source",
-        "Time by phase",
-        "Throughput",
-        "Memory by phase",
-        "Learning rate and gradient",
-    ]
+    assert headings(page) == [panel.title for panel in POLICY]
     text = text_of(page)
     assert "my-run" in text
     assert "Not yet : 1 rollouts are logged" in text
@@ -113,18 +83,8 @@ def test_page_of_a_dpo_run_has_the_table_before_and_after(tmp_path, undrawn):
     extra = {"kl/ref": 0.1, "preference/gradient_weight": 0.4, "tokens_per_second": 9000.0, "memory/learn": 3.0}
     log = [line | extra if "loss" in line else line for line in DPO_LOG] + [{"step": 2, "memory/evaluate": 5.0}]
     page = write_report([run_folder(tmp_path / "d", log)]).read_text(encoding="utf-8")
-    assert titles(tmp_path / "d") == [
-        "Loss",
-        "Preference accuracy",
-        "Implicit rewards",
-        "Margin between chosen and rejected",
-        "Drift of the log-probabilities",
-        "Calibration, and the pull of length",
-        "KL to the reference, estimated on the pairs",
-        "Gradient weight",
-        "Throughput",
-        "Memory by phase",
-    ]
+    drawn = [panel for panel, _ in panels_of([read_run(tmp_path / "d")])]
+    assert drawn == [panel for panel in PREFERENCE if panel.title != "Learning rate and gradient"]
     text = text_of(page)
     assert "preference accuracy (95% interval) all ties 75.0% (50.0% to 87.5%)" in text
     assert "margin, mean +0.000 +1.000" in text
@@ -173,19 +133,19 @@ def test_what_models_write_does_not_become_markup(tmp_path, undrawn):
 def test_samples_beside_the_reference_are_shown(tmp_path, folder, undrawn):
     """As `SampleCallback` and as `DPOTrainerX` write them."""
     run = run_folder(tmp_path / "run", DPO_LOG)
-    (run / folder).mkdir()
     for step in (1, 2):
-        row = {"prompt": "hello", "actor": f"at {step}", "reference": "at the start"}
-        (run / folder / f"step_{step:05d}.jsonl").write_text(json.dumps(row) + "\n")
+        write_rows(
+            run / folder / f"step_{step:05d}.jsonl",
+            [{"prompt": "hello", "actor": f"at {step}", "reference": "at the start"}],
+        )
     assert "hello at the start at 2" in text_of(write_report([run]).read_text(encoding="utf-8"))
 
 
 def test_implicit_rewards_of_pairs_are_shown_first_and_last(tmp_path, undrawn):
     run = run_folder(tmp_path / "run", DPO_LOG)
-    (run / "implicit_rewards").mkdir()
     for step, reward in ((0, 0.0), (2, 0.75)):
         row = {"prompt": "p", "chosen": "good", "rejected": "bad", "chosen_reward": reward, "rejected_reward": -reward}
-        (run / "implicit_rewards" / f"step_{step:05d}.jsonl").write_text(json.dumps(row) + "\n")
+        write_rows(run / "implicit_rewards" / f"step_{step:05d}.jsonl", [row])
     text = text_of(write_report([run]).read_text(encoding="utf-8"))
     assert "p good +0.00 → +0.75 bad +0.00 → -0.75 +1.50" in text.replace("-0.00", "+0.00")
 
@@ -396,6 +356,10 @@ def test_script_writes_page_and_picture(tmp_path, capsys):
     assert png_size(tmp_path / "page.png")
 
 
+def report(*words):
+    command("report").main([str(word) for word in words])
+
+
 def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, capsys):
     folder = run_folder(tmp_path / "run", PPO_LOG[:4], max_steps=3)
     waits = []
@@ -405,7 +369,7 @@ def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, ca
         run_folder(folder, PPO_LOG, global_step=3, max_steps=3)
 
     monkeypatch.setattr("time.sleep", sleep)
-    command("report").main([str(folder), "--watch", "7"])
+    report(folder, "--watch", 7)
     assert waits == [7]
     assert "step 2 of 3" in capsys.readouterr().out
 
@@ -415,29 +379,28 @@ def test_script_does_not_watch_a_run_that_was_killed(tmp_path, undrawn, monkeypa
     os.utime(folder / "trainer_state.json", (2000, 2000))
     (folder / "run.json").write_text(json.dumps({"begun": 1990, "every": 120}))
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for a dead run"))
-    command("report").main([str(folder), "--watch", "7"])
+    report(folder, "--watch", 7)
     assert re.search(r"step 2 of 3 \(has not been heard of for \d+ days\)", capsys.readouterr().out)
 
 
 def test_script_says_what_is_wrong(tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "trainer_state.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"error: No log can be read: .*half/trainer_state\.json"):
-        command("report").main([str(tmp_path / "half")])
     run_folder(tmp_path / "run", PPO_LOG)
-    with pytest.raises(SystemExit, match=r"error: .*x\.png is no name of a page"):
-        command("report").main([str(tmp_path / "run"), "--output", str(tmp_path / "x.png")])
-    with pytest.raises(SystemExit, match=r"error: .* holds no log of a run"):
-        command("report").main([str(tmp_path)])
+    for words, said in (
+        ([tmp_path / "half"], r"error: No log can be read: .*half/trainer_state\.json"),
+        ([tmp_path / "run", "--output", tmp_path / "x.png"], r"error: .*x\.png is no name of a page"),
+        ([tmp_path], "error: .* holds no log of a run"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            report(*words)
     with pytest.raises(SystemExit):
-        command("report").main([str(tmp_path), "--watch", "-1"])
+        report(tmp_path, "--watch", -1)
     assert "--watch is -1" in capsys.readouterr().err
 
 
 def test_template_is_installed_with_the_package():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"report/page.html"' in text
-    assert (ROOT / "trl_ext" / "report" / "page.html").is_file()
+    assert '"report/page.html"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_parquet_of_other_prompts_is_not_shown_as_before_and_after(tmp_path):

@@ -1,16 +1,18 @@
 """Reward training looks at data and model first; accuracy is a share of all pairs, and what is left out is said."""
 
+import json
 import logging
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import processors
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
+from trl import RewardConfig, RewardTrainer
 
 import dpo_runs
 import tiny
+from cli_runs import flags
 from reward_runs import reward_trainer
 from trl_ext.cli.commands import reward
 from trl_ext.cli.models import ModelArguments
@@ -64,14 +66,6 @@ def test_pairs_that_are_too_long_are_counted(tmp_path, caplog):
         reward_trainer(tmp_path, Dataset.from_list([LONG] * 2), rows, max_length=16)
 
 
-def with_bos():
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
-
-
 def without_template():
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = None
@@ -85,25 +79,21 @@ def without_thoughts():
     return tokenizer
 
 
-def chat(chosen="good", rejected="bad", role="assistant"):
+def chat(chosen="good", rejected="bad"):
     return {
         "prompt": [{"role": "user", "content": "why ?"}],
         "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": role, "content": rejected}],
+        "rejected": [{"role": "assistant", "content": rejected}],
     }
 
 
 PAIR = {"prompt": "why ? ", "chosen": "good", "rejected": "bad"}
 PARTS = [{"type": "text", "text": "good"}]
-REFUSED = {  # name -> tokenizer, row, what the error says
+REFUSED = {  # name -> tokenizer, row, what the error says; `tests/data/test_rendering.py` has all of them
     "no pairs": (tiny.tiny_tokenizer, {"prompt": "why ?", "completion": "good"}, "no column 'chosen' and 'rejected'"),
-    "a lost question": (tiny.tiny_tokenizer, {"question": "why ?", "chosen": "good", "rejected": "bad"}, "Nothing wo"),
     "an empty cell": (tiny.tiny_tokenizer, PAIR | {"rejected": None}, "'rejected' of .* is empty in 1 of 5 rows"),
-    "the prompt twice": (tiny.tiny_tokenizer, PAIR | {"chosen": "why ? good", "rejected": "why ? bad"}, "twice"),
-    "BOS twice": (with_bos, PAIR | {"prompt": "<bos> why ? "}, "puts another before it"),
     "no template": (without_template, chat(), "no chat template"),
     "content in parts": (tiny.tiny_tokenizer, chat(PARTS, PARTS), "joins parts of text"),
-    "an answer of the user": (tiny.tiny_tokenizer, chat(role="user"), "ends with a message of the role 'user'"),
     "thoughts that are cut off": (without_thoughts, chat("<think>so</think>good"), "leaves out a part of `chosen`"),
 }
 
@@ -252,3 +242,48 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_pair(tmp_path):
         FloatingPointError, match=r"The loss is nan after 0 .* scores nan \(chosen\) and .*cat dull <eos>'"
     ):
         trainer.train()
+
+
+# --- beside TRL's trainer
+
+SETTINGS = {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+SETTINGS |= {
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "per_device_train_batch_size": 4,
+    "center_rewards_coefficient": 0.1,
+}
+
+
+def trained(trainer):
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("bf16, dtype", [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_reward_command_equals_trls_trainer(tmp_path, bf16, dtype):
+    """The same losses and weights, in float32 and in 16 bits."""
+    model, pairs = tmp_path / "model", tmp_path / "pairs.jsonl"
+    tiny.tiny_reward_model().save_pretrained(model)
+    tiny.tiny_tokenizer().save_pretrained(model)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in dpo_runs.tiny_pairs(12)), encoding="utf-8")
+    given = ["--model", str(model), "--dtype", dtype, "--dataset_name", str(pairs), "--test_size", "4"]
+    data, options, args = reward.COMMAND.options(
+        [*given, "--output_dir", str(tmp_path / "ours"), *flags(**SETTINGS, bf16=bf16)]
+    ).make()
+    set_seed(args.seed)
+    ours = reward.COMMAND.build(data, options, args)
+    set_seed(args.seed)
+    theirs = RewardTrainer(
+        str(model),
+        RewardConfig(str(tmp_path / "theirs"), bf16=bf16, model_init_kwargs={"dtype": dtype}, **SETTINGS),
+        train_dataset=reward.load_pairs(data)["train"],
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    assert theirs.model.dtype == getattr(torch, dtype)
+    (losses, weights), (expected, expected_weights) = trained(ours), trained(theirs)
+    assert losses == expected
+    assert len(losses) == 2
+    assert all((weights[name] == each).all() for name, each in expected_weights.items())

@@ -17,20 +17,19 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl import RewardConfig
 from trl.trainer import dpo_trainer as trl_dpo
 
 import tiny
 from dpo_runs import TRLS, dpo_run, dpo_trainer, tiny_model, tiny_pairs
 from layers import PUBLIC_MODULES
 from ppo_runs import ppo_run, ppo_trainer
-from trl_ext import ReportCallback, RewardTrainerX
+from reward_runs import reward_trainer
+from trl_ext import ReportCallback
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
 from trl_ext.ppo.card import CRITICS
 from trl_ext.runs.card import Metric, _cell, _table, hub_name
-from trl_ext.runs.facts import model_facts
 
 
 pytestmark = pytest.mark.integration
@@ -77,9 +76,12 @@ def load(card, where, placeholder=None):
     return names
 
 
+def same_tensors(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
 def same_weights(model, other):
-    tensors, others = model.state_dict(), other.state_dict()
-    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    return same_tensors(model.state_dict(), other.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +174,8 @@ def test_evaluation_of_ties_alone_has_no_accuracy_in_the_metadata(tmp_path):
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert "preference/accuracy" not in [result.metric_type for result in results]
     assert "loss" in [result.metric_type for result in results]
-    assert table(section(read(tmp_path), "Results"), "held out")["pairs in the right order (95% interval)"] == [
-        "all ties",
-        "all ties",
-    ]
+    rows = table(section(read(tmp_path), "Results"), "held out")
+    assert rows["pairs in the right order (95% interval)"] == ["all ties"] * 2
 
 
 def test_dpo_card_has_the_loss_the_implicit_reward_and_the_accuracy_with_its_interval(dpo):
@@ -211,6 +211,9 @@ def test_several_held_out_sets_have_a_table_each(tmp_path):
     assert facts(read(tmp_path))["held-out data"] == "near 4 rows, far 4 rows"
 
 
+MATHEMATICS = {"sigma": lambda x: 1 / (1 + math.exp(-x)), "log": math.log, "exp": math.exp}
+
+
 def transliterated(formula):
     """A formula of the card as Python."""
     signs = {"−": "-", "·": "*", "²": "**2", "½ ": "0.5*", "2ε": "2*eps", "ε": "eps", "2β": "2*beta", "β": "beta"}
@@ -242,27 +245,17 @@ def test_formulas_on_the_card_are_the_losses_that_trl_computes(tmp_path):
         logged = {key: values[-1] for key, values in trainer._metrics["train"].items()}
         rewards = logged["rewards/chosen"], logged["rewards/rejected"]
         lengths = batch["completion_mask"].sum(dim=1).tolist()
-        names = {
-            "r_w": rewards[0],
-            "r_l": rewards[1],
-            "m": rewards[0] - rewards[1],
-            "l_w": rewards[0] / 0.3,
-            "l_l": rewards[1] / 0.3,
-            "delta": rewards[0] / 0.3 / lengths[0] - rewards[1] / 0.3 / lengths[1],
-            "beta": 0.3,
-            "eps": 0.1,
-            "tau": trainer.args.discopop_tau,
-            "sigma": lambda x: 1 / (1 + math.exp(-x)),
-            "log": math.log,
-            "exp": math.exp,
-        }
+        ratios = [reward / 0.3 for reward in rewards]
+        names = MATHEMATICS | {"r_w": rewards[0], "r_l": rewards[1], "m": rewards[0] - rewards[1]}
+        names |= {"l_w": ratios[0], "l_l": ratios[1], "delta": ratios[0] / lengths[0] - ratios[1] / lengths[1]}
+        names |= {"beta": 0.3, "eps": 0.1, "tau": trainer.args.discopop_tau}
         assert abs(names["m"]) > 0.1
         assert eval(transliterated(formula), names) == pytest.approx(loss, rel=1e-4), kind
 
 
 def test_a_formula_with_another_sign_would_be_noticed():
     """The control of the test above."""
-    names = {"m": 0.7, "sigma": lambda x: 1 / (1 + math.exp(-x)), "log": math.log}
+    names = MATHEMATICS | {"m": 0.7}
     assert eval(transliterated(FORMULAS["sigmoid"]), names) == pytest.approx(math.log1p(math.exp(-0.7)))
     assert eval(transliterated("−log σ(−m)"), names) == pytest.approx(math.log1p(math.exp(0.7)))
 
@@ -278,33 +271,24 @@ def test_options_on_the_card_are_those_that_were_changed(ppo):
 def test_snippet_loads_actor_and_critic(ppo):
     trainer, folder, card = ppo
     names = load(card, folder, '"my-ppo"')
-    with_critic = {
-        name: tensor for name, tensor in trainer.model.state_dict().items() if not name.startswith("critic")
-    }
-    actor = names["model"].state_dict()
-    assert actor.keys() == with_critic.keys()
-    assert all(torch.equal(actor[name], with_critic[name]) for name in actor)
+    trained = {name: t for name, t in trainer.model.state_dict().items() if not name.startswith("critic")}
+    assert same_tensors(names["model"].state_dict(), trained)
     assert same_weights(names["critic"], trainer.critic.model)
     assert names["tokenizer"].get_vocab() == tiny.tiny_tokenizer().get_vocab()
 
 
-def test_trls_own_text_stays_and_nothing_is_called_none(ppo, dpo):
-    for _, folder, card in (ppo, dpo):
+def test_trls_own_text_stays_and_a_card_written_again_is_the_same(ppo, dpo):
+    for trainer, folder, card in (ppo, dpo):
         for own in ("## Quick start", "It has been trained using [TRL]", "- TRL: 1.16", "vonwerra2020trl"):
             assert own in card
         assert "None" not in card.replace("ref_model_quantization", "")
         assert f"# Model Card for {folder.name}\n" in card
         assert card.count("\n## Citations\n") == 1
         assert str(folder.parent) not in card  # where things lie on this machine
-
-
-def test_card_written_again_is_the_same(ppo, dpo):
-    for trainer, folder, card in (ppo, dpo):
-        trainer.create_model_card()
-        trainer.create_model_card()
-        assert read(folder) == card
         headings = re.findall(r"^#+ .+$", card, flags=re.MULTILINE)
         assert len(headings) == len(set(headings))
+        trainer.create_model_card()
+        assert read(folder) == card
 
 
 def test_metadata_is_what_huggingface_hub_reads(ppo, dpo):
@@ -329,10 +313,8 @@ def test_numbers_that_are_not_finite_stay_off_the_card(tmp_path):
     ]
     trainer.create_model_card()
     assert table(read(tmp_path), "held out")["score"] == ["", "+1.000, step 0"]
-    values = {
-        result.metric_type: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
-    }
-    assert values == {"reward/score": 1.0, "kl/ref": 3.0}
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {r.metric_type: r.metric_value for r in results} == {"reward/score": 1.0, "kl/ref": 3.0}
 
 
 def test_trainer_that_has_logged_nothing_has_a_card_without_results(tmp_path):
@@ -384,8 +366,7 @@ def test_card_of_an_adapter_names_it_its_base_and_its_licence(tmp_path, base, ki
     names = load(card, tmp_path / "run")
     loaded = {name: tensor for name, tensor in names["model"].state_dict().items() if "lora_" in name}
     trained = {name: t for name, t in trainer.model.state_dict().items() if "lora_" in name and "critic" not in name}
-    assert loaded.keys() == trained.keys()
-    assert all(torch.equal(loaded[name], trained[name]) for name in loaded)
+    assert same_tensors(loaded, trained)
     if kind == "ppo":
         assert names["critic"].get_base_model().config.num_labels == 1
     else:
@@ -440,12 +421,8 @@ def test_name_of_a_folder_is_none_of_the_hubs(tmp_path, monkeypatch):
 
 
 def test_card_of_a_reward_model_says_what_was_trained(tmp_path):
-    args = RewardConfig(
-        str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to="none", use_cpu=True, bf16=False,
-        save_strategy="no", center_rewards_coefficient=0.01, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    pairs = {"train_dataset": tiny_pairs(), "eval_dataset": tiny_pairs(4, seed=2)}
-    trainer = RewardTrainerX(tiny.tiny_reward_model(), args, processing_class=tiny.tiny_tokenizer(), **pairs)
+    short = {"max_steps": 1, "center_rewards_coefficient": 0.01, "logging_steps": 1}
+    trainer = reward_trainer(tmp_path, tiny_pairs(), tiny_pairs(4, seed=2), **short)
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -582,24 +559,7 @@ def test_pushed_adapter_has_its_card_and_no_base(tmp_path, hub, base):
 
 @pytest.mark.filterwarnings("ignore")
 def test_pushed_reward_model_has_the_sections(tmp_path, hub):
-    args = RewardConfig(
-        str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to="none", use_cpu=True, bf16=False,
-        save_strategy="no", push_to_hub=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = RewardTrainerX(
-        tiny.tiny_reward_model(), args, processing_class=tiny.tiny_tokenizer(), train_dataset=tiny_pairs()
-    )
+    trainer = reward_trainer(tmp_path, tiny_pairs(), None, max_steps=1, push_to_hub=True)
     trainer.train()
     trainer.push_to_hub()
     assert "## The loss" in hub[-1].files["README.md"].decode()
-
-
-@pytest.mark.parametrize("role", ["critic", "reward_model"])
-def test_facts_of_an_actor_leave_out_the_roles_on_its_base(role):
-    """Also where such a role's own parameters have other names than LoRA's."""
-    actor = get_peft_model(tiny.tiny_actor(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    before = model_facts(actor)
-    attached = torch.nn.Module()
-    attached.base, attached.token_deltas = actor.get_base_model().model, torch.nn.Linear(16, 3)
-    actor.add_module(role, attached)
-    assert model_facts(actor) == before

@@ -49,25 +49,19 @@ def test_tensorboard_gets_every_number(tmp_path, name, monkeypatch):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trackio_gets_every_number(tmp_path, name, monkeypatch):
-    """Read from the database that its dashboard shows; nothing leaves the machine."""
-    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
-    trainer = RUNS[name](tmp_path / "run", report_to="trackio", project="dashboards")
-    with contextlib.closing(sqlite3.connect(tmp_path / "dashboards.db")) as database:
-        rows = [json.loads(metrics) for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
-    found = {
-        (row["train/global_step"], key): v for row in rows if "train/global_step" in row for key, v in row.items()
-    }
-    check(found, logged(trainer))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_evaluation_behind_a_training_is_in_the_same_run_of_trackio(tmp_path, name, monkeypatch):
-    """Trackio closes its run with the training, and TRL logs while PPO generates."""
+    """
+    Read from the database that its dashboard shows; nothing leaves the machine. An evaluation behind the training is
+    in the same run: trackio closes its run with the training, and TRL logs while PPO generates.
+    """
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
     trainer = RUNS[name](tmp_path / "run", report_to="trackio", project="dashboards")
     trainer.evaluate(trainer.train_dataset)
     trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # what is waiting is written
     with contextlib.closing(sqlite3.connect(tmp_path / "dashboards.db")) as database:
-        runs = [name for (name,) in database.execute("SELECT DISTINCT run_name FROM metrics")]
-    assert len(runs) == 1
-    assert runs[0].startswith("run-")
+        ((run,),) = database.execute("SELECT DISTINCT run_name FROM metrics").fetchall()
+        rows = [json.loads(metrics) for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+    found = {
+        (row["train/global_step"], key): v for row in rows if "train/global_step" in row for key, v in row.items()
+    }
+    check(found, logged(trainer))
+    assert run.startswith("run-")

@@ -23,10 +23,9 @@ CONFIGS = {"dpo": dpo_config, "ppo": ppo_config}
     ("options", "said"),
     [
         (
-            {"per_device_train_batch_size": 0},
-            "`per_device_train_batch_size` is 0; it must be an integer of at least 1",
+            {"per_device_train_batch_size": -4},
+            "`per_device_train_batch_size` is -4; it must be an integer of at least",
         ),
-        ({"per_device_train_batch_size": -4}, "`per_device_train_batch_size` is -4; it must"),
         ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` is 0; it must"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must"),
         ({"gradient_accumulation_steps": 1.5}, "`gradient_accumulation_steps` is 1.5; it must"),

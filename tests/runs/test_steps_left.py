@@ -17,14 +17,13 @@ EPOCHS = {"max_steps": -1, "save_strategy": "epoch"}
 
 def trainer_of(kind, folder, epochs):
     """One optimizer step an epoch; the number of steps is known when the rows are."""
+    options = {"per_device_train_batch_size": 8, "num_train_epochs": epochs} | EPOCHS
     if kind == "reward":
-        return reward_trainer(
-            folder, tiny_pairs(8), None, per_device_train_batch_size=8, num_train_epochs=epochs, **EPOCHS
-        )
+        return reward_trainer(folder, tiny_pairs(8), None, **options)
     if kind == "dpo":
-        return dpo_trainer(folder, per_device_train_batch_size=8, num_train_epochs=epochs, **EPOCHS)
-    one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1}
-    return ppo_trainer(folder, {"train_dataset": tiny.tiny_prompts(4)}, num_train_epochs=epochs, **one, **EPOCHS)
+        return dpo_trainer(folder, **options)
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1}
+    return ppo_trainer(folder, {"train_dataset": tiny.tiny_prompts(4)}, **options)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ppo", "reward"])

@@ -13,20 +13,14 @@ pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize(
-    "end, said",
-    [("error", "RuntimeError: the reward of rank 1 has failed"), ("killed", "Signal 9 (SIGKILL)")],
+    "end, said", [("error", "RuntimeError: the reward of rank 1 has failed"), ("killed", "Signal 9 (SIGKILL)")]
 )
 def test_run_ends_when_a_process_dies(tmp_path, end, said):
     zero_runs.save(tmp_path)
     worker = two_processes.ROOT / "tests" / "helpers" / "dying_worker.py"
     command = [*two_processes.TORCHRUN, str(two_processes.ON_CPU), str(worker), end, str(tmp_path)]
     result = subprocess.run(
-        command,
-        env=two_processes.environment(),
-        cwd=two_processes.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        command, env=two_processes.environment(), cwd=two_processes.ROOT, capture_output=True, text=True, timeout=240
     )
     seconds = time.time() - float((tmp_path / "died").read_text())
     assert result.returncode != 0

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
+from cli_runs import flags
 from commands import command
+from trl_ext.cli.data import DataArguments, load_splits
+from trl_ext.data import demo
+from trl_ext.data.conversions import to_preference
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +31,6 @@ def paths(tmp_path_factory):
     pairs = [{"chosen": f"good {text}", "rejected": f"bad {text}"} for text in texts]
     Dataset.from_list(pairs).to_json(str(folder / "pairs.jsonl"))
     return {"folder": folder, **tiny.save_tiny(folder)}
-
-
-def flags(**options):
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 REWARD = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
@@ -94,14 +94,6 @@ def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, caps
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_ppo_trains_an_adapter(paths, reward_run):
-    output = paths["folder"] / "ppo-lora"
-    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
-    command("ppo").main(ppo_flags(paths, reward_run, output_dir=output) + lora)
-    assert (output / "adapter_config.json").exists()
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
     """Reward adapter, actor's adapter and critic's adapter, all by flags; the run evaluates before and after."""
     folders = {name: paths["folder"] / f"{name}-4bit" for name in ("reward", "ppo")}
@@ -121,72 +113,6 @@ def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
     assert metrics["before"]["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
     critic = AutoPeftModelForSequenceClassification.from_pretrained(folders["ppo"] / "critic", num_labels=1)
     assert critic.score.modules_to_save.default.weight.any()
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_scripts_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
-    from trl_ext.data import demo
-
-    rows = [{"text": f"good film {i} and bird and cat", "rating": i % 5 - 2.0, "source": str(i)} for i in range(200)]
-    monkeypatch.setattr(demo, "movie_reviews", lambda: Dataset.from_list(rows))
-    monkeypatch.setattr(demo, "smollm2", lambda: paths["actor"])
-    reward, ppo = str(paths["folder"] / "demo-reward"), str(paths["folder"] / "demo-ppo")
-    command("reward").main(flags(output_dir=reward, train_size=16, test_size=4, max_steps=2))
-    short = {"per_device_train_batch_size": 2, "test_size": 2, "total_episodes": 4, "response_length": 3}
-    command("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
-    assert (Path(reward) / "metrics.json").exists()
-    assert (Path(ppo) / "metrics.json").exists()
-
-
-@pytest.mark.parametrize("name", ["reward", "ppo", "dpo", "score"])
-def test_help_of_a_script_is_readable_and_its_file_short(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        command(name).main(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert f"trl-ext {name}" in text
-    assert max(map(len, text.splitlines())) <= 160
-    assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 120
-
-
-EMBEDDED = ("demo", "documents", "0b5_cpu")
-RECIPES = [path for name in ("reward", "ppo", "dpo") for path in sorted((ROOT / "configs" / name).glob("*.yaml"))]
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_recipe_is_accepted(path, monkeypatch):
-    from trl import RewardConfig
-
-    from trl_ext import DPOConfigX, PPOConfigX
-    from trl_ext.cli.models import ModelArguments
-    from trl_ext.cli.options import read
-    from zero_runs import launched
-
-    module = command(path.parent.name)
-    classes = {
-        "reward": ("RewardArguments", RewardConfig),
-        "ppo": ("PPOArguments", PPOConfigX),
-        "dpo": ("DPOArguments", DPOConfigX),
-    }[path.parent.name]
-    monkeypatch.chdir(ROOT)  # a recipe may name a DeepSpeed file, which must not stay in force
-    with launched({}):
-        kinds = (getattr(module, classes[0]), ModelArguments, classes[1])
-        data, _, args = read("", kinds, "", ["--config", str(path)]).make()
-        assert (data.dataset_name is None) == (path.stem in EMBEDDED)
-        assert args.output_dir.startswith("outputs/")
-
-
-def test_the_documents_recipe_holds_the_documents_numbers_and_loss():
-    from trl_ext import PPOConfigX
-    from trl_ext.cli.models import ModelArguments
-    from trl_ext.cli.options import read
-
-    path = ROOT / "configs" / "ppo" / "documents.yaml"
-    kinds = (command("ppo").PPOArguments, ModelArguments, PPOConfigX)
-    _, _, args = read("", kinds, "", ["--config", str(path)]).make()
-    assert (args.cliprange, args.gamma, args.lam, args.vf_coef, args.ent_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
-    assert (args.kl_placement, args.kl_estimator, args.kl_band) == ("loss", "k2", [0.5, 2.0])
-    assert (args.whiten_advantages, args.cliprange_value) == (False, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- DPO
@@ -209,9 +135,6 @@ def dpo_flags(paths, output, **options):
 @pytest.fixture(scope="module")
 def dpo_run(paths):
     """DPO on the pairs of reward.py, with a source each; held-out pairs in held_out.jsonl."""
-    from trl_ext.cli.data import DataArguments, load_splits
-    from trl_ext.data.conversions import to_preference
-
     pairs = Dataset.from_json(str(paths["folder"] / "pairs.jsonl"))
     source = paths["folder"] / "sourced.jsonl"
     pairs.add_column("source", ["a", "b"] * (len(pairs) // 2)).to_json(str(source))
@@ -285,25 +208,21 @@ def test_dpo_trains_an_adapter_that_is_scored_without_a_reference(paths, dpo_run
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_dpo_and_score_run_on_the_embedded_pairs_without_a_dataset(paths, monkeypatch):
-    from trl_ext.data import demo
-
-    texts = [f"{tiny.WORDS[i % 50]} film {tiny.WORDS[i // 50]}" for i in range(200)]
+def test_commands_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
+    texts = [f"{tiny.WORDS[i % 50]} film {tiny.WORDS[i // 50]} and bird and cat" for i in range(200)]
     rows = [{"text": text, "rating": i % 5 - 2.0, "source": str(i)} for i, text in enumerate(texts)]
     monkeypatch.setattr(demo, "movie_reviews", lambda: Dataset.from_list(rows))
     monkeypatch.setattr(demo, "smollm2", lambda: paths["actor"])
-    output, scores = paths["folder"] / "demo-dpo", paths["folder"] / "demo.jsonl"
-    short = {"max_steps": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
-    command("dpo").main(flags(output_dir=output, train_size=8, test_size=4, **short))
-    assert (output / "table.md").exists()
-    module = command("score")
-    monkeypatch.setattr(module, "DEMO_POLICY", str(output))
-    module.main(flags(output_file=scores, test_size=4))
+    reward, ppo, dpo, scores = (paths["folder"] / f"demo-{name}" for name in ("reward", "ppo", "dpo", "scores"))
+    of_pairs = {"train_size": 8, "test_size": 4, "max_steps": 1, "per_device_train_batch_size": 4}
+    command("reward").main(flags(output_dir=reward, **of_pairs))
+    short = {"per_device_train_batch_size": 2, "test_size": 2, "total_episodes": 4, "response_length": 3}
+    command("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
+    command("dpo").main(flags(output_dir=dpo, per_device_eval_batch_size=4, **of_pairs))
+    assert all((folder / "metrics.json").exists() for folder in (reward, ppo, dpo))
+    monkeypatch.setattr(command("score"), "DEMO_POLICY", str(dpo))
+    command("score").main(flags(output_file=scores, test_size=4))
     assert len(scores.read_text().splitlines()) == 4
-
-
-def parse_dpo(argv):
-    return command("dpo").COMMAND.options(argv).make()
 
 
 def test_dpo_knows_every_flag_of_trl_dpo(capsys):
@@ -312,23 +231,6 @@ def test_dpo_knows_every_flag_of_trl_dpo(capsys):
     of_trl = TrlParser((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig))
     flags_of_trl = {f"--{action.dest}" for action in of_trl._actions if action.dest != "help"}
     with pytest.raises(SystemExit):
-        parse_dpo(["--help_all"])
+        command("dpo").COMMAND.options(["--help_all"])
     assert len(flags_of_trl) > 150
     assert flags_of_trl <= set(re.findall(r"--\w+", capsys.readouterr().out))
-
-
-def test_qlora_flags_ask_for_nf4_and_an_adapter():
-    from trl import get_peft_config, get_quantization_config
-
-    _, model, args = parse_dpo(["--config", str(ROOT / "configs" / "dpo" / "8b_qlora_24gb.yaml")])
-    quantization, adapter = get_quantization_config(model), get_peft_config(model)
-    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
-    assert quantization.bnb_4bit_use_double_quant
-    assert (adapter.r, adapter.target_modules, args.gradient_checkpointing) == (16, "all-linear", True)
-    assert args.metric_for_best_model == "eval_rewards/accuracies"
-
-
-def test_the_documents_dpo_recipe_holds_the_documents_numbers():
-    _, _, args = parse_dpo(["--config", str(ROOT / "configs" / "dpo" / "documents.yaml")])
-    assert (args.beta, args.learning_rate, args.per_device_train_batch_size) == (0.1, 1e-6, 16)
-    assert (args.loss_type, args.label_smoothing) == (["sigmoid"], 0.0)
