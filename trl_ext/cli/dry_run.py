@@ -61,8 +61,9 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
             check_columns(rows, splits["test"], lambda: tokenizer)
             longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
         size = len(rows) if isinstance(rows, Dataset) else None
-        require_steps_left(checkpoint, optimizer_steps(command, args, size, count))
-        print(batches(command, args, size, count), end="\n\n")
+        steps = optimizer_steps(command, args, size, count)
+        require_steps_left(checkpoint, steps)
+        print(batches(command, args, size, count, steps), end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
     print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
@@ -96,12 +97,11 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
 
 
-def batches(command: str, args: Any, rows: int | None, count: int) -> str:
+def batches(command: str, args: Any, rows: int | None, count: int, steps: int) -> str:
     """Return the size and the number of optimizer steps in words, as the trainer counts them."""
     if command == "ppo":
         return batch_plan(PPOLoopConfig(args), rows)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    steps = optimizer_steps(command, args, rows, count)
     of = f"{rows} pairs" if rows is not None else "a stream of pairs"
     return (
         f"{command.upper()} plan: {per_device * accumulated * count} pairs per optimizer step ({per_device} × "

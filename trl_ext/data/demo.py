@@ -212,13 +212,8 @@ def _pairs(rows: list[dict], min_gap: float, size: int | None) -> Dataset:
     """Pair neighbours of a shuffled list whose ratings are far enough apart; short pairs first."""
     neighbours = [sorted(pair, key=lambda row: row["rating"]) for pair in zip(rows[::2], rows[1::2], strict=False)]
     pairs = [
-        {
-            "prompt": CUE,
-            "chosen": high["text"],
-            "rejected": low["text"],
-            "chosen_rating": high["rating"],
-            "rejected_rating": low["rating"],
-        }
+        {"prompt": CUE, "chosen": high["text"], "rejected": low["text"]}
+        | {"chosen_rating": high["rating"], "rejected_rating": low["rating"]}
         for low, high in neighbours
         if high["rating"] - low["rating"] > min_gap
     ]

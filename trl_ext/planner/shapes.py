@@ -44,14 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256),
 }
 ALIASES = {"135m": "smollm2-135m-instruct", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b", "7b": "qwen2.5-7b"}
-ALIASES |= {
-    "8b": "llama-3.1-8b",
-    "13b": "llama-13b",
-    "33b": "llama-33b",
-    "llama-30b": "llama-33b",
-    "65b": "llama-65b",
-    "70b": "llama-3.1-70b",
-}
+ALIASES |= {"8b": "llama-3.1-8b", "13b": "llama-13b", "33b": "llama-33b", "llama-30b": "llama-33b"}
+ALIASES |= {"65b": "llama-65b", "70b": "llama-3.1-70b"}
 
 
 # What families call the experts of a layer, and those that a token visits.

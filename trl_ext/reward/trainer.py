@@ -121,17 +121,15 @@ class RewardTrainerX(WritesCard, RewardTrainer):
             check_written(dataset_name, dataset, lambda: processing_class)
             dataset = with_template_kwargs(dataset)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        too_long = f"`chosen` or `rejected` has more than `max_length={args.max_length}` tokens"
         if not isinstance(dataset, Dataset):
-            why = (
-                f"in all of them `chosen` or `rejected` has more than `max_length={args.max_length}` tokens. Raise it"
-            )
-            require_rows_left(prepared, dataset_name, why)
+            require_rows_left(prepared, dataset_name, f"in all of them {too_long}. Raise it")
             return prepared
         dropped = len(dataset) - len(prepared)
         if dropped and len(prepared) == 0:
             raise ValueError(
-                f"In all {dropped} rows of the {dataset_name} dataset `chosen` or `rejected` has more than "
-                f"`max_length={args.max_length}` tokens, so that no pair is left. Raise it, or shorten the texts."
+                f"In all {dropped} rows of the {dataset_name} dataset {too_long}, so that no pair is left. Raise it, "
+                "or shorten the texts."
             )
         if dropped:
             logger.warning(

@@ -16,40 +16,14 @@ from transformers import Trainer, get_scheduler
 from .folder import is_local
 
 
-COUNTS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "lora_r",
-    "lora_alpha",  # an adapter times 0 learns nothing
-)
+COUNTS = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha".split()
 NOT_NEGATIVE = (
-    "learning_rate",
-    "num_train_epochs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_epsilon",
-    "seed",
-    "data_seed",
-    "dataloader_num_workers",
-)
+    "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed dataloader_num_workers"
+).split()
 # Logger of `report_to` -> packages of which one is enough.
-LOGGERS = {
-    "azure_ml": ("azureml",),
-    "clearml": ("clearml",),
-    "codecarbon": ("codecarbon",),
-    "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",),
-    "dvclive": ("dvclive",),
-    "flyte": ("flytekit",),
-    "kubeflow": ("kubeflow",),
-    "mlflow": ("mlflow",),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}
+_NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune swanlab trackio wandb"
+LOGGERS: dict[str, tuple[str, ...]] = {name: (name,) for name in _NAMED.split()}
+LOGGERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
 # Parts of the names of bitsandbytes' optimizers; PyTorch's own of 4 and 8 bits come from torchao.
 OF_BITSANDBYTES = ("8bit", "bnb", "paged")
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")

@@ -35,12 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         require_weights(given.model, "the model to talk to")
         tokenizer = load_tokenizer(given.model)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
-    writer = pipeline(
-        "text-generation",
-        model=given.model,
-        tokenizer=tokenizer,
-        dtype="bfloat16" if computes_in_bf16(False) else "float32",
-    )
+    dtype = "bfloat16" if computes_in_bf16() else "float32"
+    writer = pipeline("text-generation", model=given.model, tokenizer=tokenizer, dtype=dtype)
     sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature > 0 else {"do_sample": False}
     settings = copy.deepcopy(writer.model.generation_config)
     known = settings.eos_token_id  # one, several or none

@@ -15,6 +15,7 @@ samples.md with completions before and after.
 import math
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,10 +48,7 @@ class PPOArguments(LaunchArguments, DataArguments):
 
 
 def load(data: PPOArguments) -> DatasetDict:
-    def openings(train_size: int | None, test_size: int | None) -> DatasetDict:
-        return demo.prompts(data.prompt_words, train_size, test_size)
-
-    return load_splits(data, openings, to_prompts)
+    return load_splits(data, partial(demo.prompts, data.prompt_words), to_prompts)
 
 
 def create(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> PPOTrainerX:
