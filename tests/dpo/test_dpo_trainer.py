@@ -539,28 +539,20 @@ def test_evaluation_shows_completions_of_actor_and_reference(tmp_path, reference
     assert "held-out prompts, actor and reference" in capsys.readouterr().out
 
 
-def test_several_held_out_sets_are_evaluated_and_completed_each(tmp_path):
-    held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "two": dpo_runs.tiny_pairs(6, seed=5)}
-    options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 1}
-    trainer = dpo_runs.dpo_trainer(tmp_path, {"eval_dataset": held_out}, **options)
-    metrics = trainer.evaluate()
-    assert {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
-    assert [metrics[f"eval_{name}_preference/pairs"] for name in held_out] == [5, 6]
-    assert len(list((tmp_path / "completions").iterdir())) == 2
-    for name, pairs in held_out.items():
-        (row,) = (tmp_path / "completions" / f"eval_{name}_step_00000.jsonl").read_text().splitlines()
-        assert json.loads(row)["prompt"] == pairs[0]["prompt"].strip()
-
-
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_metrics_of_several_held_out_sets_bear_their_names(tmp_path, by_hand):
+def test_several_held_out_sets_are_evaluated_and_completed_each_under_its_name(tmp_path, by_hand):
     """TRL has one name for all of them."""
     held_out = {"one": dpo_runs.tiny_pairs(5, seed=4), "b/c": dpo_runs.tiny_pairs(6, seed=5)}
-    trainer = dpo_runs.dpo_trainer(tmp_path, {} if by_hand else {"eval_dataset": held_out})
+    options = {"generate_during_eval": True, "eval_max_new_tokens": 2, "num_eval_samples": 1}
+    trainer = dpo_runs.dpo_trainer(tmp_path, {} if by_hand else {"eval_dataset": held_out}, **options)
     metrics = trainer.evaluate(held_out if by_hand else None)
-    for name, size in (("one", 5), ("b/c", 6)):
-        alone = trainer.evaluate(held_out[name])
-        assert metrics[f"eval_{name}_preference/pairs"] == size
+    assert len(list((tmp_path / "completions").iterdir())) == 2
+    for name, pairs in held_out.items():
+        label = f"eval_{name.replace('/', '_')}_step_00000"
+        (row,) = (tmp_path / "completions" / f"{label}.jsonl").read_text().splitlines()
+        assert json.loads(row)["prompt"] == pairs[0]["prompt"].strip()
+        alone = trainer.evaluate(pairs)
+        assert metrics[f"eval_{name}_preference/pairs"] == len(pairs)
         for key in ("rewards/accuracies", "preference/accuracy", "kl/ref", "loss"):
             assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"])
 

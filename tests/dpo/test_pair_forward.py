@@ -10,7 +10,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import dpo_runs
 from pair_forwards import DYNAMIC, assert_equal, both, scored
 from trl_ext.packing import forward
-from trl_ext.packing.exactness import length_limit
 from trl_ext.packing.segments import PackedRows
 
 
@@ -177,10 +176,3 @@ def test_probe_leaves_mode_and_generator_as_they_were():
     pairs.pack()
     assert ours.training
     assert (torch.get_rng_state() == state).all()
-
-
-@pytest.mark.parametrize(
-    "name, overrides, limit", [("llama", {}, None), ("llama", DYNAMIC, 128), ("mistral", {}, None)]
-)
-def test_length_limit_is_the_length_a_rotary_embedding_was_made_for(name, overrides, limit):
-    assert length_limit(dpo_runs.tiny_model(name, **overrides)) == limit

@@ -11,9 +11,7 @@ from families.configs import family_config, family_model
 from pair_forwards import assert_equal, both, scored
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.dpo.forward import PairForward
-from trl_ext.models.probe import arithmetic, ordinary_tokens, rounded_once
 from trl_ext.packing import attention, probe
-from trl_ext.packing.exactness import is_harmless, lengths
 
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -87,16 +85,6 @@ def test_a_window_that_the_model_does_not_pass_on_is_found_out(monkeypatch):
     assert ours.config.sliding_window == 4096  # after the trial
 
 
-def test_lengths_are_the_fields_that_count_tokens():
-    config = {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    model = dpo_runs.tiny_model("mistral", **config)
-    assert lengths(model) == [("sliding_window", 6), ("max_position_embeddings", 128)]
-    assert is_harmless(model, "max_position_embeddings", 128)
-    assert not is_harmless(model, "sliding_window", 6)
-    kind, options, _ = FAMILIES["a mask over all positions"]
-    assert not is_harmless(family(kind, options), "max_position_embeddings", 40)
-
-
 # How far apart rounding alone sets two ways
 
 
@@ -132,39 +120,6 @@ def test_probe_finds_a_fault_of_less_than_a_tenth_of_a_nat(name, weights, autoca
         pairs.pack()
     assert off[0] < 0.1
     assert not pairs.packing.piecewise  # with a mask instead
-
-
-def test_rounding_is_that_of_the_numbers_computed_with():
-    model = both("llama")[1]
-    batch = probe.pairs(model, [(4, 3, 2)])
-    plain = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
-    apart = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            assert arithmetic(model) == dtype
-            with rounded_once(model, torch.finfo(dtype).eps):
-                rounded = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
-        apart[dtype] = (rounded - plain).abs().max().item()
-    assert apart[torch.float32] < 1e-4 < 1e-3 < apart[torch.bfloat16]
-    again = model(**vars(batch), fused_lm_head=True, use_cache=False).log_probs
-    assert (again == plain).all()
-
-
-@pytest.mark.parametrize("weight", [torch.uint8, torch.float8_e4m3fn])
-def test_packed_weights_are_read_in_16_bits(weight):
-    model = dpo_runs.tiny_model()
-    layer = model.model.layers[0].mlp.down_proj
-    layer.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=weight), requires_grad=False)
-    assert arithmetic(model) == torch.bfloat16
-    assert arithmetic(dpo_runs.tiny_model().double()) == torch.float64
-
-
-def test_trial_rows_hold_ordinary_tokens_only():
-    """No padding, and no place of an image, whose features would be asked for."""
-    model = dpo_runs.tiny_model()
-    model.config.image_token_id = 7
-    model.config.eos_token_id = [2, 9]
-    assert ordinary_tokens(model).tolist() == sorted(set(range(64)) - {0, 1, 2, 7, 9})
 
 
 @pytest.mark.parametrize("seed", [3, 8])
