@@ -7,7 +7,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrOCRConfig
-from trl import DPOConfig, DPOTrainer
 
 import dpo_runs
 import ppo_runs
@@ -265,16 +264,10 @@ TRAINED = {  # what a pair is read with -> the tokenizer, the pairs
 
 def margins_of_training(folder, tokenizer, pairs):
     """(chosen, rejected) rewards of TRL's own trainer, pair by pair."""
-    args = DPOConfig(str(folder), beta=BETA, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
     rewards = []
     for pair in pairs:
-        trainer = DPOTrainer(
-            model=dpo_runs.tiny_model(),
-            ref_model=dpo_runs.tiny_model(seed=1),
-            args=args,
-            train_dataset=Dataset.from_list([pair]),
-            processing_class=tokenizer,
-        )
+        models = {"train_dataset": Dataset.from_list([pair]), "processing_class": tokenizer}
+        trainer = dpo_runs.dpo_trainer(folder, models, dpo_runs.TRLS, beta=BETA)
         trainer.model.eval()
         with torch.no_grad():
             trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
