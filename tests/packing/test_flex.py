@@ -75,6 +75,7 @@ def test_blocks_beyond_a_window_are_spared_also_where_another_sequence_begins():
     assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks).max() <= 3
 
 
+@pytest.mark.integration  # torch's definition of the kernel is slow
 @trees.few_examples
 @given(trees.trees(), st.sampled_from([(2, 2), (4, 2)]), trees.windows)
 def test_flex_over_any_trees_equals_dense_attention(rows, heads, window):
