@@ -115,8 +115,9 @@ def implicit_rewards(outcome):
     return rewards.double() - rewards.double().mean(1, keepdim=True)
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.proof), pytest.param(1, marks=pytest.mark.measure)]
+)
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 def test_dpo_ends_at_the_closed_form_and_gives_the_reward_back(tmp_path, beta, seed):
     outcome = Outcome(tmp_path, beta, seed, epochs=5)
