@@ -1,15 +1,15 @@
 """
-What both trainers know of a model, from its folder to its logits.
+Everything that both trainers know of a model, from its folder to its logits.
 
-    loading          what can be known before weights are loaded; tokenizers; the model under PEFT's wrapper
-    fingerprint      which base an adapter belongs to
+    loading          arguments and checks before models, adapters and tokenizers are loaded
+    fingerprint      a fingerprint of an adapter's base
     quantization     frozen models in 8 or 4 bits
-    precision        which arithmetic fits the device
-    rounding         16-bit weights that are trained in full
-    sharding         DeepSpeed's ZeRO: copies, gathers, what its file must say
-    adapter_copies   a copy of an adapter beside it
+    precision        arithmetic that fits the device
+    rounding         warnings about 16-bit weights
+    sharding         DeepSpeed's ZeRO: checks of its file, copies of partitioned models
+    adapter_copies   copies of an adapter
     trainable        refuses a run that would train nothing
-    context          how many tokens a model takes
+    context          the context in tokens
     probe            random sequences to try a model with, and how far rounding moves its answers
     noise            switches off dropout, jitter and whatever else draws random numbers
     generation       generation from the model's own distribution

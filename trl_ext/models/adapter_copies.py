@@ -1,4 +1,4 @@
-"""Complete copies of an adapter, which leave the base as it is; and the check that nothing trains the base."""
+"""Complete copies of an adapter, which do not change the base; and the check that nothing trains the base."""
 
 import copy
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 """
-A fingerprint of a base's weights on disk, which tells the base that an adapter belongs to.
+A fingerprint of weights on disk, by which the base of an adapter is recognised.
 
 A name says little: folders are moved, and a base that has been trained further keeps its name. The files on disk are
 the same whether a run loads them in 4 bits, bfloat16 or float32. The fingerprint does not see weights that a program

@@ -1,6 +1,6 @@
 """
-Makes a model compute the same twice: switches off dropout, layer drop and router jitter, and finds whatever else draws
-random numbers and keeps it in evaluation mode.
+Switching off noise, so that a model computes the same twice: dropout, layer drop and router jitter are set to 0, and
+modules that still draw random numbers are found by trial and kept in evaluation mode.
 
 Ratio 1 and KL 0 at the start, and every log-ratio after it, assume a policy without noise.
 """

@@ -1,4 +1,4 @@
-"""What the device and the model can do: arithmetic, 4-bit weights, gradient checkpointing, compilation."""
+"""Settings that fit the device and the model: arithmetic, 4-bit weights, gradient checkpointing, compilation."""
 
 import logging
 from collections.abc import Iterator

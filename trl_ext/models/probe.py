@@ -15,8 +15,8 @@ LENGTHS = (12, 9)
 SPECIAL = re.compile(r"_token_(id|index)$")
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
-# A mean difference in nats that counts as rounding for any model, and how many times the effect of rounding the
-# embeddings once still does: every layer rounds.
+# Differences that count as rounding: a mean of FLOOR nats for any model, and ROUNDINGS times the effect of rounding
+# the embeddings once, since every layer rounds.
 FLOOR, ROUNDINGS = 1e-4, 8
 
 

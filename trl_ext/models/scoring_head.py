@@ -140,7 +140,7 @@ class ScoringHead:
             try:
                 got = self._forward(input_ids=ids, labels=ids, fused_lm_head=True, **asked).aux_loss
                 self.uses_own = not bool((got - expected).abs() <= AUX_ROUNDING * expected.abs())
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # for other names
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # other config names
                 self.uses_own = True
         if self.uses_own:
             logger.warning(

@@ -2,19 +2,19 @@
 PPO with a critic, in the order of the data.
 
     trainer         the steps, no mathematics
-    config          the options; what GRPO's loop reads of them
+    config          the options, and the values that GRPO's loop reads
     options         the options by topic, with their ranges
     config_checks   options that do not go together
     roles/          the four models: checked, loaded, joined, asked
     run_state       everything that a run changes beside weights, optimizer and random numbers
     data            prompts, and their checks before a model is loaded
-    rollout         the tensors of one batch of experience, with their shapes
+    rollout         the tensors of one rollout, with their shapes
     rewards         from one score per sequence to one reward per token
     returns         from scores to advantages and returns, and their log
     advantages      rewards-to-go, TD errors, generalised advantages
     kl              KL estimators, and the exact KL over the vocabulary
     controllers     how a KL coefficient follows the measured KL
-    losses          ratio, clipped objective, value loss, entropy: per token
+    losses          ratio, clipped objective, value loss: per token
     terms           the terms of the loss as one table; their means and their total
     micro_batches   a rollout cut into micro-batches, each with its share of the loss terms
     coefficients    the current weights of the terms

@@ -29,7 +29,7 @@ SHARED = (
     *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
-# Options that have shaped a rollout's tensors: a run that is resumed amid a rollout must have the same.
+# Options that have shaped a rollout's tensors: a run that is resumed within a rollout must have the same.
 PENDING = (
     *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
     *("mask_truncated_completions", "bf16", "fp16", "cast_lm_head_to_fp32"),
@@ -55,7 +55,7 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
 
     Raises:
         ValueError: when the checkpoint does not exist or lacks a file, has taken all steps of this run already, or is
-            of a run that differs in `SHARED`, in its prompts or, if it stopped amid a rollout, in `PENDING`.
+            of a run that differs in `SHARED`, in its prompts or, if it stopped within a rollout, in `PENDING`.
     """
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
@@ -69,7 +69,7 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         )
     state = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)
     _require_same(folder, state["shared"], shared(args, prompts), "It must be the same.")
-    advice = "The checkpoint is amid a rollout that was made with it: keep it, or resume from one between rollouts."
+    advice = "A rollout is being learned from that was made with it: keep it, or resume between two rollouts."
     _require_same(folder, state["pending"], pending(args), advice)
     steps = args.max_steps  # 0 or less if epochs decide
     if args.total_episodes is not None and args.num_total_batches is not None:

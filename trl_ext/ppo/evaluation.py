@@ -15,7 +15,7 @@ from .rollout import Rollout
 
 
 def samples_are_due(args: PPOConfigX, global_step: int, max_steps: int) -> bool:
-    """Return whether samples are to be printed before the next rollout, `num_sample_generations` times in a run."""
+    """Return whether to print samples before the next rollout, as is done `num_sample_generations` times in a run."""
     if args.num_sample_generations == 0:
         return False
     rollouts = math.ceil(max_steps / args.optimizer_steps_per_rollout)

@@ -52,7 +52,7 @@ QUANTISED_STATE = ("quant_state", "state")
 
 
 def modules_with_the_same_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's modules that holds the same parameters and buffers, so that it takes no memory."""
+    """Return a copy of a model's modules that holds the same parameters and buffers, so that weights are kept once."""
     shared = list(chain(model.parameters(), model.buffers()))
     for module in model.modules():
         shared += [value for name in QUANTISED_STATE if (value := vars(module).get(name)) is not None]
@@ -161,7 +161,7 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
 
 
 def _in_float32(model: Any) -> bool:
-    """Return whether adapters of a 16-bit model are kept in float32: as in TRL, not under ZeRO-3, of one dtype."""
+    """Return whether adapters of a 16-bit model are kept in float32: not under ZeRO-3 unless it is quantised."""
     return not is_deepspeed_zero3_enabled() or is_quantized(model)
 
 

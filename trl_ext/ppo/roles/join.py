@@ -27,8 +27,8 @@ from .reward_models import token_scorer
 
 def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
     """
-    Make critic and reward adapter submodules of the actor, whose forward then answers for all three. PEFT must have
-    added a new adapter of the actor before: it would go into their modules too.
+    Make critic and reward adapter submodules of the actor, whose forward then answers for all three. A new adapter of
+    the actor must be there before, since PEFT would add it to their modules too.
 
     Args:
         model: the actor, perhaps a `PeftModel`.

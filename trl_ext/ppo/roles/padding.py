@@ -98,7 +98,7 @@ class LeftPadding:
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if with_positions else {}
         try:
             return (self._states(ids, mask, **positions) - alone).abs().mean().item()
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it does not take that at all
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it does not take these inputs
             return float("inf")
 
     def _states(self, ids: Tensor, mask: Tensor, **positions: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def checked(function: Callable, name: str) -> Callable:
             check_signature(function, asked.__name__, kwargs)
             return check_scores(function(*args, **kwargs), asked.__name__, kwargs)
 
-    asked.__name__ = name  # what GRPO logs it under
+    asked.__name__ = name  # GRPO logs it under this name
     return asked
 
 
