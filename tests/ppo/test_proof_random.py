@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 import oracles
 import ppo_runs
 import tiny
-from families.configs import member
+from families.configs import family_config, family_model
 from plain import chosen, plain_distribution
 
 
@@ -60,11 +60,15 @@ def some(choose):
 
 
 def family(name):
-    """Actor, reference, reward model and critic."""
+    """Actor, reference, reward model and critic, of two layers: more of them round further in bfloat16."""
     if name == "rotary":
         return tiny.tiny_actor(0), tiny.tiny_actor(5), tiny.tiny_reward_model(1), tiny.tiny_reward_model(7)
-    actor = member("gpt2" if name == "absolute" else "bloom", 0)
-    return actor, member("gpt2", 5), *(member("gpt2", seed, of=AutoModelForSequenceClassification) for seed in (1, 7))
+
+    def small(kind, seed, of=None):
+        return family_model(family_config(kind, n_layer=2, num_labels=1), seed, of)
+
+    actor = small("gpt2" if name == "absolute" else "bloom", 0)
+    return actor, small("gpt2", 5), *(small("gpt2", seed, AutoModelForSequenceClassification) for seed in (1, 7))
 
 
 def ids_of_prompts(form):
