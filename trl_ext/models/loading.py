@@ -29,12 +29,7 @@ def base_of(model: Any) -> Any:
 
 
 def is_quantized(model: Any, **options: Any) -> bool:
-    """
-    Return whether a model is quantised: one in memory, or, by its config, the checkpoint of a path.
-
-    Args:
-        options: of `from_pretrained`, for a path.
-    """
+    """Return whether a model is quantised: one in memory or, by its config, the checkpoint of a path."""
     if isinstance(model, str):
         return getattr(AutoConfig.from_pretrained(model, **options), "quantization_config", None) is not None
     return any(getattr(model, name, False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"))
@@ -80,17 +75,7 @@ def text_config(model: Any, args: Any, name: str = "model", scores: bool = False
 
 
 def read_config(path: str, name: str, **options: Any) -> Any:
-    """
-    Read the config of a model.
-
-    Args:
-        path: a folder, or a hub name.
-        name: what it was given as, for the error.
-        options: of `from_pretrained`.
-
-    Raises:
-        ValueError: for one that cannot be read, or is of a kind that transformers does not know.
-    """
+    """Read the config of a folder or hub name, given as `name`; raise `ValueError` if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # of transformers, of the family's own checks, of the hub
@@ -245,15 +230,8 @@ def check_no_adapter(path: str, name: str) -> None:
 
 def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
     """
-    Look for the config of a model, or of an adapter; load nothing else.
-
-    Args:
-        path: a folder, or a hub name.
-        what: it is, for the error.
-        with_base: whether an adapter's base is needed, too.
-
-    Raises:
-        ValueError: when there is none, here or on the hub.
+    Raise `ValueError` unless a folder or hub name has the config of a model or of an adapter, and with `with_base`
+    that of the adapter's base. No weights are loaded. `what` is for the error.
     """
     adapter = adapter_config(path)
     if adapter is not None:
@@ -284,14 +262,8 @@ def require_model(path: str, what: str, revision: str | None = None, with_base: 
 
 def require_weights(path: str, what: str) -> None:
     """
-    Read the headers of the weight files in a folder; load no weights. The hub is not looked at.
-
-    Args:
-        path: of a model, or of an adapter.
-        what: it is, for the error.
-
-    Raises:
-        ValueError: when the folder has no weights, a file is missing, is not in the safetensors format or was cut off.
+    Raise `ValueError` if a folder has no weights, or a file is missing, cut off or not in the safetensors format. Only
+    headers are read, and not from the hub. `what` is for the error.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -346,17 +318,7 @@ def require_tokenizer(path: str, what: str) -> None:
 
 
 def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
-    """
-    Load the tokenizer of a model.
-
-    Args:
-        path: a folder, or a hub name.
-        what: it is, for the error.
-        options: of `from_pretrained`.
-
-    Raises:
-        ValueError: when there is none, or none that can be read.
-    """
+    """Load the tokenizer of a folder or hub name; raise `ValueError` if there is none that can be read."""
     require_tokenizer(path, what)
     try:
         return AutoTokenizer.from_pretrained(path, **options)

@@ -75,7 +75,6 @@ def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict
     base is fine: ZeRO-3 partitions the base, too.
 
     Args:
-        args: training arguments.
         quantization_config: of `model`, or `None`.
         trained_in_full: by the name of the argument, the models, paths or `None` of the roles without an adapter.
     """

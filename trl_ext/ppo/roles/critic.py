@@ -210,10 +210,7 @@ def check_value_model(model: Any) -> None:
 
 
 def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
-    """
-    Raise `ValueError`, from the config alone, for a checkpoint whose score head has several labels. A checkpoint
-    without a score head gets a new one.
-    """
+    """Raise `ValueError`, from the config alone, for a score head of several labels; without one it gets one."""
     config = read_config(path, "value_model", trust_remote_code=trust_remote_code)
     if "ForSequenceClassification" in (config.architectures or [""])[0]:
         _check_single_value(config.num_labels)

@@ -57,10 +57,7 @@ class Given:
 
 
 def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
-    """
-    Return the options, by default with an output folder named after the model, and the `passed` arguments; the options
-    may have the paths of actor and reward model.
-    """
+    """Return the options and the `passed` arguments; models that were not passed may be paths in the options."""
     funcs = passed["reward_funcs"]
     passed["reward_funcs"] = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
     given = Given(**passed)
