@@ -7,7 +7,7 @@ from torch import Tensor
 import tiny
 from trl_ext import _trl
 from trl_ext.models import cpu_head
-from trl_ext.ppo.roles.forward import add_actor_critic_forward
+from trl_ext.ppo.roles.forward import ActorCriticForward
 
 
 # (tokens, vocabulary, width of the trunk, 1 / temperature)
@@ -100,7 +100,7 @@ def test_forward_uses_the_head_on_cpu_and_trls_for_what_it_cannot_do(monkeypatch
     for dtype, times in ((torch.float32, 1), (torch.bfloat16, 0)):
         model = tiny.tiny_actor().to(dtype)
         _trl.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        add_actor_critic_forward(model).settle()
+        ActorCriticForward(model).settle()
         used.clear()
         output = model(input_ids=ids, labels=ids, ppo_outputs=("log_probs", "entropy"))
         assert len(used) == times

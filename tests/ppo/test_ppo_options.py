@@ -62,6 +62,7 @@ CASES = {
 SEEN_ELSEWHERE = {
     "local_rollout_forward_batch_size": "test_sequences_per_scoring_pass_are_an_option",
     "num_sample_generations": "test_number_of_sample_tables_is_an_option",
+    "packing": "test_packed_rows_give_what_padded_ones_give",
     "dataset_num_proc": "test_prompts_are_checked_in_several_processes",
     "sft_model_path": "test_models_may_be_named_in_the_config",
     "reward_model_path": "test_models_may_be_named_in_the_config",

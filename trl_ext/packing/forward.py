@@ -134,9 +134,13 @@ class PackedForward:
 
     # ---- What is exact ----
 
-    def switch_on(self) -> str | None:
+    def switch_on(self, by_mask: bool = True) -> str | None:
         """
         Switch packing on where random pairs get the same log-probabilities both ways, up to the lengths where they do.
+
+        Args:
+            by_mask: whether a mask over the whole row will do for a model with an attention of its own. It saves
+                tokens that sequences share, and nothing where they stand side by side.
 
         Returns:
             Why rows are not packed; `None` where they are.
@@ -148,7 +152,10 @@ class PackedForward:
         if reasons == [None]:
             # A model with an attention of its own may still be exact with a mask over the row.
             asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
-            for self.piecewise in [True, False] if asks_sdpa else [False]:
+            ways = [True] * asks_sdpa + [False] * by_mask
+            if not ways:
+                reasons.append(f"{type(self.model).__name__} has an attention of its own, which reads whole rows")
+            for self.piecewise in ways:
                 reasons.append(self._probe())
                 in_fewer_bits = torch.is_autocast_enabled(device)
                 with torch.autocast(device, enabled=False):

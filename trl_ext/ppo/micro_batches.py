@@ -11,10 +11,19 @@ from .terms import PPOCoefficients, PPOTerms, ppo_terms
 
 
 def draw_micro_batches(
-    rollout: Rollout, args: PPOConfigX, all_reduce: AllReduce, num_processes: int
+    rollout: Rollout, args: PPOConfigX, all_reduce: AllReduce, num_processes: int, by_length: bool = False
 ) -> list[MicroBatch]:
-    """Return a new permutation of the rollout, cut into mini-batches and those into micro-batches."""
+    """
+    Return a fresh permutation of the rollout, cut into mini-batches and those into micro-batches.
+
+    Args:
+        by_length: whether sequences of about the same length share a micro-batch, so that padded rows have little
+            padding. Which ones share a mini-batch stays as drawn.
+    """
     rows = torch.randperm(len(rollout)).to(rollout.mask.device)
+    if by_length:
+        lengths = (rollout.prompt_mask.sum(1) + rollout.attended.sum(1))[rows].view(args.num_mini_batches, -1)
+        rows = rows.view_as(lengths).gather(1, lengths.argsort(dim=1, stable=True)).flatten()
     tokens = rollout.mask.sum(dim=1)[rows].view(args.num_mini_batches, -1).sum(dim=1)
     num_tokens = all_reduce(tokens.float()).tolist()
     per_step = args.gradient_accumulation_steps

@@ -42,6 +42,13 @@ class BatchOptions:
     local_rollout_forward_batch_size: Annotated[int, COUNT] = field(
         default=64, metadata={"help": "Sequences per forward pass, without gradient, when a rollout is scored."}
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Score and learn from sequences side by side in rows without padding, where that gives the same "
+            "numbers. Off: in padded rows."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that check the prompts of the datasets before training."}
     )

@@ -28,6 +28,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .. import _trl
@@ -43,6 +44,7 @@ from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting
 from ..models.sharding import is_partitioned, is_stage3
 from ..models.trainable import take_back
+from ..packing.exactness import why_not_run
 from ..runs.best_metric import check_metric_of_sets, evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of
@@ -88,6 +90,8 @@ from .roles.reward_models import TokenScorer, check_readable, model_of_text, tok
 from .rollout import MicroBatch, Rollout
 from .run_state import EarlyStop, RunState
 
+
+logger = logging.get_logger(__name__)
 
 PHASES = ("generate", "score", "learn")
 
@@ -315,10 +319,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if args.needs_reference and roles.reference is None:
             check_base_is_kept(self.model)
         self.critic: Any = roles.critic
-        self._attached, head = join_to_actor(self.model, roles, args)
-        self._ref_logits: LogitsHead = head.logits
-        if self.aux_loss_enabled and can_be_asked(self.model, args):
-            self.aux_loss_enabled = head.settle_aux_loss(self.args.router_aux_loss_coef)
+        reason = why_not_run(args, self.model) if args.packing else None
+        if reason is not None:
+            logger.warning("Rows are padded for the actor, not packed: %s.", reason)
+        self._attached, forward = join_to_actor(self.model, roles, args, packs=args.packing and reason is None)
+        self._ref_logits: LogitsHead = forward.head.logits
+        self._packing = forward.packing
+        if can_be_asked(self.model, args):
+            forward.head.settle()
+            if self.aux_loss_enabled:
+                self.aux_loss_enabled = forward.head.settle_aux_loss(args.router_aux_loss_coef)
+                forward.asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            forward.settle(self.accelerator.autocast)
         self.add_callback(
             check_learning(self.model, self.critic, args, self.optimizer, has_master_weights=self.is_deepspeed_enabled)
         )
@@ -392,7 +404,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self.phases.enter("learn")
         if step_of_pass == 0:
             run.micro_batches = draw_micro_batches(
-                run.rollout, self.args, self._sum_over_ranks, self.accelerator.num_processes
+                run.rollout,
+                self.args,
+                self._sum_over_ranks,
+                self.accelerator.num_processes,
+                by_length=not self._packing.on,
             )
         return run.micro_batches[step_of_pass]
 

@@ -3,12 +3,12 @@ The critic V(s): built, attached to the actor as a submodule, split off when the
 
 The three kinds have the same methods, so that only the code that builds a critic knows its kind: `attach` makes it a
 submodule of the actor, in one engine and optimizer; `settle` tries out how the model is read; `values_at` gives state
-values (B, L) at the True `positions` (B, L) and 0 elsewhere; `save_pretrained` and `restore` write and load a folder.
+values (N,) at the N True `positions` (B, L - 1); `save_pretrained` and `restore` write and load a folder.
 """
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,13 @@ class ValueHead(nn.Module):
 
     needs_states = True  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        values = self(states)
-        return values.new_zeros(positions.shape).masked_scatter(positions, values)
+    def values_at(self, positions: Tensor, states: Tensor, **inputs: Any) -> Tensor:
+        return self(states)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         _add_to(actor, self)
 
-    def settle(self) -> None:
+    def settle(self, packs: bool, autocast: Callable) -> None:
         """Do nothing: the actor's states need no trial."""
 
     def restore(self, folder: str | Path) -> None:
@@ -101,14 +100,14 @@ class ValueModel(nn.Module):
 
     needs_states = False  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+    def values_at(self, positions: Tensor, states: Tensor | None, **inputs: Any) -> Tensor:
+        return self.values.at(positions, **inputs)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         _add_to(actor, self)
 
-    def settle(self) -> None:
-        self.values.settle()
+    def settle(self, packs: bool, autocast: Callable) -> None:
+        self.values.settle(packs, autocast)
 
     def restore(self, folder: str | Path) -> None:
         model: Any = self.model
@@ -150,8 +149,8 @@ class ValueAdapter(nn.Module):
 
     needs_states = False  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor | None, *args: Any, **inputs: Any) -> Tensor:
-        return self.values(*args, **inputs)[:, :-1].masked_fill(~positions, 0)
+    def values_at(self, positions: Tensor, states: Tensor | None, **inputs: Any) -> Tensor:
+        return self.values.at(positions, **inputs)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         """
@@ -168,8 +167,8 @@ class ValueAdapter(nn.Module):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable(checkpointing or None)
 
-    def settle(self) -> None:
-        self.values.settle()
+    def settle(self, packs: bool, autocast: Callable) -> None:
+        self.values.settle(packs, autocast)
 
     def restore(self, folder: str | Path) -> None:
         restore_adapter(self.model, folder)

@@ -9,8 +9,9 @@ as in any forward. Only positions with a label are projected to the vocabulary.
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from transformers.utils import ModelOutput
 
 from ...models.lm_head import score_only
 from ...models.scoring_head import ScoringHead
+from ...packing.forward import PackedForward
+from ...packing.probe import Pairs
 from ..kl import full_kl
 from .critic import Critic
-from .padding import LeftPadding
+from .padding import LeftPadding, reading, side_by_side, tried, warn_of_padding
 
 
 # Number of logits in one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
@@ -64,12 +67,7 @@ class ActorCriticOutput(ModelOutput):
         return self
 
 
-def add_actor_critic_forward(
-    model: PreTrainedModel,
-    critic: Critic | None = None,
-    reward_model: nn.Module | None = None,
-    role: str = "ref_model",
-) -> ScoringHead:
+class ActorCriticForward:
     """
     Extend `model.forward` with `ppo_outputs`, a tuple of names of the requested fields of [`ActorCriticOutput`].
     Without it the forward is the original one, so generation does not change. With it the forward also takes `labels`
@@ -81,66 +79,124 @@ def add_actor_critic_forward(
             that will be requested.
         critic: gives the state values.
         reward_model: an adapter with a score head on the model's base, which gives the scores.
-        role: "model" for the actor, which must have no noise, or "ref_model".
+        role: "model" for the actor, which has to be without noise, or "ref_model".
+        packs: whether sequences are to stand side by side in rows without padding, where that is exact.
 
-    Returns:
-        The head that scores. Its `logits` maps trunk states to temperature-scaled logits; its `settle` is called by
-        the first forward at the latest.
+    Attributes:
+        head: makes log-probabilities; its `logits` is the map from trunk states to temperature-scaled logits.
+        packing: whether rows are packed, and how the model reads them.
+        asked: what else the model is called with in the trial of packed rows.
     """
-    head = ScoringHead(model, role, silent=role == "model")
-    padding = LeftPadding(head.trunk, head.name)
-    fused_forward = model.forward
 
-    @functools.wraps(type(model).forward)
-    def forward(
-        self, *args, ppo_outputs=None, labels=None, ref_states=None, ref_head=None, train_actor=True, **kwargs
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        critic: Critic | None = None,
+        reward_model: nn.Module | None = None,
+        role: str = "ref_model",
+        packs: bool = False,
     ):
-        if ppo_outputs is None:
-            if labels is not None:
-                kwargs["labels"] = labels
-            return fused_forward(*args, **kwargs)
+        self.critic, self.reward_model, self._packs = critic, reward_model, packs
+        self.head = ScoringHead(model, role, silent=role == "model")
+        self.packing = PackedForward(model, self._plain, self._packed)
+        self.asked: dict[str, Any] = {}
+        self._is_settled = False
+        self._padding = LeftPadding(self.head.trunk, self.head.name)
+        self._fused_forward = fused_forward = model.forward
 
-        wanted = set(ppo_outputs)
+        @functools.wraps(type(model).forward)
+        def forward(_: Any, *args: Any, ppo_outputs: tuple[str, ...] | None = None, **kwargs: Any) -> Any:
+            if ppo_outputs is None:
+                return fused_forward(*args, **kwargs)
+            return self._answer(set(ppo_outputs), **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    def settle(self, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """
+        Try out, once, how the model makes log-probabilities, how the critic is read, and whether their rows can be
+        packed; it happens at the first call at the latest.
+
+        Args:
+            autocast: the context in which the run computes.
+        """
+        if self._is_settled:
+            return
+        self._is_settled = True
+        self.head.settle()
+        if self._packs:
+            with autocast():
+                warn_of_padding(self.packing.switch_on(by_mask=False), self.head.name, self.packing)
+        if self.critic is not None:
+            self.critic.settle(self._packs, autocast)
+
+    def _answer(
+        self,
+        wanted: set[str],
+        labels: Tensor | None = None,
+        ref_states: Tensor | None = None,
+        ref_head: LogitsHead | None = None,
+        train_actor: bool = True,
+        **inputs: Any,
+    ) -> ActorCriticOutput:
         if wanted == {"scores"}:
-            inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
-            return ActorCriticOutput(scores=reward_model(**inputs).logits[:, 0].float())
-        head.settle()
-        of_critic = dict(kwargs)
-        kwargs = padding.inputs(kwargs)
-        reads_states = "state_values" in wanted and critic is not None and critic.needs_states
+            read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            return ActorCriticOutput(scores=self.reward_model(**read).logits[:, 0].float())
+        self.settle()
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        reads_states = "state_values" in wanted and self.critic is not None and self.critic.needs_states
         positions = labels[:, 1:] != -100  # (B, L - 1), True where the next token has a label
         if not positions.any():
             positions[0, -1] = True  # keeps the graph
+        rows = side_by_side(self.packing, inputs) if self.packing.on else None
         output = ActorCriticOutput()
         states = None
-        with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(train_actor and torch.is_grad_enabled()),
+            reading(self.head.trunk, self.packing, rows, self._padding, positions, inputs) as (of_model, select),
+        ):
             if wanted & {"log_probs", "entropy"}:
-                with score_only(head.trunk, lambda states: states[:, :-1][positions]) as compact:
-                    scored = fused_forward(
-                        *args, shift_labels=labels[:, 1:][positions][None], fused_lm_head=True, **kwargs
-                    )
+                targets = labels[:, 1:][positions][None]
+                with score_only(self.head.trunk, select) as compact:
+                    scored = self._fused_forward(shift_labels=targets, fused_lm_head=True, **of_model)
                 (states,) = compact
                 output.log_probs = _scatter(scored.log_probs[0], positions)
                 output.entropy = None if scored.entropy is None else _scatter(scored.entropy[0], positions)
                 output.aux_loss = scored.aux_loss
             elif wanted & {"trunk_states", "ref_kl"} or reads_states:
-                trunk = head.trunk(*args, use_cache=False, **kwargs)
-                states = trunk.last_hidden_state[:, :-1][positions]
+                states = select(self.head.trunk(use_cache=False, **of_model).last_hidden_state)
             if "ref_kl" in wanted:
-                chunk_size = max(1, CHUNK // self.config.get_text_config().vocab_size)
+                chunk_size = max(1, CHUNK // self.head.model.config.get_text_config().vocab_size)
                 of_reference = ref_states[positions[:, -ref_states.size(1) :]]
-                exact = full_kl(states, head.logits, of_reference, ref_head, chunk_size)
+                exact = full_kl(states, self.head.logits, of_reference, ref_head, chunk_size)
                 output.ref_kl = _scatter(exact, positions)
         if "trunk_states" in wanted:
             output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))
             output.trunk_states[positions] = states
         if "state_values" in wanted:
-            of_critic.pop("output_router_logits", None)
-            output.state_values = critic.values_at(positions, states, *args, **of_critic)
+            inputs.pop("output_router_logits", None)
+            output.state_values = _scatter(self.critic.values_at(positions, states, **inputs), positions)
         return output
 
-    model.forward = types.MethodType(forward, model)
-    return head
+    # ---- Both ways, to be compared ----
+
+    @torch.no_grad()
+    def _plain(self, batch: Pairs) -> ModelOutput:
+        return self._fused_forward(**vars(batch), **self.asked, use_cache=False, fused_lm_head=True)
+
+    @torch.no_grad()
+    def _packed(self, batch: Pairs) -> ModelOutput:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        positions = batch.labels[:, 1:] != -100
+        targets = batch.labels[:, 1:][positions][None]
+        rows = tried(self.packing, inputs)
+        with (
+            reading(self.head.trunk, self.packing, rows, self._padding, positions, inputs) as (of_model, select),
+            score_only(self.head.trunk, select),
+        ):
+            of_model |= self.asked
+            scored = self._fused_forward(shift_labels=targets, fused_lm_head=True, use_cache=False, **of_model)
+        return ActorCriticOutput(log_probs=_scatter(scored.log_probs[0], positions), aux_loss=scored.aux_loss)
 
 
 @contextmanager

@@ -15,26 +15,28 @@ from ...models.noise import disable_noise
 from ...models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ...models.quantization import is_fsdp
 from ...models.rounding import warn_of_rounding
-from ...models.scoring_head import ScoringHead
 from ...models.sharding import declare_head, is_partitioned, is_stage3
 from ...models.trainable import RequireGradients, check_optimizer, check_trainable
 from ..config import PPOConfigX
 from .adapters import REWARD, stand_on
-from .forward import LogitsHead, add_actor_critic_forward
+from .forward import ActorCriticForward, LogitsHead
 from .load import Roles
 from .reward_models import token_scorer
 
 
-def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.Module], ScoringHead]:
+def join_to_actor(
+    model: Any, roles: Roles, args: PPOConfigX, packs: bool
+) -> tuple[list[nn.Module], ActorCriticForward]:
     """
     Make critic and reward adapter submodules of the actor, whose forward then answers for all three. A new adapter of
     the actor must be there before, since PEFT would add it to their modules too.
 
     Args:
         model: the actor, perhaps a `PeftModel`.
+        packs: whether rows are to be packed.
 
     Returns:
-        The modules that were joined, the critic first, and the head that scores.
+        The modules that were joined, the critic first, and the forward that answers.
     """
     actor = base_of(model)
     drop_checkpointing(actor, args)
@@ -45,13 +47,10 @@ def join_to_actor(model: Any, roles: Roles, args: PPOConfigX) -> tuple[list[nn.M
         attached.append(roles.reward_adapter)
     keep_4_bit_differentiable(model)
     disable_noise(model)
-    head = add_actor_critic_forward(actor, roles.critic, roles.reward_adapter, role="model")
+    forward = ActorCriticForward(actor, roles.critic, roles.reward_adapter, role="model", packs=packs)
     if is_stage3(args):
         declare_head(actor)
-    if can_be_asked(actor, args):
-        head.settle()
-        roles.critic.settle()
-    return attached, head
+    return attached, forward
 
 
 def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
@@ -101,10 +100,10 @@ def check_learning(
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:
     """Freeze and place the reference; return it, with the actor's forward, and the head that makes its logits."""
     _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-    head = add_actor_critic_forward(reference)
+    forward = ActorCriticForward(reference, packs=args.packing)
     if can_be_asked(reference, args):
-        head.settle()
-    return _trl.prepare_frozen(reference, accelerator), head.logits
+        forward.settle(accelerator.autocast)
+    return _trl.prepare_frozen(reference, accelerator), forward.head.logits
 
 
 def place_reward_models(

@@ -1,15 +1,22 @@
 """State values from a classifier: its score of a sequence up to each position."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from ..._trl import FusedCausalLMOutput
 from ...models.noise import require_numbers, silence
 from ...models.probe import in_mode, probe_rows, tolerance
 from ...models.scoring_head import trunk_gives
-from .padding import LeftPadding
+from ...packing.forward import PackedForward
+from ...packing.probe import Pairs
+from ...packing.segments import PackedRows
+from .padding import LeftPadding, reading, side_by_side, tried, warn_of_padding
 
 
 class StateValues:
@@ -30,6 +37,7 @@ class StateValues:
         self.classifier: Any = classifier
         self.name = f"{type(classifier).__name__} ({name})"
         self.trunk = _trunk_of(classifier, self.name)
+        self.packing = PackedForward(self.trunk, self._plain, self._packed)
         self._padding = LeftPadding(self.trunk, self.name)
         self._is_settled = False
 
@@ -40,10 +48,50 @@ class StateValues:
         states = self.trunk(*args, use_cache=False, **self._padding.inputs(kwargs)).last_hidden_state
         return self.of_states(states)
 
-    @torch.no_grad()
-    def settle(self) -> None:
+    def at(self, positions: Tensor, **inputs: Tensor) -> Tensor:
         """
-        Switch the trunk's noise off, and try the head.
+        Return the values (N,) at the N `positions` of (B, L - 1), float32.
+
+        Args:
+            inputs: what the trunk takes, `input_ids` and `attention_mask` (B, L) among it.
+        """
+        if not self._is_settled:
+            self.settle()
+        rows = side_by_side(self.packing, inputs) if self.packing.on else None
+        return self.of_states(self._states_at(positions, rows, inputs)[None])[0]
+
+    def _states_at(self, positions: Tensor, rows: PackedRows | None, inputs: dict[str, Tensor]) -> Tensor:
+        with reading(self.trunk, self.packing, rows, self._padding, positions, inputs) as (of_trunk, select):
+            return select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
+
+    # ---- Both ways of reading rows, to be compared: by what a random direction sees of the states ----
+
+    @torch.no_grad()
+    def _plain(self, batch: Pairs) -> ModelOutput:
+        states = self.trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return self._seen(states.last_hidden_state[:, :-1])
+
+    @torch.no_grad()
+    def _packed(self, batch: Pairs) -> ModelOutput:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        positions = batch.attention_mask[:, :-1].bool()
+        found = self._states_at(positions, tried(self.packing, inputs), inputs)
+        states = found.new_zeros(*positions.shape, found.size(-1))
+        states[positions] = found
+        return self._seen(states)
+
+    def _seen(self, states: Tensor) -> ModelOutput:
+        direction = torch.randn(states.size(-1), generator=torch.Generator().manual_seed(0)).to(states.device)
+        return FusedCausalLMOutput(log_probs=states.float() @ (direction / len(direction) ** 0.5))
+
+    @torch.no_grad()
+    def settle(self, packs: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """
+        Switch the trunk's noise off, try the head, and whether rows can be packed.
+
+        Args:
+            packs: whether sequences are to stand side by side in rows, where that is exact.
+            autocast: the context in which the run computes.
 
         Raises:
             ValueError: for NaN, for noise that does not stop, and for a head that gives no value for a state.
@@ -62,6 +110,9 @@ class StateValues:
             self._try_head(first)
             self._require_last_token(rows[0], allowed)
         silence(self.trunk, self.name, states, allowed)
+        if packs:
+            with autocast():
+                warn_of_padding(self.packing.switch_on(by_mask=False), self.name, self.packing)
 
     def _require_causal(self, row: Tensor, allowed: float) -> None:
         half = (row.size(1) + 1) // 2

@@ -1,0 +1,258 @@
+"""Packed rows against padded ones: the same terms, gradients and metrics; mistakes that this notices."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from ppo_runs import log_lines, ppo_trainer
+from trl_ext.masked import identity
+from trl_ext.packing import forward, segments
+from trl_ext.packing.forward import PackedForward
+from trl_ext.ppo.micro_batches import draw_micro_batches
+from trl_ext.ppo.roles import padding
+from trl_ext.ppo.rollout import Rollout
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Those that have an attention of their own, Gemma2 with its cap on scores, keep padded rows.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "mistral": {"sliding_window": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "phi3": {"sliding_window": 8},
+    "olmo2": {},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+
+OF_THE_MACHINE = ("time", "memory", "tokens_per_second", "step_time")
+PROMPTS = [
+    "<bos>",
+    "<bos> the",
+    "<bos> " + "a b c d e f " * 4,
+    "<bos> x y z",
+    "<bos> one two",
+    "<bos> the end of it all",
+]
+
+
+def model_of(family, auto=AutoModelForCausalLM, seed=0, **options):
+    own = {name: value for name, value in SIZES.items() if family != "gpt2" or not name.startswith(("num_", "head"))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(AutoConfig.for_model(family, **(own | FAMILIES[family] | options))).eval()
+
+
+def answers(prompts, trainer):
+    """Answers of 1 to 12 tokens, some of which a tool wrote."""
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    lengths = [1 + (5 * row + 11 * len(prompt)) % 12 for row, prompt in enumerate(ids)]
+    written = [[7 + (3 * row + t) % 50 for t in range(length - 1)] + [2] for row, length in enumerate(lengths)]
+    mask = [[int(length < 6 or t not in (2, 3)) for t in range(length)] for length in lengths]
+    logprobs = [[-1.0] * length for length in lengths]
+    return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": mask}
+
+
+def run(folder, family="llama", packing=True, lora=False, **options):
+    """Two rollouts; returns the trainer, what it logged and the gradients of every optimizer step."""
+    models = {
+        "model": model_of(family),
+        "reward_model": model_of(family, AutoModelForSequenceClassification, seed=1, num_labels=1),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS * 4}),
+        "rollout_func": answers,
+    }
+    if lora:
+        models |= {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")}
+        if options.get("critic") == "adapter":
+            models |= {
+                "reward_model": None,
+                "reward_funcs": lambda completions, **_: [len(c) / 9 for c in completions],
+            }
+    options = {"total_episodes": 12, "gradient_accumulation_steps": 3} | options
+    options = {"response_length": 12, "bf16": False, "use_cpu": True} | options
+    trainer = ppo_trainer(folder, models, packing=packing, **options)
+    gradients = []
+    clip = trainer._clip_grad_norm
+
+    def keep(model):
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return clip(model)
+
+    trainer._clip_grad_norm = keep
+    trainer.train()
+    return trainer, log_lines(trainer), gradients
+
+
+def packed_calls(monkeypatch):
+    """The rows of every packed call, in the list."""
+    calls = []
+    lay_out = PackedForward.lay_out
+
+    def note(self, *args):
+        rows = lay_out(self, *args)
+        if self.on:
+            calls.append(rows)
+        return rows
+
+    monkeypatch.setattr(PackedForward, "lay_out", note)
+    return calls
+
+
+def assert_same(one, other, tolerance=1e-5):
+    (_, lines, gradients), (_, other_lines, other_gradients) = one, other
+    assert len(lines) == len(other_lines) == len(gradients) > 1
+    for line, other_line in zip(lines, other_lines, strict=True):
+        assert line.keys() == other_line.keys()
+        for name in line:
+            if not any(word in name for word in OF_THE_MACHINE):
+                assert line[name] == pytest.approx(other_line[name], rel=10 * tolerance, abs=10 * tolerance), name
+    for step, other_step in zip(gradients, other_gradients, strict=True):
+        assert step.keys() == other_step.keys()
+        apart = sum((step[name] - other_step[name]).square().sum() for name in step).sqrt()
+        norm = sum(gradient.square().sum() for gradient in other_step.values()).sqrt()
+        assert apart <= tolerance * norm
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, family, critic):
+    calls = packed_calls(monkeypatch)
+    packed = run(tmp_path / "packed", family, critic=critic)
+    assert bool(calls) == (family != "gemma2")
+    assert all(rows is not None and len(rows.input_ids) == 1 for rows in calls)
+    assert_same(packed, run(tmp_path / "padded", family, packing=False, critic=critic))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_estimator": "full"},
+        {"kl_placement": "reward", "num_mini_batches": 2, "gradient_accumulation_steps": 2, "num_ppo_epochs": 1},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"lora": True},
+        {"lora": True, "critic": "adapter"},
+        {"critic": "head", "critic_warmup_steps": 1},
+        {"bf16": True},
+    ],
+    ids=str,
+)
+def test_packed_rows_give_the_same_with(tmp_path, monkeypatch, options):
+    calls = packed_calls(monkeypatch)
+    packed = run(tmp_path / "packed", **options)
+    assert calls
+    padded = run(tmp_path / "padded", packing=False, **options)
+    assert_same(packed, padded, tolerance=2e-2 if options.get("bf16") else 1e-5)
+
+
+# GPT-2 has absolute positions; under a rotary embedding a sequence may begin anywhere.
+MISTAKES = {
+    "a sequence sees the one before it": (
+        segments,
+        "_pieces",
+        lambda original: lambda row: (segments.Piece(sum(segment.size for segment in row), ()),),
+    ),
+    "positions go on through the row": (
+        segments.PackedRows,
+        "position_ids",
+        lambda original: property(lambda self: torch.arange(self.input_ids.size(1))[None]),
+    ),
+    "states are taken from the next place": (
+        forward,
+        "pack",
+        lambda original: lambda *args: moved(original(*args)),
+    ),
+}
+
+
+def moved(rows):
+    return segments.PackedRows(rows.input_ids, rows.rows, (rows.packed_index + 1) % rows.input_ids.numel())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_trial_notices(tmp_path, monkeypatch, mistake):
+    """With a mistake in the rows, the trial keeps them padded, so that the numbers stay right."""
+    place, name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(place, name, wrong(vars(place)[name]))
+    calls = packed_calls(monkeypatch)
+    run(tmp_path, "gpt2", total_episodes=6)
+    assert not calls
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_comparison_notices(tmp_path, monkeypatch, mistake):
+    padded = run(tmp_path / "padded", "gpt2", packing=False, total_episodes=6)
+    place, name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(place, name, wrong(vars(place)[name]))
+    monkeypatch.setattr(PackedForward, "switch_on", lambda self, by_mask: vars(self).update(on=True, piecewise=True))
+    with pytest.raises(AssertionError):
+        assert_same(run(tmp_path / "packed", "gpt2", total_episodes=6), padded)
+
+
+def test_padded_rows_are_no_longer_than_the_longest_of_their_micro_batch(tmp_path, monkeypatch):
+    widths = []
+    reading = padding.reading
+
+    @contextmanager
+    def note(*args):
+        with reading(*args) as (inputs, select):
+            widths.append((inputs["attention_mask"].sum(1).max().item(), inputs["input_ids"].size(1)))
+            yield inputs, select
+
+    for module in ("forward", "state_values"):
+        monkeypatch.setattr(f"trl_ext.ppo.roles.{module}.reading", note)
+    run(tmp_path, packing=False)
+    assert len({width for _, width in widths}) > 3
+    # A left-padded prompt and a right-padded answer: the longest of each decide.
+    assert all(longest <= width for longest, width in widths)
+
+
+def test_sequences_of_about_one_length_share_a_padded_micro_batch():
+    lengths = torch.tensor([3, 9, 1, 7, 2, 8, 4, 6])
+    attended = torch.arange(9) < lengths[:, None]
+    ids = torch.zeros(8, 1, dtype=torch.long)
+    rollout = Rollout.from_ids(ids, ids == 0, torch.zeros(8, 9, dtype=torch.long), attended)
+    args = SimpleNamespace(num_mini_batches=2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    torch.manual_seed(0)
+    drawn = draw_micro_batches(rollout, args, identity, 1)
+    torch.manual_seed(0)
+    by_length = draw_micro_batches(rollout, args, identity, 1, by_length=True)
+    for mini_batch in (slice(0, 2), slice(2, 4)):
+        one, other = (torch.cat([part.rows for part in parts[mini_batch]]) for parts in (drawn, by_length))
+        assert sorted(one.tolist()) == sorted(other.tolist())
+        assert lengths[other].tolist() == sorted(lengths[other].tolist())
+    assert [part.num_tokens for part in drawn] == [part.num_tokens for part in by_length]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_micro_batch_of_which_nothing_counts_keeps_its_graph(tmp_path, packing):
+    trainer = ppo_trainer(tmp_path, packing=packing)
+    ids = torch.full((2, 3), 9)
+    rollout = Rollout.from_ids(ids, ids > 0, torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    output = trainer._forward(trainer.model, rollout, ("log_probs", "state_values"))
+    assert output.log_probs.shape == output.state_values.shape == (2, 5)
+    assert output.log_probs.requires_grad
+    assert output.state_values.requires_grad
