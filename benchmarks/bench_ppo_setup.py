@@ -33,6 +33,13 @@ def shape(critics: list[str], batch: int, length: int, epochs: int, **config: An
     return {"trainers": [BASELINE, *critics], "config": config, "job": job | {"vocabulary": config["vocab_size"]}}
 
 
+# Tokens of prompts, spread evenly, and of answers, in shares of the limit: a few are cut off, most are short.
+PROMPTS = [32 + 15 * row for row in range(16)]
+ANSWERS = [
+    round(128 * share) for share in (1, 1, 1, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.1, 0.05, 0.03, 0.02)
+]
+
+
 # fmt: off
 SHAPES = {
     "tiny": shape(
@@ -49,6 +56,8 @@ SHAPES = {
         num_hidden_layers=2, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
     ),
 }
+SHAPES["varied"] = SHAPES["deep"] | {"trainers": ["model-padded", "model", "head-padded", "head"]}
+SHAPES["varied"]["job"] = SHAPES["deep"]["job"] | {"prompts": PROMPTS, "answers": ANSWERS, "response": max(ANSWERS)}
 # fmt: on
 
 

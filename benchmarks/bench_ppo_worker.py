@@ -5,6 +5,7 @@ the seconds of each by phase and the peak memory of the process are written as J
 It runs in either environment: `python bench_ppo_worker.py '{"trainer": "head", "batch": 16, ...}'`.
 """
 
+import functools
 import importlib
 import json
 import resource
@@ -82,16 +83,20 @@ def options(job: dict[str, Any]) -> dict[str, Any]:
 def build(job: dict[str, Any], clock: UpdateClock) -> Any:
     """The trainer of the job on models from files, with the clock at its phases."""
     folder = Path(job["models"])
-    size = (job["batch"] * job["updates"], job["prompt"])
-    ids = torch.randint(job["vocabulary"], size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    lengths = job.get("prompts") or [job["prompt"]]
+    size = (job["batch"] * job["updates"], max(lengths))
+    ids = torch.randint(job["vocabulary"], size, generator=generator).tolist()
+    ids = [row[: lengths[i % len(lengths)]] for i, row in enumerate(ids)]
     roles = {
         "processing_class": AutoTokenizer.from_pretrained(folder / "actor", padding_side="left"),
         "model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
         "ref_model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
         "reward_model": AutoModelForSequenceClassification.from_pretrained(folder / "reward"),
-        "train_dataset": Dataset.from_dict({"input_ids": ids.tolist()}),
+        "train_dataset": Dataset.from_dict({"input_ids": ids}),
     }
-    if job["trainer"] != "head":
+    critic, _, padded = job["trainer"].partition("-")
+    if critic != "head":
         roles["value_model"] = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
     if job["trainer"] == "trl-1.12":
         # Not an import statement: those of TRL's private names belong in trl_ext/_trl.py, for the supported version.
@@ -101,10 +106,22 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
         return module.PPOTrainer(module.PPOConfig(**options(job)), callbacks=[clock], **roles)
     from trl_ext import PPOConfigX, PPOTrainerX
 
-    trainer = PPOTrainerX(PPOConfigX(**options(job), critic=job["trainer"]), callbacks=[clock], **roles)
+    if "answers" in job:
+        roles["rollout_func"] = functools.partial(given_answers, job=job)
+    args = PPOConfigX(**options(job), critic=critic, packing=not padded)
+    trainer = PPOTrainerX(args, callbacks=[clock], **roles)
     trainer._generate = clock.generating(trainer._generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)
     return trainer
+
+
+def given_answers(prompts: list[Any], trainer: Any, job: dict[str, Any]) -> dict[str, list[Any]]:
+    """Random answers of the job's lengths, in an order of their own."""
+    rows = range(len(prompts))
+    lengths = [job["answers"][7 * row % len(job["answers"])] for row in rows]
+    answers = [torch.randint(job["vocabulary"], (length,)).tolist() for length in lengths]
+    logprobs = [[0.0] * length for length in lengths]
+    return {"prompt_ids": [prompt.input_ids for prompt in prompts], "completion_ids": answers, "logprobs": logprobs}
 
 
 def main(job: dict[str, Any]) -> None:

@@ -56,6 +56,24 @@ def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys
     assert "| 2.0 | 4.0 | 1.0 | 1.00 (1.00) | 1.00 |" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("trainer", ["model-padded", "head"])
+def test_varied_lengths_are_those_of_the_lists(tmp_path, trainer):
+    """On the tiny model: the listed prompts and answers, packed or not."""
+    setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
+    config = setup.SHAPES["tiny"]["config"]
+    setup.save_models(config, tmp_path)
+    job = setup.SHAPES["tiny"]["job"] | {"prompts": [3, 9, 5, 2], "answers": [8, 1, 4, 6], "trainer": trainer}
+    job |= {"updates": 2, "models": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    trainer = worker.build(job, worker.UpdateClock(steps_per_update=2))
+    trainer.train()
+    rollout = trainer.run_state.rollout
+    assert sorted(rollout.prompt_mask.sum(1).tolist()) == [2, 3, 5, 9]
+    assert sorted(rollout.attended.sum(1).tolist()) == [1, 4, 6, 8]
+    assert trainer.args.packing == ("padded" not in job["trainer"])
+    assert sum(setup.ANSWERS) / len(setup.ANSWERS) == pytest.approx(0.4 * max(setup.ANSWERS), rel=0.01)
+
+
 def test_one_update_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--updates", "1"])
     with pytest.raises(SystemExit):
