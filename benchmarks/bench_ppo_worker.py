@@ -108,7 +108,9 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
 
     if "answers" in job:
         roles["rollout_func"] = functools.partial(given_answers, job=job)
-    args = PPOConfigX(**options(job), critic=critic, packing=not padded)
+        roles["processing_class"].pad_token = "w0"  # the actor has no embedding of the end token
+    in_order = {"shuffle_dataset": False} if "prompts" in job else {}
+    args = PPOConfigX(**options(job), **in_order, critic=critic, packing=not padded)
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)
     trainer._generate = clock.generating(trainer._generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)
