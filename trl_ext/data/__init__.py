@@ -1,5 +1,5 @@
 """
-What a dataset is, in the order in which rows are read.
+Datasets: their forms, checks and conversions, in the order in which rows are read.
 
     formats        which of TRL's formats a dataset is in, and what a trainer needs
     conversions    from one format to the other

@@ -1,4 +1,4 @@
-"""What is dropped from a dataset of pairs, what must be left of it, and the `source` column's way into a batch."""
+"""Pairs: those that are dropped, the check that some are left, and the `source` column's way into a batch."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What must hold of a DPO run's models and losses."""
+"""The checks of a DPO run's models and losses."""
 
 from typing import Any
 

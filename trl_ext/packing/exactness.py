@@ -1,4 +1,4 @@
-"""Which models and runs shared rows are not exact for, and why. A probe decides; what is known here explains."""
+"""The models and runs that packed rows are not exact for, and why. A trial decides; what is known here explains."""
 
 import inspect
 import re

@@ -1,6 +1,6 @@
 """
-Whether packed rows give a model its own log-probabilities, tried out: random pairs both ways, told apart by what
-rounding alone does to that model.
+The trial of packed rows: random pairs both ways must give a model's own log-probabilities, as far apart as rounding
+alone moves them on that model.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 """
-What a run needs on each GPU, before anything is loaded, from configs alone.
+The plan of a run: what it needs on each GPU, from configs alone, before anything is loaded.
 
     shapes     sizes of models and adapters, counted on meta models
     layout     what is planned: how a run is laid out, on which hardware

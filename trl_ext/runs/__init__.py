@@ -1,5 +1,5 @@
 """
-What a run needs to start, logs, leaves behind and says of itself.
+Runs: their requirements, log, folder and card.
 
     requirements   numbers, packages and folders, checked before a model is loaded
     steps_left     refuse a checkpoint that has no step left
