@@ -18,7 +18,7 @@ from trl_ext.masked import identity
 from trl_ext.packing import forward, segments
 from trl_ext.packing.forward import PackedForward
 from trl_ext.ppo.micro_batches import draw_micro_batches
-from trl_ext.ppo.roles import padding
+from trl_ext.ppo.roles.rows import reading
 from trl_ext.ppo.rollout import Rollout
 
 
@@ -214,7 +214,6 @@ def test_comparison_notices(tmp_path, monkeypatch, mistake):
 
 def test_padded_rows_are_no_longer_than_the_longest_of_their_micro_batch(tmp_path, monkeypatch):
     widths = []
-    reading = padding.reading
 
     @contextmanager
     def note(*args):

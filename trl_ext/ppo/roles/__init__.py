@@ -13,5 +13,6 @@ The four models of PPO: actor, critic, reference, reward.
     reward_functions   checks of reward functions and of their answers
     offload            frozen models in host memory while nothing reads them
     padding            left-padded rows, read as without padding
+    rows               the rows of a batch: packed, or padded
     forward            one call of the actor: log-probabilities, entropy, values, exact KL
 """

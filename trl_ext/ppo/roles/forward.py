@@ -24,7 +24,8 @@ from ...packing.forward import PackedForward
 from ...packing.probe import Pairs
 from ..kl import full_kl
 from .critic import Critic
-from .padding import LeftPadding, reading, side_by_side, tried, warn_of_padding
+from .padding import LeftPadding
+from .rows import reading, side_by_side, tried, warn_of_padding
 
 
 # Number of logits in one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.

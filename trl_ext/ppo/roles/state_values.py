@@ -16,7 +16,8 @@ from ...models.scoring_head import trunk_gives
 from ...packing.forward import PackedForward
 from ...packing.probe import Pairs
 from ...packing.segments import PackedRows
-from .padding import LeftPadding, reading, side_by_side, tried, warn_of_padding
+from .padding import LeftPadding
+from .rows import reading, side_by_side, tried, warn_of_padding
 
 
 class StateValues:

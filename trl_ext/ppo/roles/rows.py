@@ -1,0 +1,81 @@
+"""
+The rows in which a model reads the sequences of a batch: side by side without padding where that is exact, else each
+padded in a row of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ...packing.forward import PackedForward
+from ...packing.segments import PackedRows
+from .padding import LeftPadding
+
+
+logger = logging.get_logger(__name__)
+
+
+def side_by_side(packing: PackedForward, inputs: dict[str, Any]) -> PackedRows | None:
+    """Return the sequences in rows, each on its own; `None` if one is too long for the model to be packed."""
+    ids = inputs["input_ids"]
+    return packing.lay_out(ids, inputs["attention_mask"], torch.arange(len(ids), device=ids.device).unsqueeze(1))
+
+
+def tried(packing: PackedForward, inputs: dict[str, Any]) -> PackedRows:
+    """Return the rows of a trial, which has no padded way to fall back to."""
+    rows = side_by_side(packing, inputs)
+    if rows is None:
+        raise ValueError("the sequences that are tried out are longer than the limits found so far")
+    return rows
+
+
+def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> None:
+    """Say, once, where a model's rows stay padded, and why."""
+    names = ", ".join(packing.limited_by)
+    if reason is not None:
+        logger.warning("Rows are padded for %s, not packed: %s.", name, reason)
+    elif packing.limit is not None:
+        logger.warning("Rows of %s are packed up to sequences of %d tokens (%s).", name, packing.limit, names)
+    elif packing.row_limit is not None:
+        logger.warning("Rows of %s are packed up to %d tokens (%s).", name, packing.row_limit, names)
+
+
+@contextmanager
+def reading(
+    trunk: nn.Module,
+    packing: PackedForward,
+    rows: PackedRows | None,
+    padding: LeftPadding,
+    positions: Tensor,
+    inputs: dict[str, Any],
+) -> Iterator[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]:
+    """
+    Within the context `trunk` reads packed `rows`; without any, each sequence in a row of its own, with no more
+    padding than the longest needs.
+
+    Args:
+        positions (B, L - 1): which states are read.
+        inputs: `input_ids` and `attention_mask` (B, L), and what else the model takes.
+
+    Yields:
+        What to call the model with, and the function from the trunk's last states to those N that are read, (N, H).
+    """
+    if rows is not None:
+        places = rows.packed_index[:, :-1][positions]
+        with packing.reading(trunk, rows) as of_rows:
+            yield inputs | of_rows, lambda states: states.flatten(0, 1)[places]
+        return
+    ids, needed = inputs["input_ids"], inputs["attention_mask"].any(0)
+    needed[:-1] |= positions.any(0)
+    needed[1:] |= positions.any(0)  # the token that a state predicts
+    first, last = int(needed.int().argmax()), len(needed) - int(needed.flip(0).int().argmax())
+    trimmed = {
+        name: x[:, first:last] if isinstance(x, Tensor) and x.shape[:2] == ids.shape else x
+        for name, x in inputs.items()
+    }
+    read = positions[:, first : last - 1]
+    yield padding.inputs(trimmed), lambda states: states[:, :-1][read]
