@@ -16,6 +16,7 @@ from families.configs import families, family_config
 from families.prove import quiet
 from families.prove_one import prove
 from families.verdict import NOISE
+from trl_ext.packing.forward import PackedForward
 from trl_ext.ppo.roles.padding import LeftPadding
 
 
@@ -97,6 +98,7 @@ def test_control_positions_that_count_padding_are_wrong(monkeypatch):
         return {name: value for name, value in kwargs.items() if name != "position_ids"}
 
     monkeypatch.setattr(LeftPadding, "inputs", without_positions)
+    monkeypatch.setattr(PackedForward, "switch_on", lambda self, by_mask: "padded rows are tried here")
     assert ppo_family.judge_one("gpt2", "head", "float32", noise=0.0).outcome == "wrong"
 
 

@@ -98,8 +98,8 @@ def mean_per_micro_batch():
     """Every micro-batch is divided by its own tokens, as in a mean of means."""
     draw = trainer_module.draw_micro_batches
 
-    def draw_with_own_counts(rollout, *args):
-        micro_batches = draw(rollout, *args)
+    def draw_with_own_counts(rollout, *args, **kwargs):
+        micro_batches = draw(rollout, *args, **kwargs)
         for part in micro_batches:
             part.num_tokens = rollout.mask[part.rows].sum().item() / part.share
         return micro_batches

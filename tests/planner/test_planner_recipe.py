@@ -163,7 +163,7 @@ def test_names_are_those_that_the_scripts_load(tmp_path):
     assert names_from_options({"sft_model_path": "x/y"}).actor == "x/y"
     assert names_from_options({"model_name_or_path": "a/b", "reward_model_path": "c/d"}).reward == "c/d"
     # The reward model of a recipe that is still to be trained has the actor's sizes.
-    assert names_from_options({"reward_model_path": "outputs/reward-demo"}).reward is None
+    assert names_from_options({"reward_model_path": str(tmp_path / "later")}).reward is None
     tiny.tiny_config().save_pretrained(tmp_path)
     assert names_from_options({"reward_model_path": str(tmp_path)}).reward == str(tmp_path)
 

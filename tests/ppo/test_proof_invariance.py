@@ -134,8 +134,8 @@ def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
     drawn = []
     draw = trainer_module.draw_micro_batches
 
-    def spy(*args):
-        drawn.append(draw(*args))
+    def spy(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
     monkeypatch.setattr(trainer_module, "draw_micro_batches", spy)
