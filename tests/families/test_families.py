@@ -81,7 +81,7 @@ ROUTED_OTHERWISE = {("kolibri1", "PPO, bf16")}
 def test_page_proves_sixty_families_of_each_trainer_and_none_is_wrong():
     rows = rows_of_page()
     cells = {
-        (name, heading): cell for name, row in rows.items() for heading, cell in zip(table.HEADINGS, row, strict=False)
+        (name, heading): cell for name, row in rows.items() for heading, cell in zip(table.HEADINGS, row, strict=True)
     }
     assert {place for place, cell in cells.items() if cell in table.BAD} <= ROUTED_OTHERWISE
     for heading in table.HEADINGS:
