@@ -3,8 +3,9 @@ Ranges of options, written beside each: `lam: Annotated[float, FRACTION] = field
 a config against them.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple, get_type_hints
 
@@ -47,7 +48,7 @@ def default_of(config_class: type, name: str) -> Any:
     return declared.default_factory() if callable(declared.default_factory) else declared.default
 
 
-def _ranges(config_class: type) -> Iterator[tuple[str, Range]]:
-    for name, hint in get_type_hints(config_class, include_extras=True).items():
-        extras = getattr(hint, "__metadata__", ())
-        yield from ((name, extra) for extra in extras if isinstance(extra, Range))
+@functools.cache  # the planner makes thousands of layouts
+def _ranges(config_class: type) -> list[tuple[str, Range]]:
+    hints = get_type_hints(config_class, include_extras=True).items()
+    return [(name, x) for name, hint in hints for x in getattr(hint, "__metadata__", ()) if isinstance(x, Range)]

@@ -179,7 +179,7 @@ def test_every_family_is_planned_or_refused_in_one_sentence(kind, with_score):
 
 
 def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"A LoRA adapter on \('q_proj',\) of a 'gpt2' model: Target modules .* not"):
+    with pytest.raises(ValueError, match=r"A LoRA adapter on \['q_proj'\] of a 'gpt2' model: Target modules .* not"):
         adapter_shape(AutoConfig.for_model("gpt2", n_layer=1), 4, ("q_proj",))
 
 

@@ -22,15 +22,15 @@ from .recipe import layout_from_options, names_from_options, this_machine
 from .search import suggest
 from .shapes import SHAPES, load_config, model_shape
 from .table import plan_text, scale_table, speed_text, suggestion_table
-from .timing import Assumptions, speed
+from .timing import ASSUMED, speed
 
 
 __all__ = [
+    "ASSUMED",
     "CPU",
     "GIB",
     "GPUS",
     "SHAPES",
-    "Assumptions",
     "Hardware",
     "Layout",
     "ModelNames",

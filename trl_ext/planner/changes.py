@@ -10,15 +10,7 @@ from .planning import Plan, plan
 
 @dataclass(frozen=True)
 class Change:
-    """
-    A change of a layout.
-
-    Args:
-        setting: what to set.
-        cost: what it costs.
-        layout: with it.
-        keeps_training: whether the same parameters are trained.
-    """
+    """What to set, what that costs, the layout with it, and whether the same parameters are trained."""
 
     setting: str
     cost: str
@@ -30,12 +22,7 @@ Proposal = tuple[str, str, dict[str, Any]]
 
 
 def changes(layout: Layout, hardware: Hardware, keeping_training: bool = False) -> Iterator[Change]:
-    """
-    Return what can be changed in a layout, from the cheapest to the dearest.
-
-    Args:
-        keeping_training: only changes after which the same parameters are trained.
-    """
+    """Yield changes, from the cheapest to the dearest; perhaps only those after which the same parameters train."""
     for proposals, keeps in ((_same_training, True), (_less_training, False)):
         if keeping_training and not keeps:
             return
@@ -54,12 +41,16 @@ def _same_training(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
         smaller = {"micro_batch": 1, "accumulation": layout.accumulation * layout.micro_batch}
         yield "a micro-batch of 1, accumulated", "smaller matrix products", smaller
     if layout.trainer == "ppo":
-        yield from _rollouts(layout)
-    yield from _frozen_models(layout)
+        yield from _of_ppo(layout)
+    for bits in (8, 4):
+        for role, name in (("reward", "reward_model"), ("reference", "ref_model")):
+            if getattr(layout, role) == "model" and getattr(layout, f"{role}_bits") > bits:
+                fields = {f"{role}_bits": bits}
+                yield f"{name}_quantization: {bits}bit", f"what it says is rounded by {bits} bits", fields
     yield from _engines(layout, hardware)
 
 
-def _rollouts(layout: Layout) -> Iterator[Proposal]:
+def _of_ppo(layout: Layout) -> Iterator[Proposal]:
     if layout.score_batch > layout.micro_batch:
         setting = f"local_rollout_forward_batch_size: {layout.micro_batch}"
         yield setting, "smaller matrix products while scoring", {"score_batch": layout.micro_batch}
@@ -72,15 +63,8 @@ def _rollouts(layout: Layout) -> Iterator[Proposal]:
         apart = {"gather_for_generation": False}
         yield "ds3_gather_for_generation: false", "weights are gathered for every token", apart
 
-
-def _frozen_models(layout: Layout) -> Iterator[Proposal]:
-    if layout.trainer == "ppo" and "model" in (layout.reward, layout.reference):
+    if "model" in (layout.reward, layout.reference):
         yield "offload_frozen_models: true", "copies over PCIe, once per rollout", {"offload_frozen": True}
-    for bits in (8, 4):
-        for role, name in (("reward", "reward_model"), ("reference", "ref_model")):
-            if getattr(layout, role) == "model" and getattr(layout, f"{role}_bits") > bits:
-                fields = {f"{role}_bits": bits}
-                yield f"{name}_quantization: {bits}bit", f"what it says is rounded by {bits} bits", fields
 
 
 def _engines(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .layout import GIB, Layout
 from .planning import Plan, plan
-from .timing import Assumptions, speed
+from .timing import speed
 
 
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "llama-7b", "llama-13b", "llama-33b", "llama-65b")
@@ -14,15 +14,10 @@ LENGTHS = tuple(512 * 2**i for i in range(7))
 COUNTS = tuple(2**i for i in range(13))
 
 
-def picture(planned: Plan, path: str | Path, assumptions: Assumptions | None = None) -> None:
+def picture(planned: Plan, path: str | Path) -> None:
     """
     Draw three panels around a plan: GiB on each GPU by model size and method, GiB by length in each phase, with and
     without gradient checkpointing, and GiB and tokens per second of a GPU by number of GPUs.
-
-    Args:
-        planned: its layout, hardware and model are what is varied.
-        path: of the file to write.
-        assumptions: of the speeds.
 
     Raises:
         ImportError: when matplotlib is not installed.
@@ -35,7 +30,7 @@ def picture(planned: Plan, path: str | Path, assumptions: Assumptions | None = N
     figure, (by_size, by_length, by_gpus) = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     _sizes(by_size, planned)
     _lengths(by_length, planned)
-    _counts(by_gpus, planned, assumptions)
+    _counts(by_gpus, planned)
     for axes in (by_size, by_length):
         axes.axhline(planned.hardware.memory / GIB, color="grey", linestyle=":", label="one GPU has")
         axes.set(ylabel="GiB on each GPU", yscale="log")
@@ -86,9 +81,9 @@ def _lengths(axes: Any, planned: Plan) -> None:
     axes.set(xlabel="tokens of prompt and response", xscale="log", title=f"Length, {where}")
 
 
-def _counts(axes: Any, planned: Plan, assumptions: Assumptions | None) -> None:
+def _counts(axes: Any, planned: Plan) -> None:
     plans = [plan(planned.names, planned.layout, replace(planned.hardware, gpus=n)) for n in COUNTS]
     axes.plot(COUNTS, [p.needed / GIB for p in plans], "o-", label="GiB on each GPU")
-    rates = [speed(p, assumptions).tokens_per_second / p.hardware.gpus for p in plans]
+    rates = [speed(p).tokens_per_second / p.hardware.gpus for p in plans]
     axes.plot(COUNTS, rates, "s--", label="tokens/s of each GPU")
     axes.set(xlabel="GPUs", xscale="log", yscale="log", title=f"GPUs, {planned.models.actor.name}")

@@ -1,18 +1,13 @@
 """The layout of a run, which is planned, and the hardware that it is to fit."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from ..ranges import COUNT, POSITIVE, Range, check_ranges, one_of
 
 
 GIB = 2**30
-
-TRAINERS = ("ppo", "dpo")
-METHODS = ("full", "lora", "qlora")
-CRITICS = ("model", "head", "adapter", "none")
-REFERENCES = ("model", "adapter", "none")
-REWARDS = ("model", "adapter", "none")
-COMPUTE = ("fp32", "autocast", "bf16")
-OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+BITS = one_of(4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -36,14 +31,14 @@ class Hardware:
         is_cpu: whether the run computes on a CPU.
     """
 
-    gpus: int = 1
-    memory: float = 80 * GIB
-    gpus_per_node: int = 8
-    host_memory: float = 512 * GIB
-    flops: float = 312e12
-    bandwidth: float = 2.0e12
-    link: float = 300e9
-    network: float = 25e9
+    gpus: Annotated[int, POSITIVE] = 1
+    memory: Annotated[float, POSITIVE] = 80 * GIB
+    gpus_per_node: Annotated[int, POSITIVE] = 8
+    host_memory: Annotated[float, POSITIVE] = 512 * GIB
+    flops: Annotated[float, POSITIVE] = 312e12
+    bandwidth: Annotated[float, POSITIVE] = 2.0e12
+    link: Annotated[float, POSITIVE] = 300e9
+    network: Annotated[float, POSITIVE] = 25e9
     pcie: float = 25e9
     host_bandwidth: float = 200e9
     context: float = 1.0 * GIB
@@ -51,9 +46,7 @@ class Hardware:
     is_cpu: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "memory", "gpus_per_node", "host_memory", "flops", "bandwidth", "link", "network"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; hardware needs a number above 0.")
+        check_ranges(self)
 
     @property
     def nodes(self) -> int:
@@ -95,41 +88,53 @@ def says(default: Any, text: str) -> Any:
 class Layout:
     """How a run is laid out. Lengths are tokens, batches are per GPU; each field says what it is."""
 
-    trainer: str = says("ppo", '"ppo" or "dpo".')
-    method: str = says("full", 'how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).')
-    critic: str = says("model", '"model", "head" on the actor\'s trunk, "adapter" on its base; "none" in DPO.')
-    reference: str = says(
+    trainer: Annotated[str, one_of("ppo", "dpo")] = says("ppo", '"ppo" or "dpo".')
+    method: Annotated[str, one_of("full", "lora", "qlora")] = says(
+        "full", 'how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).'
+    )
+    critic: Annotated[str, one_of("model", "head", "adapter", "none")] = says(
+        "model", '"model", "head" on the actor\'s trunk, "adapter" on its base; "none" in DPO.'
+    )
+    reference: Annotated[str, one_of("model", "adapter", "none")] = says(
         "model",
         '"model" of its own; "adapter": the actor with its adapter off, or a frozen one; "none": no KL, or '
         "precomputed.",
     )
-    reward: str = says("model", '"model", "adapter" on the actor\'s base, "none": functions. "none" in DPO.')
-    compute: str = says(
+    reward: Annotated[str, one_of("model", "adapter", "none")] = says(
+        "model", '"model", "adapter" on the actor\'s base, "none": functions. "none" in DPO.'
+    )
+    compute: Annotated[str, one_of("fp32", "autocast", "bf16")] = says(
         "autocast",
         '"fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in bfloat16, '
         "as with adapters or DeepSpeed.",
     )
-    optimizer: str = says("adamw", "AdamW with two states in 32 or 8 bits, or none.")
-    zero_stage: int = says(0, "DeepSpeed's ZeRO stage. 0: no DeepSpeed, but DDP if there are several GPUs.")
+    optimizer: Annotated[str, one_of("adamw", "adamw_8bit", "sgd")] = says(
+        "adamw", "AdamW with two states in 32 or 8 bits, or none."
+    )
+    zero_stage: Annotated[int, one_of(0, 1, 2, 3)] = says(
+        0, "DeepSpeed's ZeRO stage. 0: no DeepSpeed, but DDP if there are several GPUs."
+    )
     offload_optimizer: bool = says(False, "let DeepSpeed offload the optimizer to the host.")
     offload_parameters: bool = says(False, "let DeepSpeed offload the parameters to the host.")
-    micro_batch: int = says(1, "sequences (PPO) or pairs (DPO) in one forward and backward pass.")
-    accumulation: int = says(1, "micro-batches in one optimizer step.")
-    rollout: int = says(1, "responses that are sampled at the same time (PPO).")
-    score_batch: int = says(64, "sequences in one scoring pass (PPO).")
-    epochs: int = says(1, "passes over a rollout (PPO).")
-    prompt: int = says(512, "longest prompt.")
-    response: int = says(512, "longest response, or completion of a pair.")
+    micro_batch: Annotated[int, COUNT] = says(1, "sequences (PPO) or pairs (DPO) in one forward and backward pass.")
+    accumulation: Annotated[int, COUNT] = says(1, "micro-batches in one optimizer step.")
+    rollout: Annotated[int, COUNT] = says(1, "responses that are sampled at the same time (PPO).")
+    score_batch: Annotated[int, COUNT] = says(64, "sequences in one scoring pass (PPO).")
+    epochs: Annotated[int, COUNT] = says(1, "passes over a rollout (PPO).")
+    prompt: Annotated[int, COUNT] = says(512, "longest prompt.")
+    response: Annotated[int, COUNT] = says(512, "longest response, or completion of a pair.")
     gradient_checkpointing: bool = says(True, "keep only the inputs of layers for the backward pass.")
-    vllm_share: float = says(0.0, "share of the GPU that a colocated vLLM uses.")
+    vllm_share: Annotated[float, Range("from 0 to below 1", lambda share: 0 <= share < 1)] = says(
+        0.0, "share of the GPU that a colocated vLLM uses."
+    )
     vllm_sleeps: bool = says(False, "vLLM frees its share while learning.")
-    vllm_tensor_parallel: int = says(1, "GPUs that share one copy of vLLM's weights.")
+    vllm_tensor_parallel: Annotated[int, COUNT] = says(1, "GPUs that share one copy of vLLM's weights.")
     gather_for_generation: bool = says(True, "under ZeRO-3, gather all weights for generation.")
     offload_frozen: bool = says(False, "reward and reference are on the GPU only while they score.")
-    reward_bits: int = says(16, "bits of the reward model: 4, 8, or 16 for not quantised.")
-    reference_bits: int = says(16, "bits of the reference: 4, 8, or 16 for not quantised.")
+    reward_bits: Annotated[int, BITS] = says(16, "bits of the reward model: 4, 8, or 16 for not quantised.")
+    reference_bits: Annotated[int, BITS] = says(16, "bits of the reference: 4, 8, or 16 for not quantised.")
     nested_quantisation: bool = says(False, "quantise the scales of 4-bit blocks too.")
-    rank: int = says(16, "rank of LoRA.")
+    rank: Annotated[int, COUNT] = says(16, "rank of LoRA.")
     targets: str | tuple[str, ...] = says("all-linear", "target modules of LoRA.")
     share_prefixes: bool = says(True, "a pair's prompt is computed once (DPO).")
     padded: bool = says(True, "batches contain padding, so attention gets a mask.")
@@ -137,21 +142,7 @@ class Layout:
     live_parameters: float = says(1e9, "DeepSpeed's `stage3_max_live_parameters`, in elements.")
 
     def __post_init__(self) -> None:
-        chosen: dict[str, tuple] = {"trainer": TRAINERS, "method": METHODS, "critic": CRITICS, "reference": REFERENCES}
-        chosen |= {"reward": REWARDS, "compute": COMPUTE, "optimizer": OPTIMIZERS, "zero_stage": (0, 1, 2, 3)}
-        chosen |= {"reward_bits": (4, 8, 16), "reference_bits": (4, 8, 16)}
-        for name, allowed in chosen.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {allowed}.")
-        batches = ("micro_batch", "accumulation", "rollout", "score_batch", "epochs")
-        for name in (*batches, "prompt", "response", "rank", "vllm_tensor_parallel"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.vllm_share < 1:
-            raise ValueError(f"`vllm_share` is {self.vllm_share}; vLLM can take a share of the GPU from 0 to below 1.")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
+        check_ranges(self)
         if self.trainer == "dpo" and (self.critic, self.reward) != ("none", "none"):
             raise ValueError(
                 f"DPO has no critic and no reward model; critic={self.critic!r}, reward={self.reward!r} were given. "

@@ -65,19 +65,22 @@ class _Run:
     def __init__(self, models: Models, layout: Layout, hardware: Hardware):
         self.models, self.layout, self.hardware = models, layout, hardware
         self.vllm = memory.vllm(models.actor, layout, hardware)
+        self.vllm_beside = 0.0 if layout.vllm_sleeps else self.vllm  # while the others score and learn
         self.trained = self._trained()
         shapes = [models.actor, *([models.critic] if layout.critic == "model" and models.critic else [])]
         self.engine = memory.zero_buffers(shapes, layout, hardware)
+        self.tile = memory.head_tile(models.actor, layout.scored_tokens, hardware.is_cpu)
+        self.kept_logits = memory.kept_logits(models.actor, layout.scored_tokens, layout, hardware.is_cpu)
 
     # ---- What is there all the time ----
 
     def _trained(self) -> dict[str, Usage]:
         """Return the states of actor and critic, without what a step adds; gradients are those of a whole step."""
-        models, layout, hardware = self.models, self.layout, self.hardware
+        models, layout = self.models, self.layout
         whole = memory.element(layout)
 
         def states(frozen: float, trained: int, size: int = whole) -> Usage:
-            return memory.trained_states(frozen, trained, size, layout, hardware)
+            return memory.trained_states(frozen, trained, size, layout, self.hardware)
 
         if layout.method == "full":
             roles = {"actor": states(0, models.actor.parameters)}
@@ -101,14 +104,13 @@ class _Run:
 
     def frozen(self, role: str) -> float:
         """Return the bytes of a frozen role's weights while they are on the GPU."""
-        kind = getattr(self.layout, role)
-        shape = getattr(self.models, role)
+        kind, shape = getattr(self.layout, role), getattr(self.models, role)
         if kind == "adapter":
             # An adapter that is switched off costs nothing; a reward adapter has weights and a score head.
             return memory.adapter_element(self.layout, role) * self._adapter.parameters if role == "reward" else 0.0
         if kind == "none" or shape is None:
             return 0.0
-        bits = self.layout.reward_bits if role == "reward" else self.layout.reference_bits
+        bits = getattr(self.layout, f"{role}_bits")
         size = memory.weight_bytes(shape, self.layout, bits)
         if self.layout.zero_stage < 3 or bits < 16:
             return size
@@ -130,14 +132,14 @@ class _Run:
     # ---- Phases ----
 
     def generate(self) -> Phase:
-        layout, shape, hardware = self.layout, self.models.actor, self.hardware
+        layout, shape = self.layout, self.models.actor
         roles = self.base()
         if layout.vllm_share:
             return Phase("generate", "vLLM samples", roles, self.vllm)
         gathered = 0.0
         if layout.zero_stage == 3 and layout.gather_for_generation:
             whole = memory.weight_bytes(shape, layout)
-            gathered = whole if layout.offload_parameters else whole * (1 - 1 / hardware.gpus)
+            gathered = whole if layout.offload_parameters else whole * (1 - 1 / self.hardware.gpus)
         roles["actor"] += Usage(
             activations=memory.forward_activations(shape, layout.rollout * layout.prompt, layout),
             kv_cache=memory.kv_cache(shape, layout.rollout, layout.length, layout),
@@ -148,31 +150,25 @@ class _Run:
 
     def score(self) -> Phase:
         """Return the fullest moment: one model at a time reads the rollout."""
-        layout, is_cpu = self.layout, self.hardware.is_cpu
+        layout, choices = self.layout, []
         sequences = min(layout.score_batch, layout.rollout)
-        tokens, choices = sequences * layout.length, []
-        for role in ROLES:
-            kind = getattr(layout, role, None) if role != "actor" else "none"
+        for role in ("critic", "reward", "reference"):
+            kind = getattr(layout, role)
             if kind == "none":
                 continue
             shape = getattr(self.models, role) if kind == "model" else self.models.actor
+            reading = Usage(activations=memory.forward_activations(shape, sequences * layout.length, layout))
+            if role == "reference":
+                tile = memory.head_tile(shape, sequences * layout.response, self.hardware.is_cpu)
+                reading += Usage(logits=tile)
+            if role == "reward":
+                reading += Usage(kv_cache=memory.kv_cache(shape, sequences, layout.length, layout))
+            if role == "critic" or kind == "adapter":
+                reading += Usage(buffers=memory.cast_buffers(shape, layout))
             roles = self.base(active=role)
-            of_head = memory.head_tile(shape, sequences * layout.response, is_cpu) if role == "reference" else 0.0
-            cache = memory.kv_cache(shape, sequences, layout.length, layout) if role == "reward" else 0.0
-            cast = memory.cast_buffers(shape, layout) if role == "critic" or kind == "adapter" else 0.0
-            reading = Usage(
-                activations=memory.forward_activations(shape, tokens, layout),
-                logits=of_head,
-                kv_cache=cache,
-                buffers=cast,
-            )
             roles[role] = roles.get(role, Usage()) + reading
-            choices.append(Phase("score", f"the {role} reads the rollout", roles, self._vllm_beside))
+            choices.append(Phase("score", f"the {role} reads the rollout", roles, self.vllm_beside))
         return max(choices, key=lambda phase: phase.total)
-
-    @property
-    def _vllm_beside(self) -> float:
-        return 0.0 if self.layout.vllm_sleeps else self.vllm
 
     def learn(self) -> Phase:
         # The fused AdamW needs nothing beside states and gradients; DeepSpeed gathers 16-bit weights in a bucket.
@@ -191,47 +187,33 @@ class _Run:
         roles["actor"] += actor
         if "critic" in roles:
             roles["critic"] += critic
-        return Phase("learn", name, roles, self._vllm_beside)
+        return Phase("learn", name, roles, self.vllm_beside)
 
     def _held_gradients(self, role: str) -> float:
         """Return the gradients of earlier micro-batches; none if a step has one micro-batch."""
         held = self.layout.accumulation > 1 or self.layout.zero_stage > 0
         return self.trained[role].gradients if held else 0.0
 
-    def _trunk(self, role: str) -> float:
-        """Return the activations that a role's trunk keeps; a critic's adapter goes through the actor's base."""
-        if role == "critic" and self.layout.critic == "head":
-            return 0.0
-        shape, adapter = self._learner(role)
-        return memory.trunk_activations(shape, self.layout, adapter)
-
     def _learner(self, role: str) -> tuple[ModelShape, AdapterShape | None]:
+        """Return whose trunk a role learns through; a critic's adapter goes through the actor's base."""
         if role == "critic" and self.layout.critic == "model" and self.models.critic is not None:
             return self.models.critic, None
         return self.models.actor, None if self.layout.method == "full" else self.models.adapter
-
-    def _kept_logits(self) -> float:
-        return memory.kept_logits(self.models.actor, self.layout.scored_tokens, self.layout, self.hardware.is_cpu)
-
-    def _tile(self) -> float:
-        return memory.head_tile(self.models.actor, self.layout.scored_tokens, self.hardware.is_cpu)
-
-    def _casts(self, role: str) -> float:
-        return memory.cast_buffers(self._learner(role)[0], self.layout)
 
     def _forward_end(self) -> Phase:
         """Add up the end of the forward pass: all activations are kept; in DPO the reference reads the same rows."""
         layout, reads = self.layout, 0.0
         if layout.trainer == "dpo" and layout.reference != "none":
-            reads = memory.forward_activations(self.models.actor, layout.learned_tokens, layout) + self._tile()
-        actor = Usage(
-            activations=self._trunk("actor") + reads, logits=self._kept_logits(), buffers=self._casts("actor")
-        )
+            reads = memory.forward_activations(self.models.actor, layout.learned_tokens, layout) + self.tile
+        shape, adapter = self._learner("actor")
+        trunk = memory.trunk_activations(shape, layout, adapter)
+        actor = Usage(activations=trunk + reads, logits=self.kept_logits, buffers=memory.cast_buffers(shape, layout))
         critic = Usage()
         if "critic" in self.trained and layout.critic != "head":
             shape, adapter = self._learner("critic")
+            trunk = memory.trunk_activations(shape, layout, adapter)
             backward = memory.backward_activations(shape, layout, adapter)
-            critic = Usage(activations=self._trunk("critic") + backward, buffers=self._casts("critic"))
+            critic = Usage(activations=trunk + backward, buffers=memory.cast_buffers(shape, layout))
         return self._moment("the forward pass ends", actor, critic, self._held_gradients)
 
     def _head_backward(self) -> Phase:
@@ -239,14 +221,14 @@ class _Run:
         Add up the LM head's backward pass: the critic, last in the forward pass, has its gradients; the head gets its
         own, on top of all that the actor's trunk keeps.
         """
-        shape, adapter = self._learner("actor")
         layout = self.layout
-        head = memory.head_gradient(shape, layout, self.hardware.is_cpu)
+        shape, adapter = self._learner("actor")
+        trunk = memory.trunk_activations(shape, layout, adapter)
         actor = Usage(
-            gradients=head,
-            activations=self._trunk("actor") + memory.backward_activations(shape, layout, adapter),
-            logits=self._kept_logits() + self._tile(),
-            buffers=self._casts("actor"),
+            gradients=memory.head_gradient(shape, layout, self.hardware.is_cpu),
+            activations=trunk + memory.backward_activations(shape, layout, adapter),
+            logits=self.kept_logits + self.tile,
+            buffers=memory.cast_buffers(shape, layout),
         )
 
         def gradients(role: str) -> float:

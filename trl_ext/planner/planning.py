@@ -23,13 +23,7 @@ class ModelNames:
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    What a run needs.
-
-    Args:
-        phases: of one GPU.
-        host: bytes of one node's memory.
-    """
+    """What a run needs: `phases` on one GPU, and `host` bytes of one node's memory."""
 
     names: ModelNames
     layout: Layout
@@ -72,12 +66,7 @@ def models_of(names: ModelNames, layout: Layout) -> Models:
 
 def plan(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan:
     """
-    Plan a run from its models' configs; nothing is loaded.
-
-    Args:
-        names: of the models, or of the actor alone.
-        layout: how the run is laid out.
-        hardware: what it runs on.
+    Plan a run from its models' configs; nothing is loaded. `names` may be that of the actor alone.
 
     Raises:
         ValueError: when a config cannot be read.

@@ -104,10 +104,8 @@ def _deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
         bucket = load_config(names_from_options(options).actor).get_text_config().hidden_size ** 2
-    return chosen | {
-        "reduce_bucket": float(bucket),
-        "live_parameters": float(zero.get("stage3_max_live_parameters", 1e9)),
-    }
+    live = zero.get("stage3_max_live_parameters", 1e9)
+    return chosen | {"reduce_bucket": float(bucket), "live_parameters": float(live)}
 
 
 def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
@@ -168,8 +166,12 @@ def this_machine() -> Hardware:
     if not torch.cuda.is_available():
         return replace(CPU, memory=host, host_memory=host, gpus=gpus)
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    memory = float(device.total_memory)
     name = device.name.lower().replace(" ", "").replace("-", "")
     known = next((speeds for key, speeds in GPUS.items() if key.split("-")[0] in name), {})
-    options = known | {"memory": memory, "host_memory": host, "gpus": gpus, "gpus_per_node": on_node}
+    options = known | {
+        "memory": float(device.total_memory),
+        "host_memory": host,
+        "gpus": gpus,
+        "gpus_per_node": on_node,
+    }
     return Hardware(**options)  # type: ignore[arg-type]

@@ -2,41 +2,29 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from .layout import Hardware, Layout
 from .planning import ModelNames, Plan, plan
-from .timing import Assumptions, Speed, speed
+from .timing import speed
 
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """A layout that fits, and its estimated speed."""
-
-    plan: Plan
-    speed: Speed
-
-
-def suggest(
-    names: ModelNames | str, start: Layout, hardware: Hardware, assumptions: Assumptions | None = None
-) -> list[Suggestion]:
+def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
-    Return the fastest layout that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
+    Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
     order. Trainer, lengths, rollout and optimizer are `start`'s; all else is searched.
     """
-    best: dict[tuple[str, str], Suggestion] = {}
+    best: dict[tuple[str, str], tuple[float, Plan]] = {}
     for layout in layouts(start, hardware):
         planned = plan(names, layout, hardware)
         if not planned.fits:
             continue
-        found = Suggestion(planned, speed(planned, assumptions))
-        kind = (layout.method, layout.critic)
-        if kind not in best or found.speed.tokens_per_second > best[kind].speed.tokens_per_second:
-            best[kind] = found
-    return list(best.values())
+        kind, rate = (layout.method, layout.critic), speed(planned).tokens_per_second
+        if kind not in best or rate > best[kind][0]:
+            best[kind] = rate, planned
+    return [planned for _, planned in best.values()]
 
 
 def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:

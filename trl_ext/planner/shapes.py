@@ -57,8 +57,8 @@ KEY_HEADS = ("num_key_value_heads", "num_attention_heads")
 _SUFFIX = re.compile(r"-(instruct|chat|base|it|hf|dpo|sft|v[0-9.]+)+$")
 
 # Counted once for each config: a search asks for the same sizes hundreds of times.
-_MODELS: dict[tuple, "ModelShape"] = {}
-_ADAPTERS: dict[tuple, "AdapterShape"] = {}
+_MODELS: dict[str, "ModelShape"] = {}
+_ADAPTERS: dict[str, "AdapterShape"] = {}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class AdapterShape:
     Sizes of a LoRA adapter.
 
     Args:
-        parameters: of A, B and, in a reward or critic adapter, the score head.
+        parameters: of A and B.
         inputs: per layer, the widths of the distinct inputs that adapted modules read and keep, but the attention's
             output, which attention keeps anyway; a mean over layers.
         modules: per layer, the sum of the adapted modules' input widths, an input counted once for each reader.
@@ -118,7 +118,7 @@ class AdapterShape:
     ranks: float
 
 
-def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
+def load_config(name: str) -> PretrainedConfig:
     """
     Return the config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose
     config cannot be read is looked up in the table without its suffix, such as "-Instruct".
@@ -130,7 +130,7 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     if not Path(name).is_dir() and ALIASES.get(key, key) in SHAPES:
         return _from_table(key)
     try:
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(name)
     except Exception as error:  # a family's own checks raise what they like
         plain = _SUFFIX.sub("", key)
         if ALIASES.get(plain, plain) in SHAPES:
@@ -170,7 +170,7 @@ def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> Model
     """Return the sizes of a model, from a name for `load_config` or a config; with a score head instead of its own."""
     config = load_config(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(config, "name_or_path", "") or config.model_type
-    key = (key_of(config.to_dict()), with_score)
+    key = key_of([config.to_dict(), with_score])
     if key not in _MODELS:
         try:
             _MODELS[key] = _count(meta_model(config, with_score), config.get_text_config(), with_score)
@@ -185,7 +185,11 @@ def model_shape(name: str | PretrainedConfig, with_score: bool = False) -> Model
 
 def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
     embedding = model.get_input_embeddings().weight
-    head = _score_head(model) if with_score else model.get_output_embeddings().weight
+    if with_score:  # a family may have another kind of classifier than a linear one
+        heads = [getattr(model, name, None) for name in ("score", "classifier", "classification_head")]
+        head = next((module.weight for module in heads if isinstance(module, nn.Linear)), None)
+    else:
+        head = model.get_output_embeddings().weight
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     inside = [weight.numel() for weight in linears if weight is not head and weight is not embedding]
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -207,12 +211,6 @@ def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         largest_linear=max(inside, default=0),
     )
-
-
-def _score_head(model: Any) -> Any:
-    """Return the weight of a linear score head; `None` if a family has another kind of classifier."""
-    heads = [getattr(model, name, None) for name in ("score", "classifier", "classification_head")]
-    return next((head.weight for head in heads if isinstance(head, nn.Linear)), None)
 
 
 def _mean(text: PretrainedConfig, size: Callable[[Any], int]) -> int:
@@ -248,42 +246,35 @@ def _width(text: PretrainedConfig) -> int:
     return round(sum(size) / len(size)) if isinstance(size, list) else size  # Gemma 3n has one for each layer
 
 
-def adapter_shape(
-    name: str | PretrainedConfig, rank: int, targets: Iterable[str] | str, with_score: bool = False
-) -> AdapterShape:
+def adapter_shape(name: str | PretrainedConfig, rank: int, targets: Iterable[str] | str) -> AdapterShape:
     """
     Return the sizes of a LoRA adapter, counted on what PEFT makes of the meta model.
 
     Args:
         rank: of every adapted module.
         targets: names of modules, a regular expression, or "all-linear", as PEFT's `target_modules`.
-        with_score: for a reward or critic adapter: the score head is counted along.
     """
     config = load_config(name) if isinstance(name, str) else name
-    targets = targets if isinstance(targets, str) else tuple(targets)
-    key = (key_of(config.to_dict()), rank, targets, with_score)
+    modules = targets if isinstance(targets, str) else list(targets)
+    key = key_of([config.to_dict(), rank, modules])
     if key not in _ADAPTERS:
-        _ADAPTERS[key] = _count_adapter(config, rank, targets, with_score)
+        _ADAPTERS[key] = _count_adapter(config, rank, modules)
     return _ADAPTERS[key]
 
 
-def _count_adapter(
-    config: PretrainedConfig, rank: int, targets: str | tuple[str, ...], with_score: bool
-) -> AdapterShape:
-    modules = targets if isinstance(targets, str) else list(targets)
+def _count_adapter(config: PretrainedConfig, rank: int, modules: str | list[str]) -> AdapterShape:
     lora = LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
     try:
         model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
     except Exception as error:  # PEFT's, on modules that are not there or of a kind that it cannot adapt
         reason = str(error).split("Please")[0].strip()
-        raise ValueError(f"A LoRA adapter on {targets} of a {config.model_type!r} model: {reason:.300}") from error
+        raise ValueError(f"A LoRA adapter on {modules} of a {config.model_type!r} model: {reason:.300}") from error
     text = config.get_text_config()
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     # Projections of one block read one input: what stands before the last "." but one names the block.
     inputs = {(n.rsplit(".", 1)[0], m.in_features) for n, m in adapted.items() if not n.endswith("o_proj")}
     return AdapterShape(
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad)
-        + (text.hidden_size if with_score else 0),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         inputs=sum(width for _, width in inputs) / text.num_hidden_layers,
         modules=sum(m.in_features for m in adapted.values()) / text.num_hidden_layers,
         ranks=rank * len(adapted) / text.num_hidden_layers,

@@ -8,8 +8,7 @@ from .layout import GIB
 from .memory import PARTS
 from .phases import ROLES
 from .planning import Plan, plan
-from .search import Suggestion
-from .timing import Assumptions, speed
+from .timing import ASSUMED, speed
 
 
 HEADERS = {"optimizer": "optimizer states", "kv_cache": "KV cache"}
@@ -106,50 +105,46 @@ def change_text(found: list[Change], failed: Plan) -> str:
     return "\n".join([f"{opening}, at {after.needed / GIB:.1f} GiB on each GPU:", *lines])
 
 
-def speed_text(planned: Plan, assumptions: Assumptions, sequences: float | None = None) -> str:
+def speed_text(planned: Plan, sequences: float) -> str:
     """Return the estimated seconds of a step, tokens per second and, for a number of responses or pairs, GPU-hours."""
-    estimate = speed(planned, assumptions)
+    estimate = speed(planned)
     phases = f"generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f}"
     unit = "a rollout" if planned.layout.trainer == "ppo" else "an optimizer step"
-    hours = ""
-    if sequences:
-        what = "responses" if planned.layout.trainer == "ppo" else "pairs"
-        hours = f" {sequences:,.0f} {what}: {estimate.gpu_hours(sequences):,.1f} GPU-hours."
+    what = "responses" if planned.layout.trainer == "ppo" else "pairs"
     gpus = f"{estimate.gpus} GPU{'s' if estimate.gpus > 1 else ''}"
     return (
         f"Estimated: {estimate.seconds:.1f} s for {unit} of {estimate.sequences:,.0f} ({phases}); "
-        f"{estimate.tokens_per_second:,.0f} tokens/s on {gpus}.{hours}\nAssumed: {assumptions}."
+        f"{estimate.tokens_per_second:,.0f} tokens/s on {gpus}. {sequences:,.0f} {what}: "
+        f"{estimate.gpu_hours(sequences):,.1f} GPU-hours.\n{ASSUMED}"
     )
 
 
-def scale_table(planned: Plan, gpus: Iterable[int], assumptions: Assumptions, sequences: float) -> str:
+def scale_table(planned: Plan, gpus: Iterable[int], sequences: float) -> str:
     """Return the same layout on several numbers of GPUs: what each needs, and how fast all are."""
     rows = []
     for count in gpus:
         there = plan(planned.names, planned.layout, replace(planned.hardware, gpus=count))
-        estimate = speed(there, assumptions)
+        estimate = speed(there)
         fits = "yes" if there.fits else "no"
         rate, hours = f"{estimate.tokens_per_second:,.0f}", f"{estimate.gpu_hours(sequences):,.0f}"
         rows.append([str(count), f"{there.needed / GIB:.1f}", fits, rate, hours])
     return markdown(["GPUs", "GiB each", "fits", "tokens/s", f"GPU-hours for {sequences:,.0f}"], rows)
 
 
-def suggestion_table(suggestions: list[Suggestion]) -> str:
-    """Return the layouts that fit, one a row, the fastest of each kind."""
-    if not suggestions:
+def suggestion_table(plans: list[Plan]) -> str:
+    """Return the layouts that fit, one a row, the fastest first."""
+    if not plans:
         return "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences."
     rows = []
-    for found in sorted(suggestions, key=lambda s: -s.speed.tokens_per_second):
-        layout = found.plan.layout
+    for planned, rate in sorted(((p, speed(p).tokens_per_second) for p in plans), key=lambda pair: -pair[1]):
+        layout = planned.layout
         roles = f"{layout.critic} / {layout.reward} / {layout.reference}"
         engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "none"
         engine += " +offload" if layout.offload_optimizer else ""
         batch = f"{layout.micro_batch} × {layout.accumulation}"
         options = "checkpointing" if layout.gradient_checkpointing else ""
         options += " offload_frozen" if layout.offload_frozen else ""
-        memory = f"{found.plan.needed / GIB:.1f}"
-        rows.append(
-            [layout.method, roles, engine, batch, options.strip(), memory, f"{found.speed.tokens_per_second:,.0f}"]
-        )
+        memory = f"{planned.needed / GIB:.1f}"
+        rows.append([layout.method, roles, engine, batch, options.strip(), memory, f"{rate:,.0f}"])
     headers = ["method", "critic / reward / reference", "engine", "batch", "options", "GiB each", "tokens/s"]
     return markdown(headers, rows)

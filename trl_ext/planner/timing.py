@@ -13,29 +13,14 @@ from .planning import Plan
 from .shapes import ModelShape
 
 
-@dataclass(frozen=True)
-class Assumptions:
-    """
-    Shares of the hardware's stated speeds that are reached.
-
-    Args:
-        mfu: of the FLOPs, in forward and backward passes.
-        unpacking: of `mfu`, with 4-bit weights.
-        bandwidth: of memory bandwidth, while generating.
-        network: of the speed of links and network.
-    """
-
-    mfu: float = 0.4
-    unpacking: float = 0.6
-    bandwidth: float = 0.5
-    network: float = 0.7
-
-    def __str__(self) -> str:
-        return (
-            f"MFU {self.mfu:.0%} (with 4-bit weights {self.mfu * self.unpacking:.0%}), {self.bandwidth:.0%} of memory "
-            f"bandwidth while generating, {self.network:.0%} of link and network speed; communication hides behind "
-            "computation; every response has its full length"
-        )
+# Shares of the hardware's stated speeds that are assumed to be reached: of FLOPs in forward and backward passes, of
+# those with 4-bit weights, of memory bandwidth while generating, of links and network.
+MFU, UNPACKING, BANDWIDTH, NETWORK = 0.4, 0.6, 0.5, 0.7
+ASSUMED = (
+    f"Assumed: MFU {MFU:.0%} (with 4-bit weights {MFU * UNPACKING:.0%}), {BANDWIDTH:.0%} of memory bandwidth while "
+    f"generating, {NETWORK:.0%} of link and network speed; communication hides behind computation; every response has "
+    "its full length."
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +53,10 @@ class Speed:
         return sequences / self.sequences * self.seconds * self.gpus / 3600
 
 
-def speed(planned: Plan, assumptions: Assumptions | None = None) -> Speed:
+def speed(planned: Plan) -> Speed:
     """Return the estimate for a plan."""
     layout, gpus = planned.layout, planned.hardware.gpus
-    run = _Run(planned, assumptions or Assumptions())
+    run = _Run(planned)
     if layout.trainer == "dpo":
         pairs = layout.micro_batch * layout.accumulation
         seconds = layout.accumulation * run.learn_micro_batch()
@@ -87,29 +72,24 @@ def speed(planned: Plan, assumptions: Assumptions | None = None) -> Speed:
 
 
 class _Run:
-    """A plan with the shares that are assumed: seconds of its parts."""
+    """The seconds of a plan's parts."""
 
-    def __init__(self, planned: Plan, assumed: Assumptions):
-        self.layout, self.models, self.hardware, self.assumed = (
-            planned.layout,
-            planned.models,
-            planned.hardware,
-            assumed,
-        )
-        models = self.models
+    def __init__(self, planned: Plan):
+        self.layout, self.hardware = planned.layout, planned.hardware
+        self.models = models = planned.models
         self.shapes = [models.actor, *([models.critic] if models.critic is not None else [])]
         of_actor = models.actor.parameters if models.adapter is None else models.adapter.parameters
         self.trained = of_actor + (models.critic.parameters if models.critic is not None else 0)
         # Bytes per second between GPUs: the network's as soon as there are two nodes.
-        self.wire = assumed.network * (self.hardware.network if self.hardware.nodes > 1 else self.hardware.link)
+        self.wire = NETWORK * (self.hardware.network if self.hardware.nodes > 1 else self.hardware.link)
 
     def read(self, shape: ModelShape, tokens: float) -> float:
         """Return the seconds of a forward pass: two FLOPs per weight that a token meets, and causal attention's."""
         embedding = 0 if shape.tied else shape.hidden * shape.vocab
         matrices = shape.active - embedding
         flops = tokens * (2.0 * matrices + 2.0 * shape.layers * shape.query * self.layout.length)
-        unpacking = self.assumed.unpacking if self.layout.method == "qlora" else 1.0
-        return flops / (self.hardware.flops * (self.assumed.mfu * unpacking))
+        unpacking = UNPACKING if self.layout.method == "qlora" else 1.0
+        return flops / (self.hardware.flops * (MFU * unpacking))
 
     def generate(self) -> float:
         layout, shape, hardware = self.layout, self.models.actor, self.hardware
@@ -119,7 +99,7 @@ class _Run:
         elif layout.compute == "autocast" or (layout.method == "qlora" and layout.rollout > 1):
             weights += 4.0 * shape.linear  # every pass casts or unpacks the weights: 2 bytes written, 2 read
         cache = memory.kv_cache(shape, layout.rollout, layout.prompt + layout.response / 2, layout)
-        by_memory = (weights + cache) / (hardware.bandwidth * self.assumed.bandwidth)
+        by_memory = (weights + cache) / (hardware.bandwidth * BANDWIDTH)
         per_token = max(by_memory, self.read(shape, layout.rollout))
         if layout.zero_stage == 3 and not layout.gather_for_generation and not layout.vllm_share:
             per_token = max(per_token, weights / (hardware.pcie if layout.offload_parameters else self.wire))
@@ -154,10 +134,10 @@ class _Run:
         """
         layout, hardware = self.layout, self.hardware
         if layout.offload_optimizer:
-            on_host = 28 * (self.trained / hardware.nodes) / (hardware.host_bandwidth * self.assumed.bandwidth)
+            on_host = 28 * (self.trained / hardware.nodes) / (hardware.host_bandwidth * BANDWIDTH)
             return on_host + 4 * self.trained / hardware.gpus / hardware.pcie
         part = self.trained / hardware.gpus if layout.zero_stage else self.trained
-        return 28 * part / (hardware.bandwidth * self.assumed.bandwidth)
+        return 28 * part / (hardware.bandwidth * BANDWIDTH)
 
     def over_pcie(self) -> float:
         """Return the seconds in which offloaded parameters reach the GPUs, each its part, in every pass."""

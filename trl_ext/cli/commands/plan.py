@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import DPOConfigX, PPOConfigX, planner
-from ...planner import CPU, GIB, GPUS, Assumptions, Hardware, Layout, ModelNames
+from ...planner import CPU, GIB, GPUS, Hardware, Layout, ModelNames
 from ..data import DataArguments
 from ..models import ModelArguments
 from ..options import recipe_options, usage_errors
@@ -80,10 +80,6 @@ def arguments() -> CommandParser:
         else:
             kind = float if isinstance(default, float) else type(default)
             add("layout", field.name, type=kind, metavar=kind.__name__.upper(), **said)
-    for field in fields(Assumptions):
-        share: dict[str, Any] = {"type": float, "default": field.default}
-        share["help"] = "Assumed share of what the hardware can do."
-        add("assumed shares of the hardware's speeds", f"assume_{field.name}", **share)
     return parser
 
 
@@ -122,17 +118,15 @@ def answer(given: argparse.Namespace) -> None:
     """Print the plan, or the suggestions; draw the picture."""
     machine = machine_of(given)
     names, layout = run_of(given, machine)
-    assumed = Assumptions(**{f.name: getattr(given, f"assume_{f.name}") for f in fields(Assumptions)})
     if given.suggest:
-        table = planner.suggestion_table(planner.suggest(names, layout, machine, assumed))
-        print(table, f"Assumed: {assumed}.", sep="\n\n")
+        print(planner.suggestion_table(planner.suggest(names, layout, machine)), planner.ASSUMED, sep="\n\n")
         return
     planned = planner.plan(names, layout, machine)
-    print(planner.plan_text(planned), planner.speed_text(planned, assumed, given.episodes), sep="\n\n")
+    print(planner.plan_text(planned), planner.speed_text(planned, given.episodes), sep="\n\n")
     if given.scale:
-        print("", planner.scale_table(planned, given.scale, assumed, given.episodes), sep="\n")
+        print("", planner.scale_table(planned, given.scale, given.episodes), sep="\n")
     if given.picture:
-        planner.picture(planned, given.picture, assumed)
+        planner.picture(planned, given.picture)
 
 
 def main(argv: list[str] | None = None) -> None:
