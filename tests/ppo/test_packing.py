@@ -216,8 +216,8 @@ def test_padded_rows_are_no_longer_than_the_longest_of_their_micro_batch(tmp_pat
     widths = []
 
     @contextmanager
-    def note(*args):
-        with reading(*args) as (inputs, select):
+    def note(*args, **kwargs):
+        with reading(*args, **kwargs) as (inputs, select):
             widths.append((inputs["attention_mask"].sum(1).max().item(), inputs["input_ids"].size(1)))
             yield inputs, select
 

@@ -59,8 +59,13 @@ class PackedForward:
         self._plain, self._packed = plain, packed
         self._heads: list[attention.Heads] = []
 
-    def lay_out(self, ids: Tensor, mask: Tensor, groups: Tensor) -> PackedRows | None:
-        """Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long."""
+    def lay_out(self, ids: Tensor, mask: Tensor, groups: Tensor | None = None) -> PackedRows | None:
+        """
+        Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long. Without
+        `groups` every sequence stands on its own.
+        """
+        if groups is None:
+            groups = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         # With a mask over the whole row, groups side by side would pay for scores between them: one in a row.
         rows = pack(ids, mask, groups, self.row_limit if self.piecewise else 0)
         if self.limit is not None and rows.longest > self.limit:

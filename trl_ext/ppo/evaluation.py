@@ -118,8 +118,8 @@ class HeldOut:
         self._scores.append(self._gather(rollout.scores.masked_fill(~rollout.scored, torch.nan)))
         self._responses.append({name: self._gather(column) for name, column in responses.items()})
         self._prompts += [str(row.get("prompt", row.get("input_ids"))) for row in rows]
-        if rollout.ref_logps is not None:
-            self._kls.append(self._gather(sequence_kl(rollout)))
+        if rollout.old_logps is not None and rollout.ref_logps is not None:
+            self._kls.append(self._gather(sequence_kl(rollout.old_logps, rollout.ref_logps, rollout.mask)))
 
     def metrics(self, prefix: str) -> dict[str, list[float]]:
         """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""

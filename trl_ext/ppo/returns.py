@@ -53,10 +53,10 @@ def estimate_returns(
     return total
 
 
-def sequence_kl(rollout: Rollout) -> Tensor:
+def sequence_kl(old_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
     """Return KL(π_old ‖ π_ref) of each response, k1 summed over its tokens, (B,), nats; NaN if no token counts."""
-    per_token = estimate_kl("k1", rollout.old_logps, rollout.ref_logps, rollout.mask)
-    return masked_sum(per_token, rollout.mask, dim=1).masked_fill(~rollout.mask.any(dim=1), torch.nan)
+    per_token = estimate_kl("k1", old_logps, ref_logps, mask)
+    return masked_sum(per_token, mask, dim=1).masked_fill(~mask.any(dim=1), torch.nan)
 
 
 def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """`Rollout`: the tensors of one rollout on one rank, with their shapes; `MicroBatch`: a part of it."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -99,17 +99,11 @@ class Rollout:
 
     def select(self, rows: Tensor) -> "Rollout":
         """Return the sequences at the indices `rows`."""
-        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
+        return Rollout(**{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are not `None`, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: tensor for name, tensor in values.items() if tensor is not None}
-
-    def split(self, size: int) -> list["Rollout"]:
-        """Return consecutive parts of at most `size` sequences."""
-        rows = torch.arange(len(self), device=self.response_ids.device)
-        return [self.select(part) for part in rows.split(size)]
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def keep_first_logps(self, rows: Tensor, logps: Tensor) -> None:
         """Keep the log-probabilities (b, T) that the first learning pass gives for the sequences at `rows`."""

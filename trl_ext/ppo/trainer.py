@@ -541,45 +541,37 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         """
         if not (self.use_vllm and self.vllm_importance_sampling_correction):
             return None, None, None
-        size = kwargs.get("batch_size") or len(input_ids)
         ids, attended = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:].bool()
         rollout = Rollout.from_ids(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep], ids, attended)
-        logps = [self._forward(model, part, ("log_probs",)).log_probs for part in rollout.split(size)]
-        return torch.cat(logps), None, None
+        return self._read(model, rollout, ("log_probs",)).log_probs, None, None
 
     # ---- 2. Score it ----
 
     @torch.no_grad()
     def _score_with_models(self, rollout: Rollout) -> None:
         """Fill in what is read before learning: state values, reference and, if needed, old log-probabilities."""
-        size = self.args.local_rollout_forward_batch_size
         outputs: tuple[str, ...] = ("state_values",) if self.model.training else ()
         if rollout.old_logps is None and self._reads_old_logps_early:
             outputs = ("log_probs", *outputs)
         with _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            parts = [self._forward(self.model, part, outputs) for part in rollout.split(size)]
-        if "state_values" in outputs:
-            rollout.old_values = torch.cat([part.state_values for part in parts])
+            read = self._read(self.model, rollout, outputs)
+        rollout.old_values = read.state_values
         if "log_probs" in outputs:
-            rollout.old_logps = torch.cat([part.log_probs for part in parts])
+            rollout.old_logps = read.log_probs
         if self.args.needs_reference:
-            self._score_with_reference(rollout, size)
+            outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
+            with self._reference_weights.on_device(), self._reference() as reference:
+                read = self._read(reference, rollout, outputs)
+            rollout.ref_logps, rollout.ref_states = read.log_probs, read.trunk_states
         require_finite_scores(rollout, self.state.global_step)
-
-    def _score_with_reference(self, rollout: Rollout, size: int) -> None:
-        outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
-        with self._reference_weights.on_device(), self._reference() as reference:
-            parts = [self._forward(reference, part, outputs) for part in rollout.split(size)]
-        rollout.ref_logps = torch.cat([part.log_probs for part in parts])
-        if "trunk_states" in outputs:
-            rollout.ref_states = torch.cat([part.trunk_states for part in parts])
 
     def _check_reference(self, rollout: Rollout) -> None:
         """Check before the first step that a reference made from the actor equals it."""
         if not self._reference_is_start:
             return
         self._reference_is_start = False
-        part = rollout.split(self.args.per_device_train_batch_size)[0]
+        first = torch.arange(len(rollout), device=rollout.mask.device)[: self.args.per_device_train_batch_size]
+        part = rollout.select(first)
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps = self._forward(self.model, part, ("log_probs",)).log_probs
         exact = logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16
@@ -613,6 +605,18 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             output = model(**part.model_inputs(), ppo_outputs=outputs, **kwargs)
         return output.at_last(part.response_ids.size(1))
 
+    def _read(self, model: nn.Module, rollout: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:
+        """Return the outputs at the response tokens of a whole rollout, (B, T) each, read part by part."""
+        whole = ActorCriticOutput()
+        rows = torch.arange(len(rollout), device=rollout.mask.device)
+        for part in rows.split(self.args.local_rollout_forward_batch_size):
+            of_part = self._forward(model, rollout.select(part), outputs)
+            for name in outputs:
+                if getattr(whole, name) is None:
+                    setattr(whole, name, of_part[name].new_empty(len(rollout), *of_part[name].shape[1:]))
+                getattr(whole, name)[part] = of_part[name]
+        return whole
+
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """Within the context, the yielded model is the reference: a model of its own, or the actor's adapter."""
@@ -643,7 +647,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         """Log KL(π_old ‖ π_ref) of the rollout over all ranks, nats per sequence: k1 summed over each response."""
         if not self.args.needs_reference:
             return
-        per_sequence = sequence_kl(rollout)
+        per_sequence = sequence_kl(rollout.old_logps, rollout.ref_logps, rollout.mask)
         count, kl, _ = masked_moments(per_sequence.nan_to_num(), ~per_sequence.isnan(), self._sum_over_ranks)
         if count > 0:
             self._metrics["train"]["kl/ref"].append(kl.item())

@@ -25,7 +25,7 @@ from ...packing.probe import Pairs
 from ..kl import full_kl
 from .critic import Critic
 from .padding import LeftPadding
-from .rows import reading, side_by_side, tried, warn_of_padding
+from .rows import reading, warn_of_padding
 
 
 # Number of logits in one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.
@@ -149,12 +149,11 @@ class ActorCriticForward:
         positions = labels[:, 1:] != -100  # (B, L - 1), True where the next token has a label
         if not positions.any():
             positions[0, -1] = True  # keeps the graph
-        rows = side_by_side(self.packing, inputs) if self.packing.on else None
         output = ActorCriticOutput()
         states = None
         with (
             torch.set_grad_enabled(train_actor and torch.is_grad_enabled()),
-            reading(self.head.trunk, self.packing, rows, self._padding, positions, inputs) as (of_model, select),
+            reading(self.head.trunk, self.packing, self._padding, positions, inputs) as (of_model, select),
         ):
             if wanted & {"log_probs", "entropy"}:
                 targets = labels[:, 1:][positions][None]
@@ -190,9 +189,8 @@ class ActorCriticForward:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         positions = batch.labels[:, 1:] != -100
         targets = batch.labels[:, 1:][positions][None]
-        rows = tried(self.packing, inputs)
         with (
-            reading(self.head.trunk, self.packing, rows, self._padding, positions, inputs) as (of_model, select),
+            reading(self.head.trunk, self.packing, self._padding, positions, inputs, trial=True) as (of_model, select),
             score_only(self.head.trunk, select),
         ):
             of_model |= self.asked

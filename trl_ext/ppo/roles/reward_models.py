@@ -45,13 +45,13 @@ class TokenScorer:
     token stays the one of the model's training, whatever the actor pads with. If it is the end token too, the end is
     not read, as in training. A model without a pad token reads its score at the last id.
 
-    `ask` returns the scores (b,) of `input_ids` and `attention_mask`. It calls the model or, if that is an adapter on
-    the actor's base, the actor.
+    `ask` is called with `input_ids` and `attention_mask`, and returns `logits` (b, 1) or the scores themselves. It is
+    the actor where the model is an adapter on its base, else unset: the model is called.
     """
 
     def __init__(self, model: nn.Module, name: str, form: RewardForm, batch_size: int):
         self.model = model
-        self.ask: Callable[..., Tensor] = self._ask_model
+        self.ask: Callable[..., Any] | None = None  # instead of the model
         self.form = form
         config: Any = model.config
         self.config = config.get_text_config()
@@ -92,7 +92,7 @@ class TokenScorer:
         which reads its score at the last column. If so, it gets one sequence at a time.
         """
         embeds = any(isinstance(module, nn.Embedding) for module in self.model.modules())
-        if not embeds or is_partitioned(self.model) or self.ask != self._ask_model:
+        if not embeds or is_partitioned(self.model) or self.ask is not None:
             return
         model = extract_model_from_parallel(self.model)  # DeepSpeed's engine has another `config`
         sequences = [row[0].tolist() for row in probe_rows(model)]
@@ -120,26 +120,23 @@ class TokenScorer:
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         self.config.pad_token_id = pad
         try:
-            return self.ask(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+            output = (self.ask or self.model)(input_ids=input_ids.to(device), attention_mask=mask.to(device))
         finally:
             self.config.pad_token_id = own
-
-    def try_out(self) -> None:
-        """Score a short sequence with a model of a user's own class; `_ask_model` checks the answer."""
-        if not is_partitioned(self.model):
-            self._score([[1, 2, 3]])
-
-    def _ask_model(self, **inputs: Tensor) -> Tensor:
-        output = self.model(**inputs)
         scores = getattr(output, "logits", output)
-        if not isinstance(scores, Tensor) or scores.numel() != len(inputs["input_ids"]):
+        if not isinstance(scores, Tensor) or scores.numel() != len(sequences):
             raise ValueError(
                 f"The reward model {self.__name__!r} ({type(self.model).__name__}) returns "
                 f"{tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__} for "
-                f"{len(inputs['input_ids'])} sequences. It has to return `logits` of shape (sequences, 1), one score "
-                "each; or wrap it in a function for `reward_funcs`."
+                f"{len(sequences)} sequences. It has to return `logits` of shape (sequences, 1), one score each; or "
+                "wrap it in a function for `reward_funcs`."
             )
-        return scores.flatten()
+        return scores.flatten().float()
+
+    def try_out(self) -> None:
+        """Score a short sequence with a model of a user's own class; `_score` checks the answer."""
+        if not is_partitioned(self.model):
+            self._score([[1, 2, 3]])
 
     def _check_lengths(self, sequences: list[list[int]]) -> None:
         longest = max(sequences, key=len)

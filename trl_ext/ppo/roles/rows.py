@@ -7,30 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from ...packing.forward import PackedForward
-from ...packing.segments import PackedRows
 from .padding import LeftPadding
 
 
 logger = logging.get_logger(__name__)
-
-
-def side_by_side(packing: PackedForward, inputs: dict[str, Any]) -> PackedRows | None:
-    """Return the sequences in rows, each on its own; `None` if one is too long for the model to be packed."""
-    ids = inputs["input_ids"]
-    return packing.lay_out(ids, inputs["attention_mask"], torch.arange(len(ids), device=ids.device).unsqueeze(1))
-
-
-def tried(packing: PackedForward, inputs: dict[str, Any]) -> PackedRows:
-    """Return the rows of a trial, which has no padded way to fall back to."""
-    rows = side_by_side(packing, inputs)
-    if rows is None:
-        raise ValueError("the sequences that are tried out are longer than the limits found so far")
-    return rows
 
 
 def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> None:
@@ -48,28 +32,33 @@ def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> No
 def reading(
     trunk: nn.Module,
     packing: PackedForward,
-    rows: PackedRows | None,
     padding: LeftPadding,
     positions: Tensor,
     inputs: dict[str, Any],
+    trial: bool = False,
 ) -> Iterator[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]:
     """
-    Within the context `trunk` reads packed `rows`; without any, each sequence in a row of its own, with no more
-    padding than the longest needs.
+    Within the context `trunk` reads packed rows; where these are off, or a sequence is too long for them, each
+    sequence in a row of its own, with no more padding than the longest needs.
 
     Args:
         positions (B, L - 1): which states are read.
         inputs: `input_ids` and `attention_mask` (B, L), and what else the model takes.
+        trial: whether packed rows are tried out, which leaves no other way.
 
     Yields:
         What to call the model with, and the function from the trunk's last states to those N that are read, (N, H).
     """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rows = packing.lay_out(ids, mask) if packing.on or trial else None
     if rows is not None:
         places = rows.packed_index[:, :-1][positions]
         with packing.reading(trunk, rows) as of_rows:
             yield inputs | of_rows, lambda states: states.flatten(0, 1)[places]
         return
-    ids, needed = inputs["input_ids"], inputs["attention_mask"].any(0)
+    if trial:
+        raise ValueError("the sequences that are tried out are longer than the limits found so far")
+    needed = mask.any(0)
     needed[:-1] |= positions.any(0)
     needed[1:] |= positions.any(0)  # the token that a state predicts
     first, last = int(needed.int().argmax()), len(needed) - int(needed.flip(0).int().argmax())

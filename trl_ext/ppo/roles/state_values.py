@@ -15,9 +15,8 @@ from ...models.probe import in_mode, probe_rows, tolerance
 from ...models.scoring_head import trunk_gives
 from ...packing.forward import PackedForward
 from ...packing.probe import Pairs
-from ...packing.segments import PackedRows
 from .padding import LeftPadding
-from .rows import reading, side_by_side, tried, warn_of_padding
+from .rows import reading, warn_of_padding
 
 
 class StateValues:
@@ -58,12 +57,9 @@ class StateValues:
         """
         if not self._is_settled:
             self.settle()
-        rows = side_by_side(self.packing, inputs) if self.packing.on else None
-        return self.of_states(self._states_at(positions, rows, inputs)[None])[0]
-
-    def _states_at(self, positions: Tensor, rows: PackedRows | None, inputs: dict[str, Tensor]) -> Tensor:
-        with reading(self.trunk, self.packing, rows, self._padding, positions, inputs) as (of_trunk, select):
-            return select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
+        with reading(self.trunk, self.packing, self._padding, positions, inputs) as (of_trunk, select):
+            states = select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
+        return self.of_states(states[None])[0]
 
     # ---- Both ways of reading rows, to be compared: by what a random direction sees of the states ----
 
@@ -76,7 +72,8 @@ class StateValues:
     def _packed(self, batch: Pairs) -> ModelOutput:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         positions = batch.attention_mask[:, :-1].bool()
-        found = self._states_at(positions, tried(self.packing, inputs), inputs)
+        with reading(self.trunk, self.packing, self._padding, positions, inputs, trial=True) as (of_trunk, select):
+            found = select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
         states = found.new_zeros(*positions.shape, found.size(-1))
         states[positions] = found
         return self._seen(states)
