@@ -32,7 +32,8 @@ def one_of(*choices: Any) -> Range:
 
 def check_ranges(options: Any) -> None:
     """Raise `ValueError` for the first option of a config that is outside the range in its annotation."""
-    for name, allowed in _ranges(type(options)):
+    config_class: Any = type(options)
+    for name, allowed in _ranges(config_class):
         require(options, name, allowed.holds(getattr(options, name)), allowed.needed)
 
 
