@@ -101,8 +101,16 @@ def reward(folder: str) -> Any:
         "max_steps": 3,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    main(["reward", *flags, "--report_to", "none", "--logging_steps", "1", "--bf16", "False", "--test_size", "4"])
+    flags += ["--report_to", "none", "--logging_steps", "1", "--bf16", "False", "--test_size", "4"]
+    main(["reward", *flags, *in_padded_rows()])
     return path / "out"
+
+
+def in_padded_rows() -> list[str]:
+    """Return the flags of a reward run that computes as commits do that pack no pairs."""
+    import trl_ext
+
+    return ["--packing", "False"] if "RewardConfigX" in trl_ext.__all__ else []
 
 
 def lora() -> Any:
@@ -195,7 +203,7 @@ def demo(command: str) -> dict[str, Any]:
         flags = ["--max_steps", "4", "--logging_steps", "1", "--report_to", "none", "--eval_on_start", "False"]
         flags += ["--eval_strategy", "no", "--save_strategy", "no", "--train_size", "64", "--test_size", "8"]
         if command == "ppo":
-            main(["reward", "--output_dir", f"{folder}/judge", *flags])
+            main(["reward", "--output_dir", f"{folder}/judge", *flags, *in_padded_rows()])
             flags += ["--reward_model_path", f"{folder}/judge"]
         main([command, "--output_dir", f"{folder}/out", *flags])
         state = json.loads(Path(folder, "out", "trainer_state.json").read_text(encoding="utf-8"))

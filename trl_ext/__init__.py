@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ppo.config import PPOConfigX
     from .ppo.roles.critic import ValueHead
     from .ppo.trainer import PPOTrainerX
+    from .reward.config import RewardConfigX
     from .reward.trainer import RewardTrainerX
 
 __version__ = "0.1.0.dev0"
@@ -37,6 +38,7 @@ __all__ = [
     "PPOTrainerX",
     "PreferenceAccuracyCallback",
     "ReportCallback",
+    "RewardConfigX",
     "RewardTrainerX",
     "SampleCallback",
     "ValueHead",
@@ -55,6 +57,7 @@ _HOMES = {
     "PPOTrainerX": ".ppo.trainer",
     "PreferenceAccuracyCallback": ".callbacks",
     "ReportCallback": ".callbacks",
+    "RewardConfigX": ".reward.config",
     "RewardTrainerX": ".reward.trainer",
     "SampleCallback": ".callbacks",
     "ValueHead": ".ppo.roles.critic",

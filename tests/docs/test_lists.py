@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from trl import DPOConfig, RewardConfig
+from trl import DPOConfig
 
 import tiny
 import trl_ext
 from ppo_runs import ppo_run
-from trl_ext import DPOConfigX, DPOTrainerX, RewardTrainerX
+from trl_ext import DPOConfigX, DPOTrainerX, RewardConfigX, RewardTrainerX
 from trl_ext.report.policy_panels import POLICY
 
 
@@ -102,7 +102,7 @@ def test_keys_of_dpo_are_those_of_the_page(tmp_path):
 
 def test_keys_of_a_reward_run_are_those_of_the_page(tmp_path):
     model = tiny.save_tiny(tmp_path)["reward_model"]
-    check(logged(of_pairs(RewardTrainerX, RewardConfig, tmp_path / "out", model)), documented("Reward models"))
+    check(logged(of_pairs(RewardTrainerX, RewardConfigX, tmp_path / "out", model)), documented("Reward models"))
 
 
 def test_options_of_dpo_beyond_trls_are_on_the_page():

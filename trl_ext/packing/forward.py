@@ -246,3 +246,14 @@ def _longer_than(length: int) -> list[tuple[int, int, int]]:
         tail = length - common + max(length // 4, 16)
         pairs.append((common, tail, tail - 1))
     return pairs
+
+
+def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> None:
+    """Say, once, where a model's rows stay padded, and why."""
+    names = ", ".join(packing.limited_by)
+    if reason is not None:
+        logger.warning("Rows are padded for %s, not packed: %s.", name, reason)
+    elif packing.limit is not None:
+        logger.warning("Rows of %s are packed up to sequences of %d tokens (%s).", name, packing.limit, names)
+    elif packing.row_limit is not None:
+        logger.warning("Rows of %s are packed up to %d tokens (%s).", name, packing.row_limit, names)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .._trl import FusedCausalLMOutput
 from ..models.probe import arithmetic, rounded_once
 
 
@@ -47,6 +48,16 @@ def pairs(model: PreTrainedModel, sizes: list[tuple[int, int, int]]) -> Pairs:
             labels[side, i, common : common + tail] = ids[side, i, common : common + tail]
     device = next(model.parameters()).device
     return Pairs(*(x.flatten(0, 1).to(device) for x in (ids, mask, labels)))
+
+
+def seen(states: Tensor, scores: Tensor | float = 0.0) -> ModelOutput:
+    """
+    Return what a random direction sees of a trunk's states (2B, L - 1, H), plus scores (2B, 1) that are made of them:
+    the answer to a trial of a model that gives no log-probabilities (2B, L - 1).
+    """
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    direction = torch.randn(wide.size(-1), generator=torch.Generator().manual_seed(0)).to(wide)
+    return FusedCausalLMOutput(log_probs=wide @ (direction / len(direction) ** 0.5) + scores)
 
 
 @torch.no_grad()

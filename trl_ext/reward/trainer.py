@@ -1,6 +1,7 @@
-"""`RewardTrainerX`: TRL's `RewardTrainer`, which checks data and model first, counts pairs, and writes a card."""
+"""`RewardTrainerX`: TRL's `RewardTrainer` on packed pairs, with checks of data and model first, and a card."""
 
 import logging
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,10 +14,21 @@ from trl import RewardConfig, RewardTrainer
 from ..data.formats import column_names
 from ..data.pairs import check_columns, check_written, require_rows_left
 from ..data.rendering import with_template_kwargs
-from ..models.loading import check_known, is_quantized, known_tokens, load_tokenizer, source_options, text_config
+from ..models.loading import (
+    base_of,
+    check_known,
+    is_quantized,
+    known_tokens,
+    load_tokenizer,
+    source_options,
+    text_config,
+)
+from ..models.noise import has_noise
 from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ..models.rounding import warn_of_rounding
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
+from ..packing.exactness import why_not_run
+from ..packing.forward import warn_of_padding
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
@@ -25,6 +37,8 @@ from ..runs.requirements import make_folder
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
 from .card import reward_training
+from .config import RewardConfigX
+from .forward import PairScores
 
 
 logger = logging.getLogger(__name__)
@@ -38,9 +52,13 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     """
     Takes what `trl.RewardTrainer` takes and trains as it does.
 
+    - What the two sequences of a pair have in common is computed once, in rows without padding, where that is exact
+      (`packing` of [`RewardConfigX`]; a `trl.RewardConfig` packs too).
+    - `accuracy` is the share of all pairs of the logging window or the evaluation, over all ranks, where TRL's is a
+      mean over batches, whatever their sizes; an evaluation logs their number as `eval_pairs`.
+
     Overridden: `_prepare_dataset`, which says how many pairs are longer than `max_length` and left out; `compute_loss`
-    and `log`, in which `accuracy` is the share of all pairs of the logging window or the evaluation, over all ranks,
-    where TRL's is a mean over batches, whatever their sizes; an evaluation logs their number as `eval_pairs`;
+    and `log`, which read packed rows and count pairs;
     `evaluate` and `_evaluate`: of several held-out sets each is logged under its name, and all together under the
     names of a single one; `_finalize_training`, which gives a resumed run the loss of all its steps;
     `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; and, by `WritesCard`,
@@ -65,7 +83,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            args = RewardConfig(f"{name.rstrip('/').split('/')[-1]}-Reward")
+            args = RewardConfigX(f"{name.rstrip('/').split('/')[-1]}-Reward")
         take_back(model)
         text_config(model, args, scores=True)
         if processing_class is None:
@@ -90,6 +108,9 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)
         self._check_known()
         self._keep_computable()
+        self._scores = PairScores(base_of(self.model))
+        if getattr(self.args, "packing", True):  # which a `trl.RewardConfig` does not have
+            self._pack()
         self.add_callback(RequireGradients("reward model", trained))
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
@@ -105,6 +126,17 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         for name, parameter in model.named_parameters():
             if "score.modules_to_save." in name:
                 parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
+
+    def _pack(self) -> None:
+        """Read packed rows from here on where that is exact; say where and up to what it is not."""
+        reason = why_not_run(self.args, self.model)
+        if reason is None and has_noise(self.model):
+            reason = "dropout is active, in layers that `disable_dropout` leaves alone"
+        if reason is None and self.args.torch_compile:
+            reason = "`torch_compile` would compile anew for every batch"
+        with self.accelerator.autocast():  # as in training
+            reason = reason or self._scores.packing.switch_on()
+        warn_of_padding(reason, "the reward model", self._scores.packing)
 
     def _check_known(self) -> None:
         tokenizer: Any = self.processing_class
@@ -144,7 +176,8 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        scored = partial(self._scores, model)
+        loss, outputs = super().compute_loss(scored, inputs, True, num_items_in_batch)
         chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
         require_finite(loss, chosen, rejected, inputs, self.processing_class, self.state.global_step)
         mode = "train" if self.model.training else "eval"

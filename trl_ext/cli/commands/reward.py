@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 
 from datasets import DatasetDict
 from transformers import set_seed
-from trl import RewardConfig
 
-from ... import RewardTrainerX, save_base_fingerprint
+from ... import RewardConfigX, RewardTrainerX, save_base_fingerprint
 from ...report import REWARD_LINE
 from ...statistics import wilson_interval
 from ..closing import program
@@ -37,7 +36,7 @@ class RewardArguments(LaunchArguments, PairArguments):
 
 
 def create(
-    path: str, args: RewardConfig, data: RewardArguments, splits: DatasetDict, **loading: Any
+    path: str, args: RewardConfigX, data: RewardArguments, splits: DatasetDict, **loading: Any
 ) -> RewardTrainerX:
     require_steps(splits["train"], args.max_steps)
     set_seed(args.seed)  # the new score head is random
@@ -60,7 +59,7 @@ def report(trainer: RewardTrainerX, metrics: dict[str, Any], data: RewardArgumen
     print(f"Held-out pairs in the right order: {accuracy:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
 
 
-def further(given: Options, data: RewardArguments, model: ModelArguments, args: RewardConfig) -> dict[str, str]:
+def further(given: Options, data: RewardArguments, model: ModelArguments, args: RewardConfigX) -> dict[str, str]:
     """Return how to run PPO on the same model against what was trained, on the prompts of the same data."""
     options = {"model": model.model_name_or_path, "dataset_name": data.dataset_name}
     flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
@@ -74,7 +73,7 @@ def further(given: Options, data: RewardArguments, model: ModelArguments, args: 
 COMMAND = TrainingCommand(
     name="reward",
     description=__doc__,
-    classes=(RewardArguments, ModelArguments, RewardConfig),
+    classes=(RewardArguments, ModelArguments, RewardConfigX),
     defaults={"logging_first_step": True},
     line=REWARD_LINE,
     load=load_pairs,

@@ -20,12 +20,12 @@ from transformers.utils import ModelOutput
 
 from ...models.lm_head import score_only
 from ...models.scoring_head import ScoringHead
-from ...packing.forward import PackedForward
+from ...packing.forward import PackedForward, warn_of_padding
 from ...packing.probe import Pairs
 from ..kl import full_kl
 from .critic import Critic
 from .padding import LeftPadding
-from .rows import reading, warn_of_padding
+from .rows import reading
 
 
 # Number of logits in one chunk of the exact KL: 64 MB in float32, of which a few are alive at a time.

@@ -8,24 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ...packing.forward import PackedForward
 from .padding import LeftPadding
-
-
-logger = logging.get_logger(__name__)
-
-
-def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> None:
-    """Say, once, where a model's rows stay padded, and why."""
-    names = ", ".join(packing.limited_by)
-    if reason is not None:
-        logger.warning("Rows are padded for %s, not packed: %s.", name, reason)
-    elif packing.limit is not None:
-        logger.warning("Rows of %s are packed up to sequences of %d tokens (%s).", name, packing.limit, names)
-    elif packing.row_limit is not None:
-        logger.warning("Rows of %s are packed up to %d tokens (%s).", name, packing.row_limit, names)
 
 
 @contextmanager

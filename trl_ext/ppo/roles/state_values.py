@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..._trl import FusedCausalLMOutput
 from ...models.noise import require_numbers, silence
 from ...models.probe import in_mode, probe_rows, tolerance
 from ...models.scoring_head import trunk_gives
-from ...packing.forward import PackedForward
-from ...packing.probe import Pairs
+from ...packing.forward import PackedForward, warn_of_padding
+from ...packing.probe import Pairs, seen
 from .padding import LeftPadding
-from .rows import reading, warn_of_padding
+from .rows import reading
 
 
 class StateValues:
@@ -66,7 +65,7 @@ class StateValues:
     @torch.no_grad()
     def _plain(self, batch: Pairs) -> ModelOutput:
         states = self.trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return self._seen(states.last_hidden_state[:, :-1])
+        return seen(states.last_hidden_state[:, :-1])
 
     @torch.no_grad()
     def _packed(self, batch: Pairs) -> ModelOutput:
@@ -76,11 +75,7 @@ class StateValues:
             found = select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
         states = found.new_zeros(*positions.shape, found.size(-1))
         states[positions] = found
-        return self._seen(states)
-
-    def _seen(self, states: Tensor) -> ModelOutput:
-        direction = torch.randn(states.size(-1), generator=torch.Generator().manual_seed(0)).to(states.device)
-        return FusedCausalLMOutput(log_probs=states.float() @ (direction / len(direction) ** 0.5))
+        return seen(states)
 
     @torch.no_grad()
     def settle(self, packs: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:

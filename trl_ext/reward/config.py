@@ -1,0 +1,21 @@
+"""`RewardConfigX`: TRL's `RewardConfig`, with packed pairs."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl import RewardConfig
+
+
+@dataclass
+class RewardConfigX(RewardConfig):
+    """Options of [`RewardTrainerX`]: all of TRL's `RewardConfig`, with the same names and meanings, and `packing`."""
+
+    TOPIC: ClassVar[str] = "Packing"
+
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put all pairs of a batch into one row, without padding, and compute what a pair's two sequences "
+            "have in common once. Where that would not be exact, the trainer uses TRL's rows, and the log says why."
+        },
+    )
