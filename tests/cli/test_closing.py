@@ -180,7 +180,7 @@ def test_next_of_a_reward_run_is_ppo_of_the_same_model_and_data(paths, tmp_path,
 
 
 def test_last_line_without_a_report_says_how_to_make_it(tmp_path):
-    assert f"trl-ext report {tmp_path}" in closing_lines("dpo", tmp_path)
+    assert f"trl-ext report {tmp_path}" in closing_lines("dpo", tmp_path, [])
 
 
 def test_words_are_dropped_with_their_values_in_both_spellings():

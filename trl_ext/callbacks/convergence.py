@@ -10,10 +10,9 @@ from ..runs.convergence import CONVERGED, DIVERGING, KL_BAND, MIN_ACCURACY, WIND
 
 class ConvergenceCallback(TrainerCallback):
     """
-    Applies the documents' criteria (S1 §6.2) to every log line: for PPO, GRPO and RLOO a KL to the reference within
-    its band and a reward that has risen and is flat; for DPO and reward models the share of held-out pairs in the
-    right order. Prints the verdict when its status changes. The report shows the same verdict, from the same function,
-    [`trl_ext.runs.convergence.verdict`], which defines flat and diverging.
+    Applies the documents' criteria (S1 §6.2), [`trl_ext.runs.convergence.verdict`], to every log line, as the report
+    does: for PPO, GRPO and RLOO a KL to the reference within its band and a reward that has risen and is flat; for DPO
+    and reward models the share of held-out pairs in the right order. Prints the verdict when its status changes.
 
     Args:
         stop_when: statuses that end the training: "converged", "diverging", or both.

@@ -20,8 +20,7 @@ class ModelTable:
     first table.
 
     Args:
-        folder: where the files go, within the run's folder.
-        title: of the table on the terminal, which shows the columns of `shown` in it.
+        shown: the columns of the table on the terminal, under `title`.
         ask: from a model and its processing class to the answers.
         rows: from the training arguments, the model's answers and the reference's to the rows.
         recall: from the rows of a run's first table to the reference's answers, `None` if they are to other questions.

@@ -21,29 +21,19 @@ def program(command: str) -> str:
     return f"python {sys.argv[0]}" if called.name == f"{command}.py" else f"trl-ext {command}"
 
 
-def closing_lines(command: str, output: str | Path, argv: Sequence[str] | None = None, **others: str) -> str:
-    """
-    Return the last lines of a run: where everything is, and the commands to look at it, to resume it, to go on.
-
-    Args:
-        command: that has run.
-        output: the run's folder.
-        argv: its flags, which resume it from its last checkpoint if it has stopped early.
-        others: what else can be done, and by which command line.
-    """
+def closing_lines(command: str, output: str | Path, argv: Sequence[str], **others: str) -> str:
+    """Return where everything is, and the commands to look at it, to resume a run that stopped early, and `others`."""
     page, quoted = Path(output) / "report.html", shlex.quote(str(output))
     lines = {"look": f"open {shlex.quote(str(page))}" if page.is_file() else f"trl-ext report {quoted}"}
-    again = resuming(command, output, argv) if argv is not None and has_steps_left(output) else None
-    lines |= {"resume": again} if again else {}
-    lines |= others
+    again = resuming(command, output, argv) if has_steps_left(output) else None
+    lines |= ({"resume": again} if again else {}) | others
     return "\n".join([f"Everything is in {output}", *(f"  {name:7} {text}" for name, text in lines.items())])
 
 
 @contextmanager
 def running(command: str, given: Options, args: Any) -> Iterator[None]:
     """
-    Run the training: an error about an option ends it in one sentence, and a run that is cut short, by Ctrl-C or by
-    any other error, says how to go on from its last checkpoint.
+    Within the context, a wrong option ends the training in one sentence; a run that is cut short says how to go on.
     """
     try:
         with usage_errors():

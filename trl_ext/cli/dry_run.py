@@ -35,14 +35,7 @@ LOOKED_AT = 1000  # prompts that are tokenised to find the longest
 
 
 def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) -> None:
-    """
-    Print it all; only the tokenizer and the data are loaded, and no file is written.
-
-    Args:
-        command: "reward", "ppo" or "dpo".
-        given: its options.
-        load: loads the splits of the data from the command's first class of options.
-    """
+    """Print it all; only the tokenizer and the data are loaded, and no file is written."""
     require_count(given)
     # A DeepSpeed file is for the run's processes: it would start their process group here.
     data, model, args = given.make(deepspeed=None)
@@ -82,8 +75,7 @@ def as_if_of(count: int) -> Iterator[None]:
 
 def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
     """
-    Check what `PPOTrainerX` checks of prompts and models before it loads any; raise its errors. A reward model that is
-    still to be trained is no error here.
+    Raise `PPOTrainerX`'s own errors about prompts and models, but not for a reward model that is still to be trained.
     """
     judge = args.reward_model_path
     given = Given(model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge)

@@ -11,28 +11,15 @@ from ..planner import Hardware, Plan, layout_from_options, names_from_options, p
 
 def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
     """
-    Plan a run of "ppo" or "dpo" from the names and values of its options.
-
-    Args:
-        prompt: tokens of the longest prompt, if it is known.
-
-    Raises:
-        ValueError: for a model or a layout that the planner cannot read.
+    Plan a run of "ppo" or "dpo"; `prompt` is the longest, if it is known. `ValueError` for what cannot be planned.
     """
     return plan(names_from_options(options), layout_from_options(trainer, options, hardware, prompt), hardware)
 
 
 def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
     """
-    Plan the run on the GPUs of this launch.
-
-    Args:
-        trainer: "ppo", "dpo" or "reward", which is not planned: it needs less than DPO.
-        arguments: the command's options, made.
-        hardware: what it must fit; unset: this machine, and without a GPU nothing is checked.
-
-    Raises:
-        SystemExit: with the plan and the smallest change, when the run does not fit and `--force` is not given.
+    Plan the run on `hardware`, or on the GPUs of this launch; without a GPU, and for "reward", which needs less than
+    DPO, nothing is checked. If it does not fit, end with the plan and the smallest change, unless `--force` is given.
     """
     options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
     if trainer == "reward" or options["force"]:

@@ -68,12 +68,7 @@ def require_count(given: Options) -> None:
 
 
 def launch(command: str, given: Options) -> None:
-    """
-    Run the command in several processes, as `accelerate launch` does, until all have ended.
-
-    Raises:
-        ValueError: for a file that does not exist, or that starts one process although several are asked for.
-    """
+    """Run the command in several processes, as `accelerate launch` does, until all have ended."""
     # Without the flag, each process on a CPU would believe that it is the only one.
     on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]
     words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
@@ -82,8 +77,7 @@ def launch(command: str, given: Options) -> None:
 
 def require_all(args: Any) -> None:
     """
-    Raise `ValueError` if a launcher has started several processes and this one believes that it is the only one, as on
-    a CPU without `--use_cpu`: each would write into the same folder.
+    Raise `ValueError` if this process of several believes that it is the only one, as on a CPU without `--use_cpu`.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != args.world_size:

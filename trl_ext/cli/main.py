@@ -23,13 +23,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Run a command.
-
-    Args:
-        argv: the words of the command line behind `trl-ext`; unset: those of this process.
-
-    Raises:
-        SystemExit: with status 2 for an unknown command.
+    Run a command of `argv`, the words behind `trl-ext`; unset: those of this process. An unknown one exits with status
+    2.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):

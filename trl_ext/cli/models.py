@@ -44,15 +44,11 @@ class ModelArguments(ModelConfig):
 
     def adapter(self, task: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftConfig | None:
         """
-        Return the config of the adapter to train; `None` without --use_peft.
-
-        Args:
-            task: PEFT's type of what is trained.
-            modules_to_save: modules to train in full where none are given.
+        Return the config of the adapter to train; `None` without --use_peft. `task` is PEFT's type of what is trained,
+        and `modules_to_save` are trained in full where none are given.
 
         Raises:
-            ValueError: for a task type other than `task`, an invalid pattern of modules, or quantised weights without
-                an adapter.
+            ValueError: for another task type, an invalid pattern of modules, or quantised weights without an adapter.
         """
         if self.lora_task_type not in ("CAUSAL_LM", task):
             raise ValueError(f"`lora_task_type` is {self.lora_task_type}; this command trains {task}: leave it out.")
@@ -88,8 +84,7 @@ class ModelArguments(ModelConfig):
 @contextmanager
 def model_errors(model: ModelArguments) -> Iterator[None]:
     """
-    Within the context, an error that transformers, PEFT or TRL raise themselves about the model becomes a `ValueError`
-    of one sentence with a way out; any other keeps its traceback.
+    Within the context, an error of transformers, PEFT or TRL about the model becomes one sentence with a way out.
     """
     try:
         yield
@@ -127,12 +122,7 @@ def require_adapted(model: nn.Module, given: ModelArguments) -> None:
 
 
 def path_of(model: ModelArguments, args: Any = None) -> str:
-    """
-    Return the model to start from, checked; if none is given, SmolLM2, converted at first use.
-
-    Raises:
-        ValueError: as `require_model` does, and for an adapter without its base.
-    """
+    """Return the model to start from, checked; if none is given, SmolLM2, converted at first use."""
     named = model.model_name_or_path or getattr(args, "sft_model_path", None)
     if named is None:
         return str(demo.smollm2())

@@ -87,83 +87,60 @@ for _name, _before in NAMES_BEFORE.items():
     for _word in _before.split():
         TODAY.setdefault(_word, []).append(_name)
 
-# What a name of today wants in place of the old value.
-OTHER_VALUES = {
-    "warmup_ratio": "a value below 1 is a share of the steps",
-    "lr_warmup_ratio": "a value below 1 is a share of the steps",
-    "finetuning_type": "with it a LoRA adapter is trained, without it the whole model",
-    "quantization_bit": "for 8 bits `load_in_8bit`",
-    "bits": "for 8 bits `load_in_8bit`",
-    "rpo_alpha": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
-    "pref_ftx": "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA",
-    "max_prompt_length": "it holds for prompt and answer together",
-    "prompt_max_len": "it holds for prompt and answer together",
-    "adap_kl_ctrl": "proportional is the adaptive one",
-    "early_stopping": "the KL at which learning from a rollout ends",
-    "zero_stage": "zero1, zero2 or zero3",
-    "prompt_key": "write `columns` prompt=NAME",
-    "input_key": "write `columns` prompt=NAME",
-    "chosen_key": "write `columns` chosen=NAME",
-    "rejected_key": "write `columns` rejected=NAME",
-    "use_flash_attention_2": "flash_attention_2",
-    "group_by_length": "group_by_length is its value",
-    "use_wandb": "wandb is its value",
-    "use_tensorboard": "tensorboard is its value",
+# What a name of today wants in place of the old value -> the old names.
+_VALUES = {
+    "a value below 1 is a share of the steps": "warmup_ratio lr_warmup_ratio",
+    "with it a LoRA adapter is trained, without it the whole model": "finetuning_type",
+    "for 8 bits `load_in_8bit`": "quantization_bit bits",
+    "with `loss_type` sigmoid sft and `loss_weights` 1.0 ALPHA": "rpo_alpha pref_ftx",
+    "it holds for prompt and answer together": "max_prompt_length prompt_max_len",
+    "proportional is the adaptive one": "adap_kl_ctrl",
+    "the KL at which learning from a rollout ends": "early_stopping",
+    "zero1, zero2 or zero3": "zero_stage",
+    "write `columns` prompt=NAME": "prompt_key input_key",
+    "write `columns` chosen=NAME": "chosen_key",
+    "write `columns` rejected=NAME": "rejected_key",
+    "flash_attention_2": "use_flash_attention_2",
+    "group_by_length is its value": "group_by_length",
+    "wandb is its value": "use_wandb",
+    "tensorboard is its value": "use_tensorboard",
 }
+OTHER_VALUES = {name: value for value, names in _VALUES.items() for name in names.split()}
 
 # What a name of today means where an older one may have meant something else.
 MEANINGS = {"num_mini_batches": "the number of mini-batches in a rollout"}
 
-# What there is no option for, or none of the command at hand, and what to do.
-WITHOUT_OPTION = {
-    **dict.fromkeys(
-        ("max_prompt_length", "prompt_max_len", "cutoff_len", "max_seq_length", "max_length", "truncation_mode"),
-        "prompts are not cut; leave long ones out of the data",
-    ),
-    **dict.fromkeys(
-        ("ref_model", "ref_model_path", "ref_model_name_or_path"),
-        "the reference is the model that training starts from; in Python a trainer takes another one",
-    ),
-    **dict.fromkeys(
-        ("logging_dir", "logging_path", "tensorboard_dir"),
-        "set the environment variable TENSORBOARD_LOGGING_DIR, or a line of it under env: in a recipe",
-    ),
-    **dict.fromkeys(
-        ("template", "chat_template", "apply_chat_template", "input_template"),
-        "conversations are written with the chat template of the model's tokenizer",
-    ),
-    **dict.fromkeys(
-        ("label_pad_token_id", "padding_value", "is_encoder_decoder", "use_logits_to_keep", "force_use_ref_model"),
-        "it has no meaning any more; leave it out",
-    ),
-    **dict.fromkeys(
-        ("optimize_cuda_cache", "optimize_device_cache", "remove_padding", "preprocessing_num_workers"),
-        "it has no meaning here; leave it out",
-    ),
-    **dict.fromkeys(
-        ("n_samples_per_prompt", "num_return_sequences"), "a rollout has one answer to each prompt; raise the batch"
-    ),
-    **dict.fromkeys(
-        ("actor_num_nodes", "actor_num_gpus_per_node", "num_gpus", "num_nodes"),
-        "start several processes with `nproc` or `accelerate_config`",
-    ),
-    "overwrite_output_dir": "a run writes into its output folder; give another one to keep what is there",
-    "stage": "the command says it: `trl-ext dpo`, `trl-ext ppo` or `trl-ext reward`",
-    "tokenizer_name": "the tokenizer is that of the model",
-    "tokenizer_name_or_path": "the tokenizer is that of the model",
-    "reference_free": "DPO has a reference; TRL's CPO trainer has none",
-    "ratio_threshold": "a batch whose loss is not finite ends the run; `target_kl` stops learning from a rollout",
-    "target_kl": "it is an option of `trl-ext ppo`",
+# What to do without an option, or where the command at hand has none -> the names of such options.
+_CURES = {
+    "prompts are not cut; leave long ones out of the data": "max_prompt_length prompt_max_len cutoff_len "
+    "max_seq_length max_length truncation_mode",
+    "the reference is the model that training starts from; in Python a trainer takes another one": "ref_model "
+    "ref_model_path ref_model_name_or_path",
+    "set the environment variable TENSORBOARD_LOGGING_DIR, or a line of it under env: in a recipe": "logging_dir "
+    "logging_path tensorboard_dir",
+    "conversations are written with the chat template of the model's tokenizer": "template chat_template "
+    "apply_chat_template input_template",
+    "it has no meaning any more; leave it out": "label_pad_token_id padding_value is_encoder_decoder "
+    "use_logits_to_keep force_use_ref_model",
+    "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache remove_padding "
+    "preprocessing_num_workers",
+    "a rollout has one answer to each prompt; raise the batch": "n_samples_per_prompt num_return_sequences",
+    "start several processes with `nproc` or `accelerate_config`": "actor_num_nodes actor_num_gpus_per_node num_gpus "
+    "num_nodes",
+    "a run writes into its output folder; give another one to keep what is there": "overwrite_output_dir",
+    "the command says it: `trl-ext dpo`, `trl-ext ppo` or `trl-ext reward`": "stage",
+    "the tokenizer is that of the model": "tokenizer_name tokenizer_name_or_path",
+    "DPO has a reference; TRL's CPO trainer has none": "reference_free",
+    "a batch whose loss is not finite ends the run; `target_kl` stops learning from a rollout": "ratio_threshold",
+    "it is an option of `trl-ext ppo`": "target_kl",
 }
+WITHOUT_OPTION = {name: cure for cure, names in _CURES.items() for name in names.split()}
 
 
 def what_it_is_today(name: str, known: set[str]) -> str | None:
     """
-    Return what to give instead of an option of an earlier version or another package; `None` for an unknown name.
-
-    Args:
-        name: without hyphens, as `lora_rank`.
-        known: the options of the command, in the same form.
+    Return what to give instead of an option `name` of an earlier version or another package, where the command has the
+    options `known`; `None` for an unknown name.
     """
     today = next((each for each in TODAY.get(name, ()) if each in known), None)
     if today is not None:

@@ -23,14 +23,7 @@ PACKAGE = __name__.split(".")[0]
 
 
 class Options:
-    """
-    Option names and values of a command; no config is made of them yet, no device or process group is touched.
-
-    Args:
-        parser: of the command.
-        values: every option that the parser knows.
-        argv: the words of the command line, without the command's name.
-    """
+    """Option names and values of a command, and its words; no config is made of them yet, no device is touched."""
 
     def __init__(self, parser: OptionParser, values: argparse.Namespace, argv: list[str]):
         self.parser, self.values, self.argv = parser, values, argv
@@ -40,10 +33,7 @@ class Options:
 
     def make(self, **changes: Any) -> tuple:
         """
-        Make an instance of each of the command's classes, with `changes` on top of the options.
-
-        Raises:
-            ValueError: for options that are refused, here or by TRL or transformers.
+        Make an instance of each of the command's classes, with `changes` on top; `ValueError` for refused options.
         """
         values = vars(self.values) | changes
         check_startable(self.values)
@@ -74,12 +64,8 @@ def read(
     """
     Read the options; of the classes' own defaults, `defaults`, the YAML recipe and the flags, the later wins.
 
-    The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is `demo`,
-    whose settings fit the embedded data. A recipe's `env` is put into the environment, as TRL does.
-
-    Args:
-        command: its name; of `topics.FIRST`.
-        demo: an installed recipe, such as "dpo/demo".
+    The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is the
+    installed recipe `demo`, whose settings fit the embedded data. Its `env` is put into the environment, as TRL does.
 
     Raises:
         ValueError: for an unknown key or flag, with the nearest one, or a recipe that does not exist.
@@ -109,8 +95,8 @@ def read(
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
     """
-    Return option names and values of a recipe, with the defaults of `dataclasses` for the rest. No config is made, so
-    a recipe for other hardware can be read. Keys that `dataclasses` do not know are a command's own.
+    Return option names and values of a recipe, with the defaults of `dataclasses` for the rest, which skip a command's
+    own keys. No config is made, so a recipe for other hardware can be read.
     """
     parser = OptionParser("", dataclasses)
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
@@ -124,8 +110,7 @@ def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str,
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """
-    Within the context, an error that this package raises ends the command with its text alone. One from elsewhere
-    keeps its traceback, which may be the only hint.
+    Within the context, an error that this package raises ends the command with its text alone, without a traceback.
     """
     try:
         yield
@@ -164,10 +149,7 @@ def _apply_recipe(parser: OptionParser, path: Path) -> None:
 
 
 def recipe_value(action: argparse.Action, value: Any) -> Any:
-    """
-    Return a value of a recipe as the flag would have it, or raise `ValueError` where the flag would refuse it. Lists
-    may be written in one line, and columns as a mapping.
-    """
+    """Return a recipe's value as the flag would have it; `ValueError` where the flag would refuse it."""
     if action.nargs == "+" and isinstance(value, str):
         return value.split()
     if action.nargs == "+" and isinstance(value, dict):

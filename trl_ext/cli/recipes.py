@@ -12,11 +12,8 @@ INSTALLED = Path(__file__).resolve().parents[1] / "configs"
 
 def find_config(name: str | Path, folder: str = "") -> Path:
     """
-    Return the path of a recipe, an accelerate file or a DeepSpeed file.
-
-    Args:
-        name: a path; or the name of an installed file, such as `configs/dpo/demo.yaml`, `dpo/demo.yaml` or `dpo/demo`.
-        folder: of `configs/`, in which a bare name is looked up: "zero3" is accelerate/zero3.yaml.
+    Return the path of a recipe, an accelerate file or a DeepSpeed file, given as a path or as the name of an installed
+    one: `configs/dpo/demo.yaml`, `dpo/demo`, or a bare name in a `folder` of `configs/`, such as zero3 in accelerate.
 
     Raises:
         ValueError: when there is no such file, with the nearest names.

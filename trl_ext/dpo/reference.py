@@ -99,7 +99,7 @@ def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTraine
     Return a frozen copy of a policy in memory, to be its reference: TRL would load its folder, which may hold another
     model. `None` where TRL needs none: the policy comes from a path, trains an adapter, or is asked before training.
     """
-    is_asked_before = args.precompute_ref_log_probs and not is_fsdp(args)
+    is_asked_before = args.precompute_ref_log_probs and not is_fsdp(args.fsdp)
     if isinstance(model, str) or has_adapters or is_asked_before:
         return None
     return copy_of(model).requires_grad_(False).eval()
@@ -149,7 +149,7 @@ def require_same_start(
 
 def _differ_in_float32(policy: Any, reference: nn.Module | None, args: DPOConfigX) -> bool:
     """Return whether policy and reference are seen to be two models without the rounding of the run."""
-    is_spread = is_fsdp(args) or is_partitioned(policy)
+    is_spread = is_fsdp(args.fsdp) or is_partitioned(policy)
     if is_spread or args.precompute_ref_log_probs or _has_virtual_tokens(policy):
         return False
     if reference is not None:
@@ -161,7 +161,7 @@ def _differ_in_float32(policy: Any, reference: nn.Module | None, args: DPOConfig
 @torch.no_grad()
 def _rounding_in_16_bits(policy: Any, args: DPOConfigX) -> float:
     """Return what rounding explains, in nats per √token, in the arithmetic of the run."""
-    if is_fsdp(args) or is_partitioned(policy):
+    if is_fsdp(args.fsdp) or is_partitioned(policy):
         return MOST_16_BIT
     rows = probe_rows(policy)
     try:

@@ -234,7 +234,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                     disable_noise(forward.model)
                     if role == "ref_model":
                         forward.model.eval()
-                if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args)):
+                if not (self._is_vision_dataset or is_partitioned(forward.model) or is_fsdp(self.args.fsdp)):
                     forward.head.settle()
                     if self.aux_loss_enabled and role == "model":
                         self.aux_loss_enabled = forward.head.settle_aux_loss(self.args.router_aux_loss_coef)
@@ -511,7 +511,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             restore_weights(self.accelerator.unwrap_model(self.ref_model), folder)
 
     def _reference_is_spread(self) -> bool:
-        return is_fsdp(self.args) or is_partitioned(self.accelerator.unwrap_model(self.ref_model))
+        return is_fsdp(self.args.fsdp) or is_partitioned(self.accelerator.unwrap_model(self.ref_model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load all weights: the Trainer leaves out those saved under other names, of experts (transformers#48805)."""

@@ -15,18 +15,16 @@ BEHIND_PAD = {
 
 def context_limit(config: Any, *adapters: Any, generates: bool = False) -> int | None:
     """
-    Return the tokens of the longest sequence that a model can read; `None` if there is no limit.
-
-    There is none with attention biased by distance (ALiBi), with a state (Mamba), and with a rotary embedding that
-    adapts to the length (dynamic NTK). For other rotary embeddings it is the declared length with its scaling: longer
-    sequences can be computed, but the model has not learnt to read them.
+    Return the tokens of the longest sequence that a model can read; `None` if there is no limit: with attention biased
+    by distance (ALiBi), with a state (Mamba), and with a rotary embedding that adapts to the length (dynamic NTK). For
+    other rotary embeddings it is the declared length with its scaling: longer sequences can be computed, but the model
+    has not learnt to read them.
 
     Args:
         config: the text part of a language model's config.
         adapters: configs of the adapters in it; virtual tokens take positions too.
-        generates: whether the model also writes what it reads. If so, the context ends where a dynamic rotary
-            embedding begins to adapt: from there on the keys in the cache have another rotation than in one forward
-            pass over the whole sequence.
+        generates: whether the model also writes. If so, the context ends where a dynamic rotary embedding begins to
+            adapt: from there on the keys in the cache have another rotation than in one forward pass over the whole.
     """
     values = (getattr(config, name, None) for name in NAMES)
     declared = next((int(v) for v in values if isinstance(v, int | float) and 0 < v < WITHOUT_END), None)
@@ -35,21 +33,14 @@ def context_limit(config: Any, *adapters: Any, generates: bool = False) -> int |
     # The parameters of the rotary embeddings: one set, or one per kind of layer
     written = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [each for each in (written, *written.values()) if isinstance(each, dict)]
-    adapts = any(_type(rope) == "dynamic" for rope in ropes)
-    if declared is None or has_alibi or (adapts and not generates):
+    kinds = [rope.get("rope_type") or rope.get("type") or "default" for rope in ropes]
+    if declared is None or has_alibi or ("dynamic" in kinds and not generates):
         return None
-    limit = max([declared, *(_stretched(rope, declared) for rope in ropes)])
+    limit = declared
+    for rope, kind in zip(ropes, kinds, strict=True):  # YaRN, linear scaling, Llama 3's: they extend the context
+        if kind not in ("default", "dynamic"):
+            original = rope.get("original_max_position_embeddings") or declared
+            limit = max(limit, int(original * (rope.get("factor") or 1)))
     if config.model_type in BEHIND_PAD:
         limit -= (config.pad_token_id or 0) + 1
     return limit - max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
-
-
-def _type(rope: dict[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _stretched(rope: dict[str, Any], declared: int) -> int:
-    """Return the length that YaRN, linear scaling or Llama 3's scaling extends the context to."""
-    if _type(rope) in ("default", "dynamic"):
-        return declared
-    return int((rope.get("original_max_position_embeddings") or declared) * (rope.get("factor") or 1))

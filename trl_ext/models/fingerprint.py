@@ -24,9 +24,8 @@ ROWS = 8  # that are read of each matrix; vectors are read whole
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
     """
-    Return the SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint, a folder or hub name.
-
-    It reads a few megabytes. Without safetensors files it is `None`.
+    Return the SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint, a folder or hub name: a few
+    megabytes. `None` without safetensors files.
     """
     digests = {}
     for file in _weight_files(path, revision):

@@ -12,9 +12,7 @@ from transformers import GenerationConfig
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, device: Any) -> list[str]:
     """
-    Return a model's greedy completions of prompts (token ids), as text. No random number is drawn.
-
-    `model` is a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
+    Return a causal language model's greedy completions of prompts (token ids), as text. No random number is drawn.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
     greedy = greedy_decoding(model, tokenizer, max_new_tokens)
@@ -38,14 +36,9 @@ def evaluating(model: Any) -> Iterator[None]:
 @contextmanager
 def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     """
-    Have `model.generate` follow `config` and nothing else within the context.
-
-    transformers fills every option that a call leaves `None` (min_p, typical_p, num_beams, suppress_tokens, …) from
-    the generation config that came with the model, which is meant for its users. It is restored afterwards.
-
-    Args:
-        model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
-        config: complete: an option that it leaves `None` has transformers' default.
+    Have `model.generate` follow `config` and nothing else within the context. transformers fills every option that a
+    call leaves `None` (min_p, typical_p, num_beams, suppress_tokens, …) from the generation config that came with the
+    model, which is meant for its users. It is restored afterwards.
     """
     models = [model, model.get_base_model()] if is_peft_model(model) else [model]
     # A `PeftModel` has its own only if somebody has set it; `generate` then copies it to the base.

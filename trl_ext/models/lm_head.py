@@ -12,11 +12,9 @@ from .cpu_head import TokenLogProbs
 @contextmanager
 def score_only(trunk: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """
-    Within the context, `trunk` returns `select(last_hidden_state)`, of shape (N, H), as one row (1, N, H), so that
-    TRL's fused head scores these N states alone; plain heads on CPU are scored by [`TokenLogProbs`]. The context
-    yields a list, to which the states (N, H) are appended.
-
-    Without CUDA, TRL's fused head scores every position that it is given, in several passes over Python tiles.
+    Within the context, `trunk` returns `select(last_hidden_state)`, (N, H), as one row (1, N, H), so that TRL's fused
+    head scores these N states alone, in one pass; plain heads on CPU are scored by [`TokenLogProbs`]. Yields a list,
+    to which the states (N, H) are appended.
     """
     kept: list[Tensor] = []
 

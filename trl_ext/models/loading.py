@@ -51,10 +51,9 @@ def init_kwargs(args: Any) -> dict[str, Any]:
 
 def text_config(model: Any, args: Any, name: str = "model", scores: bool = False) -> Any:
     """
-    Return the text part of a model's config.
+    Return the text part of the config of a model, or of a path or hub name.
 
     Args:
-        model: a path or hub name, or a model.
         args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
         name: the argument that the model was given as.
         scores: whether it may be a model for scoring text.
@@ -114,11 +113,9 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
     """
-    Load the weights that a model saved to `folder`, except those of its attribute `but_not`. transformers saves some
-    weights, such as a mixture's experts, under other names, and knows how to read them.
-
-    Raises:
-        RuntimeError: when a weight is missing.
+    Load the weights that a model saved to `folder`, except those of its attribute `but_not`; `RuntimeError` when one
+    is missing. transformers saves some weights, such as a mixture's experts, under other names, and knows how to read
+    them.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a model may have several
@@ -146,12 +143,8 @@ RENAMED = 0.01
 
 def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
     """
-    Raise `ValueError` if ids mean other tokens to a model than to the run's tokenizer.
-
-    Args:
-        tokenizer: of the run; without one nothing is checked.
-        model: a path, or a model loaded from one. Nothing is checked if no tokenizer is saved there.
-        name: the argument that it was given as.
+    Raise `ValueError` if ids mean other tokens to `model`, a path or loaded from one, given as `name`, than to the
+    run's tokenizer. Nothing is checked if one of the two is not known.
     """
     its = None if tokenizer is None else tokenizer_of(model, None, args)
     if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
@@ -170,8 +163,8 @@ def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
 
 def known_tokens(model: Any, config: Any) -> int | None:
     """
-    Return how many tokens a model, in memory or a path, has an embedding of; `None` for a user's own class that does
-    not say. `config` is its text config.
+    Return how many tokens a model, in memory or a path with its text config, has an embedding of; `None` for a user's
+    own class that does not say.
     """
     try:
         return int(model.get_input_embeddings().num_embeddings)

@@ -8,7 +8,7 @@ Ratio 1 and KL 0 at the start, and every log-ratio after it, assume a policy wit
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,28 +27,30 @@ STRENGTHS = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 ROUNDS = 5
 
 
-def disable_noise(model: nn.Module) -> None:
-    """Set the strength of every module's noise to 0: of `nn.Dropout` in all its kinds, and of plain attributes."""
+def _strengths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield module, name and value of each strength of noise: of every kind of `nn.Dropout`, and plain attributes."""
     for module in model.modules():
         of_dropout = "drop" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
-            if not (STRENGTHS.search(name) or (of_dropout and name == "p")):
-                continue
-            if isinstance(value, float):
-                setattr(module, name, 0.0)
-            elif isinstance(value, dict) and all(isinstance(each, float) for each in value.values()):
-                value.update(dict.fromkeys(value, 0.0))  # LoHa and LoKr, by adapter
+            if STRENGTHS.search(name) or (of_dropout and name == "p"):
+                yield module, name, value
+
+
+def disable_noise(model: nn.Module) -> None:
+    """Set the strength of every module's noise to 0."""
+    for module, name, value in _strengths(model):
+        if isinstance(value, float):
+            setattr(module, name, 0.0)
+        elif isinstance(value, dict) and all(isinstance(each, float) for each in value.values()):
+            value.update(dict.fromkeys(value, 0.0))  # LoHa and LoKr, by adapter
 
 
 def has_noise(model: nn.Module) -> bool:
     """Return whether the strength of some module's noise is above 0."""
-    for module in model.modules():
-        of_dropout = "drop" in type(module).__name__.lower()
-        for name, value in vars(module).items():
-            if STRENGTHS.search(name) or (of_dropout and name == "p"):
-                values = list(value.values()) if isinstance(value, dict) else [value]
-                if any(isinstance(each, float) and each > 0 for each in values):
-                    return True
+    for _, _, value in _strengths(model):
+        values = list(value.values()) if isinstance(value, dict) else [value]
+        if any(isinstance(each, float) and each > 0 for each in values):
+            return True
     return False
 
 
@@ -80,15 +82,10 @@ def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: 
             drawing = _drawing(model, answer)
             if not drawing:
                 break
-            kinds = sorted({type(module).__name__ for module in drawing.values()})
-            first = next(iter(drawing))
+            kinds = ", ".join(sorted({type(module).__name__ for module in drawing.values()}))
             logger.warning(
-                "%s draws random numbers while it is trained, in %s (%d modules, the first is `%s`). These compute "
-                "as in evaluation mode.",
-                name,
-                ", ".join(kinds),
-                len(drawing),
-                first,
+                f"{name} draws random numbers while it is trained, in {kinds} ({len(drawing)} modules, the first is "
+                f"`{next(iter(drawing))}`). These compute as in evaluation mode."
             )
             for module in drawing.values():
                 module.register_forward_pre_hook(_as_in_evaluation)

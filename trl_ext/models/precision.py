@@ -23,10 +23,9 @@ def computes_in_bf16(use_cpu: bool = False) -> bool:
 
 def keep_4_bit_differentiable(model: nn.Module) -> None:
     """
-    Keep bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16.
-
-    It does so in the first pass in evaluation mode, for good, and no gradient goes through the repacked weights: an
-    adapter below them would learn from the residual stream alone.
+    Keep bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16. It does so in the first pass in
+    evaluation mode, for good, and no gradient goes through the repacked weights: an adapter below them would learn
+    from the residual stream alone.
     """
     module: Any
     for module in model.modules():
@@ -61,10 +60,7 @@ def compile_nothing(accelerator: Accelerator, why: str) -> None:
 
 
 def drop_checkpointing(model: nn.Module, args: Any) -> None:
-    """
-    Switch off gradient checkpointing, TRL's default, with a warning, if transformers has none for the family. It saves
-    memory and changes no number.
-    """
+    """Switch off gradient checkpointing, TRL's default, with a warning, if transformers has none for the family."""
     names = [name for name in CHECKPOINTING if getattr(args, name, False)]
     if names and not getattr(model, "supports_gradient_checkpointing", True):
         for name in names:

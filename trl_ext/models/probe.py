@@ -46,8 +46,7 @@ def ordinary_tokens(model: Any) -> Tensor:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """
     Within the context every module is in training or in evaluation mode, and the run's random numbers are untouched.
-    A model with float32 weights computes in float32 even if the run computes in 16 bits, whose rounding would hide
-    differences.
+    Float32 weights compute in float32 even if the run computes in 16 bits, whose rounding would hide differences.
     """
     modes = {module: module.training for module in model.modules()}
     device = _device(model)
@@ -80,7 +79,6 @@ def require_causal(name: str, logps: Callable[[Tensor], Tensor], row: Tensor, al
     Args:
         name, do: the model's name, and what it would do with answers, for the error.
         logps: from a row of ids (1, L) to the log-probabilities (L, V) after each token.
-        row: ids (1, L).
         allowed: the mean difference in nats that rounding explains.
     """
     half = (row.size(1) + 1) // 2
@@ -99,11 +97,8 @@ def apart_in_float32(
 ) -> bool | None:
     """
     Return whether two models with float32 weights give different log-probabilities of random rows in float32, even if
-    the run computes in fewer bits; `None` if that cannot be tried.
-
-    Args:
-        policy, reference: may be a `PeftModel`.
-        as_reference: a context in which the policy, with other adapters, is the reference, if they are one model.
+    the run computes in fewer bits; `None` if that cannot be tried. Within `as_reference`, the policy is the reference,
+    if they are one model with several adapters.
     """
     models = (policy, reference)
     if any(parameter.dtype != torch.float32 for model in models for parameter in model.parameters()):
@@ -134,8 +129,8 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
 @contextmanager
 def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
     """
-    Within the context, every number of an embedding is off by the share `unit` of itself, up or down. The default is
-    the rounding unit of the arithmetic that the model computes in, autocast included.
+    Within the context, every number of an embedding is off by the share `unit` of itself, up or down; by default the
+    rounding unit of the arithmetic that the model computes in, autocast included.
     """
     generator = torch.Generator().manual_seed(1)
 

@@ -33,14 +33,14 @@ def quantization(bits: str, args: Any) -> BitsAndBytesConfig:
 
 def spread_by(args: Any) -> str | None:
     """Return what partitions every model of the run over the ranks, frozen ones too; `None` when nothing does."""
-    if is_stage3(args):
+    if is_stage3(args.deepspeed_plugin):
         return "DeepSpeed ZeRO-3"
-    return "FSDP" if is_fsdp(args) else None
+    return "FSDP" if is_fsdp(args.fsdp) else None
 
 
-def is_fsdp(args: Any) -> bool:
-    """Return whether training arguments, or accelerate's launcher, ask for FSDP."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+def is_fsdp(fsdp: Any) -> bool:
+    """Return whether training arguments, by their option `fsdp`, or accelerate's launcher ask for FSDP."""
+    return bool(fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
 def check_quantizable(option: str, model: str | nn.Module, argument: str, args: Any) -> None:
@@ -48,7 +48,7 @@ def check_quantizable(option: str, model: str | nn.Module, argument: str, args: 
     Check that a frozen model, given as `argument`, can be loaded in the bits that `option` asks for.
 
     Raises:
-        ValueError: for a model that is in memory, an adapter, or quantised already, or that ZeRO-3 or FSDP partitions.
+        ValueError: for a model in memory, an adapter, one quantised already, or that ZeRO-3 or FSDP partitions.
         ImportError: without bitsandbytes.
     """
     asked = f"`{option}={getattr(args, option)!r}`"

@@ -17,9 +17,8 @@ ENOUGH = 0.5
 @torch.no_grad()
 def moving_share(parameters: Iterable[nn.Parameter], step: float) -> float | None:
     """
-    Return the share of 16-bit elements that a change of `step` moves: those whose neighbouring numbers are less than
-    2 · `step` away; `None` without such elements. Adam's first steps have the size of the learning rate, and later
-    ones are seldom larger.
+    Return the share of 16-bit elements that a change of `step` moves: those whose neighbouring numbers are less than 2
+    · `step` away; `None` without such elements. Adam's steps seldom exceed the learning rate.
     """
     moving = total = 0.0
     for parameter in parameters:
@@ -54,13 +53,8 @@ def warn_of_rounding(
     option: str = "learning_rate",
 ) -> None:
     """
-    Warn if a step of the learning rate moves less than half of the trained 16-bit weights.
-
-    Args:
-        parameters: of a role; those that require a gradient count.
-        has_master_weights: whether the optimizer keeps its own float32 weights, as DeepSpeed's does.
-        what: the role, for the warning.
-        option: the option that sets its learning rate.
+    Warn if a step of the learning rate, set by `option`, moves less than half of the 16-bit weights that the role
+    `what` trains; not where the optimizer keeps float32 weights of its own, as DeepSpeed's does.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if has_master_weights or not learning_rate > 0:
@@ -70,12 +64,8 @@ def warn_of_rounding(
         return
     dtype = str(next(p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16))).removeprefix("torch.")
     logger.warning(
-        "The weights of the %s are trained in %s, and a step of %s=%.2g moves %.0f%% of them: for the rest it is less "
-        "than half the distance to the next number, and rounds to nothing. Keep the weights in float32 "
-        "(`dtype='float32'`) and compute in bfloat16 (`bf16=True`), or train an adapter, or raise the learning rate.",
-        what,
-        dtype,
-        option,
-        learning_rate,
-        100 * share,
+        f"The weights of the {what} are trained in {dtype}, and a step of {option}={learning_rate:.2g} moves "
+        f"{share:.0%} of them: for the rest it is less than half the distance to the next number, and rounds to "
+        "nothing. Keep the weights in float32 (`dtype='float32'`) and compute in bfloat16 (`bf16=True`), or train an "
+        "adapter, or raise the learning rate."
     )

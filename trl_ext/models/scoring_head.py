@@ -77,8 +77,8 @@ class ScoringHead:
         sequences, one at a time without padding.
 
         Raises:
-            ValueError: for a trained model that gives NaN, for one that reads what follows a token, when neither head
-                gives the log-probabilities of the model's own forward, and for noise that does not stop.
+            ValueError: for a trained model that gives NaN, one that reads what follows a token, one whose own
+                log-probabilities neither head gives, and for noise that does not stop.
         """
         if self.uses_own is not None:
             return
@@ -107,13 +107,9 @@ class ScoringHead:
     def settle_aux_loss(self, asked_coef: float | None = None) -> bool:
         """
         Choose the model's own head if TRL's does not give the load-balancing loss of a mixture of experts: for every
-        family, TRL uses Mixtral's formula and Mixtral's names in the config.
-
-        Args:
-            asked_coef: the coefficient that the run sets; `None` if it takes the config's.
-
-        Returns:
-            Whether the model has that loss: its config may name experts that it was built without.
+        family, TRL uses Mixtral's formula and Mixtral's names in the config. `asked_coef` is the coefficient that the
+        run sets; unset: the config's. Return whether the model has that loss: its config may name experts that it was
+        built without.
 
         Raises:
             ValueError: when the model's own forward fails at it, or has none and the run asks for it.
@@ -144,9 +140,9 @@ class ScoringHead:
                 self.uses_own = True
         if self.uses_own:
             logger.warning(
-                "TRL's fused head computes another load-balancing loss than %s: the model's own head is used, which "
-                "keeps all logits, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` leaves that loss out.",
-                self.name,
+                f"TRL's fused head computes another load-balancing loss than {self.name}: the model's own head is "
+                "used, which keeps all logits, (tokens, vocabulary), in memory. `router_aux_loss_coef=0.0` leaves that"
+                " loss out."
             )
         return True
 
@@ -170,10 +166,9 @@ class ScoringHead:
         if not of_own <= allowed:
             self._refuse(min(difference, of_own), allowed)
         logger.warning(
-            "TRL's fused head does not compute all that makes the logits of %s (%s): the model's own head is used, "
-            "which keeps all logits, (tokens, vocabulary), in memory.",
-            self.name,
-            self._how_far(difference, allowed),
+            f"TRL's fused head does not compute all that makes the logits of {self.name} "
+            f"({self._how_far(difference, allowed)}): the model's own head is used, which keeps all logits, "
+            "(tokens, vocabulary), in memory."
         )
 
     def _how_far(self, difference: float, allowed: float) -> str:

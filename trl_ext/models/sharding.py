@@ -17,12 +17,8 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 def check_batch_fields(args: Any, counting: str) -> None:
     """
-    Raise `ValueError` when the batch sizes in a DeepSpeed file differ from those of the options.
-
-    Args:
-        args: training arguments with the values that the Trainer's loop reads: micro-batches per optimizer step in
-            `gradient_accumulation_steps`.
-        counting: the options behind these values, in words, for the message.
+    Raise `ValueError` when the batch sizes in a DeepSpeed file differ from those that the Trainer's loop reads in
+    `args`; `counting` names the options behind these, for the message.
     """
     plugin = args.deepspeed_plugin
     if plugin is None:
@@ -52,8 +48,7 @@ def _listed(fields: dict[str, Any]) -> str:
 
 def check_own_optimizer(args: Any, **unread: Any) -> None:
     """
-    Raise `ValueError` when a DeepSpeed file has its own optimizer and one of the options `unread`, which that would
-    ignore, is set.
+    Raise `ValueError` when a DeepSpeed file has its own optimizer, which would ignore options `unread` that are set.
     """
     plugin = args.deepspeed_plugin
     ignored = [name for name, value in unread.items() if value is not None]
@@ -64,21 +59,18 @@ def check_own_optimizer(args: Any, **unread: Any) -> None:
         )
 
 
-def is_stage3(args: Any) -> bool:
-    """Return whether training arguments ask for ZeRO-3."""
-    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+def is_stage3(deepspeed_plugin: Any) -> bool:
+    """Return whether training arguments with this plugin of accelerate ask for ZeRO-3."""
+    return deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3
 
 
 def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict[str, Any]) -> None:
     """
-    Raise `ValueError`, before loading, when ZeRO-3 is to train a quantized model in full. An adapter on a quantized
-    base is fine: ZeRO-3 partitions the base, too.
-
-    Args:
-        quantization_config: of `model`, or `None`.
-        trained_in_full: by the name of the argument, the models, paths or `None` of the roles without an adapter.
+    Raise `ValueError`, before loading, when ZeRO-3 is to train a quantized model in full; it may be the base of an
+    adapter. `quantization_config` is that of `model`; `trained_in_full` has, by argument, the models, paths or `None`
+    of the roles without an adapter.
     """
-    if not is_stage3(args):
+    if not is_stage3(args.deepspeed_plugin):
         return
     quantized = [
         name
@@ -103,8 +95,8 @@ def is_partitioned(model: nn.Module) -> bool:
 
 def copy_of(model: AnyModule) -> AnyModule:
     """
-    Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new model is made and its parameters
-    are filled one by one.
+    Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new model is made and its parameters are
+    filled one by one.
     """
     if not is_partitioned(model):
         twin = copy.deepcopy(model)
@@ -184,8 +176,8 @@ def fill_zeros(parameter: nn.Parameter) -> None:
 def declare_head(model: PreTrainedModel) -> None:
     """
     Tell DeepSpeed that `model.forward` reads the weights of its output head. ZeRO-3 would notice when that first
-    happens; but PPO's first pass may ask for values alone, and the order of gathers that it records would be wrong
-    for the next.
+    happens; but PPO's first pass may ask for values alone, and the order of gathers that it records would be wrong for
+    the next.
     """
     import deepspeed
 

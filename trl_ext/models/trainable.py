@@ -57,12 +57,8 @@ def check_optimizer(
     optimizer: torch.optim.Optimizer | None, roles: dict[str, list[nn.Parameter]], needed: str
 ) -> None:
     """
-    Raise `ValueError` if the user's own optimizer does not hold every trained parameter.
-
-    Args:
-        optimizer: the user's own, or `None`.
-        roles: the trained parameters by role.
-        needed: what to give the optimizer, for the message.
+    Raise `ValueError` if the user's own optimizer does not hold every trained parameter, which `roles` has by role;
+    `needed` says in the message what to give it.
     """
     if optimizer is None:
         return
@@ -105,7 +101,7 @@ class RequireGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.has_begun or state.global_step < self.warmup:
             return
-        is_partitioned = args.deepspeed_plugin is not None or is_fsdp(args)  # these keep gradients elsewhere
+        is_partitioned = args.deepspeed_plugin is not None or is_fsdp(args.fsdp)  # these keep gradients elsewhere
         reached = is_partitioned or any(parameter.grad is not None for parameter in self.parameters)
         if not reached and (not self.others or any(parameter.grad is not None for parameter in self.others)):
             raise ValueError(self._unreached())

@@ -52,7 +52,7 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
             return f"{kind} reads the row as a whole"
     if args.neftune_noise_alpha is not None:
         return "`neftune_noise_alpha` adds noise to embeddings: shared tokens would share it"
-    cannot_be_asked = is_partitioned(model) or is_fsdp(args)
+    cannot_be_asked = is_partitioned(model) or is_fsdp(args.fsdp)
     if not args.disable_dropout and (has_noise(model) or (not cannot_be_asked and draws_noise(model))):
         return "dropout is active (`disable_dropout=False`): shared tokens would share their mask"
     return None

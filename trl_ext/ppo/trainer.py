@@ -195,7 +195,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             take_back(earlier)
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_given(args, given)
-        check_metric_of_sets(args, eval_dataset, example="reward/score")
+        check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         adapters = adapter_configs(given.model, peft_config)
@@ -341,7 +341,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
         for scorer in filter(None, scorers):
-            if not is_fsdp(args):  # FSDP has partitioned its weights
+            if not is_fsdp(args.fsdp):  # FSDP has partitioned its weights
                 scorer.try_padding()
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
@@ -497,7 +497,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _weights_for_generation(self) -> AbstractContextManager[None]:
         """Gather the actor's weights, once per rollout, under ZeRO-3 with `ds3_gather_for_generation`."""
         by_transformers = not self.use_vllm and self.rollout_func is None
-        if not (by_transformers and is_stage3(self.args) and self.args.ds3_gather_for_generation):
+        if not (by_transformers and is_stage3(self.args.deepspeed_plugin) and self.args.ds3_gather_for_generation):
             return nullcontext()
         return _trl.gathered_for_generation(
             self.model_wrapped,
@@ -581,7 +581,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _differs_in_float32(self) -> bool:
         """Return whether actor and reference differ in float32, without the rounding of the run."""
         actor = self.accelerator.unwrap_model(self.model)
-        if is_fsdp(self.args) or is_partitioned(actor):
+        if is_fsdp(self.args.fsdp) or is_partitioned(actor):
             return False
         if self.ref_model is None:
             return bool(apart_in_float32(actor, actor, lambda: _trl.use_adapter(actor, self._ref_adapter)))

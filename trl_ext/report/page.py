@@ -41,9 +41,6 @@ def write_report(
         refresh: seconds after which the page of a run that is not finished reloads itself; 0: never.
         picture: whether to write the PNG.
 
-    Returns:
-        The path of the page.
-
     Raises:
         ValueError: without a run, for a path that does not end in .html, or for logs that cannot be read.
         FileNotFoundError: for a folder without a log.

@@ -1,7 +1,4 @@
-"""
-`Panel`: what the page shows of some log keys, and the function that draws it; several runs share a plot, each in its
-colour.
-"""
+"""`Panel`: what the page shows of some log keys, and who draws it; several runs share a plot, each in its colour."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,13 +81,9 @@ def spread(
     keys: Sequence[str], ends: tuple[str, str], ylabel: str, label: str, alone: str = "blue", at: float | None = None
 ) -> Callable[[Any, Runs], None]:
     """
-    Make a panel with a mean, its held-out twin as diamonds and, of one run, the area between two other keys.
-
-    Args:
-        keys: of the mean; the first that a run has logged is drawn.
-        ends: those two keys; "{}" stands for that of the mean.
-        label: of the area.
-        at: a level to compare with; without one the axis begins at 0.
+    Make a panel with a mean, of the first of `keys` that a run has logged, its held-out twin as diamonds and, of one
+    run, the area, called `label`, between the two keys `ends`, in which "{}" stands for that of the mean. Without a
+    level `at` to compare with, the axis begins at 0.
     """
 
     def draw(figure: Any, runs: Runs) -> None:

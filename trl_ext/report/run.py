@@ -141,13 +141,8 @@ def _states(folder: Path) -> list[Path]:
 def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:
     """
     Return the seconds without a new log after which a run is silent: at least 10 minutes, 20 times the usual time of a
-    log line and 3 times the time between two logs. Infinite if nothing says how often there is one.
-
-    Args:
-        written: the times of the logs, those in checkpoints too.
-        lines: of the last log.
-        begun: when the run began.
-        every: seconds between two logs by `ReportCallback`; 0 if it writes none during the run.
+    log line and 3 times the time between two logs, `written` at these times or `every` so many seconds. Infinite if
+    nothing says how often there is one.
     """
     times = sorted(written if begun is None else (begun, *written))
     if not every and len(times) < 2:

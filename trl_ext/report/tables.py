@@ -174,11 +174,9 @@ def _cell(text: str) -> str:
 
 def preference_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """
-    Return the implicit rewards of held-out pairs in Markdown. Before the first step the policy is the reference: all
-    margins are 0, and what depends on their signs is left out.
-
-    Args:
-        columns: heading -> the metrics of an evaluation by `DPOTrainerX`, with or without `eval_` in front.
+    Return the implicit rewards of held-out pairs in Markdown, a column for each evaluation by `DPOTrainerX`, with or
+    without `eval_` in front. Before the first step the policy is the reference: all margins are 0, and what depends on
+    their signs is left out.
     """
     rows = [["held-out pairs", *columns], *preference_rows(list(columns.values()))]
     lines = [f"| {' | '.join([_cell(row[0]), *row[1:]])} |\n" for row in rows]

@@ -3,16 +3,15 @@ Find what in a log deserves a look, and what to do about it: docs/metrics.md's "
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .convergence import first_not_finite, mean
 from .log import Log, algorithm, is_tie, reference_kl, series
 
 
 LATELY = 5  # values of a key that are averaged
-FEW = 100  # pairs, of which a calibration error says little
+FEW = 100  # pairs, of which fewer make a calibration error that says little
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,7 @@ FOR_ALL = (
 
 def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
     """
-    Return the alarms of a run so far, the worst first.
-
-    Args:
-        log: `state.log_history`.
-        kl_high: nats per sequence above which KL(π_θ ‖ π_ref) of a policy that samples is an alarm.
+    Return the alarms of a run so far, the worst first; `kl_high` is the nats per sequence from which a KL is one.
     """
     kind = algorithm(log)
     checks: list[Callable[[Log], Alarm | None]] = [_not_finite]
@@ -96,14 +91,12 @@ def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
         checks += [_overfitted, _learns_length]
     checks += [*RULES.get(kind or "", ()), *FOR_ALL]
     if kind == "dpo":  # before the first step all pairs are ties, which say nothing
-        log = [_without_noise(line) for line in log if not is_tie(line)]
+        lines = [dict(line) for line in log if not is_tie(line)]
+        for line in lines:
+            if line.get("eval_preference/pairs", FEW) < FEW:  # then it is about 1 / (2√pairs) by chance
+                line.pop("eval_preference/calibration_error", None)
+        log = lines
     return [alarm for alarm in (check(log) for check in checks) if alarm is not None]
-
-
-def _without_noise(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a log line without the calibration error of few pairs, which is about 1 / (2√pairs) by chance."""
-    key, pairs = "eval_preference/calibration_error", line.get("eval_preference/pairs", FEW)
-    return line if pairs >= FEW else {name: value for name, value in line.items() if name != key}
 
 
 def _not_finite(log: Log) -> Alarm | None:

@@ -6,10 +6,8 @@ from typing import Any
 
 def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
     """
-    Evaluate within a training, by the Trainer's `evaluate` with the other arguments.
-
-    Raises:
-        ValueError: for a `metric_for_best_model` that the evaluation does not have.
+    Evaluate within a training, by the Trainer's `evaluate` with the other arguments; `ValueError` for a
+    `metric_for_best_model` that the evaluation does not have.
     """
     try:
         metrics = evaluate(*given, **options)
@@ -26,16 +24,11 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
     return metrics
 
 
-def check_metric_of_sets(args: Any, held_out: Any, example: str) -> None:
+def check_metric_of_sets(metric: str | None, held_out: Any, example: str) -> None:
     """
-    Raise `ValueError` for a metric that names none of several held-out sets: the first evaluation would end the run.
-
-    Args:
-        args: training arguments, of which `metric_for_best_model` is set wherever it is read.
-        held_out: one set, or several by name.
-        example: a metric, without a prefix.
+    Raise `ValueError` for a `metric_for_best_model` that names none of several held-out sets, where the first
+    evaluation would end the run. `example` is a metric, without a prefix.
     """
-    metric = args.metric_for_best_model
     if metric is None or not isinstance(held_out, dict):
         return
     whole = metric if metric.startswith("eval_") else f"eval_{metric}"

@@ -119,12 +119,8 @@ class WritesCard:
 
 def complete_card(trainer: Any, training: Training, dataset_name: str | None = None) -> None:
     """
-    Complete the card that TRL has just written into a trainer's output folder; on the main process.
-
-    Args:
-        trainer: any TRL trainer, after TRL's `create_model_card`.
-        training: what to say about it.
-        dataset_name: what it was trained on.
+    Complete the card that TRL has just written into a trainer's output folder, with what `training` says; on the main
+    process.
     """
     path = Path(trainer.args.output_dir) / FILE
     card = ModelCard.load(path)

@@ -42,12 +42,10 @@ class Trend:
 
     @property
     def is_up(self) -> bool:
-        """Return whether they have risen by more than the interval."""
         return self.rise > self.half_width
 
     @property
     def is_down(self) -> bool:
-        """Return whether they have fallen by more than it."""
         return self.rise < -self.half_width
 
 
@@ -144,8 +142,8 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
 
 def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
     """
-    Return the 95% interval of an evaluation's accuracy: as logged, else Wilson's for the number of pairs, which is the
-    evaluation's seconds times its pairs per second. Without those, the accuracy twice.
+    Return the 95% interval of an evaluation's accuracy: as logged, else Wilson's for the number of pairs, its seconds
+    times its pairs per second; without those, the accuracy twice.
     """
     low, high = (line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high"))
     if low is not None and high is not None:

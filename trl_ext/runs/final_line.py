@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 class LastLine(TrainerCallback):
     """
     Asks the Trainer for a log line after the last optimizer step, unless `logging_strategy="no"`. By itself it logs
-    every `logging_steps` steps, and the steps after the last of those lines are lost. It logs no step twice.
+    every `logging_steps` steps, and the steps after the last of those lines are lost.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -39,12 +39,8 @@ def in_mode_of(logs: Mapping[str, Any], model: nn.Module) -> Iterator[None]:
 
 def whole_run_loss(lines: Sequence[Mapping[str, Any]], resumed_at: int) -> float | None:
     """
-    Return the mean loss over all steps of a resumed run, from its lines; `None` without a line. The Trainer's
-    `train_loss` covers the steps after the checkpoint.
-
-    Args:
-        lines: the state's `log_history`.
-        resumed_at: step of the checkpoint. The Trainer loses what had not been logged then.
+    Return the mean loss over all steps of a run resumed at a step, from its lines; `None` without a line. The
+    Trainer's `train_loss` covers the steps after the checkpoint, and it loses what had not been logged then.
     """
     total, steps, last = 0.0, 0, 0
     for line in lines:

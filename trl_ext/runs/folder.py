@@ -17,10 +17,8 @@ DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "par
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """
-    Return what `run.json` says of the last run in a folder; `{}` without one.
-
-    Raises:
-        ValueError: for a file that is not JSON.
+    Return what `run.json` says of the last run in a folder; `{}` without one. `ValueError` for a file that is not
+    JSON.
     """
     path = Path(folder) / FACTS
     if not path.is_file():
@@ -33,13 +31,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
     """
-    Return the checkpoint to resume from; `None` for a new run.
-
-    Args:
-        given: a checkpoint's folder; `True`, or the word on a command line, for the last one in `output_dir`.
-
-    Raises:
-        ValueError: when there is no such checkpoint.
+    Return the checkpoint to resume from, `None` for a new run: `given` is its folder, or `True`, or the word on a
+    command line, for the last one in `output_dir`. `ValueError` when there is no such checkpoint.
     """
     if not given:
         return None
@@ -93,12 +86,8 @@ def begun_at(folder: str | Path) -> float | None:
 
 def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
     """
-    Return whether a file or folder exists and is not an earlier run's: it is no older than the beginning of the run.
-    Without `run.json`, every file counts.
-
-    Args:
-        path: a table, a picture, a checkpoint.
-        folder: the run's `output_dir`; by default the folder that `path` lies in.
+    Return whether a file or folder exists and is no older than the beginning of the run in `folder`, by default the
+    folder that it lies in. Without `run.json`, every file counts.
     """
     path = Path(path)
     if not path.exists():

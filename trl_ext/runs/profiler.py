@@ -82,11 +82,7 @@ class Phases(TrainerCallback):
     def pop_memory(self, gather: Callable[[Tensor], Tensor], *phases: str) -> dict[str, float]:
         """
         Return log entries `memory/<phase>`: peaks since the last call, the largest of all ranks, in GiB. Call it on
-        all ranks.
-
-        Args:
-            gather: from this rank's (1, n) to those of all ranks, (ranks, n).
-            phases: those to return; one without a measurement is left out.
+        all ranks: `gather` makes (ranks, n) of this rank's (1, n).
         """
         names = [phase for phase in phases if phase in self._peaks]
         if not names:

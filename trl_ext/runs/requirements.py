@@ -34,8 +34,7 @@ def check_startable(options: Any) -> None:
     Check the options of a run, given as attributes; a missing one is skipped.
 
     Raises:
-        ValueError: for a batch of less than one row, an adapter of rank 0, a negative learning rate or number of
-            epochs, or a package that an option needs and that is not installed.
+        ValueError: for a number outside its range, or a package that an option needs and that is not installed.
     """
     _check_numbers(options)
     template = getattr(options, "chat_template_path", None)
@@ -51,11 +50,8 @@ def check_startable(options: Any) -> None:
 
 def check_optimizable(args: Any) -> None:
     """
-    Try the optimizer and the schedule of a run on a single number; not those of DeepSpeed.
-
-    Raises:
-        ValueError: for what torch or transformers refuse, such as a schedule that lacks one of its arguments, or an
-            optimizer whose package is missing.
+    Try the optimizer and the schedule of a run on a single number, not those of DeepSpeed; `ValueError` for what torch
+    or transformers refuse, such as a schedule that lacks one of its arguments.
     """
     if args.deepspeed:
         return

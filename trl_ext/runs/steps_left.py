@@ -26,13 +26,7 @@ def refuse_finished_checkpoints(trainer: Any) -> None:
 
 
 def require_steps_left(checkpoint: Path | None, max_steps: int) -> None:
-    """
-    Raise `ValueError` for a checkpoint that has taken all steps.
-
-    Args:
-        checkpoint: its folder; `None` for a new run.
-        max_steps: optimizer steps of the run that resumes; 0 or less if that is not known yet.
-    """
+    """Raise `ValueError` for a checkpoint that has taken all `max_steps`; 0 or less if they are not known yet."""
     if checkpoint is not None and 0 < max_steps <= (taken := steps_of(checkpoint)[0]):
         raise ValueError(_nothing_left(f"The run saved in {checkpoint}", taken, max_steps))
 
@@ -48,7 +42,7 @@ def has_steps_left(folder: str | Path) -> bool:
 def steps_of(folder: str | Path) -> tuple[int, int]:
     """
     Return the optimizer steps that the run in a folder had taken when its state was written, and those of the whole
-    run; raise `ValueError` when the file with its state cannot be read.
+    run; `ValueError` when the file cannot be read.
     """
     path = Path(folder) / STATE
     try:

@@ -125,7 +125,7 @@ def _check_base_is_shareable(args: PPOConfigX, model: Any, peft_config: PeftConf
                 f"The actor's adapter has `{what}`, which changes the base that critic or reward model share with it. "
                 "Leave it at its default, or give these roles whole models."
             )
-    if is_fsdp(args):
+    if is_fsdp(args.fsdp):
         raise ValueError(
             "FSDP cannot partition weights that several models hold, as critic and reward adapters on the actor's "
             "base do. Use DDP or DeepSpeed, or give these roles whole models."

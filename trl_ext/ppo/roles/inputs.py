@@ -101,7 +101,7 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     check_unquantized(args, given.quantization_config, trained_in_full)
     # Ranks would wait for each other in turns of a conversation that some of them do not take
     has_turns = bool(given.tools) or given.environment_factory is not None
-    if has_turns and is_stage3(args) and not args.use_vllm and not args.ds3_gather_for_generation:
+    if has_turns and is_stage3(args.deepspeed_plugin) and not args.use_vllm and not args.ds3_gather_for_generation:
         raise ValueError(
             "With tools, the processes generate different numbers of turns, and `ds3_gather_for_generation=False` has "
             "them gather each layer together for every token: they would wait for each other without end. Leave it "

@@ -48,14 +48,14 @@ def join_to_actor(
     keep_4_bit_differentiable(model)
     disable_noise(model)
     forward = ActorCriticForward(actor, roles.critic, roles.reward_adapter, role="model", packs=packs)
-    if is_stage3(args):
+    if is_stage3(args.deepspeed_plugin):
         declare_head(actor)
     return attached, forward
 
 
 def can_be_asked(model: nn.Module, args: PPOConfigX) -> bool:
     """Return whether a model can run now: it is on its device, and ZeRO-3 or FSDP do not partition it."""
-    if is_partitioned(model) or is_fsdp(args):
+    if is_partitioned(model) or is_fsdp(args.fsdp):
         return False
     return next(model.parameters()).device.type == args.device.type
 
