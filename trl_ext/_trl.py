@@ -172,10 +172,9 @@ def gathered_for_generation(
 
 def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:
     """
-    Leave submodules of the actor out of what is sent to vLLM, which does not know them.
-
-    They are taken off the model while TRL walks the parameters. So ZeRO-3 does not gather them either, which with PEFT
-    would happen for all parameters at once, and no wrapper's prefix can hide them.
+    Leave submodules of the actor out of what is sent to vLLM, which does not know them. They are taken off the model
+    while TRL walks the parameters, so ZeRO-3 does not gather them either, which with PEFT would happen for all
+    parameters at once, and no wrapper's prefix can hide them.
     """
     iterate = vllm_generation._iter_named_params
 
@@ -196,10 +195,7 @@ def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> No
 
 @contextmanager
 def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
-    """
-    Within the context, `cpu_head` replaces TRL's fused head for a plain float32 head on CPU; every other head is
-    still scored by TRL's.
-    """
+    """Within the context, `cpu_head` scores plain float32 heads on CPU; every other head is scored by TRL's."""
     original = trl_utils._ChunkedLogProbFunction
     trl_utils._ChunkedLogProbFunction = _chosen_head(original, cpu_head)
     try:
@@ -234,11 +230,7 @@ def _chosen_head(original: Any, cpu_head: type[torch.autograd.Function]) -> type
 
 
 def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:
-    """
-    Return token ids by column, as `trainer`, the class of TRL's DPOTrainer or RewardTrainer, prepares a row.
-
-    That needs no trainer and no model, as the method reads only the tokenizer. It waits for no other process.
-    """
+    """Return token ids by column, as `trainer`, TRL's DPOTrainer or RewardTrainer, prepares a row, without a model."""
     preparer: Any = object.__new__(trainer)
     preparer._tokenizer = tokenizer
     only = IterableDataset(ExamplesIterable(lambda: iter([(0, dict(row))]), {}))  # Python's objects, as they are
@@ -255,10 +247,7 @@ def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any)
 def reward_ids(
     tokenizer: Any, prompt: Any, answer: Any, tools: Any = None, template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
-    """
-    Return the token ids of a prompt and an answer, text or messages, as TRL's RewardTrainer makes them of a row's
-    `prompt` and `chosen`.
-    """
+    """Return the token ids of a prompt and an answer, as TRL's RewardTrainer makes them of a row."""
     whole = prompt + answer
     if isinstance(whole, list):
         return _tokenize(tokenizer, whole, tools=tools, **(template_kwargs or {}))["input_ids"]

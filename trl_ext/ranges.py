@@ -1,7 +1,4 @@
-"""
-Ranges of options, written beside each: `lam: Annotated[float, FRACTION] = field(default=0.95)`. `check_ranges` checks
-a config against them.
-"""
+"""Ranges of options, written beside each: `lam: Annotated[float, FRACTION] = field(default=0.95)`; and their check."""
 
 import functools
 import math

@@ -46,12 +46,14 @@ def test_pairs_use_each_sentence_once_over_both_splits(ratings):
     assert len(pairs["test"]) == pytest.approx(40, abs=3)
 
 
-def test_pairs_follow_size_length_and_seed(ratings):
-    pairs = demo.preference_pairs(train_size=10, test_size=7, max_words=8)
+def test_pairs_follow_size_length_and_seed(ratings, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_WORDS", 8)
+    pairs = demo.preference_pairs(train_size=10, test_size=7)
     assert (len(pairs["train"]), len(pairs["test"])) == (10, 7)
     assert all(len(pair[side].split()) <= 8 for pair in pairs["train"] for side in ("chosen", "rejected"))
-    again = demo.preference_pairs(train_size=10, test_size=7, max_words=8)
-    other = demo.preference_pairs(train_size=10, test_size=7, max_words=8, seed=1)
+    again = demo.preference_pairs(train_size=10, test_size=7)
+    monkeypatch.setattr(demo, "SEED", 1)
+    other = demo.preference_pairs(train_size=10, test_size=7)
     assert pairs["train"].to_list() == again["train"].to_list() != other["train"].to_list()
 
 

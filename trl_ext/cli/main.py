@@ -22,10 +22,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """
-    Run a command of `argv`, the words behind `trl-ext`; unset: those of this process. An unknown one exits with status
-    2.
-    """
+    """Run a command of `argv`, the words behind `trl-ext`; an unknown one exits with status 2."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())

@@ -94,10 +94,7 @@ def read(
 
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
-    """
-    Return option names and values of a recipe, with the defaults of `dataclasses` for the rest, which skip a command's
-    own keys. No config is made, so a recipe for other hardware can be read.
-    """
+    """Return names and values of a recipe, else their defaults. No config is made: it may be for other hardware."""
     parser = OptionParser("", dataclasses)
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     given = read_recipe(find_config(recipe)).items()

@@ -32,6 +32,7 @@ from datasets import Dataset, DatasetDict
 
 
 CUE = "A movie review in one sentence. "
+MAX_WORDS, SEED = 20, 0  # of the sentences that are used, and of their order
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,7 @@ def cache_dir() -> Path:
 
 
 def _made_once(name: str, build: Callable[[Path], None]) -> Path:
-    """
-    Return the path `name` in the cache; if it is missing, `build` fills a temporary folder that is renamed into place.
-    So a run that is interrupted leaves nothing half done, and of several processes the first one wins.
-    """
+    """Return the path `name` in the cache. `build` fills a folder that is renamed into place: never half done."""
     path = cache_dir() / name
     if path.exists():
         return path
@@ -181,30 +179,23 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _parts(max_words: int | None, seed: int) -> dict[str, list[dict]]:
+def _parts() -> dict[str, list[dict]]:
     """Return the sentences, shuffled and split: 50% reward/train, 20% reward/test, 25% ppo/train, 5% ppo/test."""
-    rows = [row for row in movie_reviews() if max_words is None or len(row["text"].split()) <= max_words]
-    random.Random(seed).shuffle(rows)
+    rows = [row for row in movie_reviews() if len(row["text"].split()) <= MAX_WORDS]
+    random.Random(SEED).shuffle(rows)
     shares = {"reward/train": (0, 0.5), "reward/test": (0.5, 0.7), "ppo/train": (0.7, 0.95), "ppo/test": (0.95, 1)}
     count = len(rows)
     return {name: rows[round(start * count) : round(end * count)] for name, (start, end) in shares.items()}
 
 
-def preference_pairs(
-    min_gap: float = 1.0,
-    train_size: int | None = None,
-    test_size: int | None = None,
-    max_words: int | None = 20,
-    seed: int = 0,
-) -> DatasetDict:
+def preference_pairs(min_gap: float = 1.0, train_size: int | None = None, test_size: int | None = None) -> DatasetDict:
     """
     Return pairs of review sentences for a reward model, in TRL's preference format with an explicit prompt.
 
     Columns: `prompt` (always `CUE`), `chosen`, `rejected`, and their human ratings, which differ by more than
     `min_gap` (the scale is −4 to 4). A sentence is in one pair at most; `train` and `test` share none.
     """
-    parts = _parts(max_words, seed)
-    sizes = {"train": train_size, "test": test_size}
+    parts, sizes = _parts(), {"train": train_size, "test": test_size}
     return DatasetDict({split: _pairs(parts[f"reward/{split}"], min_gap, size) for split, size in sizes.items()})
 
 
@@ -223,20 +214,12 @@ def _pairs(rows: list[dict], min_gap: float, size: int | None) -> Dataset:
     return Dataset.from_list(sorted(pairs[:size], key=lambda pair: len(pair["chosen"]) + len(pair["rejected"])))
 
 
-def prompts(
-    words: int = 4,
-    train_size: int | None = None,
-    test_size: int | None = None,
-    max_words: int | None = 20,
-    seed: int = 0,
-) -> DatasetDict:
+def prompts(words: int = 4, train_size: int | None = None, test_size: int | None = None) -> DatasetDict:
     """
-    Return openings of review sentences for PPO: `CUE` and the first `words` words; the actor continues.
-
-    With the same `max_words` and `seed` as `preference_pairs`, no prompt opens a sentence that the reward model was
-    trained or tested on, and no prompt of `test` is in `train`.
+    Return openings of review sentences for PPO: `CUE` and the first `words` words; the actor continues. No prompt
+    opens a sentence of `preference_pairs`, and no prompt of `test` is in `train`.
     """
-    parts = _parts(max_words, seed)
+    parts = _parts()
     taken = {_opening(row, words) for name in ("reward/train", "reward/test") for row in parts[name]}
     splits = {}
     # The held-out prompts are chosen first: there are plenty of others.

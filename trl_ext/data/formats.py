@@ -126,12 +126,7 @@ def _kind(value: Any) -> str:
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """
-    Read a mapping of columns as it is written on a command line: `["prompt=question", "chosen=good"]`.
-
-    Raises:
-        ValueError: for anything but `new=old`, and for a name that is given twice.
-    """
+    """Read columns as written on a command line, `["prompt=question"]`; `ValueError` for a name given twice."""
     columns: dict[str, str] = {}
     for pair in pairs:
         new, sign, old = (part.strip() for part in pair.partition("="))
@@ -192,15 +187,7 @@ def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[st
 
 
 def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
-    """
-    Guess names: new name -> the name it has, for the columns that `task` needs and the dataset lacks.
-
-    Args:
-        task: "preference" or "prompts".
-
-    Returns:
-        An empty dict unless everything that is needed was found.
-    """
+    """Guess new names -> names for the columns that `task` needs and the dataset lacks; all of them, or none."""
     known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
     free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
     found = {}
@@ -226,11 +213,7 @@ def _nearest(new: str, names: list[str]) -> str | None:
 
 def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset") -> None:
     """
-    Require the columns that `task` needs.
-
-    Args:
-        task: "preference", for DPO and reward models, or "prompts", for PPO.
-        name: what to call the dataset.
+    Require the columns that `task` needs: "preference", for DPO and reward models, or "prompts", for PPO.
 
     Raises:
         ValueError: when one is missing, with the columns, their format, what is needed, and the nearest way there.
@@ -287,10 +270,7 @@ def warn_of_unread(dataset: Dataset | IterableDataset, task: str, name: str) -> 
 
 
 def _unread(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
-    """
-    Return columns of text, or of conversations, with a cell that is nowhere in what is read; each with that cell.
-    Metadata, by their names, are left out, and so is everything beside images and token ids.
-    """
+    """Return columns of text, but metadata, with their first cell that is nowhere in what is read."""
     columns = describe(dataset).columns
     if {"input_ids", "image", "images"} & columns.keys():
         return {}
@@ -392,10 +372,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def after_prompt(answer: Any, prompt: Any) -> Any:
-    """
-    Return what an answer, text or messages, goes on with after a prompt that it begins with again; `None` where it
-    does not. White space around a text prompt does not count.
-    """
+    """Return what follows in an answer that begins with the prompt again, but for white space; else `None`."""
     if type(prompt) not in (str, list) or type(answer) is not type(prompt):
         return None
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):

@@ -12,10 +12,8 @@ from typing import Any
 def plain(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
     """
     Turn a value into what JSON has, within lists and mappings too: dates and times into ISO 8601, bytes into their
-    text or else base64, arrays and tensors into lists, sets into sorted lists, anything else into its `str`.
-
-    Args:
-        not_finite: what to write for nan and ±inf, which JSON does not have. By default null, as other writers do.
+    text or else base64, arrays and tensors into lists, sets into sorted lists, anything else into its `str`; nan and
+    ±inf, which JSON does not have, into `not_finite` of them, by default null.
     """
     if isinstance(value, Enum):
         return plain(value.value, not_finite)

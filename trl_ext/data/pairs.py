@@ -18,10 +18,7 @@ TO_ONE_KIND = " `trl_ext.data.conversions.to_preference(dataset)` makes turns of
 
 def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
     """
-    Check the columns of preference pairs.
-
-    Args:
-        tokenizer: gives the tokenizer that conversations will be written with; `None` if that is not known yet.
+    Check the columns of preference pairs; `tokenizer` gives the tokenizer, `None` if that is not known yet.
 
     Raises:
         ValueError: for a dataset without these columns, or with anything in them but text or messages; for
@@ -34,10 +31,8 @@ def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[],
         if next(iter(dataset), None) is None:
             raise ValueError(f"`{name}` has no rows.")
         require(dataset, "preference", name)
-        _check_row(name, dataset)
+        _check_cells(name, dataset)
         warn_of_unread(dataset, "preference", name)
-        if isinstance(dataset, Dataset):
-            _check_cells(name, dataset)
         check_written(name, dataset, tokenizer)
 
 
@@ -59,54 +54,48 @@ def check_written(name: str, dataset: Any, tokenizer: Callable[[], Any]) -> None
     check_pairs(dataset, name, known)
 
 
-def _check_row(name: str, dataset: Any) -> None:
+def _check_cells(name: str, dataset: Any) -> None:
+    """Raise `ValueError` for cells that are empty, or of two kinds; of a stream, the first row is looked at."""
     row = next(iter(dataset))
-    for column in (*OPTIONAL, *NEEDED):
-        value = row.get(column, "")
+    columns = [column for column in (*OPTIONAL, *NEEDED) if column in row]
+    for column in columns:
+        value = row[column]
         if not isinstance(value, str) and not _is_conversation(value):
             raise ValueError(
                 f"The column {column!r} of `{name}` holds {type(value).__name__} ({value!r:.60}); it must hold text, "
                 "or a conversation: a list of messages with 'role' and 'content'."
                 + (FROM_SHAREGPT if describe(dataset).columns[column] == SHAREGPT else "")
             )
-    kinds = {column: isinstance(row[column], str) for column in (*OPTIONAL, *NEEDED) if column in row}
-    if len(set(kinds.values())) > 1:
-        text, conversations = ([c for c, is_text in kinds.items() if is_text is wanted] for wanted in (True, False))
+    text = [column for column in columns if isinstance(row[column], str)]
+    conversations = [column for column in columns if column not in text]
+    if text and conversations:
         raise ValueError(
             f"In `{name}` {text} hold text and {conversations} conversations; they must be of one kind."
             + (TO_ONE_KIND if "prompt" in text and len(text) == 1 else "")
         )
-    is_conversation = not isinstance(row["chosen"], str)
-    for column in NEEDED if is_conversation else ():
-        _check_roles(row[column], "prompt" in row, f"`{column}` of the first row of `{name}`")
-    if is_conversation and "prompt" not in row and row["chosen"][0] != row["rejected"][0]:
+    for column in columns:
+        cells = dataset[column] if isinstance(dataset, Dataset) else [row[column]]
+        kinds = [_kind(value) for value in cells]
+        other = next((i for i, kind in enumerate(kinds) if kind not in (kinds[0], "nothing")), None)
+        if other is not None and kinds[0] != "nothing":
+            raise ValueError(
+                f"The column {column!r} of `{name}` holds {kinds[0]} in its first row and {kinds[other]} in row "
+                f"{other} ({cells[other]!r:.60}). Make all rows text, or all conversations, or drop that row."
+            )
+        empty = [i for i, kind in enumerate(kinds) if kind == "nothing"]
+        if empty:
+            raise ValueError(
+                f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(cells)} rows, the first is "
+                f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
+            )
+        if column in NEEDED and conversations:
+            for i, messages in enumerate(cells):
+                _check_roles(messages, "prompt" in columns, f"`{column}` of row {i} of `{name}`")
+    if conversations and "prompt" not in row and row["chosen"][0] != row["rejected"][0]:
         raise ValueError(
             f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
             "it from. Give the prompts in `prompt`, or as the first messages of both `chosen` and `rejected`."
         )
-
-
-def _check_cells(name: str, dataset: Dataset) -> None:
-    """Raise `ValueError` for empty cells and cells of two kinds: TRL would fail somewhere in the tokenisation."""
-    for column in (*OPTIONAL, *NEEDED):
-        if column in dataset.column_names:
-            cells = dataset[column]
-            kinds = [_kind(value) for value in cells]
-            other = next((i for i, kind in enumerate(kinds) if kind not in (kinds[0], "nothing")), None)
-            if other is not None and kinds[0] != "nothing":
-                raise ValueError(
-                    f"The column {column!r} of `{name}` holds {kinds[0]} in its first row and {kinds[other]} in row "
-                    f"{other} ({cells[other]!r:.60}). Make all rows text, or all conversations, or drop that row."
-                )
-            empty = [i for i, value in enumerate(cells) if value is None or value == []]
-            if not empty and column in NEEDED and isinstance(cells[0], list):
-                for i, messages in enumerate(cells):
-                    _check_roles(messages, "prompt" in dataset.column_names, f"`{column}` of row {i} of `{name}`")
-            if empty:
-                raise ValueError(
-                    f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(dataset)} rows, the first is "
-                    f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
-                )
 
 
 def _kind(value: Any) -> str:

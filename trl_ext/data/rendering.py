@@ -20,10 +20,7 @@ BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that joi
 
 
 def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
-    """
-    Raise `ValueError` if the tokenizer and its chat template would write the first pairs without a part of them, with
-    something twice, or as Python.
-    """
+    """Raise `ValueError` if the first pairs would be written without a part, with something twice, or as Python."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor, which takes images too
         return
     rows = list(_first(dataset))
@@ -54,11 +51,8 @@ def check_written_prompts(
     ids_of: Callable[[dict[str, Any]], list[int]],
 ) -> None:
     """
-    Raise `ValueError` as [`check_pairs`] does, of prompts.
-
-    Args:
-        options: keyword arguments of the chat template.
-        ids_of: gives the ids of a row with `input_ids` that are read: without padding, which may be the BOS token.
+    Raise `ValueError` as [`check_pairs`] does, of prompts, with `options` of the chat template. `ids_of` gives the ids
+    of a row with `input_ids` that are read: without padding, which may be the BOS token.
     """
     for number, row in _first(dataset):
         where, prompt = f"row {number} of `{name}`", row.get("prompt")
@@ -72,10 +66,7 @@ def check_written_prompts(
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """
-    Return a row's keyword arguments of the chat template. If only some rows of a table have an argument, the others
-    have `None`, which a template would take for a value.
-    """
+    """Return a row's own arguments of the chat template; where other rows of a table have some, it has `None`."""
     return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
 
 
@@ -131,10 +122,7 @@ def _written(messages: list[dict[str, Any]], where: str, tokenizer: Any, convers
 def _check_messages(
     messages: list[dict[str, Any]], written: str, whose: str, tokenizer: Any, conversion: str, answers: bool = False
 ) -> None:
-    """
-    Raise `ValueError` if a message is not written whole. With `answers`, the last message is what is learnt, and its
-    thoughts count: those of earlier turns are left out by design.
-    """
+    """Raise `ValueError` if a message is not written whole; of `answers`, the last one with its thoughts."""
     plain = squashed(written)
     for number, message in enumerate(messages):
         text = text_of(message)

@@ -58,16 +58,7 @@ def _differs(chosen: Any, rejected: Any) -> bool:
 
 
 def check_rows_known(dataset: Any, name: str, tokenizer: Any, known: int | None) -> Any:
-    """
-    Return the dataset, tokenised, looked through for ids that the policy has no embedding of; a stream is looked
-    through as its rows come.
-
-    Args:
-        known: how many tokens the policy has an embedding of.
-
-    Raises:
-        ValueError: when there is one, or padding is one.
-    """
+    """Return the tokenised dataset; `ValueError` for ids, padding's too, beyond the `known` ones of the policy."""
     check_known([tokenizer.pad_token_id], known, tokenizer, "The policy", "the pad token")
 
     def check(*ids: list[int]) -> bool:
@@ -82,10 +73,7 @@ def check_rows_known(dataset: Any, name: str, tokenizer: Any, known: int | None)
 
 
 def drop_equal_tokens(dataset: Any, name: str, max_length: int | None, truncation_mode: str) -> Any:
-    """
-    Return the dataset, tokenised, without rows whose completions are equal as the model sees them, and say how many:
-    written differently and tokenised alike, or cut to `max_length` before they differ.
-    """
+    """Return the tokenised dataset without rows whose completions are equal as the model sees them."""
     keep = partial(_differs_cut, max_length=max_length, from_end=truncation_mode == "keep_end")
     kept = dataset.filter(keep, input_columns=IDS)
     dropped = len(dataset) - len(kept) if isinstance(dataset, Dataset) else 0
@@ -114,9 +102,7 @@ def check_tokenised(
     Check the lengths of a tokenised dataset.
 
     Args:
-        dataset: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         rows_before: rows before TRL dropped those whose prompt fills `max_length`; `None` for a stream.
-        max_length: tokens a sequence is cut to.
         context: tokens the model can take.
 
     Raises:
@@ -131,13 +117,8 @@ def check_tokenised(
             "so that no completion is left. Raise `max_length` or shorten the prompts."
         )
     if dropped:
-        logger.warning(
-            "Dropped %d of %d rows of the %s dataset: their prompts fill `max_length=%s`.",
-            dropped,
-            rows_before,
-            name,
-            max_length,
-        )
+        what = f"their prompts fill `max_length={max_length}`"
+        logger.warning("Dropped %d of %d rows of the %s dataset: %s.", dropped, rows_before, name, what)
     lengths = list(zip(*([len(ids) for ids in dataset[column]] for column in IDS), strict=True))
     empty = [i for i, (_, chosen, rejected) in enumerate(lengths) if chosen == 0 or rejected == 0]
     if empty:

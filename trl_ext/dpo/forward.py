@@ -32,7 +32,6 @@ class PairForward:
     Scores pairs with `model`, whose forward TRL's `add_fused_lm_head` has patched; replaces that forward.
 
     Args:
-        model: the base causal LM.
         role: what the model is in the run, for errors.
         silent: whether the model has to be without noise when it is trained.
 
@@ -66,13 +65,8 @@ class PairForward:
 
     def pack(self, aux_loss: bool = False) -> str | None:
         """
-        Pack rows from here on where random pairs have the same log-probabilities both ways.
-
-        Args:
-            aux_loss: whether a mixture of experts' load-balancing loss has to be the same, too.
-
-        Returns:
-            Why rows are not packed; `None` where they are.
+        Pack rows from here on where random pairs have the same log-probabilities both ways, with `aux_loss` the same
+        load-balancing loss of a mixture of experts too. Return why rows are not packed; `None` where they are.
         """
         if not is_partitioned(self.model):
             self.head.settle()

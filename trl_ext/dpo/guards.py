@@ -7,16 +7,7 @@ from torch import Tensor
 
 
 def check_vocabularies(policy: Any, reference: Any, name: str = "ref_model") -> None:
-    """
-    Check that two models read the same tokens.
-
-    Args:
-        policy, reference: the text configs of both models.
-        name: the argument that the reference was given as.
-
-    Raises:
-        ValueError: when they do not share a vocabulary: the log-probabilities of one token would not be comparable.
-    """
+    """Raise `ValueError` if policy and reference, by their text configs, do not share a vocabulary."""
     if policy.vocab_size != reference.vocab_size:
         raise ValueError(
             f"The policy has a vocabulary of {policy.vocab_size} tokens and `{name}` one of {reference.vocab_size}. "
@@ -35,17 +26,13 @@ def require_finite(
     step: int,
 ) -> None:
     """
-    Check the loss of a batch.
+    Raise `FloatingPointError` for a loss that is NaN or infinite, with the step and the pair it comes from.
 
     Args:
-        loss: of the batch, a scalar.
         logps (2B,): log π_θ, chosen then rejected.
         logratios (2B,): log π_θ/π_ref.
         input_ids, attention_mask (2B, L).
         step: optimizer steps taken so far.
-
-    Raises:
-        FloatingPointError: when the loss is NaN or infinite, with the step and the pair it comes from.
     """
     if torch.isfinite(loss):
         return

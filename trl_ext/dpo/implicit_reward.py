@@ -83,10 +83,7 @@ class ImplicitReward:
         self.batch_size = batch_size
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """
-        A reward for each completion, text or conversation. `tools` and `chat_template_kwargs`, one for each row, are
-        read as in training.
-        """
+        """Return a reward for each completion; `tools` and `chat_template_kwargs`, by row, are read as in training."""
         rows = zip(prompts, completions, completions, _rows_of(columns, len(prompts)), strict=True)
         return self._rewards([_tokenise(self.tokenizer, *row) for row in rows])
 
@@ -94,8 +91,8 @@ class ImplicitReward:
         self, prompts: Sequence[Text], chosen: Sequence[Text], rejected: Sequence[Text], **columns: Any
     ) -> tuple[list[float], list[float]]:
         """
-        The rewards of the chosen and of the rejected completions, cut from their prompt as in training: where a token
-        reaches over the end of the prompt in one of the two, both begin before it.
+        Return the rewards of the chosen and of the rejected completions, cut from their prompt as in training: where a
+        token reaches over the end of the prompt in one of the two, both begin before it.
         """
         rows = list(zip(prompts, chosen, rejected, _rows_of(columns, len(prompts)), strict=True))
         sequences = [_tokenise(self.tokenizer, prompt, good, bad, other) for prompt, good, bad, other in rows]
@@ -104,7 +101,9 @@ class ImplicitReward:
         return rewards[: len(rows)], rewards[len(rows) :]
 
     def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
-        """The indices of the completions, the best first. All are cut where the first of them leaves the prompt."""
+        """
+        Return the indices of the completions, the best first. All are cut where the first of them leaves the prompt.
+        """
         cuts = [_tokenise(self.tokenizer, prompt, completion)[1] for completion in completions]
         first = completions[cuts.index(min(cuts))]
         rewards = self._rewards([_tokenise(self.tokenizer, prompt, completion, first) for completion in completions])
@@ -127,10 +126,8 @@ def pair_logps(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[str, Any]], batch_size: int = 16
 ) -> Tensor:
     """
-    (2, pairs) log π of the chosen and of the rejected completions, on the CPU, nats per sequence.
-
-    Args:
-        pairs: rows with `prompt`, `chosen`, `rejected` and, for conversations, `tools` and `chat_template_kwargs`.
+    Return log π (2, pairs) of the chosen and of the rejected completions, on the CPU, nats per sequence. `pairs` are
+    rows with `prompt`, `chosen`, `rejected` and, for conversations, `tools` and `chat_template_kwargs`.
     """
     sides = (("chosen", "rejected"), ("rejected", "chosen"))
     sequences = [_tokenise(tokenizer, row["prompt"], row[one], row[two], row) for one, two in sides for row in pairs]
@@ -141,15 +138,7 @@ def pair_logps(
 def completion_logps(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Cut], batch_size: int = 16
 ) -> Tensor:
-    """
-    log π(completion | prompt), (N,) on the CPU, nats: summed over a completion's tokens, as in DPO's training.
-
-    Args:
-        sequences: the ids of prompt and completion, and how many belong to the prompt.
-
-    Raises:
-        ValueError: for an id that the model has no embedding of.
-    """
+    """Return log π(completion | prompt), (N,) on the CPU, in nats, summed over a completion's tokens."""
     ids, known = chain.from_iterable(ids for ids, _ in sequences), known_tokens(model, getattr(model, "config", None))
     check_known(ids, known, tokenizer, f"The {type(model).__name__}", "a prompt with its completion")
     parts = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
@@ -180,11 +169,9 @@ def _tokenise(
     columns: Mapping[str, Any] | None = None,
 ) -> Cut:
     """
-    The ids of prompt and completion, and how many belong to the prompt, as `trl.DPOTrainer` makes them of a row.
-
-    Args:
-        other: the other completion of the pair, of which it depends where the prompt ends. `None`: there is none.
-        columns: what a chat template reads besides, such as `tools`.
+    Return the ids of prompt and completion, and how many belong to the prompt, as `trl.DPOTrainer` makes them of a
+    row: where the prompt ends depends on the pair's other completion too. `columns` has what a chat template reads
+    besides.
     """
     if isinstance(prompt, str):
         check_text(prompt, "a row", tokenizer)
@@ -214,7 +201,7 @@ def _logps_of_batch(model: Any, rows: Sequence[Cut]) -> Tensor:
 
 @torch.no_grad()
 def _require_causal(model: Any) -> None:
-    """Raises `ValueError` for a model that reads the tokens that follow, as the trainers do."""
+    """Raise `ValueError` for a model that reads the tokens that follow, as the trainers do."""
     base = base_of(model)
     if is_partitioned(base):
         return

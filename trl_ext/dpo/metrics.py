@@ -28,16 +28,12 @@ class PreferenceLedger:
         self._sources: list[str] = []
 
     def add(self, pairs: Tensor, sources: list[str] | None = None) -> None:
-        """
-        Args:
-            pairs (N, 8): the columns of `COLUMNS`, of all ranks.
-            sources: the value of the data's `source` column for each pair.
-        """
+        """Add `pairs` (N, 8), the columns of `COLUMNS` of all ranks, and the `source` of each."""
         self._batches.append(pairs.float().cpu())
         self._sources += sources or []
 
     def pop(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md; empty when there were no pairs."""
+        """Return the metrics of docs/metrics.md; none when there were no pairs."""
         batches, sources = self._batches, self._sources
         self._batches, self._sources = [], []
         if not batches:
@@ -47,9 +43,7 @@ class PreferenceLedger:
 
 def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) -> dict[str, float]:
     """
-    Args:
-        pairs: a tensor (N,) for each of `COLUMNS`.
-        sources: N names, or none.
+    Return what pairs say, a tensor (N,) for each of `COLUMNS`, with the accuracy of each source of N sources, or none.
     """
     chosen, rejected = pairs["chosen_rewards"], pairs["rejected_rewards"]
     margins = chosen - rejected
@@ -71,27 +65,20 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
     metrics |= {f"rewards/margins_{name}": margins.quantile(level).item() for name, level in QUANTILES.items()}
     logratios = torch.cat([pairs["chosen_logratios"], pairs["rejected_logratios"]])
     metrics["kl/ref"] = (logratios.square() / 2).mean().item()
-    correlation = _correlation(margins, pairs["chosen_lengths"] - pairs["rejected_lengths"])
-    if correlation is not None:
-        metrics["preference/length_correlation"] = correlation
-    return metrics | _accuracies(right, sources)
-
-
-def _accuracies(right: Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy of each source, in one pass over the pairs: there may be as many sources as pairs."""
-    of_source: dict[str, list[float]] = {}
+    lengths = pairs["chosen_lengths"] - pairs["rejected_lengths"]
+    if len(margins) > 1 and margins.std() != 0 and lengths.std() != 0:
+        metrics["preference/length_correlation"] = torch.corrcoef(torch.stack([margins, lengths]))[0, 1].item()
+    of_source: dict[str, list[float]] = {}  # in one pass: there may be as many sources as pairs
     for source, is_right in zip(sources, right.tolist() if sources else [], strict=True):
         of_source.setdefault(source, []).append(float(is_right))
-    return {f"preference/accuracy/{name}": sum(of) / len(of) for name, of in sorted(of_source.items())}
+    return metrics | {f"preference/accuracy/{name}": sum(of) / len(of) for name, of in sorted(of_source.items())}
 
 
 def pooled(sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """
-    Averages over held-out sets, weighted by their pairs, what TRL averages itself: the loss, rewards, log-probs
-    and logits. What is no mean, such as a quantile, comes from a ledger of all pairs.
-
-    Args:
-        sets: the metrics of each set, by the prefix of their names.
+    Return means over held-out sets, by the prefix of their names, weighted by their pairs, of what TRL averages
+    itself: the loss, rewards, log-probs and logits. What is no mean, such as a quantile, comes from a ledger of all
+    pairs.
     """
     names = [{key.removeprefix(prefix) for key in metrics} for prefix, metrics in sets.items()]
     shared = sorted(name for name in set.intersection(*names) if name.startswith(AVERAGED)) if names else []
@@ -116,10 +103,3 @@ def calibration_error(probabilities: Tensor) -> float:
     counts = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, torch.ones_like(confidence))
     gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - right)
     return (gaps.abs().sum() / counts.sum()).item()
-
-
-def _correlation(x: Tensor, y: Tensor) -> float | None:
-    """Pearson's; `None` where one of them does not vary."""
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return None
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

@@ -29,13 +29,7 @@ ROUNDING, LEAST_16_BIT, MOST_16_BIT = 1e-3, 0.02, 0.2
 
 
 def check_quantized_reference(args: DPOConfigX, model: Any, ref_model: Any, has_adapters: bool) -> None:
-    """
-    Check, before anything is loaded, that `ref_model_quantization` has a reference to quantise, or raise `ValueError`.
-
-    Args:
-        model, ref_model: as given to the trainer.
-        has_adapters: whether the policy trains an adapter, so that without a `ref_model` it is its own reference.
-    """
+    """Raise `ValueError`, before loading, if `ref_model_quantization` has no reference to quantise."""
     asked = f"`ref_model_quantization={args.ref_model_quantization!r}`"
     if ref_model is None and has_adapters:
         raise ValueError(
@@ -54,12 +48,7 @@ def check_quantized_reference(args: DPOConfigX, model: Any, ref_model: Any, has_
 def load_reference(
     args: DPOConfigX, model: Any, ref_model: str | None, quantization_config: Any = None
 ) -> PreTrainedModel:
-    """
-    Load the reference from the path `ref_model`, or else from the policy's path, with the policy's options.
-
-    Args:
-        quantization_config: the policy's, for a reference without `ref_model_quantization`, as TRL has it.
-    """
+    """Load the reference from the path `ref_model`, or else from the policy's path, with the policy's options."""
     kwargs = init_kwargs(args)
     if not isinstance(model, str):
         kwargs.setdefault("dtype", model.dtype)
@@ -72,10 +61,7 @@ def load_reference(
 
 
 def check_adapter_to_copy(model: Any) -> None:
-    """
-    Check that TRL can make the reference of a `PeftModel`'s adapter, or raise `ValueError`: it copies the one that is
-    named "default" under the name "ref".
-    """
+    """Raise `ValueError` unless TRL can copy a `PeftModel`'s adapter "default" under the name "ref"."""
     if not isinstance(model, PeftModel):
         return
     names, active = list(model.peft_config), list(model.active_adapters)
@@ -115,16 +101,13 @@ def require_same_start(
     logratios: Tensor, lengths: Tensor, policy: nn.Module, reference: nn.Module | None, args: DPOConfigX
 ) -> None:
     """
-    Check that a reference that was not given is the model that training starts from.
+    Raise `ValueError` if a reference that was not given is another model than the one that training starts from.
 
     Args:
         logratios (N,): log π_θ/π_ref of completions before the first step, in nats.
         lengths (N,): their tokens.
         policy: the actor, perhaps a `PeftModel`.
         reference: where it is a model of its own.
-
-    Raises:
-        ValueError: when it is another.
     """
     typical = (logratios.square() / lengths.clamp(min=1)).mean().sqrt().item()
     if not typical > ROUNDING:  # what is not finite is reported elsewhere

@@ -307,12 +307,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     @contextmanager
     def _listening(self, model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[Any], list[Any]]]:
         """
-        Listen within the context to what policy and reference answer, in whatever order they are asked. The two may
-        be one model under two adapters: the policy is asked by the function, what is answered otherwise is the
-        reference's.
-
-        Yields:
-            The policy as a function, its outputs, and those of the reference.
+        Listen within the context to what policy and reference answer, in whatever order they are asked; yield the
+        policy as a function, its outputs, and those of the reference. The two may be one model under two adapters:
+        what is not asked through the function is the reference's.
         """
         of_policy: list[Any] = []
         of_reference: list[Any] = []

@@ -69,10 +69,7 @@ def base_left_alone(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_weights(model: PeftModel, name: str, copy_name: str) -> None:
-    """
-    Copy the weights of the adapter `name` to the adapter `copy_name` of the same config. The name is in the middle of
-    a parameter's name (LoRA) or at its end (VeRA, IA3, LoHa and others).
-    """
+    """Copy the weights of the adapter `name` to the adapter `copy_name` of the same config."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for place, tensor in tensors.items():
         parts = place.split(".")

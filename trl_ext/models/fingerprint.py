@@ -23,10 +23,7 @@ ROWS = 8  # that are read of each matrix; vectors are read whole
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
-    """
-    Return the SHA-256 of name, dtype, shape and some rows of every tensor of a checkpoint, a folder or hub name: a few
-    megabytes. `None` without safetensors files.
-    """
+    """Return the SHA-256 of name, dtype, shape and some rows of every tensor; `None` without safetensors files."""
     digests = {}
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
@@ -76,10 +73,7 @@ def save_base_fingerprint(folders: Iterable[str | Path], base: str | None, revis
 
 
 def base_fingerprint(folder: str | Path, base: str | None) -> str | None:
-    """
-    Return the fingerprint of the base that the adapter in `folder` was trained on: the one written beside it, else
-    that of the folder `base`, which the adapter names; `None` if neither exists.
-    """
+    """Return the fingerprint written beside an adapter, else that of the folder `base`; `None` without either."""
     file = Path(folder) / FILE
     if file.exists():
         return json.loads(file.read_text())["weights"]

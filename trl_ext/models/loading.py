@@ -112,11 +112,7 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
-    """
-    Load the weights that a model saved to `folder`, except those of its attribute `but_not`; `RuntimeError` when one
-    is missing. transformers saves some weights, such as a mixture's experts, under other names, and knows how to read
-    them.
-    """
+    """Load the weights saved to `folder`, also those saved under other names, such as a mixture's experts."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a model may have several
     saved = type(model).from_pretrained(folder, dtype=widest).state_dict()
@@ -142,10 +138,7 @@ RENAMED = 0.01
 
 
 def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
-    """
-    Raise `ValueError` if ids mean other tokens to `model`, a path or loaded from one, given as `name`, than to the
-    run's tokenizer. Nothing is checked if one of the two is not known.
-    """
+    """Raise `ValueError` if ids mean other tokens to `model`, a path or loaded from one, than to the tokenizer."""
     its = None if tokenizer is None else tokenizer_of(model, None, args)
     if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
         return
@@ -162,10 +155,7 @@ def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
 
 
 def known_tokens(model: Any, config: Any) -> int | None:
-    """
-    Return how many tokens a model, in memory or a path with its text config, has an embedding of; `None` for a user's
-    own class that does not say.
-    """
+    """Return how many tokens a model has an embedding of; `None` for a user's own class that does not say."""
     try:
         return int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
@@ -222,10 +212,7 @@ def check_no_adapter(path: str, name: str) -> None:
 
 
 def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
-    """
-    Raise `ValueError` unless a folder or hub name has the config of a model or of an adapter, and with `with_base`
-    that of the adapter's base. No weights are loaded. `what` is for the error.
-    """
+    """Raise `ValueError` unless a folder or hub name has a model's config, or an adapter's, maybe with its base's."""
     adapter = adapter_config(path)
     if adapter is not None:
         if with_base and adapter.base_model_name_or_path:
@@ -254,10 +241,7 @@ def require_model(path: str, what: str, revision: str | None = None, with_base: 
 
 
 def require_weights(path: str, what: str) -> None:
-    """
-    Raise `ValueError` if a folder has no weights, or a file is missing, cut off or not in the safetensors format. Only
-    headers are read, and not from the hub. `what` is for the error.
-    """
+    """Raise `ValueError` if a folder's weights are missing, cut off or no safetensors, by their headers alone."""
     folder = Path(path)
     if not folder.is_dir():
         return

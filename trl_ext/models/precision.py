@@ -22,11 +22,7 @@ def computes_in_bf16(use_cpu: bool = False) -> bool:
 
 
 def keep_4_bit_differentiable(model: nn.Module) -> None:
-    """
-    Keep bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16. It does so in the first pass in
-    evaluation mode, for good, and no gradient goes through the repacked weights: an adapter below them would learn
-    from the residual stream alone.
-    """
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU with AVX512-BF16: no gradient would go through them."""
     module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

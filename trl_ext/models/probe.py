@@ -116,10 +116,7 @@ def apart_in_float32(
 
 
 def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
-    """
-    Return the log-probabilities of rows (1, L) of ids, one row after the other, by the forward of the model's class,
-    without what trainers have put around it, such as autocast.
-    """
+    """Return log-probabilities of rows (1, L) of ids, without what trainers have put around a forward, as autocast."""
     base = base_of(model)
     logits = [type(base).forward(base, input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
     logps = [x.float().log_softmax(-1) for x in logits]
@@ -128,10 +125,7 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
 
 @contextmanager
 def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
-    """
-    Within the context, every number of an embedding is off by the share `unit` of itself, up or down; by default the
-    rounding unit of the arithmetic that the model computes in, autocast included.
-    """
+    """Within the context, embeddings are off by the share `unit`, by default what the arithmetic rounds them by."""
     generator = torch.Generator().manual_seed(1)
 
     def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:

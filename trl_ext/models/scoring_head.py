@@ -120,7 +120,12 @@ class ScoringHead:
             try:
                 expected = getattr(self._plain(input_ids=ids, **asked), "aux_loss", None)
             except Exception as error:  # of the family's own code: whatever it is, training would end in it
-                self._require_forward(ids, mask)
+                try:
+                    self._plain(input_ids=ids, attention_mask=mask, use_cache=False)
+                except Exception as own:  # it fails at plain text, too
+                    raise ValueError(
+                        f"The forward of {self.name} fails at a few random tokens: {type(own).__name__}: {own}."
+                    ) from own
                 raise ValueError(
                     f"The load-balancing loss of {self.name} cannot be computed ({type(error).__name__}: {error}), "
                     "and `router_aux_loss_coef`, or where it is not set the config, asks for it. Set "
@@ -146,15 +151,6 @@ class ScoringHead:
             )
         return True
 
-    def _require_forward(self, ids: Tensor, mask: Tensor) -> None:
-        """Raise `ValueError` with the model's own error if its forward fails at plain text, too."""
-        try:
-            self._plain(input_ids=ids, attention_mask=mask, use_cache=False)
-        except Exception as own:  # of the family's own code
-            raise ValueError(
-                f"The forward of {self.name} fails at a few random tokens: {type(own).__name__}: {own}."
-            ) from own
-
     def _choose(self, rows: list[Tensor], allowed: float) -> None:
         difference = self._distance(rows)
         # Parameters that TRL's head does not read may be 0 at the start, as an adapter's are: no probe would see them.
@@ -164,7 +160,13 @@ class ScoringHead:
         self.uses_own = True
         of_own = self._distance(rows)
         if not of_own <= allowed:
-            self._refuse(min(difference, of_own), allowed)
+            least = min(difference, of_own)
+            apart = "cannot be computed" if least == float("inf") else f"are {least:.3g} nats apart on average"
+            raise ValueError(
+                f"{self.name} cannot be scored: the log-probabilities of its head on the trunk's last states and "
+                f"those of its own forward {apart}, and rounding explains {allowed:.2g}. What else makes its logits "
+                "would be neither seen nor trained. Use a model of another family."
+            )
         logger.warning(
             f"TRL's fused head does not compute all that makes the logits of {self.name} "
             f"({self._how_far(difference, allowed)}): the model's own head is used, which keeps all logits, "
@@ -201,14 +203,6 @@ class ScoringHead:
             return (output.log_probs[0] - self._logps(rows)).abs().mean().item()
         except (AttributeError, IndexError, RuntimeError, TypeError):  # states that do not fit the head
             return float("inf")
-
-    def _refuse(self, difference: float, allowed: float) -> None:
-        apart = "cannot be computed" if difference == float("inf") else f"are {difference:.3g} nats apart on average"
-        raise ValueError(
-            f"{self.name} cannot be scored: the log-probabilities of its head on the trunk's last states and those of "
-            f"its own forward {apart}, and rounding explains {allowed:.2g}. What else makes its logits would be "
-            "neither seen nor trained. Use a model of another family."
-        )
 
     def _score(
         self, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any

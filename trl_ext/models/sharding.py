@@ -16,10 +16,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def check_batch_fields(args: Any, counting: str) -> None:
-    """
-    Raise `ValueError` when the batch sizes in a DeepSpeed file differ from those that the Trainer's loop reads in
-    `args`; `counting` names the options behind these, for the message.
-    """
+    """Raise `ValueError` when batch sizes in a DeepSpeed file are not those of the options, named by `counting`."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -94,10 +91,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 def copy_of(model: AnyModule) -> AnyModule:
-    """
-    Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new model is made and its parameters are
-    filled one by one.
-    """
+    """Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new one is filled one by one."""
     if not is_partitioned(model):
         twin = copy.deepcopy(model)
         _forget_patches(twin)
@@ -113,10 +107,7 @@ def copy_of(model: AnyModule) -> AnyModule:
 
 
 def _forget_patches(twin: nn.Module) -> None:
-    """
-    Give the modules of a deep copy their class's forward if a trainer had replaced it by a function that refers to
-    another module: the copied function would continue to compute with the original's weights.
-    """
+    """Give a deep copy's modules their class's forward if a patched one would compute with the original's weights."""
     for module in twin.modules():
         for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
             if _leads_away(vars(module).get(name), module):

@@ -56,10 +56,7 @@ def check_trainable(model: nn.Module, role: str, but_not: Iterable[nn.Parameter]
 def check_optimizer(
     optimizer: torch.optim.Optimizer | None, roles: dict[str, list[nn.Parameter]], needed: str
 ) -> None:
-    """
-    Raise `ValueError` if the user's own optimizer does not hold every trained parameter, which `roles` has by role;
-    `needed` says in the message what to give it.
-    """
+    """Raise `ValueError` if the user's own optimizer does not hold every trained parameter of every role."""
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -117,10 +117,7 @@ class _Run:
         return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus
 
     def base(self, active: str | None = None) -> dict[str, Usage]:
-        """
-        Return the roles at rest, without gradients, which a step's end frees. With offloading, a frozen role is on the
-        GPU only while it is `active`.
-        """
+        """Return the roles at rest, without gradients; an offloaded one is there only while it is `active`."""
         roles = {name: replace(states, gradients=0.0) for name, states in self.trained.items()}
         roles["actor"] += Usage(buffers=self.engine)
         for role in ("reward", "reference"):
@@ -217,10 +214,7 @@ class _Run:
         return self._moment("the forward pass ends", actor, critic, self._held_gradients)
 
     def _head_backward(self) -> Phase:
-        """
-        Add up the LM head's backward pass: the critic, last in the forward pass, has its gradients; the head gets its
-        own, on top of all that the actor's trunk keeps.
-        """
+        """Add up the LM head's backward pass: the critic, last in the forward pass, has its gradients already."""
         layout = self.layout
         shape, adapter = self._learner("actor")
         trunk = memory.trunk_activations(shape, layout, adapter)

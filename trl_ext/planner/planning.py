@@ -10,10 +10,7 @@ from .shapes import ModelShape, adapter_shape, load_config, model_shape
 
 @dataclass(frozen=True)
 class ModelNames:
-    """
-    Names for `load_config` of the models of a run. Unset: the reward model and the reference have the actor's sizes,
-    the critic the reward model's.
-    """
+    """Names of the models; unset, the sizes are the actor's, and the critic's the reward model's."""
 
     actor: str
     reward: str | None = None

@@ -89,10 +89,7 @@ def _compute(options: Mapping[str, Any], hardware: Hardware, has_deepspeed: bool
 
 
 def _deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Return what the planner reads of a DeepSpeed file, the run's or that of `accelerate launch`: stage, offloading,
-    buckets. "auto" is what transformers fills in.
-    """
+    """Return stage, offloading and buckets of a DeepSpeed file; "auto" is what transformers fills in."""
     given = options.get("deepspeed") or getattr(options.get("deepspeed_plugin"), "deepspeed_config", None)
     if not given:
         return {}

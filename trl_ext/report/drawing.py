@@ -148,22 +148,22 @@ def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
     axis.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 
-def pixels(drawn: Any, dpi: int = 120) -> Any:
+def pixels(drawn: Any) -> Any:
     """Return a figure as an array (height, width, 3) of bytes."""
     import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    drawn.set_dpi(dpi)
+    drawn.set_dpi(120)
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def text_line(text: str, width: float, height: float, dpi: int = 120, size: float = 11, colour: str = "ink") -> Any:
+def text_line(text: str, width: float, height: float, size: float = 11, colour: str = "ink") -> Any:
     """Return a line of text as pixels; width and height in inches."""
     strip = figure(width, height)
     strip.text(0.09 / width, 0.5, text, fontsize=size, fontweight="bold", color=COLOURS[colour], va="center")
-    return pixels(strip, dpi)
+    return pixels(strip)
 
 
 def inline_svg(drawn: Any, name: str) -> str:

@@ -49,24 +49,23 @@ class Drawn:
     figure: Any
 
 
-def draw(runs: Runs, panels: Sequence[Panel] | None = None) -> list[Drawn]:
-    """Draw the panels that the runs have logged something for, of all or of `panels`."""
+def draw(runs: Runs) -> list[Drawn]:
+    """Draw the panels that the runs have logged something for."""
     found = []
     with matplotlib().rc_context(STYLE):
         for panel, of_panel in panels_of(runs):
-            if panels is None or panel in panels:
-                canvas = figure(WIDTH, panel.height)
-                panel.draw(canvas, of_panel)
-                suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
-                found.append(Drawn(panel.title + suffix, panel, canvas))
+            canvas = figure(WIDTH, panel.height)
+            panel.draw(canvas, of_panel)
+            suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
+            found.append(Drawn(panel.title + suffix, panel, canvas))
     return found
 
 
-def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: str = "", columns: int = 3) -> Path:
-    """Write a PNG of drawn panels in `columns` columns; several runs are named in their colours."""
+def write_picture(drawn: Sequence[Drawn], runs: Runs, path: Path, title: str = "") -> None:
+    """Write a PNG of drawn panels, up to three in a row; several runs are named in their colours."""
     import numpy
 
-    columns = min(columns, max(len(drawn), 1))
+    columns = min(3, max(len(drawn), 1))
     with matplotlib().rc_context(STYLE):
         strips = [text_line(title, WIDTH * columns, 0.4, size=13)] if title else []
         if len(runs) > 1:
@@ -75,10 +74,7 @@ def write_picture(drawn: Sequence[Drawn], runs: Runs, path: str | Path, title: s
         cells = [[text_line(d.heading, WIDTH, 0.35), pixels(d.figure)] for d in drawn]
         rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] or [[[text_line("", WIDTH, 1.0)]]]
         picture = _join(strips + [_join([_join(cell, 0) for cell in row], 1) for row in rows], 0)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         matplotlib().image.imsave(path, numpy.ascontiguousarray(picture))
-    return path
 
 
 def _join(images: Sequence[Any], axis: int) -> Any:

@@ -61,7 +61,7 @@ class Pair:
     rewards_after: tuple[float, float]
 
 
-def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: int = SHOWN) -> list[Sample]:
+def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """
     Return completions before and after, from the files of `SampleCallback` (`samples/`), of DPOTrainerX with
     `generate_during_eval` (`completions/*.jsonl`), or of TRL with `log_completions` (`completions/*.parquet`) if the
@@ -70,16 +70,16 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]], shown: in
     folder = Path(folder)
     for files in (_files(folder, "samples/*.jsonl"), _files(folder, "completions/*.jsonl")):
         if files:
-            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[0])][:shown]
+            return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[0])][:SHOWN]
     steps = [int(line["step"]) for line in log if any(key.startswith("eval_") for key in line)]
     tables = [_table(folder / "completions", step) for step in steps]
     steps = [step for step, path in zip(steps, tables, strict=True) if is_of_this_run(path, folder)]
     if len(set(steps)) < 2:
         return []
-    return pair_samples(folder / "completions", steps[0], steps[-1])[:shown]
+    return pair_samples(folder / "completions", steps[0], steps[-1])[:SHOWN]
 
 
-def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
+def read_pairs(folder: str | Path) -> list[Pair]:
     """Return the pairs that `ImplicitRewardCallback` wrote first and last."""
     files = _files(Path(folder), "implicit_rewards/step_*.jsonl")
     if not files:
@@ -94,7 +94,7 @@ def read_pairs(folder: str | Path, shown: int = SHOWN) -> list[Pair]:
             rewards_after=(after["chosen_reward"], after["rejected_reward"]),
         )
         for before, after in zip(first, last, strict=False)
-    ][:shown]
+    ][:SHOWN]
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -107,10 +107,7 @@ def _table(folder: Path, step: int) -> Path:
 
 
 def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sample]:
-    """
-    Return the prompts that were completed at both steps, from the `completions_*.parquet` files that TRL writes into
-    `<output_dir>/completions` with `log_completions=True`.
-    """
+    """Return the prompts completed at both steps, from TRL's parquet files (`log_completions=True`)."""
     paths = [_table(Path(folder), step) for step in (first_step, last_step)]
     if not all(path.is_file() for path in paths):  # a run that was resumed into another folder
         return []
@@ -214,10 +211,7 @@ def accuracy_text(metrics: Mapping[str, float]) -> str:
 
 
 def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """
-    Return the log lines with the metric `key` from before the first step, `None` without `eval_on_start`, and from
-    after the last one; evaluate if there is none yet.
-    """
+    """Return the lines with `key` from before the first step, if any, and from after the last; evaluate if need be."""
 
     def held_out() -> list[dict[str, Any]]:
         return [line for line in trainer.state.log_history if key in line]

@@ -5,10 +5,7 @@ from typing import Any
 
 
 def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
-    """
-    Evaluate within a training, by the Trainer's `evaluate` with the other arguments; `ValueError` for a
-    `metric_for_best_model` that the evaluation does not have.
-    """
+    """Evaluate within a training; `ValueError` for a `metric_for_best_model` that the evaluation does not have."""
     try:
         metrics = evaluate(*given, **options)
     except KeyError as error:  # of a schedule that follows the metric
@@ -25,10 +22,7 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
 
 
 def check_metric_of_sets(metric: str | None, held_out: Any, example: str) -> None:
-    """
-    Raise `ValueError` for a `metric_for_best_model` that names none of several held-out sets, where the first
-    evaluation would end the run. `example` is a metric, without a prefix.
-    """
+    """Raise `ValueError` for a `metric_for_best_model` of none of several held-out sets; `example` is a metric."""
     if metric is None or not isinstance(held_out, dict):
         return
     whole = metric if metric.startswith("eval_") else f"eval_{metric}"

@@ -91,10 +91,7 @@ def hub_name(dataset_name: str | None) -> str | None:
 
 
 class WritesCard:
-    """
-    A trainer whose model card says what was trained, and how it came out. Named before TRL's trainer among the bases;
-    `describe` gives the sections.
-    """
+    """A trainer with the model card of its run, of the sections that `describe` gives. Stands before TRL's trainer."""
 
     def describe(self) -> Training:
         """Return the sections of this training's card."""
@@ -118,10 +115,7 @@ class WritesCard:
 
 
 def complete_card(trainer: Any, training: Training, dataset_name: str | None = None) -> None:
-    """
-    Complete the card that TRL has just written into a trainer's output folder, with what `training` says; on the main
-    process.
-    """
+    """Complete the card that TRL has just written, with what `training` says; on the main process."""
     path = Path(trainer.args.output_dir) / FILE
     card = ModelCard.load(path)
     repository = getattr(trainer, "hub_model_id", None) or str(without_place(trainer.args.output_dir))
@@ -241,25 +235,23 @@ def _complete_metadata(card: ModelCard, trainer: Any, training: Training, datase
     if data.base_model:
         data.base_model_relation = "adapter" if is_adapter else "finetune"
     log, data.model_name = trainer.state.log_history, card_name(trainer)
-    data.eval_results = [
-        _eval_result(lines[-1][prefix + metric.key], metric, prefix, training.task, dataset_name)
-        for prefix in _held_out(log, training.metrics)
-        for metric in training.metrics
-        if (lines := _lines(log, prefix + metric.key)) and not _is_of_ties(lines[-1], metric, prefix)
-    ] or None
-
-
-def _eval_result(value: float, metric: Metric, prefix: str, task: str, dataset_name: str | None) -> EvalResult:
-    name = prefix.removeprefix("eval").strip("_")
-    return EvalResult(
-        task_type=task,
-        dataset_type=hub_name(dataset_name) or "own",
-        dataset_name=f"{without_place(dataset_name) or 'held-out rows'}{f', {name}' if name else ''}",
-        dataset_split="held out",
-        metric_type=metric.key,
-        metric_name=metric.name,
-        metric_value=round(float(value), 6),
-    )
+    results = []
+    for prefix in _held_out(log, training.metrics):
+        name = prefix.removeprefix("eval").strip("_")
+        for metric in training.metrics:
+            lines = _lines(log, prefix + metric.key)
+            if lines and not _is_of_ties(lines[-1], metric, prefix):
+                result = EvalResult(
+                    task_type=training.task,
+                    dataset_type=hub_name(dataset_name) or "own",
+                    dataset_name=f"{without_place(dataset_name) or 'held-out rows'}{f', {name}' if name else ''}",
+                    dataset_split="held out",
+                    metric_type=metric.key,
+                    metric_name=metric.name,
+                    metric_value=round(float(lines[-1][prefix + metric.key]), 6),
+                )
+                results.append(result)
+    data.eval_results = results or None
 
 
 def _license_of(base: str | None) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..statistics import wilson_interval
+from ..statistics import Z, wilson_interval
 from .log import Log, algorithm, held_out_accuracy, is_tie, reference_kl, scores, series
 
 
@@ -19,7 +19,6 @@ CONVERGED, DIVERGING, NOT_YET = "converged", "diverging", "not yet"
 KL_BAND = (0.5, 2.0)  # nats per sequence
 MIN_ACCURACY = 0.75
 WINDOW = 20  # rollouts
-Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,7 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
 
 
 def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
-    """
-    Return the 95% interval of an evaluation's accuracy: as logged, else Wilson's for the number of pairs, its seconds
-    times its pairs per second; without those, the accuracy twice.
-    """
+    """Return the 95% interval: as logged, else Wilson's by the pairs of the evaluation, else the accuracy twice."""
     low, high = (line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high"))
     if low is not None and high is not None:
         return float(low), float(high)

@@ -16,10 +16,7 @@ DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "par
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """
-    Return what `run.json` says of the last run in a folder; `{}` without one. `ValueError` for a file that is not
-    JSON.
-    """
+    """Return what `run.json` says of the last run in a folder; `{}` without one."""
     path = Path(folder) / FACTS
     if not path.is_file():
         return {}
@@ -30,10 +27,7 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
-    """
-    Return the checkpoint to resume from, `None` for a new run: `given` is its folder, or `True`, or the word on a
-    command line, for the last one in `output_dir`. `ValueError` when there is no such checkpoint.
-    """
+    """Return the checkpoint to resume from, the last in `output_dir` for `True`; `None` for a new run."""
     if not given:
         return None
     folder = Path(str(given))
@@ -85,10 +79,7 @@ def begun_at(folder: str | Path) -> float | None:
 
 
 def is_of_this_run(path: str | Path, folder: str | Path | None = None) -> bool:
-    """
-    Return whether a file or folder exists and is no older than the beginning of the run in `folder`, by default the
-    folder that it lies in. Without `run.json`, every file counts.
-    """
+    """Return whether a file exists and is no older than the run in `folder`, by default the one that it lies in."""
     path = Path(path)
     if not path.exists():
         return False

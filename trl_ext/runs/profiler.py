@@ -80,10 +80,7 @@ class Phases(TrainerCallback):
         return seconds
 
     def pop_memory(self, gather: Callable[[Tensor], Tensor], *phases: str) -> dict[str, float]:
-        """
-        Return log entries `memory/<phase>`: peaks since the last call, the largest of all ranks, in GiB. Call it on
-        all ranks: `gather` makes (ranks, n) of this rank's (1, n).
-        """
+        """Return `memory/<phase>`: peaks since the last call, the largest of all ranks, in GiB. All ranks call it."""
         names = [phase for phase in phases if phase in self._peaks]
         if not names:
             return {}

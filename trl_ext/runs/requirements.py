@@ -13,13 +13,18 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from ..ranges import COUNT, Range, require
 from .folder import is_local
 
 
-COUNTS = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha".split()
-NOT_NEGATIVE = (
-    "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed dataloader_num_workers"
-).split()
+# Options by the range that they must be in.
+NUMBERS = {
+    COUNT: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha",
+    Range(
+        "0 or above", lambda value: value >= 0
+    ): "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed dataloader_num_workers",
+    Range("0 or above and below 1", lambda value: 0 <= value < 1): "adam_beta1 adam_beta2 lora_dropout",
+}
 # Logger of `report_to` -> packages of which one is enough.
 _NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune swanlab trackio wandb"
 LOGGERS: dict[str, tuple[str, ...]] = {name: (name,) for name in _NAMED.split()}
@@ -93,18 +98,11 @@ def is_installed(package: str) -> bool:
 
 
 def _check_numbers(options: Any) -> None:
-    for name in COUNTS:
-        value = getattr(options, name, None)
-        if value is not None and (value != int(value) or value < 1):
-            raise ValueError(f"`{name}` is {value}; it must be an integer of at least 1.")
-    for name in NOT_NEGATIVE:
-        value = getattr(options, name, None)
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"`{name}` is {value}; it must be 0 or above.")
-    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
-        value = getattr(options, name, None)
-        if isinstance(value, int | float) and not 0 <= value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be 0 or above and below 1.")
+    for allowed, names in NUMBERS.items():
+        for name in names.split():
+            value = getattr(options, name, None)
+            if isinstance(value, int | float):
+                require(options, name, allowed.holds(value), allowed.needed)
     for what in ("logging", "save", "eval"):
         strategy, value = (getattr(options, f"{what}_{part}", None) for part in ("strategy", "steps"))
         if getattr(strategy, "value", strategy) == "steps" and isinstance(value, int | float) and value <= 0:
@@ -138,10 +136,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
 
 
 def require_writable(path: str | Path, what: str = "output_dir") -> None:
-    """
-    Raise `ValueError` if no files can be written into a folder, by the nearest folder above it that exists; `what` is
-    the option that names it.
-    """
+    """Raise `ValueError` if no files can be written into a folder, given by the option `what`, or above it."""
     folder = Path(path)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir():
@@ -150,14 +145,14 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
         raise ValueError(f"`{what}` is {folder}, and nothing can be written into {there}. Give another folder.")
 
 
-def make_folder(path: str | Path, what: str = "output_dir") -> None:
-    """Make a folder; raise `ValueError` if no files can be written into it. `what` is the option that names it."""
-    require_writable(path, what)
+def make_folder(path: str | Path) -> None:
+    """Make the folder of `output_dir`; raise `ValueError` if no files can be written into it."""
+    require_writable(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise ValueError(
-            f"`{what}` is {path}, and nothing can be written there ({error.strerror}). Give another folder."
+            f"`output_dir` is {path}, and nothing can be written there ({error.strerror}). Give another folder."
         ) from error

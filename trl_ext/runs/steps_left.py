@@ -40,10 +40,7 @@ def has_steps_left(folder: str | Path) -> bool:
 
 
 def steps_of(folder: str | Path) -> tuple[int, int]:
-    """
-    Return the optimizer steps that the run in a folder had taken when its state was written, and those of the whole
-    run; `ValueError` when the file cannot be read.
-    """
+    """Return the optimizer steps that the run in a folder had taken, and those of the whole run."""
     path = Path(folder) / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))

@@ -14,10 +14,7 @@ def name_run(args: Any) -> None:
 
 
 def go_on_logging(trainer: Any) -> None:
-    """
-    Open the run again that trackio has closed with the training: an evaluation afterwards belongs to it, and TRL logs
-    to it while it generates, which is an error without a run.
-    """
+    """Open the run again that trackio has closed with the training: evaluations belong to it, and TRL logs to it."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TrackioCallback) and not callback._initialized:
             callback.setup(trainer.args, trainer.state, trainer.model)
