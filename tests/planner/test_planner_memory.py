@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import tiny
 from trl_ext.planner import Hardware, Layout, memory, model_shape
+from trl_ext.planner.optimizers import OPTIMIZERS, Learned
 from trl_ext.planner.shapes import adapter_shape
 
 
@@ -113,7 +116,7 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
     for offload in (False, True):
         host, expected = stage_2(number, cpu_offload=offload, **size)
         plan = layout(zero_stage=2, compute="bf16", offload_optimizer=offload)
-        assert memory.trained_states(0, number, 2, plan, hardware).total == pytest.approx(expected, abs=2)
+        assert memory.trained_states(0, Learned(number), 2, plan, hardware).total == pytest.approx(expected, abs=2)
         if offload:
             assert memory.host_states(number, 0, plan, hardware) == pytest.approx(host, abs=2)
     for optimizer, parameters in ((False, False), (True, False), (True, True)):
@@ -124,7 +127,7 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
         plan = layout(zero_stage=3, compute="bf16", reduce_bucket=0, **options)
         buffers = memory.zero_buffers([shape], plan, hardware)
         assert buffers == largest
-        states = memory.trained_states(0, number, 2, plan, hardware).total
+        states = memory.trained_states(0, Learned(number), 2, plan, hardware).total
         assert states + buffers == pytest.approx(expected, abs=2)
         if optimizer:
             assert memory.host_states(number, 0, plan, hardware) == pytest.approx(host, abs=2)
@@ -132,18 +135,49 @@ def test_zero_states_are_deepspeeds_own_estimates(name, gpus, per_node, monkeypa
 
 def test_zero_1_keeps_whole_gradients_and_partitions_the_rest():
     plan = layout(zero_stage=1, compute="bf16")
-    states = memory.trained_states(0, 1000, 2, plan, Hardware(gpus=4))
+    states = memory.trained_states(0, Learned(1000), 2, plan, Hardware(gpus=4))
     assert (states.weights, states.gradients, states.optimizer) == (2000, 2000 + 1000, 3000)
 
 
-def test_adamw_states_are_those_of_torch():
-    model = torch.nn.Linear(30, 20)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 30)).sum().backward()
-    optimizer.step()
-    expected = sum(v.nbytes for state in optimizer.state.values() for name, v in state.items() if name != "step")
-    states = memory.trained_states(0, 620, 4, layout(), Hardware())
-    assert (states.weights, states.gradients, states.optimizer) == (2480, 2480, expected)
+# Those that need no package which is not installed.
+HERE = (
+    "adamw_torch adamw_torch_fused adafactor sgd adagrad rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit "
+    "adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_8bit lion_32bit paged_adamw_32bit paged_adamw_8bit "
+    "paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit"
+)
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_states_are_those_of_the_real_optimizer(tmp_path, has_adapter):
+    config, rank = tiny.tiny_config(hidden_size=64, intermediate_size=128), 64
+    shape = adapter_shape(config, rank, "all-linear") if has_adapter else model_shape(config)
+    size = 4 if has_adapter else 2
+    for name in HERE.split():
+        GlobalOptimManager.get_instance().initialize()  # it remembers the embeddings of earlier runs by their place
+        model = LlamaForCausalLM(config).bfloat16()
+        if has_adapter:
+            model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+        optimizer = Trainer(model, TrainingArguments(tmp_path, optim=name, use_cpu=True)).create_optimizer()
+        ids = torch.ones(1, 4, dtype=torch.long)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        kept = [item for state in optimizer.state.values() for item in state.items() if torch.is_tensor(item[1])]
+        # Not a step, an RMS, nor the table of values in 8 bits, which all parameters share.
+        found = sum(tensor.nbytes for key, tensor in kept if tensor.dim() and not key.startswith("qmap"))
+        states = memory.trained_states(0, shape.learned, size, layout(optimizer=name), Hardware())
+        assert (name, states.optimizer) == (name, pytest.approx(found, rel=1e-3))
+        assert states.weights == states.gradients == size * shape.parameters
+
+
+def test_every_optimizer_of_transformers_is_counted():
+    assert {each.value for each in OptimizerNames} <= OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize("name, bytes_each", [("adamw_8bit", 2 * (1 + 4 / 256)), ("adafactor", 4), ("lion_32bit", 4)])
+def test_states_of_deepspeed_are_of_flat_partitions_beside_a_master_weight(name, bytes_each):
+    plan = layout(zero_stage=2, compute="bf16", optimizer=name)
+    states = memory.trained_states(0, Learned(1000, in_32_bits=500, factored=10), 2, plan, Hardware(gpus=4))
+    assert states.optimizer == (4 + bytes_each) * 1000 / 4
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 import tiny
 from commands import command
@@ -81,7 +82,8 @@ def test_defaults_are_those_of_the_configs(tmp_path):
         ({"use_peft": True, "dtype": "float32"}, {"compute": "autocast"}),
         ({}, {"method": "full", "compute": "autocast", "reference": "model", "reward": "model"}),
         ({"bf16": False}, {"compute": "fp32"}),
-        ({"optim": "paged_adamw_8bit"}, {"optimizer": "adamw_8bit"}),
+        ({"optim": "paged_adamw_8bit"}, {"optimizer": "paged_adamw_8bit"}),
+        ({"optim": OptimizerNames.ADAFACTOR}, {"optimizer": "adafactor"}),
         ({"gradient_checkpointing": False}, {"gradient_checkpointing": False}),
         ({"response_length": 99}, {"response": 99}),
         ({"max_completion_length": 98}, {"response": 98}),

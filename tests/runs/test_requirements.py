@@ -50,6 +50,7 @@ def test_option_that_no_run_can_have_is_refused(kind, options, said, tmp_path):
         ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
         ({"optim": "paged_adamw_8bit"}, "bitsandbytes", "pip install 'trl-ext[qlora]'"),
         ({"optim": "adamw_torch_8bit"}, "torchao", "pip install torchao"),
+        ({"optim": "ademamix"}, "bitsandbytes", "pip install 'trl-ext[qlora]'"),
         ({"deepspeed": "zero.json"}, "deepspeed", "pip install 'trl-ext[deepspeed]'"),
     ],
     ids=str,
@@ -59,6 +60,21 @@ def test_package_that_is_missing_is_named_with_what_installs_it(kind, options, p
     monkeypatch.setattr(requirements, "is_installed", lambda name: name != package and known(name))
     with pytest.raises(ValueError, match=rf"needs {package}.*: `{re.escape(cure)}`, or leave it out"):
         CONFIGS[kind](tmp_path, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes when it is imported
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_optimizer_without_a_kernel_for_the_device_is_refused(kind, tmp_path, monkeypatch):
+    CONFIGS[kind](tmp_path, optim="lion_8bit", use_cpu=True)
+
+    def step(*_):  # of bitsandbytes 0.45 on a CPU
+        raise NameError("name 'str2optimizer8bit_blockwise' is not defined")
+
+    monkeypatch.setattr("bitsandbytes.optim.Lion.step", step)
+    with pytest.raises(
+        ValueError, match=r"`optim=lion_8bit` cannot run on cpu with bitsandbytes .*choose `adafactor`"
+    ):
+        CONFIGS[kind](tmp_path, optim="lion_8bit", use_cpu=True)
 
 
 def test_one_of_two_packages_is_enough_and_quantised_loading_is_asked_for_too(monkeypatch):

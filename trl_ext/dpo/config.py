@@ -9,7 +9,7 @@ from ..models.precision import computes_in_bf16
 from ..models.quantization import QUANTIZATIONS
 from ..models.sharding import check_batch_fields
 from ..ranges import COUNT, check_ranges, one_of, require
-from ..runs.requirements import check_startable
+from ..runs.requirements import check_startable, require_kernel
 
 
 LOSS_TYPES = (
@@ -74,6 +74,7 @@ class DPOConfigX(DPOConfig):
         require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")
+        require_kernel(self)
         if not self.beta > 0:
             raise ValueError(
                 f"`beta` is {self.beta}; the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start."

@@ -1,17 +1,18 @@
 """
 The plan of a run: what it needs on each GPU, from configs alone, before anything is loaded.
 
-    shapes     sizes of models and adapters, counted on meta models
-    layout     what is planned: how a run is laid out, on which hardware
-    memory     bytes of each part, as formulas
-    phases     bytes by role and moment
-    planning   a plan: the phases, and whether they fit
-    changes    what would make a plan fit
-    timing     seconds, tokens per second, GPU-hours
-    search     the fastest layouts that fit
-    recipe     from a run's options to its layout
-    table      plans in words and tables
-    drawing    how cost grows, as a picture
+    shapes      sizes of models and adapters, counted on meta models
+    layout      what is planned: how a run is laid out, on which hardware
+    optimizers  bytes of each optimizer's states
+    memory      bytes of each part, as formulas
+    phases      bytes by role and moment
+    planning    a plan: the phases, and whether they fit
+    changes     what would make a plan fit
+    timing      seconds, tokens per second, GPU-hours
+    search      the fastest layouts that fit
+    recipe      from a run's options to its layout
+    table       plans in words and tables
+    drawing     how cost grows, as a picture
 """
 
 from .changes import smallest_change

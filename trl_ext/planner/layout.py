@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from ..ranges import COUNT, POSITIVE, Range, check_ranges, one_of
+from .optimizers import OPTIMIZERS
 
 
 GIB = 2**30
@@ -108,9 +109,7 @@ class Layout:
         '"fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in bfloat16, '
         "as with adapters or DeepSpeed.",
     )
-    optimizer: Annotated[str, one_of("adamw", "adamw_8bit", "sgd")] = says(
-        "adamw", "AdamW with two states in 32 or 8 bits, or none."
-    )
+    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = says("adamw_torch_fused", "transformers' `optim`.")
     zero_stage: Annotated[int, one_of(0, 1, 2, 3)] = says(
         0, "DeepSpeed's ZeRO stage. 0: no DeepSpeed, but DDP if there are several GPUs."
     )

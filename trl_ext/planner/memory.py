@@ -11,13 +11,12 @@ blocks.
 from dataclasses import dataclass, fields
 
 from .layout import Hardware, Layout
+from .optimizers import Learned, state_bytes
 from .shapes import AdapterShape, ModelShape
 
 
 # bitsandbytes: one scale for 64 weights; nested, that scale has 8 bits and 256 of them share one of 32 bits.
 BLOCK, NESTED_BLOCK = 64, 256
-# bitsandbytes' 8-bit optimizers: a scale of 32 bits for each 256 values of a state.
-STATE_BLOCK = 256
 # Logits of one tile: TRL's kernel takes 4096 tokens by 32768 ids; trl_ext/models/cpu_head.py 2**21 elements, and
 # it keeps up to 2**28 logits for the backward pass.
 KERNEL_TILE, CPU_TILE, CPU_KEPT = (4096, 32768), 2**21, 2**28
@@ -77,7 +76,7 @@ def weight_bytes(shape: ModelShape, layout: Layout, bits: int = 16) -> float:
 # ------------------------------------------------------------------------------------- weights, gradients, optimizer
 
 
-def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardware: Hardware) -> Usage:
+def trained_states(frozen: float, trained: Learned, size: int, layout: Layout, hardware: Hardware) -> Usage:
     """
     Return what a model that learns holds all the time.
 
@@ -87,10 +86,10 @@ def trained_states(frozen: float, trained: int, size: int, layout: Layout, hardw
         size: bytes of one of those, without DeepSpeed.
     """
     if layout.zero_stage:
-        return _zero_states(frozen, trained, layout, hardware)
-    states = {"adamw": 2.0 * size, "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK), "sgd": 0.0}[layout.optimizer]
-    buckets = size * trained if hardware.gpus > 1 else 0  # DDP copies gradients into its buckets
-    return Usage(frozen + size * trained, size * trained, states * trained, buffers=buckets)
+        return _zero_states(frozen, trained.parameters, layout, hardware)
+    whole = size * trained.parameters
+    buckets = whole if hardware.gpus > 1 else 0  # DDP copies gradients into its buckets
+    return Usage(frozen + whole, whole, state_bytes(layout.optimizer, trained, size), buffers=buckets)
 
 
 def adapter_element(layout: Layout, role: str) -> int:
@@ -100,15 +99,14 @@ def adapter_element(layout: Layout, role: str) -> int:
 
 def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware) -> Usage:
     """
-    Count as DeepSpeed's estimators do: of a trained parameter its 16-bit value, a 16-bit gradient (in
-    stages 1 and 2), a gradient of 32 bits for the step, and 12 bytes of AdamW: master weight and two moments. What is
-    partitioned is the optimizer (1), the gradients too (2), the weights too (3).
+    Count as DeepSpeed's estimators do: of a trained parameter its 16-bit value, a 16-bit gradient (in stages 1 and 2),
+    a gradient of 32 bits for the step, a master weight of 32 bits, and the optimizer's states. What is partitioned is
+    the optimizer (1), the gradients too (2), the weights too (3). Partitions are flat: no embedding, no matrix.
     """
     size, share, stage = element(layout), 1 / hardware.gpus, layout.zero_stage
     weights = (frozen + size * trained) * (share if stage == 3 else 1)
     gradients = {1: size + 4 * share, 2: (size + 4) * share, 3: 4 * share}[stage] * trained
-    moments = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK), "sgd": 0}[layout.optimizer]
-    optimizer = (4 + moments) * trained * share
+    optimizer = (4 * trained + state_bytes(layout.optimizer, Learned(trained, factored=trained), 4)) * share
     if layout.offload_optimizer:
         gradients, optimizer = (size * trained if stage == 1 else 0), 0.0
     if layout.offload_parameters:

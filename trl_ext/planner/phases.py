@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from . import memory
 from .layout import Hardware, Layout
 from .memory import Usage
+from .optimizers import Learned
 from .shapes import AdapterShape, ModelShape
 
 
@@ -78,22 +79,24 @@ class _Run:
         """Return the states of actor and critic, without what a step adds; gradients are those of a whole step."""
         models, layout = self.models, self.layout
         whole = memory.element(layout)
+        of_head = models.actor.hidden + 1  # a row and a bias
+        head = Learned(of_head, of_head, of_head)
 
-        def states(frozen: float, trained: int, size: int = whole) -> Usage:
+        def states(frozen: float, trained: Learned, size: int = whole) -> Usage:
             return memory.trained_states(frozen, trained, size, layout, self.hardware)
 
         if layout.method == "full":
-            roles = {"actor": states(0, models.actor.parameters)}
+            roles = {"actor": states(0, models.actor.learned)}
         else:
             base = memory.weight_bytes(models.actor, layout, 4 if layout.method == "qlora" else 16)
-            roles = {"actor": states(base, self._adapter.parameters, memory.adapter_element(layout, "actor"))}
+            roles = {"actor": states(base, self._adapter.learned, memory.adapter_element(layout, "actor"))}
         if layout.critic == "model" and models.critic is not None:
-            roles["critic"] = states(0, models.critic.parameters)
+            roles["critic"] = states(0, models.critic.learned)
         elif layout.critic == "adapter":
-            trained = self._adapter.parameters + models.actor.hidden + 1
+            trained = self._adapter.learned + head
             roles["critic"] = states(0, trained, memory.adapter_element(layout, "critic"))
         elif layout.critic == "head":
-            roles["critic"] = states(0, models.actor.hidden + 1)
+            roles["critic"] = states(0, head)
         return roles
 
     @property

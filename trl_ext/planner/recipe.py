@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 
 from ..runs.folder import is_local
 from .layout import CPU, GPUS, Hardware, Layout
@@ -47,10 +48,9 @@ def layout_from_options(
     """
     if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise ValueError("FSDP is not planned. ZeRO-3 shards alike: plan it with `zero_stage: 3`.")
-    optim = str(options.get("optim") or "adamw_torch_fused")
     checkpointing = options.get("gradient_checkpointing")
     common: dict[str, Any] = {
-        "optimizer": "adamw_8bit" if "8bit" in optim else "sgd" if optim == "sgd" else "adamw",
+        "optimizer": OptimizerNames(options.get("optim") or "adamw_torch_fused").value,
         "gradient_checkpointing": True if checkpointing is None else checkpointing,
     }
     common |= _adapters(options) | _deepspeed(options)

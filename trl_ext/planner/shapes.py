@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..data.json_values import key_of
+from .optimizers import Learned
 
 
 def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict:
@@ -80,6 +81,7 @@ class ModelShape:
         tied: whether the LM head is the embedding.
         largest_module: held by one module directly, as DeepSpeed's estimator counts; its `largest_layer_params`.
         largest_linear: weights of the largest linear layer outside the head.
+        learned: all parameters, as an optimizer sees them.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelShape:
     tied: bool
     largest_module: int
     largest_linear: int
+    learned: Learned
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ class AdapterShape:
             output, which attention keeps anyway; a mean over layers.
         modules: per layer, the sum of the adapted modules' input widths, an input counted once for each reader.
         ranks: per layer, the sum of the adapted modules' ranks.
+        learned: the parameters, as an optimizer sees them.
     """
 
     parameters: int
     inputs: float
     modules: float
     ranks: float
+    learned: Learned
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -210,6 +215,18 @@ def _count(model: Any, text: PretrainedConfig, with_score: bool) -> ModelShape:
         tied=head is embedding,
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         largest_linear=max(inside, default=0),
+        learned=_learned(model),
+    )
+
+
+def _learned(model: nn.Module) -> Learned:
+    """Count what a model trains, as an optimizer sees it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return Learned(
+        parameters=sum(p.numel() for p in trained),
+        in_32_bits=sum(p.numel() for p in trained if id(p) in embeddings or p.numel() < 4096),
+        factored=sum(p[..., 0].numel() + p[..., 0, :].numel() if p.dim() > 1 else p.numel() for p in trained),
     )
 
 
@@ -273,9 +290,11 @@ def _count_adapter(config: PretrainedConfig, rank: int, modules: str | list[str]
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     # Projections of one block read one input: what stands before the last "." but one names the block.
     inputs = {(n.rsplit(".", 1)[0], m.in_features) for n, m in adapted.items() if not n.endswith("o_proj")}
+    learned = _learned(model)
     return AdapterShape(
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=learned.parameters,
         inputs=sum(width for _, width in inputs) / text.num_hidden_layers,
         modules=sum(m.in_features for m in adapted.values()) / text.num_hidden_layers,
         ranks=rank * len(adapted) / text.num_hidden_layers,
+        learned=learned,
     )

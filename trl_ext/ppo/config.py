@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from ..models.precision import computes_in_bf16
 from ..models.sharding import check_batch_fields, check_own_optimizer
 from ..ranges import check_ranges, default_of
-from ..runs.requirements import check_startable
+from ..runs.requirements import check_startable, require_kernel
 from .config_checks import BEST_METRIC, check_options, check_sampling
 from .options import (
     AdvantageOptions,
@@ -80,6 +80,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         self._run_parent_post_init()
         check_sampling(self)
         check_own_optimizer(self, critic_learning_rate=self.critic_learning_rate)
+        require_kernel(self)
 
     def _take_grpo_names(self) -> None:
         """Let GRPO's name set an option that is at its default; raise `ValueError` for two different values."""

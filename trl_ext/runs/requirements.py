@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune sw
 LOGGERS: dict[str, tuple[str, ...]] = {name: (name,) for name in _NAMED.split()}
 LOGGERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
 # Parts of the names of bitsandbytes' optimizers; PyTorch's own of 4 and 8 bits come from torchao.
-OF_BITSANDBYTES = ("8bit", "bnb", "paged")
+OF_BITSANDBYTES = ("8bit", "bnb", "paged", "lion", "ademamix")
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
@@ -78,6 +79,26 @@ def check_optimizable(args: Any) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
+    require_kernel(args)
+
+
+def require_kernel(args: Any) -> None:
+    """Raise `ValueError` if an optimizer of bitsandbytes cannot step on the run's device, as older ones on a CPU."""
+    name = _optimizer(args)
+    is_other = name in OF_TORCHAO or "galore" in name  # GaLore's is built around a model
+    if args.deepspeed or is_other or not any(part in name for part in OF_BITSANDBYTES):
+        return
+    numbers = nn.Parameter(torch.zeros(4096, device=args.device))  # fewer have no states in 8 bits
+    numbers.grad = torch.zeros_like(numbers)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([numbers], **options).step()
+    except Exception as error:  # without a kernel: NameError, AttributeError or RuntimeError, by version
+        reason, installed = " ".join(str(error).split()), version("bitsandbytes")
+        raise ValueError(
+            f"`optim={name}` cannot run on {args.device.type} with bitsandbytes {installed} ({reason:.100}). "
+            "Update bitsandbytes, or choose `adafactor`, which saves memory on every device."
+        ) from error
 
 
 @contextmanager
@@ -120,7 +141,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
         if logger not in LOGGERS:
             raise ValueError(f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.")
         needed.append((f"`report_to={logger}`", LOGGERS[logger], LOGGERS[logger][0]))
-    optimizer = str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
+    optimizer = _optimizer(options)
     if optimizer in OF_TORCHAO:
         needed.append((f"`optim={optimizer}`", ("torchao",), "torchao"))
     elif any(part in optimizer for part in OF_BITSANDBYTES):
@@ -133,6 +154,10 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     if getattr(options, "use_liger_kernel", False):
         needed.append(("`use_liger_kernel`", ("liger_kernel",), "liger-kernel"))
     return needed
+
+
+def _optimizer(options: Any) -> str:
+    return str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
 
 
 def require_writable(path: str | Path, what: str = "output_dir") -> None:
