@@ -1,7 +1,4 @@
-"""The layers of docs/architecture.md, read from the imports: which file may import what.
-
-The rules look at the syntax tree alone, so an import inside a function or under `TYPE_CHECKING` counts too.
-"""
+"""The layers of docs/architecture.md: which file may import what, in functions and under `TYPE_CHECKING` too."""
 
 import ast
 import re

@@ -67,10 +67,3 @@ def test_benchmark_runs_both_trainers_in_turns(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["tiny", "trl"], ["tiny", "trl_ext"]]
     assert lines[-1].count("|") == lines[-2].count("|") == 9
-
-
-def test_one_step_is_refused(monkeypatch):
-    bench = script("bench_dpo")
-    monkeypatch.setattr(sys, "argv", ["bench_dpo.py", "--steps", "1"])
-    with pytest.raises(SystemExit):
-        bench.main()

@@ -74,12 +74,6 @@ def test_varied_lengths_are_those_of_the_lists(tmp_path, trainer):
     assert sum(setup.ANSWERS) / len(setup.ANSWERS) == pytest.approx(0.4 * max(setup.ANSWERS), rel=0.01)
 
 
-def test_one_update_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--updates", "1"])
-    with pytest.raises(SystemExit):
-        script("bench_ppo").main()
-
-
 def test_failed_run_says_what_it_printed(tmp_path):
     bench, python = script("bench_ppo"), tmp_path / "python"
     python.write_text("#!/bin/sh\necho no GPU for $1 >&2\nexit 7\n")
@@ -123,16 +117,13 @@ def _job(trainer):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainer", ["model", "head"])
 def test_run_of_our_trainer_on_the_tiny_shape(tmp_path, monkeypatch, trainer):
-    """One in a process of its own, as the benchmark starts it, the other in this one."""
-    bench, setup = script("bench_ppo"), script("bench_ppo_setup")
-    if trainer == "head":
-        worker = script("bench_ppo_worker")
+    bench, setup, worker = script("bench_ppo"), script("bench_ppo_setup"), script("bench_ppo_worker")
 
-        def run_here(command, **_):
-            worker.main(json.loads(command[2]))
-            return SimpleNamespace(returncode=0)
+    def run_here(command, **_):
+        worker.main(json.loads(command[2]))
+        return SimpleNamespace(returncode=0)
 
-        monkeypatch.setattr(bench.subprocess, "run", run_here)
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
     setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
     measured = bench.measure(sys.executable, _job(trainer), tmp_path)
     assert len(measured["updates"]) == 2

@@ -83,19 +83,6 @@ def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths
     assert (output / "model.safetensors").read_bytes() == weights
 
 
-def test_finished_run_of_epochs_is_refused_too(paths, tmp_path, stop_after, capsys):
-    """How many steps there are is known when the rows are."""
-    stop_after(99)
-    words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, per_device_train_batch_size=36)]
-    words += ["--num_train_epochs", "1", "--resume_from_checkpoint", "True"]
-    main(words[:-2])
-    for more in ([], ["--dry_run"]):
-        assert "has taken 1 optimizer steps, and this one ends after 1" in error_of([*words, *more], capsys)
-    words[words.index("--num_train_epochs") + 1] = "2"
-    main(words)
-    assert steps_taken(tmp_path) == 2
-
-
 def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"])]
     stop_after(1, KeyboardInterrupt())

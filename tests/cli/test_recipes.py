@@ -130,15 +130,6 @@ def test_recipes_of_dpo_take_the_documents_numbers(name):
     assert given.per_device_train_batch_size * given.gradient_accumulation_steps == 16
 
 
-def test_qlora_recipe_asks_for_nf4_and_an_adapter():
-    _, model, args = options_of("dpo", "8b_qlora_24gb").make()
-    quantization, adapter = model.quantization(), model.adapter()
-    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
-    assert quantization.bnb_4bit_use_double_quant
-    assert (adapter.r, adapter.target_modules, args.gradient_checkpointing) == (16, "all-linear", True)
-    assert args.metric_for_best_model == "eval_rewards/accuracies"
-
-
 # --- the memory that a header names is what the planner says when it is asked as the header says
 
 HEADER = re.compile(r"^# Memory: +(.+), planned by\n# +(trl-ext plan .+)$", flags=re.MULTILINE)

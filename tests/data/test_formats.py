@@ -5,7 +5,6 @@ import re
 import pytest
 from datasets import DatasetDict
 
-import tiny
 from dataset_rows import ANSWER, EXAMPLES, PAIRS, SHAREGPT, USER, dataset, stream
 from trl_ext.data.formats import (
     FORMATS,
@@ -13,7 +12,6 @@ from trl_ext.data.formats import (
     parse_columns,
     rename,
     require,
-    require_chat_template,
     suggest_columns,
 )
 
@@ -155,25 +153,3 @@ def test_error_leads_to_a_dataset_that_can_be_used(make):
 def test_error_names_the_format_that_was_found_and_what_makes_of_it(row, task, message):
     with pytest.raises(ValueError, match=message):
         require(dataset(row), task)
-
-
-@pytest.mark.parametrize("name, row", EXAMPLES)
-def test_what_is_required_of_each_format(name, row):
-    def passes(task):
-        try:
-            require(dataset(row), task)
-        except ValueError:
-            return False
-        return True
-
-    assert passes("preference") == ({"chosen", "rejected"} <= row.keys())
-    assert passes("prompts") == bool({"prompt", "input_ids"} & row.keys())
-
-
-def test_conversations_need_a_chat_template():
-    tokenizer = tiny.tiny_tokenizer()
-    require_chat_template(dataset({"prompt": USER}), tokenizer)
-    tokenizer.chat_template = None
-    require_chat_template(dataset({"prompt": "what"}), tokenizer)
-    with pytest.raises(ValueError, match=r"\['prompt'\] of `x` hold conversations, and the tokenizer has no chat"):
-        require_chat_template(dataset({"prompt": USER}), tokenizer, "x")

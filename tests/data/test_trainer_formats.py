@@ -64,22 +64,6 @@ def test_dpo_prepares_every_format_as_trl_does(tmp_path, name):
     assert text.startswith({"with tools": "tree", "with template arguments": "great"}.get(name, text[:3]))
 
 
-def test_dpo_trains_on_what_the_converter_makes(tmp_path):
-    """Unpaired ShareGPT messages under other names, and the pairs that they stand for: one loss."""
-    unpaired = [
-        {"question": [{"from": "human", "value": p}], "answer": [{"from": "gpt", "value": a}], "label": a is c}
-        for p, c, r in TEXTS
-        for a in (c, r)
-    ]
-    converted = to_preference(dataset(*unpaired), {"prompt": "question", "completion": "answer"})
-
-    def loss(rows):
-        trainer = dpo_trainer(tmp_path, {"train_dataset": rows}, max_steps=1, seed=1)
-        return trainer.train().training_loss
-
-    assert loss(converted) == loss(dataset(*CHAT))
-
-
 # --- PPO
 
 PROMPTS = {
@@ -113,14 +97,6 @@ def test_ppo_reads_the_prompts_of_every_format_as_grpo_does(tmp_path, grpo, name
     assert sorted(read) == sorted(expected)
     opening = tiny.VOCABULARY.index("great")
     assert (read[0][0] == opening) is isinstance(rows[0]["prompt"], list)
-
-
-def test_ppo_reads_the_prompts_that_the_converter_finds(tmp_path):
-    rows = [{"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": c}]} for p, c, _ in TEXTS]
-    models = {"train_dataset": to_prompts(dataset(*rows, rows[0]))}
-    rollout = ppo_run(tmp_path, models, max_steps=1).run_state.rollout
-    read = {tuple(ids[kept].tolist()) for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)}
-    assert read == {tuple(tiny.tiny_tokenizer()(f"<user> {p} <eos> <assistant> ")["input_ids"]) for p, _, _ in TEXTS}
 
 
 # --- what is refused, before a model is loaded: the folder does not exist

@@ -165,19 +165,6 @@ def test_kl_estimator_has_the_value_of_k3_and_the_gradient_of_k2(default, extend
     assert lines[0]["loss"] == pytest.approx(sum_of_terms(lines[0]), abs=1e-7)
 
 
-def test_kl_estimator_for_the_loss_is_refused_in_the_reward(tmp_path):
-    code = """
-from trl_ext import PPOConfigX
-
-try:
-    PPOConfigX(kl_estimator="k3+", kl_placement="reward")
-except ValueError as error:
-    result = str(error)
-"""
-    error = run_in(extended_copy("A KL estimator", tmp_path), code)
-    assert error == "`kl_estimator` is 'k3+'; it must be one of ('k1', 'k2', 'k3') in the reward."
-
-
 # --- a callback
 
 

@@ -1,8 +1,6 @@
 """
-Every fenced command, Python block and notebook of the documentation runs, page by page, from top to bottom.
-
-All pages have one folder, and a command that several of them have runs once. Models are narrow ones with the tests'
-tokenizer, the ratings are made up, and every run is cut short, by flags behind its own or by `SHORTER`.
+Every fenced command, Python block and notebook of the documentation runs, page by page, from top to bottom, in one
+folder, on narrow models and made-up ratings, each run cut short by flags behind its own or by `SHORTER`.
 """
 
 import gc

@@ -41,14 +41,3 @@ def test_figures_of_the_tables_are_the_planners(trainer, capsys):
 
 def test_loading_33b_takes_what_the_page_says():
     assert f"{model_shape('33b').parameters * 2 / 2**30:.1f} GiB" in PAGE
-
-
-def test_script_reads_a_recipe_and_flags_override_it(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    commands.run("trl-ext plan --from-config configs/ppo/demo.yaml --gpu cpu")
-    text = capsys.readouterr().out
-    assert "PPO: actor (lora) smollm2-135m-instruct 0.135B" in text
-    assert "critic (model)" in text
-    commands.run("trl-ext plan --from-config configs/ppo/demo.yaml --gpu cpu --critic head")
-    text = capsys.readouterr().out
-    assert "critic (head)" in text

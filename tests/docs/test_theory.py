@@ -1,8 +1,4 @@
-"""What docs/theory.md says of gradients and optima, by enumeration: every expectation is a sum over all episodes.
-
-Episodes of two tokens from a vocabulary of three, with a table as the policy; for the closed forms one state with five
-answers. The oracle is autograd of the expected return itself, or a sum written out.
-"""
+"""What docs/theory.md says of gradients and optima, by enumeration: every expectation is a sum over all episodes."""
 
 import torch
 

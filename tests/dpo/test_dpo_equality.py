@@ -1,8 +1,6 @@
 """
-`DPOTrainerX` gives TRL's numbers: two optimizer steps of both trainers on the same data, models and seed, in float32.
-
-Compared to 1e-5 are both losses, the first gradient by its norm, and every metric that TRL logs. The second step
-starts from other parameters, so that no log-ratio is 0 any more, also where the reference is a copy of the actor.
+`DPOTrainerX` gives TRL's numbers to 1e-5: two optimizer steps of both trainers on the same data, models and seed, in
+float32; losses, every metric that TRL logs, and the first gradient by its norm.
 """
 
 import functools
@@ -44,12 +42,7 @@ def measured(tmp_path, side, models, options):
 
 
 def differences(ours, theirs, undecided=False):
-    """
-    The largest relative difference of a logged number, with its name, and that of the first gradient, by norm.
-
-    Args:
-        undecided: whether all margins are 0 at the first step, so that rounding alone decides the first accuracy.
-    """
+    """The largest relative difference of a logged number, with its name, and that of the first gradient, by norm."""
     lines, gradient, _ = ours
     trl_lines, trl_gradient, _ = theirs
     assert len(lines) == len(trl_lines) == 2
@@ -209,10 +202,7 @@ def prompts_of_one_token():
 
 
 def truncated():
-    """
-    Long prompts and completions of all lengths: some fit, some lose their end, or their beginning. Not the pair that
-    is cut before its completions differ: it is dropped.
-    """
+    """Some fit, some lose their end or beginning; without the pair that is cut before its completions differ."""
     return dpo_runs.tiny_pairs(16, prompt=(1, 9)).filter(lambda _, i: i != 3, with_indices=True)
 
 

@@ -263,20 +263,6 @@ def test_virtual_tokens_are_said_to_change_the_model(tmp_path, caplog):
     assert "The adapter's virtual tokens change the model before they have learnt anything" in caplog.text
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_copy_of_an_adapter_leaves_the_policy_as_it_was(tmp_path, start):
-    """Adding a second adapter with such a config would change the base weights again."""
-    policy = get_peft_model(dpo_runs.tiny_model(), lora(start))
-    ids = torch.tensor([[4, 5, 6, 7]])
-    with torch.no_grad():
-        before = policy(input_ids=ids).logits
-        dpo_runs.dpo_trainer(tmp_path, {"ref_model": None, "model": policy})
-        torch.testing.assert_close(policy.eval()(input_ids=ids).logits, before)
-        with policy.disable_adapter():
-            assert not torch.allclose(policy(input_ids=ids).logits, before)
-    assert policy.peft_config["default"].init_lora_weights == start
-
-
 @pytest.mark.parametrize("name, active", [("mine", "mine"), ("default", "other")])
 def test_adapter_that_trl_would_not_copy_is_refused(tmp_path, name, active):
     model = get_peft_model(dpo_runs.tiny_model(), lora(), adapter_name=name)

@@ -19,7 +19,6 @@ import oracles
 import tiny
 from trl_ext import DPOTrainerX
 from trl_ext.dpo import trainer as trainer_module
-from trl_ext.dpo.data import check_tokenised
 
 
 pytestmark = pytest.mark.integration
@@ -274,10 +273,6 @@ def test_sequences_beyond_the_context_are_counted_before_training(tmp_path):
     assert dpo_runs.dpo_trainer(
         tmp_path, models | {"model": dpo_runs.tiny_model(max_position_embeddings=12)}, max_length=12
     )
-
-
-def test_check_of_tokens_lets_a_stream_pass():
-    assert check_tokenised(dpo_runs.tiny_pairs().to_iterable_dataset(), "train", None, 8, 128) is None
 
 
 def test_pad_that_is_the_eos_changes_no_loss(tmp_path):
@@ -604,23 +599,6 @@ def test_pairs_without_a_prompt_are_left_out_of_the_completions(tmp_path, caplog
     models["eval_dataset"] = Dataset.from_list([row | {"prompt": ""} for row in rows])
     dpo_runs.dpo_trainer(tmp_path / "none", models, **options).evaluate()
     assert any("No held-out pair has a prompt" in said for said in warnings_of(caplog))
-
-
-def test_dataset_given_to_evaluate_is_prepared_and_completed(tmp_path):
-    options = {"generate_during_eval": True, "eval_max_new_tokens": 2}
-    trainer = dpo_runs.dpo_trainer(tmp_path, **options)
-    metrics = trainer.evaluate(dpo_runs.tiny_pairs(5, seed=4))
-    assert metrics["eval_preference/pairs"] == 5
-    assert (tmp_path / "completions" / "eval_step_00000.jsonl").exists()
-
-
-def test_evaluation_does_not_mix_with_the_logging_window(tmp_path):
-    """Three steps a line, an evaluation after each step."""
-    models = {"eval_dataset": dpo_runs.tiny_pairs(6, seed=4)}
-    options = {"max_steps": 3, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = dpo_runs.dpo_run(tmp_path, models, **options)
-    assert [line["preference/pairs"] for line in dpo_runs.lines(trainer)] == [12]
-    assert [line["eval_preference/pairs"] for line in dpo_runs.lines(trainer, "eval_loss")] == [6] * 3
 
 
 # Streams and interruptions

@@ -2,10 +2,8 @@
 Closed form: with preferences drawn from a known reward by Bradley-Terry, DPO ends at π* ∝ π_ref · exp(r / β), to
 within 0.01 nats of KL(π_θ ‖ π*), and `ImplicitReward` gives the reward back, up to a constant per prompt.
 
-Two prompts, answers of one token, a table of rewards in [−1.5, 1.5] over the whole vocabulary of 12, and the real
-trainer with shared prefixes. Every two answers are compared in the proportion of their strengths. KL(π_θ ‖ π*) is
-computed from the logits at the prompt, without sampling. Where something else is asked for, the run must end
-elsewhere: label smoothing shrinks the rewards, and another β is another optimum. `make proof` prints every distance.
+Two prompts, answers of one token, a table of rewards over the vocabulary of 12, and the real trainer with shared
+prefixes. Where something else is asked for, the run must end elsewhere. `make proof` prints every distance.
 """
 
 import time
@@ -35,10 +33,7 @@ def tokenizer():
 
 
 def preferences(seed: int) -> Dataset:
-    """
-    Systematic draws: of `COPIES` comparisons, a over b floor(COPIES · σ(r_a − r_b) + u) times, u uniform. So the
-    expected share is Bradley-Terry's, with little noise.
-    """
+    """Systematic draws: a wins floor(COPIES · σ(r_a − r_b) + u), so shares are Bradley-Terry's with little noise."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for text, rewards in zip(PROMPTS, REWARDS, strict=True):

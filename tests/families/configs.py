@@ -1,8 +1,7 @@
 """
-A tiny random model of every causal language model family that transformers has: whatever new families a new version
-brings are there by themselves.
+A tiny random model of every causal language model family that transformers has.
 
-A config is built from its fields: what a field is called says how small it can be. `SPECIAL` has what names do not
+A config is built from its fields: what a field is called says how small it can be; `SPECIAL` has what names do not
 say. Windows, chunks, blocks and top-k are shorter than the proofs' rows, so that these reach beyond each of them.
 """
 
@@ -131,12 +130,7 @@ def families() -> list[str]:
 
 
 def family_config(family: str, noise: float = 0.0, **overrides: Any) -> PreTrainedConfig:
-    """
-    A tiny config of a family.
-
-    Args:
-        noise: the rate of every dropout and jitter.
-    """
+    """A tiny config of a family; `noise` is the rate of every dropout and jitter."""
     kind = CONFIG_MAPPING[family]
     default = kind()
     if default.get_text_config() is not default:
@@ -160,12 +154,7 @@ def family_config(family: str, noise: float = 0.0, **overrides: Any) -> PreTrain
 
 
 def family_model(config: PreTrainedConfig, seed: int = 0, of: Any = None) -> nn.Module:
-    """
-    A model in float32 and evaluation mode. The seed alone decides its weights.
-
-    Args:
-        of: `AutoModelForCausalLM`, or another class of models.
-    """
+    """A model in float32 and evaluation mode, causal unless `of` another class. The seed alone decides its weights."""
     _require_tiny(config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,12 +192,7 @@ def _built(family: str, seed: int, noise: float, of: Any) -> nn.Module:
 
 
 def member(family: str, seed: int, noise: float = 0.0, of: Any = None) -> nn.Module:
-    """
-    A new copy of a family's model: the same weights at every `noise`.
-
-    Args:
-        of: `AutoModelForCausalLM` unless given; a classifier has one label.
-    """
+    """A new copy of a family's model, the same weights at every `noise`; a classifier (`of`) has one label."""
     model = copy.deepcopy(_built(family, seed, noise, of))
     if noise:
         model.load_state_dict(_built(family, seed, 0.0, of).state_dict())

@@ -66,13 +66,7 @@ def models(family: str, noise: float) -> dict[str, nn.Module]:
 
 
 class Step:
-    """
-    One optimizer step of a trainer: its log line, its gradients, and how the actor read the pairs.
-
-    Args:
-        side: `OURS` or `TRLS`.
-        more: options of the config.
-    """
+    """One optimizer step of a trainer: its log line, its gradients, and how the actor read the pairs."""
 
     def __init__(self, side: tuple[type, type], family: str, precision: str, noise: float, more: dict[str, float]):
         keep = dpo_runs.KeepGradients()

@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification as CLASSIFIER
-from transformers import TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+import dpo_runs
 import oracles
 import ppo_runs
 import tiny
@@ -40,10 +40,7 @@ def has_classifier(family: str) -> bool:
 
 
 def models(family: str, critic: str, noise: float) -> dict[str, nn.Module]:
-    """
-    Actor, another reference, and a reward model: for the critic "model", which is a copy of it, one of the family;
-    for "head", a Llama.
-    """
+    """Actor, another reference, and a reward model: of the family where the critic is a copy of it, else a Llama."""
     of_family = critic == "model"
     return {
         "model": member(family, 0, noise),
@@ -52,20 +49,11 @@ def models(family: str, critic: str, noise: float) -> dict[str, nn.Module]:
     }
 
 
-class Keep(TrainerCallback):
-    """Keeps the gradients of the first optimizer step."""
-
-    gradient: dict[str, Tensor]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.gradient = gradients(model)
-
-
 class Step:
     """One rollout and its optimizer step: what the trainer holds of them, as lists of each sequence's real tokens."""
 
     def __init__(self, family: str, critic: str, precision: str, noise: float, **more: Any):
-        keep = Keep()
+        keep = dpo_runs.KeepGradients()
         given = models(family, critic, noise) | {"train_dataset": prompts(), "callbacks": [keep]}
         options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1}
         options |= {"total_episodes": 4, "response_length": 8, "num_sample_generations": 0, "max_grad_norm": 1e9}
@@ -81,7 +69,7 @@ class Step:
                 torch.nn.init.normal_(trainer.critic.score.bias, std=0.5)
             self.head = {name: tensor.clone() for name, tensor in trainer.critic.state_dict().items()}
             trainer.train()
-        self.args, self.line, self.gradient = trainer.args, ppo_runs.log_lines(trainer)[0], keep.gradient
+        self.args, self.line, self.gradient = trainer.args, ppo_runs.log_lines(trainer)[0], keep.steps[0]
         held = trainer.run_state.rollout
         self.prompts, self.responses = zip(*ppo_runs.sequences(held), strict=True)
         per_token = {"logps": held.old_logps, "ref_logps": held.ref_logps, "values": held.old_values}

@@ -1,8 +1,7 @@
 """
 Every family of transformers through both trainers, each in a process of its own; what came out goes into a table.
 
-Results are lines of JSON in `build/`, in a file that is named after all that they depend on: an interrupted proof goes
-on where it was, and one of other code begins anew.
+Results are lines of JSON in `build/`, in a file named after all that they depend on: an interrupted proof goes on.
 """
 
 import argparse

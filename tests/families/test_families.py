@@ -1,7 +1,4 @@
-"""
-Of the proof over all families (`make families`), one family of each kind; the page holds what the proof says of them;
-and the proof notices what it is there to notice.
-"""
+"""One family of each kind is proved; the page holds what the proof says; the proof notices mistakes."""
 
 import re
 from pathlib import Path

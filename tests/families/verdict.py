@@ -13,8 +13,8 @@ WITHOUT_AUX_LOSS = {"router_aux_loss_coef": 0.0}
 class Verdict:
     """
     Args:
-        outcome: "exact"; "refused", by a `ValueError` before the first step; "transformers fails" or "TRL fails",
-            where there is nothing to compare with; or what must not be: "wrong" and "crashed".
+        outcome: "exact", "refused" (a `ValueError` before the first step), "transformers fails" or "TRL fails" (there
+            is nothing to compare with); or what must not be: "wrong" and "crashed".
         rows: how DPO read the pairs: "shared rows" or "TRL's rows".
         reason: for what was not exact, or not shared.
         numbers: relative differences by name; what is above 1 is over its tolerance.

@@ -24,10 +24,7 @@ class Launch:
 
 
 def launch(path: Path, *flags: str) -> Launch:
-    """
-    Runs `accelerate launch --config_file path flags` up to where it hands over to torchrun. `path` is one of a file
-    that starts several processes.
-    """
+    """Runs `accelerate launch --config_file path flags`, of several processes, up to where torchrun takes over."""
     seen: list[Launch] = []
 
     def torchrun(args: object) -> None:

@@ -42,10 +42,8 @@ CASES = {
 
 def run(size: int, accumulation: int, adapter: bool = False, data: dict[str, Dataset] = DATA, **options):
     """
-    Trains on 4 steps of 8 pairs, `size × accumulation` of them per process, and evaluates.
-
-    Returns log lines and parameters. Of the evaluation's line only the ledger's metrics: TRL's are means over batches,
-    some of which are filled up.
+    Log lines and parameters of 4 steps of 8 pairs, `size × accumulation` of them per process, and an evaluation, of
+    which only the ledger's metrics are kept: TRL's are means over batches, some of which are filled up.
     """
     models = dict(data)
     if adapter:

@@ -134,10 +134,7 @@ def words(rng: random.Random, low: int, high: int) -> str:
 
 
 def tiny_pairs(size: int = 8, seed: int = 0, prompt: tuple[int, int] = (1, 8)) -> Dataset:
-    """
-    Pairs of text. Among them: a rejected completion that goes on where the chosen one ends, one of no word (only the
-    eos), and two completions with a long common beginning.
-    """
+    """Pairs of text; one rejected goes on where the chosen one ends, one is but the eos, two begin alike for long."""
     rng = random.Random(seed)
     rows = [
         {"prompt": words(rng, *prompt) + " ", "chosen": words(rng, 1, 6), "rejected": words(rng, 1, 6)}

@@ -1,10 +1,7 @@
 """
-A PPO run in which the second of two processes ends in the second rollout, with an error or killed:
+A PPO run of the models in FOLDER in which the second of two processes ends in the second rollout:
 
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py \\
-        tests/helpers/dying_worker.py error|killed FOLDER
-
-The models are read from FOLDER; the time of death is written to FOLDER/died.
+    torchrun --standalone --nproc_per_node 2 two_processes.py dying_worker.py error|killed FOLDER
 """
 
 import os

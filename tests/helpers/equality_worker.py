@@ -1,7 +1,4 @@
-"""
-Ten optimizer steps on given responses and given pairs, under DDP, ZeRO-2 and ZeRO-3, and what they measure: `run` in
-this process, `measure` in two. Models and pairs are read from the folder.
-"""
+"""Ten optimizer steps on given responses and pairs, and what they measure: `run` here, `measure` in two processes."""
 
 from pathlib import Path
 from typing import Any

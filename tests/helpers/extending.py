@@ -1,7 +1,4 @@
-"""
-Worked examples of docs/architecture.md, "Where a new … goes": read from the page, applied to a copy of the package,
-run in a process of their own.
-"""
+"""Worked examples of docs/architecture.md: read from the page, applied to a copy of the package, run in a process."""
 
 import functools
 import multiprocessing
@@ -76,8 +73,8 @@ def extended_copy(heading: str, folder: Path) -> Path:
 
 def run_in(copy: Path, code: str, **names: Any) -> Any:
     """
-    Runs `code` where `trl_ext` is the one in `copy`, beside the modules of `tests/`; returns what it calls `result`.
-    Each call has a process of its own, forked from one that has imported what `trl_ext` needs.
+    Runs `code` where `trl_ext` is the one in `copy`, in a process of its own, forked from one that has imported what
+    `trl_ext` needs; returns what it calls `result`.
     """
     return _server().submit(_execute, str(copy), code, names).result()
 

@@ -1,9 +1,6 @@
 """
-Stand-ins for vLLM, the program outside: a colocated engine and the client of a server. They keep a tiny actor of their
-own, made of nothing but the weights that they are sent, sample from it, and note every call.
-
-They are as strict as vLLM: an unknown parameter is an error, and so is a call in the wrong state of sleep. In sleep of
-level 2 the weights are lost. TRL's code between trainer and vLLM is the real one.
+Stand-ins for vLLM: a colocated engine and the client of a server, as strict as vLLM. They sample from a tiny actor of
+their own, made of nothing but the weights that they are sent, and note every call.
 """
 
 import math
@@ -28,9 +25,7 @@ class Sampler:
     Args:
         noise: standard deviation of what its log-probabilities are off by, as kernels of their own would have it.
         unavailable: every so many tokens the log-probability is NaN; 0 for never.
-        model: of the actor's shape, to be filled; made here if not given.
         folder: sampling options in the `generation_config.json` of the folder that it was loaded from.
-        logprobs_mode: what a server says about its log-probabilities.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""
-Runs with four roles on one base, from folders that `prepare` writes: a base model, a reward adapter for it, an
-adapter to start from.
-"""
+"""Runs with four roles on one base, from what `prepare` writes: base, reward adapter, adapter to start from."""
 
 import tempfile
 from itertools import chain

@@ -1,8 +1,4 @@
-"""
-What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes.
-
-The models are read from the folder. Each way of generating is a PPO run of two rollouts.
-"""
+"""What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext

@@ -5,8 +5,8 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
+import dpo_runs
 import ppo_runs
 import tiny
 from trl_ext import PPOTrainerX
@@ -58,24 +58,9 @@ def answer(prompts, trainer):
     }
 
 
-class KeepGradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step, by name; a parameter without one is left out."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        self.steps.append({name.removeprefix("module."): gradient for name, gradient in named.items()})
-
-
 def run(size, accumulation, **options):
-    """
-    Trains on the eight prompts, `size × accumulation` of them per process.
-
-    Returns gradients per optimizer step, log lines, and the parameters at the end.
-    """
-    keep = KeepGradients()
+    """Gradients, log lines and final parameters of a run on the eight prompts, `size × accumulation` per process."""
+    keep = dpo_runs.KeepGradients()
     models = {"train_dataset": PROMPTS, "ref_model": tiny.tiny_actor(5), "value_model": tiny.tiny_reward_model(7)}
     if options.get("critic") == "head":
         del models["value_model"]

@@ -1,8 +1,6 @@
 """
-Mistakes: what a function would do if it were wrong, so that it is known that a test can fail.
-
-A mistake makes another function of a function. While that stands in wherever the right one was imported, the test,
-taken as it is from its file, must fail.
+Mistakes, so that it is known that a test can fail: one makes another function of a function. While that stands in
+wherever the right one was imported, the test, taken as it is from its file, must fail.
 """
 
 import importlib.util

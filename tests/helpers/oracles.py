@@ -1,7 +1,6 @@
 """What the tests compare with: slow loops over plain lists, written from the formulas. Never imports trl_ext.
 
-A sequence is a list of its counted tokens only; `per_sequence` takes them out of a batch, holes and padding left
-behind, and puts the results back. Where the code under test uses another formula, a docstring says which one this is.
+A sequence is a list of its counted tokens only: `per_sequence` takes them out of a batch, and puts the results back.
 """
 
 import math
@@ -107,10 +106,7 @@ def td_error(rewards, values, gamma):
 
 
 def gae(rewards, values, gamma, lam):
-    """The definition in Schulman 2015 (eq. 16), not the recursion: the weighted mean of all n-step advantages.
-
-    (1 − lam) Σ_n lam^(n−1) Â^(n); from n = the tokens left on they are equal, and share the weight that is left.
-    """
+    """Schulman 2015, eq. 16, not the recursion: (1 − lam) Σ_n lam^(n−1) Â^(n), where equal ones share the rest."""
     length = len(rewards)
     by_n = {n: n_step(rewards, values, gamma, n) for n in range(1, length + 1)}
     advantages = []
@@ -235,10 +231,7 @@ def sigmoid(x):
 
 
 def preference_metrics(rows):
-    """
-    Of rows of eight numbers: the rewards, the log-ratios, the log-probabilities and the tokens of the chosen and the
-    rejected completion.
-    """
+    """Rows: rewards, log-ratios, log-probabilities and tokens, each of the chosen and the rejected completion."""
     chosen, rejected, of_chosen, of_rejected, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens = (
         list(column) for column in zip(*rows, strict=True)
     )

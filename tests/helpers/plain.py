@@ -1,8 +1,4 @@
-"""
-What a model says of sequences when it is asked plainly: one sequence at a time, without padding, its own forward.
-
-Never imports trl_ext; the proofs compare with this.
-"""
+"""A model's own forward of one sequence at a time, without padding: what proofs compare with. No trl_ext here."""
 
 import re
 from collections.abc import Iterator

@@ -122,8 +122,8 @@ def run_to_best_checkpoint(
     output_dir: str | Path, models: dict[str, Any], **options: Any
 ) -> tuple[PPOTrainerX, dict[int, dict[str, torch.Tensor]]]:
     """
-    A run of 6 steps that saves after steps 2, 4 and 6 and ends with the checkpoint of the best held-out score, which
-    `models` has to make that of step 2. Returns the trainer, and the parameters at each checkpoint.
+    A run of 6 steps that saves every two and ends with the checkpoint of the best held-out score, which `models` has
+    to make that of step 2. Returns the trainer, and the parameters at each checkpoint.
     """
     every_two_steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     trainer = ppo_trainer(

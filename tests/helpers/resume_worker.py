@@ -1,8 +1,6 @@
 """
-A run of PPO in two processes under each of several layouts, and the same run resumed from its third step of six.
-
-A layout is {"environment": what its launcher sets, "options": of the config, "adapter": LoRA or not}. The models are
-read from the folder. The third step is the third of four that are taken from the first rollout.
+A run of PPO in two processes under each of several layouts (as in `layout_worker`), and the same run resumed from its
+third step of six, which is the third of four that are taken from the first rollout.
 """
 
 from pathlib import Path

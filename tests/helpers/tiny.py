@@ -1,7 +1,4 @@
-"""Tiny models, tokenizer and prompts for tests: built from a config, no network, no dropout, the same on every call.
-
-Plain functions, so that a test, a fixture or a subprocess can call them. `conftest.py` wraps them as fixtures.
-"""
+"""Tiny models, tokenizer and prompts: built from a config, no network, no dropout, the same on every call."""
 
 import random
 from pathlib import Path
@@ -107,10 +104,7 @@ def tiny_mixture(seed: int = 0, output_router_logits: bool = True) -> MixtralFor
 
 
 def tiny_prompts(size: int = 16, seed: int = 0, conversational: bool = False) -> Dataset:
-    """A dataset with a `prompt` column: 1 to 8 words each, so that a batch needs padding.
-
-    Plain text by default; with `conversational`, a list with one user message.
-    """
+    """A dataset with a `prompt` column, text or one user message: 1 to 8 words each, so that a batch needs padding."""
     rng = random.Random(seed)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 8))) for _ in range(size)]
     prompts = [[{"role": "user", "content": text}] for text in texts] if conversational else texts

@@ -1,9 +1,8 @@
 """
 Two processes on this machine, without a GPU: how the tests of DDP and DeepSpeed start them.
 
-Imported, `measured` calls a function of a helper in two processes, and `run` starts any command. Run as a script under
-torchrun, this file calls such a function, or runs another script, where accelerate counts processes on CPUs under
-DeepSpeed too; as it is, it would count one where DeepSpeed counts two.
+Run as a script under torchrun, this file calls a function of a helper, or runs another script, where accelerate counts
+processes on CPUs under DeepSpeed too; as it is, it would count one where DeepSpeed counts two.
 """
 
 import json
@@ -45,10 +44,7 @@ def run(
 
 
 def measured(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any, timeout: float = 300) -> Any:
-    """
-    What `function(folder, *arguments)` of a helper returns in the first of two processes; its arguments go through
-    JSON. One launch takes as long as it takes to import everything, so a function measures as much as it can.
-    """
+    """What `function(folder, *arguments)` of a helper returns in the first of two processes; arguments go by JSON."""
     (folder / "arguments.json").write_text(json.dumps(arguments))
     run(ON_CPU, f"{function.__module__}:{function.__name__}", folder, timeout=timeout)
     return read(folder)

@@ -22,10 +22,8 @@ CASES = {
 
 def run(paths, inside, peft, **options):
     """
-    Three rollouts with a critic of its own, answered by vLLM with the model `inside` it.
-
-    Returns, of all processes: the largest difference between the engine's log-probabilities and the trainer's in each
-    rollout, how often the engine was given weights, and whether the critic was ever gathered for it.
+    Three rollouts with a critic of its own, answered by vLLM with the model `inside` it; of all processes: the largest
+    difference of log-probabilities in each, how often weights were sent, whether the critic was ever gathered.
     """
     unset_hf_deepspeed_config()  # of the run before
     models = paths | {"value_model": paths["reward_model"]}

@@ -1,9 +1,4 @@
-"""
-Short runs of PPO and DPO on tiny models in two processes, under DeepSpeed or not, and what they measure.
-
-Every run starts from saved models (`save`), as runs of a size that needs ZeRO do: under ZeRO-3 each process
-then loads its share alone.
-"""
+"""Short runs of PPO and DPO in two processes, from saved models: under ZeRO-3 each process loads its share alone."""
 
 import gc
 import os

@@ -13,6 +13,7 @@ from trl_ext.ppo.roles.adapters import copy_adapter
 KINDS = {
     "LoRA": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "AdaLoRA": lambda: AdaLoraConfig(init_r=2, target_r=2, total_step=9, tinit=1, tfinal=1, target_modules=["q_proj"]),
+    "PiSSA": lambda: LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
     "DoRA": lambda: LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
     "VeRA": lambda: VeraConfig(r=2, target_modules=["q_proj"]),
     "IA3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -51,7 +52,7 @@ def test_copy_of_every_kind_of_adapter_is_whole(kind):
     assert_copied(model, before)
 
 
-@pytest.mark.parametrize("kind", ["AdaLoRA", "VeRA", "IA3"])
+@pytest.mark.parametrize("kind", ["AdaLoRA", "PiSSA", "VeRA", "IA3"])
 def test_reference_of_dpo_is_a_whole_copy_of_the_adapter(tmp_path, kind):
     model = adapted(kind)
     before = model(input_ids=IDS).logits.detach()

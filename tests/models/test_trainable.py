@@ -37,12 +37,6 @@ def test_model_without_a_trainable_parameter_is_refused(tmp_path, role, kind):
         TRAINERS[role](tmp_path / "out", {"model": FROZEN[kind](tmp_path), "ref_model": None})
 
 
-def test_new_adapter_for_inference_is_refused_by_dpo(tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", inference_mode=True)
-    with pytest.raises(ValueError, match="No parameter of the policy requires a gradient"):
-        dpo_runs.dpo_trainer(tmp_path, {"ref_model": None, "peft_config": lora})
-
-
 def test_optimizer_without_a_trained_parameter_is_refused():
     model = tiny.tiny_actor()
     trained = check_trainable(model, "policy")

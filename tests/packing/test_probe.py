@@ -14,9 +14,6 @@ from trl_ext.dpo.forward import PairForward
 from trl_ext.packing import attention, probe
 
 
-FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-
-
 def pairs_of(sizes):
     return vars(probe.pairs(dpo_runs.tiny_model(), sizes))
 

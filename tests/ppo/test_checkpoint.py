@@ -5,7 +5,6 @@ import functools
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy
 import pandas
@@ -14,7 +13,6 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 import tiny
@@ -352,12 +350,6 @@ def test_checkpoint_without_its_last_file(plain, tmp_path):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_run_that_is_done_says_how_to_go_on(plain, tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=6)
-    with pytest.raises(ValueError, match=r"taken 6 optimizer steps, and this one ends after 6\. To train for longer"):
-        trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -466,10 +458,3 @@ def test_options_of_learning_may_change_amid_a_rollout(plain, tmp_path):
     trainer = trainer_of(tmp_path, max_steps=8, **others)
     trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
     assert trainer.state.global_step == 8
-
-
-def test_checkpoint_without_an_optimizer(tmp_path):
-    trainer_of(tmp_path, max_steps=6, save_only_model=True).train()
-    assert not list(Path(get_last_checkpoint(tmp_path)).glob("ppo_state*"))
-    with pytest.raises(ValueError, match="`save_only_model`"):
-        trainer_of(tmp_path).train(resume_from_checkpoint=True)

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding
 
 import tiny
 from plain import plain_logps
-from ppo_runs import logged, ppo_run, ppo_trainer, returned_by, sequences
+from ppo_runs import ppo_run, ppo_trainer, returned_by, sequences
 from trl_ext.ppo.data import TokenisedPrompt, unpadded, with_tokenised_prompts
 
 
@@ -32,19 +32,6 @@ def tokenised_prompts(size=8):
 def test_tokenised_prompt_is_copied_with_its_ids(remake):
     again = remake(TokenisedPrompt("the cat", [10, 11]))
     assert (again, again.input_ids, type(again)) == ("the cat", [10, 11], TokenisedPrompt)
-
-
-def test_text_prompts_are_tokenised(tmp_path):
-    data = tiny.tiny_prompts(4)
-    trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1)
-    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(tokens()(data["prompt"][:])["input_ids"])
-
-
-def test_conversations_are_rendered_with_the_chat_template_and_open_the_answer(tmp_path):
-    data = tiny.tiny_prompts(4, conversational=True)
-    trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1)
-    texts = [f"<user> {row[0]['content']} <eos> <assistant>" for row in data["prompt"]]
-    assert sorted(prompts_of(trainer.run_state.rollout)) == sorted(tokens()(texts)["input_ids"])
 
 
 @pytest.mark.parametrize("collate", [False, True])
@@ -175,16 +162,6 @@ def test_reward_function_sees_the_text_and_the_columns_of_tokenised_prompts(tmp_
     assert seen == {"a": "zero", "b": "one", "c": "two three", "d": "four"}
 
 
-def test_held_out_prompts_may_be_tokenised_too(tmp_path):
-    models = {"train_dataset": tokenised_prompts(8), "eval_dataset": tokenised_prompts(3)}
-    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=2)
-    held_out = returned_by(trainer, "_collect_held_out")
-    trainer.evaluate()
-    assert sorted(prompt for rollout in held_out for prompt in prompts_of(rollout)) == sorted(
-        tokenised_prompts(3)["input_ids"]
-    )
-
-
 def test_responses_are_sampled_anew_for_every_rollout_from_the_next_prompts(tmp_path):
     data = tiny.tiny_prompts(8)
     trainer = ppo_trainer(tmp_path, {"train_dataset": data})
@@ -201,12 +178,6 @@ def test_shuffling_can_be_switched_off(tmp_path, shuffled):
     trainer = ppo_run(tmp_path, {"train_dataset": data}, max_steps=1, shuffle_dataset=shuffled)
     in_order = tokens()(data["prompt"][:4])["input_ids"]
     assert (prompts_of(trainer.run_state.rollout) == in_order) is not shuffled
-
-
-def test_stream_of_prompts_trains(tmp_path):
-    trainer = ppo_run(tmp_path, {"train_dataset": tiny.tiny_prompts(16).to_iterable_dataset()}, total_episodes=12)
-    assert trainer.state.global_step == 6
-    assert len(logged(trainer, "reward/score")) == 3
 
 
 def test_collator_is_refused_for_a_stream_of_text_when_it_first_shows(tmp_path):

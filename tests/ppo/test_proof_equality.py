@@ -1,7 +1,4 @@
-"""Equality: the policy term is GRPO's, CUDA computes what a CPU does, the first step is exact.
-
-The whole loss is compared with a slow oracle in `test_proof_random.py`.
-"""
+"""The policy term is GRPO's, CUDA computes what a CPU does, the first step is exact; see also test_proof_random.py."""
 
 import pytest
 import torch
@@ -293,10 +290,7 @@ def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
 
 
 def trajectory(tmp_path, monkeypatch, **options):
-    """
-    Three rollouts of three epochs with plain gradient descent, in which rounding errors stay small. Returns the final
-    parameters, and how often the policy was asked for log-probabilities without a gradient.
-    """
+    """Parameters after three rollouts of plain gradient descent; how often log-probabilities were asked for early."""
     asked = []
     forward = PPOTrainerX._forward
 

@@ -1,7 +1,7 @@
-"""Invariance: loss and gradient do not depend on how a batch is cut; steps are taken, or left out, as the options say.
+"""Loss and gradient do not depend on how a batch is cut; steps are taken, or left out, as the options say.
 
-What is compared is every optimizer step's gradient, every logged number and the parameters at the end, of runs on the
-same responses (`layouts.py`), whose lengths differ so much that a mean per micro-batch would be another loss.
+Compared is every gradient, logged number and final parameter of runs on the same responses (`layouts.py`), whose
+lengths differ so much that a mean per micro-batch would be another loss.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 import layouts
 import ppo_runs
+from measurements import difference
 from trl_ext import PPOTrainerX
 from trl_ext.ppo import trainer as trainer_module
 
@@ -22,25 +23,6 @@ TOLERANCE = 1e-5
 @pytest.fixture(autouse=True)
 def _no_warning_of_rollout_func(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-def difference(one, other):
-    """The largest relative difference of two measurements: of gradients and parameters by the norm, of logged numbers.
-
-    What is nearly 0, such as the mean of whitened advantages, counts as 0.1: there float32 has digits after the point,
-    not significant ones.
-    """
-    tensors = zip([*one["gradients"], one["parameters"]], [*other["gradients"], other["parameters"]], strict=True)
-    largest = 0.0
-    for mine, theirs in tensors:
-        assert mine.keys() == theirs.keys()
-        for name, tensor in theirs.items():
-            largest = max(largest, (mine[name] - tensor).norm().item() / max(tensor.norm().item(), 0.1))
-    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, number in theirs.items():
-            largest = max(largest, abs(mine[key] - number) / max(abs(number), 0.1))
-    return largest
 
 
 # Micro-batches
@@ -127,10 +109,7 @@ def test_rollout_is_learned_from_in_epochs_times_mini_batches_steps(tmp_path, mo
 
 @pytest.mark.integration
 def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
-    """
-    Each epoch shows every sequence once, and which ones share an optimizer step differs from epoch to epoch. A micro-
-    batch knows the tokens of its mini-batch.
-    """
+    """Each epoch shows every sequence once, in other mini-batches, whose tokens a micro-batch knows."""
     drawn = []
     draw = trainer_module.draw_micro_batches
 
@@ -194,10 +173,7 @@ STOPPING = {"target_kl": 1e-6, "num_ppo_epochs": 4, "weight_decay": 0.1, "learni
 @pytest.mark.parametrize("critic", ["model", "head"])
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
 def test_target_kl_leaves_every_parameter_bitwise_while_steps_count(tmp_path, critic, num_mini_batches):
-    """
-    The first optimizer step has the policy that sampled, KL 0. The second sees how far that went, still takes its own
-    step, and is the last to learn; so in both rollouts.
-    """
+    """The first step has KL 0; the second sees how far that went, and is the last to learn; so in both rollouts."""
     trainer, keep = kept_run(tmp_path, critic=critic, num_mini_batches=num_mini_batches, **STOPPING)
     per_rollout = 4 * num_mini_batches
     assert trainer.state.global_step == 2 * per_rollout

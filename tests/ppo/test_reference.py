@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from families.configs import member
 from plain import plain_logps
-from ppo_runs import changed, log_lines, logged, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
+from ppo_runs import changed, log_lines, logged, ppo_run, ppo_trainer, sequences, snapshot
 
 
 def lora(**options):
@@ -142,14 +142,6 @@ def test_adapter_that_changes_the_model_at_the_start_is_an_error(tmp_path):
         trainer.train()
 
 
-def test_reference_copy_that_has_moved_is_an_error(tmp_path):
-    trainer = ppo_trainer(tmp_path)
-    with torch.no_grad():
-        trainer.ref_model.lm_head.weight[10] += 0.1
-    with pytest.raises(ValueError, match="must be 0 before the first step"):
-        trainer.train()
-
-
 def with_small_adapter(folder):
     return ppo_trainer(folder, {"peft_config": lora(init_lora_weights=False, lora_alpha=0.1)}, bf16=True, use_cpu=True)
 
@@ -205,18 +197,6 @@ def test_dropout_is_off_in_all_four_models(tmp_path, actor):
         assert torch.equal(once, twice)
         model.eval()
     trainer.train()
-    (line,) = log_lines(trainer)
-    assert line["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
-    assert line["kl/ref"] == 0.0
-
-
-def test_dropout_of_an_adapter_is_off(tmp_path):
-    trainer = ppo_run(
-        tmp_path,
-        {"peft_config": lora(lora_dropout=0.5), "reward_model": None, "reward_funcs": response_lengths},
-        kl_placement="reward",
-        max_steps=1,
-    )
     (line,) = log_lines(trainer)
     assert line["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert line["kl/ref"] == 0.0

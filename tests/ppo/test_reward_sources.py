@@ -46,10 +46,7 @@ def record_inputs(model):
 
 
 def as_read(rollout):
-    """
-    The token ids that a reward model with the actor's tokenizer reads of each sequence: prompt and response as they
-    were sampled, and the end token, also of a response that was cut off, in the place of another special token.
-    """
+    """What a reward model with the actor's tokenizer reads: the sampled ids, with eos for a special one at last."""
     special = {*range(len(tiny.SPECIAL_TOKENS)), len(tiny.VOCABULARY)}  # [PAD] behind the vocabulary
     words = [
         (prompt, response[:-1] if response[-1] in special else response) for prompt, response in sequences(rollout)

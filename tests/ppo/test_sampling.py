@@ -1,8 +1,6 @@
 """
-Responses are sampled from the distribution that is scored: the full one at `temperature`.
-
-Expected tokens come from a loop that draws them one at a time from the softmax of the model's plain forward, without
-cache, padding or `generate`, by the same random numbers.
+Responses are sampled from the distribution that is scored, at `temperature`: expected tokens are drawn one at a time
+from the model's plain forward, by the same random numbers.
 """
 
 import json

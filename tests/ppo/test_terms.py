@@ -1,7 +1,7 @@
 """terms.py: the terms against an oracle, their total, and what the reduction promises."""
 
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -101,11 +101,6 @@ def test_only_the_total_keeps_its_graph():
     assert not terms.ratio_max.requires_grad
 
 
-def test_terms_cannot_be_overwritten():
-    with pytest.raises(FrozenInstanceError):
-        terms_of(oracles.batch()).kl = None
-
-
 def test_terms_left_out_are_none_and_leave_the_rest_as_it_is():
     b = oracles.batch()
     without, zero = terms_of(b, kl=None), terms_of(b, kl=torch.zeros_like(b.logps), aux_loss=torch.tensor(0.0))
@@ -188,11 +183,6 @@ def test_a_batch_without_tokens_gives_zeros_and_no_gradient():
     assert terms.total == 0
     assert terms.ratio_max == -math.inf
     assert not any(gradient.any() for gradient in gradients(b, [terms]))
-
-
-def test_number_of_tokens_may_be_a_tensor():
-    b = oracles.batch()
-    assert terms_of(b, num_tokens=50).total == terms_of(b, num_tokens=torch.tensor(50)).total
 
 
 def test_a_shape_that_would_broadcast_is_refused():

@@ -171,10 +171,3 @@ def test_script_for_trl112_runs_with_only_its_import_changed(monkeypatch, tmp_pa
         assert all("lora_" in name for name in load_file(saved / "adapter_model.safetensors"))
     else:
         assert set(load_file(saved / "model.safetensors")) == set(tiny.tiny_actor().state_dict())
-
-
-def test_control_estimator_k1_is_refused_in_the_loss_and_runs_in_the_reward(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="`kl_placement='reward'`"):
-        run_script(monkeypatch, tmp_path, "--kl_estimator", "k1")
-    names = run_script(monkeypatch, tmp_path, "--kl_estimator", "k1", "--kl_placement", "reward")
-    assert all("terms/kl" not in line for line in log_lines(names["trainer"]))

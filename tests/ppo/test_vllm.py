@@ -1,7 +1,4 @@
-"""
-Generation with vLLM, without vLLM: TRL's own code between the trainer and a stand-in for the program outside, which
-samples from the weights that it is sent and nothing else (tests/helpers/fake_vllm.py).
-"""
+"""TRL's own code between the trainer and a stand-in for vLLM, which samples from what it is sent and nothing else."""
 
 import math
 

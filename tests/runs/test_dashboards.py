@@ -49,10 +49,7 @@ def test_tensorboard_gets_every_number(tmp_path, name, monkeypatch):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trackio_gets_every_number(tmp_path, name, monkeypatch):
-    """
-    Read from the database that its dashboard shows; nothing leaves the machine. An evaluation behind the training is
-    in the same run: trackio closes its run with the training, and TRL logs while PPO generates.
-    """
+    """Into one run of its dashboard's database, an evaluation behind the training too."""
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
     trainer = RUNS[name](tmp_path / "run", report_to="trackio", project="dashboards")
     trainer.evaluate(trainer.train_dataset)

@@ -82,6 +82,17 @@ def test_accelerate_file_starts_what_it_says(name, monkeypatch):
         assert started.options["rdzv_endpoint"] == "10.0.0.1:29500"
 
 
+@pytest.mark.parametrize("name", ["zero3_2nodes", "zero3_4nodes"])
+def test_processes_of_several_machines_are_those_of_one(name, monkeypatch):
+    """What each is told, but for the machines; so the proof of layouts runs those of one."""
+    monkeypatch.chdir(ROOT)
+    one = launch(ACCELERATE / "zero3.yaml", "--num_processes", "2").environment
+    each = launch(ACCELERATE / f"{name}.yaml", "--num_machines", "1", "--num_processes", "2").environment
+    fields = {"deepspeed_config_file", "deepspeed_multinode_launcher", "zero3_init_flag"}
+    assert set(each.pop("ACCELERATE_CONFIG_DS_FIELDS").split(",")) == fields
+    assert each == {key: value for key, value in one.items() if key != "ACCELERATE_CONFIG_DS_FIELDS"}
+
+
 def test_single_starts_one_process():
     config = yaml.safe_load((ACCELERATE / "single.yaml").read_text())
     assert (config["distributed_type"], config["num_processes"], config["num_machines"]) == ("NO", 1, 1)

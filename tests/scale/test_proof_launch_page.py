@@ -1,7 +1,4 @@
-"""
-The commands of docs/launch.md run as they stand, but for models and data, which are tiny, sizes, and the numbers of
-processes; the two machines are two launchers on this one.
-"""
+"""The commands of docs/launch.md run as they stand, on tiny models and data; two machines are two launchers here."""
 
 import json
 import os

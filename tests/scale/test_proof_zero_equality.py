@@ -1,8 +1,6 @@
 """
-One process, two under DDP, ZeRO-2 and ZeRO-3: the same losses, gradient norms and final weights, over ten steps.
-
-The responses are given (`tests/helpers/layouts.py`), their lengths so different that a mean of means would be another
-number. AdamW and clipping are on, as in a real run; models come from disk, so that ZeRO-3 loads them in shares.
+One process, two under DDP, ZeRO-2 and ZeRO-3: the same losses, gradient norms and final weights, over ten steps of
+AdamW with clipping, on given responses whose lengths differ so much that a mean of means would be another number.
 """
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 import equality_worker
 import two_processes
 import zero_runs
+from measurements import differences
 
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
@@ -32,22 +31,6 @@ def measured(folder):
 @pytest.fixture(scope="module", params=equality_worker.CASES)
 def case_and_alone(request, folder):
     return request.param, equality_worker.run(request.param, folder, None, 8)
-
-
-def differences(one, other):
-    """
-    By what was compared, the largest relative difference: of logged numbers, and of parameters by their norms. What
-    is nearly 0, such as the mean of whitened advantages, counts as 0.1.
-    """
-    largest = {}
-    for mine, theirs in zip(one["lines"], other["lines"], strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, number in theirs.items():
-            largest[key] = max(largest.get(key, 0.0), abs(mine[key] - number) / max(abs(number), 0.1))
-    assert one["parameters"].keys() == other["parameters"].keys()
-    for name, tensor in other["parameters"].items():
-        largest[name] = (one["parameters"][name] - tensor).norm().item() / max(tensor.norm().item(), 0.1)
-    return largest
 
 
 @pytest.mark.parametrize("layout", equality_worker.LAYOUTS)

@@ -52,10 +52,7 @@ def test_control_trl_gathers_the_critic_too_and_waits_at_every_token(measured):
 
 
 def test_weights_are_gathered_for_every_token_where_they_do_not_fit(measured):
-    """
-    `ds3_gather_for_generation=False`: nothing is kept, so each token costs what a rollout does otherwise; but for the
-    first, which finds what the pass before it has left.
-    """
+    """Each token costs what a rollout does otherwise; but for the first, which finds what the pass before it left."""
     for _, gathered, _, longest in measured["per token"]["rollouts"]:
         assert gathered >= (longest - 1) * share([size for size in ACTOR if size > SMALL])
 

@@ -1,8 +1,6 @@
 """
-Every recipe trains, on tiny models in the places of its own: two short steps with the optimizer of a CPU.
-
-Those that name a DeepSpeed file are for several GPUs: `tests/cli/test_dry_run.py` runs them dry, the proofs of
-`tests/scale` train what they name in two processes.
+Every recipe trains, on tiny models in the places of its own, two short steps. Those that name a DeepSpeed file are
+for several GPUs: test_dry_run.py runs them dry, the proofs of tests/scale train what they name.
 """
 
 import json

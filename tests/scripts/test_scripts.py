@@ -14,11 +14,9 @@ import tiny
 from cli_runs import flags
 from commands import command
 from trl_ext.cli.data import DataArguments, load_splits
-from trl_ext.data import demo
 from trl_ext.data.conversions import to_preference
 
 
-ROOT = Path(__file__).parents[2]
 # Of TRL, transformers and torch themselves, on the way through a whole script.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
@@ -205,24 +203,6 @@ def test_dpo_trains_an_adapter_that_is_scored_without_a_reference(paths, dpo_run
     # On a quantised base TRL trains the adapter in bfloat16; here it is read in float32.
     assert mean == pytest.approx(after["eval_rewards/margins"], abs=1e-2 if quantised else 1e-5)
     assert abs(mean) > 2e-2
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_commands_run_on_the_embedded_data_without_a_dataset(paths, monkeypatch):
-    texts = [f"{tiny.WORDS[i % 50]} film {tiny.WORDS[i // 50]} and bird and cat" for i in range(200)]
-    rows = [{"text": text, "rating": i % 5 - 2.0, "source": str(i)} for i, text in enumerate(texts)]
-    monkeypatch.setattr(demo, "movie_reviews", lambda: Dataset.from_list(rows))
-    monkeypatch.setattr(demo, "smollm2", lambda: paths["actor"])
-    reward, ppo, dpo, scores = (paths["folder"] / f"demo-{name}" for name in ("reward", "ppo", "dpo", "scores"))
-    of_pairs = {"train_size": 8, "test_size": 4, "max_steps": 1, "per_device_train_batch_size": 4}
-    command("reward").main(flags(output_dir=reward, **of_pairs))
-    short = {"per_device_train_batch_size": 2, "test_size": 2, "total_episodes": 4, "response_length": 3}
-    command("ppo").main(flags(output_dir=ppo, reward_model_path=reward, **short))
-    command("dpo").main(flags(output_dir=dpo, per_device_eval_batch_size=4, **of_pairs))
-    assert all((folder / "metrics.json").exists() for folder in (reward, ppo, dpo))
-    monkeypatch.setattr(command("score"), "DEMO_POLICY", str(dpo))
-    command("score").main(flags(output_file=scores, test_size=4))
-    assert len(scores.read_text().splitlines()) == 4
 
 
 def test_dpo_knows_every_flag_of_trl_dpo(capsys):
