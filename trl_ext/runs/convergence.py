@@ -41,10 +41,12 @@ class Trend:
 
     @property
     def is_up(self) -> bool:
+        """Return whether they have risen by more than the interval."""
         return self.rise > self.half_width
 
     @property
     def is_down(self) -> bool:
+        """Return whether they have fallen by more than the interval."""
         return self.rise < -self.half_width
 
 
