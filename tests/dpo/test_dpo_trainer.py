@@ -32,7 +32,9 @@ def losses(trainer):
 
 
 def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name.startswith("trl_ext.dpo")]
+    return [
+        record.getMessage() for record in caplog.records if record.name.startswith(("trl_ext.dpo", "trl_ext.packing"))
+    ]
 
 
 @pytest.fixture
@@ -316,7 +318,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_pair(tmp_path)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 6}
 
 
-UNSHARED = r"Prefixes are not shared \(actor\): "
+UNSHARED = r"Rows are padded for the actor, not packed: "
 REASONS = {
     "dropout": (
         {"model": lambda: dpo_runs.tiny_model(attention_dropout=0.3)},
@@ -337,7 +339,7 @@ REASONS = {
     "rotary embedding": (
         {"model": lambda: dpo_runs.tiny_model(rope_parameters=DYNAMIC)},
         {"max_length": None},
-        r"Prefixes are shared \(actor\) in batches whose sequences have at most 6 tokens.*rope_parameters",
+        r"Rows of the actor are packed in batches whose sequences have at most 6 tokens.*rope_parameters",
     ),
 }
 

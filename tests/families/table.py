@@ -109,8 +109,8 @@ def _reasons(title: str, reasons: dict[str, str]) -> str:
 
 def _in_short(reason: str) -> str:
     """What speaks against shared rows where that is in it, without the role; safe in Markdown."""
-    parts = [part for part in re.split(r"; (?=[A-Z])", reason) if part.startswith("Prefixes are")] or [reason]
-    short = re.sub(r"^(Prefixes are not shared \(\w+\)|ValueError): ", "", parts[0])
+    parts = [part for part in re.split(r"; (?=[A-Z])", reason) if part.startswith("Rows ")] or [reason]
+    short = re.sub(r"^(Rows are padded for the \w+, not packed|ValueError): ", "", parts[0])
     texts = short.split("`")  # every second one is code
     texts[::2] = [re.sub(r"([<>|\[\]])", r"\\\1", text) for text in texts[::2]]
     return "`".join(texts)

@@ -139,7 +139,7 @@ def test_noise_of_the_trainer_is_refused(tmp_path):
 
 def test_shared_rows_and_noise_that_is_wanted_do_not_go_together(tmp_path, caplog):
     dpo_runs.dpo_trainer(tmp_path, neftune_noise_alpha=5.0, disable_dropout=False)
-    assert "Prefixes are not shared (actor): `neftune_noise_alpha` adds noise" in caplog.text
+    assert "Rows are padded for the actor, not packed: `neftune_noise_alpha` adds noise" in caplog.text
 
 
 def test_rows_are_not_shared_where_noise_that_is_wanted_has_no_number_to_see(tmp_path, caplog):
@@ -149,7 +149,7 @@ def test_rows_are_not_shared_where_noise_that_is_wanted_has_no_number_to_see(tmp
     mlp.register_forward_hook(lambda module, args, output: nn.functional.dropout(output, 0.3, module.training))
     assert not has_noise(model)
     dpo_runs.dpo_trainer(tmp_path, {"model": model}, disable_dropout=False)
-    assert "Prefixes are not shared (actor): dropout is active" in caplog.text
+    assert "Rows are padded for the actor, not packed: dropout is active" in caplog.text
     caplog.clear()
     dpo_runs.dpo_trainer(tmp_path, disable_dropout=False)  # the control
     assert "not shared" not in caplog.text

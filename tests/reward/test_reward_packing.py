@@ -154,7 +154,7 @@ REASONS = {  # family, its options, those of the run, what the log says
         "llama",
         {"rope_parameters": DYNAMIC},
         {},
-        "Rows of the reward model are packed up to sequences of 6 tokens (rope_parameters)",
+        "Rows of the reward model are packed in batches whose sequences have at most 6 tokens",
     ),
 }
 

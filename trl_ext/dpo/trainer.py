@@ -41,6 +41,7 @@ from ..models.rounding import warn_of_casting, warn_of_rounding
 from ..models.sharding import check_unquantized, is_partitioned
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
+from ..packing.forward import warn_of_padding
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
@@ -244,20 +245,11 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 self._pack(why_not_run(self.args, actor))
 
     def _pack(self, of_run: str | None) -> None:
-        """Share prefixes where that is exact and nothing `of_run` speaks against it; say where and up to what not."""
+        """Pack rows where that is exact and nothing `of_run` speaks against it; say where and up to what not."""
         for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
             with self.accelerator.autocast():  # as in training
                 reason = of_run or forward.pack(self.aux_loss_enabled and role == "actor")
-            if reason is not None:
-                logger.warning("Prefixes are not shared (%s): %s.", role, reason)
-                continue
-            packing, names = forward.packing, ", ".join(forward.packing.limited_by)
-            if packing.limit is not None and (self.args.max_length or packing.limit + 1) > packing.limit:
-                up_to = "batches whose sequences have at most %d tokens: longer ones would see the difference (%s)."
-                logger.warning(f"Prefixes are shared (%s) in {up_to}", role, packing.limit, names)
-            if packing.row_limit is not None:
-                up_to = "rows of at most %d tokens: the model counts places in the row (%s)."
-                logger.warning(f"Prefixes are shared (%s) in {up_to}", role, packing.row_limit, names)
+            warn_of_padding(reason, f"the {role}", forward.packing, self.args.max_length)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         self._score_pairs()

@@ -248,12 +248,15 @@ def _longer_than(length: int) -> list[tuple[int, int, int]]:
     return pairs
 
 
-def warn_of_padding(reason: str | None, name: str, packing: PackedForward) -> None:
-    """Say, once, where a model's rows stay padded, and why."""
+def warn_of_padding(reason: str | None, name: str, packing: PackedForward, longest: int | None = None) -> None:
+    """Say, once, where a model's rows stay padded, and why; `longest` is how many tokens a sequence may have."""
     names = ", ".join(packing.limited_by)
     if reason is not None:
         logger.warning("Rows are padded for %s, not packed: %s.", name, reason)
-    elif packing.limit is not None:
-        logger.warning("Rows of %s are packed up to sequences of %d tokens (%s).", name, packing.limit, names)
-    elif packing.row_limit is not None:
-        logger.warning("Rows of %s are packed up to %d tokens (%s).", name, packing.row_limit, names)
+        return
+    if packing.limit is not None and (longest is None or longest > packing.limit):
+        up_to = "in batches whose sequences have at most %d tokens: longer ones would see the difference (%s)."
+        logger.warning(f"Rows of %s are packed {up_to}", name, packing.limit, names)
+    if packing.row_limit is not None:
+        up_to = "up to %d tokens: the model counts places in the row (%s)."
+        logger.warning(f"Rows of %s are packed {up_to}", name, packing.row_limit, names)

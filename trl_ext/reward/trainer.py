@@ -136,7 +136,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
             reason = "`torch_compile` would compile anew for every batch"
         with self.accelerator.autocast():  # as in training
             reason = reason or self._scores.packing.switch_on()
-        warn_of_padding(reason, "the reward model", self._scores.packing)
+        warn_of_padding(reason, "the reward model", self._scores.packing, self.args.max_length)
 
     def _check_known(self) -> None:
         tokenizer: Any = self.processing_class
