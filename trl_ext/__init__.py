@@ -45,31 +45,25 @@ __all__ = [
     "save_base_fingerprint",
 ]
 
-# Public name -> its module, imported on first use: the mathematics loads without TRL.
+# Public name -> its module, if that is not `callbacks`; imported on first use: the mathematics loads without TRL.
 _HOMES = {
-    "ConvergenceCallback": ".callbacks",
     "DPOConfigX": ".dpo.config",
     "DPOTrainerX": ".dpo.trainer",
     "ImplicitReward": ".dpo.implicit_reward",
-    "ImplicitRewardCallback": ".callbacks",
-    "KLControlCallback": ".callbacks",
     "PPOConfigX": ".ppo.config",
     "PPOTrainerX": ".ppo.trainer",
-    "PreferenceAccuracyCallback": ".callbacks",
-    "ReportCallback": ".callbacks",
     "RewardConfigX": ".reward.config",
     "RewardTrainerX": ".reward.trainer",
-    "SampleCallback": ".callbacks",
     "ValueHead": ".ppo.roles.critic",
     "save_base_fingerprint": ".models.fingerprint",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_HOMES.get(name, ".callbacks"), __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -67,17 +67,10 @@ if not SUPPORTED[0] <= Version(Version(trl.__version__).base_version) < SUPPORTE
 
 class FusedHead:
     """
-    TRL's fused head of a causal LM that `add_fused_lm_head` has patched.
-
-    TRL finds the soft cap and the scale of the logits in the config under the names that most architectures use; those
-    of other architectures are set here.
-
-    Attributes:
-        temperature: of the logits, which are divided by it.
-        outputs: the requested fields.
+    TRL's fused head of a causal LM that `add_fused_lm_head` has patched; its `temperature`, which divides the logits,
+    and the requested `outputs`. TRL finds the soft cap and the scale of the logits in the config under the names that
+    most architectures use; those of other architectures are set here.
     """
-
-    SOFT_CAPS, DIVISORS = ("logits_soft_cap",), ("logits_mup_width_multiplier",)
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -86,12 +79,10 @@ class FusedHead:
         self.temperature: float = self._cells["temperature"].cell_contents
         self.outputs: tuple[str, ...] = self._cells["outputs"].cell_contents
         config = model.config.get_text_config()
-        for name in self.SOFT_CAPS:
-            if getattr(config, name, None) is not None:
-                self._cells["final_logit_softcapping"].cell_contents = getattr(config, name)
-        for name in self.DIVISORS:
-            if getattr(config, name, None) is not None:
-                self._cells["logit_scale"].cell_contents = 1 / getattr(config, name)
+        if (soft_cap := getattr(config, "logits_soft_cap", None)) is not None:
+            self._cells["final_logit_softcapping"].cell_contents = soft_cap
+        if (divisor := getattr(config, "logits_mup_width_multiplier", None)) is not None:
+            self._cells["logit_scale"].cell_contents = 1 / divisor
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, V) of trunk states (n, H), float32 and divided by the temperature."""
@@ -140,11 +131,9 @@ def gathered_for_generation(
     gradient_checkpointing_kwargs: dict[str, Any] | None,
 ) -> Iterator[None]:
     """
-    Within the context, GRPO's generation under ZeRO-3 uses the full weights of `parameters`, gathered once, here.
-
-    GRPO would gather every parameter of the engine in each turn of a conversation with tools, and ranks have different
-    numbers of turns. `generate` would wait for the other ranks at each token, as it must if a forward pass gathers
-    weights.
+    Within the context, GRPO's generation under ZeRO-3 uses the full weights of `parameters`, gathered once, here. GRPO
+    would gather every parameter in each turn of a conversation with tools, of which ranks have different numbers, and
+    `generate` would wait for the other ranks at each token.
     """
     import deepspeed
 

@@ -20,11 +20,9 @@ class ImplicitRewardCallback(TrainerCallback):
     """
     Shows a table of pairs with the implicit rewards r = β log(π_θ / π_ref) of both completions, at the start, at every
     evaluation or every `every` steps, and at the end: on the terminal, and in `implicit_rewards/step_<step>.jsonl`,
-    which the report shows. The log has means over many pairs; this shows single pairs. The reference is the model as
-    it is when training starts, as in DPO, so no second model is held in memory.
-
-    Works with any trainer of a causal language model: for PPO and GRPO it shows how their policy would order the
-    pairs.
+    which the report shows. The reference is the model as it is when training starts, so no second model is held in
+    memory. Works with any trainer of a causal language model: for PPO and GRPO it shows how their policy would order
+    the pairs.
 
     Args:
         pairs: rows with `prompt`, `chosen` and `rejected`, text or conversation, such as the first few of a dataset;

@@ -27,10 +27,7 @@ class ReportCallback(TrainerCallback):
     Writes `report.html` into the run's folder, at the end and, while it runs, at most every `seconds` seconds; the
     page reloads itself until the run is done. Also writes `report.png` at the end, `run.json`, what is trained on
     what, and `trainer_state.json`, the log so far, from which `trl-ext report` makes the same page, or one of several
-    runs.
-
-    Drawing takes a second or two of the main process. A page that cannot be written is a warning, not the end of the
-    run.
+    runs. A page that cannot be written is a warning, not the end of the run.
 
     Args:
         seconds: at least this long between two pages, each at a log line. 0: at the end only.

@@ -17,11 +17,8 @@ class SampleCallback(TrainerCallback):
     Completes the same prompts every `every` steps and at the end, and shows them beside the reference's completions: a
     table on the terminal, and `samples/step_<step>.jsonl` in the run's folder, which the report shows. Decoding is
     greedy, so only the model changes and no random number is drawn. The reference is the model as it is when training
-    starts, so it is asked once, and no second model is held in memory.
-
-    For any trainer of a causal language model. `DPOTrainerX` has `generate_during_eval`, at evaluations and for
-    held-out prompts; `PPOTrainerX` and `GRPOTrainer` have `log_completions`, for the prompts of the batch and without
-    a reference.
+    starts, so no second model is held in memory. For any trainer of a causal language model; those here also show
+    completions of held-out prompts (`generate_during_eval`, `log_completions`).
 
     Args:
         prompts: texts, or conversations, which the tokenizer's chat template renders.

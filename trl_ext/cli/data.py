@@ -77,11 +77,8 @@ def load_splits(
     convert: Callable[[Any, Mapping[str, str]], Any],
 ) -> DatasetDict:
     """
-    Return the splits `train` and `test`.
-
-    Args:
-        own: makes them, from `train_size` and `test_size`, if the user gives no data.
-        convert: `to_preference` or `to_prompts`, which gets the columns to rename.
+    Return the splits `train` and `test`, with the columns that the user renames converted by `to_preference` or
+    `to_prompts`; without data of the user's own, what `own` makes from `train_size` and `test_size`.
     """
     if args.dataset_name is None and not args.datasets:
         return own(args.train_size, args.test_size)

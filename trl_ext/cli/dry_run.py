@@ -24,6 +24,7 @@ from ..ppo.roles.inputs import Given, check_given
 from ..runs.folder import checkpoint_of, is_local
 from ..runs.requirements import require_writable
 from ..runs.steps_left import require_steps_left
+from .data import require_steps
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
 from .models import path_of, require_judges
@@ -51,12 +52,13 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
             check_ppo(data, path, adapter, args, splits, tokenizer)
             longest, sample = prompts(rows, tokenizer, args)
         else:
+            require_steps(rows, args.max_steps)
             check_columns(rows, splits["test"], lambda: tokenizer)
             longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
         size = len(rows) if isinstance(rows, Dataset) else None
-        steps = optimizer_steps(command, args, size, count)
+        steps, text = batches(command, args, size, count)
         require_steps_left(checkpoint, steps)
-        print(batches(command, args, size, count, steps), end="\n\n")
+        print(text, end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
     print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
@@ -74,9 +76,7 @@ def as_if_of(count: int) -> Iterator[None]:
 
 
 def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
-    """
-    Raise `PPOTrainerX`'s own errors about prompts and models, but not for a reward model that is still to be trained.
-    """
+    """Raise `PPOTrainerX`'s own errors about prompts and models; a reward model may still have to be trained."""
     judge = args.reward_model_path
     given = Given(model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge)
     if judge is not None and is_local(judge) and not Path(judge).is_dir():
@@ -89,28 +89,20 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
 
 
-def batches(command: str, args: Any, rows: int | None, count: int, steps: int) -> str:
-    """Return the size and the number of optimizer steps in words, as the trainer counts them."""
+def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int, str]:
+    """Return the number of optimizer steps, and the batches in words, as the trainer counts them."""
     if command == "ppo":
-        return batch_plan(PPOLoopConfig(args), rows)
-    per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        loop = PPOLoopConfig(args)
+        return planned_steps(loop, rows), batch_plan(loop, rows)
+    per_device, accumulated, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps
+    if steps <= 0:
+        per_epoch = math.ceil(math.ceil((rows or 0) / (per_device * count)) / accumulated)
+        steps = math.ceil(args.num_train_epochs * per_epoch)
     of = f"{rows} pairs" if rows is not None else "a stream of pairs"
-    return (
+    return steps, (
         f"{command.upper()} plan: {per_device * accumulated * count} pairs per optimizer step ({per_device} × "
         f"{accumulated} accumulated × {count} process(es)); {steps} optimizer steps over {of}."
     )
-
-
-def optimizer_steps(command: str, args: Any, rows: int | None, count: int) -> int:
-    """Count the optimizer steps that there will be, as the trainer does."""
-    if command == "ppo":
-        return planned_steps(PPOLoopConfig(args), rows)
-    if args.max_steps > 0:
-        return args.max_steps
-    if rows is None:
-        raise ValueError("A stream has no length: give `--max_steps`.")
-    batches_per_epoch = math.ceil(rows / (args.per_device_train_batch_size * count))
-    return math.ceil(args.num_train_epochs * math.ceil(batches_per_epoch / args.gradient_accumulation_steps))
 
 
 def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:

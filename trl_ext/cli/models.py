@@ -44,11 +44,9 @@ class ModelArguments(ModelConfig):
 
     def adapter(self, task: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftConfig | None:
         """
-        Return the config of the adapter to train; `None` without --use_peft. `task` is PEFT's type of what is trained,
-        and `modules_to_save` are trained in full where none are given.
-
-        Raises:
-            ValueError: for another task type, an invalid pattern of modules, or quantised weights without an adapter.
+        Return the config of the adapter to train, of PEFT's type `task`, with `modules_to_save` where none are given;
+        `None` without --use_peft. `ValueError` for another type, an invalid pattern, or quantised weights without an
+        adapter.
         """
         if self.lora_task_type not in ("CAUSAL_LM", task):
             raise ValueError(f"`lora_task_type` is {self.lora_task_type}; this command trains {task}: leave it out.")

@@ -62,10 +62,9 @@ def read(
     defaults: dict[str, Any] | None = None,
 ) -> Options:
     """
-    Read the options; of the classes' own defaults, `defaults`, the YAML recipe and the flags, the later wins.
-
-    The recipe is the file given with `--config`. Without one, and without a dataset of the user's own, it is the
-    installed recipe `demo`, whose settings fit the embedded data. Its `env` is put into the environment, as TRL does.
+    Read the options; of the classes' own defaults, `defaults`, the YAML recipe and the flags, the later wins. The
+    recipe is the file given with `--config`; without one, and without a dataset of the user's own, it is the installed
+    recipe `demo`, whose settings fit the embedded data. Its `env` is put into the environment, as TRL does.
 
     Raises:
         ValueError: for an unknown key or flag, with the nearest one, or a recipe that does not exist.

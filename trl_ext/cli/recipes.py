@@ -12,11 +12,8 @@ INSTALLED = Path(__file__).resolve().parents[1] / "configs"
 
 def find_config(name: str | Path, folder: str = "") -> Path:
     """
-    Return the path of a recipe, an accelerate file or a DeepSpeed file, given as a path or as the name of an installed
-    one: `configs/dpo/demo.yaml`, `dpo/demo`, or a bare name in a `folder` of `configs/`, such as zero3 in accelerate.
-
-    Raises:
-        ValueError: when there is no such file, with the nearest names.
+    Return the path of a recipe, an accelerate file or a DeepSpeed file: a path, or the name of an installed one such
+    as `dpo/demo`, or zero3 in the `folder` accelerate. `ValueError` when there is none, with the nearest names.
     """
     path = Path(name)
     if path.is_file():

@@ -85,11 +85,7 @@ SHARED = 5  # characters: answers that begin with fewer alike do so by chance
 @dataclass(frozen=True)
 class Format:
     """
-    What a dataset is.
-
-    Attributes:
-        name: of the format, a key of `FORMATS`; `None` for columns that make none of them.
-        columns: each column with what its first row holds, in words.
+    What a dataset is: the format's name, a key of `FORMATS`, or `None`; and each column with what its first row holds.
     """
 
     name: str | None
@@ -236,8 +232,11 @@ def _require_whole_prompts(dataset: Dataset | IterableDataset, task: str, name: 
     has_prompt = "prompt" in columns
     likely = LEFT_OUT[task] if has_prompt else (*SYSTEMS, *SYNONYMS["prompt"].split())
     lost = {column: unread[column] for column in likely if column in unread}
-    if not has_prompt and _have_nothing_in_common(dataset):  # the question must be somewhere
-        lost |= unread
+    if not has_prompt:
+        pairs = [(row.get("chosen"), row.get("rejected")) for row in islice(iter(dataset), LOOKED_AT)]
+        texts = [(squashed(a), squashed(b)) for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
+        if are_most([a[:SHARED] != b[:SHARED] for a, b in texts]):  # no prompt in common: it must be somewhere else
+            lost |= unread
     if not lost:
         return
     parts = (["prompt"] if has_prompt else []) + [column for column in lost if column not in SYSTEMS]
@@ -293,13 +292,6 @@ def _telling_rows(dataset: Dataset | IterableDataset, columns: list[str]) -> Ite
         if not any(row[column] for row in rows):
             filled = next((i for i, value in enumerate(dataset[column][:]) if value), None)
             yield from [] if filled is None else [dataset[filled]]
-
-
-def _have_nothing_in_common(dataset: Dataset | IterableDataset) -> bool:
-    """Return whether `chosen` and `rejected` are text that does not begin with a prompt, in most of the first rows."""
-    pairs = [(row.get("chosen"), row.get("rejected")) for row in islice(iter(dataset), LOOKED_AT)]
-    texts = [(a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
-    return are_most([squashed(a)[:SHARED] != squashed(b)[:SHARED] for a, b in texts])
 
 
 def _text_of_cell(value: Any) -> str:

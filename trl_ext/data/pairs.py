@@ -18,11 +18,8 @@ TO_ONE_KIND = " `trl_ext.data.conversions.to_preference(dataset)` makes turns of
 
 def check_columns(train_dataset: Any, eval_dataset: Any, tokenizer: Callable[[], Any]) -> None:
     """
-    Check the columns of preference pairs; `tokenizer` gives the tokenizer, `None` if that is not known yet.
-
-    Raises:
-        ValueError: for a dataset without these columns, or with anything in them but text or messages; for
-            conversations that the tokenizer has no chat template for.
+    Raise `ValueError` for preference pairs without their columns, with anything in them but text or messages, or with
+    conversations that the tokenizer, `None` if not known yet, has no chat template for.
     """
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **held_out}.items():

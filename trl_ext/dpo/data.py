@@ -99,14 +99,8 @@ def check_tokenised(
     dataset: Any, name: str, rows_before: int | None, max_length: int | None, context: int | None
 ) -> None:
     """
-    Check the lengths of a tokenised dataset.
-
-    Args:
-        rows_before: rows before TRL dropped those whose prompt fills `max_length`; `None` for a stream.
-        context: tokens the model can take.
-
-    Raises:
-        ValueError: for completions of no tokens, sequences beyond the model's context, or no rows left.
+    Raise `ValueError` for completions of no tokens, sequences beyond the model's `context`, or no rows left of a
+    tokenised dataset, of which TRL drops those whose prompt fills `max_length`; nothing is known of a stream.
     """
     if not isinstance(dataset, Dataset) or rows_before is None:
         return

@@ -31,10 +31,6 @@ class PairForward:
     """
     Scores pairs with `model`, whose forward TRL's `add_fused_lm_head` has patched; replaces that forward.
 
-    Args:
-        role: what the model is in the run, for errors.
-        silent: whether the model has to be without noise when it is trained.
-
     Attributes:
         head: what makes log-probabilities; it settles when packing is asked for, or at the first batch.
         packing: whether rows are packed, and how the model reads them.

@@ -26,13 +26,8 @@ def require_finite(
     step: int,
 ) -> None:
     """
-    Raise `FloatingPointError` for a loss that is NaN or infinite, with the step and the pair it comes from.
-
-    Args:
-        logps (2B,): log π_θ, chosen then rejected.
-        logratios (2B,): log π_θ/π_ref.
-        input_ids, attention_mask (2B, L).
-        step: optimizer steps taken so far.
+    Raise `FloatingPointError` for a loss that is NaN or infinite, with the step and the pair it comes from; logps and
+    log-ratios to the reference are (2B,), of chosen, then rejected completions.
     """
     if torch.isfinite(loss):
         return

@@ -170,8 +170,7 @@ def _tokenise(
 ) -> Cut:
     """
     Return the ids of prompt and completion, and how many belong to the prompt, as `trl.DPOTrainer` makes them of a
-    row: where the prompt ends depends on the pair's other completion too. `columns` has what a chat template reads
-    besides.
+    row: where the prompt ends depends on the pair's other completion too.
     """
     if isinstance(prompt, str):
         check_text(prompt, "a row", tokenizer)

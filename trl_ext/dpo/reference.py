@@ -101,13 +101,9 @@ def require_same_start(
     logratios: Tensor, lengths: Tensor, policy: nn.Module, reference: nn.Module | None, args: DPOConfigX
 ) -> None:
     """
-    Raise `ValueError` if a reference that was not given is another model than the one that training starts from.
-
-    Args:
-        logratios (N,): log π_θ/π_ref of completions before the first step, in nats.
-        lengths (N,): their tokens.
-        policy: the actor, perhaps a `PeftModel`.
-        reference: where it is a model of its own.
+    Raise `ValueError` if a reference that was not given is another model than the one that training starts from: by
+    log-ratios (N,) of completions before the first step, in nats, and their tokens. `reference` is given where it is a
+    model of its own.
     """
     typical = (logratios.square() / lengths.clamp(min=1)).mean().sqrt().item()
     if not typical > ROUNDING:  # what is not finite is reported elsewhere

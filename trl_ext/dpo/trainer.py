@@ -19,21 +19,10 @@ from trl import DPOTrainer
 from .._trl import unwrap_model_for_generation, use_adapter
 from ..data.pairs import check_columns, require_rows_left
 from ..data.rendering import with_template_kwargs
+from ..models import loading
 from ..models.adapter_copies import base_left_alone, check_base_is_kept, copied_whole
 from ..models.context import context_limit
 from ..models.generation import complete
-from ..models.loading import (
-    adapter_configs,
-    base_of,
-    check_no_adapter,
-    check_same_tokens,
-    known_tokens,
-    load_tokenizer,
-    restore_weights,
-    source_options,
-    text_config,
-    tokenizer_of,
-)
 from ..models.noise import disable_noise
 from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
 from ..models.quantization import is_fsdp
@@ -127,19 +116,21 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
         take_back(model)
-        check_columns(train_dataset, eval_dataset, partial(tokenizer_of, model, processing_class, args))
+        check_columns(train_dataset, eval_dataset, partial(loading.tokenizer_of, model, processing_class, args))
         if isinstance(model, str):
-            check_no_adapter(model, "model")
-        config = text_config(model, args)
+            loading.check_no_adapter(model, "model")
+        config = loading.text_config(model, args)
         if processing_class is None:  # TRL loads it, unchecked
-            load_tokenizer(path, **source_options(args))
+            loading.load_tokenizer(path, **loading.source_options(args))
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(ref_model, str):
-            check_no_adapter(ref_model, "ref_model")
+            loading.check_no_adapter(ref_model, "ref_model")
         if ref_model is not None:
-            check_vocabularies(config, text_config(ref_model, args, "ref_model"))
-            check_same_tokens(tokenizer_of(model, processing_class, args), ref_model, "ref_model", args)
+            check_vocabularies(config, loading.text_config(ref_model, args, "ref_model"))
+            loading.check_same_tokens(
+                loading.tokenizer_of(model, processing_class, args), ref_model, "ref_model", args
+            )
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
@@ -160,8 +151,8 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         elif ref_model is None:
             ref_model = copy_at_start(model, args, has_adapters)
         # 3. What a run keeps beside TRL's own
-        self._context = context_limit(config, *adapter_configs(model, kwargs.get("peft_config")))
-        self._known = known_tokens(model, config)
+        self._context = context_limit(config, *loading.adapter_configs(model, kwargs.get("peft_config")))
+        self._known = loading.known_tokens(model, config)
         self._ledgers = {"train": PreferenceLedger(), "eval": PreferenceLedger()}
         self._forwards: list[PairForward] = []
         self._eval_prefix = self._prefix_of_all = "eval"
@@ -223,7 +214,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         keep_4_bit_differentiable(actor)
         drop_checkpointing(actor, self.args)
-        models = {"model": base_of(actor)}
+        models = {"model": loading.base_of(actor)}
         if self.ref_model is not None:
             models["ref_model"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         # TRL has prepared the reference, and not yet the actor.
@@ -497,7 +488,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                     "`sync_ref_model` the reference has followed the policy, so the run cannot be resumed. Start a "
                     "new one from the checkpoint's model."
                 )
-            restore_weights(self.accelerator.unwrap_model(self.ref_model), folder)
+            loading.restore_weights(self.accelerator.unwrap_model(self.ref_model), folder)
 
     def _reference_is_spread(self) -> bool:
         return is_fsdp(self.args.fsdp) or is_partitioned(self.accelerator.unwrap_model(self.ref_model))
@@ -507,13 +498,13 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         if is_peft_model(self.model) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            restore_weights(self.model, resume_from_checkpoint)
+            loading.restore_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            restore_weights(self.model, self.state.best_model_checkpoint)
+            loading.restore_weights(self.model, self.state.best_model_checkpoint)
 
     def describe(self) -> Training:
         return dpo_training(self)

@@ -21,7 +21,6 @@ def context_limit(config: Any, *adapters: Any, generates: bool = False) -> int |
     has not learnt to read them.
 
     Args:
-        config: the text part of a language model's config.
         adapters: configs of the adapters in it; virtual tokens take positions too.
         generates: whether the model also writes. If so, the context ends where a dynamic rotary embedding begins to
             adapt: from there on the keys in the cache have another rotation than in one forward pass over the whole.

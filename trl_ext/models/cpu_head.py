@@ -17,14 +17,12 @@ class TokenLogProbs(torch.autograd.Function):
     """
     Statistics of softmax(states · weightᵀ · scale), each (N,), computed in tiles over the vocabulary: log π(target);
     the entropy −Σ_v p_v log p_v; log Σ_v p_v²; the mean logit; whether the target is the first of the largest logits.
-    The first two have gradients. Outputs that were not requested are `None`.
+    The first two have gradients. The last four are those named in `outputs`, else `None`.
 
     Args:
         states (N, H), weight (V, H): float32.
         targets (N,): token ids.
         scale: factor of the logits, 1 / temperature.
-        outputs: some of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1".
-        with_grad: whether a backward pass may follow.
     """
 
     @staticmethod

@@ -51,15 +51,11 @@ def init_kwargs(args: Any) -> dict[str, Any]:
 
 def text_config(model: Any, args: Any, name: str = "model", scores: bool = False) -> Any:
     """
-    Return the text part of the config of a model, or of a path or hub name.
-
-    Args:
-        args: the trainer's config, with `model_init_kwargs` and `trust_remote_code`.
-        name: the argument that the model was given as.
-        scores: whether it may be a model for scoring text.
+    Return the text part of the config of a model, or of a path or hub name, which may score text with `scores`.
 
     Raises:
-        ValueError: when the path holds no model, one that cannot be read, one for scoring text, or an encoder-decoder.
+        ValueError: when the path, given as `name`, holds no model, one that cannot be read or that scores text, or an
+            encoder-decoder.
     """
     if not isinstance(model, str):
         refuse_encoder_decoder(model.config, type(model).__name__)
@@ -164,12 +160,9 @@ def known_tokens(model: Any, config: Any) -> int | None:
 
 def check_known(ids: Iterable[int | None], known: int | None, tokenizer: Any, whose: str, where: str) -> None:
     """
-    Raise `ValueError` for an id without an embedding, as when tokens were added to the tokenizer alone.
-
-    Args:
-        ids: that the model will read; `None` is skipped.
-        known: how many tokens it has an embedding of.
-        whose: model it is, and `where` the ids come from, for the error.
+    Raise `ValueError` for an id, of those that a model will read, without an embedding, of which it has `known`, as
+    when tokens were added to the tokenizer alone. `whose` model it is, and `where` the ids come from, is for the
+    error.
     """
     unknown = None if known is None else next((i for i in ids if i is not None and not 0 <= i < known), None)
     if unknown is None:
@@ -282,8 +275,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
 
 
-def require_tokenizer(path: str, what: str) -> None:
-    """Raise `ValueError` for a folder without a tokenizer's files."""
+def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
+    """Load the tokenizer of a folder or hub name; raise `ValueError` if there is none that can be read."""
     if not path:
         raise ValueError("The model was not loaded from a folder with a tokenizer: give it as `processing_class`.")
     folder = Path(path)
@@ -292,11 +285,6 @@ def require_tokenizer(path: str, what: str) -> None:
             f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
             "Python give it as `processing_class`."
         )
-
-
-def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
-    """Load the tokenizer of a folder or hub name; raise `ValueError` if there is none that can be read."""
-    require_tokenizer(path, what)
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # of transformers, tokenizers, sentencepiece, the hub: each raises its own

@@ -66,12 +66,8 @@ def draws_noise(model: nn.Module) -> bool:
 def silence(model: nn.Module, name: str, answer: Callable[[], Tensor], allowed: float) -> None:
     """
     Switch off the noise of a model's training mode. Modules that still draw random numbers after [`disable_noise`]
-    compute as in evaluation mode from now on; a warning names them.
-
-    Args:
-        name: the model's in messages.
-        answer: runs the model on the same rows each time.
-        allowed: mean difference of two answers that rounding explains.
+    compute as in evaluation mode from now on; a warning names them. `answer` runs the model on the same rows each
+    time, and rounding explains a mean difference of `allowed`.
 
     Raises:
         ValueError: when training mode still gives another answer than evaluation mode, or the answer is NaN.

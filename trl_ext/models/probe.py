@@ -74,12 +74,9 @@ def tolerance(model: Any, answer: Callable[[], Tensor], scale: float = 1.0) -> f
 
 def require_causal(name: str, logps: Callable[[Tensor], Tensor], row: Tensor, allowed: float, do: str) -> None:
     """
-    Raise `ValueError` for a model whose prediction after a token depends on the tokens that follow it.
-
-    Args:
-        name, do: the model's name, and what it would do with answers, for the error.
-        logps: from a row of ids (1, L) to the log-probabilities (L, V) after each token.
-        allowed: the mean difference in nats that rounding explains.
+    Raise `ValueError` for a model whose prediction after a token depends on the tokens that follow it: `logps`, from a
+    row (1, L) to (L, V), by more nats on average than `allowed`. `name` and what it would `do` with answers are for
+    the error.
     """
     half = (row.size(1) + 1) // 2
     change = (logps(row)[:half] - logps(row[:, :half])).abs().mean().item()
@@ -96,9 +93,8 @@ def apart_in_float32(
     policy: Any, reference: Any, as_reference: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> bool | None:
     """
-    Return whether two models with float32 weights give different log-probabilities of random rows in float32, even if
-    the run computes in fewer bits; `None` if that cannot be tried. Within `as_reference`, the policy is the reference,
-    if they are one model with several adapters.
+    Return whether two models with float32 weights give different log-probabilities of random rows in float32; `None`
+    if that cannot be tried. Within `as_reference`, the policy is the reference, if they are one model.
     """
     models = (policy, reference)
     if any(parameter.dtype != torch.float32 for model in models for parameter in model.parameters()):

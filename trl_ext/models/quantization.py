@@ -45,11 +45,8 @@ def is_fsdp(fsdp: Any) -> bool:
 
 def check_quantizable(option: str, model: str | nn.Module, argument: str, args: Any) -> None:
     """
-    Check that a frozen model, given as `argument`, can be loaded in the bits that `option` asks for.
-
-    Raises:
-        ValueError: for a model in memory, an adapter, one quantised already, or that ZeRO-3 or FSDP partitions.
-        ImportError: without bitsandbytes.
+    Raise `ValueError` if a frozen model, given as `argument`, cannot be loaded in the bits that `option` asks for: it
+    is in memory, an adapter, quantised already, or partitioned by ZeRO-3 or FSDP. `ImportError` without bitsandbytes.
     """
     asked = f"`{option}={getattr(args, option)!r}`"
     if not isinstance(model, str):

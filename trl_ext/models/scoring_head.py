@@ -33,12 +33,8 @@ AUX_ROUNDING = 0.02  # relative error of a load-balancing loss that bfloat16 exp
 class ScoringHead:
     """
     Answers `model(..., labels=…, fused_lm_head=True)` in place of the forward that TRL's `add_fused_lm_head` has
-    patched in: by TRL's head, or by the model's own.
-
-    Args:
-        model: the base causal LM, patched by `add_fused_lm_head`.
-        role: what the model is in the run, for errors.
-        silent: whether the model must have no noise in training mode.
+    patched in, by TRL's head or the model's own. `role` is for errors; a `silent` model must have no noise in training
+    mode.
 
     Attributes:
         uses_own: whether the model's own head scores; `None` before `settle`.
@@ -73,12 +69,9 @@ class ScoringHead:
     @torch.no_grad()
     def settle(self) -> None:
         """
-        Choose the head, once, and switch noise off. Each head is compared with the model's own forward on random
-        sequences, one at a time without padding.
-
-        Raises:
-            ValueError: for a trained model that gives NaN, one that reads what follows a token, one whose own
-                log-probabilities neither head gives, and for noise that does not stop.
+        Choose the head, once, by comparing each with the model's own forward on random sequences, one at a time
+        without padding, and switch noise off. `ValueError` for a trained model that gives NaN or reads what follows a
+        token, where neither head computes the same, and for noise that does not stop.
         """
         if self.uses_own is not None:
             return
@@ -107,12 +100,11 @@ class ScoringHead:
     def settle_aux_loss(self, asked_coef: float | None = None) -> bool:
         """
         Choose the model's own head if TRL's does not give the load-balancing loss of a mixture of experts: for every
-        family, TRL uses Mixtral's formula and Mixtral's names in the config. `asked_coef` is the coefficient that the
-        run sets; unset: the config's. Return whether the model has that loss: its config may name experts that it was
-        built without.
+        family, TRL uses Mixtral's formula and Mixtral's names in the config. Return whether the model has that loss:
+        its config may name experts that it was built without.
 
         Raises:
-            ValueError: when the model's own forward fails at it, or has none and the run asks for it.
+            ValueError: when the model's own forward fails at it, or has none and `asked_coef`, the run's, asks for it.
         """
         ids, mask = _padded(probe_rows(self.model))
         asked: dict[str, Any] = {"attention_mask": mask, "output_router_logits": True, "use_cache": False}

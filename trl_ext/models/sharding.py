@@ -94,7 +94,12 @@ def copy_of(model: AnyModule) -> AnyModule:
     """Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new one is filled one by one."""
     if not is_partitioned(model):
         twin = copy.deepcopy(model)
-        _forget_patches(twin)
+        for (
+            module
+        ) in twin.modules():  # a function that a trainer has put there may compute with the original's weights
+            for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
+                if _leads_away(vars(module).get(name), module):
+                    setattr(module, name, types.MethodType(type(module).forward, module))
         return twin
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -106,14 +111,6 @@ def copy_of(model: AnyModule) -> AnyModule:
     return twin.train(model.training)
 
 
-def _forget_patches(twin: nn.Module) -> None:
-    """Give a deep copy's modules their class's forward if a patched one would compute with the original's weights."""
-    for module in twin.modules():
-        for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
-            if _leads_away(vars(module).get(name), module):
-                setattr(module, name, types.MethodType(type(module).forward, module))
-
-
 def _leads_away(function: Any, itself: nn.Module) -> bool:
     """Return whether a function refers to a module other than `itself`, by closure or as that module's method."""
     held, seen = [function], set()
@@ -121,20 +118,16 @@ def _leads_away(function: Any, itself: nn.Module) -> bool:
         each = held.pop()
         if isinstance(each, nn.Module) and each is not itself:
             return True
-        if id(each) not in seen:
-            seen.add(id(each))
-            held += _held_by(each)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, types.MethodType):
+            held += [each.__self__, each.__func__]
+        elif isinstance(each, functools.partial):
+            held += [each.func, *each.args, *each.keywords.values()]
+        elif isinstance(each, types.FunctionType):
+            held += inspect.getclosurevars(each).nonlocals.values()
     return False
-
-
-def _held_by(function: Any) -> list[Any]:
-    if isinstance(function, types.MethodType):
-        return [function.__self__, function.__func__]
-    if isinstance(function, functools.partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, types.FunctionType):
-        return list(inspect.getclosurevars(function).nonlocals.values())
-    return []
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

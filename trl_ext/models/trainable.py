@@ -71,12 +71,10 @@ def check_optimizer(
 
 class RequireGradients(TrainerCallback):
     """
-    Stops a run before its first optimizer step when a role gets no gradient. With gradient checkpointing, or beside
+    Stops a run before its first optimizer step when a role gets no gradient: with gradient checkpointing, or beside
     another role, a backward pass that reaches none of its parameters raises no error.
 
     Args:
-        role: what is to learn.
-        parameters: its trained parameters.
         others: trained parameters of other roles. A step in which they have no gradient either is skipped.
         warmup: optimizer steps in which the role does not learn yet.
 

@@ -17,10 +17,7 @@ COUNTS = tuple(2**i for i in range(13))
 def picture(planned: Plan, path: str | Path) -> None:
     """
     Draw three panels around a plan: GiB on each GPU by model size and method, GiB by length in each phase, with and
-    without gradient checkpointing, and GiB and tokens per second of a GPU by number of GPUs.
-
-    Raises:
-        ImportError: when matplotlib is not installed.
+    without gradient checkpointing, and GiB and tokens per second of a GPU by number of GPUs. Needs matplotlib.
     """
     import matplotlib
 

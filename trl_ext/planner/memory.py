@@ -78,12 +78,8 @@ def weight_bytes(shape: ModelShape, layout: Layout, bits: int = 16) -> float:
 
 def trained_states(frozen: float, trained: Learned, size: int, layout: Layout, hardware: Hardware) -> Usage:
     """
-    Return what a model that learns holds all the time.
-
-    Args:
-        frozen: bytes of its weights that do not learn.
-        trained: parameters that do.
-        size: bytes of one of those, without DeepSpeed.
+    Return what a model that learns holds all the time: `frozen` bytes of weights that do not learn, and `trained`
+    parameters that do, each of `size` bytes without DeepSpeed.
     """
     if layout.zero_stage:
         return _zero_states(frozen, trained.parameters, layout, hardware)
@@ -154,11 +150,8 @@ def host_states(trained: int, frozen: float, layout: Layout, hardware: Hardware)
 def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape | None = None) -> float:
     """
     Return the bytes per token that one layer keeps for its backward pass: a pre-norm layer with RMS norms and a gated
-    MLP, and attention that keeps queries, keys, values, output and the log of the softmax's sum, not the scores.
-
-    Args:
-        adapter: `None` when the layer's own weights learn. When they do not, their inputs are kept only where an
-            adapter reads them.
+    MLP, and attention that keeps queries, keys, values, output and the log of the softmax's sum, not the scores. If
+    only an adapter learns, the inputs of the weights are kept only where it reads them.
     """
     h, q, f, size = shape.hidden, shape.query, shape.inner, compute_bytes(layout)
     # A mask of (L, L) is turned into numbers in every layer, and with a mask shared keys are repeated for every head.

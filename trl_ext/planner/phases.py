@@ -16,11 +16,8 @@ ROLES = ("actor", "critic", "reward", "reference")
 @dataclass(frozen=True)
 class Models:
     """
-    The models of a run; `None` where a role has no weights of its own.
-
-    Args:
-        actor, critic, reward, reference: sizes of those that are models.
-        adapter: of the actor, and of every role that is an adapter on its base.
+    The sizes of a run's models; `None` where a role has no weights of its own. `adapter` is that of the actor, and of
+    every role that is an adapter on its base.
     """
 
     actor: ModelShape
@@ -33,13 +30,8 @@ class Models:
 @dataclass(frozen=True)
 class Phase:
     """
-    The fullest moment of a phase.
-
-    Args:
-        name: "generate", "score" or "learn".
-        moment: in words.
-        roles: bytes on one GPU by role; a role of `ROLES` that holds nothing is left out.
-        other: bytes that belong to no role, such as those of vLLM.
+    The fullest `moment` of a phase, "generate", "score" or "learn": bytes on one GPU by role, without those that hold
+    nothing, and bytes of no role, such as those of vLLM.
     """
 
     name: str

@@ -37,11 +37,9 @@ def layout_from_options(
     Return the layout of a run.
 
     Args:
-        trainer: "ppo" or "dpo".
         options: option names and values, as in a recipe; what is not there has its default.
         hardware: the device decides the dtype where the options do not.
-        prompt: length of the longest prompt in tokens, which no option of PPO limits; unset: 512, and in DPO half of
-            `max_length`.
+        prompt: length of the longest prompt in tokens; unset: 512, and in DPO half of `max_length`.
 
     Raises:
         ValueError: when the options do not go together.

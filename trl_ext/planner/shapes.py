@@ -125,11 +125,8 @@ class AdapterShape:
 
 def load_config(name: str) -> PretrainedConfig:
     """
-    Return the config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name. A hub name whose
-    config cannot be read is looked up in the table without its suffix, such as "-Instruct".
-
-    Raises:
-        ValueError: when it is none of them.
+    Return the config of a name of the built-in table (`SHAPES`, `ALIASES`), a folder, or a hub name; if that cannot be
+    read, of the table's name without its suffix, such as "-Instruct". `ValueError` when it is none of them.
     """
     key = name.lower().rstrip("/").split("/")[-1]
     if not Path(name).is_dir() and ALIASES.get(key, key) in SHAPES:
@@ -265,11 +262,8 @@ def _width(text: PretrainedConfig) -> int:
 
 def adapter_shape(name: str | PretrainedConfig, rank: int, targets: Iterable[str] | str) -> AdapterShape:
     """
-    Return the sizes of a LoRA adapter, counted on what PEFT makes of the meta model.
-
-    Args:
-        rank: of every adapted module.
-        targets: names of modules, a regular expression, or "all-linear", as PEFT's `target_modules`.
+    Return the sizes of a LoRA adapter of one rank, counted on what PEFT makes of the meta model; `targets` are PEFT's
+    `target_modules`: names of modules, a regular expression, or "all-linear".
     """
     config = load_config(name) if isinstance(name, str) else name
     modules = targets if isinstance(targets, str) else list(targets)

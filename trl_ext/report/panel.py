@@ -18,8 +18,6 @@ class Panel:
     What the page shows of some log keys.
 
     Args:
-        title: its heading.
-        draw: draws the runs on a figure.
         keys: it is shown if a run has logged one of them, in training or held out; a name ending in "/" is a prefix.
         caption: what healthy looks like, in a sentence.
         height: in inches; the width is that of a phone.

@@ -1,7 +1,6 @@
 """Describe a run in words: the model, the adapter, the data, the machine, the options."""
 
 import dataclasses
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -39,29 +38,17 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def _sizes(model: Any) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are; under ZeRO-3 the full sizes."""
-    attached = [getattr(owner, name, None) for owner in (model, base_of(model)) for name in ATTACHED]
+    """
+    Return how many parameters are trained, and how many there are; under ZeRO-3 the full sizes. What hangs on an
+    actor, and adapters that rest beside the trained one, such as the reference, do not count.
+    """
     resting = set(model.peft_config) - set(model.active_adapters) if is_peft_model(model) else set()
-    parameters = {
-        id(p): p
-        for module in _outside(model, attached, resting)
-        for name, p in module.named_parameters(recurse=False)
-        if not (isinstance(module, torch.nn.ParameterDict) and name in resting)
-    }
+    apart = {*ATTACHED, *resting}
+    # A role that is an adapter has names of its own for the actor's base, so every name is looked at.
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {id(p): p for name, p in named if apart.isdisjoint(name.split("."))}
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters.values()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-
-
-def _outside(module: torch.nn.Module, attached: list[Any], resting: set[str]) -> Iterator[torch.nn.Module]:
-    """
-    Yield the actor's modules: a role that is an adapter has modules of its own around the actor's base, and `resting`
-    adapters, such as the reference, are beside the trained one in PEFT's dictionaries.
-    """
-    yield module
-    for name, child in module.named_children():
-        if any(child is each for each in attached) or (isinstance(module, torch.nn.ModuleDict) and name in resting):
-            continue
-        yield from _outside(child, attached, resting)
 
 
 def adapter_words(config: Any) -> str:

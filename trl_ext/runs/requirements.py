@@ -37,10 +37,8 @@ OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 def check_startable(options: Any) -> None:
     """
-    Check the options of a run, given as attributes; a missing one is skipped.
-
-    Raises:
-        ValueError: for a number outside its range, or a package that an option needs and that is not installed.
+    Check the options of a run, given as attributes, perhaps not all; `ValueError` for a number outside its range, or a
+    package that an option needs and that is not installed.
     """
     _check_numbers(options)
     template = getattr(options, "chat_template_path", None)

@@ -11,7 +11,6 @@ keeps one up to date, with `run.json`, what was trained on what. A run is silent
 as a file.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..options import usage_errors
 from ..parser import CommandParser
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     output = "file for the page; the PNG is written beside it"
@@ -30,11 +29,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.watch < 0:
         parser.error(f"--watch is {arguments.watch}; it must be 0, for once, or a number of seconds.")
-    return arguments
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
     while True:
         try:
             with usage_errors():

@@ -61,10 +61,7 @@ def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision:
     model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
     kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
-    options = model.init_kwargs(data.use_cpu) | {"revision": revision}
-    quantization = model.quantization()
-    if quantization is not None:
-        options["quantization_config"] = quantization
+    options = model.init_kwargs(data.use_cpu) | {"revision": revision, "quantization_config": model.quantization()}
     return kind.from_pretrained(path, device_map={"": device}, **options)
 
 
