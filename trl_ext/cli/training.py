@@ -9,7 +9,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from ..data.json_values import plain_file
-from ..report import use_brief_progress
+from ..report import first_and_last_evaluation, use_brief_progress
 from ..runs.folder import checkpoint_of
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
@@ -100,15 +100,9 @@ class TrainingCommand:
 
 
 def before_and_after(trainer: Any, key: str) -> dict[str, dict[str, Any]]:
-    """Return the evaluation with the metric `key` after the last step, and that from before the first, if any."""
-
-    def held_out() -> list[dict[str, Any]]:
-        return [line for line in trainer.state.log_history if key in line]
-
-    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
-    first, last = held_out()[0], held_out()[-1]
-    return ({"before": first} if first["step"] == 0 and first is not last else {}) | {"after": last}
+    """Return the last evaluation with the metric `key`, and that from before the first step where there is one."""
+    before, after = first_and_last_evaluation(trainer, key)
+    return {"after": after} if before is None else {"before": before, "after": after}
 
 
 def chat_with(args: Any) -> dict[str, str]:

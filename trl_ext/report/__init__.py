@@ -19,6 +19,7 @@ from .run import Run, read_run
 from .tables import (
     Sample,
     accuracy_text,
+    first_and_last_evaluation,
     pair_samples,
     preference_table,
     print_samples,
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "Sample",
     "accuracy_text",
+    "first_and_last_evaluation",
     "pair_samples",
     "preference_table",
     "print_samples",

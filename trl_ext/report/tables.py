@@ -208,3 +208,15 @@ def accuracy_text(metrics: Mapping[str, float]) -> str:
         return f"{metrics['rewards/accuracies']:.1%}"
     low, high = metrics[f"{ACCURACY}_low"], metrics[f"{ACCURACY}_high"]
     return f"{metrics[ACCURACY]:.1%} ({low:.1%} to {high:.1%})"
+
+
+def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the lines with `key` from before the first step, if any, and from after the last; evaluate if need be."""
+
+    def held_out() -> list[dict[str, Any]]:
+        return [line for line in trainer.state.log_history if key in line]
+
+    if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    first, last = held_out()[0], held_out()[-1]
+    return (first if first["step"] == 0 and first is not last else None), last
