@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ImplicitRewardCallback,
         KLControlCallback,
         PreferenceAccuracyCallback,
+        ProfileCallback,
         ReportCallback,
         SampleCallback,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "PPOConfigX",
     "PPOTrainerX",
     "PreferenceAccuracyCallback",
+    "ProfileCallback",
     "ReportCallback",
     "RewardConfigX",
     "RewardTrainerX",

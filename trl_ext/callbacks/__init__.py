@@ -7,6 +7,7 @@ Callbacks for TRL's trainers and for those of `trl_ext`. They read what a traine
     preference_accuracy   the accuracy on pairs with its interval
     samples               completions of fixed prompts over time
     implicit_reward       implicit rewards of single pairs over time
+    profile               where the time of one update goes
     tables                a model's answers beside its reference's
 """
 
@@ -14,6 +15,7 @@ from .convergence import ConvergenceCallback
 from .implicit_reward import ImplicitRewardCallback
 from .kl_control import KLControlCallback
 from .preference_accuracy import PreferenceAccuracyCallback
+from .profile import ProfileCallback
 from .report import ReportCallback
 from .samples import SampleCallback
 
@@ -23,6 +25,7 @@ __all__ = [
     "ImplicitRewardCallback",
     "KLControlCallback",
     "PreferenceAccuracyCallback",
+    "ProfileCallback",
     "ReportCallback",
     "SampleCallback",
 ]

@@ -30,6 +30,10 @@ class LaunchArguments:
     force: bool = field(
         default=False, metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."}
     )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Show where the time of the second update goes: a table, and a trace of torch's profiler."},
+    )
     nproc: int | None = field(
         default=None, metadata={"help": "Number of processes to start, over all machines: one for each GPU."}
     )

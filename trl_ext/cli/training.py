@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
+from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
 from ..report import first_and_last_evaluation, use_brief_progress
 from ..runs.folder import checkpoint_of
@@ -84,6 +85,8 @@ class TrainingCommand:
         use_brief_progress(trainer, self.line)
         for callback in report_callbacks(data.source):
             trainer.add_callback(callback)
+        if data.profile:
+            trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = self.evaluate(trainer)

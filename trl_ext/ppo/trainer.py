@@ -513,7 +513,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         sources = list(self.reward_funcs)
         self.reward_funcs[:] = [self._text_scorers.get(id(source), source) for source in sources]
         try:
-            with self._reward_weights.on_device():
+            with self.phases.part("score: reward"), self._reward_weights.on_device():
                 rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs[:] = sources
@@ -553,14 +553,21 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         outputs: tuple[str, ...] = ("state_values",) if self.model.training else ()
         if rollout.old_logps is None and self._reads_old_logps_early:
             outputs = ("log_probs", *outputs)
-        with _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with (
+            self.phases.part("score: critic"),
+            _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
             read = self._read(self.model, rollout, outputs)
         rollout.old_values = read.state_values
         if "log_probs" in outputs:
             rollout.old_logps = read.log_probs
         if self.args.needs_reference:
             outputs = ("log_probs", "trunk_states") if self.args.kl_estimator == "full" else ("log_probs",)
-            with self._reference_weights.on_device(), self._reference() as reference:
+            with (
+                self.phases.part("score: reference"),
+                self._reference_weights.on_device(),
+                self._reference() as reference,
+            ):
                 read = self._read(reference, rollout, outputs)
             rollout.ref_logps, rollout.ref_states = read.log_probs, read.trunk_states
         require_finite_scores(rollout, self.state.global_step)

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ class Phases(TrainerCallback):
 
     Attributes:
         highest: peak in bytes, in any phase and between them, up to the last change of phase.
+        parts: while an update is profiled, its finer phases.
     """
 
     def __init__(self, device: torch.device, counts_memory: bool = True):
         self.device = device
         self.counts_memory = counts_memory
         self.highest = 0
+        self.parts: Phases | None = None
         self._phase: str | None = None
         self._since = time.perf_counter()
         self.forget()
@@ -62,11 +64,18 @@ class Phases(TrainerCallback):
     def during(self, phase: str | None) -> Iterator[None]:
         """Within the context the run is in this phase; afterwards in the one before."""
         outer = self._phase
-        self.enter(phase)
-        try:
-            yield
-        finally:
-            self.enter(outer)
+        with self.part(phase):
+            self.enter(phase)
+            try:
+                yield
+            finally:
+                self.enter(outer)
+
+    def part(self, name: str | None) -> AbstractContextManager[None]:
+        """Name what the context does, which is measured while an update is profiled; an evaluation has no parts."""
+        if self.parts is None or self._phase == "evaluate":
+            return nullcontext()
+        return self.parts.during(name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._phase = None  # a run that ended with an error has left its phase open

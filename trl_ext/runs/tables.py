@@ -13,15 +13,18 @@ from ..data.json_values import plain_line
 from .folder import write_whole
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on the terminal. A cell is a number, shown with two decimals, a text, or rich's `Text`."""
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], file: Path | None = None) -> None:
+    """Print a table, also into a file. A cell is a number, shown with two decimals, a text, or rich's `Text`."""
     table = Table(title=title, show_lines=True)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:  # as Text: "[/INST]" is no markup
         shown = [f"{cell:+.2f}" if isinstance(cell, float) else cell for cell in row]
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in shown))
-    Console().print(table)
+    console = Console(record=file is not None)
+    console.print(table)
+    if file is not None:
+        console.save_text(str(file))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
