@@ -38,6 +38,7 @@ class ProfileCallback(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.seconds: dict[str, float] = {}
+        self._phases: Phases | None = getattr(trainer, "phases", None)
         self._updates = 0  # that have begun
         self._profiler: profile | None = None
 
@@ -78,14 +79,14 @@ class ProfileCallback(TrainerCallback):
     def _open(self) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         self._clock = _Parts(accelerator.device, counts_memory=False)
+        if self._phases is not None:
+            self._phases.parts = self._clock
         # Replaced for this update only: all others run as without a profile.
-        self._replaced = [(trainer, "compute_loss", trainer.compute_loss)]
-        self._replaced += [(accelerator, "backward", accelerator.backward)]
-        self._replaced += [(trainer, "_clip_grad_norm", trainer._clip_grad_norm)]
-        for (owner, name, method), part in zip(self._replaced, (FORWARD, BACKWARD, STEP), strict=True):
-            setattr(owner, name, self._measured(method, part))
-        if isinstance(getattr(trainer, "phases", None), Phases):
-            trainer.phases.parts = self._clock
+        replaced = [(trainer, "compute_loss", FORWARD), (accelerator, "backward", BACKWARD)]
+        replaced += [(trainer, "_clip_grad_norm", STEP)]
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+        for owner, name, part in replaced:
+            setattr(owner, name, self._measured(getattr(owner, name), part))
         self._profiler = profile()
         self._profiler.start()
         self._clock.enter(REST)
@@ -102,10 +103,10 @@ class ProfileCallback(TrainerCallback):
             return
         self._profiler.stop()
         self._profiler = None
-        for owner, name, method in self._replaced:
+        for owner, name, method in self._originals:
             setattr(owner, name, method)
-        if isinstance(getattr(self.trainer, "phases", None), Phases):
-            self.trainer.phases.parts = None
+        if self._phases is not None:
+            self._phases.parts = None
 
     def _write(self, profiler: profile, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from .recipes import find_config, read_yaml
 
 @dataclass
 class LaunchArguments:
-    TOPIC: ClassVar[str] = "Launching, and checks before it"
+    TOPIC: ClassVar[str] = "Launching, checks before it, and a profile"
 
     dry_run: bool = field(
         default=False,

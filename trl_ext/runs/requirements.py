@@ -82,7 +82,7 @@ def check_optimizable(args: Any) -> None:
 
 def require_kernel(args: Any) -> None:
     """Raise `ValueError` if an optimizer of bitsandbytes cannot step on the run's device, as older ones on a CPU."""
-    name = _optimizer(args)
+    name = args.optim.value
     is_other = name in OF_TORCHAO or "galore" in name  # GaLore's is built around a model
     if args.deepspeed or is_other or not any(part in name for part in OF_BITSANDBYTES):
         return
@@ -139,7 +139,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
         if logger not in LOGGERS:
             raise ValueError(f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.")
         needed.append((f"`report_to={logger}`", LOGGERS[logger], LOGGERS[logger][0]))
-    optimizer = _optimizer(options)
+    optimizer = str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
     if optimizer in OF_TORCHAO:
         needed.append((f"`optim={optimizer}`", ("torchao",), "torchao"))
     elif any(part in optimizer for part in OF_BITSANDBYTES):
@@ -152,10 +152,6 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     if getattr(options, "use_liger_kernel", False):
         needed.append(("`use_liger_kernel`", ("liger_kernel",), "liger-kernel"))
     return needed
-
-
-def _optimizer(options: Any) -> str:
-    return str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
 
 
 def require_writable(path: str | Path, what: str = "output_dir") -> None:
