@@ -32,9 +32,7 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str], **other
 
 @contextmanager
 def running(command: str, given: Options, args: Any) -> Iterator[None]:
-    """
-    Within the context, a wrong option ends the training in one sentence; a run that is cut short says how to go on.
-    """
+    """Within the context, a wrong option ends the training in one sentence; a run cut short says how to go on."""
     try:
         with usage_errors():
             yield

@@ -10,9 +10,7 @@ from ..planner import Hardware, Plan, layout_from_options, names_from_options, p
 
 
 def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
-    """
-    Plan a run of "ppo" or "dpo"; `prompt` is the longest, if it is known. `ValueError` for what cannot be planned.
-    """
+    """Plan a run of "ppo" or "dpo"; `prompt` is the longest, if known. `ValueError` for what cannot be planned."""
     return plan(names_from_options(options), layout_from_options(trainer, options, hardware, prompt), hardware)
 
 

@@ -80,9 +80,7 @@ def launch(command: str, given: Options) -> None:
 
 
 def require_all(args: Any) -> None:
-    """
-    Raise `ValueError` if this process of several believes that it is the only one, as on a CPU without `--use_cpu`.
-    """
+    """Raise `ValueError` if one process of several believes that it is alone, as on a CPU without `--use_cpu`."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != args.world_size:
         raise ValueError(

@@ -81,9 +81,7 @@ class ModelArguments(ModelConfig):
 
 @contextmanager
 def model_errors(model: ModelArguments) -> Iterator[None]:
-    """
-    Within the context, an error of transformers, PEFT or TRL about the model becomes one sentence with a way out.
-    """
+    """Within the context, an error of transformers, PEFT or TRL about the model becomes one sentence and a way out."""
     try:
         yield
     except (ValueError, ImportError, TypeError, OSError) as error:

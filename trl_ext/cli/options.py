@@ -32,9 +32,7 @@ class Options:
         return getattr(self.values, name)
 
     def make(self, **changes: Any) -> tuple:
-        """
-        Make an instance of each of the command's classes, with `changes` on top; `ValueError` for refused options.
-        """
+        """Make an instance of each of the command's classes, with `changes` on top; `ValueError` if it is refused."""
         values = vars(self.values) | changes
         check_startable(self.values)
         try:
@@ -105,9 +103,7 @@ def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str,
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """
-    Within the context, an error that this package raises ends the command with its text alone, without a traceback.
-    """
+    """Within the context, an error that this package raises ends the command with its text, without a traceback."""
     try:
         yield
     except (ValueError, ImportError) as error:  # an extra that is not installed is one, too

@@ -23,35 +23,22 @@ from .options import Options, read, usage_errors
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """
-    What is a training command's own. `data`, `model` and `args` are its options, instances of the three classes.
+    """What is a training command's own. `data`, `model` and `args` are its options, instances of the three classes."""
 
-    Args:
-        name: "ppo", "dpo" or "reward".
-        description: what `--help` begins with.
-        classes: of the options: launch and data; `ModelArguments`; the trainer's config.
-        defaults: of options, where they differ from those of the classes.
-        line: metrics of the progress line.
-        load: the splits `train` and `test`, from `data`.
-        create: the trainer, from the model's path, `args`, `data`, the splits, and `peft_config` and
-            `quantization_config` by name.
-        evaluate: evaluates the trained model on every rank, and returns what goes into metrics.json.
-        report: prints and writes the results, on the main process; gets the trainer, these metrics, `data`, `model`.
-        further: what else can be done, and by which command line; gets the options, `data`, `model`, `args`.
-        adapter: arguments of `ModelArguments.adapter`.
-    """
-
-    name: str
-    description: str | None
-    classes: tuple[type, ...]
-    defaults: Mapping[str, Any]
-    line: dict[str, tuple[str, str]]
-    load: Callable[[Any], DatasetDict]
+    name: str  # "ppo", "dpo" or "reward"
+    description: str | None  # what `--help` begins with
+    classes: tuple[type, ...]  # of the options: launch and data; `ModelArguments`; the trainer's config
+    defaults: Mapping[str, Any]  # of options, where they differ from those of the classes
+    line: dict[str, tuple[str, str]]  # metrics of the progress line
+    load: Callable[[Any], DatasetDict]  # the splits `train` and `test`, from `data`
+    # The trainer, from the model's path, `args`, `data`, the splits; `peft_config`, `quantization_config` by name.
     create: Callable[..., Any]
-    evaluate: Callable[[Any], dict[str, Any]]
+    evaluate: Callable[[Any], dict[str, Any]]  # of the trained model, on every rank: what goes into metrics.json
+    # Prints and writes the results, on the main process, from the trainer, these metrics, `data` and `model`.
     report: Callable[[Any, dict[str, Any], Any, ModelArguments], None]
+    # What else can be done, and by which command line, from the options, `data`, `model` and `args`.
     further: Callable[[Options, Any, ModelArguments, Any], dict[str, str]]
-    adapter: tuple[Any, ...] = ()
+    adapter: tuple[Any, ...] = ()  # arguments of `ModelArguments.adapter`
 
     def options(self, argv: list[str] | None = None) -> Options:
         return read(self.name, self.classes, self.description, argv, f"{self.name}/demo", dict(self.defaults))

@@ -84,9 +84,7 @@ SHARED = 5  # characters: answers that begin with fewer alike do so by chance
 
 @dataclass(frozen=True)
 class Format:
-    """
-    What a dataset is: the format's name, a key of `FORMATS`, or `None`; and each column with what its first row holds.
-    """
+    """What a dataset is: its format, a key of `FORMATS`, or `None`; and each column with what its first row holds."""
 
     name: str | None
     columns: dict[str, str]
@@ -186,11 +184,8 @@ def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, 
     """Guess new names -> names for the columns that `task` needs and the dataset lacks; all of them, or none."""
     known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
     free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
-    found = {}
-    for new in wanted:
-        old = None if new in known else _nearest(new, free)
-        if old is not None:
-            found[new] = old
+    nearest = {new: _nearest(new, free) for new in wanted if new not in known}
+    found = {new: old for new, old in nearest.items() if old is not None}
     needed = {"chosen", "rejected"} if task == "preference" else {"prompt"}
     return found if needed <= found.keys() | known.keys() else {}
 

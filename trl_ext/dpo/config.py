@@ -75,21 +75,16 @@ class DPOConfigX(DPOConfig):
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")
         require_kernel(self)
-        if not self.beta > 0:
-            raise ValueError(
-                f"`beta` is {self.beta}; the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start."
-            )
+        needed = "above 0: the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start"
+        require(self, "beta", self.beta > 0, needed)
         if self.neftune_noise_alpha is not None and self.disable_dropout:
             raise ValueError(
                 f"`neftune_noise_alpha={self.neftune_noise_alpha}` adds noise to the policy's embeddings in training, "
                 "and none to the reference's: the margins would measure it, and `disable_dropout=True` asks for a "
                 "policy without noise. Leave it out, or set `disable_dropout=False`, too."
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"`label_smoothing` is {self.label_smoothing}; the share of flipped labels must be in [0, 0.5): at 0.5"
-                " the labels say nothing."
-            )
+        needed = "in [0, 0.5), a share of flipped labels: at 0.5 the labels say nothing"
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, needed)
         if self.label_smoothing > 0 and not SMOOTHED & set(self.loss_type):
             raise ValueError(
                 f"`label_smoothing={self.label_smoothing}` changes nothing with `loss_type={self.loss_type}`; it is "

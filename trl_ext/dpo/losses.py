@@ -40,9 +40,7 @@ def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: 
 
 
 def smoothing_term(margins: Tensor, label_smoothing: float) -> Tensor:
-    """
-    Return what label smoothing adds to −log σ(m) of any score difference m (B,): ε·m, as log σ(m) − log σ(−m) = m.
-    """
+    """Return what label smoothing adds to −log σ(m) of score differences m (B,): ε·m, as log σ(m) − log σ(−m) = m."""
     return label_smoothing * margins
 
 

@@ -42,9 +42,7 @@ class PreferenceLedger:
 
 
 def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) -> dict[str, float]:
-    """
-    Return what pairs say, a tensor (N,) for each of `COLUMNS`, with the accuracy of each source of N sources, or none.
-    """
+    """Return what pairs say, a tensor (N,) for each of `COLUMNS`; with N sources, also the accuracy of each."""
     chosen, rejected = pairs["chosen_rewards"], pairs["rejected_rewards"]
     margins = chosen - rejected
     right = margins > 0

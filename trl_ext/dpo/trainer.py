@@ -27,7 +27,7 @@ from ..models.noise import disable_noise
 from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting, warn_of_rounding
-from ..models.sharding import check_unquantized, is_partitioned
+from ..models.sharding import check_unquantized, is_partitioned, is_stage3
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
@@ -132,7 +132,8 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 loading.tokenizer_of(model, processing_class, args), ref_model, "ref_model", args
             )
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
-        check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
+        if is_stage3(args.deepspeed_plugin):
+            check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
             check_trainable(model, "policy")
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:

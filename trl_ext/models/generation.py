@@ -11,9 +11,7 @@ from transformers import GenerationConfig
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, device: Any) -> list[str]:
-    """
-    Return a causal language model's greedy completions of prompts (token ids), as text. No random number is drawn.
-    """
+    """Return a causal language model's greedy completions of prompts (token ids), as text."""
     batch = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
     greedy = greedy_decoding(model, tokenizer, max_new_tokens)
     with evaluating(model), generating_by(model, greedy):

@@ -44,9 +44,7 @@ def _listed(fields: dict[str, Any]) -> str:
 
 
 def check_own_optimizer(args: Any, **unread: Any) -> None:
-    """
-    Raise `ValueError` when a DeepSpeed file has its own optimizer, which would ignore options `unread` that are set.
-    """
+    """Raise `ValueError` when a DeepSpeed file's own optimizer would ignore options `unread` that are set."""
     plugin = args.deepspeed_plugin
     ignored = [name for name, value in unread.items() if value is not None]
     if plugin is not None and "optimizer" in plugin.hf_ds_config.config and ignored:
@@ -63,12 +61,10 @@ def is_stage3(deepspeed_plugin: Any) -> bool:
 
 def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict[str, Any]) -> None:
     """
-    Raise `ValueError`, before loading, when ZeRO-3 is to train a quantized model in full; it may be the base of an
-    adapter. `quantization_config` is that of `model`; `trained_in_full` has, by argument, the models, paths or `None`
-    of the roles without an adapter.
+    Raise `ValueError`, under ZeRO-3 and before loading, if a quantized model is to be trained in full; it may be the
+    base of an adapter. `quantization_config` is that of `model`; `trained_in_full` has, by argument, the models, paths
+    or `None` of the roles without an adapter.
     """
-    if not is_stage3(args.deepspeed_plugin):
-        return
     quantized = [
         name
         for name, model in trained_in_full.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import memory
 from .layout import Hardware, Layout
@@ -57,6 +58,7 @@ class _Run:
 
     def __init__(self, models: Models, layout: Layout, hardware: Hardware):
         self.models, self.layout, self.hardware = models, layout, hardware
+        self.adapter: Any = models.adapter  # wherever the layout has one
         self.vllm = memory.vllm(models.actor, layout, hardware)
         self.vllm_beside = 0.0 if layout.vllm_sleeps else self.vllm  # while the others score and learn
         self.trained = self._trained()
@@ -81,28 +83,22 @@ class _Run:
             roles = {"actor": states(0, models.actor.learned)}
         else:
             base = memory.weight_bytes(models.actor, layout, 4 if layout.method == "qlora" else 16)
-            roles = {"actor": states(base, self._adapter.learned, memory.adapter_element(layout, "actor"))}
+            roles = {"actor": states(base, self.adapter.learned, memory.adapter_element(layout, "actor"))}
         if layout.critic == "model" and models.critic is not None:
             roles["critic"] = states(0, models.critic.learned)
         elif layout.critic == "adapter":
-            trained = self._adapter.learned + head
+            trained = self.adapter.learned + head
             roles["critic"] = states(0, trained, memory.adapter_element(layout, "critic"))
         elif layout.critic == "head":
             roles["critic"] = states(0, head)
         return roles
-
-    @property
-    def _adapter(self) -> AdapterShape:
-        if self.models.adapter is None:
-            raise ValueError("The layout has adapters, and `Models.adapter` is not given.")
-        return self.models.adapter
 
     def frozen(self, role: str) -> float:
         """Return the bytes of a frozen role's weights while they are on the GPU."""
         kind, shape = getattr(self.layout, role), getattr(self.models, role)
         if kind == "adapter":
             # An adapter that is switched off costs nothing; a reward adapter has weights and a score head.
-            return memory.adapter_element(self.layout, role) * self._adapter.parameters if role == "reward" else 0.0
+            return memory.adapter_element(self.layout, role) * self.adapter.parameters if role == "reward" else 0.0
         if kind == "none" or shape is None:
             return 0.0
         bits = getattr(self.layout, f"{role}_bits")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from .layout import Hardware, Layout
 from .planning import ModelNames, Plan, plan
@@ -63,12 +64,10 @@ def _roles(start: Layout) -> Iterator[dict[str, str]]:
             yield {"method": method, "critic": critic, "reference": reference, "reward": reward}
 
 
-def _engines(hardware: Hardware) -> list[dict]:
-    plain = {"offload_optimizer": False, "offload_parameters": False}
-    alone = [{"zero_stage": 0} | plain]
-    partitioned = [{"zero_stage": stage} | plain for stage in (2, 3)] if hardware.gpus > 1 else []
-    offloaded = [
-        {"zero_stage": 2, "offload_optimizer": True, "offload_parameters": False},
-        {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
-    ]
-    return alone + partitioned + ([] if hardware.is_cpu else offloaded)
+def _engines(hardware: Hardware) -> list[dict[str, Any]]:
+    found = [(0, False, False)]
+    if hardware.gpus > 1:
+        found += [(2, False, False), (3, False, False)]
+    if not hardware.is_cpu:
+        found += [(2, True, False), (3, True, True)]
+    return [dict(zip(("zero_stage", "offload_optimizer", "offload_parameters"), each, strict=True)) for each in found]

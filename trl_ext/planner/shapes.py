@@ -64,63 +64,39 @@ _ADAPTERS: dict[str, "AdapterShape"] = {}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """
-    Sizes of a model. Widths are elements per token, counts are parameters.
+    """Sizes of a model. Widths are elements per token, counts are parameters."""
 
-    Args:
-        name: what the user called it.
-        hidden, layers, vocab: widths and depth of the trunk.
-        inner: width of the MLP; of a mixture of experts, that of the experts that one token visits.
-        query, key: heads × head size of the queries, and of the keys (and of the values).
-        heads: attention heads.
-        parameters: all, tied ones once.
-        active: those that one token meets; fewer than `parameters` in a mixture of experts.
-        linear: in linear layers outside the LM head: what 4- and 8-bit loading packs. Experts that are one tensor of
-            three dimensions are not among them: bitsandbytes leaves those in 16 bits.
-        head: of the LM head (a tied one's are the embedding's), or of the score head.
-        tied: whether the LM head is the embedding.
-        largest_module: held by one module directly, as DeepSpeed's estimator counts; its `largest_layer_params`.
-        largest_linear: weights of the largest linear layer outside the head.
-        learned: all parameters, as an optimizer sees them.
-    """
-
-    name: str
+    name: str  # what the user called it
     hidden: int
     layers: int
     vocab: int
-    inner: int
-    query: int
-    key: int
+    inner: int  # width of the MLP; of a mixture of experts, that of the experts that one token visits
+    query: int  # heads × head size of the queries
+    key: int  # of the keys, and of the values
     heads: int
-    parameters: int
-    active: int
+    parameters: int  # all, tied ones once
+    active: int  # those that one token meets; fewer than `parameters` in a mixture of experts
+    # In linear layers outside the head: what 4- and 8-bit loading packs. Experts that are one tensor of three
+    # dimensions are not among them: bitsandbytes leaves those in 16 bits.
     linear: int
-    head: int
-    tied: bool
-    largest_module: int
-    largest_linear: int
-    learned: Learned
+    head: int  # of the LM head (a tied one's are the embedding's), or of the score head
+    tied: bool  # whether the LM head is the embedding
+    largest_module: int  # held by one module directly: DeepSpeed's `largest_layer_params`
+    largest_linear: int  # weights of the largest linear layer outside the head
+    learned: Learned  # all parameters, as an optimizer sees them
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """
-    Sizes of a LoRA adapter.
+    """Sizes of a LoRA adapter. All but the first are of a layer, in the mean."""
 
-    Args:
-        parameters: of A and B.
-        inputs: per layer, the widths of the distinct inputs that adapted modules read and keep, but the attention's
-            output, which attention keeps anyway; a mean over layers.
-        modules: per layer, the sum of the adapted modules' input widths, an input counted once for each reader.
-        ranks: per layer, the sum of the adapted modules' ranks.
-        learned: the parameters, as an optimizer sees them.
-    """
-
-    parameters: int
-    inputs: float
-    modules: float
-    ranks: float
-    learned: Learned
+    parameters: int  # of A and B
+    inputs: (
+        float  # widths of the distinct inputs that adapted modules read and keep; attention keeps its output anyway
+    )
+    modules: float  # sum of the adapted modules' input widths, an input counted once for each reader
+    ranks: float  # sum of the adapted modules' ranks
+    learned: Learned  # the parameters, as an optimizer sees them
 
 
 def load_config(name: str) -> PretrainedConfig:

@@ -25,19 +25,13 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Speed:
-    """
-    Args:
-        generate, score, learn: seconds of one rollout and what is learned from it; in DPO, of one optimizer step.
-        tokens: prompt and response tokens that all GPUs take in meanwhile.
-        sequences: responses, or pairs, meanwhile.
-        gpus: how many.
-    """
+    """Seconds of one rollout and what is learned from it; in DPO, of one optimizer step."""
 
     generate: float
     score: float
     learn: float
-    tokens: float
-    sequences: float
+    tokens: float  # of prompts and responses that all GPUs take in meanwhile
+    sequences: float  # responses, or pairs, meanwhile
     gpus: int
 
     @property

@@ -14,24 +14,16 @@ Runs = Sequence[Run]
 
 @dataclass(frozen=True)
 class Panel:
-    """
-    What the page shows of some log keys.
-
-    Args:
-        keys: it is shown if a run has logged one of them, in training or held out; a name ending in "/" is a prefix.
-        caption: what healthy looks like, in a sentence.
-        height: in inches; the width is that of a phone.
-        per_run: whether every run gets a panel of its own, because runs cannot share it.
-        at_least: how many of the keys a run must have logged.
-    """
+    """What the page shows of some log keys."""
 
     title: str
-    draw: Callable[[Any, Runs], None]
+    draw: Callable[[Any, Runs], None]  # the runs on a figure
+    # It is shown if a run has logged one of them, in training or held out; one that ends in "/" is a prefix.
     keys: tuple[str, ...]
-    caption: str
-    height: float = 3.4
-    per_run: bool = False
-    at_least: int = 1
+    caption: str  # what healthy looks like, in a sentence
+    height: float = 3.4  # in inches; the width is that of a phone
+    per_run: bool = False  # whether every run gets a panel of its own, because runs cannot share it
+    at_least: int = 1  # how many of the keys a run must have logged
 
     def applies_to(self, run: Run) -> bool:
         names = {key.removeprefix("eval_") for line in run.log for key in line if line[key] is not None}

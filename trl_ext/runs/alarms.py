@@ -1,6 +1,4 @@
-"""
-Find what in a log deserves a look, and what to do about it: docs/metrics.md's "healthy" column as rules. Pure.
-"""
+"""Find what in a log deserves a look, and what to do about it: docs/metrics.md's "healthy" column as rules. Pure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -80,9 +78,7 @@ FOR_ALL = (
 
 
 def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
-    """
-    Return the alarms of a run so far, the worst first; `kl_high` is the nats per sequence from which a KL is one.
-    """
+    """Return the alarms of a run so far, the worst first; a KL above `kl_high` nats per sequence is one."""
     kind = algorithm(log)
     checks: list[Callable[[Log], Alarm | None]] = [_not_finite]
     if kind in ("ppo", "grpo"):

@@ -54,26 +54,15 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """
-    What one kind of training says about itself.
+    """What one kind of training says about itself."""
 
-    Attributes:
-        trainer: its public name, with its package.
-        facts: rows of the table "What was trained, and how".
-        loss: the section on the loss, in Markdown.
-        metrics: those to show, the first ones first.
-        loading: Python lines that load what was trained from the folder `folder`.
-        citations: BibTeX entries beside those of TRL's own card.
-        task: the hub's name of the task.
-    """
-
-    trainer: str
-    facts: Mapping[str, Any]
-    loss: str
-    metrics: Sequence[Metric]
-    loading: str
-    citations: Sequence[str] = ()
-    task: str = "text-generation"
+    trainer: str  # its public name, with its package
+    facts: Mapping[str, Any]  # rows of the table "What was trained, and how"
+    loss: str  # the section on the loss, in Markdown
+    metrics: Sequence[Metric]  # those to show, the first ones first
+    loading: str  # Python lines that load what was trained from the folder `folder`
+    citations: Sequence[str] = ()  # BibTeX entries beside those of TRL's own card
+    task: str = "text-generation"  # the hub's name
 
 
 def card_name(trainer: Any) -> str:

@@ -19,12 +19,12 @@ from .folder import is_local
 
 
 # Options by the range that they must be in.
+FROM_0, FROM_0_BELOW_1 = Range("0 or above", lambda x: x >= 0), Range("0 or above and below 1", lambda x: 0 <= x < 1)
 NUMBERS = {
     COUNT: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha",
-    Range(
-        "0 or above", lambda value: value >= 0
-    ): "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed dataloader_num_workers",
-    Range("0 or above and below 1", lambda value: 0 <= value < 1): "adam_beta1 adam_beta2 lora_dropout",
+    FROM_0: "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed "
+    "dataloader_num_workers",
+    FROM_0_BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
 }
 # Logger of `report_to` -> packages of which one is enough.
 _NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune swanlab trackio wandb"

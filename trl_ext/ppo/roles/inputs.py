@@ -98,7 +98,8 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     trained_in_full = {} if given.has_adapter else {"model": given.model}
     if args.critic == "model":
         trained_in_full["value_model"] = given.value_model
-    check_unquantized(args, given.quantization_config, trained_in_full)
+    if is_stage3(args.deepspeed_plugin):
+        check_unquantized(args, given.quantization_config, trained_in_full)
     # Ranks would wait for each other in turns of a conversation that some of them do not take
     has_turns = bool(given.tools) or given.environment_factory is not None
     if has_turns and is_stage3(args.deepspeed_plugin) and not args.use_vllm and not args.ds3_gather_for_generation:
