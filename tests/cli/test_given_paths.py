@@ -72,7 +72,7 @@ def test_base_of_an_adapter_that_there_is_not_is_named(tmp_path, no_rows, capsys
     adapter.peft_config["default"].base_model_name_or_path = "nowhere"
     adapter.save_pretrained(tmp_path)
     for words in (["chat", str(tmp_path)], ["score", "--model", str(tmp_path)]):
-        assert error_of(words, capsys).startswith(f"error: nowhere (the base of the adapter {tmp_path}) is no folder")
+        assert error_of(words, capsys).startswith(f"error: nowhere (the base of the adapter {tmp_path}, ")
 
 
 def test_reward_model_is_scored_by_as_little_as_it_is_talked_to(paths, tmp_path, no_rows, capsys):

@@ -130,7 +130,11 @@ REFUSED = {  # name -> the tokenizer, a pair, what the error says
     "EOS behind the prompt": (ends_texts(), TEXT, r"ends every text with '<eos>', also the prompt of row 0 .*add_eos"),
     "BOS behind a space": (keeps_spaces(), TEXT | {"prompt": " <bos> who ?"}, "puts another before it"),
     "BOS before an answer": (tokenizer(), TEXT | {"rejected": " <bos> a dog"}, "`rejected` of row 0 .* begins with"),
-    "parts that do not add up": (tokenizer(), IN_PARTS, r"cannot write row 0 .*to_preference\(dataset\)` joins parts"),
+    "parts that do not add up": (
+        tokenizer(),
+        IN_PARTS,
+        r"cannot write row 0 .*to_preference\(dataset\)`.* joins parts",
+    ),
     "parts": (
         tokenizer(WRITES_OUT),
         IN_PARTS,

@@ -138,7 +138,7 @@ WITHOUT_OPTION = {name: cure for cure, names in _CURES.items() for name in names
 
 
 def what_it_is_today(name: str, known: set[str]) -> str | None:
-    """Return what to give instead of an older option `name`, of the options `known`; `None` for an unknown name."""
+    """Return what to give for an older option `name`, to a command with the options `known`; `None` if unknown."""
     today = next((each for each in TODAY.get(name, ()) if each in known), None)
     if today is not None:
         more = OTHER_VALUES.get(name, MEANINGS.get(today))

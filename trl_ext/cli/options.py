@@ -32,7 +32,7 @@ class Options:
         return getattr(self.values, name)
 
     def make(self, **changes: Any) -> tuple:
-        """Make an instance of each of the command's classes, with `changes` on top; `ValueError` if it is refused."""
+        """Make an instance of each of the command's classes, with `changes` on top; `ValueError` if one refuses."""
         values = vars(self.values) | changes
         check_startable(self.values)
         try:
@@ -91,7 +91,7 @@ def read(
 
 
 def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
-    """Return names and values of a recipe, else their defaults. No config is made: it may be for other hardware."""
+    """Return names and values of a recipe, and defaults. No config is made: it may be for other hardware."""
     parser = OptionParser("", dataclasses)
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     given = read_recipe(find_config(recipe)).items()

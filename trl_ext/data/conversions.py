@@ -20,6 +20,7 @@ from .formats import (
     describe,
     of_each,
     rename,
+    repeats_prompt,
     require,
     text_of,
 )
@@ -66,12 +67,12 @@ def to_preference(dataset: Any, columns: Mapping[str, str] | None = None) -> Any
     require(dataset, "preference")
     if found.columns.get("prompt") == TEXT and found.columns["chosen"] == found.columns["rejected"] == CONVERSATION:
         return dataset.map(_with_turns)
-    repeats = [_repeats_prompt(row) for row in islice(iter(dataset), LOOKED_AT)]
+    repeats = [repeats_prompt(row) for row in islice(iter(dataset), LOOKED_AT)]
     if not are_most(repeats):
         return dataset
 
     def without(row: dict[str, Any]) -> dict[str, Any]:
-        repeated = _repeats_prompt(row)
+        repeated = repeats_prompt(row)
         return {side: after_prompt(row[side], row["prompt"]) if repeated else row[side] for side in SIDES}
 
     return dataset.map(without)
@@ -159,11 +160,6 @@ def _with_system(dataset: Any) -> Any:
         return {name: value for name, value in row.items() if name != SYSTEM} | turns | {"prompt": messages}
 
     return dataset.map(convert, remove_columns=column_names(dataset))
-
-
-def _repeats_prompt(row: dict[str, Any]) -> bool:
-    """Return whether both answers of a pair begin with its prompt."""
-    return all(after_prompt(row[side], row.get("prompt")) is not None for side in SIDES)
 
 
 def _with_turns(row: dict[str, Any]) -> dict[str, Any]:

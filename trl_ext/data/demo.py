@@ -72,7 +72,7 @@ def cache_dir() -> Path:
 
 
 def _made_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return the path `name` in the cache. `build` fills a folder that is renamed into place: never half done."""
+    """Return the path `name` in the cache; if it is missing, `build` fills a folder that is renamed into place."""
     path = cache_dir() / name
     if path.exists():
         return path

@@ -181,7 +181,7 @@ def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[st
 
 
 def suggest_columns(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
-    """Guess new names -> names for the columns that `task` needs and the dataset lacks; all of them, or none."""
+    """Guess new name -> present name for the columns that `task` needs and the dataset lacks; all, or none."""
     known, (_, _, wanted, _) = describe(dataset).columns, TASKS[task]
     free = [name for name, kind in known.items() if kind in CELLS and name not in wanted]
     nearest = {new: _nearest(new, free) for new in wanted if new not in known}
@@ -264,7 +264,7 @@ def warn_of_unread(dataset: Dataset | IterableDataset, task: str, name: str) -> 
 
 
 def _unread(dataset: Dataset | IterableDataset, task: str) -> dict[str, str]:
-    """Return columns of text, but metadata, with their first cell that is nowhere in what is read."""
+    """Return columns of text, without metadata, each with its first cell that is nowhere in what is read."""
     columns = describe(dataset).columns
     if {"input_ids", "image", "images"} & columns.keys():
         return {}
@@ -359,7 +359,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def after_prompt(answer: Any, prompt: Any) -> Any:
-    """Return what follows in an answer that begins with the prompt again, but for white space; else `None`."""
+    """Return what an answer adds to a prompt that it repeats, white space aside; `None` if it does not."""
     if type(prompt) not in (str, list) or type(answer) is not type(prompt):
         return None
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
@@ -369,6 +369,11 @@ def after_prompt(answer: Any, prompt: Any) -> Any:
     if isinstance(prompt, str) and answer.lstrip().startswith(prompt.strip()):
         return answer.lstrip()[len(prompt.strip()) :]
     return None
+
+
+def repeats_prompt(row: dict[str, Any]) -> bool:
+    """Return whether both answers of a pair begin with its prompt."""
+    return all(after_prompt(row[side], row.get("prompt")) is not None for side in ("chosen", "rejected"))
 
 
 def are_most(of_rows: Sequence[bool]) -> bool:

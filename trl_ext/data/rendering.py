@@ -9,38 +9,49 @@ from datasets import Dataset, Features, Json
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_extract_prompt
 
-from .formats import LOOKED_AT, after_prompt, are_most, column_names, squashed, text_of
+from .formats import LOOKED_AT, are_most, column_names, repeats_prompt, squashed, text_of
 
 
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message that hold what was thought before its content
 CALLS = "tool_calls"  # the key of those that a message makes
 THINK = "<think>"
 MOST_KINDS = 32  # of conversations, one row of each is looked at
-BY_PAIRS, BY_PROMPTS = "to_preference", "to_prompts"  # the conversions that join parts
 
 
 def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
-    """Raise `ValueError` if the first pairs would be written without a part, with something twice, or as Python."""
+    """Raise `ValueError` if the tokenizer would write a part of the first pairs not at all, twice, or as Python."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor, which takes images too
         return
     rows = list(_first(dataset))
-    _check_once(rows, name)
+    repeats = [isinstance(row.get("prompt"), str) and repeats_prompt(row) for _, row in rows]
+    if are_most(repeats):
+        number, row = rows[repeats.index(True)]
+        raise ValueError(
+            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
+            f"twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` takes it off."
+        )
     for number, row in rows:
         where = f"row {number} of `{name}`"
         kept: Any = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         pair: Any = maybe_extract_prompt(kept)
         if isinstance(pair["chosen"], str):
             check_text(pair["prompt"], where, tokenizer)
-            _check_answers(pair, where, tokenizer)
+            bos = tokenizer.bos_token
+            for side in ("chosen", "rejected") if bos and bos != tokenizer.eos_token and pair["prompt"] else ():
+                if pair[side].lstrip().startswith(bos):
+                    raise ValueError(
+                        f"`{side}` of {where} begins with {bos!r}, which would stand behind the prompt. Take it off: "
+                        f"`row[{side!r}].lstrip().removeprefix({bos!r})`."
+                    )
             continue
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options: dict[str, Any] = {"tools": tools, **template_kwargs(row)}
         for side in ("chosen", "rejected"):
-            written = _written(pair["prompt"] + pair[side], where, tokenizer, BY_PAIRS, **options)
+            written = _written(pair["prompt"] + pair[side], where, tokenizer, **options)
             _require_names(options["tools"], squashed(written), f"`tools` of {where}")
-            _check_messages(pair["prompt"], written, f"the prompt of {where}", tokenizer, BY_PAIRS)
-            _check_messages(pair[side], written, f"`{side}` of {where}", tokenizer, BY_PAIRS, answers=True)
+            _check_messages(pair["prompt"], written, f"the prompt of {where}", tokenizer)
+            _check_messages(pair[side], written, f"`{side}` of {where}", tokenizer, answers=True)
 
 
 def check_written_prompts(
@@ -61,12 +72,12 @@ def check_written_prompts(
         elif isinstance(prompt, str):
             check_text(prompt, where, tokenizer)
         elif prompt:
-            written = _written(prompt, where, tokenizer, BY_PROMPTS, add_generation_prompt=True, **(options or {}))
-            _check_messages(prompt, written, f"the prompt of {where}", tokenizer, BY_PROMPTS)
+            written = _written(prompt, where, tokenizer, add_generation_prompt=True, **(options or {}))
+            _check_messages(prompt, written, f"the prompt of {where}", tokenizer)
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row's own arguments of the chat template; where other rows of a table have some, it has `None`."""
+    """Return a row's own arguments of the chat template, without the `None` of those that only other rows have."""
     return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
 
 
@@ -109,18 +120,18 @@ def _kind_of(cell: Any) -> Any:
     return frozenset(marks | {str(message.get("role")) for message in messages})
 
 
-def _written(messages: list[dict[str, Any]], where: str, tokenizer: Any, conversion: str, **options: Any) -> str:
+def _written(messages: list[dict[str, Any]], where: str, tokenizer: Any, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # jinja's, what a template raises itself, Python's within an expression: any says it
         raise ValueError(
             f"The tokenizer's chat template cannot write {where} (roles {[m.get('role') for m in messages]}): {error}."
-            " Change the messages, or `tokenizer.chat_template`." + _joined_by(messages, conversion)
+            " Change the messages, or `tokenizer.chat_template`." + _joined_by(messages)
         ) from error
 
 
 def _check_messages(
-    messages: list[dict[str, Any]], written: str, whose: str, tokenizer: Any, conversion: str, answers: bool = False
+    messages: list[dict[str, Any]], written: str, whose: str, tokenizer: Any, answers: bool = False
 ) -> None:
     """Raise `ValueError` if a message is not written whole; of `answers`, the last one with its thoughts."""
     plain = squashed(written)
@@ -130,7 +141,7 @@ def _check_messages(
         if isinstance(content, list) and any(form in written for part in content for form in (str(part), _json(part))):
             raise ValueError(
                 f"The content of {whose} is a list of parts, which the chat template writes out as they stand: "
-                f"{written!r:.200}." + _joined_by(messages, conversion)
+                f"{written!r:.200}." + _joined_by(messages)
             )
         is_learnt = answers and number == len(messages) - 1
         thoughts = [str(message[key]) for key in THOUGHTS if is_learnt and message.get(key)]
@@ -194,16 +205,6 @@ def check_text(prompt: str, where: str, tokenizer: Any) -> None:
         )
 
 
-def _check_answers(pair: dict[str, Any], where: str, tokenizer: Any) -> None:
-    bos = tokenizer.bos_token
-    for side in ("chosen", "rejected"):
-        if bos and bos != tokenizer.eos_token and pair["prompt"] and pair[side].lstrip().startswith(bos):
-            raise ValueError(
-                f"`{side}` of {where} begins with {bos!r}, which would stand behind the prompt. Take it off: "
-                f"`row[{side!r}].lstrip().removeprefix({bos!r})`."
-            )
-
-
 def _check_ids(ids: list[int], where: str, tokenizer: Any) -> None:
     if _begins_twice(ids, tokenizer):
         raise ValueError(
@@ -219,21 +220,7 @@ def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
     return second is not None and ids[0] == bos and not tokenizer.decode(ids[1:second]).strip()  # white space between
 
 
-def _check_once(rows: list[tuple[int, dict[str, Any]]], name: str) -> None:
-    repeats = [
-        isinstance(row.get("prompt"), str)
-        and all(after_prompt(row[side], row["prompt"]) is not None for side in ("chosen", "rejected"))
-        for _, row in rows
-    ]
-    if are_most(repeats):
-        number, row = rows[repeats.index(True)]
-        raise ValueError(
-            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
-            f"twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` takes it off."
-        )
-
-
-def _joined_by(messages: list[dict[str, Any]], conversion: str) -> str:
+def _joined_by(messages: list[dict[str, Any]]) -> str:
     if not any(isinstance(message.get("content"), list) for message in messages):
         return ""
-    return f" `trl_ext.data.conversions.{conversion}(dataset)` joins parts of text."
+    return " `trl_ext.data.conversions.to_preference(dataset)`, of prompts `to_prompts(dataset)`, joins parts of text."

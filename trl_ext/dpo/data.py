@@ -58,7 +58,7 @@ def _differs(chosen: Any, rejected: Any) -> bool:
 
 
 def check_rows_known(dataset: Any, name: str, tokenizer: Any, known: int | None) -> Any:
-    """Return the tokenised dataset; `ValueError` for ids, padding's too, beyond the `known` ones of the policy."""
+    """Return the tokenised dataset; `ValueError` for an id, or a pad token, beyond the policy's `known` ones."""
     check_known([tokenizer.pad_token_id], known, tokenizer, "The policy", "the pad token")
 
     def check(*ids: list[int]) -> bool:

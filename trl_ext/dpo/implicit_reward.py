@@ -101,7 +101,7 @@ class ImplicitReward:
         return rewards[: len(rows)], rewards[len(rows) :]
 
     def rank(self, prompt: Text, completions: Sequence[Text]) -> list[int]:
-        """Return the indices of the completions, the best first. All are cut where one first leaves the prompt."""
+        """Return the indices of the completions, the best first; all are cut where one first leaves the prompt."""
         cuts = [_tokenise(self.tokenizer, prompt, completion)[1] for completion in completions]
         first = completions[cuts.index(min(cuts))]
         rewards = self._rewards([_tokenise(self.tokenizer, prompt, completion, first) for completion in completions])

@@ -91,12 +91,6 @@ def copy_at_start(model: Any, args: DPOConfigX, has_adapters: bool) -> PreTraine
     return copy_of(model).requires_grad_(False).eval()
 
 
-def rounds_to_16_bits(model: nn.Module, args: DPOConfigX) -> bool:
-    """Return whether log-probabilities are computed in 16 bits, or so, somewhere."""
-    is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-    return bool(args.bf16 or args.fp16 or args.tf32 or is_quantized(model) or is_short)
-
-
 def require_same_start(
     logratios: Tensor, lengths: Tensor, policy: nn.Module, reference: nn.Module | None, args: DPOConfigX
 ) -> None:
@@ -109,7 +103,9 @@ def require_same_start(
     if not typical > ROUNDING:  # what is not finite is reported elsewhere
         return
     tolerance = ROUNDING
-    if rounds_to_16_bits(policy, args) and not _differ_in_float32(policy, reference, args):
+    is_short = any(p.is_floating_point() and p.element_size() < 4 for p in policy.parameters())
+    rounds_to_16_bits = args.bf16 or args.fp16 or args.tf32 or is_quantized(policy) or is_short
+    if rounds_to_16_bits and not _differ_in_float32(policy, reference, args):
         tolerance = _rounding_in_16_bits(policy, args) if typical > LEAST_16_BIT else LEAST_16_BIT
     if not typical > tolerance:
         return

@@ -13,7 +13,16 @@ from transformers import GenerationConfig
 def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, device: Any) -> list[str]:
     """Return a causal language model's greedy completions of prompts (token ids), as text."""
     batch = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
-    greedy = greedy_decoding(model, tokenizer, max_new_tokens)
+    known = model.generation_config
+    pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=known.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if known.eos_token_id is None else known.eos_token_id,
+        pad_token_id=pad,
+    )
     with evaluating(model), generating_by(model, greedy):
         output = model.generate(**batch.to(device), generation_config=greedy)
     return tokenizer.batch_decode(output[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
@@ -49,17 +58,3 @@ def generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     finally:
         for each, before in zip(holders, own, strict=True):
             each.generation_config = before
-
-
-def greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Return the config of greedy decoding, up to the model's end token, else the tokenizer's."""
-    known = model.generation_config
-    pad = next(i for i in (known.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        bos_token_id=known.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if known.eos_token_id is None else known.eos_token_id,
-        pad_token_id=pad,
-    )

@@ -88,14 +88,16 @@ def refuse_scoring(config: Any, name: str) -> None:
 
 
 def require_writer(path: str, name: str, revision: str | None = None) -> None:
-    """Raise `ValueError` if a model, an adapter or its base scores text; `name` is what it was given as."""
+    """Raise `ValueError` unless a folder or hub name, given as `name`, has a language model, or an adapter of one."""
+    require_model(path, name, revision)
+    require_weights(path, name)
     adapter = adapter_config(path)
     if adapter is None:
         refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
     elif adapter.task_type == "SEQ_CLS":
         raise ValueError(f"{path} ({name}) holds the adapter of a reward model: it scores text and writes none.")
     elif adapter.base_model_name_or_path:
-        require_writer(adapter.base_model_name_or_path, f"the base of {name}", adapter.revision)
+        require_writer(adapter.base_model_name_or_path, f"the base of the adapter {path}, {name}", adapter.revision)
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:
@@ -134,7 +136,7 @@ RENAMED = 0.01
 
 
 def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
-    """Raise `ValueError` if ids mean other tokens to `model`, a path or loaded from one, than to the tokenizer."""
+    """Raise `ValueError` if ids mean other tokens to `model`, a path or a model, than to the run's tokenizer."""
     its = None if tokenizer is None else tokenizer_of(model, None, args)
     if its is None or not hasattr(its, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
         return
@@ -204,12 +206,9 @@ def check_no_adapter(path: str, name: str) -> None:
     )
 
 
-def require_model(path: str, what: str, revision: str | None = None, with_base: bool = False) -> None:
-    """Raise `ValueError` unless a folder or hub name has a model's config, or an adapter's, maybe with its base's."""
-    adapter = adapter_config(path)
-    if adapter is not None:
-        if with_base and adapter.base_model_name_or_path:
-            require_model(adapter.base_model_name_or_path, f"the base of the adapter {path}", adapter.revision)
+def require_model(path: str, what: str, revision: str | None = None) -> None:
+    """Raise `ValueError` unless a folder or hub name has a model's config, or an adapter's."""
+    if adapter_config(path) is not None:
         return
     _require_no_gguf(path, what)
     if Path(path).is_dir():
@@ -234,7 +233,7 @@ def require_model(path: str, what: str, revision: str | None = None, with_base: 
 
 
 def require_weights(path: str, what: str) -> None:
-    """Raise `ValueError` if a folder's weights are missing, cut off or no safetensors, by their headers alone."""
+    """Raise `ValueError` if weights in a folder are missing, cut off or no safetensors; only headers are read."""
     folder = Path(path)
     if not folder.is_dir():
         return

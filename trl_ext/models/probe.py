@@ -112,7 +112,7 @@ def apart_in_float32(
 
 
 def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
-    """Return log-probabilities of rows (1, L) of ids, without what trainers have put around a forward, as autocast."""
+    """Return log-probabilities of rows (1, L) of ids by the model's own forward, without wrappers or autocast."""
     base = base_of(model)
     logits = [type(base).forward(base, input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
     logps = [x.float().log_softmax(-1) for x in logits]
@@ -121,7 +121,7 @@ def plain_logps(model: Any, rows: list[Tensor]) -> Tensor:
 
 @contextmanager
 def rounded_once(model: Any, unit: float | None = None) -> Iterator[None]:
-    """Within the context, embeddings are off by the share `unit`, by default what the arithmetic rounds them by."""
+    """Within the context, embeddings are off by a share `unit`, by default the rounding unit of the arithmetic."""
     generator = torch.Generator().manual_seed(1)
 
     def shift(module: nn.Module, args: Any, states: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def check_batch_fields(args: Any, counting: str) -> None:
-    """Raise `ValueError` when batch sizes in a DeepSpeed file are not those of the options, named by `counting`."""
+    """Raise `ValueError` when a DeepSpeed file's batch sizes differ from the options', which `counting` names."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return

@@ -88,7 +88,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Sizes of a LoRA adapter. All but the first are of a layer, in the mean."""
+    """Sizes of a LoRA adapter; all but the counts of parameters are means over layers."""
 
     parameters: int  # of A and B
     inputs: (

@@ -124,10 +124,6 @@ def level(axis: Any, value: float, label: str = "") -> None:
     axis.axhline(value, color=COLOURS["muted"], linewidth=1, linestyle="--", label=label)
 
 
-def band(axis: Any, low: float, high: float, label: str = "") -> None:
-    axis.axhspan(low, high, color=COLOURS["band"], zorder=0, linewidth=0, label=label)
-
-
 def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
     """Write the labels and, below the axes, a legend if anything has a name; give the axes the rest of the room."""
     axis.set_ylabel(ylabel)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..ppo.terms import TERMS
 from ..runs.log import Log, Series, reference_kl, scores, series
-from .drawing import COLOURS, OF_RUNS, band, curve, finish, held_out, level, thin
+from .drawing import COLOURS, OF_RUNS, curve, finish, held_out, level, thin
 from .machine_panels import MEMORY, THROUGHPUT, TIME
 from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, spread, two_rows
 from .run import Run
@@ -46,7 +46,7 @@ def frontier(figure: Any, runs: Runs) -> None:
 def kl(figure: Any, runs: Runs) -> None:
     axis = figure.subplots()
     low, high = runs[0].kl_band
-    band(axis, low, high, f"band {low:g} to {high:g}")
+    axis.axhspan(low, high, color=COLOURS["band"], zorder=0, linewidth=0, label=f"band {low:g} to {high:g}")
     for run in runs:
         curve(axis, reference_kl(run.log), colour(runs, run, "red"), name(runs, run, "rollouts"))
         held_out(axis, series(run.log, "eval_kl/ref"), colour(runs, run, "red"), name(runs, run, "held-out prompts"))

@@ -22,7 +22,7 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
 
 
 def check_metric_of_sets(metric: str | None, held_out: Any, example: str) -> None:
-    """Raise `ValueError` for a `metric_for_best_model` of none of several held-out sets; `example` is a metric."""
+    """Raise `ValueError` for a `metric_for_best_model` that names none of several sets; `example` is a metric."""
     if metric is None or not isinstance(held_out, dict):
         return
     whole = metric if metric.startswith("eval_") else f"eval_{metric}"

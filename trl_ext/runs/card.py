@@ -80,7 +80,7 @@ def hub_name(dataset_name: str | None) -> str | None:
 
 
 class WritesCard:
-    """A trainer with the model card of its run, of the sections that `describe` gives. Stands before TRL's trainer."""
+    """A trainer that writes its run's model card from what `describe` says. Name it before TRL's trainer."""
 
     def describe(self) -> Training:
         """Return the sections of this training's card."""

@@ -142,7 +142,7 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
 
 
 def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
-    """Return the 95% interval: as logged, else Wilson's by the pairs of the evaluation, else the accuracy twice."""
+    """Return the 95% interval: as logged, else Wilson's for the pairs evaluated, else the accuracy as both ends."""
     low, high = (line.get(f"eval_preference/accuracy_{end}") for end in ("low", "high"))
     if low is not None and high is not None:
         return float(low), float(high)

@@ -155,7 +155,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
 
 
 def require_writable(path: str | Path, what: str = "output_dir") -> None:
-    """Raise `ValueError` if no files can be written into a folder, given by the option `what`, or above it."""
+    """Raise `ValueError` if no files can be written into a folder, which the option `what` names."""
     folder = Path(path)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir():

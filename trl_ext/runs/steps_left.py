@@ -26,7 +26,7 @@ def refuse_finished_checkpoints(trainer: Any) -> None:
 
 
 def require_steps_left(checkpoint: Path | None, max_steps: int) -> None:
-    """Raise `ValueError` for a checkpoint that has taken all `max_steps`; 0 or less if they are not known yet."""
+    """Raise `ValueError` for a checkpoint that has taken all `max_steps`; below 1, they are not known yet."""
     if checkpoint is not None and 0 < max_steps <= (taken := steps_of(checkpoint)[0]):
         raise ValueError(_nothing_left(f"The run saved in {checkpoint}", taken, max_steps))
 

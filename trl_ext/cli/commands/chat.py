@@ -12,7 +12,7 @@ import copy
 
 from transformers import TextStreamer, pipeline
 
-from ...models.loading import load_tokenizer, require_model, require_weights, require_writer
+from ...models.loading import load_tokenizer, require_writer
 from ...models.precision import computes_in_bf16
 from ..options import usage_errors
 from ..parser import CommandParser
@@ -30,9 +30,7 @@ def arguments() -> CommandParser:
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
     with usage_errors():
-        require_model(given.model, "the model to talk to", with_base=True)
         require_writer(given.model, "the model to talk to")
-        require_weights(given.model, "the model to talk to")
         tokenizer = load_tokenizer(given.model)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
     dtype = "bfloat16" if computes_in_bf16() else "float32"

@@ -23,7 +23,7 @@ from ... import ImplicitReward
 from ...data import demo
 from ...data.json_values import plain_line
 from ...data.pairs import check_columns
-from ...models.loading import load_tokenizer, require_model, require_weights, require_writer
+from ...models.loading import load_tokenizer, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
@@ -82,9 +82,7 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
         path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
     for given, option, revision in ((path, "--model", model.model_revision), (ref_path, "--ref_model", None)):
         if given is not None:
-            require_model(given, option, revision, with_base=True)
             require_writer(given, option, revision)
-            require_weights(given, option)
     return path, ref_path
 
 
