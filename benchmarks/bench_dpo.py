@@ -28,11 +28,11 @@ WORKER = Path(__file__).with_name("bench_dpo_worker.py")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure(job: dict[str, Any], folder: Path, worker: Path = WORKER) -> dict[str, Any]:
     """One run in a fresh process."""
     job = job | {"folder": str(folder), "result": str(folder / "result.json")}
     log, environ = folder / "log.txt", os.environ | QUIET
-    command = [sys.executable, WORKER, json.dumps(job)]
+    command = [sys.executable, worker, json.dumps(job)]
     with log.open("w") as out:
         if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environ).returncode:
             raise RuntimeError(f"The run {job} failed:\n{log.read_text()[-4000:]}")

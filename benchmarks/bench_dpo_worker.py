@@ -19,20 +19,22 @@ TRAINERS: dict[str, Any] = {"trl": (DPOTrainer, DPOConfig), "trl_ext": (DPOTrain
 
 
 class StepClock(TrainerCallback):
-    """Seconds of every optimizer step, from the end of the one before it."""
+    """Seconds of every optimizer step, from the end of the one before it, and those that all threads computed."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start, self.computed = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now, computed = time.perf_counter(), time.process_time()
         self.seconds.append(now - self.start)
-        self.start = now
+        self.cpu.append(computed - self.computed)
+        self.start, self.computed = now, computed
 
 
 def main(job: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ MEASURED = {
     "docs/measurements.md": {
         "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",
         "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
+        "python benchmarks/bench_reward.py": "tests/benchmarks/test_bench_reward.py",
         "python benchmarks/measure_memory.py": "tests/benchmarks/test_planner_measuring.py",
         "python benchmarks/measure_gpu.py": "tests/benchmarks/test_planner_measuring.py",
     },

@@ -39,8 +39,8 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
     Return what in a run speaks against shared rows, `None` if nothing does.
 
     Args:
-        args: the `DPOConfigX`.
-        model: the actor, with its adapters.
+        args: the options of the run.
+        model: what is trained, with its adapters.
     """
     for config in getattr(model, "peft_config", {}).values():
         kind = getattr(config.peft_type, "value", config.peft_type)
