@@ -53,11 +53,11 @@ check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_layers.py tests/docs/test_house.py .ci/test_pins.py
 
-# Files stay whole, since the tests of one share long runs.
+# Files stay whole, since the tests of one share long runs, and begin in the order of tests/conftest.py.
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
-	$(PYTEST) -m proof -n $(JOBS) --dist loadfile -rP $(ARGS)
+	$(PYTEST) -m proof -n $(JOBS) --dist loadfile --no-loadscope-reorder -rP $(ARGS)
 
-measure: $(STAMP) ## repeat the longest proofs, by hand before a release: about half an hour
+measure: $(STAMP) ## repeat the longest proofs, by hand before a release: three quarters of an hour
 	$(PYTEST) -m measure -s $(ARGS)
 
 families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those

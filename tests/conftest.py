@@ -15,13 +15,16 @@ import torch
 from filelock import FileLock
 from transformers import set_seed
 
-import tiny
-
 
 # Models this small lose time to threads, and pytest-xdist already fills the cores. It also fixes the order of sums.
 torch.set_num_threads(1)
 
 TIERS = {"unit", "integration", "distributed", "gpu", "proof", "measure"}
+# The proofs that take longest, which begin first: else one worker would end long after the other.
+LONGEST = [
+    *("test_proof_layouts", "test_proof_demo", "test_proof_planner", "test_wheel", "test_proof_resuming"),
+    *("test_proof_zero_equality", "test_proof_bandit", "test_proof_distributed", "test_families", "test_proof_random"),
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +32,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not TIERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
@@ -47,26 +51,6 @@ def undrawn(monkeypatch):
             (Path(folder) / "report.html").touch()
 
     monkeypatch.setattr(report, "write_report", touch)
-
-
-@pytest.fixture
-def tiny_tokenizer():
-    return tiny.tiny_tokenizer()
-
-
-@pytest.fixture
-def tiny_actor():
-    return tiny.tiny_actor()
-
-
-@pytest.fixture
-def tiny_reward_model():
-    return tiny.tiny_reward_model()
-
-
-@pytest.fixture
-def tiny_prompts():
-    return tiny.tiny_prompts()
 
 
 @pytest.fixture(scope="session")

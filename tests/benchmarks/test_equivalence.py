@@ -6,7 +6,6 @@ import sys
 from itertools import combinations
 
 import pytest
-import torch
 
 from commands import ROOT, script
 
@@ -28,11 +27,6 @@ def closed_form(rewards, reference, beta):
 
 def kl(logps, probabilities):
     return sum(p * (math.log(p) - math.log(q)) for p, q in zip(logps.exp().tolist(), probabilities, strict=True))
-
-
-def test_bandit_is_the_one_of_the_test(equivalence):
-    assert equivalence.REWARDS.tolist() == REWARDS
-    assert equivalence.REF_LOGPS.exp().tolist() == pytest.approx(REFERENCE)
 
 
 def test_preferences_are_bradley_terrys(equivalence):
@@ -90,9 +84,3 @@ def test_estimators_script_still_ends_where_its_page_says(equivalence, tmp_path,
     assert distance["k2"][0] < 1e-6 < 0.1 < distance["k3"][0]
     assert distance["k3"][1] < 1e-3 < 0.1 < distance["k2"][1]
     assert min(distance["k1"]) > 0.1
-
-
-def test_gradient_descent_keeps_where_it_has_been(equivalence):
-    bandit = sys.modules["bandit"]
-    history = bandit.descend(lambda x: (x**2).sum(), torch.tensor([1.0, -2.0]), steps=3, learning_rate=0.25)
-    assert [step.tolist() for step in history] == [[1.0, -2.0], [0.5, -1.0], [0.25, -0.5], [0.125, -0.25]]

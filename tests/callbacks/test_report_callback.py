@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback, TrainerState
 
-import dpo_runs
 import ppo_runs
 import tiny
 import trl_runs
@@ -48,11 +47,9 @@ def test_page_is_written_while_the_run_goes_on(tmp_path):
     "trainer_of, kind, model",
     [
         (ppo_runs.ppo_trainer, "ppo", "LlamaForCausalLM"),
-        (dpo_runs.dpo_trainer, "dpo", "LlamaForCausalLM"),
         (trl_runs.dpo_trainer, "dpo", "actor"),
         (trl_runs.grpo_trainer, "grpo", "actor"),
         (trl_runs.reward_trainer, "reward", "LlamaForSequenceClassification"),
-        (trl_runs.sft_trainer, None, "LlamaForCausalLM"),
     ],
 )
 def test_any_trainer_gets_its_page(tmp_path, trainer_of, kind, model):

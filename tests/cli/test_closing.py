@@ -202,11 +202,3 @@ def test_without_an_evaluation_at_the_start_there_is_no_before(on_the_way, paths
         assert metrics["after"]["step"] == 2
     assert not (tmp_path / "ppo" / "samples.md").exists()
     assert (tmp_path / "dpo" / "table.md").read_text().startswith("| held-out pairs | after |")
-
-
-def test_with_an_evaluation_at_the_start_both_are_there(paths, tmp_path, capsys):
-    said = summary("ppo", paths, capsys, output_dir=tmp_path, **PPO_SHORT)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    before, after = (metrics[when]["eval_reward/score"] for when in ("before", "after"))
-    rise = metrics["after"]["eval_reward/rise"]
-    assert said.startswith(f"Held-out score: {before:+.3f} before, {after:+.3f} after; it rose by {rise:.3f} ± ")

@@ -58,14 +58,6 @@ def test_a_missing_split_is_an_error_that_lists_the_splits(rows, tmp_path):
             read()
 
 
-def test_embedded_data_get_the_sizes(rows):
-    def embedded(train_size, test_size):
-        return DatasetDict(train=rows.select(range(train_size)), test=rows.select(range(test_size)))
-
-    splits = load_splits(DataArguments(train_size=3, test_size=2), embedded, to_prompts)
-    assert (len(splits["train"]), len(splits["test"])) == (3, 2)
-
-
 def test_a_stream_holds_out_its_first_rows(rows, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     rows.to_json(path)

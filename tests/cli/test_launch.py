@@ -60,6 +60,7 @@ def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):
     require_all(Namespace(world_size=2))
 
 
+@pytest.mark.proof
 @pytest.mark.distributed
 def test_nproc_starts_processes_that_train_one_model(paths, tmp_path, monkeypatch, capfd):
     for name, value in two_processes.environment().items():

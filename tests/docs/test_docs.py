@@ -125,11 +125,6 @@ def test_every_page_is_in_the_navigation_once_and_linked_from_the_index():
     assert {link.removesuffix(".md") for link in re.findall(r"\]\((\w+\.md)\)", index)} == pages
 
 
-@pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_page_has_one_title(path):
-    assert len(re.findall(r"^# .+$", without_code(read(path)), flags=re.MULTILINE)) == 1
-
-
 # --- the API
 
 

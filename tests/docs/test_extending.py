@@ -24,12 +24,14 @@ RUN = """
 import tiny
 from ppo_runs import changed, log_lines, ppo_trainer, snapshot
 
-trainer = ppo_trainer(folder, {"ref_model": tiny.tiny_actor(5)}, **options)
-before = snapshot(trainer.model)
-trainer.train()
 kept = ("old_logps", "ref_logps", "old_values", "advantages", "returns", "scores", "mask")
-rollout = {name: getattr(trainer.run_state.rollout, name).tolist() for name in kept}
-result = log_lines(trainer), rollout, changed(trainer.model, before)
+result = []
+for options in runs:
+    trainer = ppo_trainer(folder, {"ref_model": tiny.tiny_actor(5)}, **options)
+    before = snapshot(trainer.model)
+    trainer.train()
+    rollout = {name: getattr(trainer.run_state.rollout, name).tolist() for name in kept}
+    result.append((log_lines(trainer), rollout, changed(trainer.model, before)))
 """
 
 
@@ -46,16 +48,13 @@ def default(tmp_path_factory):
 
 @pytest.fixture
 def extended(tmp_path):
-    """`extended(heading)` gives a function that trains with options in the package extended like this."""
+    """Trains with each of several options in the package extended as under a heading; `code` goes on from there."""
 
-    def extend(heading):
-        copy = extended_copy(heading, tmp_path)
-
-        def run(**options):
-            lines, rollout, moved = run_in(copy, RUN, folder=str(tmp_path / "run"), options=options)
-            return numbers(lines), rollout, moved
-
-        return run
+    def extend(heading, *runs, code=""):
+        copy, folder = extended_copy(heading, tmp_path), str(tmp_path / "run")
+        results = run_in(copy, RUN + code, folder=folder, runs=runs)
+        of_runs = [(numbers(lines), rollout, moved) for lines, rollout, moved in results[: len(runs)]]
+        return of_runs + results[len(runs) :]
 
     return extend
 
@@ -94,28 +93,7 @@ def test_control_an_edit_that_does_not_fit_its_file_is_noticed(tmp_path):
 # --- a loss term
 
 
-def test_loss_term_is_off_by_default_and_changes_nothing(default, extended):
-    lines, _, _ = extended("A loss term")()
-    for line, plain in zip(lines, default, strict=True):
-        assert line.keys() - plain.keys() == {"terms/imitation", "coef/imitation"}
-        assert {key: line[key] for key in plain} == plain
-        assert line["coef/imitation"] == 0
-
-
-def test_loss_term_is_logged_summed_and_learned_from(default, extended):
-    (line,), rollout, moved = extended("A loss term")(imitation_coef=0.25, vf_coef=0.0, max_steps=1)
-    tokens = [token for row in per_token(rollout, "old_logps", "returns", "old_values") for token in row]
-    expected = [-logp * max(target - value, 0.0) for logp, target, value in tokens]
-    assert line["terms/imitation"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert line["terms/imitation"] > 0
-    assert line["coef/imitation"] == 0.25
-    assert line["loss"] == pytest.approx(sum_of_terms(line) + 0.25 * line["terms/imitation"], abs=1e-7)
-    assert line["grad_norm"] != default[0]["grad_norm"]
-    assert moved
-    assert not [name for name in moved if "critic" in name]  # without a value loss, nothing trains it
-
-
-def test_loss_term_is_an_option_with_a_range_and_a_contribution_of_the_report(tmp_path):
+def test_loss_term_changes_nothing_by_default_and_is_logged_summed_and_learned_from(default, extended):
     code = """
 from transformers import HfArgumentParser
 from trl_ext import PPOConfigX
@@ -125,9 +103,24 @@ from trl_ext.ppo.terms import TERMS
 try:
     PPOConfigX(imitation_coef=-1.0)
 except ValueError as error:
-    result = args.imitation_coef, str(error), [term.contribution for term in TERMS]
+    result.append((args.imitation_coef, str(error), [term.contribution for term in TERMS]))
 """
-    value, error, contributions = run_in(extended_copy("A loss term", tmp_path), code)
+    asked = {"imitation_coef": 0.25, "vf_coef": 0.0, "max_steps": 1}
+    (lines, _, _), ((line,), rollout, moved), of_option = extended("A loss term", {}, asked, code=code)
+    for unasked, plain in zip(lines, default, strict=True):
+        assert unasked.keys() - plain.keys() == {"terms/imitation", "coef/imitation"}
+        assert {key: unasked[key] for key in plain} == plain
+        assert unasked["coef/imitation"] == 0
+    tokens = [token for row in per_token(rollout, "old_logps", "returns", "old_values") for token in row]
+    expected = [-logp * max(target - value, 0.0) for logp, target, value in tokens]
+    assert line["terms/imitation"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert line["terms/imitation"] > 0
+    assert line["coef/imitation"] == 0.25
+    assert line["loss"] == pytest.approx(sum_of_terms(line) + 0.25 * line["terms/imitation"], abs=1e-7)
+    assert line["grad_norm"] != default[0]["grad_norm"]
+    assert moved
+    assert not [name for name in moved if "critic" in name]  # without a value loss, nothing trains it
+    value, error, contributions = of_option
     assert value == 0.5
     assert error == "`imitation_coef` is -1.0; it must be 0 or above, and finite."
     assert "imitation_coef · imitation" in contributions
@@ -137,10 +130,10 @@ except ValueError as error:
 
 
 def test_advantage_estimator_gives_the_actor_gae_and_the_critic_rewards_to_go(default, extended):
-    run = extended("An advantage estimator")
-    assert run()[0] == default
     options = {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "max_steps": 1}
-    _, rollout, _ = run(advantage_estimator="decoupled_gae", **options)
+    options |= {"advantage_estimator": "decoupled_gae"}
+    (plain, _, _), (_, rollout, _) = extended("An advantage estimator", {}, options)
+    assert plain == default
     # With the KL in the loss, the score at the last token is the only reward.
     for score, row in zip(rollout["scores"], per_token(rollout, "old_values", "advantages", "returns"), strict=True):
         values, advantages, returns = map(list, zip(*row, strict=True))
@@ -153,9 +146,8 @@ def test_advantage_estimator_gives_the_actor_gae_and_the_critic_rewards_to_go(de
 
 
 def test_kl_estimator_has_the_value_of_k3_and_the_gradient_of_k2(default, extended):
-    run = extended("A KL estimator")
-    assert run()[0] == default
-    lines, rollout, _ = run(kl_estimator="k3+", max_steps=1)
+    (plain, _, _), (lines, rollout, _) = extended("A KL estimator", {}, {"kl_estimator": "k3+", "max_steps": 1})
+    assert plain == default
     tokens = [token for row in per_token(rollout, "ref_logps", "old_logps") for token in row]
     expected = [math.expm1(ref - logp) - (ref - logp) for ref, logp in tokens]
     assert lines[0]["terms/kl"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast, TrOCRConfig
 
 import dpo_runs
-import ppo_runs
 import tiny
 from trl_ext import ImplicitReward
 from trl_ext.cli.commands import score as score_command
@@ -144,38 +143,12 @@ def test_ranking_is_by_reward_the_best_first():
     assert [rewards[i] for i in ranking] == sorted(rewards, reverse=True)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("conversational", [False, True])
-def test_reward_function_of_ppo(tmp_path, conversational):
-    score = ImplicitReward(dpo_runs.tiny_model(seed=2), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer())
-    given = []
-
-    def spy(prompts, completions, **kwargs):
-        rewards = score(prompts, completions, **kwargs)
-        given.extend(rewards)
-        return rewards
-
-    data = tiny.tiny_prompts(16, conversational=conversational)
-    models = {"reward_model": None, "train_dataset": data}
-    line, spied = (
-        ppo_runs.log_lines(ppo_runs.ppo_run(tmp_path, models | {"reward_funcs": function}, total_episodes=4))[0]
-        for function in (score, spy)
-    )
-    (key,) = (key for key in line if key.startswith("reward") and "implicit_reward" in key and "mean" in key)
-    assert spied[key.replace("implicit_reward", "spy")] == pytest.approx(line[key], rel=1e-5)
-    assert line[key] == pytest.approx(sum(given[:4]) / 4, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "reference, beta, message",
     [
         *((dpo_runs.tiny_model, beta, r"`beta` is .*; give the β > 0") for beta in (0.0, -1.0, float("nan"))),
         (lambda: None, 0.1, r"no adapter to switch off: give the model that DPO started from.*`--ref_model`"),
-        (
-            lambda: dpo_runs.tiny_model(vocab_size=70),
-            0.1,
-            "vocabulary of 64 tokens and `reference` one of 70",
-        ),
+        (lambda: dpo_runs.tiny_model(vocab_size=70), 0.1, "vocabulary of 64 tokens and `reference` one of 70"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(reference, beta, message):

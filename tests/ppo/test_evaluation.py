@@ -242,19 +242,6 @@ def test_sample_completions_are_printed_with_their_scores(tmp_path, capsys):
     assert trainer.model.training
 
 
-def test_samples_may_hold_what_looks_like_markup(tmp_path, capsys):
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_tokens(["[/INST]"])
-    models = {
-        "processing_class": tokenizer,
-        "model": tiny.tiny_actor(vocab_size=65),
-        "reward_model": tiny.tiny_reward_model(vocab_size=65),
-        "eval_dataset": Dataset.from_dict({"prompt": ["cat [/INST]"]}),
-    }
-    ppo_trainer(tmp_path, models).generate_completions()
-    assert "[/INST]" in capsys.readouterr().out
-
-
 # --- the best checkpoint
 
 EVERY_TWO = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}

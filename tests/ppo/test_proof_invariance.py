@@ -29,8 +29,7 @@ def _no_warning_of_rollout_func(monkeypatch):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("num_mini_batches", [1, 2])
-@pytest.mark.parametrize("case", ["loss", "loss-full-head", "reward-scaled"])
+@pytest.mark.parametrize("case, num_mini_batches", [("loss", 1), ("loss-full-head", 2), ("reward-scaled", 2)])
 def test_micro_batches_change_nothing(case, num_mini_batches):
     options = layouts.CASES[case] | {"num_mini_batches": num_mini_batches}
     whole = layouts.run(8, 1, **options)

@@ -161,10 +161,6 @@ def test_reference_close_by_is_an_error_in_16_bits_too(tmp_path, how):
         trainer.train()
 
 
-def test_given_reference_may_differ_from_the_start(tmp_path):
-    ppo_run(tmp_path, {"peft_config": lora(init_lora_weights=False), "ref_model": tiny.tiny_actor()}, max_steps=1)
-
-
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_copy_of_an_adapter_leaves_the_actor_as_it_was(tmp_path, start):
     """Adding a second adapter with such a config would change the base weights again."""

@@ -59,12 +59,6 @@ def test_output_loads_as_a_causal_lm_with_no_unexpected_key(saved, subfolder):
     assert AutoTokenizer.from_pretrained(folder / subfolder).get_vocab() == tiny.tiny_tokenizer().get_vocab()
 
 
-def test_files_of_the_actor_hold_no_critic(saved):
-    for _, folder in (saved("full"), saved("head")):
-        names = load_file(folder / "model.safetensors").keys()
-        assert set(names) == set(tiny.tiny_actor().state_dict())
-
-
 def test_tied_embeddings_are_saved_once(tmp_path):
     trainer = ppo_run(tmp_path, {"model": tiny.tiny_actor(tie_word_embeddings=True)}, max_steps=1)
     trainer.save_model()

@@ -9,7 +9,7 @@ import time
 import pytest
 from datasets import Dataset
 
-from commands import ROOT, command
+from commands import command
 from run_logs import DPO_LOG, PPO_LOG, png_size, run_folder, write_completions
 from trl_ext.report import Run, read_run, write_report
 from trl_ext.report.drawing import COLOURS, running_mean, thin
@@ -342,12 +342,6 @@ def test_long_runs_are_thinned_to_means():
     assert running_mean([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
 
 
-def test_page_of_a_long_run_stays_small():
-    log = [PPO_LOG[1] | {"step": i, "reward/score": (i * 7919 % 100) / 100} for i in range(1, 20_001)]
-    run = Run("long", log)
-    assert len(render([run], "long", draw([run]))) < 2_000_000
-
-
 def test_script_writes_page_and_picture(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", PPO_LOG)
     command("report").main([str(folder), "--output", str(tmp_path / "page.html")])
@@ -358,20 +352,6 @@ def test_script_writes_page_and_picture(tmp_path, capsys):
 
 def report(*words):
     command("report").main([str(word) for word in words])
-
-
-def test_script_watches_until_the_run_is_done(tmp_path, undrawn, monkeypatch, capsys):
-    folder = run_folder(tmp_path / "run", PPO_LOG[:4], max_steps=3)
-    waits = []
-
-    def sleep(seconds):
-        waits.append(seconds)
-        run_folder(folder, PPO_LOG, global_step=3, max_steps=3)
-
-    monkeypatch.setattr("time.sleep", sleep)
-    report(folder, "--watch", 7)
-    assert waits == [7]
-    assert "step 2 of 3" in capsys.readouterr().out
 
 
 def test_script_does_not_watch_a_run_that_was_killed(tmp_path, undrawn, monkeypatch, capsys):
@@ -397,10 +377,6 @@ def test_script_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report(tmp_path, "--watch", -1)
     assert "--watch is -1" in capsys.readouterr().err
-
-
-def test_template_is_installed_with_the_package():
-    assert '"report/page.html"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_parquet_of_other_prompts_is_not_shown_as_before_and_after(tmp_path):

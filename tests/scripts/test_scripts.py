@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
@@ -89,28 +87,6 @@ def test_ppo_takes_the_reward_model_of_reward_py(paths, reward_run, critic, caps
     printed = capsys.readouterr().out
     assert "Held-out score:" in printed
     assert "step 1/2  reward" in printed
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_ppo_puts_four_roles_on_the_4_bit_base_of_reward_py(paths):
-    """Reward adapter, actor's adapter and critic's adapter, all by flags; the run evaluates before and after."""
-    folders = {name: paths["folder"] / f"{name}-4bit" for name in ("reward", "ppo")}
-    lora = ["--use_peft", "--load_in_4bit", "--lora_target_modules", "q_proj", "v_proj"]
-    data = {"model": paths["actor"], "dataset_name": paths["folder"] / "pairs.jsonl", "output_dir": folders["reward"]}
-    command("reward").main(flags(**data, **REWARD) + lora)
-    names = set(load_file(folders["reward"] / "adapter_model.safetensors"))
-    assert "base_model.model.score.weight" in names
-    assert len(names) == 9  # and A and B of two matrices in two blocks
-    command("ppo").main(ppo_flags(paths, folders["reward"], output_dir=folders["ppo"], critic="adapter") + lora)
-    fingerprints = [
-        json.loads((folder / "base_model.json").read_text())["weights"]
-        for folder in (folders["reward"], folders["ppo"], folders["ppo"] / "critic")
-    ]
-    assert len(set(fingerprints)) == 1
-    metrics = json.loads((folders["ppo"] / "metrics.json").read_text())
-    assert metrics["before"]["eval_kl/ref"] == pytest.approx(0, abs=1e-5)
-    critic = AutoPeftModelForSequenceClassification.from_pretrained(folders["ppo"] / "critic", num_labels=1)
-    assert critic.score.modules_to_save.default.weight.any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- DPO
