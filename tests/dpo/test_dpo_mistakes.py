@@ -56,6 +56,10 @@ def overall_gap(probabilities):
     return (confidence - (probabilities > 0.5).float()).mean().abs().item()
 
 
+def with_a_correlation(metrics):
+    return lambda *args: {"preference/length_correlation": 0.0} | metrics(*args)
+
+
 def unbounded_score(logratios, name, alpha):
     return torch.expm1((alpha - 1) * logratios) / (alpha - 1)
 
@@ -97,8 +101,8 @@ MISTAKES = [
     ("dpo.metrics:preference_metrics", of_pairs(operator.neg, "chosen_logps"), "metrics_equal", FORTY),
     ("dpo.metrics:preference_metrics", of_pairs(torch.zeros_like, "rejected_lengths"), "metrics_equal", FORTY),
     ("dpo.metrics:gradient_weight", swapped, "metrics_equal", {"size": 7}),
-    ("dpo.metrics:_correlation", lambda f: lambda *args: f(*args) or 0.0, "metrics_leave_out", {}),
-    ("dpo.metrics:_accuracies", given(right=operator.invert), "accuracy_of_each", {}),
+    ("dpo.metrics:preference_metrics", with_a_correlation, "metrics_leave_out", {}),
+    ("dpo.metrics:preference_metrics", given(sources=lambda names: names[1:] + names[:1]), "accuracy_of_each", {}),
     ("dpo.metrics:calibration_error", given(probabilities=lambda p: 1 - p), "calibration_error_by", {}),
     ("dpo.metrics:calibration_error", doubled, "calibration_error_equals", LARGE),
     ("dpo.metrics:calibration_error", instead(overall_gap), "calibration_error_equals", LARGE),
