@@ -401,7 +401,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     # ---- 5. Evaluate ----
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return evaluated(super()._evaluate, self.args, *args, **kwargs)
+        return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)
@@ -479,7 +479,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(Path(output_dir) / REFERENCE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        require_optimizer(checkpoint, self.args)
+        require_optimizer(checkpoint, self.args.deepspeed_plugin)
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.args.sync_ref_model and checkpoint is not None:
             folder = Path(checkpoint) / REFERENCE

@@ -43,9 +43,8 @@ def _listed(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def check_own_optimizer(args: Any, **unread: Any) -> None:
+def check_own_optimizer(plugin: Any, **unread: Any) -> None:
     """Raise `ValueError` when a DeepSpeed file's own optimizer would ignore options `unread` that are set."""
-    plugin = args.deepspeed_plugin
     ignored = [name for name, value in unread.items() if value is not None]
     if plugin is not None and "optimizer" in plugin.hf_ds_config.config and ignored:
         raise ValueError(

@@ -37,40 +37,28 @@ SCALE = 4 / 256
 
 @dataclass(frozen=True)
 class Learned:
-    """
-    Counts of what is trained.
-
-    Args:
-        parameters: all.
-        in_32_bits: those of which bitsandbytes keeps 32 bits even if it keeps 8 of the others: tensors of less than
-            4096 elements, and embeddings, for which transformers asks.
-        factored: elements of Adafactor's second moment: a row and a column of each matrix, all of a vector.
-    """
+    """Counts of what is trained."""
 
     parameters: int
+    # Those of which bitsandbytes keeps 32 bits even if it keeps 8 of the others: tensors of less than 4096 elements,
+    # and embeddings, for which transformers asks.
     in_32_bits: int = 0
-    factored: int = 0
+    factored: int = 0  # elements of Adafactor's second moment: a row and a column of each matrix, all of a vector
 
     def __add__(self, other: "Learned") -> "Learned":
-        return Learned(
-            self.parameters + other.parameters,
-            self.in_32_bits + other.in_32_bits,
-            self.factored + other.factored,
-        )
+        in_32_bits, factored = self.in_32_bits + other.in_32_bits, self.factored + other.factored
+        return Learned(self.parameters + other.parameters, in_32_bits, factored)
 
 
 def state_bytes(optimizer: str, learned: Learned, size: int) -> float:
     """Return the bytes of an optimizer's states; `size` is that of one trained weight."""
     states, kept = OPTIMIZERS[optimizer]
-    packed = learned.parameters - learned.in_32_bits
-    return (
-        states
-        * {
-            "as the weight": size * learned.parameters,
-            "32 bits": 4 * learned.parameters,
-            "8 bits": (1 + SCALE) * packed + 4 * learned.in_32_bits,
-            "8 bits of torchao": (1 + SCALE) * learned.parameters,
-            "4 bits of torchao": (0.5 + SCALE) * learned.parameters,
-            "factored": 4 * learned.factored,
-        }[kept]
-    )
+    of_state = {
+        "as the weight": size * learned.parameters,
+        "32 bits": 4 * learned.parameters,
+        "8 bits": (1 + SCALE) * (learned.parameters - learned.in_32_bits) + 4 * learned.in_32_bits,
+        "8 bits of torchao": (1 + SCALE) * learned.parameters,
+        "4 bits of torchao": (0.5 + SCALE) * learned.parameters,
+        "factored": 4 * learned.factored,
+    }
+    return states * of_state[kept]

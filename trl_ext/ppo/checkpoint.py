@@ -94,7 +94,8 @@ def _absent(folder: Path, args: PPOConfigX) -> list[str]:
     """Return the files that this rank's checkpoint lacks."""
     numbers = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     files = [path_of_state(folder, args).name, numbers]
-    absent = [name for name in files if not (folder / name).is_file()] + absent_optimizer(folder, args)
+    absent = [name for name in files if not (folder / name).is_file()]
+    absent += absent_optimizer(folder, args.deepspeed_plugin)
     held = {path.parent.name for path in folder.glob("**/*") if path.name in WEIGHTS}
     absent += [] if critic.FOLDER in held else [f"{critic.FOLDER}/"]
     return absent + ([] if held - {critic.FOLDER} else ["weights of the actor"])

@@ -79,7 +79,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
         check_sampling(self)
-        check_own_optimizer(self, critic_learning_rate=self.critic_learning_rate)
+        check_own_optimizer(self.deepspeed_plugin, critic_learning_rate=self.critic_learning_rate)
         require_kernel(self)
 
     def _take_grpo_names(self) -> None:

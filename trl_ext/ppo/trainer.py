@@ -761,7 +761,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return rollout
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return evaluated(super()._evaluate, self.args, *args, **kwargs)
+        return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)

@@ -186,7 +186,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        require_optimizer(checkpoint, self.args)
+        require_optimizer(checkpoint, self.args.deepspeed_plugin)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return evaluated(super()._evaluate, self.args, *args, **kwargs)
+        return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

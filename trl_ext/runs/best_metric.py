@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any, **options: Any) -> dict[str, float]:
+def evaluated(evaluate: Callable[..., Any], metric: str | None, *given: Any, **options: Any) -> dict[str, float]:
     """Evaluate within a training; `ValueError` for a `metric_for_best_model` that the evaluation does not have."""
     try:
         metrics = evaluate(*given, **options)
@@ -12,7 +12,6 @@ def evaluated(evaluate: Callable[..., dict[str, float]], args: Any, *given: Any,
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(str(error.args[0])) from error
-    metric = args.metric_for_best_model
     if metric is not None and metric not in metrics and f"eval_{metric}" not in metrics:
         raise ValueError(
             f"`metric_for_best_model` is {metric!r}, and an evaluation has {', '.join(sorted(metrics))}. Set it to "

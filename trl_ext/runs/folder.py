@@ -45,17 +45,17 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
     return folder
 
 
-def absent_optimizer(checkpoint: Path, args: Any) -> list[str]:
+def absent_optimizer(checkpoint: Path, deepspeed_plugin: Any) -> list[str]:
     """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
-    if args.deepspeed_plugin is not None:  # which saves its engine
+    if deepspeed_plugin is not None:  # DeepSpeed saves its engine
         return []
     files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
     return [name for name in files if not (checkpoint / name).is_file()]
 
 
-def require_optimizer(checkpoint: str | Path | None, args: Any) -> None:
+def require_optimizer(checkpoint: str | Path | None, deepspeed_plugin: Any) -> None:
     """Raise `ValueError` for a checkpoint without the optimizer's state: the Trainer would go on with a new one."""
-    absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), args)
+    absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), deepspeed_plugin)
     if absent:
         raise ValueError(
             f"The run saved in {checkpoint} cannot go on: there is no {' and no '.join(absent)}. It was cut off, or "
