@@ -1,4 +1,7 @@
-"""What the tests of the command line share."""
+"""
+What the tests of the command line share. Warnings that they ignore are of TRL, transformers and torch, on the way
+through whole commands.
+"""
 
 import pytest
 from datasets import Dataset

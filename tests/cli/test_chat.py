@@ -7,7 +7,6 @@ import tiny
 from trl_ext.cli.commands import chat
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

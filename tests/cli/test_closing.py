@@ -14,7 +14,6 @@ from trl_ext.cli.closing import closing_lines, resuming, without
 from trl_ext.cli.main import main
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

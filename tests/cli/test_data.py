@@ -16,7 +16,6 @@ from trl_ext.cli.main import main
 from trl_ext.data.conversions import to_preference, to_prompts
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

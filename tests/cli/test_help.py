@@ -15,7 +15,6 @@ from trl_ext.dpo.config import SMOOTHED
 from trl_ext.planner import Layout
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 OTHERS = ("robust", "exo_pair", "aot", "aot_unpaired")
 

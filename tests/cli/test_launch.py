@@ -13,7 +13,6 @@ from trl_ext.cli.options import read
 from trl_ext.cli.recipes import INSTALLED
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

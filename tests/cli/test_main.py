@@ -16,7 +16,6 @@ from trl_ext.cli.options import usage_errors
 from trl_ext.data import demo as embedded
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

@@ -10,7 +10,6 @@ from trl_ext.cli.main import main
 from trl_ext.cli.models import ModelArguments, model_errors, require_adapted
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 LORA = "--use_peft"
 OF_THE_MODEL = {

@@ -14,7 +14,6 @@ from trl_ext.cli.recipes import INSTALLED, find_config
 from zero_runs import launched
 
 
-# Of TRL, transformers and torch themselves, on the way through whole commands.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 

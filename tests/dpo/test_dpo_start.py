@@ -13,6 +13,9 @@ import dpo_runs
 import tiny
 
 
+pytestmark = pytest.mark.integration
+
+
 def lora(start=False):
     """An adapter that already does something, unless told otherwise."""
     return LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=start)
@@ -93,14 +96,12 @@ def assert_starts_at_its_reference(trainer, start, tolerance=0.0):
     assert got == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("how", MADE)
 def test_policy_in_memory_is_its_own_reference(tmp_path, saved, how):
     models = {"model": MADE[how](saved), "ref_model": None, "eval_dataset": dpo_runs.tiny_pairs(5, seed=4)}
     assert_starts_at_its_reference(dpo_runs.dpo_trainer(tmp_path, models), MADE[how](saved))
 
 
-@pytest.mark.integration
 def test_policy_of_an_earlier_run_is_its_own_reference(tmp_path, saved):
     """Trainers leave functions in a model that hold on to it: the copy must not compute with the policy's weights."""
     earlier = dpo_runs.dpo_run(tmp_path / "1", {"model": load(saved), "ref_model": None}, learning_rate=1.0)
@@ -126,7 +127,6 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("reference", ["copy", "precomputed", "adapter off", "adapter ref"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_margins_are_0_before_the_first_step_in_16_bits(tmp_path, precision, reference):
@@ -195,7 +195,6 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_reference_elsewhere_stops_the_run_before_the_first_step(tmp_path, kind):
     make, what = ELSEWHERE[kind]
@@ -220,7 +219,6 @@ SLIGHTLY = {  # in 16 bits, by less than the most that rounding explains in any 
 }
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("kind", SLIGHTLY)
 def test_reference_close_by_stops_a_run_in_16_bits(tmp_path, kind):
     trainer = SLIGHTLY[kind](tmp_path)
@@ -233,7 +231,6 @@ def test_reference_close_by_stops_a_run_in_16_bits(tmp_path, kind):
     assert found > explained
 
 
-@pytest.mark.integration
 def test_rounding_of_a_rough_model_is_let_pass(tmp_path):
     """DoRA computes each layer as it was, but in other steps, which round otherwise."""
     models = {"model": dpo_runs.tiny_model().to(torch.bfloat16), "ref_model": None}
@@ -242,21 +239,18 @@ def test_rounding_of_a_rough_model_is_let_pass(tmp_path):
     assert 0 < abs(line["logps/chosen_drift"]) < 0.1
 
 
-@pytest.mark.integration
 def test_reference_that_was_given_may_be_any_model(tmp_path):
     models = {"ref_model": dpo_runs.tiny_model(), "peft_config": lora("pissa")}
     trainer = dpo_runs.dpo_run(tmp_path, models)
     assert dpo_runs.lines(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.integration
 def test_second_call_of_train_goes_on_from_the_first(tmp_path):
     trainer = dpo_runs.dpo_run(tmp_path, {"ref_model": None}, learning_rate=1.0)
     trainer.train()
     assert dpo_runs.lines(trainer)[-1]["rewards/margins"] != 0
 
 
-@pytest.mark.integration
 def test_virtual_tokens_are_said_to_change_the_model(tmp_path, caplog):
     virtual = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     dpo_runs.dpo_run(tmp_path, {"ref_model": None, "peft_config": virtual}, max_steps=1)
@@ -273,7 +267,6 @@ def test_adapter_that_trl_would_not_copy_is_refused(tmp_path, name, active):
         dpo_runs.dpo_trainer(tmp_path, {"ref_model": None, "model": model})
 
 
-@pytest.mark.integration
 def test_adapter_of_an_earlier_run_needs_a_new_copy(tmp_path):
     models = {"ref_model": None, "model": dpo_runs.with_adapter(dpo_runs.tiny_model())}
     dpo_runs.dpo_run(tmp_path / "1", models, learning_rate=1.0)

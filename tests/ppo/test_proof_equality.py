@@ -14,6 +14,9 @@ from trl_ext.ppo.roles import join
 from trl_ext.ppo.rollout import MicroBatch, Rollout
 
 
+pytestmark = pytest.mark.integration
+
+
 TEMPERATURE, CLIPRANGE, CLIPRANGE_VALUE = 0.7, 0.2, 0.3
 COEF = {"kl_coef": 0.3, "vf_coef": 0.7, "ent_coef": 0.02, "old_kl_coef": 0.4}
 ONLY_POLICY = {"kl_coef": 0.0, "vf_coef": 0.0, "ent_coef": 0.0}
@@ -174,7 +177,6 @@ def policy_rollout(trainer):
     return rollout
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_policy_term_equals_grpo(tmp_path, critic):
     """GRPO's `_compute_loss` reads (B, T) advantages: loss and gradient are ours when the other coefficients are 0."""
@@ -187,7 +189,6 @@ def test_policy_term_equals_grpo(tmp_path, critic):
     assert not any(gradient.any() for gradient in of_critic.values())
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("mistake", ["other range", "shifted advantages", "tool tokens count", "one-sided clip"])
 def test_control_another_policy_term_is_not_grpo(tmp_path, monkeypatch, mistake):
     trainer, grpo = make_trainer(tmp_path, critic="head", **ONLY_POLICY), grpo_trainer(tmp_path)
@@ -255,7 +256,6 @@ def first_log_line(tmp_path, **options):
     return ppo_runs.log_lines(ppo_runs.ppo_run(tmp_path, models, **(sizes | {"kl_coef": 0.1} | options)))[0]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
 @pytest.mark.parametrize(
     "leash",
@@ -275,7 +275,6 @@ def test_first_step_has_ratio_exactly_1_and_kl_exactly_0(tmp_path, leash, num_mi
     assert line.get("terms/kl", 0.0) == 0.0
 
 
-@pytest.mark.integration
 def test_control_dropout_shows_in_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(join, "disable_noise", lambda model: None)
     monkeypatch.setattr(scoring_head, "silence", lambda *args: None)
@@ -311,7 +310,6 @@ def largest_difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_old_logps_of_the_first_pass_give_the_trajectory_of_those_before_learning(tmp_path, monkeypatch, critic):
     lazy, asked_by_lazy = trajectory(tmp_path, monkeypatch, critic=critic)
@@ -322,7 +320,6 @@ def test_old_logps_of_the_first_pass_give_the_trajectory_of_those_before_learnin
     assert largest_difference(lazy, early) < 1e-5
 
 
-@pytest.mark.integration
 def test_control_old_logps_in_the_order_of_learning_give_another_trajectory(tmp_path, monkeypatch):
     """The mistake: forgetting that the micro-batches are a permutation of the rollout."""
     correct, _ = trajectory(tmp_path, monkeypatch)

@@ -17,6 +17,9 @@ from trl_ext import PPOTrainerX
 from trl_ext.ppo import trainer as trainer_module
 
 
+pytestmark = pytest.mark.integration
+
+
 TOLERANCE = 1e-5
 
 
@@ -28,7 +31,6 @@ def _no_warning_of_rollout_func(monkeypatch):
 # Micro-batches
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("case, num_mini_batches", [("loss", 1), ("loss-full-head", 2), ("reward-scaled", 2)])
 def test_micro_batches_change_nothing(case, num_mini_batches):
     options = layouts.CASES[case] | {"num_mini_batches": num_mini_batches}
@@ -38,7 +40,6 @@ def test_micro_batches_change_nothing(case, num_mini_batches):
     assert difference(layouts.run(1, 8, **options), whole) < TOLERANCE
 
 
-@pytest.mark.integration
 def test_control_a_mean_per_micro_batch_depends_on_them():
     with layouts.mean_per_micro_batch():
         assert (
@@ -92,7 +93,6 @@ def kept_run(tmp_path, trainer_class=PPOTrainerX, **options):
     return trainer, keep
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("epochs, mini_batches", [(1, 1), (3, 1), (1, 4), (3, 2)])
 def test_rollout_is_learned_from_in_epochs_times_mini_batches_steps(tmp_path, monkeypatch, epochs, mini_batches):
     rollouts = []
@@ -106,7 +106,6 @@ def test_rollout_is_learned_from_in_epochs_times_mini_batches_steps(tmp_path, mo
         assert keep.moved(step, of_critic=False), f"optimizer step {step} moved nothing"
 
 
-@pytest.mark.integration
 def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
     """Each epoch shows every sequence once, in other mini-batches, whose tokens a micro-batch knows."""
     drawn = []
@@ -136,7 +135,6 @@ def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
 # Critic warm-up
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("kl_placement", ["loss", "reward"])
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_warmup_leaves_the_actor_bitwise_for_exactly_its_steps(tmp_path, critic, kl_placement):
@@ -151,7 +149,6 @@ def test_warmup_leaves_the_actor_bitwise_for_exactly_its_steps(tmp_path, critic,
     assert "model.layers.0.mlp.up_proj.weight" in keep.moved(3, of_critic=False)
 
 
-@pytest.mark.integration
 def test_control_a_zero_gradient_in_the_warmup_moves_the_actor(tmp_path, monkeypatch):
     def zero(self):
         for parameter in self.model.parameters():
@@ -168,7 +165,6 @@ def test_control_a_zero_gradient_in_the_warmup_moves_the_actor(tmp_path, monkeyp
 STOPPING = {"target_kl": 1e-6, "num_ppo_epochs": 4, "weight_decay": 0.1, "learning_rate": 1e-2}
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("critic", ["model", "head"])
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
 def test_target_kl_leaves_every_parameter_bitwise_while_steps_count(tmp_path, critic, num_mini_batches):
@@ -196,13 +192,11 @@ class ZeroGradients(PPOTrainerX):
         return loss
 
 
-@pytest.mark.integration
 def test_control_a_zero_gradient_moves_the_parameters_in_a_step_left_out(tmp_path):
     _, keep = kept_run(tmp_path, ZeroGradients, **STOPPING)
     assert keep.moved(2, of_critic=False)
 
 
-@pytest.mark.integration
 def test_target_kl_that_is_not_reached_leaves_nothing_out(tmp_path):
     trainer, keep = kept_run(tmp_path, **(STOPPING | {"target_kl": 1e3}))
     assert all(keep.moved(step, of_critic=False) for step in range(8))

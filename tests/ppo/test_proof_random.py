@@ -20,6 +20,8 @@ from families.configs import family_config, family_model
 from plain import chosen, plain_distribution
 
 
+pytestmark = pytest.mark.integration
+
 TEXTS = tiny.tiny_prompts(8, seed=3)["prompt"][:]
 FORMS = ["text", "ids", "padded ids", "padded ids without a mask", "messages", "ids of messages"]
 SPECIAL = len(tiny.SPECIAL_TOKENS)
@@ -389,7 +391,6 @@ ALL_TERMS = {
 PLAIN_TEXTS = 125  # a seed that draws text, scored by a model and a function
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     "kl_estimator, cliprange_value", [("k2", 0.1), ("k3", None), ("full", 0.1), ("k1 in the reward", None)]
 )
@@ -403,7 +404,6 @@ def test_gradients_of_every_term_are_the_oracles(tmp_path, critic, kl_estimator,
     assert worst < EXACT
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_gradients_in_bfloat16_are_the_oracles_within_its_rounding(tmp_path, critic, weights):
@@ -413,7 +413,6 @@ def test_gradients_in_bfloat16_are_the_oracles_within_its_rounding(tmp_path, cri
     assert worst < BF16
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("seed", [2, 13])
 def test_gradients_of_a_random_configuration_are_the_oracles(tmp_path, seed):
     worst, learned = worst_difference(tmp_path, seed)
@@ -450,7 +449,6 @@ WRONG_OPTIONS = [
 ]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
 def test_control_an_option_that_the_oracle_takes_otherwise_shows(tmp_path, wrong):
     worst, _ = worst_difference(tmp_path, PLAIN_TEXTS, wrong=wrong, fixed=ALL_TERMS)
@@ -477,7 +475,6 @@ def scores_are_doubled(monkeypatch, score=Oracle.score):
     monkeypatch.setattr(Oracle, "score", doubled)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("bf16, smallest", [(False, 10 * EXACT), (True, BF16)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", [tools_count, padding_is_read, values_come_late, scores_are_doubled])
 def test_control_a_mistake_of_the_oracle_shows(tmp_path, monkeypatch, mistake, bf16, smallest):

@@ -126,13 +126,6 @@ def test_named_adapters_are_trained_and_referred_to(tmp_path):
     assert logged(trainer, "kl/ref") == pytest.approx([kl_by_hand(trainer, actor, reference)], rel=1e-4)
 
 
-def test_without_kl_no_reference_is_loaded(tmp_path):
-    trainer = ppo_run(tmp_path, {"ref_model": "no/such/model"}, kl_coef=0.0, max_steps=2)
-    assert trainer.ref_model is None
-    assert logged(trainer, "kl/ref") == []
-    assert all("terms/kl" not in line and line["coef/kl"] == 0 for line in log_lines(trainer))
-
-
 # --- the check before the first step
 
 

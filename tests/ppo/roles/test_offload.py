@@ -220,14 +220,15 @@ def test_without_the_option_nothing_moves(tmp_path, host_plays_device):
 # --- what is refused
 
 
+@pytest.mark.parametrize("option, value", [("offload_frozen_models", True), ("reward_model_quantization", "4bit")])
 @pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "FSDP"])
-def test_partitioned_models_are_not_moved(tmp_path, monkeypatch, engine):
-    args = ppo_config(tmp_path, offload_frozen_models=True)
+def test_partitioned_models_are_neither_moved_nor_quantised(tmp_path, monkeypatch, engine, option, value):
+    args = ppo_config(tmp_path, **{option: value})
     if engine == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:
         args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
-    with pytest.raises(ValueError, match=rf"`offload_frozen_models` does not go together with {engine}"):
+    with pytest.raises(ValueError, match=f"does not go together with {engine}"):
         offload.check_placement(args, "actor", None, "reward", [], has_adapter=False)
 
 

@@ -238,24 +238,6 @@ def test_quantised_reward_model_in_memory_is_not_copied_into_a_critic(tmp_path, 
         ppo_trainer(tmp_path, {"reward_model": model})
 
 
-def test_partitioned_models_are_not_quantised(tmp_path, paths, monkeypatch):
-    args = ppo_config(tmp_path, reward_model_quantization="4bit")
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
-    with pytest.raises(ValueError, match="does not go together with DeepSpeed ZeRO-3"):
-        offload.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
-    args.deepspeed_plugin = None
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="does not go together with FSDP"):
-        offload.check_placement(args, paths["model"], None, paths["reward_model"], [], has_adapter=False)
-
-
-def test_adapter_is_not_quantised(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    args = ppo_config(tmp_path, reward_model_quantization="4bit")
-    with pytest.raises(ValueError, match="which holds an adapter: `quantization_config` quantises the base"):
-        offload.check_placement(args, "actor", None, str(tmp_path), [], has_adapter=True)
-
-
 def test_missing_bitsandbytes_is_named(tmp_path, paths, monkeypatch):
     args = ppo_config(tmp_path, reward_model_quantization="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -265,7 +247,7 @@ def test_missing_bitsandbytes_is_named(tmp_path, paths, monkeypatch):
 
 @pytest.mark.parametrize("name", ["reward_model_quantization", "ref_model_quantization"])
 def test_unknown_number_of_bits_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"`{name}` is '2bit'; it must be one of \(None, '8bit', '4bit'\)"):
+    with pytest.raises(ValueError, match=rf"`{name}` is '2bit'; it must be one of"):
         ppo_config(tmp_path, **{name: "2bit"})
 
 

@@ -23,7 +23,7 @@ from trl import RewardTrainer
 import four_roles
 import tiny
 from families.configs import family_config, family_model
-from ppo_runs import logged, ppo_run, ppo_trainer
+from ppo_runs import ppo_trainer
 from trl_ext import ImplicitReward
 from trl_ext.ppo.data import TokenisedPrompt
 from trl_ext.ppo.roles.reward_forms import RewardForm
@@ -375,19 +375,6 @@ def test_chat_in_token_ids_whose_answer_has_begun_is_a_chat():
     assert ids == trained_on(form.tokenizer, messages, answer)
     assert not form.is_chat([*begun, actors.eos_token_id])  # closed again
     assert not form.is_chat(actors("what is it")["input_ids"])
-
-
-def test_score_of_chats_in_token_ids_is_that_of_their_messages(tmp_path):
-    """In a run, with a template that writes more behind an answer than was sampled."""
-    tokenizer, judge = bytes_tokenizer(LINES), tmp_path / "judge"
-    path, messages = save_judge(judge, tokenizer), PROMPTS["chat"][0]
-    columns = {"prompt": [messages] * 4, "input_ids": [chat_in_ids(tokenizer, messages).input_ids] * 4}
-    scores = []
-    for name, rows in columns.items():
-        models = {"processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=len(tokenizer))}
-        models |= {"reward_model": path, "train_dataset": Dataset.from_dict({name: rows})}
-        scores.append(logged(ppo_run(tmp_path, models, total_episodes=4, bf16=False), "reward/score"))
-    assert scores[0] == pytest.approx(scores[1])
 
 
 UNREADABLE = {
