@@ -25,6 +25,7 @@ CASES = {
     "ppo, model, stop": PPO | {"target_kl": 1e-3, "num_ppo_epochs": 5, "total_episodes": 16},
     "ppo, head": PPO | {"critic": "head"},
     "ppo, head, full": PPO | {"critic": "head", "kl_estimator": "full"},
+    "ppo, model, tokens": PPO | {"num_generations": 2, "micro_batch_tokens": 24, "score_batch_tokens": 32},
     "dpo": DPO,
 }
 LAYOUTS = {"ddp": None, "zero2": "zero2", "zero3": "zero3"}
@@ -35,9 +36,12 @@ PPO_LINES = ("loss", "grad_norm", "terms/", "policy/", "value/", "kl/", "reward/
 DPO_LINES = ("loss", "grad_norm", "preference/accuracy", "rewards/margins", "kl/")
 
 
-def run(case: str, folder: Path, deepspeed: str | None, per_process: int) -> dict[str, Any]:
-    """Trains on batches of `per_process` prompts or pairs per process. Returns log lines and the weights at last."""
-    algorithm, options = case.split(",")[0], SETTINGS | CASES[case]
+def run(case: str, folder: Path, deepspeed: str | None, per_process: int, **others: Any) -> dict[str, Any]:
+    """
+    Trains on batches of `per_process` responses or pairs per process, with `others` among its options. Returns log
+    lines and the weights at last.
+    """
+    algorithm, options = case.split(",")[0], SETTINGS | CASES[case] | others
     options |= {"per_device_train_batch_size": per_process, "gradient_accumulation_steps": 1}
     if deepspeed is not None:
         options["deepspeed"] = f"configs/deepspeed/{deepspeed}.json"

@@ -1,5 +1,6 @@
 """One PPO run on given responses, cut into micro-batches and processes as one likes, and what it measures."""
 
+import itertools
 import tempfile
 from unittest import mock
 
@@ -84,10 +85,10 @@ def mean_per_micro_batch():
     draw = trainer_module.draw_micro_batches
 
     def draw_with_own_counts(rollout, *args, **kwargs):
-        micro_batches = draw(rollout, *args, **kwargs)
-        for part in micro_batches:
+        steps = draw(rollout, *args, **kwargs)
+        for part in itertools.chain.from_iterable(steps):
             part.num_tokens = rollout.mask[part.rows].sum().item() / part.share
-        return micro_batches
+        return steps
 
     return mock.patch.object(trainer_module, "draw_micro_batches", draw_with_own_counts)
 

@@ -1,6 +1,7 @@
 """Random rows of segments, and random batches of sequences that begin alike, for hypothesis."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def trees(draw: Any, largest: int = 4) -> PackedRows:
 
 
 @st.composite
-def batches(draw: Any) -> tuple[list[list[int]], Tensor, Tensor, Tensor, int | None]:
+def batches(draw: Any) -> tuple[list[list[int]], Tensor, Tensor, list[list[int]], int | None]:
     """Sequences, their ids and mask, padded on either side, their groups, and the size of a row."""
-    groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     # Of two tokens, one of them the padding: sequences begin alike, and are alike again later.
-    sequences = [draw(st.lists(st.integers(0, 1), max_size=5)) for _ in range(groups * size)]
+    sequences = [draw(st.lists(st.integers(0, 1), max_size=5)) for _ in range(sum(sizes))]
     length = max(map(len, sequences)) + draw(st.integers(1, 2))
     ids, mask = torch.zeros(2, len(sequences), length, dtype=torch.long)
     for n, sequence in enumerate(sequences):
@@ -71,4 +72,6 @@ def batches(draw: Any) -> tuple[list[list[int]], Tensor, Tensor, Tensor, int | N
         ids[n, first : first + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[n, first : first + len(sequence)] = 1
     order = draw(st.permutations(range(len(sequences))))
-    return sequences, ids, mask, torch.tensor(order).view(groups, size), draw(st.sampled_from([None, 0, 6, 12]))
+    members = iter(order)
+    groups = [list(islice(members, size)) for size in sizes]
+    return sequences, ids, mask, groups, draw(st.sampled_from([None, 0, 6, 12]))

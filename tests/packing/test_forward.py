@@ -13,9 +13,9 @@ PROMPTS = [torch.randint(3, 64, (size,), generator=GENERATOR).tolist() for size 
 RESPONSES = [torch.randint(3, 64, (1 + i % 7,), generator=GENERATOR).tolist() for i in range(9)]
 SEQUENCES = [(PROMPTS[i // 3], response) for i, response in enumerate(RESPONSES)]
 GROUPS = {
-    "three responses to a prompt": torch.arange(9).view(3, 3),
-    "alone": torch.arange(9).view(9, 1),
-    "all in one": torch.tensor([[8, 0, 4, 1, 7, 2, 3, 5, 6]]),
+    "three responses to a prompt": [[0, 1, 2], [3, 4, 5], [6, 7, 8]],
+    "alone": [[i] for i in range(9)],
+    "all in one": [[8, 0, 4, 1, 7, 2, 3, 5, 6]],
 }
 
 

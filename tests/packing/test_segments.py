@@ -45,7 +45,7 @@ def assert_found_again(sequences, ids, mask, groups, row_size):
             assert set(sees[places[t]].nonzero().flatten().tolist()) == set(places[: t + 1].tolist())
     # The common tokens once, a group in the first row that has room for it
     taken = []
-    for group in groups.tolist():
+    for group in groups:
         members = [sequences[n] for n in group]
         size = sum(map(len, members)) - (len(members) - 1) * oracles.common_beginning(*members)
         room = [r for r, sum_of in enumerate(taken) if row_size is None or sum_of + size <= row_size]
@@ -73,9 +73,9 @@ def test_segments_of_a_group_are_its_beginning_and_what_each_sequence_has_of_its
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [5, 6, 0, 0], [3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
     three = (Segment(2), Segment(2, 0), Segment(1, 0))
-    assert pack(ids[:3], mask[:3], torch.tensor([[0, 1, 2]])).rows == (three,)
-    pairs = pack(ids, mask, torch.tensor([[0, 1], [3, 2]]))
-    alone = pack(ids, mask, torch.tensor([[0], [1], [2], [3]]))
+    assert pack(ids[:3], mask[:3], [[0, 1, 2]]).rows == (three,)
+    pairs = pack(ids, mask, [[0, 1], [3, 2]])
+    alone = pack(ids, mask, [[0], [1], [2], [3]])
     assert alone.rows == ((Segment(4), Segment(3), Segment(2), Segment(1)),)
     assert pairs.rows == ((Segment(2), Segment(2, 0), Segment(1, 0), Segment(0), Segment(1, 3), Segment(2, 3)),)
     assert pairs.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 5, 6]]
@@ -113,12 +113,12 @@ def test_control_a_mistake_in_the_tree_is_noticed(name, mistake, monkeypatch):
     with pytest.raises(AssertionError):
         assert_positions_and_mask(fresh)
     with pytest.raises(AssertionError):
-        assert_found_again(*BATCH, torch.tensor([[0, 1]]), None)
+        assert_found_again(*BATCH, [[0, 1]], None)
 
 
 def test_control_a_token_counted_twice_is_noticed(monkeypatch):
     """The sequences of a group laid out apart."""
     together = segments.pack
-    monkeypatch.setitem(globals(), "pack", lambda ids, mask, groups, size: together(ids, mask, groups.view(-1, 1)))
+    monkeypatch.setitem(globals(), "pack", lambda ids, mask, groups, size: together(ids, mask, [[0], [1]]))
     with pytest.raises(AssertionError):
-        assert_found_again(*BATCH, torch.tensor([[0, 1]]), None)
+        assert_found_again(*BATCH, [[0, 1]], None)

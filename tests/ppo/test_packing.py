@@ -1,5 +1,6 @@
-"""Packed rows against padded ones: the same terms, gradients and metrics; mistakes that this notices."""
+"""Packed rows, groups and budgets against padded rows: the same terms, gradients and metrics; mistakes are noticed."""
 
+import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -198,7 +199,7 @@ def test_trial_notices(tmp_path, monkeypatch, mistake):
     place, name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(place, name, wrong(vars(place)[name]))
     calls = packed_calls(monkeypatch)
-    run(tmp_path, "gpt2", total_episodes=6)
+    run(tmp_path, "gpt2", total_episodes=6, num_generations=3)
     assert not calls
 
 
@@ -229,21 +230,87 @@ def test_padded_rows_are_no_longer_than_the_longest_of_their_micro_batch(tmp_pat
     assert all(longest <= width for longest, width in widths)
 
 
-def test_sequences_of_about_one_length_share_a_padded_micro_batch():
-    lengths = torch.tensor([3, 9, 1, 7, 2, 8, 4, 6])
+def drawn(num_generations=1, **options):
+    """The micro-batches of 24 sequences of 1 to 9 tokens in two mini-batches, all in one list, and their lengths."""
+    lengths = torch.tensor([3, 9, 1, 7, 2, 8, 4, 6]).repeat(3)
     attended = torch.arange(9) < lengths[:, None]
-    ids = torch.zeros(8, 1, dtype=torch.long)
-    rollout = Rollout.from_ids(ids, ids == 0, torch.zeros(8, 9, dtype=torch.long), attended)
-    args = SimpleNamespace(num_mini_batches=2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    ids = torch.arange(24 // num_generations).repeat_interleave(num_generations).unsqueeze(1)
+    rollout = Rollout.from_ids(ids, ids >= 0, torch.zeros(24, 9, dtype=torch.long), attended)
+    packs = options.pop("packs", True)
+    sizes = {"num_mini_batches": 2, "per_device_train_batch_size": 6, "micro_batch_tokens": None}
+    args = SimpleNamespace(num_generations=num_generations, **(sizes | options))
     torch.manual_seed(0)
-    drawn = draw_micro_batches(rollout, args, identity, 1)
-    torch.manual_seed(0)
-    by_length = draw_micro_batches(rollout, args, identity, 1, by_length=True)
+    steps = draw_micro_batches(rollout, args, identity, torch.max, 1, packs)
+    return list(itertools.chain.from_iterable(steps)), lengths
+
+
+def rows_of(micro_batches):
+    return [part.rows.tolist() for part in micro_batches]
+
+
+def test_sequences_of_about_one_length_share_a_padded_micro_batch():
+    packed, lengths = drawn()
+    padded, _ = drawn(packs=False)
     for mini_batch in (slice(0, 2), slice(2, 4)):
-        one, other = (torch.cat([part.rows for part in parts[mini_batch]]) for parts in (drawn, by_length))
+        one, other = (torch.cat([part.rows for part in parts[mini_batch]]) for parts in (packed, padded))
         assert sorted(one.tolist()) == sorted(other.tolist())
         assert lengths[other].tolist() == sorted(lengths[other].tolist())
-    assert [part.num_tokens for part in drawn] == [part.num_tokens for part in by_length]
+    assert [part.num_tokens for part in packed] == [part.num_tokens for part in padded]
+
+
+def test_one_response_per_prompt_is_drawn_as_a_permutation_of_the_rollout():
+    rows = list(itertools.chain(*rows_of(drawn()[0])))
+    torch.manual_seed(0)
+    assert rows == torch.randperm(24).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"packs": False}, {"micro_batch_tokens": 40}], ids=str)
+def test_responses_to_a_prompt_stay_together(options):
+    for rows in rows_of(drawn(num_generations=3, **options)[0]):
+        assert [row // 3 for row in rows[::3]] == [row // 3 for row in rows[2::3]]
+        assert rows[::3] == [row - row % 3 for row in rows[::3]]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_micro_batches_of_tokens_hold_every_sequence_once(packs, n):
+    micro_batches, _ = drawn(num_generations=n, micro_batch_tokens=40, packs=packs)
+    whole, _ = drawn(num_generations=n, per_device_train_batch_size=12, packs=True)
+    assert sorted(itertools.chain(*rows_of(micro_batches))) == list(range(24))
+    assert sum(part.share for part in micro_batches) == pytest.approx(2)
+    mini_batches = [set(rows) for rows in rows_of(whole)]
+    for part in micro_batches:
+        assert any(set(part.rows.tolist()) <= mini_batch for mini_batch in mini_batches)
+        assert part.num_tokens in {each.num_tokens for each in whole}
+    assert len(micro_batches) <= 24 / n
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"micro_batch_tokens": 90, "score_batch_tokens": 70},
+        {"critic": "head", "micro_batch_tokens": 90},
+        {"lora": True, "critic": "adapter"},
+        {"kl_estimator": "full", "score_batch_tokens": 70},
+    ],
+    ids=str,
+)
+def test_groups_over_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, options):
+    calls = packed_calls(monkeypatch)
+    packed = run(tmp_path / "packed", num_generations=3, **options)
+    assert all(segment.parent is not None for rows in calls for row in rows.rows for segment in row[1::4])
+    options = {name: value for name, value in options.items() if not name.endswith("_tokens")}
+    assert_same(packed, run(tmp_path / "padded", num_generations=3, packing=False, **options))
+    assert any("reward/best_of_n" in line for line in packed[1])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_budgets_give_the_same(tmp_path, packing):
+    """With two mini-batches, so that the second one's old log-probabilities are read in parts too."""
+    options = {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "num_ppo_epochs": 2, "packing": packing}
+    plain = run(tmp_path / "plain", **options)
+    assert_same(run(tmp_path / "budgets", micro_batch_tokens=45, score_batch_tokens=50, **options), plain)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -121,6 +121,7 @@ def test_mini_batches_are_redrawn_every_epoch(tmp_path, monkeypatch):
     ppo_runs.ppo_run(tmp_path, models, num_ppo_epochs=4, num_mini_batches=2, response_length=9, **sizes)
     first_mini_batches = set()
     for epoch in drawn:
+        epoch = list(itertools.chain.from_iterable(epoch))
         rows = [part.rows.tolist() for part in epoch]
         assert [len(part) for part in rows] == [2, 2, 2, 2]
         assert sorted(itertools.chain.from_iterable(rows)) == list(range(8))

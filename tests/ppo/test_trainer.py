@@ -159,7 +159,7 @@ def test_causal_lm_of_many_kinds_trains(tmp_path, name, critic):
 def test_padding_changes_neither_loss_nor_gradient(tmp_path, critic, estimator):
     trainer = ppo_run(tmp_path, max_steps=1, response_length=40, critic=critic, kl_estimator=estimator)
     rollout = trainer.run_state.rollout
-    batch = draw_micro_batches(rollout, trainer.args, identity, num_processes=1)[0]
+    ((batch,), *_) = draw_micro_batches(rollout, trainer.args, identity, torch.max, num_processes=1, packs=True)
     batch.rows = torch.tensor([0, 1, 2, 3])
     assert not rollout.attended.all()
     assert not rollout.prompt_mask.all()

@@ -30,7 +30,8 @@ def measured(folder):
 
 @pytest.fixture(scope="module", params=equality_worker.CASES)
 def case_and_alone(request, folder):
-    return request.param, equality_worker.run(request.param, folder, None, 8)
+    without_budgets = dict.fromkeys(("micro_batch_tokens", "score_batch_tokens")) if "tokens" in request.param else {}
+    return request.param, equality_worker.run(request.param, folder, None, 8, **without_budgets)
 
 
 @pytest.mark.parametrize("layout", equality_worker.LAYOUTS)

@@ -21,7 +21,7 @@ from ..models.scoring_head import ScoringHead
 from ..models.sharding import is_partitioned
 from ..packing.forward import PackedForward
 from ..packing.probe import Pairs
-from ..packing.segments import PackedRows
+from ..packing.segments import PackedRows, pairs_of
 
 
 INPUTS = {"input_ids", "attention_mask", "use_cache"}
@@ -88,8 +88,7 @@ class PairForward:
         return _scatter(output, scored)
 
     def _lay_out(self, ids: Tensor, mask: Tensor) -> PackedRows | None:
-        pairs = torch.arange(len(ids), device=ids.device).view(2, -1).T
-        return self.packing.lay_out(ids, mask, pairs)
+        return self.packing.lay_out(ids, mask, pairs_of(len(ids)))
 
     def _score_packed(self, rows: PackedRows, labels: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         scored = labels[:, 1:] != -100

@@ -6,7 +6,7 @@ its own, by a mask over the whole row. What is found inexact is not packed, or p
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class PackedForward:
     Args:
         model: a transformer that takes `position_ids`.
         plain, packed: what it answers to pairs in padded rows and over packed rows, for the trial.
+        shares: whether what the sequences of a group begin with stands in their row once.
 
     Attributes:
         on: whether rows are packed. Off until `switch_on` finds it exact.
@@ -48,8 +49,8 @@ class PackedForward:
         limited_by: the config's fields behind the two limits.
     """
 
-    def __init__(self, model: PreTrainedModel, plain: probe.Scored, packed: probe.Scored):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, plain: probe.Scored, packed: probe.Scored, shares: bool = True):
+        self.model, self.shares = model, shares
         self.on = False
         self.piecewise = False
         self.one_kernel: bool | None = None
@@ -59,13 +60,10 @@ class PackedForward:
         self._plain, self._packed = plain, packed
         self._heads: list[attention.Heads] = []
 
-    def lay_out(self, ids: Tensor, mask: Tensor, groups: Tensor | None = None) -> PackedRows | None:
-        """
-        Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long. Without
-        `groups` every sequence stands on its own.
-        """
-        if groups is None:
-            groups = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+    def lay_out(self, ids: Tensor, mask: Tensor, groups: Sequence[Sequence[int]]) -> PackedRows | None:
+        """Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long."""
+        if not self.shares:
+            groups = [[member] for group in groups for member in group]
         # With a mask over the whole row, groups side by side would pay for scores between them: one in a row.
         rows = pack(ids, mask, groups, self.row_limit if self.piecewise else 0)
         if self.limit is not None and rows.longest > self.limit:

@@ -12,7 +12,7 @@ that path. So every log-probability is that of the sequence on its own.
 Pure: torch only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -89,7 +89,9 @@ class PackedRows:
         return tuple(map(_pieces, self.rows))
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, groups: Tensor, row_size: int | None = None) -> PackedRows:
+def pack(
+    input_ids: Tensor, attention_mask: Tensor, groups: Sequence[Sequence[int]], row_size: int | None = None
+) -> PackedRows:
     """
     Lay out sequences in rows. Those of a group stand in one row, with their longest common beginning once; a group
     stands in the first row that has room for it.
@@ -97,19 +99,23 @@ def pack(input_ids: Tensor, attention_mask: Tensor, groups: Tensor, row_size: in
     Args:
         input_ids (N, L): padded on either side.
         attention_mask (N, L): 1 for tokens.
-        groups (G, n): the sequences of each group; every sequence is in one of them.
+        groups: the sequences of each group; every sequence is in one of them.
         row_size: tokens of a row, at most; a group that has more has a row of its own. `None`: all in one row.
     """
     # 1. Tokens before padding; what the sequences of a group begin with
     order = attention_mask.argsort(dim=1, descending=True, stable=True)
     ids, real = input_ids.gather(1, order), attention_mask.gather(1, order).bool()
-    same = (ids[groups] == ids[groups][:, :1]).all(1) & real[groups].all(1)
-    common, lengths = same.long().cumprod(1).sum(1).tolist(), real.sum(1).tolist()
+    lengths = real.sum(1).tolist()
+    of_groups = ids[[member for group in groups for member in group]]
+    alike = (of_groups[1:] == of_groups[:-1]).long().cumprod(1).sum(1).tolist()  # of neighbours
     # 2. Segments in rows, and for each sequence which tokens stand where: (sequence, first token, row, place, count)
     rows: list[list[Segment]] = []
     sizes: list[int] = []
     moves: list[tuple[int, int, int, int, int]] = []
-    for shared, members in zip(common, groups.tolist(), strict=True):
+    behind = 0
+    for members in groups:
+        shared = min([lengths[member] for member in members] + alike[behind : behind + len(members) - 1])
+        behind += len(members)
         tails = [lengths[member] - shared for member in members]
         size = shared + sum(tails)
         fits = (r for r, taken in enumerate(sizes) if row_size is None or taken + size <= row_size)
@@ -134,6 +140,11 @@ def pack(input_ids: Tensor, attention_mask: Tensor, groups: Tensor, row_size: in
     index[source] = target
     packed_index = torch.zeros_like(order).scatter(1, order, index.view_as(order))
     return PackedRows(packed_ids.view(len(rows), width), tuple(map(tuple, rows)), packed_index)
+
+
+def pairs_of(sequences: int) -> list[tuple[int, int]]:
+    """Return the groups of TRL's layout of pairs: the chosen sequences, then the rejected ones in the same order."""
+    return list(zip(range(sequences // 2), range(sequences // 2, sequences), strict=True))
 
 
 def attention_mask_of(rows: PackedRows, window: int | None = None) -> Tensor:

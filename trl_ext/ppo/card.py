@@ -57,7 +57,8 @@ def ppo_training(trainer: Any) -> Training:
     facts = {
         "critic": f"{args.critic} ({type(trainer.critic).__name__})",
         "rewards": ", ".join(trainer.reward_func_names),
-        "prompts per rollout": args.batch_size,
+        "prompts per rollout": args.num_prompts,
+        "responses per prompt": args.num_generations,
     }
     return Training(
         trainer="trl_ext.PPOTrainerX",

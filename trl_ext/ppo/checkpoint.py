@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 # Options that decide the size of a rollout, its parts and its tensors: a resumed run must have the same.
 SHARED = (
-    *("batch_size", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
+    *("batch_size", "num_generations", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
 # Options that have shaped a rollout's tensors: a run that is resumed within a rollout must have the same.

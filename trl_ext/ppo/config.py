@@ -59,8 +59,9 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
     Every field's help states its unit and, where a source document gives one, the document's value (S1 §6.2). Batch
     arithmetic, as in TRL 1.12: the rollout holds `per_device_train_batch_size × gradient_accumulation_steps × world
-    size` prompts, a mini-batch is rollout / `num_mini_batches`, and a rollout is learned from in `num_ppo_epochs ×
-    num_mini_batches` optimizer steps. `logging_steps`, `eval_steps`, `save_steps` and `max_steps` count those.
+    size` responses, to 1 / `num_generations` as many prompts. A mini-batch is rollout / `num_mini_batches`, and a
+    rollout is learned from in `num_ppo_epochs × num_mini_batches` optimizer steps. `logging_steps`, `eval_steps`,
+    `save_steps` and `max_steps` count those.
 
     Raises:
         ValueError: for an option outside its range, two names of one option set differently, or an option of GRPO set
@@ -106,11 +107,13 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         GRPO refuses groups of one. Groups of two over twice the micro-batches pass its checks at every batch size.
         """
         derived = self._derived_values()
-        counting = f"{self.local_batch_size} prompts of a rollout in `num_mini_batches={self.num_mini_batches}`"
-        written = {name: getattr(self, name) for name in (*derived, "generation_batch_size")}
+        counting = f"{self.local_batch_size} responses of a rollout in `num_mini_batches={self.num_mini_batches}`"
+        of_groups = ("generation_batch_size", "num_generations", "num_generations_eval")
+        written = {name: getattr(self, name) for name in (*derived, *of_groups)}
         for name, value in derived.items():
             setattr(self, name, value)
-        self.num_generations, self.steps_per_generation = 2, 2 * derived["steps_per_generation"]
+        self.num_generations, self.num_generations_eval = 2, 1
+        self.steps_per_generation = 2 * derived["steps_per_generation"]
         try:
             super().__post_init__()
             check_batch_fields(self, counting)
@@ -127,8 +130,6 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": micro_batches // self.num_mini_batches,
             "steps_per_generation": micro_batches,
-            "num_generations": 1,
-            "num_generations_eval": 1,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,17 +142,27 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
     @property
     def local_batch_size(self) -> int:
-        """Prompts per rollout on one rank."""
+        """Responses per rollout on one rank."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def batch_size(self) -> int:
-        """Prompts per rollout on all ranks."""
+        """Responses per rollout on all ranks."""
         return self.local_batch_size * self.world_size
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts per rollout on all ranks."""
+        return self.batch_size // self.num_generations
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Return whether several responses to a prompt are scored or learned from together."""
+        return max(self.num_generations, self.num_generations_eval) > 1
+
+    @property
     def micro_batch_size(self) -> int:
-        """Sequences per forward and backward pass on all ranks."""
+        """Sequences per forward and backward pass on all ranks; with `micro_batch_tokens` those of a mini-batch."""
         return self._local_micro_batch * self.world_size
 
     @property
@@ -182,15 +193,30 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
 
     @property
     def _local_micro_batch(self) -> int:
-        """Sequences per forward and backward pass on one rank: the largest size that divides a mini-batch."""
+        """
+        Sequences per forward and backward pass on one rank: the largest number that divides a mini-batch, and keeps
+        the responses to a prompt together if it can. With `micro_batch_tokens` the whole mini-batch, which is cut
+        later.
+        """
         if self.local_batch_size % self.num_mini_batches:
             raise ValueError(
-                f"A rollout holds {self.local_batch_size} prompts per rank (per_device_train_batch_size × "
+                f"A rollout holds {self.local_batch_size} responses per rank (per_device_train_batch_size × "
                 f"gradient_accumulation_steps), which num_mini_batches={self.num_mini_batches} does not divide. "
                 "Change one of the three."
             )
-        wanted = self.per_device_train_batch_size
-        return max(size for size in range(1, wanted + 1) if self.local_mini_batch_size % size == 0)
+        n, mini_batch = self.num_generations, self.local_mini_batch_size
+        if mini_batch % n:
+            able = [each for each in range(1, mini_batch + 1) if mini_batch % each == 0]
+            nearest = sorted({max(e for e in able if e < n), min((e for e in able if e > n), default=1)} - {1}) or [1]
+            raise ValueError(
+                f"`num_generations={n}` does not divide a rank's mini-batch of {mini_batch} responses, in which those "
+                f"to a prompt stay together. The nearest that do: {', '.join(map(str, nearest))}; or change "
+                "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches."
+            )
+        if self.micro_batch_tokens is not None:
+            return mini_batch
+        sizes = range(1, self.per_device_train_batch_size + 1)
+        return max(size for size in sizes if mini_batch % size == 0 and (size % n == 0 or n % size == 0))
 
 
 class PPOLoopConfig(PPOConfigX):

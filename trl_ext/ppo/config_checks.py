@@ -11,15 +11,12 @@ from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
 BEST_METRIC = "eval_reward/score"
 
 # Options of GRPO that mean nothing in PPO, and what to do instead.
-_GROUPS = "PPO samples one response per prompt and has no groups; raise the batch size instead"
 _LOSS = "PPO has one loss, the clipped objective"
 _REWARDS = "PPO does not scale rewards by group; see `normalize_rewards` and `whiten_rewards`"
 _FROZEN = "the reference model of PPO is frozen"
 _ENTROPY = "the entropy bonus of PPO has the fixed coefficient `ent_coef`"
 _ROLLOUT = "the rollout is per_device_train_batch_size × gradient_accumulation_steps × world size"
 MEANINGLESS_IN_PPO = {
-    "num_generations": _GROUPS,
-    "num_generations_eval": _GROUPS,
     "loss_type": _LOSS,
     "importance_sampling_level": _LOSS,
     "delta": f"{_LOSS}; its range is `cliprange`",
@@ -93,6 +90,13 @@ def check_options(args: Any) -> None:
             f"`max_steps={args.max_steps}`. Keep one of them."
         )
     check_best_metric(args)
+    for name in ("micro_batch_tokens", "score_batch_tokens"):
+        budget, smallest = getattr(args, name), 1 + args.response_length
+        if budget is not None and budget < smallest:
+            raise ValueError(
+                f"`{name}={budget}` has no room for a prompt with a response of `response_length="
+                f"{args.response_length}` tokens. Set at least {smallest}, or lower `response_length`."
+            )
     if args.stop_token is not None and args.stop_token_id is not None:
         raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
     check_kl(args)
@@ -103,8 +107,7 @@ def check_options(args: Any) -> None:
 def refuse_meaningless(args: Any) -> None:
     for name, instead in MEANINGLESS_IN_PPO.items():
         default, value = default_of(type(args), name), getattr(args, name)
-        unset = (default, 1) if name.startswith("num_generations") else (default,)
-        if value not in unset:
+        if value != default:
             raise ValueError(f"`{name}={value!r}` is an option of GRPO that means nothing in PPO: {instead}.")
 
 

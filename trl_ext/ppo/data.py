@@ -159,11 +159,17 @@ def check_datasets(
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-        check_prompts(dataset, name, tokenizer, context, *options, pad_id=pad_id, known=known)
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < args.batch_size:
+        limits = {"the model's context": context, "`score_batch_tokens`": args.score_batch_tokens}
+        if name == "train_dataset":
+            limits["`micro_batch_tokens`"] = args.micro_batch_tokens
+        set_limits = [(value, limit) for limit, value in limits.items() if value is not None]
+        longest, limit = min(set_limits, default=(None, ""))
+        check_prompts(dataset, name, tokenizer, longest, *options, limit, pad_id=pad_id, known=known)
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < args.num_prompts:
         raise ValueError(
-            f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.batch_size} "
-            "(per_device_train_batch_size × gradient_accumulation_steps × world size). Add prompts or lower it."
+            f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.num_prompts} "
+            "(per_device_train_batch_size × gradient_accumulation_steps × world size / num_generations). Add prompts "
+            "or lower it."
         )
 
 
@@ -182,7 +188,7 @@ def check_prompts(
     response_length: int,
     num_proc: int | None = None,
     template_kwargs: dict[str, Any] | None = None,
-    whose: str = "the model's",
+    limit: str = "the model's context",
     pad_id: int | None = None,
     known: int | None = None,
 ) -> None:
@@ -192,8 +198,8 @@ def check_prompts(
     Args:
         dataset: a map-style dataset with `prompt` (text or conversation) or `input_ids` (a list of token ids).
         name: of the dataset, for the error.
-        longest: the model's context in tokens; `None` for no limit.
-        whose: context it is, for the error.
+        longest: tokens that a prompt and its response may have; `None` for no limit.
+        limit: what sets it, for the error.
         pad_id: the pad token of prompts in `input_ids`.
         known: number of tokens that the actor has an embedding of.
     """
@@ -210,9 +216,11 @@ def check_prompts(
         if tokens == 0:
             raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
         if longest is not None and tokens + response_length > longest:
+            needed = max(lengths) + response_length
             raise ValueError(
                 f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
-                f"does not fit {whose} context of {longest}. Shorten or remove it, or lower `response_length`."
+                f"does not fit {limit} of {longest}. Shorten or remove it, or lower `response_length`; "
+                f"the longest prompt of `{name}` needs {needed}."
             )
 
 

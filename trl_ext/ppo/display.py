@@ -15,10 +15,16 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
     """Return the arithmetic of a run in words; `args` is the loop's, and a stream has no `num_prompts`."""
     steps = planned_steps(args, num_prompts)
     rollouts = math.ceil(steps / args.optimizer_steps_per_rollout)
+    prompts, n = f"{args.num_prompts} prompts", args.num_generations
+    if n > 1:
+        prompts += f" with {n} responses each"
+    micro_batches = f"{args.per_device_train_batch_size}"
+    if args.micro_batch_tokens is not None:
+        micro_batches = f"up to {args.micro_batch_tokens} tokens"
     return (
-        f"PPO plan: {args.batch_size} prompts per rollout ({args.local_batch_size} × {args.world_size} process(es)), "
+        f"PPO plan: {prompts} per rollout ({args.local_batch_size} × {args.world_size} process(es)), "
         f"{args.num_mini_batches} mini-batch(es) of {args.mini_batch_size}, micro-batches of "
-        f"{args.per_device_train_batch_size} per process, {args.num_ppo_epochs} epoch(s); {steps} optimizer steps, "
+        f"{micro_batches} per process, {args.num_ppo_epochs} epoch(s); {steps} optimizer steps, "
         f"{args.optimizer_steps_per_rollout} per rollout; {rollouts} rollouts, {rollouts * args.batch_size} episodes."
     )
 
@@ -27,7 +33,7 @@ def planned_steps(args: PPOConfigX, num_prompts: int | None) -> int:
     """Return the optimizer steps of a run, from the loop's config and the size of the training set."""
     if args.max_steps > 0:
         return args.max_steps
-    rollouts_per_epoch = (num_prompts or 0) // args.batch_size  # an epoch has whole rollouts only
+    rollouts_per_epoch = (num_prompts or 0) // args.num_prompts  # an epoch has whole rollouts only
     return math.ceil(args.num_train_epochs * rollouts_per_epoch * args.optimizer_steps_per_rollout)
 
 

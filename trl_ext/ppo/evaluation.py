@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import PPOConfigX
-from .metrics import held_out_responses, held_out_score, means_of_batches
+from .metrics import held_out_responses, held_out_score, means_of_batches, scores_by_prompt
 from .returns import sequence_kl
 from .rollout import Rollout
 
@@ -75,10 +75,11 @@ class HeldOut:
 
     Args:
         gather: from this rank's (b,) to those of all ranks, without the rows that fill up the last batch.
+        num_generations: responses to each prompt, one after the other.
     """
 
-    def __init__(self, gather: Callable[[Tensor], Tensor]):
-        self._gather = gather
+    def __init__(self, gather: Callable[[Tensor], Tensor], num_generations: int = 1):
+        self._gather, self._num_generations = gather, num_generations
         self._first_scores: dict[tuple[str, int], Tensor] = {}
         self.start()
 
@@ -124,9 +125,15 @@ class HeldOut:
     def metrics(self, prefix: str) -> dict[str, list[float]]:
         """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
         # A checksum, so that a resumed run recognises the prompts.
-        scores, same_prompts = torch.cat(self._scores), (prefix, crc32(repr(self._prompts).encode()))
+        of_responses, same_prompts = torch.cat(self._scores), (prefix, crc32(repr(self._prompts).encode()))
+        scores = of_responses.view(-1, self._num_generations).nanmean(1)
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)
+        if self._num_generations > 1:
+            best = scores_by_prompt(of_responses, self._num_generations)["best_of_n"]
+            known = best[~best.isnan()]
+            if len(known):
+                line["best_of_n"] = known.mean().item()
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
         columns = {name: torch.cat([batch[name] for batch in self._responses]) for name in self._responses[0]}
         said = means_of_batches(self._said, self._sizes) | held_out_responses(columns)

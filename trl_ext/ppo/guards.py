@@ -1,6 +1,7 @@
 """
-Checks that stop a run: rewards, losses and gradients that are not finite, a reference that differs from the actor at
-the start, and a vLLM server that reports other log-probabilities than those that it samples by.
+Checks that stop a run: a sequence beyond a budget of tokens, rewards, losses and gradients that are not finite, a
+reference that differs from the actor at the start, and a vLLM server that reports other log-probabilities than those
+that it samples by.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,9 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from .config import PPOConfigX
 from .rollout import Rollout
 from .terms import PPOTerms
+
+
+def require_room(rollout: Rollout, args: PPOConfigX, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for a sequence that is longer than a budget of tokens."""
+    prompts, answers = rollout.lengths()
+    longest = int((prompts + answers).argmax())
+    size = int(prompts[longest] + answers[longest])
+    for name in ("micro_batch_tokens", "score_batch_tokens"):
+        budget = getattr(args, name)
+        if budget is not None and size > budget:
+            prompt = tokenizer.decode(rollout.prompt_ids[longest][rollout.prompt_mask[longest]])
+            raise ValueError(
+                f"`{name}={budget}` has no room for a sequence of {size} tokens, a response of "
+                f"{int(answers[longest])} to {prompt!r:.200}. Set at least {size}, or leave longer prompts out."
+            )
 
 
 def require_finite_rewards(

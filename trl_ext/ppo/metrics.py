@@ -141,13 +141,33 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def scores_by_prompt(scores: Tensor, num_generations: int) -> dict[str, Tensor]:
+    """
+    Return of each prompt the best score, `best_of_n`, and the standard deviation of its scores, `std_within_prompt`,
+    with Bessel's correction; (G,) each, NaN where there are too few.
+
+    Args:
+        scores (G · n,): the scores of `num_generations` responses to each prompt, one after the other, NaN where no
+            reward applies.
+    """
+    by_prompt = scores.view(-1, num_generations)
+    known = ~by_prompt.isnan()
+    count = known.sum(1)
+    best = by_prompt.masked_fill(~known, -torch.inf).amax(1)
+    squares = (by_prompt - by_prompt.nanmean(1, keepdim=True)).nan_to_num().square().sum(1)
+    return {
+        "best_of_n": best.masked_fill(count == 0, torch.nan),
+        "std_within_prompt": (squares / (count - 1)).sqrt().masked_fill(count < 2, torch.nan),
+    }
+
+
 def held_out_score(scores: Tensor, first: Tensor | None = None) -> dict[str, float]:
     """
     Return the mean score of an evaluation and its rise since the first one, each with the half-width of its 95%
     interval, 1.96 · std / √n. The rise is paired: the mean difference of each prompt's score to its first.
 
     Args:
-        scores (N,): a score for every held-out prompt, NaN where no reward applies.
+        scores (N,): a score for every held-out prompt, NaN where no reward applies; the mean of several responses.
         first (N,): the scores of the run's first evaluation; `None`, or of another length, for no comparison.
 
     Returns:

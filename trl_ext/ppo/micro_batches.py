@@ -1,8 +1,10 @@
 """A rollout cut into micro-batches, and the share of the loss terms that each gives."""
 
 import torch
+from torch import Tensor
 
 from ..masked import AllReduce
+from ..packing.budget import cut_by_tokens
 from .config import PPOConfigX
 from .kl import estimate_kl
 from .roles.forward import ActorCriticOutput
@@ -10,28 +12,62 @@ from .rollout import MicroBatch, Rollout
 from .terms import PPOCoefficients, PPOTerms, ppo_terms
 
 
+Parts = tuple[Tensor, ...]
+
+
 def draw_micro_batches(
-    rollout: Rollout, args: PPOConfigX, all_reduce: AllReduce, num_processes: int, by_length: bool = False
-) -> list[MicroBatch]:
+    rollout: Rollout, args: PPOConfigX, all_reduce: AllReduce, all_max: AllReduce, num_processes: int, packs: bool
+) -> list[list[MicroBatch]]:
     """
-    Return a fresh permutation of the rollout, cut into mini-batches and those into micro-batches.
+    Return a fresh permutation of the rollout, cut into mini-batches and those into micro-batches. The responses to a
+    prompt stay together.
 
     Args:
-        by_length: whether sequences of about the same length share a micro-batch, so that padded rows have little
-            padding. Which ones share a mini-batch stays as drawn.
+        all_max: from a tensor to its largest element on any rank.
+        packs: whether sequences stand in rows without padding. If not, those of about the same length share a
+            micro-batch. Which ones share a mini-batch stays as drawn.
+
+    Returns:
+        The micro-batches of each step of the Trainer: one, or with `micro_batch_tokens` all of a mini-batch.
     """
-    rows = torch.randperm(len(rollout)).to(rollout.mask.device)
-    if by_length:
-        lengths = (rollout.prompt_mask.sum(1) + rollout.attended.sum(1))[rows].view(args.num_mini_batches, -1)
-        rows = rows.view_as(lengths).gather(1, lengths.argsort(dim=1, stable=True)).flatten()
-    tokens = rollout.mask.sum(dim=1)[rows].view(args.num_mini_batches, -1).sum(dim=1)
-    num_tokens = all_reduce(tokens.float()).tolist()
-    per_step = args.gradient_accumulation_steps
-    share = 1 / (per_step * num_processes)
-    return [
-        MicroBatch(rollout, part, num_tokens[i // per_step], share)
-        for i, part in enumerate(rows.split(args.per_device_train_batch_size))
-    ]
+    n, device = args.num_generations, rollout.mask.device
+    groups = torch.randperm(len(rollout) // n).to(device)
+    if not packs:
+        prompts, answers = rollout.lengths()
+        lengths = (prompts + answers).view(-1, n).amax(1)[groups].view(args.num_mini_batches, -1)
+        groups = groups.view_as(lengths).gather(1, lengths.argsort(dim=1, stable=True)).flatten()
+    rows = groups.unsqueeze(1) * n + torch.arange(n, device=device)
+    mini_batches = rows.view(args.num_mini_batches, -1)
+    num_tokens = all_reduce(rollout.mask.sum(dim=1)[mini_batches].sum(dim=1).float()).tolist()
+    steps = []
+    for mini_batch, of_all_ranks in zip(mini_batches, num_tokens, strict=True):
+        sizes = (args.per_device_train_batch_size, args.micro_batch_tokens)
+        parts, spare = cut(rollout, mini_batch, *sizes, packs, all_max)
+        whole = len(mini_batch) * num_processes
+        drawn = [MicroBatch(rollout, part, of_all_ranks, len(part) / whole) for part in parts]
+        drawn += [MicroBatch(rollout, part, of_all_ranks, share=0.0) for part in spare]
+        steps += [[each] for each in drawn] if args.micro_batch_tokens is None else [drawn]
+    return steps
+
+
+def cut(
+    rollout: Rollout, rows: Tensor, size: int, budget: int | None, packs: bool, all_max: AllReduce
+) -> tuple[Parts, Parts]:
+    """
+    Cut the sequences at `rows` into parts of `size` sequences or, with a `budget`, of at most so many tokens.
+
+    Returns:
+        The parts, and with a budget spare ones of the shortest sequence, so that every rank has as many: a pass waits
+        for its like on the other ranks.
+    """
+    if budget is None:
+        return rows.split(size), ()
+    drawn = rollout.select(rows)
+    prompts, answers = drawn.lengths()
+    cuts = cut_by_tokens(prompts.tolist(), answers.tolist(), budget, packs, drawn.groups())
+    count = int(all_max(torch.tensor(float(len(cuts)), device=rows.device)))
+    shortest = rows[(prompts + answers).argmin()].unsqueeze(0)
+    return tuple(rows[part] for part in cuts), (shortest,) * (count - len(cuts))
 
 
 def reads_full_kl(args: PPOConfigX) -> bool:
@@ -58,7 +94,8 @@ def micro_batch_terms(
         kl = estimate_kl(args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)
     if old_logps is None:
         old_logps = output.log_probs.detach()
-        inputs.rollout.keep_first_logps(inputs.rows, old_logps)
+        if inputs.share > 0:
+            inputs.rollout.keep_first_logps(inputs.rows, old_logps)
     return ppo_terms(
         logps=output.log_probs,
         old_logps=old_logps,

@@ -39,14 +39,40 @@ class BatchOptions:
             "help": "Responses to sample in the whole run; sets `max_steps`. Unset: `num_train_epochs` is used."
         },
     )
+    num_generations: Annotated[int, COUNT] = field(
+        default=1,
+        metadata={
+            "help": "Responses to each prompt, n. A rollout holds the same number of responses for any n, to 1/n as "
+            "many prompts; n divides a rank's mini-batch."
+        },
+    )
+    num_generations_eval: Annotated[int, COUNT] = field(
+        default=1,
+        metadata={"help": "Responses to each held-out prompt, of which the mean and the best score are logged."},
+    )
     local_rollout_forward_batch_size: Annotated[int, COUNT] = field(
         default=64, metadata={"help": "Sequences per forward pass, without gradient, when a rollout is scored."}
+    )
+    micro_batch_tokens: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a forward and backward pass, at most. A mini-batch is cut into as few passes as hold "
+            "it, and `per_device_train_batch_size` counts for the size of the rollout only. Loss and gradient stay "
+            "the same. Unset: passes of equally many sequences."
+        },
+    )
+    score_batch_tokens: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a forward pass when a rollout is scored, at most. Unset: passes of "
+            "`local_rollout_forward_batch_size` sequences."
+        },
     )
     packing: bool = field(
         default=True,
         metadata={
-            "help": "Score and learn from sequences side by side in rows without padding, where that gives the same "
-            "numbers. Off: in padded rows."
+            "help": "Score and learn from sequences side by side in rows without padding, the responses to a prompt "
+            "behind it, where that gives the same numbers. Off: in padded rows."
         },
     )
     dataset_num_proc: int | None = field(
@@ -288,4 +314,3 @@ class GRPONames:
     epsilon: float | None = field(default=None, metadata={"help": "GRPO's name of `cliprange`."})
     num_iterations: int | None = field(default=None, metadata={"help": "GRPO's name of `num_ppo_epochs`."})
     entropy_coef: float | None = field(default=None, metadata={"help": "GRPO's name of `ent_coef`."})
-    num_generations: int | None = field(default=None, metadata={"help": "Not used: one response per prompt."})

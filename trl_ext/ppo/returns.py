@@ -9,6 +9,7 @@ from ..masked import AllReduce, explained_variance, masked_moments, masked_sum, 
 from .advantages import estimate_advantages
 from .config import PPOConfigX
 from .kl import estimate_kl
+from .metrics import scores_by_prompt
 from .rewards import RunningMoments, clip_scores, missing_eos, normalize_scores, token_rewards
 from .rollout import Rollout
 
@@ -59,10 +60,12 @@ def sequence_kl(old_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(per_token, mask, dim=1).masked_fill(~mask.any(dim=1), torch.nan)
 
 
-def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, total: Tensor, all_reduce: AllReduce, num_generations: int = 1
+) -> dict[str, float]:
     """
     Return the log entries of a rollout over all ranks, NaN for a mean of nothing. `total` is what `estimate_returns`
-    returned.
+    returned; the `num_generations` responses to a prompt stand side by side.
     """
     num_scored, score, _ = masked_moments(rollout.scores, rollout.scored, all_reduce)
     num_taught, reward, _ = masked_moments(total, rollout.mask.any(dim=1), all_reduce)
@@ -75,4 +78,9 @@ def rollout_metrics(rollout: Rollout, total: Tensor, all_reduce: AllReduce) -> d
         "advantage/std": (variance.sqrt(), num_tokens),
         "value/explained_variance": (explained, num_tokens),
     }
+    if num_generations > 1:
+        scores = rollout.scores.masked_fill(~rollout.scored, torch.nan)
+        for name, of_prompts in scores_by_prompt(scores, num_generations).items():
+            count, mean, _ = masked_moments(of_prompts.nan_to_num(), ~of_prompts.isnan(), all_reduce)
+            measured[f"reward/{name}"] = (mean, count)
     return {name: value.item() if count > 0 else math.nan for name, (value, count) in measured.items()}

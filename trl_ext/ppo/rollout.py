@@ -111,6 +111,21 @@ class Rollout:
             self.first_logps = logps.new_zeros(self.response_ids.shape)
         self.first_logps[rows] = logps
 
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens of each prompt and of each response, (B,) each."""
+        return self.prompt_mask.sum(1), self.attended.sum(1)
+
+    def groups(self) -> list[list[int]]:
+        """Return the rows by their prompts: neighbours with the same one are a group."""
+        same = (self.prompt_ids[1:] == self.prompt_ids[:-1]) & (self.prompt_mask[1:] == self.prompt_mask[:-1])
+        groups = [[0]]
+        for row, goes_on in enumerate(same.all(1).tolist(), start=1):
+            if goes_on:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
     def model_inputs(self) -> dict[str, Tensor]:
         """
         Return the inputs of a model's forward, (B, L) each: ids, attention mask, labels (−100 where the token does not
@@ -137,11 +152,18 @@ class MicroBatch:
         rollout: the whole rollout on this rank.
         rows: (b,) indices of the sequences of this micro-batch.
         num_tokens: tokens that count in the whole optimizer batch: all its micro-batches, all ranks.
-        share: this micro-batch's share of the optimizer batch's micro-batches over all ranks, for terms that are means
-            over micro-batches.
+        share: this micro-batch's share of the optimizer batch's sequences over all ranks, for a term that is a mean
+            over micro-batches. 0: nothing counts; the pass is there because another rank has one more.
     """
 
     rollout: Rollout
     rows: Tensor
     num_tokens: float
     share: float
+
+    def sequences(self) -> Rollout:
+        """Return the sequences to learn from."""
+        rollout = self.rollout.select(self.rows)
+        if self.share == 0:
+            rollout.mask = torch.zeros_like(rollout.mask)
+        return rollout

@@ -51,7 +51,7 @@ class RunState:
         reward_moments: of all scores so far, for `normalize_rewards`.
         ledger: the loss terms of the open logging window.
         rollout: the one that is being learned from.
-        micro_batches: of this pass over the rollout.
+        micro_batches: of this pass over the rollout, those of each step of the Trainer.
         passes_over_data: finished passes before this run was resumed.
     """
 
@@ -61,7 +61,7 @@ class RunState:
     reward_moments: RunningMoments = field(default_factory=RunningMoments)
     ledger: LossLedger = field(default_factory=LossLedger)
     rollout: Rollout | None = None
-    micro_batches: list[MicroBatch] = field(default_factory=list)
+    micro_batches: list[list[MicroBatch]] = field(default_factory=list)
     passes_over_data: int = 0
 
     def state_dict(self, is_learning: bool, passes_over_data: int) -> dict[str, Any]:
@@ -69,7 +69,10 @@ class RunState:
         learned_from = self.rollout if is_learning else None
         return {name: getattr(self, name).state_dict() for name in _PARTS} | {
             "rollout": None if learned_from is None else learned_from.tensors(),
-            "micro_batches": [(m.rows, m.num_tokens, m.share) for m in self.micro_batches] if learned_from else [],
+            "micro_batches": [
+                [(each.rows, each.num_tokens, each.share) for each in step]
+                for step in (self.micro_batches if learned_from else ())
+            ],
             "passes_over_data": passes_over_data,
         }
 
@@ -79,7 +82,7 @@ class RunState:
             getattr(self, name).load_state_dict(state[name])
         if state["rollout"] is not None:
             self.rollout = rollout = Rollout(**state["rollout"])
-            self.micro_batches = [MicroBatch(rollout, *part) for part in state["micro_batches"]]
+            self.micro_batches = [[MicroBatch(rollout, *each) for each in step] for step in state["micro_batches"]]
         self.passes_over_data = state["passes_over_data"]
 
 

@@ -26,7 +26,7 @@ from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -66,10 +66,11 @@ from .guards import (
     require_finite_scores,
     require_finite_terms,
     require_processed_logprobs,
+    require_room,
     require_same_policy,
 )
 from .metrics import drop_unmeasured, mark_unmeasured
-from .micro_batches import draw_micro_batches, micro_batch_terms, reads_full_kl
+from .micro_batches import cut, draw_micro_batches, micro_batch_terms, reads_full_kl
 from .returns import estimate_returns, rollout_metrics, sequence_kl
 from .rewards import weighted_scores
 from .roles import critic as critic_module
@@ -257,7 +258,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._last_loaded_step = -1  # vLLM has the weights of another run
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
-            HeldOut(self.accelerator.gather_for_metrics),
+            HeldOut(self.accelerator.gather_for_metrics, self.num_generations_eval),
             EarlyStop(self.args.target_kl),
         )
         for mode in ("train", "eval"):  # an interrupted run may have left some
@@ -392,8 +393,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     # ---- 1. Collect a rollout ----
 
-    def _prepare_inputs(self, rows: list[dict[str, Any]] | MicroBatch) -> MicroBatch | Rollout:
-        """Return a micro-batch. A rollout serves `num_ppo_epochs` passes; every pass draws its mini-batches anew."""
+    def _prepare_inputs(self, rows: list[dict[str, Any]] | MicroBatch) -> Any:
+        """
+        Return the micro-batches of a step, a micro-batch as it is, or the rollout of an evaluation. A rollout serves
+        `num_ppo_epochs` passes; every pass draws its mini-batches anew.
+        """
         if isinstance(rows, MicroBatch):
             return rows
         if not self.model.training:
@@ -403,13 +407,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             run.rollout = self._collect_rollout(rows)
         self.phases.enter("learn")
         if step_of_pass == 0:
-            run.micro_batches = draw_micro_batches(
-                run.rollout,
-                self.args,
-                self._sum_over_ranks,
-                self.accelerator.num_processes,
-                by_length=not self._packing.on,
-            )
+            over_ranks = (self._sum_over_ranks, self._max_over_ranks, self.accelerator.num_processes)
+            run.micro_batches = draw_micro_batches(run.rollout, self.args, *over_ranks, packs=self._packing.on)
         return run.micro_batches[step_of_pass]
 
     @property
@@ -426,6 +425,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         with self.phases.during("score"):
             # 2. Generate responses and score them
             rollout = self._generate_and_score_completions(rows)
+            require_room(rollout, self.args, self._tokenizer)
             # 3. Score them with critic and reference
             self._score_with_models(rollout)
             self._check_reference(rollout)
@@ -609,14 +609,16 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if not outputs:
             return ActorCriticOutput()
         with self.accelerator.autocast():
-            output = model(**part.model_inputs(), ppo_outputs=outputs, **kwargs)
+            output = model(**part.model_inputs(), groups=part.groups(), ppo_outputs=outputs, **kwargs)
         return output.at_last(part.response_ids.size(1))
 
     def _read(self, model: nn.Module, rollout: Rollout, outputs: tuple[str, ...]) -> ActorCriticOutput:
         """Return the outputs at the response tokens of a whole rollout, (B, T) each, read part by part."""
         whole = ActorCriticOutput()
         rows = torch.arange(len(rollout), device=rollout.mask.device)
-        for part in rows.split(self.args.local_rollout_forward_batch_size):
+        sizes = (self.args.local_rollout_forward_batch_size, self.args.score_batch_tokens)
+        parts, spare = cut(rollout, rows, *sizes, self._packing.on, self._max_over_ranks)
+        for part in (*parts, *spare):
             of_part = self._forward(model, rollout.select(part), outputs)
             for name in outputs:
                 if getattr(whole, name) is None:
@@ -640,7 +642,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     # ---- 3. Log it ----
 
     def _log_rollout(self, rollout: Rollout, total: Tensor) -> None:
-        for name, value in rollout_metrics(rollout, total, self._sum_over_ranks).items():
+        for name, value in rollout_metrics(rollout, total, self._sum_over_ranks, self.num_generations).items():
             self._metrics["train"][name].append(value)
         # GRPO's table of completions shows an advantage per response: the mean over its tokens.
         per_response = masked_mean(rollout.advantages, rollout.mask, dim=1)
@@ -670,15 +672,26 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             model.train()
             if callable(getattr(self.optimizer, "train", None)):
                 self.optimizer.train()
-            inputs = self._prepare_inputs(inputs)
+            *first, last = self._prepare_inputs(inputs)
+            self._leaves_out = last.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
+            if not self._leaves_out:
+                self._accumulate(model, first)
             self._current_train_step_time += time.perf_counter() - start
-            self._leaves_out = inputs.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
         if self._leaves_out:
             return self._leave_out()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, last, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
         return loss
+
+    def _accumulate(self, model: nn.Module, micro_batches: list[MicroBatch]) -> None:
+        """Add up the gradients of all micro-batches of a step but the last, which every rank then waits for."""
+        by_engine = self.is_deepspeed_enabled  # it has a boundary of its own, which follows `sync_gradients`
+        for micro_batch in micro_batches:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            with nullcontext() if by_engine else self.accelerator.no_sync(model):
+                Trainer.training_step(self, model, micro_batch)
+            self.accelerator.gradient_state._set_sync_gradients(True)
 
     def _leave_out(self) -> Tensor:
         """
@@ -692,7 +705,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return torch.zeros((), device=self.accelerator.device)
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        rollout, step = inputs.rollout.select(inputs.rows), self.state.global_step
+        rollout, step = inputs.sequences(), self.state.global_step
         # 1. Run actor and critic in one forward pass
         outputs: tuple[str, ...] = ("log_probs", "entropy", "state_values")
         kwargs: dict[str, Any] = {"train_actor": step >= self.args.critic_warmup_steps}

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from ..models.scoring_head import trunk_of
 from ..packing import probe
 from ..packing.forward import PackedForward
-from ..packing.segments import PackedRows
+from ..packing.segments import PackedRows, pairs_of
 
 
 INPUTS = {"input_ids", "attention_mask", "use_cache", "margin"}
@@ -67,7 +67,7 @@ class PairScores:
         return self.classifier.config.get_text_config().pad_token_id  # the tokenizer's: TRL has set it
 
     def _lay_out(self, ids: Tensor, mask: Tensor) -> PackedRows | None:
-        return self.packing.lay_out(ids, mask, torch.arange(len(ids), device=ids.device).view(2, -1).T)
+        return self.packing.lay_out(ids, mask, pairs_of(len(ids)))
 
     def _score(self, model: nn.Module, rows: PackedRows, ids: Tensor, last: Tensor) -> ModelOutput:
         places = rows.packed_index.gather(1, last)

@@ -8,7 +8,7 @@ values (N,) at the N True `positions` (B, L - 1); `save_pretrained` and `restore
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from ...models.trainable import lend
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 from .state_values import StateValues, last_linear
 
+
+Groups = Sequence[Sequence[int]]
 
 ATTRIBUTE = CRITIC
 FOLDER = "critic"
@@ -57,13 +59,13 @@ class ValueHead(nn.Module):
 
     needs_states = True  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor, **inputs: Any) -> Tensor:
+    def values_at(self, positions: Tensor, states: Tensor, groups: Groups, **inputs: Any) -> Tensor:
         return self(states)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         _add_to(actor, self)
 
-    def settle(self, packs: bool, autocast: Callable) -> None:
+    def settle(self, packs: bool, shares: bool, autocast: Callable) -> None:
         """Do nothing: the actor's states need no trial."""
 
     def restore(self, folder: str | Path) -> None:
@@ -100,14 +102,14 @@ class ValueModel(nn.Module):
 
     needs_states = False  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor | None, **inputs: Any) -> Tensor:
-        return self.values.at(positions, **inputs)
+    def values_at(self, positions: Tensor, states: Tensor | None, groups: Groups, **inputs: Any) -> Tensor:
+        return self.values.at(positions, groups, **inputs)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         _add_to(actor, self)
 
-    def settle(self, packs: bool, autocast: Callable) -> None:
-        self.values.settle(packs, autocast)
+    def settle(self, packs: bool, shares: bool, autocast: Callable) -> None:
+        self.values.settle(packs, shares, autocast)
 
     def restore(self, folder: str | Path) -> None:
         model: Any = self.model
@@ -149,8 +151,8 @@ class ValueAdapter(nn.Module):
 
     needs_states = False  # of the actor's trunk, at the scored positions
 
-    def values_at(self, positions: Tensor, states: Tensor | None, **inputs: Any) -> Tensor:
-        return self.values.at(positions, **inputs)
+    def values_at(self, positions: Tensor, states: Tensor | None, groups: Groups, **inputs: Any) -> Tensor:
+        return self.values.at(positions, groups, **inputs)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         """
@@ -167,8 +169,8 @@ class ValueAdapter(nn.Module):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable(checkpointing or None)
 
-    def settle(self, packs: bool, autocast: Callable) -> None:
-        self.values.settle(packs, autocast)
+    def settle(self, packs: bool, shares: bool, autocast: Callable) -> None:
+        self.values.settle(packs, shares, autocast)
 
     def restore(self, folder: str | Path) -> None:
         restore_adapter(self.model, folder)

@@ -8,7 +8,7 @@ as in any forward. Only positions with a label are projected to the vocabulary.
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from ...models.lm_head import score_only
 from ...models.scoring_head import ScoringHead
 from ...packing.forward import PackedForward, warn_of_padding
 from ...packing.probe import Pairs
+from ...packing.segments import pairs_of
 from ..kl import full_kl
 from .critic import Critic
 from .padding import LeftPadding
@@ -72,8 +73,9 @@ class ActorCriticForward:
     """
     Extend `model.forward` with `ppo_outputs`, a tuple of names of the requested fields of [`ActorCriticOutput`].
     Without it the forward is the original one, so generation does not change. With it the forward also takes `labels`
-    (−100 where nothing is read), `train_actor` (off: no gradient reaches the actor) and, for `ref_kl`, `ref_states`
-    (B, T, H) of the last T positions with the `ref_head` that maps them to logits.
+    (−100 where nothing is read), `groups` (the sequences by their prompts), `train_actor` (off: no gradient reaches
+    the actor) and, for `ref_kl`, `ref_states` (B, T, H) of the last T positions with the `ref_head` that maps them to
+    logits.
 
     Args:
         model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if
@@ -82,6 +84,7 @@ class ActorCriticForward:
         reward_model: an adapter with a score head on the model's base, which gives the scores.
         role: "model" for the actor, which has to be without noise, or "ref_model".
         packs: whether sequences are to stand side by side in rows without padding, where that is exact.
+        shares: whether the responses to a prompt are to stand behind it in one row.
 
     Attributes:
         head: makes log-probabilities; its `logits` is the map from trunk states to temperature-scaled logits.
@@ -96,10 +99,11 @@ class ActorCriticForward:
         reward_model: nn.Module | None = None,
         role: str = "ref_model",
         packs: bool = False,
+        shares: bool = False,
     ):
         self.critic, self.reward_model, self._packs = critic, reward_model, packs
         self.head = ScoringHead(model, role, silent=role == "model")
-        self.packing = PackedForward(model, self._plain, self._packed)
+        self.packing = PackedForward(model, self._plain, self._packed, shares)
         self.asked: dict[str, Any] = {}
         self._is_settled = False
         self._padding = LeftPadding(self.head.trunk, self.head.name)
@@ -129,12 +133,13 @@ class ActorCriticForward:
             with autocast():
                 warn_of_padding(self.packing.switch_on(by_mask=False), self.head.name, self.packing)
         if self.critic is not None:
-            self.critic.settle(self._packs, autocast)
+            self.critic.settle(self._packs, self.packing.shares, autocast)
 
     def _answer(
         self,
         wanted: set[str],
         labels: Tensor | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
         ref_states: Tensor | None = None,
         ref_head: LogitsHead | None = None,
         train_actor: bool = True,
@@ -151,9 +156,10 @@ class ActorCriticForward:
             positions[0, -1] = True  # keeps the graph
         output = ActorCriticOutput()
         states = None
+        groups = [[row] for row in range(len(positions))] if groups is None else groups
         with (
             torch.set_grad_enabled(train_actor and torch.is_grad_enabled()),
-            reading(self.head.trunk, self.packing, self._padding, positions, inputs) as (of_model, select),
+            reading(self.head.trunk, self.packing, self._padding, groups, positions, inputs) as (of_model, select),
         ):
             if wanted & {"log_probs", "entropy"}:
                 targets = labels[:, 1:][positions][None]
@@ -175,7 +181,7 @@ class ActorCriticForward:
             output.trunk_states[positions] = states
         if "state_values" in wanted:
             inputs.pop("output_router_logits", None)
-            output.state_values = _scatter(self.critic.values_at(positions, states, **inputs), positions)
+            output.state_values = _scatter(self.critic.values_at(positions, states, groups, **inputs), positions)
         return output
 
     # ---- Both ways, to be compared ----
@@ -189,8 +195,12 @@ class ActorCriticForward:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         positions = batch.labels[:, 1:] != -100
         targets = batch.labels[:, 1:][positions][None]
+        groups = pairs_of(len(positions))
         with (
-            reading(self.head.trunk, self.packing, self._padding, positions, inputs, trial=True) as (of_model, select),
+            reading(self.head.trunk, self.packing, self._padding, groups, positions, inputs, trial=True) as (
+                of_model,
+                select,
+            ),
             score_only(self.head.trunk, select),
         ):
             of_model |= self.asked

@@ -47,7 +47,9 @@ def join_to_actor(
         attached.append(roles.reward_adapter)
     keep_4_bit_differentiable(model)
     disable_noise(model)
-    forward = ActorCriticForward(actor, roles.critic, roles.reward_adapter, role="model", packs=packs)
+    forward = ActorCriticForward(
+        actor, roles.critic, roles.reward_adapter, role="model", packs=packs, shares=args.shares_prompts
+    )
     if is_stage3(args.deepspeed_plugin):
         declare_head(actor)
     return attached, forward
@@ -100,7 +102,7 @@ def check_learning(
 def place_reference(reference: Any, args: PPOConfigX, accelerator: Accelerator) -> tuple[nn.Module, LogitsHead]:
     """Freeze and place the reference; return it, with the actor's forward, and the head that makes its logits."""
     _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-    forward = ActorCriticForward(reference, packs=args.packing)
+    forward = ActorCriticForward(reference, packs=args.packing, shares=args.shares_prompts)
     if can_be_asked(reference, args):
         forward.settle(accelerator.autocast)
     return _trl.prepare_frozen(reference, accelerator), forward.head.logits

@@ -183,4 +183,4 @@ def _reward_source(
     shares_ids = reads_actor_ids(source, own_tokenizer, tokenizer, vocabulary)
     form = RewardForm(own_tokenizer or tokenizer, tokenizer, shares_ids, args.chat_template_kwargs)
     name = (get_config_model_id(config) or "reward_model").rstrip("/").split("/")[-1]
-    return TokenScorer(source, name, form, args.local_rollout_forward_batch_size)
+    return TokenScorer(source, name, form, args.local_rollout_forward_batch_size, args.score_batch_tokens)

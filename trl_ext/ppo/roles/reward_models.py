@@ -22,6 +22,7 @@ from ...data.formats import CONVERSATION, LOOKED_AT, describe
 from ...models.loading import check_known, known_tokens, read_config
 from ...models.probe import probe_rows, tolerance
 from ...models.sharding import is_partitioned
+from ...packing.budget import cut_by_tokens
 from ..config import PPOConfigX
 from ..data import check_prompts, is_tokenised, named, unpadded
 from .reward_forms import RewardForm, Text
@@ -49,7 +50,9 @@ class TokenScorer:
     the actor where the model is an adapter on its base, else unset: the model is called.
     """
 
-    def __init__(self, model: nn.Module, name: str, form: RewardForm, batch_size: int):
+    def __init__(
+        self, model: nn.Module, name: str, form: RewardForm, batch_size: int, batch_tokens: int | None = None
+    ):
         self.model = model
         self.ask: Callable[..., Any] | None = None  # instead of the model
         self.form = form
@@ -57,7 +60,7 @@ class TokenScorer:
         self.config = config.get_text_config()
         self.pad_token_id: int | None = self.config.pad_token_id
         self.longest = longest_input(model)
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.reads_padding = False
         self.__name__ = name
 
@@ -80,11 +83,19 @@ class TokenScorer:
         self._check_lengths(sequences)
         known, whose = known_tokens(self.model, self.config), f"The reward model {self.__name__!r}"
         check_known(chain.from_iterable(sequences), known, self.form.tokenizer, whose, "a prompt with its answer")
-        scores: list[float] = []
+        scores = torch.empty(len(sequences))
+        for part in self._parts([len(ids) for ids in sequences]):
+            scores[part] = self._score([sequences[i] for i in part]).cpu()
+        return scores.tolist()
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Return which sequences are scored in one pass."""
+        every = list(range(len(lengths)))
+        # Passes of a partitioned model wait for the other ranks, which would make more or fewer of them.
+        if self.batch_tokens is not None and not self.reads_padding and not is_partitioned(self.model):
+            return cut_by_tokens(lengths, [0] * len(lengths), self.batch_tokens, False, [[i] for i in every])
         size = 1 if self.reads_padding else self.batch_size
-        for start in range(0, len(sequences), size):
-            scores += self._score(sequences[start : start + size]).tolist()
-        return scores
+        return [every[start : start + size] for start in range(0, len(every), size)]
 
     def try_padding(self) -> None:
         """
@@ -184,7 +195,7 @@ def check_readable(
                 kinds = (True, False) if "input_ids" in dataset.column_names else (is_chat,)
                 longest = scorer.longest - max(map(form.behind, kinds))
                 options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-                check_prompts(dataset, name, form.tokenizer, longest, *options, whose=f"{model}'s", pad_id=pad_id)
+                check_prompts(dataset, name, form.tokenizer, longest, *options, f"{model}'s context", pad_id=pad_id)
 
 
 def _check_function_gets_chats(dataset: Any, name: str, actors: RewardForm, source: str, pad_id: int | None) -> None:

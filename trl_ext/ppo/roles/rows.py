@@ -3,7 +3,7 @@ The rows in which a model reads the sequences of a batch: side by side without p
 padded in a row of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ def reading(
     trunk: nn.Module,
     packing: PackedForward,
     padding: LeftPadding,
+    groups: Sequence[Sequence[int]],
     positions: Tensor,
     inputs: dict[str, Any],
     trial: bool = False,
@@ -27,6 +28,7 @@ def reading(
     sequence in a row of its own, with no more padding than the longest needs.
 
     Args:
+        groups: the sequences by their prompts; those of a group stand in one row.
         positions (B, L - 1): which states are read.
         inputs: `input_ids` and `attention_mask` (B, L), and what else the model takes.
         trial: whether packed rows are tried out, which leaves no other way.
@@ -35,7 +37,7 @@ def reading(
         What to call the model with, and the function from the trunk's last states to those N that are read, (N, H).
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    rows = packing.lay_out(ids, mask) if packing.on or trial else None
+    rows = packing.lay_out(ids, mask, groups) if packing.on or trial else None
     if rows is not None:
         places = rows.packed_index[:, :-1][positions]
         with packing.reading(trunk, rows) as of_rows:

@@ -1,6 +1,6 @@
 """State values from a classifier: its score of a sequence up to each position."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...models.probe import in_mode, probe_rows, tolerance
 from ...models.scoring_head import trunk_gives
 from ...packing.forward import PackedForward, warn_of_padding
 from ...packing.probe import Pairs, seen
+from ...packing.segments import pairs_of
 from .padding import LeftPadding
 from .rows import reading
 
@@ -47,16 +48,17 @@ class StateValues:
         states = self.trunk(*args, use_cache=False, **self._padding.inputs(kwargs)).last_hidden_state
         return self.of_states(states)
 
-    def at(self, positions: Tensor, **inputs: Tensor) -> Tensor:
+    def at(self, positions: Tensor, groups: Sequence[Sequence[int]], **inputs: Tensor) -> Tensor:
         """
         Return the values (N,) at the N `positions` of (B, L - 1), float32.
 
         Args:
+            groups: the sequences by their prompts; those of a group stand in one row.
             inputs: what the trunk takes, `input_ids` and `attention_mask` (B, L) among it.
         """
         if not self._is_settled:
             self.settle()
-        with reading(self.trunk, self.packing, self._padding, positions, inputs) as (of_trunk, select):
+        with reading(self.trunk, self.packing, self._padding, groups, positions, inputs) as (of_trunk, select):
             states = select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
         return self.of_states(states[None])[0]
 
@@ -71,19 +73,28 @@ class StateValues:
     def _packed(self, batch: Pairs) -> ModelOutput:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         positions = batch.attention_mask[:, :-1].bool()
-        with reading(self.trunk, self.packing, self._padding, positions, inputs, trial=True) as (of_trunk, select):
+        groups = pairs_of(len(positions))
+        with reading(self.trunk, self.packing, self._padding, groups, positions, inputs, trial=True) as (
+            of_trunk,
+            select,
+        ):
             found = select(self.trunk(use_cache=False, **of_trunk).last_hidden_state)
         states = found.new_zeros(*positions.shape, found.size(-1))
         states[positions] = found
         return seen(states)
 
     @torch.no_grad()
-    def settle(self, packs: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    def settle(
+        self,
+        packs: bool = False,
+        shares: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """
         Switch the trunk's noise off, try the head, and whether rows can be packed.
 
         Args:
-            packs: whether sequences are to stand side by side in rows, where that is exact.
+            packs, shares: as in `ActorCriticForward`.
             autocast: the context in which the run computes.
 
         Raises:
@@ -103,6 +114,7 @@ class StateValues:
             self._try_head(first)
             self._require_last_token(rows[0], allowed)
         silence(self.trunk, self.name, states, allowed)
+        self.packing.shares = shares
         if packs:
             with autocast():
                 warn_of_padding(self.packing.switch_on(by_mask=False), self.name, self.packing)
