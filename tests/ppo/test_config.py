@@ -35,7 +35,7 @@ SHARED_WITH_GRPO = set(
     "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
     "vllm_importance_sampling_clip_min log_completions log_multimodal num_completions_to_print log_unique_prompts "
     "log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config "
-    "use_transformers_paged vllm_importance_sampling_cap".split()
+    "use_transformers_paged vllm_importance_sampling_cap num_generations num_generations_eval".split()
 )
 
 # Option, its name in GRPO, a value other than the default.
@@ -57,7 +57,7 @@ REFUSED = {
     "sync_ref_model": True,
     "use_adaptive_entropy": True,
     **dict.fromkeys(
-        "num_generations num_generations_eval delta epsilon_high sapo_temperature_neg sapo_temperature_pos "
+        "delta epsilon_high sapo_temperature_neg sapo_temperature_pos "
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg ref_model_sync_steps steps_per_generation "
         "generation_batch_size".split(),
         8,
@@ -168,8 +168,7 @@ def test_option_that_means_nothing_in_ppo_is_refused(name, value):
 @pytest.mark.parametrize("name", REFUSED)
 def test_option_at_its_default_is_not_set(name):
     default = next(field.default for field in dataclasses.fields(GRPOConfig) if field.name == name)
-    assert config(**({} if name == "num_generations" else {name: default})).num_ppo_epochs == 4
-    assert config(num_generations=1).num_ppo_epochs == 4
+    assert config(**{name: default}).num_ppo_epochs == 4
 
 
 # --- batch arithmetic
@@ -211,8 +210,46 @@ def test_batch_arithmetic(monkeypatch, per_device, accumulation, world, mini_bat
 
 
 def test_mini_batches_that_do_not_divide_the_rollout_are_an_error():
-    with pytest.raises(ValueError, match=r"8 prompts per rank .*num_mini_batches=3 does not divide"):
+    with pytest.raises(ValueError, match=r"8 responses per rank .*num_mini_batches=3 does not divide"):
         config(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=3)
+
+
+SIXTEEN = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "n, mini_batches, sizes",
+    # prompts in a rollout; sequences of a micro-batch, which holds whole groups or a part of one
+    [(1, 1, (16, 4)), (2, 1, (8, 4)), (4, 2, (4, 4)), (8, 1, (2, 4)), (16, 1, (1, 4)), (3, 1, None)],
+)
+def test_several_responses_to_a_prompt(n, mini_batches, sizes):
+    options = {"num_generations": n, "num_mini_batches": mini_batches, **SIXTEEN}
+    if sizes is None:
+        with pytest.raises(ValueError, match=r"num_generations=3` does not divide .* of 16 .* nearest that do: 2, 4"):
+            config(**options)
+        return
+    args, loop = config(**options), PPOLoopConfig(config(**options))
+    assert (args.num_prompts, args.batch_size) == (loop.num_prompts, loop.batch_size) == (sizes[0], 16)
+    assert loop.per_device_train_batch_size == sizes[1]
+    assert loop.num_generations == args.num_generations == n
+
+
+def test_micro_batch_of_odd_groups_holds_whole_ones():
+    args = config(per_device_train_batch_size=5, gradient_accumulation_steps=6, num_generations=3)
+    assert PPOLoopConfig(args).per_device_train_batch_size == 3
+
+
+def test_budget_of_tokens_takes_the_place_of_the_micro_batch():
+    args = config(micro_batch_tokens=512, num_mini_batches=2, **SIXTEEN)
+    loop = PPOLoopConfig(args)
+    assert (loop.per_device_train_batch_size, loop.gradient_accumulation_steps) == (8, 1)
+    assert (loop.steps_per_generation, loop.batch_size) == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["micro_batch_tokens", "score_batch_tokens"])
+def test_budget_without_room_for_a_response_is_refused(name):
+    with pytest.raises(ValueError, match=rf"`{name}=50` has no room .* Set at least 54"):
+        config(**{name: 50})
 
 
 def test_deepspeed_auto_sees_the_optimizer_steps_accumulation(monkeypatch):

@@ -1,5 +1,6 @@
 """Errors before anything is loaded, and errors that stop a run."""
 
+import dataclasses
 import math
 import re
 
@@ -17,7 +18,7 @@ from transformers import (
 
 import tiny
 from ppo_runs import changed, ppo_trainer, response_lengths, snapshot
-from trl_ext import PPOTrainerX
+from trl_ext import PPOConfigX, PPOTrainerX
 from trl_ext.ppo.data import check_prompts
 
 
@@ -75,6 +76,10 @@ BEFORE_LOADING = {
         {"train_dataset": prompts(prompt=["cat", "cat", "cat", LONG])},
         "row 3 of `train_dataset` has 123 tokens; with response_length=6 it does not fit .* 128",
     ),
+    "prompt beyond a budget of tokens": (
+        {"train_dataset": prompts(prompt=["cat", "cat cat cat", "cat", "cat"]), "micro_batch_tokens": 8},
+        "row 1 .* does not fit `micro_batch_tokens` of 8. .* needs 9",
+    ),
     "long held-out prompt": ({"eval_dataset": prompts(prompt=[LONG])}, "row 0 of `eval_dataset` has 123 tokens"),
     "empty held-out prompt": ({"eval_dataset": {"b": prompts(prompt=[""])}}, r"Row 0 of `eval_dataset\['b'\]`"),
     "no rows": ({"train_dataset": prompts(prompt=[])}, "`train_dataset` has no rows"),
@@ -107,13 +112,20 @@ BEFORE_LOADING = {
 }
 
 
+def test_sequence_of_a_stream_beyond_a_budget_stops_the_run(tmp_path):
+    stream = {"train_dataset": prompts(prompt=["cat", "cat cat cat"] * 8).to_iterable_dataset()}
+    trainer = ppo_trainer(tmp_path, stream, micro_batch_tokens=8, max_steps=1, num_sample_generations=0)
+    with pytest.raises(ValueError, match="`micro_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("case", BEFORE_LOADING)
 def test_error_comes_before_any_weights_are_loaded(tmp_path, paths, case):
     """The folders hold no weights: loading them would fail with another error."""
     arguments, message = BEFORE_LOADING[case]
     arguments = {"model": "actor", "reward_model": "reward_model"} | arguments
     arguments = {name: paths.get(v, v) if isinstance(v, str) else v for name, v in arguments.items()}
-    options = {name: arguments.pop(name) for name in ("critic", "ref_adapter_name") if name in arguments}
+    options = {name: arguments.pop(name) for name in {*arguments} & {f.name for f in dataclasses.fields(PPOConfigX)}}
     with pytest.raises(ValueError, match=message):
         ppo_trainer(tmp_path, arguments, **options)
 
@@ -297,7 +309,7 @@ def test_policy_loss_that_is_not_finite_names_the_sample_that_did_it(tmp_path):
         if not at_step(trainer, 1) or poisoned:
             return output
         rollout = trainer.run_state.rollout
-        batch = trainer.run_state.micro_batches[trainer._step % trainer.args.steps_per_generation]
+        (batch,) = trainer.run_state.micro_batches[trainer._step % trainer.args.steps_per_generation]
         poisoned.append(rollout.response_ids[batch.rows[1]].tolist())
         output[1] = math.nan
         return output

@@ -11,7 +11,7 @@ from datasets import Dataset
 import tiny
 from ppo_runs import best_after_two_steps, changed, logged, ppo_run, ppo_trainer, returned_by, snapshot
 from trl_ext.ppo.evaluation import HeldOut
-from trl_ext.ppo.metrics import held_out_score, means_of_batches
+from trl_ext.ppo.metrics import held_out_score, means_of_batches, scores_by_prompt
 
 
 def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
@@ -34,6 +34,37 @@ def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
     assert metrics["eval_completions/mean_length"] > 1
     assert "eval_loss" not in metrics
     assert changed(trainer.model, before) == set()
+
+
+def test_several_responses_to_a_held_out_prompt(tmp_path):
+    """The mean and its interval are over prompts; batches may cut a group."""
+    graded = {}
+
+    def grade(prompts, completions, **kwargs):
+        scores = [len(completion) + 0.1 * len(prompt) for prompt, completion in zip(prompts, completions, strict=True)]
+        for prompt, score in zip(prompts, scores, strict=True):
+            graded.setdefault(prompt, []).append(score)
+        return scores
+
+    data = tiny.tiny_prompts(5, seed=3)
+    models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": data}
+    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=4, num_generations_eval=3)
+    metrics = trainer.evaluate()
+    assert {len(scores) for scores in graded.values()} == {3}
+    means = torch.tensor([statistics.mean(scores) for scores in graded.values()])
+    assert metrics["eval_reward/score"] == pytest.approx(means.mean().item())
+    assert metrics["eval_reward/score_ci95"] == pytest.approx(1.96 * means.std().item() / 5**0.5, rel=1e-5)
+    assert metrics["eval_reward/best_of_n"] == pytest.approx(statistics.mean(map(max, graded.values())))
+
+
+def test_scores_by_prompt():
+    nan = math.nan
+    scores = torch.tensor([1.0, 3.0, 2.0, 5.0, nan, 4.0, nan, nan, 7.0, nan, nan, nan])
+    found = scores_by_prompt(scores, 3)
+    assert found["best_of_n"].tolist()[:3] == [3.0, 5.0, 7.0]
+    assert found["best_of_n"][3].isnan()
+    assert found["std_within_prompt"][:2].tolist() == pytest.approx([1.0, statistics.stdev([5, 4])])
+    assert found["std_within_prompt"][2:].isnan().all()
 
 
 def test_evaluation_leaves_training_alone(tmp_path):

@@ -62,6 +62,10 @@ CASES = {
 SEEN_ELSEWHERE = {
     "local_rollout_forward_batch_size": "test_sequences_per_scoring_pass_are_an_option",
     "num_sample_generations": "test_number_of_sample_tables_is_an_option",
+    "num_generations": "test_responses_to_a_prompt_stay_together",
+    "num_generations_eval": "test_several_responses_to_a_held_out_prompt",
+    "micro_batch_tokens": "test_budgets_give_the_same",
+    "score_batch_tokens": "test_budgets_give_the_same",
     "packing": "test_packed_rows_give_what_padded_ones_give",
     "dataset_num_proc": "test_prompts_are_checked_in_several_processes",
     "sft_model_path": "test_models_may_be_named_in_the_config",
@@ -73,7 +77,7 @@ SEEN_ELSEWHERE = {
     "reward_model_quantization": "test_scores_are_those_of_the_checkpoint_in_fewer_bits",
     "ref_model_quantization": "test_kl_is_to_the_reference_in_fewer_bits",
 }
-GRPO_NAMES = {"max_completion_length", "beta", "epsilon", "num_iterations", "entropy_coef", "num_generations"}
+GRPO_NAMES = {"max_completion_length", "beta", "epsilon", "num_iterations", "entropy_coef"}
 
 
 def test_every_option_of_ppo_is_in_one_of_the_lists():

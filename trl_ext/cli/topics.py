@@ -31,9 +31,7 @@ TOPICS = {
 }
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
 # What a command calls by another name, or has no use for: only `--help_all` shows it.
-OTHERWISE = {
-    "ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef num_generations"
-}
+OTHERWISE = {"ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef"}
 # Options that a command does not have, although it shares the class that defines them.
 ABSENT = {
     "reward": "gpu force",  # the planner plans PPO and DPO

@@ -12,6 +12,7 @@ Everything that both trainers know of a model, from its folder to its logits.
     context          the context in tokens
     probe            random sequences to try a model with, and how far rounding moves its answers
     noise            switches off dropout, jitter and whatever else draws random numbers
+    sampling         reads a prompt once while sampling, and computes nothing for responses that have ended
     generation       generation from the model's own distribution
     scoring_head     scoring as the model's own forward does
     lm_head          TRL's fused LM head over the positions that are read

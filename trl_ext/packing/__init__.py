@@ -2,6 +2,7 @@
 Many sequences in one row, shared beginnings once.
 
     segments    rows of segments, each with at most one parent
+    budget      sequences cut into parts of so many tokens
     attention   attention over such rows, piece by piece
     flex        the same in one kernel, on CUDA
     exactness   which models and runs it is not exact for, and why

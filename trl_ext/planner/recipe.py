@@ -108,6 +108,13 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     rollout = per_device * (options.get("gradient_accumulation_steps") or 1)
     mini_batch = max(rollout // (options.get("num_mini_batches") or 1), 1)
     micro_batch = max(size for size in range(1, per_device + 1) if mini_batch % size == 0)
+    prompt = prompt or DEFAULT_PROMPT
+    response = options.get("max_completion_length") or options.get("response_length") or 53
+    score_batch = options.get("local_rollout_forward_batch_size") or 64
+    if options.get("micro_batch_tokens"):  # as many of the longest sequences as it holds
+        micro_batch = min(max(options["micro_batch_tokens"] // (prompt + response), 1), mini_batch)
+    if options.get("score_batch_tokens"):
+        score_batch = max(options["score_batch_tokens"] // (prompt + response), 1)
     kl_coef = options.get("beta") if options.get("beta") is not None else options.get("kl_coef")
     has_reference = kl_coef is None or kl_coef != 0
     judge: Any = options.get("reward_model_path")
@@ -120,12 +127,12 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "reference": "none" if not has_reference else "adapter" if options.get("use_peft") else "model",
         "reward": "adapter" if is_adapter else "model",
         "micro_batch": micro_batch,
-        "accumulation": mini_batch // micro_batch,
+        "accumulation": -(-mini_batch // micro_batch),
         "rollout": rollout,
-        "score_batch": options.get("local_rollout_forward_batch_size") or 64,
+        "score_batch": score_batch,
         "epochs": options.get("num_ppo_epochs") or 4,
-        "prompt": prompt or DEFAULT_PROMPT,
-        "response": options.get("max_completion_length") or options.get("response_length") or 53,
+        "prompt": prompt,
+        "response": response,
         "vllm_share": options.get("vllm_gpu_memory_utilization") or 0.3 if colocated else 0.0,
         "vllm_tensor_parallel": options.get("vllm_tensor_parallel_size") or 1,
         "vllm_sleeps": bool(options.get("vllm_enable_sleep_mode")),

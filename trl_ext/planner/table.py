@@ -142,6 +142,8 @@ def suggestion_table(plans: list[Plan]) -> str:
         engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "none"
         engine += " +offload" if layout.offload_optimizer else ""
         batch = f"{layout.micro_batch} × {layout.accumulation}"
+        if layout.trainer == "ppo":
+            batch += f" ({layout.micro_batch * layout.length} tokens)"
         options = "checkpointing" if layout.gradient_checkpointing else ""
         options += " offload_frozen" if layout.offload_frozen else ""
         memory = f"{planned.needed / GIB:.1f}"

@@ -42,6 +42,7 @@ from ..models.precision import compile_nothing
 from ..models.probe import apart_in_float32
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting
+from ..models.sampling import sampling_what_counts, why_not_from_cache
 from ..models.sharding import is_partitioned, is_stage3
 from ..models.trainable import take_back
 from ..packing.exactness import why_not_run
@@ -107,7 +108,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `prediction_step`, `_evaluate`, `evaluation_loop`, `log`, `_save`,
+    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `prediction_step`, `_evaluate`, `evaluation_loop`, `log`, `_save`,
     `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`,
     `save_model` and `create_model_card`.
 
@@ -235,6 +236,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        self.num_generations_eval = 1  # GRPO would need whole groups in every batch
         self.prompt_collator, self._pad_of_prompts = data_collator, pad_of_prompts
         self._set_up_rewards(roles.reward_funcs)
         self._set_up_sampling()
@@ -258,7 +260,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._last_loaded_step = -1  # vLLM has the weights of another run
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
-            HeldOut(self.accelerator.gather_for_metrics, self.num_generations_eval),
+            HeldOut(self.accelerator.gather_for_metrics, self.args.num_generations_eval),
             EarlyStop(self.args.target_kl),
         )
         for mode in ("train", "eval"):  # an interrupted run may have left some
@@ -325,13 +327,19 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             logger.warning("Rows are padded for the actor, not packed: %s.", reason)
         self._attached, forward = join_to_actor(self.model, roles, args, packs=args.packing and reason is None)
         self._ref_logits: LogitsHead = forward.head.logits
-        self._packing = forward.packing
+        self._packing, self._trunk_of_samples = forward.packing, None
         if can_be_asked(self.model, args):
             forward.head.settle()
             if self.aux_loss_enabled:
                 self.aux_loss_enabled = forward.head.settle_aux_loss(args.router_aux_loss_coef)
                 forward.asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
             forward.settle(self.accelerator.autocast)
+            elsewhere = args.use_vllm or args.use_transformers_continuous_batching
+            if args.packing and not (elsewhere or args.cache_implementation or args.generation_kwargs):
+                reason = why_not_from_cache(forward.head.trunk)
+                self._trunk_of_samples = forward.head.trunk if reason is None else None
+                if reason is not None:
+                    logger.info("Responses that have ended stay in the batch while the actor samples: %s.", reason)
         self.add_callback(
             check_learning(self.model, self.critic, args, self.optimizer, has_master_weights=self.is_deepspeed_enabled)
         )
@@ -477,6 +485,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             without_router_logits(self.model),
             self._weights_for_generation(),
             self._own_distribution(),
+            self._only_what_counts(),
             naming_the_actor(self.state.global_step),
         ):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
@@ -493,6 +502,13 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.use_vllm:
             return nullcontext()
         return generating_by(self.accelerator.unwrap_model(self.model), self.generation_config)
+
+    def _only_what_counts(self) -> AbstractContextManager[None]:
+        """Read a prompt once, and drop responses that have ended, where that gives the same samples."""
+        if self._trunk_of_samples is None:
+            return nullcontext()
+        actor = self.accelerator.unwrap_model(self.model)
+        return sampling_what_counts(actor, self._trunk_of_samples, self.generation_config)
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
         """Gather the actor's weights, once per rollout, under ZeRO-3 with `ds3_gather_for_generation`."""
@@ -775,6 +791,13 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_generations_eval = self.args.num_generations_eval
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.num_generations_eval = 1
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)

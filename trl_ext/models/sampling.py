@@ -1,0 +1,141 @@
+"""Sampling that reads a prompt once, however many responses it gets, and computes nothing for those that ended."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+
+from .probe import in_mode, probe_rows, tolerance
+
+
+# The share of the rows that has to have ended before the others go on without them.
+ENDED = 0.25
+
+
+@contextmanager
+def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
+    """
+    Within the context `model.generate` gives, for calls with this `config`, the samples that it gives without, from
+    the same random numbers. Equal prompts that stand side by side are read once, and rows that have ended leave the
+    batch.
+
+    Args:
+        model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
+        trunk: what of it makes the last hidden states ([`why_not_from_cache`]).
+        config: a `GenerationConfig` that samples at a temperature from the whole distribution.
+    """
+    generate = model.generate
+    greedy: Any = copy.deepcopy(config)  # the noise samples
+    greedy.do_sample, greedy.temperature, greedy.top_k, greedy.return_dict_in_generate = False, 1.0, 50, True
+    ends_at = [] if config.eos_token_id is None else config.eos_token_id
+
+    @torch.no_grad()
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs.keys() != CALLED_WITH or kwargs["generation_config"] is not config:
+            return generate(*args, **kwargs)
+        prompts, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        ends = torch.tensor(ends_at, dtype=torch.long, device=prompts.device)
+        written, longest = prompts.size(1), prompts.size(1) + config.max_new_tokens
+        samples = prompts.new_full((len(prompts), longest), config.pad_token_id)
+        noise = _Noise(len(prompts), config.temperature)
+        rows, ids = torch.arange(len(prompts), device=prompts.device), prompts
+        cache = _of_prompts(trunk, prompts, mask)
+        while len(rows) and written < longest:
+            noise.rows, greedy.max_new_tokens = rows, longest - written
+            output = generate(
+                input_ids=ids,
+                attention_mask=pad(mask[rows], (0, ids.size(1) - prompts.size(1)), value=1),
+                past_key_values=cache,
+                generation_config=greedy,
+                logits_processor=[noise],
+                stopping_criteria=[_EnoughEnded(ends)],
+            )
+            written = output.sequences.size(1)
+            samples[rows, :written] = output.sequences
+            goes_on = ~torch.isin(output.sequences[:, prompts.size(1) :], ends).any(1)
+            rows, ids, cache = rows[goes_on], output.sequences[goes_on], output.past_key_values
+            cache.batch_select_indices(goes_on.nonzero().squeeze(1))
+        return samples[:, :written]
+
+    model.generate = sample
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+CALLED_WITH = {"input_ids", "attention_mask", "generation_config"}
+
+
+def _of_prompts(trunk: Any, ids: Tensor, mask: Tensor) -> DynamicCache:
+    """Return the cache of all prompt tokens but the last, made once of equal prompts; empty if all differ."""
+    cache = DynamicCache(config=trunk.config.get_text_config(decoder=True))
+    is_new = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    is_new[1:] = (ids[1:] != ids[:-1]).any(1) | (mask[1:] != mask[:-1]).any(1)
+    if ids.size(1) > 1 and not is_new.all():
+        ids, mask = ids[is_new, :-1], mask[is_new, :-1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        trunk(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(is_new.long().cumsum(0) - 1)
+    return cache
+
+
+class _Noise(LogitsProcessor):
+    """
+    Turns the scores of the next token into p / q, q ~ Exp(1), whose largest is a sample: so `torch.multinomial` draws.
+    The noise is drawn for all rows, so that the samples of a row do not depend on which others are left.
+    """
+
+    def __init__(self, count: int, temperature: float):
+        self.count, self.temperature = count, temperature
+        self.rows = torch.arange(count)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = (scores / self.temperature).softmax(-1)
+        if not probabilities.amax() < torch.inf:
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")  # torch's words
+        noise = probabilities.new_empty(self.count, probabilities.size(-1)).exponential_(1)
+        return probabilities / (noise if len(self.rows) == self.count else noise[self.rows])
+
+
+class _EnoughEnded(StoppingCriteria):
+    """Stops all rows as soon as a share of them has ended."""
+
+    def __init__(self, ends: Tensor):
+        self.ends = ends
+        self.ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        ends_now = torch.isin(input_ids[:, -1], self.ends)
+        self.ended = ends_now if self.ended is None else self.ended | ends_now
+        return torch.full_like(ends_now, bool(self.ended.float().mean() >= ENDED))
+
+
+@torch.no_grad()
+def why_not_from_cache(trunk: Any) -> str | None:
+    """
+    Return why a trunk cannot go on from the cache of a prompt that was copied to other rows; `None` if it gives the
+    states that it gives without.
+    """
+    row = probe_rows(trunk)[0]
+    ids, mask = row.repeat(2, 1), torch.ones_like(row).repeat(2, 1)
+    last = torch.full((2, 1), row.size(1) - 1, device=row.device)
+
+    def plain() -> Tensor:
+        return trunk(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()
+
+    with in_mode(trunk, training=False):
+        try:
+            cache = _of_prompts(trunk, ids, mask)
+            from_cache: Any = {"position_ids": last, "past_key_values": cache, "use_cache": True}
+            states = trunk(input_ids=ids[:, -1:], attention_mask=mask, **from_cache).last_hidden_state[:, -1].float()
+        except Exception as error:  # whatever it is, it is a reason
+            return f"{type(error).__name__}: {error}"
+        expected = plain()
+        off, allowed = (states - expected).abs().mean().item(), tolerance(trunk, plain, expected.abs().mean().item())
+    return None if off <= allowed else f"its states differ by {off:.2g}, where rounding explains {allowed:.2g}"
