@@ -115,7 +115,7 @@ BEFORE_LOADING = {
 def test_sequence_of_a_stream_beyond_a_budget_stops_the_run(tmp_path):
     stream = {"train_dataset": prompts(prompt=["cat", "cat cat cat"] * 8).to_iterable_dataset()}
     trainer = ppo_trainer(tmp_path, stream, micro_batch_tokens=8, max_steps=1, num_sample_generations=0)
-    with pytest.raises(ValueError, match="`micro_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
+    with pytest.raises(ValueError, match=r"`micro_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
         trainer.train()
 
 

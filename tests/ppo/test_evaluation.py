@@ -239,7 +239,8 @@ def test_one_held_out_prompt_has_no_interval(tmp_path):
 
 def test_held_out_prompts_without_an_answer_have_no_kl():
     """An empty response has no KL to the reference."""
-    held_out = HeldOut(lambda values: values)
+    held_out = HeldOut()
+    held_out.start(lambda values: values)
     rollout = SimpleNamespace(
         scores=torch.zeros(2),
         scored=torch.ones(2, dtype=torch.bool),

@@ -74,17 +74,23 @@ class HeldOut:
     The evaluations of a run: each collects its batches, and is compared with the first one of the same prompts.
 
     Args:
-        gather: from this rank's (b,) to those of all ranks, without the rows that fill up the last batch.
         num_generations: responses to each prompt, one after the other.
     """
 
-    def __init__(self, gather: Callable[[Tensor], Tensor], num_generations: int = 1):
-        self._gather, self._num_generations = gather, num_generations
+    def __init__(self, num_generations: int = 1):
+        self._num_generations = num_generations
         self._first_scores: dict[tuple[str, int], Tensor] = {}
-        self.start()
 
-    def start(self) -> None:
-        """Begin an evaluation."""
+    def start(self, gather: Callable[[Tensor], Tensor], num_prompts: int | None = None) -> None:
+        """
+        Begin an evaluation.
+
+        Args:
+            gather: from this rank's (b,) to those of all ranks.
+            num_prompts: behind the responses to so many, rows only fill up the last batch; `None`: none do.
+        """
+        self._gather = gather
+        self._count = None if num_prompts is None else num_prompts * self._num_generations
         self._scores: list[Tensor] = []
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
@@ -122,10 +128,13 @@ class HeldOut:
         if rollout.old_logps is not None and rollout.ref_logps is not None:
             self._kls.append(self._gather(sequence_kl(rollout.old_logps, rollout.ref_logps, rollout.mask)))
 
+    def _all(self, batches: list[Tensor]) -> Tensor:
+        return torch.cat(batches)[: self._count]
+
     def metrics(self, prefix: str) -> dict[str, list[float]]:
         """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
         # A checksum, so that a resumed run recognises the prompts.
-        of_responses, same_prompts = torch.cat(self._scores), (prefix, crc32(repr(self._prompts).encode()))
+        of_responses, same_prompts = self._all(self._scores), (prefix, crc32(repr(self._prompts).encode()))
         scores = of_responses.view(-1, self._num_generations).nanmean(1)
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)
@@ -135,11 +144,11 @@ class HeldOut:
             if len(known):
                 line["best_of_n"] = known.mean().item()
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
-        columns = {name: torch.cat([batch[name] for batch in self._responses]) for name in self._responses[0]}
+        columns = {name: self._all([batch[name] for batch in self._responses]) for name in self._responses[0]}
         said = means_of_batches(self._said, self._sizes) | held_out_responses(columns)
         metrics |= {key: [value] for key, value in said.items()}
         if self._kls:
-            kls = torch.cat(self._kls)
+            kls = self._all(self._kls)
             known = kls[~kls.isnan()]
             if len(known):
                 metrics["kl/ref"] = [known.mean().item()]

@@ -108,9 +108,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `prediction_step`, `_evaluate`, `evaluation_loop`, `log`, `_save`,
-    `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by `WritesCard`,
-    `save_model` and `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `prediction_step`, `_evaluate`, `evaluation_loop`,
+    `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by
+    `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -260,7 +260,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._last_loaded_step = -1  # vLLM has the weights of another run
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
-            HeldOut(self.accelerator.gather_for_metrics, self.args.num_generations_eval),
+            HeldOut(self.args.num_generations_eval),
             EarlyStop(self.args.target_kl),
         )
         for mode in ("train", "eval"):  # an interrupted run may have left some
@@ -799,14 +799,17 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         finally:
             self.num_generations_eval = 1
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)
         go_on_logging(self)
-        self.run_state.held_out.start()
+        num_prompts = known_length(dataloader.dataset)
+        # accelerate knows of a stream what fills up its last batch, and would count a dataset's rows once.
+        gather = self.accelerator.gather_for_metrics if num_prompts is None else self.accelerator.gather
+        self.run_state.held_out.start(gather, num_prompts)
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             with self.phases.during("evaluate"):
-                output = super().evaluation_loop(*args, **kwargs)
+                output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._metrics["eval"] | self.run_state.held_out.metrics(prefix)
         self._metrics["eval"].clear()
