@@ -3,13 +3,15 @@ Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, on the sa
 
     python benchmarks/bench_ppo.py --output bench.json              # shapes deep and wide: about 40 minutes on 2 cores
     python benchmarks/bench_ppo.py --shapes varied                   # packed rows against padded ones: 10 minutes
+    python benchmarks/bench_ppo.py --shapes groups groups-varied     # 8 responses to each prompt, shared or not
     python benchmarks/bench_ppo.py --shapes tiny --runs 1            # only that everything runs
 
 TRL 1.12 gets an environment of its own at first use, in which all but TRL is as in constraints.txt. The models are
 random, made from a config. The trainers take turns, every run in a fresh process whose first update is left out.
 Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed (`cpu`),
 peak memory of the process, and how the first trainer of the table compares. In the shape `varied` prompts have 32 to
-256 tokens and answers a tail of lengths with mean 0.4 of the limit; they are given, not generated. On a busy machine
+256 tokens and answers a tail of lengths with mean 0.4 of the limit; in `groups` 8 answers to each prompt of 256 tokens
+have 64 tokens, in `groups-varied` that tail. They are given, not generated. On a busy machine
 `--threads 1` and `cpu` say more than `total`.
 docs/measurements.md says what was measured, and what is the same for both.
 """

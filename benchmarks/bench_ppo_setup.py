@@ -58,6 +58,11 @@ SHAPES = {
 }
 SHAPES["varied"] = SHAPES["deep"] | {"trainers": ["model-padded", "model", "head-padded", "head"]}
 SHAPES["varied"]["job"] = SHAPES["deep"]["job"] | {"prompts": PROMPTS, "answers": ANSWERS, "response": max(ANSWERS)}
+# Eight answers to each prompt of 256 tokens, of 64 tokens or of the varied lengths
+for name, answers in {"groups": [64] * 16, "groups-varied": ANSWERS}.items():
+    SHAPES[name] = SHAPES["varied"] | {"trainers": ["model-padded", "model"]}
+    of_groups = {"prompts": [256], "answers": answers, "response": max(answers), "num_generations": 8}
+    SHAPES[name]["job"] = SHAPES["varied"]["job"] | of_groups
 # fmt: on
 
 

@@ -109,8 +109,9 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
     if "answers" in job:
         roles["rollout_func"] = functools.partial(given_answers, job=job)
         roles["processing_class"].pad_token = "w0"  # the actor has no embedding of the end token
-    in_order = {"shuffle_dataset": False} if "prompts" in job else {}
-    args = PPOConfigX(**options(job), **in_order, critic=critic, packing=not padded)
+    more = {"shuffle_dataset": False} if "prompts" in job else {}
+    more |= {name: job[name] for name in ("num_generations",) if name in job}
+    args = PPOConfigX(**options(job), **more, critic=critic, packing=not padded)
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)
     trainer._generate = clock.generating(trainer._generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)

@@ -141,7 +141,8 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer, n = self.trainer, args.gradient_accumulation_steps
         last = (trainer._step - 1) % args.steps_per_generation
-        rows = [row for part in trainer.run_state.micro_batches[last + 1 - n : last + 1] for row in part.rows.tolist()]
+        steps = trainer.run_state.micro_batches[last + 1 - n : last + 1]
+        rows = [row for step in steps for part in step for row in part.rows.tolist()]
         named = dict(trainer.model.named_parameters())
         weights = {name: parameter.detach().clone() for name, parameter in named.items()}
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}

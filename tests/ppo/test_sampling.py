@@ -99,8 +99,9 @@ def test_options_that_came_with_the_model_change_no_token(trainer, own_config, n
 
 @pytest.mark.parametrize("name", ADDED)
 def test_control_without_the_guard_the_models_options_change_tokens(trainer, own_config, name, monkeypatch):
-    """Without the guard, other tokens are sampled, or generation fails."""
+    """Without the guard, other tokens are sampled by `generate` alone, or generation fails."""
     setattr(own_config, name, ADDED[name])
+    monkeypatch.setattr(trainer, "_trunk_of_samples", None)
     monkeypatch.setattr(trainer, "_own_distribution", nullcontext)
     try:
         responses = [sampled(trainer, seed) for seed in (1, 2)]

@@ -1,5 +1,6 @@
 """A step without a token that counts changes nothing, and the log has no number that was not measured."""
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         per_step = args.gradient_accumulation_steps
         done = (self.trainer._step - 1) % args.steps_per_generation // per_step
-        part = self.trainer.run_state.micro_batches[done * per_step : (done + 1) * per_step]
+        steps = self.trainer.run_state.micro_batches[done * per_step : (done + 1) * per_step]
+        part = itertools.chain.from_iterable(steps)
         self.num_tokens.append(sum(self.trainer.run_state.rollout.mask[m.rows].sum().item() for m in part))
         self.states.append(self.now())
 

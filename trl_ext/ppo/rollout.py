@@ -1,6 +1,6 @@
 """`Rollout`: the tensors of one rollout on one rank, with their shapes; `MicroBatch`: a part of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -103,7 +103,8 @@ class Rollout:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are not `None`, by name."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
     def keep_first_logps(self, rows: Tensor, logps: Tensor) -> None:
         """Keep the log-probabilities (b, T) that the first learning pass gives for the sequences at `rows`."""
