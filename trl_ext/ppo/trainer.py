@@ -596,7 +596,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         first = torch.arange(len(rollout), device=rollout.mask.device)[: self.args.per_device_train_batch_size]
         part = rollout.select(first)
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps = self._forward(self.model, part, ("log_probs",)).log_probs
+            logps = self._read(self.model, part, ("log_probs",)).log_probs
         exact = logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16
         tolerance = 1e-3 if exact or self._differs_in_float32() else 0.1
         require_same_policy(logps, part.ref_logps, part.mask, tolerance, getattr(self.model, "peft_config", None))
