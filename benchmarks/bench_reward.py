@@ -34,7 +34,7 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext import RewardConfigX, RewardTrainerX
 from trl_ext.data import demo
-from trl_ext.packing.segments import pack
+from trl_ext.packing.segments import pack, pairs_of
 
 
 # Row of the table -> how the sequences of a batch are laid out; all but the last by this script, to take it apart.
@@ -72,8 +72,8 @@ def model_and_pairs(shape: str, steps: int, dtype: torch.dtype) -> tuple[Any, An
 def lay_out(scores: Any, layout: str, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     """Return the rows of a batch with one of the two savings."""
     if layout == "packing":
-        return scores.packing.lay_out(ids, mask)
-    return pack(ids, mask, torch.arange(len(ids), device=ids.device).view(2, -1).T, row_size=0)
+        return scores.packing.lay_out(ids, mask, [[i] for i in range(len(ids))])
+    return pack(ids, mask, pairs_of(len(ids)), row_size=0)
 
 
 def train(job: dict[str, Any]) -> None:

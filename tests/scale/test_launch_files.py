@@ -138,11 +138,11 @@ SIZES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "nu
     [("train_micro_batch_size_per_gpu", 2), ("gradient_accumulation_steps", 2), ("train_batch_size", 4)],
 )
 def test_ppo_batch_field_must_be_what_an_optimizer_step_takes(tmp_path, deepspeed_file, field, right):
-    """8 prompts of a rollout in 2 mini-batches: 2 micro-batches of 2 per step, though the option says 4."""
+    """8 responses of a rollout in 2 mini-batches: 2 micro-batches of 2 per step, though the option says 4."""
     args = ppo_runs.ppo_config(tmp_path, deepspeed=deepspeed_file(**{field: right}), **SIZES)
     assert args.deepspeed_plugin.hf_ds_config.config[field] == right
     message = (
-        rf"DeepSpeed file has {field}=8, and the options make {field}={right}: 2 at a time, 2 times .*8 prompts of"
+        rf"DeepSpeed file has {field}=8, and the options make {field}={right}: 2 at a time, 2 times .*8 responses of"
     )
     with pytest.raises(ValueError, match=message):
         ppo_runs.ppo_config(tmp_path, deepspeed=deepspeed_file(**{field: 8}), **SIZES)
