@@ -334,7 +334,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                 self.aux_loss_enabled = forward.head.settle_aux_loss(args.router_aux_loss_coef)
                 forward.asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
             forward.settle(self.accelerator.autocast)
-            elsewhere = args.use_vllm or args.use_transformers_continuous_batching
+            # Under ZeRO-3 every process has to call the model equally often.
+            elsewhere = args.use_vllm or args.use_transformers_continuous_batching or is_stage3(args.deepspeed_plugin)
             if args.packing and not (elsewhere or args.cache_implementation or args.generation_kwargs):
                 reason = why_not_from_cache(forward.head.trunk)
                 self._trunk_of_samples = forward.head.trunk if reason is None else None
