@@ -53,7 +53,7 @@ TEXTS = {
         "generation_kwargs": "Options of transformers' GenerationConfig, or vLLM's SamplingParams, that do not change "
         'what is sampled, such as `{"use_cache": false}`.',
         "gradient_accumulation_steps": "Times `per_device_train_batch_size`, this is the number of "
-        "prompts of a rollout on each process. `num_mini_batches` splits them into optimizer steps.",
+        "responses of a rollout on each process. `num_mini_batches` splits them into optimizer steps.",
     },
     "score": {
         "model_name_or_path": "Policy: a folder with a model or an adapter, or a hub name. Unset: outputs/dpo-demo.",
