@@ -74,6 +74,18 @@ def test_varied_lengths_are_those_of_the_lists(tmp_path, trainer):
     assert sum(setup.ANSWERS) / len(setup.ANSWERS) == pytest.approx(0.4 * max(setup.ANSWERS), rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_groups_have_one_prompt_each(tmp_path):
+    setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
+    setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
+    job = setup.SHAPES["tiny"]["job"] | {"prompts": [6], "answers": [8, 1, 4, 6], "num_generations": 2}
+    job |= {"trainer": "model", "updates": 1, "models": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    trainer = worker.build(job, worker.UpdateClock(steps_per_update=2))
+    trainer.train()
+    assert trainer.run_state.rollout.groups() == [[0, 1], [2, 3]]
+    assert {setup.SHAPES[name]["job"]["num_generations"] for name in ("groups", "groups-varied")} == {8}
+
+
 def test_failed_run_says_what_it_printed(tmp_path):
     bench, python = script("bench_ppo"), tmp_path / "python"
     python.write_text("#!/bin/sh\necho no GPU for $1 >&2\nexit 7\n")

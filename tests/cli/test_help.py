@@ -113,7 +113,7 @@ def test_options_that_a_command_does_not_read_are_not_there(capsys):
         *((name, "resume_from_checkpoint", "True for the last one in `--output_dir`") for name in TRAINING),
         *((name, "output_dir", f"Unset: {RewardConfig(use_cpu=True, bf16=False).output_dir}.") for name in TRAINING),
         ("dpo", "label_smoothing", f"--loss_type sigmoid`; also read by {', '.join(OTHERS[:-1])} and {OTHERS[-1]}."),
-        ("ppo", "gradient_accumulation_steps", "prompts of a rollout on each process"),
+        ("ppo", "gradient_accumulation_steps", "responses of a rollout on each process"),
         ("score", "model", "Unset: outputs/dpo- demo."),
         ("score", "dataset_test_split", "Split to score."),
         ("score", "dataset_streaming", "Read the rows while scoring."),

@@ -58,6 +58,7 @@ MEASURED = {
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
         "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",
+        "python benchmarks/bench_ppo.py --shapes groups groups-varied": "tests/benchmarks/test_bench_ppo.py",
         "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
         "python benchmarks/bench_reward.py": "tests/benchmarks/test_bench_reward.py",
         "python benchmarks/measure_memory.py": "tests/benchmarks/test_planner_measuring.py",
