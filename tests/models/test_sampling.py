@@ -46,7 +46,7 @@ def prompts(repeats):
     """Five prompts padded on the left, each `repeats` times."""
     ids = torch.randint(4, 24, (5, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[0, :15], mask[1, :4] = 0, 0
+    mask[0, :15], mask[1, :10], mask[2, :11] = 0, 0, 0
     return {
         "input_ids": (ids * mask).repeat_interleave(repeats, 0),
         "attention_mask": mask.repeat_interleave(repeats, 0),
@@ -59,15 +59,15 @@ def sampled(model, config=CONFIG, repeats=1, **kwargs):
         return model.generate(**prompts(repeats), generation_config=config, **kwargs)
 
 
-def rows_of_calls(model):
-    """The rows of every call of the trunk, in the list."""
-    rows = []
+def sizes_of_calls(model):
+    """Rows and tokens per row of every call of the trunk, in the list."""
+    sizes = []
 
     def note(module, args, kwargs):
-        rows.append(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0]))
+        sizes.append(tuple((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape))
 
     model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    return rows
+    return sizes
 
 
 @pytest.mark.parametrize("repeats", [1, 4])
@@ -76,11 +76,12 @@ def test_samples_are_those_of_generate(family, repeats):
     model = model_of(family)
     assert why_not_from_cache(model.base_model) is None
     expected = sampled(model, repeats=repeats)
-    rows = rows_of_calls(model)
+    sizes = sizes_of_calls(model)
     with sampling_what_counts(model, model.base_model, CONFIG):
         samples = sampled(model, repeats=repeats)
     assert torch.equal(samples, expected)
-    assert rows[0] == 5  # a prompt once
+    rows = [count for count, _ in sizes]
+    assert sizes[:3] == [(2, 8), (2, 19), (1, 19)]  # a prompt once, with others of its length
     ended = (torch.isin(expected[:, 20:], torch.tensor([2, 3])).cumsum(1) > 0)[:, :-1].float().mean(0)
     assert min(rows) < 5 * repeats or ended.max() < 0.25
 
@@ -109,7 +110,7 @@ def test_mistakes_are_noticed(monkeypatch):
     model = model_of("gpt2")
     expected = sampled(model, repeats=2)
     with monkeypatch.context() as patch, sampling_what_counts(model, model.base_model, CONFIG):
-        patch.setattr(sampling, "ENDED", 2.0)  # nothing leaves the batch: still the same
+        patch.setattr(sampling, "WASTE", 2.0)  # nothing leaves the batch: still the same
         assert torch.equal(sampled(model, repeats=2), expected)
     noise = sampling._Noise.__call__
 

@@ -1,4 +1,4 @@
-"""Sampling that reads a prompt once, however many responses it gets, and computes nothing for those that ended."""
+"""Sampling that reads a prompt once, without its padding, and computes nothing for responses that have ended."""
 
 import copy
 from collections.abc import Iterator
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .probe import in_mode, probe_rows, tolerance
 
 
-# The share of the rows that has to have ended before the others go on without them.
-ENDED = 0.25
+# The share of a batch that has to count for nothing, as padding or as rows that have ended, before it is left out.
+WASTE = 0.25
+# Prompts are read in so many parts, each of about one length.
+PARTS = 4
 
 
 @contextmanager
 def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
     """
     Within the context `model.generate` gives, for calls with this `config`, the samples that it gives without, from
-    the same random numbers. Equal prompts that stand side by side are read once, and rows that have ended leave the
-    batch.
+    the same random numbers. Equal prompts that stand side by side are read once, prompts are read with others of about
+    their length, and rows that have ended leave the batch.
 
     Args:
         model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
@@ -73,16 +76,41 @@ CALLED_WITH = {"input_ids", "attention_mask", "generation_config"}
 
 
 def _of_prompts(trunk: Any, ids: Tensor, mask: Tensor) -> DynamicCache:
-    """Return the cache of all prompt tokens but the last, made once of equal prompts; empty if all differ."""
-    cache = DynamicCache(config=trunk.config.get_text_config(decoder=True))
+    """Return the cache of all prompt tokens but the last; empty if reading them here saves nothing."""
+    config = trunk.config.get_text_config(decoder=True)
+    cache, width = DynamicCache(config=config), ids.size(1) - 1
     is_new = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     is_new[1:] = (ids[1:] != ids[:-1]).any(1) | (mask[1:] != mask[:-1]).any(1)
-    if ids.size(1) > 1 and not is_new.all():
-        ids, mask = ids[is_new, :-1], mask[is_new, :-1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        trunk(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(is_new.long().cumsum(0) - 1)
+    row_of = is_new.long().cumsum(0) - 1
+    ids, mask = ids[is_new, :-1], mask[is_new, :-1]
+    can_be_joined = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    in_parts = can_be_joined and width > 0 and mask.float().mean() < 1 - WASTE
+    if width == 0 or (is_new.all() and not in_parts):
+        return cache
+    lengths = mask.sum(1)
+    by_length = lengths.argsort(stable=True)
+    parts = []
+    for rows in by_length.chunk(PARTS if in_parts else 1):
+        size = max(int(lengths[rows].max()), 1) if in_parts else width
+        of_part, attended = DynamicCache(config=config), mask[rows, -size:]
+        positions = (attended.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids[rows, -size:], "attention_mask": attended, "position_ids": positions}
+        trunk(**inputs, past_key_values=of_part, use_cache=True)
+        parts.append(of_part)
+    if not in_parts:
+        [cache] = parts
+    else:
+        for i, layers in enumerate(zip(*(part.layers for part in parts), strict=True)):
+            if layers[0].is_initialized:  # else it reads the keys and values of another layer
+                keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+                cache.update(*(torch.cat([_padded(part, width) for part in of]) for of in (keys, values)), i)
+    cache.batch_select_indices(by_length.argsort()[row_of])
     return cache
+
+
+def _padded(states: Tensor, width: int) -> Tensor:
+    """Pad keys or values (b, h, L, d) with zeros on the left to `width`."""
+    return pad(states, (0, 0, width - states.size(-2), 0))
 
 
 class _Noise(LogitsProcessor):
@@ -113,27 +141,31 @@ class _EnoughEnded(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ends_now = torch.isin(input_ids[:, -1], self.ends)
         self.ended = ends_now if self.ended is None else self.ended | ends_now
-        return torch.full_like(ends_now, bool(self.ended.float().mean() >= ENDED))
+        return torch.full_like(ends_now, bool(self.ended.float().mean() >= WASTE))
 
 
 @torch.no_grad()
 def why_not_from_cache(trunk: Any) -> str | None:
     """
-    Return why a trunk cannot go on from the cache of a prompt that was copied to other rows; `None` if it gives the
-    states that it gives without.
+    Return why a trunk cannot go on from the cache of prompts that was copied to other rows and padded; `None` if it
+    gives the states that it gives without.
     """
-    row = probe_rows(trunk)[0]
-    ids, mask = row.repeat(2, 1), torch.ones_like(row).repeat(2, 1)
-    last = torch.full((2, 1), row.size(1) - 1, device=row.device)
+    rows = probe_rows(trunk)
+    width = 2 * max(row.size(1) for row in rows)  # so that they are read in parts
+    ids = torch.cat([pad(row, (width - row.size(1), 0), value=row[0, 0].item()) for row in rows]).repeat_interleave(
+        2, 0
+    )
+    mask = torch.cat([pad(torch.ones_like(row), (width - row.size(1), 0)) for row in rows]).repeat_interleave(2, 0)
 
     def plain() -> Tensor:
-        return trunk(input_ids=row, use_cache=False).last_hidden_state[0, -1].float()
+        states = [trunk(input_ids=row, use_cache=False).last_hidden_state[0, -1].float() for row in rows]
+        return torch.stack(states).repeat_interleave(2, 0)
 
     with in_mode(trunk, training=False):
         try:
-            cache = _of_prompts(trunk, ids, mask)
-            from_cache: Any = {"position_ids": last, "past_key_values": cache, "use_cache": True}
-            states = trunk(input_ids=ids[:, -1:], attention_mask=mask, **from_cache).last_hidden_state[:, -1].float()
+            from_cache = {"past_key_values": _of_prompts(trunk, ids, mask), "use_cache": True}
+            inputs = {"input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+            states = trunk(**inputs, **from_cache).last_hidden_state[:, -1].float()
         except Exception as error:  # whatever it is, it is a reason
             return f"{type(error).__name__}: {error}"
         expected = plain()
