@@ -200,12 +200,13 @@ def demo(command: str) -> dict[str, Any]:
     from trl_ext.cli.main import main
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--max_steps", "4", "--logging_steps", "1", "--report_to", "none", "--eval_on_start", "False"]
-        flags += ["--eval_strategy", "no", "--save_strategy", "no", "--train_size", "64", "--test_size", "8"]
+        flags = ["--logging_steps", "1", "--report_to", "none", "--eval_on_start", "False", "--test_size", "8"]
+        flags += ["--eval_strategy", "no", "--save_strategy", "no", "--train_size", "64"]
+        four_steps = ["--total_episodes", "256"] if command == "ppo" else ["--max_steps", "4"]
         if command == "ppo":
-            main(["reward", "--output_dir", f"{folder}/judge", *flags, *in_padded_rows()])
+            main(["reward", "--output_dir", f"{folder}/judge", "--max_steps", "4", *flags, *in_padded_rows()])
             flags += ["--reward_model_path", f"{folder}/judge"]
-        main([command, "--output_dir", f"{folder}/out", *flags])
+        main([command, "--output_dir", f"{folder}/out", *flags, *four_steps])
         state = json.loads(Path(folder, "out", "trainer_state.json").read_text(encoding="utf-8"))
     return {"lines": [without_machine(line) for line in state["log_history"]]}
 

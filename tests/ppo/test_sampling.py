@@ -230,6 +230,25 @@ def test_option_of_how_tokens_are_computed_changes_none(tmp_path, options):
     assert sampled(trainer, seed=1) == drawn_one_by_one(actor(), PROMPTS, seed=1)
 
 
+@torch.no_grad()
+def test_continuous_batching_samples_from_the_distribution_that_is_scored(tmp_path):
+    """First tokens are as frequent as the plain forward says, and not as it says at another temperature."""
+    cache = {"num_blocks": 600, "max_batch_tokens": 512}
+    options = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": cache}
+    trainer = ppo_trainer(tmp_path, {"model": spoilt_actor()}, **(SHARED | {"response_length": 1}), **options)
+    torch.manual_seed(0)
+    first = torch.tensor([ids[0] for ids in trainer._generate(["the cat"] * 2048)[1]])
+    logits = actor()(**tiny.tiny_tokenizer()("the cat", return_tensors="pt")).logits[0, -1]
+    seen = torch.bincount(first, minlength=len(logits))
+    # In units of its standard deviation, how far chi² is above its mean, the degrees of freedom
+    off = []
+    for temperature in (SHARED["temperature"], 1.0):
+        expected = (logits / temperature).softmax(-1) * len(first)
+        degrees = len(logits) - 1
+        off.append((((seen - expected) ** 2 / expected).sum().item() - degrees) / (2 * degrees) ** 0.5)
+    assert off[0] < 3 < 6 < off[1], off
+
+
 # --- vLLM, which reads sampling options of the model's folder where a request does not state them
 
 
