@@ -2,17 +2,20 @@
 Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, on the same models, prompts and lengths, on CPU.
 
     python benchmarks/bench_ppo.py --output bench.json              # shapes deep and wide: about 40 minutes on 2 cores
-    python benchmarks/bench_ppo.py --shapes varied                   # packed rows against padded ones: 10 minutes
-    python benchmarks/bench_ppo.py --shapes groups groups-varied     # 8 responses to each prompt, shared or not
-    python benchmarks/bench_ppo.py --shapes tiny --runs 1            # only that everything runs
+    python benchmarks/bench_ppo.py --shapes varied-answers varied wide-varied-answers --runs 1
+    python benchmarks/bench_ppo.py --shapes groups groups-varied --runs 1   # 8 answers to each prompt
+    python benchmarks/bench_ppo.py --shapes tiny tiny-varied --runs 1       # only that everything runs
 
 TRL 1.12 gets an environment of its own at first use, in which all but TRL is as in constraints.txt. The models are
 random, made from a config. The trainers take turns, every run in a fresh process whose first update is left out.
 Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed (`cpu`),
-peak memory of the process, and how the first trainer of the table compares. In the shape `varied` prompts have 32 to
-256 tokens and answers a tail of lengths with mean 0.4 of the limit; in `groups` 8 answers to each prompt of 256 tokens
-have 64 tokens, in `groups-varied` that tail. They are given, not generated. On a busy machine
-`--threads 1` and `cpu` say more than `total`.
+the `floor`, peak memory of the process, and how the first trainer of the table compares. The floor is how long the
+machine would take for the products of matrices with the tokens that count, at the rate that it reaches in one large
+product. On a busy machine `--threads 1` and `cpu` say more than `total`.
+
+Where lengths vary, answers are listed, random tokens of a tail of lengths with mean 0.4 of the limit, and every
+trainer learns from the same ones. Generation takes its usual way and is given them token by token. TRL 1.12 goes on to
+the limit in any case.
 docs/measurements.md says what was measured, and what is the same for both.
 """
 
@@ -26,13 +29,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_ppo_setup import BASELINE, SHAPES, baseline_python, save_models
+import torch
+from bench_ppo_setup import BASELINE, BUDGET, SHAPES, baseline_python, matrix_rate, update_flops
 
 from trl_ext.data.demo import cache_dir
 
 
-LABELS = {BASELINE: "TRL 1.12 `PPOTrainer`", "model": '`critic="model"`', "head": '`critic="head"`'}
-LABELS |= {f"{critic}-padded": f"{LABELS[critic]}, `packing=False`" for critic in ("model", "head")}
+CHANGES = {"": "", "-padded": ", `packing=False`", "-unshared": ", prompts not shared"}
+CHANGES["-budget"] = f", `micro_batch_tokens={BUDGET}`"
+LABELS = {f"{c}{name}": f'`critic="{c}"`{said}' for c in ("model", "head") for name, said in CHANGES.items()}
+LABELS[BASELINE] = "TRL 1.12 `PPOTrainer`"
 SECONDS = ("generate", "score", "learn", "total", "cpu")
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -43,7 +49,7 @@ Run = dict[str, Any]
 def measure(python: str, job: dict[str, Any], folder: Path) -> Run:
     """One run of a trainer, in a process of its own."""
     result, load = folder / "result.json", os.getloadavg()[0]
-    job = job | {"models": str(folder), "output_dir": str(folder / "output"), "result": str(result)}
+    job = job | {"output_dir": str(folder / "output"), "result": str(result)}
     command = [python, str(Path(__file__).with_name("bench_ppo_worker.py")), json.dumps(job)]
     done = subprocess.run(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -58,20 +64,24 @@ def summarise(runs: list[Run]) -> dict[str, float]:
     return medians | {"peak_gb": max(run["peak_gb"] for run in runs)}
 
 
-def table(runs: dict[str, list[Run]]) -> str:
+def table(runs: dict[str, list[Run]], floors: dict[str, float]) -> str:
     """
     Return a table in Markdown, a row per trainer. `speed` is the first row's total over the row's: above 1 is faster;
-    in brackets the same of `cpu`. `memory` is the row's peak over the first row's: below 1 is less.
+    in brackets the same of `cpu`. `score + learn` is that without generation, `memory` the row's peak over the first
+    row's: below 1 is less.
+
+    Args:
+        floors: seconds that the tokens that count take at the machine's rate, by trainer.
     """
     summaries = {trainer: summarise(of_trainer) for trainer, of_trainer in runs.items()}
     base = next(iter(summaries.values()))
-    lines = [
-        f"| trainer | {' | '.join(SECONDS)} | peak GB | speed | memory |",
-        "|---" + "|---:" * (len(SECONDS) + 3) + "|",
-    ]
+    titles = ["trainer", *SECONDS, "floor", "of total", "peak GB", "speed", "score + learn", "memory"]
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for trainer, row in summaries.items():
-        cells = [f"{row[name]:.1f}" for name in (*SECONDS, "peak_gb")]
+        cells = [f"{row[name]:.1f}" for name in SECONDS]
+        cells += [f"{floors[trainer]:.1f}", f"{floors[trainer] / row['total']:.0%}", f"{row['peak_gb']:.1f}"]
         cells.append(f"{base['total'] / row['total']:.2f} ({base['cpu'] / row['cpu']:.2f})")
+        cells.append(f"{(base['score'] + base['learn']) / (row['score'] + row['learn']):.2f}")
         cells.append(f"{row['peak_gb'] / base['peak_gb']:.2f}")
         lines.append(f"| {LABELS[trainer]} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -91,23 +101,26 @@ def main() -> None:
 
     if args.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
     needs_baseline = any(BASELINE in SHAPES[name]["trainers"] for name in args.shapes)
     pythons = {BASELINE: baseline_python(args.env)} if needs_baseline else {}
     results: dict[str, dict[str, list[Run]]] = {}
     for name in args.shapes:
-        trainers = SHAPES[name]["trainers"]
+        trainers, job = SHAPES[name]["trainers"], SHAPES[name]["job"]
+        rate = matrix_rate(job["config"], "cpu", torch.float32)
+        floors = {trainer: update_flops(job, trainer.partition("-")[0]) / rate for trainer in trainers}
         results[name] = {trainer: [] for trainer in trainers}
-        with tempfile.TemporaryDirectory() as folder:
-            save_models(SHAPES[name]["config"], Path(folder))
-            for trainer in trainers * args.runs:
-                job = SHAPES[name]["job"] | {"trainer": trainer, "updates": args.updates}
-                run = measure(pythons.get(trainer, sys.executable), job, Path(folder))
-                results[name][trainer].append(run)
-                seconds = ", ".join(f"{update['total']:.1f}" for update in run["updates"])
-                print(f"{name} {trainer}: {seconds} s, {run['peak_gb']:.2f} GB, load {run['load']:.1f}", flush=True)
-                if args.output:
-                    args.output.write_text(json.dumps(results, indent=1))
-        print(f"\n{name}: medians, seconds per update\n\n{table(results[name])}\n", flush=True)
+        for trainer in trainers * args.runs:
+            with tempfile.TemporaryDirectory() as folder:
+                of_run = job | {"trainer": trainer, "updates": args.updates}
+                run = measure(pythons.get(trainer, sys.executable), of_run, Path(folder))
+            results[name][trainer].append(run)
+            seconds = ", ".join(f"{update['total']:.1f}" for update in run["updates"])
+            print(f"{name} {trainer}: {seconds} s, {run['peak_gb']:.2f} GB, load {run['load']:.1f}", flush=True)
+            if args.output:
+                args.output.write_text(json.dumps(results, indent=1))
+        print(f"\n{name}: medians, seconds per update; {rate / 1e9:.0f} GFLOP/s in a large product of matrices\n")
+        print(f"{table(results[name], floors)}\n", flush=True)
 
 
 if __name__ == "__main__":

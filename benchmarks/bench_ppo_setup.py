@@ -1,10 +1,12 @@
-"""What the runs of `bench_ppo.py` need: shapes, random models, and an environment with TRL 1.12."""
+"""What the runs of `bench_ppo.py` need: shapes, their FLOPs, random models, and an environment with TRL 1.12."""
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -18,52 +20,122 @@ from transformers import (
 BASELINE = "trl-1.12"
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
+# fmt: off
+TINY = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2}
+DEEP = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 8}
+# The widths of Qwen2.5-0.5B
+WIDE = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 2,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+# fmt: on
 
-def shape(critics: list[str], batch: int, length: int, epochs: int, **config: Any) -> dict[str, Any]:
+# The token that ends a listed answer.
+END = 1
+# Answers in shares of the limit, with mean 0.4: a few are cut off, most are short.
+TAIL = (1, 1, 1, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.1, 0.05, 0.03, 0.02)
+# Tokens of prompts, spread evenly from 32 to 256.
+PROMPTS = [32 + 15 * row for row in range(15)] + [256]
+
+
+def tail(limit: int) -> list[int]:
+    """Return the tokens of 16 answers."""
+    return [round(limit * share) for share in TAIL]
+
+
+def shape(
+    trainers: list[str],
+    config: dict[str, Any],
+    epochs: int,
+    prompts: list[int],
+    response: int,
+    answers: list[int] | None = None,
+    batch: int = 16,
+    num_generations: int = 1,
+) -> dict[str, Any]:
     """
     Return what is measured, on models with this `Qwen2Config`.
 
     Args:
-        critics: the values of `critic` to measure beside the baseline.
-        batch: responses per update, learned from in one micro-batch.
-        length: tokens of a prompt, and of a response.
-        epochs: passes over an update's responses.
+        trainers: the rows of the table. The value of `critic`, perhaps with one thing changed: "-padded" has
+            `packing=False`, "-unshared" reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`.
+        epochs: passes over an update's answers.
+        prompts, answers: tokens of each, over and over; without `answers` all have `response` tokens.
+        batch: answers per update, learned from in one micro-batch.
     """
-    job = {"batch": batch, "prompt": length, "response": length, "epochs": epochs}
-    return {"trainers": [BASELINE, *critics], "config": config, "job": job | {"vocabulary": config["vocab_size"]}}
+    job = {"config": config, "epochs": epochs, "batch": batch, "prompts": prompts, "response": response}
+    return {"trainers": trainers, "job": job | {"answers": answers, "num_generations": num_generations}}
 
 
-# Tokens of prompts, spread evenly, and of answers, in shares of the limit: a few are cut off, most are short.
-PROMPTS = [32 + 15 * row for row in range(16)]
-ANSWERS = [
-    round(128 * share) for share in (1, 1, 1, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.1, 0.05, 0.03, 0.02)
-]
-
-
-# fmt: off
+BUDGET = 1024
+OF_GROUPS = ["model-padded", "model-unshared", "model", "model-budget"]
 SHAPES = {
-    "tiny": shape(
-        ["model", "head"], batch=4, length=8, epochs=2, vocab_size=256, hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-    ),
-    "deep": shape(
-        ["model"], batch=16, length=64, epochs=4, vocab_size=8192, hidden_size=512, intermediate_size=2048,
-        num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
-    ),
-    # The widths of Qwen2.5-0.5B
-    "wide": shape(
-        ["model", "head"], batch=16, length=64, epochs=1, vocab_size=151936, hidden_size=896, intermediate_size=4864,
-        num_hidden_layers=2, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-    ),
+    "tiny": shape([BASELINE, "model", "head"], TINY, 2, [8], 8, batch=4),
+    "tiny-varied": shape([BASELINE, "head-padded", "head"], TINY, 2, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4),
+    "deep": shape([BASELINE, "model"], DEEP, 4, [64], 64),
+    "wide": shape([BASELINE, "model", "head"], WIDE, 1, [64], 64),
+    "varied-answers": shape([BASELINE, "model-padded", "model", "head-padded", "head"], DEEP, 4, [64], 64, tail(64)),
+    "varied": shape([BASELINE, "model-padded", "model", "model-budget"], DEEP, 4, PROMPTS, 128, tail(128)),
+    "wide-varied-answers": shape([BASELINE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
+    "groups": shape(OF_GROUPS, DEEP, 4, [256], 64, [64], num_generations=8),
+    "groups-varied": shape(OF_GROUPS, DEEP, 4, [256], 128, tail(128), num_generations=8),
 }
-SHAPES["varied"] = SHAPES["deep"] | {"trainers": ["model-padded", "model", "head-padded", "head"]}
-SHAPES["varied"]["job"] = SHAPES["deep"]["job"] | {"prompts": PROMPTS, "answers": ANSWERS, "response": max(ANSWERS)}
-# Eight answers to each prompt of 256 tokens, of 64 tokens or of the varied lengths
-for name, answers in {"groups": [64] * 16, "groups-varied": ANSWERS}.items():
-    SHAPES[name] = SHAPES["varied"] | {"trainers": ["model-padded", "model"]}
-    of_groups = {"prompts": [256], "answers": answers, "response": max(answers), "num_generations": 8}
-    SHAPES[name]["job"] = SHAPES["varied"]["job"] | of_groups
-# fmt: on
+
+
+def lengths(job: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Return the groups of an update: tokens of the prompt, and of each of its answers."""
+    n, answers = job["num_generations"], job["answers"] or [job["response"]]
+    of_rows = [answers[7 * row % len(answers)] for row in range(job["batch"])]  # 7: not in order of length
+    prompts = [job["prompts"][i % len(job["prompts"])] for i in range(job["batch"] // n)]
+    return [(prompt, of_rows[n * i : n * (i + 1)]) for i, prompt in enumerate(prompts)]
+
+
+def listed_answers(job: dict[str, Any], update: int) -> torch.Tensor:
+    """Return random answers of the listed lengths, (batch, response): `END` closes those that are not cut off."""
+    generator = torch.Generator().manual_seed(update)
+    size = (job["batch"], job["response"])
+    answers = torch.randint(END + 1, job["config"]["vocab_size"], size, generator=generator)
+    answers[:, 0] = END + 1 + torch.arange(job["batch"])  # by which the worker knows them
+    for answer, length in zip(answers, (length for _, of_group in lengths(job) for length in of_group), strict=True):
+        answer[length if length == job["response"] else length - 1 :] = END
+    return answers
+
+
+def update_flops(job: dict[str, Any], critic: str) -> float:
+    """
+    Return the floating-point operations of the matrices in an update, for the tokens that count: no padding, the
+    prompt of a group once, logits of answers only. A model's backward pass costs two of its forward passes.
+    """
+    c = job["config"]
+    width = c["hidden_size"]
+    kv_width = width * c["num_key_value_heads"] // c["num_attention_heads"]
+    per_token = 2 * c["num_hidden_layers"] * (2 * width * (width + kv_width) + 3 * width * c["intermediate_size"])
+    per_context = 4 * c["num_hidden_layers"] * width
+    trunk = head = 0.0
+    for prompt, answers in lengths(job):
+        contexts = prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in answers)
+        trunk += (prompt + sum(answers)) * per_token + contexts * per_context
+        head += sum(answers) * 2 * width * c["vocab_size"]
+    generate = trunk + head
+    score = (trunk + head) + trunk + trunk  # reference, reward model, critic or the actor's trunk under its head
+    learn = 3 * (trunk + head + (0 if critic == "head" else trunk))
+    return generate + score + job["epochs"] * learn
+
+
+def matrix_rate(config: dict[str, Any], device: str, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a large product with a model's widths; the best of ten."""
+    tokens, width, inner = 2048, config["hidden_size"], config["intermediate_size"]
+    states = torch.randn(tokens, width, device=device, dtype=dtype)
+    weight = torch.randn(width, inner, device=device, dtype=dtype)
+    repeats, best = (100 if device == "cuda" else 5), float("inf")
+    for _ in range(11):  # the first warms up
+        start = time.perf_counter()
+        for _ in range(repeats):
+            states @ weight
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return repeats * 2 * tokens * width * inner / best
 
 
 def baseline_python(folder: Path) -> str:
@@ -79,18 +151,19 @@ def baseline_python(folder: Path) -> str:
     return str(python)
 
 
-def save_models(config: dict[str, Any], folder: Path) -> None:
-    """
-    Random actor and reward model. The actor's vocabulary lacks the end token, so no response ends early; the reward
-    model reads one behind each.
-    """
-    set_seed(0)
-    size = config["vocab_size"]
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)} | {"<end>": size}, unk_token="w0"))
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token per word; the end token, which also pads, lies behind the actor's vocabulary: no answer ends early."""
+    words = {f"w{i}": i for i in range(vocabulary)} | {"<end>": vocabulary}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", padding_side="left")
+
+
+def random_model(config: dict[str, Any], scores: bool = False) -> Any:
+    """Return a random actor, or a reward model, which reads the end token behind each answer; the same each time."""
+    set_seed(0)
     config = config | {"bos_token_id": None, "eos_token_id": None, "num_labels": 1}
-    for name, architecture in {"actor": Qwen2ForCausalLM, "reward": Qwen2ForSequenceClassification}.items():
-        known = size + (name == "reward")
-        architecture(Qwen2Config(**config | {"vocab_size": known})).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    if not scores:
+        return Qwen2ForCausalLM(Qwen2Config(**config))
+    config |= {"vocab_size": config["vocab_size"] + 1, "pad_token_id": config["vocab_size"]}
+    return Qwen2ForSequenceClassification(Qwen2Config(**config))

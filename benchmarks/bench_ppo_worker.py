@@ -5,7 +5,6 @@ the seconds of each by phase and the peak memory of the process are written as J
 It runs in either environment: `python bench_ppo_worker.py '{"trainer": "head", "batch": 16, ...}'`.
 """
 
-import functools
 import importlib
 import json
 import resource
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_ppo_setup import BASELINE, BUDGET, END, listed_answers, random_model, tokenizer
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import LogitsProcessor, TrainerCallback
 
 
 class UpdateClock(TrainerCallback):
@@ -69,11 +69,31 @@ class UpdateClock(TrainerCallback):
         return call
 
 
+class Listed(LogitsProcessor):
+    """
+    Makes `generate` give an update's listed answers. Rows that have ended may leave the batch: a row is known by the
+    first token of its answer.
+    """
+
+    def __init__(self, answers: torch.Tensor, vocabulary: int, prompt: int):
+        self.answers, self.prompt = answers, prompt
+        self.row_of = torch.zeros(vocabulary, dtype=torch.long).index_copy(
+            0, answers[:, 0], torch.arange(len(answers))
+        )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids.size(1) - self.prompt
+        rows = torch.arange(len(scores)) if written == 0 else self.row_of[input_ids[:, self.prompt]]
+        scores[torch.arange(len(scores)), self.answers[rows, written]] = 1e30  # beyond any other, and its softmax is 1
+        return scores
+
+
 def options(job: dict[str, Any]) -> dict[str, Any]:
     """Return what both trainers are told: one mini-batch and one micro-batch, float32, no gradient checkpointing."""
     sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1, "num_mini_batches": 1}
     sizes |= {"num_ppo_epochs": job["epochs"], "response_length": job["response"]}
     sizes |= {"total_episodes": job["batch"] * job["updates"], "output_dir": job["output_dir"]}
+    sizes |= {"stop_token_id": END} if job["answers"] else {}
     mathematics = {"kl_coef": 0.05, "temperature": 1.0, "learning_rate": 3e-6, "seed": 0}
     machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     quiet = {"num_sample_generations": 0, "logging_steps": job["epochs"], "save_strategy": "no", "report_to": "none"}
@@ -81,56 +101,86 @@ def options(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(job: dict[str, Any], clock: UpdateClock) -> Any:
-    """The trainer of the job on models from files, with the clock at its phases."""
-    folder = Path(job["models"])
+    """The trainer of the job on random models, with the clock at its phases."""
+    config, prompts = job["config"], job["prompts"]
     generator = torch.Generator().manual_seed(0)
-    lengths = job.get("prompts") or [job["prompt"]]
-    size = (job["batch"] * job["updates"], max(lengths))
-    ids = torch.randint(job["vocabulary"], size, generator=generator).tolist()
-    ids = [row[: lengths[i % len(lengths)]] for i, row in enumerate(ids)]
+    size = (job["batch"] // job["num_generations"] * job["updates"], max(prompts))
+    ids = torch.randint(config["vocab_size"], size, generator=generator).tolist()
     roles = {
-        "processing_class": AutoTokenizer.from_pretrained(folder / "actor", padding_side="left"),
-        "model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
-        "ref_model": AutoModelForCausalLM.from_pretrained(folder / "actor"),
-        "reward_model": AutoModelForSequenceClassification.from_pretrained(folder / "reward"),
-        "train_dataset": Dataset.from_dict({"input_ids": ids}),
+        "processing_class": tokenizer(config["vocab_size"]),
+        "model": random_model(config),
+        "ref_model": random_model(config),
+        "reward_model": random_model(config, scores=True),
+        "train_dataset": Dataset.from_dict({"input_ids": [i[: prompts[n % len(prompts)]] for n, i in enumerate(ids)]}),
     }
-    critic, _, padded = job["trainer"].partition("-")
+    critic, _, changed = job["trainer"].partition("-")
     if critic != "head":
-        roles["value_model"] = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
-    if job["trainer"] == "trl-1.12":
-        # Not an import statement: those of TRL's private names belong in trl_ext/_trl.py, for the supported version.
-        module = importlib.import_module("trl.experimental.ppo.ppo_trainer")
-        module.batch_generation = clock.generating(module.batch_generation)
-        module.forward = clock.learning(module.forward)
-        return module.PPOTrainer(module.PPOConfig(**options(job)), callbacks=[clock], **roles)
+        roles["value_model"] = random_model(config, scores=True)
+    if job["trainer"] == BASELINE:
+        return build_baseline(job, clock, roles)
     from trl_ext import PPOConfigX, PPOTrainerX
 
-    if "answers" in job:
-        roles["rollout_func"] = functools.partial(given_answers, job=job)
+    if job["answers"]:
         roles["processing_class"].pad_token = "w0"  # the actor has no embedding of the end token
-    more = {"shuffle_dataset": False} if "prompts" in job else {}
-    more |= {name: job[name] for name in ("num_generations",) if name in job}
-    args = PPOConfigX(**options(job), **more, critic=critic, packing=not padded)
+    if changed == "unshared":
+        PPOConfigX.shares_prompts = False
+    more = {"micro_batch_tokens": BUDGET} if changed == "budget" else {"packing": changed != "padded"}
+    args = PPOConfigX(
+        **options(job), **more, critic=critic, num_generations=job["num_generations"], shuffle_dataset=False
+    )
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)
-    trainer._generate = clock.generating(trainer._generate)
+    generate = with_listed_answers(trainer, job) if job["answers"] else trainer._generate
+    trainer._generate = clock.generating(generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)
     return trainer
 
 
-def given_answers(prompts: list[Any], trainer: Any, job: dict[str, Any]) -> dict[str, list[Any]]:
-    """Random answers of the job's lengths, in an order of their own."""
-    rows = range(len(prompts))
-    lengths = [job["answers"][7 * row % len(job["answers"])] for row in rows]
-    answers = [torch.randint(job["vocabulary"], (length,)).tolist() for length in lengths]
-    logprobs = [[0.0] * length for length in lengths]
-    return {"prompt_ids": [prompt.input_ids for prompt in prompts], "completion_ids": answers, "logprobs": logprobs}
+def build_baseline(job: dict[str, Any], clock: UpdateClock, roles: dict[str, Any]) -> Any:
+    """TRL 1.12's trainer. It samples up to the limit and cuts later, so listed answers take the place of its own."""
+    # Not an import statement: those of TRL's private names belong in trl_ext/_trl.py, for the supported version.
+    module = importlib.import_module("trl.experimental.ppo.ppo_trainer")
+    generate, load, updates = module.batch_generation, module.DataLoader, iter(range(job["updates"]))
+
+    def generate_listed(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        sequences, logits = generate(*args, **kwargs)
+        sequences[:, -job["response"] :] = listed_answers(job, next(updates))
+        return sequences, logits
+
+    def load_in_order(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **kwargs | {"shuffle": False})
+
+    module.batch_generation = clock.generating(generate_listed if job["answers"] else generate)
+    module.forward = clock.learning(module.forward)
+    module.DataLoader = load_in_order
+    return module.PPOTrainer(module.PPOConfig(**options(job)), callbacks=[clock], **roles)
+
+
+def with_listed_answers(trainer: Any, job: dict[str, Any]) -> Callable:
+    """Return the trainer's `_generate`, which samples as always and is given the listed answers token by token."""
+    generate, updates = trainer._generate, iter(range(job["updates"]))
+    of_model = type(trainer.model).generate
+
+    def generate_listed(prompts: list[Any]) -> Any:
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        listed = Listed(listed_answers(job, next(updates)), job["config"]["vocab_size"], longest)
+
+        def give(model: Any, *args: Any, logits_processor: Any = (), **kwargs: Any) -> Any:
+            return of_model(model, *args, logits_processor=[*logits_processor, listed], **kwargs)
+
+        type(trainer.model).generate = give
+        try:
+            return generate(prompts)
+        finally:
+            type(trainer.model).generate = of_model
+
+    return generate_listed
 
 
 def main(job: dict[str, Any]) -> None:
-    clock = UpdateClock(steps_per_update=1 if job["trainer"] == "trl-1.12" else job["epochs"])
+    is_baseline = job["trainer"] == BASELINE
+    clock = UpdateClock(steps_per_update=1 if is_baseline else job["epochs"])
     (trainer := build(job, clock)).train()
-    of_phases = 0 if job["trainer"] == "trl-1.12" else trainer.phases.highest  # the counter is reset between them
+    of_phases = 0 if is_baseline else trainer.phases.highest  # the counter is reset between them
     peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, of_phases)
     Path(job["result"]).write_text(json.dumps({"updates": clock.updates, "peak_gb": peak / 1e9}))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from commands import script
+from trl_ext import PPOConfigX
 
 
 def run(*totals, peak):
@@ -25,12 +26,45 @@ def test_table_compares_with_the_baseline():
     bench = script("bench_ppo")
     slow, fast = [run(0, 30, peak=8.0)], [run(0, 12, peak=6.0)]
     fast[0]["updates"][1]["cpu"] = 15
-    lines = bench.table({bench.BASELINE: slow, "head": fast}).splitlines()
+    fast[0]["updates"][1]["learn"] = 2.0
+    lines = bench.table({bench.BASELINE: slow, "head": fast}, {bench.BASELINE: 7.5, "head": 6.0}).splitlines()
     assert lines[2:] == [
-        "| TRL 1.12 `PPOTrainer` | 15.0 | 7.5 | 7.5 | 30.0 | 60.0 | 8.0 | 1.00 (1.00) | 1.00 |",
-        '| `critic="head"` | 6.0 | 3.0 | 3.0 | 12.0 | 15.0 | 6.0 | 2.50 (4.00) | 0.75 |',
+        "| TRL 1.12 `PPOTrainer` | 15.0 | 7.5 | 7.5 | 30.0 | 60.0 | 7.5 | 25% | 8.0 | 1.00 (1.00) | 1.00 | 1.00 |",
+        '| `critic="head"` | 6.0 | 3.0 | 2.0 | 12.0 | 15.0 | 6.0 | 50% | 6.0 | 2.50 (4.00) | 3.00 | 0.75 |',
     ]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_floor_counts_the_operations_of_the_matrices_that_run():
+    """Of actor and critic on the prompt and two answers in one row, counted by torch; attention by hand."""
+    setup = script("bench_ppo_setup")
+    config = setup.TINY | {"num_key_value_heads": 1, "use_cache": False}
+    shape = setup.shape([], config, 2, [6], 4, [4, 3], batch=2, num_generations=2)
+    prompt, answers = 6, [4, 3]
+    assert setup.lengths(shape["job"]) == [(prompt, answers)]
+    row = torch.zeros(1, prompt + sum(answers), dtype=torch.long)
+
+    def linear_flops(model):
+        total = 0
+
+        def count(module, given, output):
+            nonlocal total
+            total += 2 * given[0].numel() * module.out_features
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(count)
+        model(row)
+        return total
+
+    trunk = linear_flops(setup.random_model(config).model)
+    # A token sees half of its own piece on average, and all of the prompt before it: scores and values of 2 layers
+    trunk += 2 * 2 * 2 * 32 * (6 * 3 + 4 * (6 + 2) + 3 * (6 + 1.5))
+    head = 2 * 32 * 256 * sum(answers)
+    forward = {"generate": trunk + head, "reference": trunk + head, "reward": trunk, "critic": trunk}
+    learn = 2 * 3 * (trunk + head)
+    assert setup.update_flops(shape["job"], "head") == pytest.approx(sum(forward.values()) + learn)
+    assert setup.update_flops(shape["job"], "model") == pytest.approx(sum(forward.values()) + learn + 2 * 3 * trunk)
 
 
 def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys):
@@ -42,7 +76,7 @@ def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys
         return run(9, 2, peak=1.0)
 
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(bench, "save_models", lambda config, folder: None)
+    monkeypatch.setattr(bench, "matrix_rate", lambda config, device, dtype: 1e9)
     monkeypatch.setattr(bench, "baseline_python", lambda folder: "python of TRL 1.12")
     output = tmp_path / "bench.json"
     argv = ["bench_ppo.py", "--shapes", "tiny", "--runs", "2", "--updates", "2", "--output", str(output)]
@@ -53,37 +87,35 @@ def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys
     assert {trainer: len(runs) for trainer, runs in json.loads(output.read_text())["tiny"].items()} == dict.fromkeys(
         ("trl-1.12", "model", "head"), 2
     )
-    assert "| 2.0 | 4.0 | 1.0 | 1.00 (1.00) | 1.00 |" in capsys.readouterr().out
+    assert "| 1.0 | 1.00 (1.00) | 1.00 | 1.00 |" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-@pytest.mark.parametrize("trainer", ["model-padded", "head"])
-def test_varied_lengths_are_those_of_the_lists(tmp_path, trainer):
-    """On the tiny model: the listed prompts and answers, packed or not."""
+@pytest.mark.parametrize(("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-unshared", 2)])
+def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeypatch, trainer, n):
+    """On the tiny model, in the second update; packed or not, with one or two answers to a prompt."""
     setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
-    config = setup.SHAPES["tiny"]["config"]
-    setup.save_models(config, tmp_path)
-    job = setup.SHAPES["tiny"]["job"] | {"prompts": [3, 9, 5, 2], "answers": [8, 1, 4, 6], "trainer": trainer}
-    job |= {"updates": 2, "models": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    trainer = worker.build(job, worker.UpdateClock(steps_per_update=2))
-    trainer.train()
-    rollout = trainer.run_state.rollout
-    assert sorted(rollout.prompt_mask.sum(1).tolist()) == [2, 3, 5, 9]
-    assert sorted(rollout.attended.sum(1).tolist()) == [1, 4, 6, 8]
-    assert trainer.args.packing == ("padded" not in job["trainer"])
-    assert sum(setup.ANSWERS) / len(setup.ANSWERS) == pytest.approx(0.4 * max(setup.ANSWERS), rel=0.01)
+    monkeypatch.setattr(worker, "BUDGET", 20)
+    monkeypatch.setattr(PPOConfigX, "shares_prompts", PPOConfigX.shares_prompts)  # taken back
+    job = setup.shape([], setup.TINY, 1, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4, num_generations=n)["job"]
+    job |= {"trainer": trainer, "updates": 2, "output_dir": str(tmp_path)}
+    built = worker.build(job, worker.UpdateClock(steps_per_update=1))
+    built.train()
+    rollout, listed = built.run_state.rollout, setup.listed_answers(job, 1)
+    assert rollout.attended.sum(1).tolist() == [8, 6, 4, 1]
+    assert torch.equal(rollout.response_ids[rollout.attended], listed[rollout.attended])
+    assert rollout.has_eos.tolist() == [False, True, True, True]
+    assert rollout.prompt_mask.sum(1).tolist() == ([9, 3, 5, 2] if n == 1 else [5, 5, 2, 2])
+    assert built.args.packing == ("padded" not in trainer)
+    assert built._packing.shares == (trainer == "head-budget")
+    assert len(built.run_state.micro_batches[0]) == (2 if trainer == "head-budget" else 1)
 
 
-@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-def test_groups_have_one_prompt_each(tmp_path):
-    setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
-    setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
-    job = setup.SHAPES["tiny"]["job"] | {"prompts": [6], "answers": [8, 1, 4, 6], "num_generations": 2}
-    job |= {"trainer": "model", "updates": 1, "models": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    trainer = worker.build(job, worker.UpdateClock(steps_per_update=2))
-    trainer.train()
-    assert trainer.run_state.rollout.groups() == [[0, 1], [2, 3]]
-    assert {setup.SHAPES[name]["job"]["num_generations"] for name in ("groups", "groups-varied")} == {8}
+def test_tail_has_its_mean_and_groups_have_one_prompt_each():
+    setup = script("bench_ppo_setup")
+    assert sum(setup.tail(128)) / 16 == pytest.approx(0.4 * 128, rel=0.01)
+    assert (min(setup.PROMPTS), max(setup.PROMPTS)) == (32, 256)
+    for name in ("groups", "groups-varied"):
+        assert [(prompt, len(of)) for prompt, of in setup.lengths(setup.SHAPES[name]["job"])] == [(256, 8)] * 2
 
 
 def test_failed_run_says_what_it_printed(tmp_path):
@@ -129,14 +161,13 @@ def _job(trainer):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainer", ["model", "head"])
 def test_run_of_our_trainer_on_the_tiny_shape(tmp_path, monkeypatch, trainer):
-    bench, setup, worker = script("bench_ppo"), script("bench_ppo_setup"), script("bench_ppo_worker")
+    bench, worker = script("bench_ppo"), script("bench_ppo_worker")
 
     def run_here(command, **_):
         worker.main(json.loads(command[2]))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(bench.subprocess, "run", run_here)
-    setup.save_models(setup.SHAPES["tiny"]["config"], tmp_path)
     measured = bench.measure(sys.executable, _job(trainer), tmp_path)
     assert len(measured["updates"]) == 2
     for update in measured["updates"]:

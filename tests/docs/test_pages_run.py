@@ -58,6 +58,9 @@ MEASURED = {
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
         "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",
+        "python benchmarks/bench_ppo.py --shapes varied-answers varied wide-varied-answers": (
+            "tests/benchmarks/test_bench_ppo.py"
+        ),
         "python benchmarks/bench_ppo.py --shapes groups groups-varied": "tests/benchmarks/test_bench_ppo.py",
         "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
         "python benchmarks/bench_reward.py": "tests/benchmarks/test_bench_reward.py",
