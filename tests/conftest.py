@@ -1,5 +1,8 @@
 """What every test shares: no network, no GPU unless asked for, fixed seeds, one thread, tiny models."""
 
+import functools
+import gc
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -19,6 +22,9 @@ from transformers import set_seed
 # Models this small lose time to threads, and pytest-xdist already fills the cores. It also fixes the order of sums.
 torch.set_num_threads(1)
 
+# accelerate asks whether PEFT is installed wherever it looks at a model, and parses the answer anew each time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
 TIERS = {"unit", "integration", "distributed", "gpu", "proof", "measure"}
 # The proofs that take longest, which begin first: else one worker would end long after the other.
 LONGEST = [
@@ -33,6 +39,12 @@ def pytest_collection_modifyitems(items):
         if not TIERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """The Trainer collects garbage when training starts: it need not go through every library and test each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

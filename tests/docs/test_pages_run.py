@@ -3,7 +3,6 @@ Every fenced command, Python block and notebook of the documentation runs, page 
 folder, on narrow models and made-up ratings, each run cut short by flags behind its own or by `SHORTER`.
 """
 
-import gc
 import json
 import math
 import random
@@ -24,10 +23,6 @@ from run_logs import PPO_LOG, png_size, run_folder
 from trl_ext.data import demo
 from trl_ext.ppo.config import PPOLoopConfig
 
-
-# The Trainer collects garbage when training starts, which would go through every object of every library each time.
-gc.collect()
-gc.freeze()
 
 # Of TRL, transformers and torch themselves, on the way through whole scripts.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

@@ -1,6 +1,5 @@
 """Pairs, tiny models of several architectures and short DPO runs, for the tests of `trl_ext.dpo`."""
 
-import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,6 @@ from trl import DPOConfig, DPOTrainer
 import tiny
 from trl_ext import DPOConfigX, DPOTrainerX
 
-
-# The Trainer collects garbage when training starts, which would go through every object of every library each time.
-gc.collect()
-gc.freeze()
 
 OURS, TRLS = (DPOTrainerX, DPOConfigX), (DPOTrainer, DPOConfig)
 

@@ -1,6 +1,5 @@
 """Short PPO runs on tiny models, for the tests of the trainer: 4 optimizer steps take about half a second."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,6 @@ from torch import nn
 import tiny
 from trl_ext import PPOConfigX, PPOTrainerX
 from trl_ext.ppo.rollout import Rollout
-
-
-# The Trainer collects garbage when training starts, which would go through every object of every library each time.
-gc.collect()
-gc.freeze()
 
 
 def ppo_config(output_dir: str | Path, **options: Any) -> PPOConfigX:
