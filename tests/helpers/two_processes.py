@@ -5,6 +5,7 @@ Run as a script under torchrun, this file calls a function of a helper, or runs 
 processes on CPUs under DeepSpeed too; as it is, it would count one where DeepSpeed counts two.
 """
 
+import importlib
 import json
 import os
 import pkgutil
@@ -69,13 +70,13 @@ def measure(target: str, folder: Path) -> None:
 
 def count_processes_on_cpu() -> None:
     """Lets accelerate see the processes that torchrun has started, under DeepSpeed too, and allows bfloat16 there."""
-    import deepspeed.comm.torch
     import transformers.training_args
     from accelerate.state import DistributedType, PartialState
 
     if "LOCAL_RANK" in os.environ:
         # DeepSpeed would first compile, for a minute or two, collectives through shared memory; gloo has its own.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # `deepspeed.comm.torch`, written so, would be PyTorch, which `deepspeed.comm` holds under that name.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
