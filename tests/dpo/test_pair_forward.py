@@ -15,7 +15,7 @@ from trl_ext.packing.segments import PackedRows
 
 # StableLM calls SDPA itself: it does not go piece by piece, but reads a mask.
 SHARED = ["llama", "qwen2", "qwen3", "mistral", "mistral_short_window", "gemma2", "gpt2", "opt", "mixtral", "stablelm"]
-BY_A_MASK = {"gemma2", "stablelm"}
+BY_A_MASK = {"stablelm"}
 REFUSED = {
     "bloom": "takes no `position_ids`|ALiBi",
     "falcon_alibi": "biases attention by the distance in the row",

@@ -13,7 +13,9 @@ FAMILIES = {
     "a mask over all positions": ("gpt_neo", {"window_size": 39, "max_position_embeddings": 40}, (False, None, 39)),
     "a learnt mask": ("doge", {"keep_window_size": 16}, (False, 16, None)),
     "an index of the best keys": ("deepseek_v32", {"index_topk": 16, "index_n_heads": 2}, (False, 16, None)),
-    "sinks": ("gpt_oss", {}, (False, None, None)),
+    "sinks": ("gpt_oss", {}, (True, None, None)),
+    "sinks in some layers": ("mimo_v2_flash", {}, (True, None, None)),
+    "a cap on scores": ("gemma2", {"attn_logit_softcapping": 1.0}, (True, None, None)),
     "a window in every layer": ("phi3", {"sliding_window": 6}, (True, None, None)),
     "a window in some layers": (
         "qwen2",

@@ -13,12 +13,16 @@ def tensors(rows, heads, key_value_heads, size=4):
     ]
 
 
-def dense(query, key, value, mask, scaling=None):
-    """Scores between all tokens, softmax over those that are seen, written out."""
+def dense(query, key, value, mask, scaling=None, softcap=None, sinks=None):
+    """Scores between all tokens, softmax over those that are seen and a sink for each head, written out."""
     groups = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.exp() * mask
+    sums = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return (weights / sums @ value).transpose(1, 2)
 
 
 def output_and_gradients(function, leaves, real):

@@ -22,26 +22,33 @@ NAN = attention.placeholder(torch.float64, torch.device("cpu"))
 HEADS = [(2, 2), (4, 2), (3, 1)]
 
 
-def assert_equal_dense_attention(rows, heads=(4, 2), scaling=None, window=None):
+def assert_equal_dense_attention(rows, heads=(4, 2), scaling=None, window=None, softcap=None, has_sinks=False):
     leaves, real = tensors(rows, *heads), trees.real_tokens(rows)
+    if has_sinks:
+        leaves.append(torch.linspace(-1, 2, heads[0], dtype=torch.float64).requires_grad_())
 
-    def pieces(query, key, value):
-        asked = {"scaling": scaling, "sliding_window": window, "packed_rows": rows}
+    def pieces(query, key, value, sinks=None):
+        asked = {"scaling": scaling, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
+        asked |= {"packed_rows": rows, "is_eager": softcap is not None or has_sinks}
         output = attention.packed_attention(nn.Module(), query, key, value, NAN, **asked)[0]
         assert (output[~real] == 0).all()
         return output
 
-    mask = attention_mask_of(rows, window)
-    got = output_and_gradients(pieces, leaves, real)
-    expected = output_and_gradients(lambda *qkv: dense(*qkv, mask, scaling), leaves, real)
-    for one, other in zip(got, expected, strict=True):
+    def expected(query, key, value, sinks=None):
+        return dense(query, key, value, attention_mask_of(rows, window), scaling, softcap, sinks)
+
+    both = (output_and_gradients(way, leaves, real) for way in (pieces, expected))
+    for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other, **oracles.FLOAT64)
 
 
+CAPS = st.sampled_from([None, 0.5])
+
+
 @trees.some_examples
-@given(trees.trees(), st.sampled_from(HEADS), st.sampled_from([None, 0.7]), trees.windows)
-def test_pieces_of_any_trees_equal_dense_attention(rows, heads, scaling, window):
-    assert_equal_dense_attention(rows, heads, scaling, window)
+@given(trees.trees(), st.sampled_from(HEADS), st.sampled_from([None, 0.7]), trees.windows, CAPS, st.booleans())
+def test_pieces_of_any_trees_equal_dense_attention(rows, heads, scaling, window, softcap, has_sinks):
+    assert_equal_dense_attention(rows, heads, scaling, window, softcap, has_sinks)
 
 
 PAIRS = trees.packed(trees.side_by_side(trees.pair(3, 2, 1), trees.pair(5, 2, 2)), padding=1)
@@ -80,7 +87,7 @@ def test_control_a_mistake_in_the_pieces_is_noticed(mistake):
 
 def test_control_a_window_one_token_wider_is_noticed(monkeypatch):
     causal = attention._causal
-    wider = lambda *qkvs: causal(*qkvs[:4], qkvs[4] + 1)  # noqa: E731
+    wider = lambda *args: causal(*args[:4], args[4] + 1, *args[5:])  # noqa: E731
     monkeypatch.setattr(attention, "_causal", wider)
     with pytest.raises(AssertionError):
         assert_equal_dense_attention(PAIRS, window=2)
@@ -134,6 +141,12 @@ def test_an_argument_that_is_not_understood_is_refused_by_name(name):
 def test_an_attention_of_another_kind_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         attend(**kwargs)
+
+
+def test_a_cap_and_sinks_are_read_where_the_eager_attention_reads_them():
+    sinks = torch.zeros(2, dtype=torch.float64)
+    for asked in ({"softcap": 0.1}, {"s_aux": sinks}):
+        assert not torch.allclose(attend(is_eager=True, **asked), attend())
 
 
 def test_what_changes_nothing_is_passed():

@@ -18,11 +18,14 @@ from trl_ext.packing.segments import attention_mask_of
 
 # Without a compiler torch computes the kernel's definition, all scores at once, and warns that it does.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-# As models ask for: grouped; wider queries than values (MLA); wider than the hidden size says (Gemma), with a window.
+# As models ask for: grouped; wider queries than values (MLA); wider than the hidden size says (Gemma), with a window;
+# with a cap on scores (Gemma 2); with sinks (GPT-OSS).
 HEADS_OF_MODELS = [
     attention.Heads(4, 2, 16, 16, None, None),
     attention.Heads(4, 4, 24, 16, 0.3, None),
     attention.Heads(4, 1, 32, 32, 1.0, 200),
+    attention.Heads(4, 2, 16, 16, None, 200, softcap=2.0),
+    attention.Heads(4, 2, 16, 16, None, None, has_sinks=True),
 ]
 
 
@@ -77,13 +80,14 @@ def test_blocks_beyond_a_window_are_spared_also_where_another_sequence_begins():
 
 @pytest.mark.integration  # torch's definition of the kernel is slow
 @trees.few_examples
-@given(trees.trees(), st.sampled_from([(2, 2), (4, 2)]), trees.windows)
-def test_flex_over_any_trees_equals_dense_attention(rows, heads, window):
+@given(trees.trees(), st.sampled_from([(2, 2), (4, 2)]), trees.windows, st.sampled_from([None, 0.5]), st.booleans())
+def test_flex_over_any_trees_equals_dense_attention(rows, heads, window, softcap, has_sinks):
     leaves, real = [leaf.detach() for leaf in tensors(rows, *heads)], trees.real_tokens(rows)
+    sinks = torch.linspace(-1, 2, heads[0], dtype=torch.float64) if has_sinks else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "_kernel", lambda: flex_attention)
-        got = flex.attend(*leaves, flex.Blocks(rows)[window], 0.7)
-    expected = dense(*leaves, attention_mask_of(rows, window), 0.7)
+        got = flex.attend(*leaves, flex.Blocks(rows)[window], 0.7, softcap, sinks)
+    expected = dense(*leaves, attention_mask_of(rows, window), 0.7, softcap, sinks)
     torch.testing.assert_close(got[real], expected[real], **oracles.FLOAT64)
 
 
@@ -119,16 +123,15 @@ def test_a_kernel_that_cannot_run_here_is_a_reason(uncompiled):
 @pytest.mark.parametrize("heads", HEADS_OF_MODELS)
 def test_a_kernel_that_computes_something_else_is_a_reason(monkeypatch, heads):
     """It is tried at the heads that a model asks for, of which queries and values may differ in width."""
-    plain = heads._replace(window=None)
     asked = []
 
-    def of_pieces(query, key, value, blocks, scaling, factor=1.0):
-        asked.append((query.size(1), key.size(1), query.size(3), value.size(3), scaling))
-        return attention.pieces(query, key, value, flex.example(CPU), scaling, heads.window) * factor
+    def of_pieces(query, key, value, blocks, scaling, softcap, sinks, factor=1.0):
+        asked.append((query.size(1), key.size(1), query.size(3), value.size(3), scaling, softcap, sinks is not None))
+        return attention.pieces(query, key, value, flex.example(CPU), scaling, heads.window, softcap, sinks) * factor
 
     monkeypatch.setattr(flex, "attend", of_pieces)
     assert flex.why_not([heads], torch.float32, CPU, attention.pieces) is None
-    assert set(asked) == {tuple(plain)[:5]}
+    assert set(asked) == {(*heads[:5], *heads[6:])}
     monkeypatch.setattr(flex, "attend", lambda *args: of_pieces(*args, factor=1.02))
     assert "it is off by" in flex.why_not([heads], torch.float32, CPU, attention.pieces)
 

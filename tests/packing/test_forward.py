@@ -32,7 +32,7 @@ def batch():
 def over_rows(model, groups, row_limit=None):
     """Last hidden states in the layout of the batch, and the rows."""
     packing, trunk = PackedForward(model, plain=None, packed=None), trunk_of(model)
-    packing.piecewise = model.config._attn_implementation == "sdpa"
+    packing.piecewise = True
     packing.row_limit = row_limit
     rows = packing.lay_out(*batch(), groups)
     with packing.reading(trunk, rows) as kwargs:

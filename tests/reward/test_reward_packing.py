@@ -18,7 +18,6 @@ from trl_ext.reward.forward import PairScores
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
-# Gemma2 caps its scores, in an attention of its own: its rows are shared by a mask.
 FAMILIES = {
     "llama": {},
     "qwen2": {},
@@ -112,7 +111,7 @@ def test_packed_pairs_train_as_trls_trainer_does(tmp_path, calls, caplog, family
     ours = run(tmp_path / "ours", model=model_of(family))
     assert "Rows" not in caplog.text
     assert len(calls) == 4  # two steps and two batches of the evaluation
-    assert all(len(rows.rows) == (4 if family == "gemma2" else 1) for rows in calls)
+    assert all(len(rows.rows) == 1 for rows in calls)
     assert_same(ours, trls(tmp_path / "trls", model=model_of(family)))
 
 

@@ -95,10 +95,30 @@ def _kernel() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)  # rows have another length every time
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scaling: float | None = None) -> Tensor:
+@functools.cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    return lambda score, *_: softcap * torch.tanh(score / softcap)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attend: query (R, heads, T, D), key and value (R, key-value heads, T, D) -> (R, T, heads, D)."""
-    grouped = query.size(1) != key.size(1)
-    output = _kernel()(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped)
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.size(1) != key.size(1)}
+    if softcap is not None:
+        options["score_mod"] = _capped(softcap)
+    if sinks is None:
+        output = _kernel()(query, key, value, block_mask=blocks, **options)
+    else:  # a sink adds to the sum that the weights are divided by
+        asked = torch.nn.attention.flex_attention.AuxRequest(lse=True)  # of torch 2.9
+        output, beside = _kernel()(query, key, value, block_mask=blocks, return_aux=asked, **options)
+        output = output * torch.sigmoid(beside.lse - sinks[:, None]).unsqueeze(3).to(output.dtype)
     return output.transpose(1, 2).contiguous()
 
 
@@ -111,21 +131,22 @@ def why_not(
     Args:
         heads: what the layers of a model ask for, each an `attention.Heads`.
         dtype: of queries, keys and values.
-        pieces: (query, key, value, rows, scaling, window) -> (R, T, heads, E).
+        pieces: (query, key, value, rows, scaling, window, softcap, sinks) -> (R, T, heads, E).
     """
     rows = example(device)
-    for queries, keys, width, value_width, scaling, window in dict.fromkeys(heads):
+    for queries, keys, width, value_width, scaling, window, softcap, has_sinks in dict.fromkeys(heads):
         generator = torch.Generator().manual_seed(0)
         leaves = [
             torch.randn(1, count, rows.input_ids.size(1), dim, generator=generator).to(device, dtype).requires_grad_()
             for count, dim in ((queries, width), (keys, width), (keys, value_width))
         ]
+        sinks = torch.randn(queries, generator=generator).to(device, dtype) if has_sinks else None
         try:
             blocks = block_mask_of(rows, window)
-            got = _output_and_gradients(attend, leaves, blocks, scaling)
+            got = _output_and_gradients(attend, leaves, blocks, scaling, softcap, sinks)
         except Exception as error:  # a kernel that cannot be compiled here is no reason to stop
             return f"{type(error).__name__}: {error}"
-        expected = _output_and_gradients(pieces, leaves, rows, scaling, window)
+        expected = _output_and_gradients(pieces, leaves, rows, scaling, window, softcap, sinks)
         off = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
         tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BIT)
         if not off <= tolerance:

@@ -154,10 +154,9 @@ class PackedForward:
         device = next(self.model.parameters()).device.type
         if reasons == [None]:
             # A model with an attention of its own may still be exact with a mask over the row.
-            asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
-            ways = [True] * asks_sdpa + [False] * by_mask
+            ways = [True] * self._may_go_piecewise() + [False] * by_mask
             if not ways:
-                reasons.append(f"{type(self.model).__name__} has an attention of its own, which reads whole rows")
+                reasons.append(probe.reads_whole_rows(self.model))
             for self.piecewise in ways:
                 reasons.append(self._probe())
                 in_fewer_bits = torch.is_autocast_enabled(device)
@@ -174,6 +173,11 @@ class PackedForward:
         if self.on and said:
             logger.info("Attention over shared rows reads a mask: %s.", said[0])
         return None if self.on else "; with a mask over the row, ".join(said)
+
+    def _may_go_piecewise(self) -> bool:
+        """Return whether pieces are worth a trial; without one, whether transformers knows the model's attention."""
+        asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
+        return asks_sdpa or not is_partitioned(self.model) or self.model._supports_flex_attn
 
     def _probe(self) -> str | None:
         """Say what differs for short pairs."""

@@ -81,6 +81,8 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Sc
         got = packed(batch)
     except Exception as error:  # whatever it is, it is a reason
         return f"{name} cannot be run on shared rows ({type(error).__name__}: {error})"
+    if got.log_probs[scored].isnan().any():  # as the mask of packed rows is
+        return reads_whole_rows(model)
     digits = LAST_DIGITS[dtype]
     off, by_rounding = _apart(got, expected, scored), _apart(rounded, expected, scored)
     if not off <= max(ROUNDINGS * by_rounding, digits):
@@ -90,6 +92,11 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Sc
         if not off <= max(ROUNDINGS * by_rounding, digits):
             return f"{name} gives another load-balancing loss on shared rows ({off:.2g}; rounding: {by_rounding:.2g})"
     return None
+
+
+def reads_whole_rows(model: PreTrainedModel) -> str:
+    """Return what is wrong with a model that computes attention by the mask, in the words of a log line."""
+    return f"{type(model).__name__} has an attention of its own, which reads whole rows"
 
 
 def _apart(one: ModelOutput, other: ModelOutput, scored: Tensor) -> float:
