@@ -1,5 +1,7 @@
 """Samples of `generate` with and without what counts for nothing: the same from the same random numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,29 @@ def test_samples_are_those_of_generate(family, repeats):
     assert sizes[:3] == [(2, 8), (2, 19), (1, 19)]  # a prompt once, with others of its length
     ended = (torch.isin(expected[:, 20:], torch.tensor([2, 3])).cumsum(1) > 0)[:, :-1].float().mean(0)
     assert min(rows) < 5 * repeats or ended.max() < 0.25
+
+
+def test_prompts_are_read_in_the_arithmetic_of_the_models_forward():
+    """accelerate wraps a model's forward in autocast, and the trunk is called without it."""
+    model, dtypes = model_of("llama"), set()
+    in_16_bits = partial(torch.autocast, "cpu", torch.bfloat16)
+    model.forward = in_16_bits()(model.forward)
+
+    def note(module, args, output):
+        dtypes.add(output.dtype)
+
+    model.base_model.layers[0].mlp.register_forward_hook(note)
+    with sampling_what_counts(model, model.base_model, CONFIG, in_16_bits):
+        sampled(model, repeats=2)
+    assert dtypes == {torch.bfloat16}
+
+
+def test_generate_that_was_set_on_the_model_is_back_afterwards():
+    model = model_of("llama")
+    model.generate = own = partial(model.generate)
+    with sampling_what_counts(model, model.base_model, CONFIG):
+        assert model.generate is not own
+    assert model.generate is own
 
 
 def test_other_calls_are_left_alone():

@@ -1,8 +1,8 @@
 """Sampling that reads a prompt once, without its padding, and computes nothing for responses that have ended."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ PARTS = 4
 
 
 @contextmanager
-def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
+def sampling_what_counts(
+    model: Any, trunk: Any, config: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[None]:
     """
     Within the context `model.generate` gives, for calls with this `config`, the samples that it gives without, from
     the same random numbers. Equal prompts that stand side by side are read once, prompts are read with others of about
@@ -31,8 +33,9 @@ def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
         model: a causal language model, perhaps a `PeftModel`, without wrappers of distribution.
         trunk: what of it makes the last hidden states ([`why_not_from_cache`]).
         config: a `GenerationConfig` that samples at a temperature from the whole distribution.
+        autocast: the context that the model's own forward computes in.
     """
-    generate = model.generate
+    generate, of_itself = model.generate, vars(model).get("generate")
     greedy: Any = copy.deepcopy(config)  # the noise samples
     greedy.do_sample, greedy.temperature, greedy.top_k, greedy.return_dict_in_generate = False, 1.0, 50, True
     ends_at = [] if config.eos_token_id is None else config.eos_token_id
@@ -47,7 +50,8 @@ def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
         samples = prompts.new_full((len(prompts), longest), config.pad_token_id)
         noise = _Noise(len(prompts), config.temperature)
         rows, ids = torch.arange(len(prompts), device=prompts.device), prompts
-        cache = _of_prompts(trunk, prompts, mask)
+        with autocast():  # the trunk is called without the wrapper that has it
+            cache = _of_prompts(trunk, prompts, mask)
         while len(rows) and written < longest:
             noise.rows, greedy.max_new_tokens = rows, longest - written
             output = generate(
@@ -70,6 +74,8 @@ def sampling_what_counts(model: Any, trunk: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         del model.generate
+        if of_itself is not None:  # some libraries replace the method of a model
+            model.generate = of_itself
 
 
 CALLED_WITH = {"input_ids", "attention_mask", "generation_config"}

@@ -509,7 +509,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self._trunk_of_samples is None:
             return nullcontext()
         actor = self.accelerator.unwrap_model(self.model)
-        return sampling_what_counts(actor, self._trunk_of_samples, self.generation_config)
+        return sampling_what_counts(actor, self._trunk_of_samples, self.generation_config, self.accelerator.autocast)
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
         """Gather the actor's weights, once per rollout, under ZeRO-3 with `ds3_gather_for_generation`."""
