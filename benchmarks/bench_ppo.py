@@ -42,16 +42,18 @@ LABELS[BASELINE] = "TRL 1.12 `PPOTrainer`"
 SECONDS = ("generate", "score", "learn", "total", "cpu")
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# "updates": seconds of each, by phase, in total, and of all threads; "peak_gb"; "load": the machine's.
+# "updates": seconds of each, by phase, in total, and of all threads; "peak_gb", and "learn_gb" of learning alone;
+# "load": the machine's.
 Run = dict[str, Any]
 
 
-def measure(python: str, job: dict[str, Any], folder: Path) -> Run:
-    """One run of a trainer, in a process of its own."""
+def measure(python: str, job: dict[str, Any], folder: Path, environment: dict[str, str] | None = None) -> Run:
+    """One run of a trainer, in a process of its own; `environment` adds to this one's."""
     result, load = folder / "result.json", os.getloadavg()[0]
     job = job | {"output_dir": str(folder / "output"), "result": str(result)}
     command = [python, str(Path(__file__).with_name("bench_ppo_worker.py")), json.dumps(job)]
-    done = subprocess.run(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=os.environ | QUIET | (environment or {}), **pipes)
     if done.returncode:
         raise RuntimeError(f"The run of {job['trainer']} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     return json.loads(result.read_text()) | {"load": load}

@@ -125,6 +125,7 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
     if changed == "unshared":
         PPOConfigX.shares_prompts = False
     more = {"micro_batch_tokens": BUDGET} if changed == "budget" else {"packing": changed != "padded"}
+    more |= job.get("options", {})
     args = PPOConfigX(
         **options(job), **more, critic=critic, num_generations=job["num_generations"], shuffle_dataset=False
     )
@@ -182,7 +183,9 @@ def main(job: dict[str, Any]) -> None:
     (trainer := build(job, clock)).train()
     of_phases = 0 if is_baseline else trainer.phases.highest  # the counter is reset between them
     peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, of_phases)
-    Path(job["result"]).write_text(json.dumps({"updates": clock.updates, "peak_gb": peak / 1e9}))
+    learning = max(line.get("memory/learn", 0.0) for line in trainer.state.log_history) * 2**30
+    result = {"updates": clock.updates, "peak_gb": peak / 1e9, "learn_gb": learning / 1e9}
+    Path(job["result"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from trl_ext.planner import CPU, ModelNames, Plan, layout_from_options, plan
 
 WORKER = Path(__file__).with_name("measure_memory_worker.py")
 GB = 1e9
+# glibc is to give every freed tensor back at once.
+PROMPT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def planned(run: dict[str, Any], folder: Path) -> Plan:
@@ -49,8 +51,7 @@ def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[
     run["vocabulary"] = run["config"]["vocab_size"]
     small = {"models": str(folder.parent / "warm-up"), "vocabulary": TINY["vocab_size"], "prompt": 8, "response": 4}
     run["tiny"] = small
-    prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    environment = os.environ | ({} if as_it_is else prompt) | {"PYTHONWARNINGS": "ignore"}
+    environment = os.environ | ({} if as_it_is else PROMPT_ALLOCATOR) | {"PYTHONWARNINGS": "ignore"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run["processes"])]
     command = [sys.executable, *(launcher if run["processes"] > 1 else []), str(WORKER), json.dumps(run)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -57,9 +57,10 @@ MEASURED = {
             "tests/benchmarks/test_bench_ppo.py"
         ),
         "python benchmarks/bench_ppo.py --shapes groups groups-varied": "tests/benchmarks/test_bench_ppo.py",
+        "python benchmarks/profile_sampling.py": "tests/benchmarks/test_profile_sampling.py",
+        "python benchmarks/measure_growth.py": "tests/benchmarks/test_measure_growth.py",
         "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
         "python benchmarks/bench_reward.py": "tests/benchmarks/test_bench_reward.py",
-        "python benchmarks/profile_sampling.py": "tests/benchmarks/test_profile_sampling.py",
         "python benchmarks/measure_memory.py": "tests/benchmarks/test_planner_measuring.py",
         "python benchmarks/measure_gpu.py": "tests/benchmarks/test_planner_measuring.py",
     },
