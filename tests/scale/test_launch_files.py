@@ -1,6 +1,7 @@
 """The files in configs/accelerate and configs/deepspeed, as their readers read them, and what contradicts them."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import dpo_runs
 import ppo_runs
 import tiny
 from accelerate_files import ACCELERATE, launch
+from trl_ext.models import sharding
 from two_processes import ROOT
 from zero_runs import launched
 
@@ -131,6 +133,14 @@ def deepspeed_file(tmp_path):
 
 
 SIZES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_mini_batches": 2}
+# Stage, where the optimizer's states are, the version of DeepSpeed, and whether it refuses budgets of tokens.
+OFFLOADING = [
+    (2, "cpu", "0.18.9", True),
+    (1, "cpu", "0.18.9", True),
+    (2, "cpu", "0.19.0", False),
+    (2, "none", "0.18.9", False),
+    (3, "cpu", "0.18.9", False),
+]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +162,19 @@ def test_auto_is_filled_with_what_an_optimizer_step_takes(tmp_path, deepspeed_fi
     filled = ppo_runs.ppo_config(tmp_path, deepspeed=deepspeed_file(), **SIZES).deepspeed_plugin.hf_ds_config.config
     fields = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     assert [filled[field] for field in fields] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("stage, device, installed, refused", OFFLOADING)
+def test_budget_needs_a_deepspeed_that_keeps_the_gradients_of_every_pass(
+    tmp_path, deepspeed_file, monkeypatch, stage, device, installed, refused
+):
+    """0.18.6 lost 61% of the gradient norm of a step with four passes."""
+    monkeypatch.setattr(sharding, "version", lambda package: installed)
+    path = deepspeed_file(zero_optimization={"stage": stage, "offload_optimizer": {"device": device}})
+    options = SIZES | {"deepspeed": path}
+    ppo_runs.ppo_config(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"DeepSpeed 0\.18\.9 would learn") if refused else nullcontext():
+        ppo_runs.ppo_config(tmp_path, micro_batch_tokens=64, **options)
 
 
 def test_dpo_batch_field_must_agree_with_the_options(tmp_path, deepspeed_file):

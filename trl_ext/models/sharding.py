@@ -4,8 +4,10 @@ import copy
 import functools
 import inspect
 import types
+from importlib.metadata import version
 from typing import Any, TypeVar
 
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,6 +52,22 @@ def check_own_optimizer(plugin: Any, **unread: Any) -> None:
         raise ValueError(
             f"The DeepSpeed file has an `optimizer` of its own, which would ignore {ignored}. Remove `optimizer` from "
             "the file; the options then choose it (`optim`, `learning_rate`)."
+        )
+
+
+def check_passes_of_a_step(plugin: Any, budget: int | None) -> None:
+    """
+    Raise `ValueError` where DeepSpeed would drop gradients: before 0.19, ZeRO-1 and ZeRO-2 with the optimizer's states
+    in host memory keep those of several passes only if the file's `gradient_accumulation_steps` counts them.
+    """
+    if plugin is None or budget is None or is_stage3(plugin):
+        return
+    device = plugin.hf_ds_config.get_value("zero_optimization.offload_optimizer.device")
+    if device not in (None, "none") and Version(version("deepspeed")) < Version("0.19"):
+        raise ValueError(
+            f"`micro_batch_tokens={budget}` with `offload_optimizer` in the DeepSpeed file: DeepSpeed "
+            f"{version('deepspeed')} would learn from the last pass of each step alone. `pip install -U "
+            "'deepspeed>=0.19'`, or leave one of the two out."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..models.precision import computes_in_bf16
-from ..models.sharding import check_batch_fields, check_own_optimizer
+from ..models.sharding import check_batch_fields, check_own_optimizer, check_passes_of_a_step
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable, require_kernel
 from .config_checks import BEST_METRIC, check_options, check_sampling
@@ -81,6 +81,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         self._run_parent_post_init()
         check_sampling(self)
         check_own_optimizer(self.deepspeed_plugin, critic_learning_rate=self.critic_learning_rate)
+        check_passes_of_a_step(self.deepspeed_plugin, self.micro_batch_tokens)
         require_kernel(self)
 
     def _take_grpo_names(self) -> None:
