@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,27 @@ def test_evaluation_answers_every_held_out_prompt_and_scores_it(tmp_path):
     assert changed(trainer.model, before) == set()
 
 
-def test_several_responses_to_a_held_out_prompt(tmp_path):
+def keep_evaluation(trainer, dataset):
+    return trainer.evaluate(dataset)
+
+
+def keep_prediction(trainer, dataset):
+    trainer.predict(dataset)
+    return {f"eval_{key}": values[0] for key, values in trainer.run_state.held_out.metrics("eval").items()}
+
+
+@pytest.mark.parametrize(
+    "how, given, options, prompts",
+    [
+        (keep_evaluation, Dataset.to_iterable_dataset, {}, 5),
+        (keep_evaluation, list, {}, 5),
+        (keep_evaluation, copy, {"per_device_eval_batch_size": 8, "dataloader_drop_last": True}, 2),
+        (keep_prediction, copy, {}, 5),
+        (keep_prediction, Dataset.to_iterable_dataset, {}, 5),
+    ],
+    ids=["stream", "list", "drop_last", "predict", "predict a stream"],
+)
+def test_several_responses_to_a_held_out_prompt(tmp_path, how, given, options, prompts):
     """The mean and its interval are over prompts; batches may cut a group."""
     graded = {}
 
@@ -46,15 +67,16 @@ def test_several_responses_to_a_held_out_prompt(tmp_path):
             graded.setdefault(prompt, []).append(score)
         return scores
 
-    data = tiny.tiny_prompts(5, seed=3)
+    data = given(tiny.tiny_prompts(5, seed=3))
     models = {"reward_model": None, "reward_funcs": grade, "eval_dataset": data}
-    trainer = ppo_trainer(tmp_path, models, per_device_eval_batch_size=4, num_generations_eval=3)
-    metrics = trainer.evaluate()
-    assert {len(scores) for scores in graded.values()} == {3}
-    means = torch.tensor([statistics.mean(scores) for scores in graded.values()])
+    options = {"per_device_eval_batch_size": 4, "num_generations_eval": 3} | options
+    metrics = how(ppo_trainer(tmp_path, models, **options), data)
+    whole = [scores for scores in graded.values() if len(scores) == 3]
+    assert len(whole) == prompts
+    means = torch.tensor([statistics.mean(scores) for scores in whole])
     assert metrics["eval_reward/score"] == pytest.approx(means.mean().item())
-    assert metrics["eval_reward/score_ci95"] == pytest.approx(1.96 * means.std().item() / 5**0.5, rel=1e-5)
-    assert metrics["eval_reward/best_of_n"] == pytest.approx(statistics.mean(map(max, graded.values())))
+    assert metrics["eval_reward/score_ci95"] == pytest.approx(1.96 * means.std().item() / prompts**0.5, rel=1e-5)
+    assert metrics["eval_reward/best_of_n"] == pytest.approx(statistics.mean(map(max, whole)))
 
 
 def test_scores_by_prompt():

@@ -129,7 +129,8 @@ class HeldOut:
             self._kls.append(self._gather(sequence_kl(rollout.old_logps, rollout.ref_logps, rollout.mask)))
 
     def _all(self, batches: list[Tensor]) -> Tensor:
-        return torch.cat(batches)[: self._count]
+        rows = torch.cat(batches)[: self._count]
+        return rows[: len(rows) - len(rows) % self._num_generations]  # `dataloader_drop_last` may cut a group
 
     def metrics(self, prefix: str) -> dict[str, list[float]]:
         """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""

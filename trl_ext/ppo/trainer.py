@@ -27,7 +27,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -108,8 +108,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `prediction_step`, `_evaluate`, `evaluation_loop`,
-    `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by
+    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
+    `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by
     `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
@@ -793,17 +793,29 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _several_responses(self) -> Iterator[None]:
+        """Within the context, the samplers of held-out prompts repeat each as often as it is answered."""
         self.num_generations_eval = self.args.num_generations_eval
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            yield
         finally:
             self.num_generations_eval = 1
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._several_responses():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        if isinstance(test_dataset, IterableDataset):  # GRPO would not repeat the prompts of a stream
+            return self.get_eval_dataloader(test_dataset)
+        with self._several_responses():
+            return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)
         go_on_logging(self)
-        num_prompts = known_length(dataloader.dataset)
+        num_prompts = len(dataloader.dataset) if has_length(dataloader.dataset) else None
         # accelerate knows of a stream what fills up its last batch, and would count a dataset's rows once.
         gather = self.accelerator.gather_for_metrics if num_prompts is None else self.accelerator.gather
         self.run_state.held_out.start(gather, num_prompts)
