@@ -109,8 +109,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
     `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
-    `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model`; and, by
-    `WritesCard`, `save_model` and `create_model_card`.
+    `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
+    `_load_best_model`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
