@@ -1,21 +1,22 @@
 """
-Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, on the same models, prompts and lengths, on CPU.
+Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, and torchtune's PPO recipe, on the same shapes
+of models, prompts and answers, on CPU.
 
     python benchmarks/bench_ppo.py --output bench.json              # shapes deep and wide: about 40 minutes on 2 cores
     python benchmarks/bench_ppo.py --shapes varied-answers varied wide-varied-answers --runs 1
     python benchmarks/bench_ppo.py --shapes groups groups-varied --runs 1   # 8 answers to each prompt
     python benchmarks/bench_ppo.py --shapes tiny tiny-varied --runs 1       # only that everything runs
 
-TRL 1.12 gets an environment of its own at first use, in which all but TRL is as in constraints.txt. The models are
-random, made from a config. The trainers take turns, every run in a fresh process whose first update is left out.
-Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed (`cpu`),
-the `floor`, peak memory of the process, and how the first trainer of the table compares. The floor is how long the
-machine would take for the products of matrices with the tokens that count, at the rate that it reaches in one large
-product. On a busy machine `--threads 1` and `cpu` say more than `total`.
+TRL 1.12 and torchtune 0.6.1 get an environment each at first use, in which all else is as in constraints.txt. The
+models are random, made from a config. The trainers take turns, every run in a fresh process whose first update is left
+out. Printed are medians over the runs' updates: seconds by phase and in total, seconds that all threads computed
+(`cpu`), the `floor`, peak memory of the process, and how the first trainer of the table compares. The floor is how
+long the machine would take for the products of matrices with the tokens that count, at the rate that it reaches in one
+large product. On a busy machine `--threads 1` and `cpu` say more than `total`.
 
 Where lengths vary, answers are listed, random tokens of a tail of lengths with mean 0.4 of the limit, and every
-trainer learns from the same ones. Generation takes its usual way and is given them token by token. TRL 1.12 goes on to
-the limit in any case.
+trainer learns from the same ones. `PPOTrainerX` is given them token by token while it samples; the others sample up to
+the limit in any case, and then get them in place of their own.
 docs/measurements.md says what was measured, and what is the same for both.
 """
 
@@ -24,13 +25,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ppo_setup import BASELINE, BUDGET, SHAPES, baseline_python, matrix_rate, update_flops
+from bench_ppo_setup import BASELINE, BUDGET, SHAPES, TORCHTUNE, matrix_rate, python_of, update_flops
 
 from trl_ext.data.demo import cache_dir
 
@@ -38,7 +38,7 @@ from trl_ext.data.demo import cache_dir
 CHANGES = {"": "", "-padded": ", `packing=False`", "-unshared": ", prompts not shared"}
 CHANGES["-budget"] = f", `micro_batch_tokens={BUDGET}`"
 LABELS = {f"{c}{name}": f'`critic="{c}"`{said}' for c in ("model", "head") for name, said in CHANGES.items()}
-LABELS[BASELINE] = "TRL 1.12 `PPOTrainer`"
+LABELS |= {BASELINE: "TRL 1.12 `PPOTrainer`", TORCHTUNE: "torchtune 0.6.1's PPO recipe"}
 SECONDS = ("generate", "score", "learn", "total", "cpu")
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -95,7 +95,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--updates", type=int, default=3, help="updates in a run, at least 2; the first is left out")
     parser.add_argument("--threads", type=int, help="threads of a run; unset: torch's default, the cores")
-    parser.add_argument("--env", type=Path, default=cache_dir() / "bench-trl-1.12", help="TRL 1.12's environment")
+    parser.add_argument("--trainers", nargs="+", choices=LABELS, help="rows of the tables; unset: all of a shape")
+    parser.add_argument(
+        "--environments", type=Path, default=cache_dir(), help="folder of other trainers' environments"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for every update of every run")
     args = parser.parse_args()
     if args.updates < 2:
@@ -104,18 +107,21 @@ def main() -> None:
     if args.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
-    needs_baseline = any(BASELINE in SHAPES[name]["trainers"] for name in args.shapes)
-    pythons = {BASELINE: baseline_python(args.env)} if needs_baseline else {}
+    rows = {
+        name: [trainer for trainer in SHAPES[name]["trainers"] if trainer in (args.trainers or LABELS)]
+        for name in args.shapes
+    }
+    pythons = {trainer: python_of(trainer, args.environments) for of_shape in rows.values() for trainer in of_shape}
     results: dict[str, dict[str, list[Run]]] = {}
-    for name in args.shapes:
-        trainers, job = SHAPES[name]["trainers"], SHAPES[name]["job"]
+    for name, trainers in rows.items():
+        job = SHAPES[name]["job"]
         rate = matrix_rate(job["config"], "cpu", torch.float32)
         floors = {trainer: update_flops(job, trainer.partition("-")[0]) / rate for trainer in trainers}
         results[name] = {trainer: [] for trainer in trainers}
         for trainer in trainers * args.runs:
             with tempfile.TemporaryDirectory() as folder:
                 of_run = job | {"trainer": trainer, "updates": args.updates}
-                run = measure(pythons.get(trainer, sys.executable), of_run, Path(folder))
+                run = measure(pythons[trainer], of_run, Path(folder))
             results[name][trainer].append(run)
             seconds = ", ".join(f"{update['total']:.1f}" for update in run["updates"])
             print(f"{name} {trainer}: {seconds} s, {run['peak_gb']:.2f} GB, load {run['load']:.1f}", flush=True)

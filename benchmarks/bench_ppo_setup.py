@@ -1,4 +1,4 @@
-"""What the runs of `bench_ppo.py` need: shapes, their FLOPs, random models, and an environment with TRL 1.12."""
+"""What the runs of `bench_ppo.py` need: shapes, their FLOPs, random models, and environments of other trainers."""
 
 import subprocess
 import sys
@@ -17,7 +17,12 @@ from transformers import (
 )
 
 
-BASELINE = "trl-1.12"
+BASELINE, TORCHTUNE = "trl-1.12", "torchtune-0.6.1"
+# What the trainers that need an environment of their own need there.
+ENVIRONMENTS = {
+    BASELINE: ["trl==1.12.0", "torch", "peft", "pandas"],
+    TORCHTUNE: ["torchtune==0.6.1", "torchao==0.9.0", "torch", "transformers"],
+}
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 # fmt: off
@@ -70,13 +75,17 @@ def shape(
 BUDGET = 1024
 OF_GROUPS = ["model-padded", "model-unshared", "model", "model-budget"]
 SHAPES = {
-    "tiny": shape([BASELINE, "model", "head"], TINY, 2, [8], 8, batch=4),
-    "tiny-varied": shape([BASELINE, "head-padded", "head"], TINY, 2, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4),
-    "deep": shape([BASELINE, "model"], DEEP, 4, [64], 64),
-    "wide": shape([BASELINE, "model", "head"], WIDE, 1, [64], 64),
-    "varied-answers": shape([BASELINE, "model-padded", "model", "head-padded", "head"], DEEP, 4, [64], 64, tail(64)),
-    "varied": shape([BASELINE, "model-padded", "model", "model-budget"], DEEP, 4, PROMPTS, 128, tail(128)),
-    "wide-varied-answers": shape([BASELINE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
+    "tiny": shape([BASELINE, TORCHTUNE, "model", "head"], TINY, 2, [8], 8, batch=4),
+    "tiny-varied": shape(
+        [BASELINE, TORCHTUNE, "head-padded", "head"], TINY, 2, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4
+    ),
+    "deep": shape([BASELINE, TORCHTUNE, "model"], DEEP, 4, [64], 64),
+    "wide": shape([BASELINE, TORCHTUNE, "model", "head"], WIDE, 1, [64], 64),
+    "varied-answers": shape(
+        [BASELINE, TORCHTUNE, "model-padded", "model", "head-padded", "head"], DEEP, 4, [64], 64, tail(64)
+    ),
+    "varied": shape([BASELINE, TORCHTUNE, "model-padded", "model", "model-budget"], DEEP, 4, PROMPTS, 128, tail(128)),
+    "wide-varied-answers": shape([BASELINE, TORCHTUNE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
     "groups": shape(OF_GROUPS, DEEP, 4, [256], 64, [64], num_generations=8),
     "groups-varied": shape(OF_GROUPS, DEEP, 4, [256], 128, tail(128), num_generations=8),
 }
@@ -138,15 +147,19 @@ def matrix_rate(config: dict[str, Any], device: str, dtype: torch.dtype) -> floa
     return repeats * 2 * tokens * width * inner / best
 
 
-def baseline_python(folder: Path) -> str:
-    """The interpreter of the environment with TRL 1.12, which is made if it is not there; all else is as pinned."""
+def python_of(trainer: str, folder: Path) -> str:
+    """Return the interpreter of a trainer's own environment, made if it is not there; all else is as pinned."""
+    if trainer not in ENVIRONMENTS:
+        return sys.executable
+    folder /= f"bench-{trainer}"
     python, pins = folder / "bin" / "python", folder / "constraints.txt"
     if not (folder / "complete").exists():
-        print(f"Making an environment with TRL 1.12 in {folder}; this happens once.", flush=True)
+        print(f"Making an environment for {trainer} in {folder}; this happens once.", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
-        pins.write_text("".join(line for line in CONSTRAINTS.open() if not line.startswith("trl==")))
+        pinned = CONSTRAINTS.read_text().splitlines(keepends=True)
+        pins.write_text("".join(line for line in pinned if not line.startswith("trl==")))
         install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "-c", pins]
-        subprocess.run([*install, "trl==1.12.0", "torch", "peft", "pandas"], check=True)
+        subprocess.run([*install, *ENVIRONMENTS[trainer]], check=True)
         (folder / "complete").touch()
     return str(python)
 

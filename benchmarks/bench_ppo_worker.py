@@ -1,8 +1,9 @@
 """
-One run of `bench_ppo.py`, in a process of its own: TRL 1.12's `PPOTrainer` or `PPOTrainerX` takes a few updates, and
+One run of `bench_ppo.py`, in a process of its own: TRL 1.12's `PPOTrainer`, torchtune's recipe or
+`PPOTrainerX` takes a few updates, and
 the seconds of each by phase and the peak memory of the process are written as JSON.
 
-It runs in either environment: `python bench_ppo_worker.py '{"trainer": "head", "batch": 16, ...}'`.
+It runs in each trainer's environment: `python bench_ppo_worker.py '{"trainer": "head", "batch": 16, ...}'`.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ppo_setup import BASELINE, BUDGET, END, listed_answers, random_model, tokenizer
+from bench_ppo_setup import BASELINE, BUDGET, END, TORCHTUNE, listed_answers, random_model, tokenizer
 from datasets import Dataset
 from transformers import LogitsProcessor, TrainerCallback
 
@@ -106,12 +107,17 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
     generator = torch.Generator().manual_seed(0)
     size = (job["batch"] // job["num_generations"] * job["updates"], max(prompts))
     ids = torch.randint(config["vocab_size"], size, generator=generator).tolist()
+    ids = [row[: prompts[i % len(prompts)]] for i, row in enumerate(ids)]
+    if job["trainer"] == TORCHTUNE:
+        from bench_ppo_torchtune import build as build_torchtune
+
+        return build_torchtune(job, clock, ids)
     roles = {
         "processing_class": tokenizer(config["vocab_size"]),
         "model": random_model(config),
         "ref_model": random_model(config),
         "reward_model": random_model(config, scores=True),
-        "train_dataset": Dataset.from_dict({"input_ids": [i[: prompts[n % len(prompts)]] for n, i in enumerate(ids)]}),
+        "train_dataset": Dataset.from_dict({"input_ids": ids}),
     }
     critic, _, changed = job["trainer"].partition("-")
     if critic != "head":
@@ -178,12 +184,13 @@ def with_listed_answers(trainer: Any, job: dict[str, Any]) -> Callable:
 
 
 def main(job: dict[str, Any]) -> None:
-    is_baseline = job["trainer"] == BASELINE
-    clock = UpdateClock(steps_per_update=1 if is_baseline else job["epochs"])
+    is_ours = job["trainer"] not in (BASELINE, TORCHTUNE)
+    clock = UpdateClock(steps_per_update=job["epochs"] if is_ours else 1)
     (trainer := build(job, clock)).train()
-    of_phases = 0 if is_baseline else trainer.phases.highest  # the counter is reset between them
-    peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, of_phases)
-    learning = max(line.get("memory/learn", 0.0) for line in trainer.state.log_history) * 2**30
+    peak, learning = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0.0
+    if is_ours:
+        peak = max(peak, trainer.phases.highest)  # the counter is reset between them
+        learning = max(line.get("memory/learn", 0.0) for line in trainer.state.log_history) * 2**30
     result = {"updates": clock.updates, "peak_gb": peak / 1e9, "learn_gb": learning / 1e9}
     Path(job["result"]).write_text(json.dumps(result))
 

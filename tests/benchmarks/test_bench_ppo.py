@@ -77,17 +77,36 @@ def test_trainers_take_turns_and_every_run_is_kept(monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "matrix_rate", lambda config, device, dtype: 1e9)
-    monkeypatch.setattr(bench, "baseline_python", lambda folder: "python of TRL 1.12")
+    monkeypatch.setattr(bench, "python_of", lambda trainer, folder: f"python of {trainer}")
     output = tmp_path / "bench.json"
     argv = ["bench_ppo.py", "--shapes", "tiny", "--runs", "2", "--updates", "2", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "argv", [*argv, "--trainers", "trl-1.12", "torchtune-0.6.1", "head"])
     bench.main()
-    turns = [("python of TRL 1.12", "trl-1.12"), (sys.executable, "model"), (sys.executable, "head")]
-    assert seen == [(*turn, 4, 2) for turn in turns] * 2
+    trainers = ("trl-1.12", "torchtune-0.6.1", "head")
+    assert seen == [(f"python of {trainer}", trainer, 4, 2) for trainer in trainers] * 2
     assert {trainer: len(runs) for trainer, runs in json.loads(output.read_text())["tiny"].items()} == dict.fromkeys(
-        ("trl-1.12", "model", "head"), 2
+        trainers, 2
     )
     assert "| 1.0 | 1.00 (1.00) | 1.00 | 1.00 |" in capsys.readouterr().out
+
+
+def test_environment_is_made_once_with_all_but_trl_as_pinned(monkeypatch, tmp_path):
+    setup = script("bench_ppo_setup")
+    calls = []
+
+    def run_nothing(command, check):
+        calls.append(command)
+        (tmp_path / "bench-trl-1.12").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(setup.subprocess, "run", run_nothing)
+    assert setup.python_of("head", tmp_path) == sys.executable
+    for _ in range(2):
+        assert setup.python_of("trl-1.12", tmp_path) == str(tmp_path / "bench-trl-1.12" / "bin" / "python")
+    assert len(calls) == 2
+    assert "trl==1.12.0" in calls[1]
+    pins = (tmp_path / "bench-trl-1.12" / "constraints.txt").read_text()
+    assert "torch==" in pins
+    assert "\ntrl==" not in pins
 
 
 @pytest.mark.parametrize(("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-unshared", 2)])
