@@ -16,6 +16,7 @@ class Range(NamedTuple):
 
 COUNT = Range("an integer of at least 1", lambda value: value == int(value) and value >= 1)
 FRACTION = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+FRACTION_OR_UNSET = Range("from 0 to 1, or unset", lambda value: value is None or 0 <= value <= 1)
 POSITIVE = Range("above 0", lambda value: value > 0)
 POSITIVE_OR_UNSET = Range("above 0, or unset", lambda value: value is None or value > 0)
 NOT_NEGATIVE = Range("0 or above, and finite", lambda value: 0 <= value < math.inf)

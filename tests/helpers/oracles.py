@@ -134,16 +134,17 @@ def explained_variance(values, returns):
 # Losses: one token in, one number out.
 
 
-def clip_objective(ratio, advantage, cliprange):
+def clip_objective(ratio, advantage, cliprange, high=None, dual=math.inf):
     """By the sign of A instead of a minimum: a good token earns no more than 1 + ε, a bad one no less than 1 − ε."""
-    bound = min(ratio, 1 + cliprange) if advantage >= 0 else max(ratio, 1 - cliprange)
-    return bound * advantage
+    if advantage >= 0:
+        return min(ratio, 1 + (cliprange if high is None else high)) * advantage
+    return min(max(ratio, 1 - cliprange), dual) * advantage
 
 
-def is_clipped(ratio, advantage, cliprange):
+def is_clipped(ratio, advantage, *ranges):
     """Whether a small change of the ratio leaves the objective as it is."""
     step = 1e-6
-    below, above = (clip_objective(ratio + s, advantage, cliprange) for s in (-step, step))
+    below, above = (clip_objective(ratio + s, advantage, *ranges) for s in (-step, step))
     return below == above
 
 

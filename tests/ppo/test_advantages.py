@@ -41,6 +41,38 @@ def test_gae_equals_the_mean_of_all_n_step_advantages(gamma, lam):
     )
 
 
+def test_gae_takes_a_lam_for_each_sequence():
+    b = oracles.batch()
+    lams = torch.linspace(0, 1, len(b.mask), dtype=torch.float64)
+    result = advantages.gae(b.rewards, b.values, b.mask, GAMMA, lams)
+    for row, lam in enumerate(lams.tolist()):
+        rewards, values = (tensor[row][b.mask[row]].tolist() for tensor in (b.rewards, b.values))
+        assert result[row][b.mask[row]].tolist() == pytest.approx(oracles.gae(rewards, values, GAMMA, lam))
+
+
+def test_length_adaptive_lam_follows_the_tokens_that_count():
+    """λ = 1 − 1/(α · l): α · l = 2 gives ½, 1 or less 0, and a long response 1."""
+    mask = torch.zeros(5, 40, dtype=torch.bool)
+    for row, length in enumerate([0, 1, 10, 20, 40]):
+        mask[row, 1 : 2 * length : 2] = True  # with holes
+    mask[4] = True
+    assert advantages.length_adaptive_lam(mask, 0.1).tolist() == pytest.approx([0, 0, 0, 0.5, 0.75])
+    assert advantages.length_adaptive_lam(mask, 1e9)[1:].tolist() == pytest.approx([1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("critic_lam", [0.0, 0.4, 1.0])
+def test_returns_may_have_a_lam_of_their_own(critic_lam):
+    """Decoupled GAE: advantages keep `lam`; with both equal it is GAE."""
+    b = oracles.batch()
+    args = ("gae", b.rewards, b.values, b.mask, GAMMA)
+    plain, returns = advantages.estimate_advantages(*args, LAM, critic_lam)
+    targets = expected(oracles.gae, b, b.rewards, b.values, gamma=GAMMA, lam=critic_lam)
+    torch.testing.assert_close(returns, targets + b.values.masked_fill(~b.mask, 0), **oracles.FLOAT64)
+    assert torch.equal(plain, advantages.estimate_advantages(*args, LAM)[0])
+    both, one = (advantages.estimate_advantages(*args, critic_lam, each) for each in (critic_lam, None))
+    assert torch.equal(both[1], one[1])
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50])
 def test_n_step_equals_n_rewards_and_a_value(n):
     b = oracles.batch()

@@ -43,6 +43,8 @@ NAMES_IN_GRPO = [
     ("response_length", "max_completion_length", 7),
     ("kl_coef", "beta", 0.3),
     ("cliprange", "epsilon", 0.1),
+    ("cliprange_high", "epsilon_high", 0.3),
+    ("dual_clip", "delta", 3.0),
     ("num_ppo_epochs", "num_iterations", 3),
     ("ent_coef", "entropy_coef", 0.5),
 ]
@@ -57,7 +59,7 @@ REFUSED = {
     "sync_ref_model": True,
     "use_adaptive_entropy": True,
     **dict.fromkeys(
-        "delta epsilon_high sapo_temperature_neg sapo_temperature_pos "
+        "sapo_temperature_neg sapo_temperature_pos "
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg ref_model_sync_steps steps_per_generation "
         "generation_batch_size".split(),
         8,
@@ -375,6 +377,17 @@ def test_value_out_of_its_options_range_is_refused(value, name):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows a metric. Set `metric_for_best_model`"),
         ({"gamma": 1.1}, "`gamma` is 1.1; it must be from 0 to 1"),
         ({"critic": "tail"}, "`critic` is 'tail'"),
+        ({"critic_lam": 1.5}, "`critic_lam` is 1.5; it must be from 0 to 1, or unset"),
+        ({"lam_alpha": 0.0}, "`lam_alpha` is 0.0; it must be above 0, or unset"),
+        ({"lam_alpha": 0.05, "lam": 0.9}, "`lam=0.9` and `lam_alpha=0.05` both set the λ"),
+        (
+            {"critic_lam": 1.0, "advantage_estimator": "2_step"},
+            "`critic_lam=1.0` is read by `advantage_estimator='gae'`",
+        ),
+        ({"lam_alpha": 1.0, "advantage_estimator": "reinforce"}, "is read by `advantage_estimator='gae'` only"),
+        ({"critic_gate": True, "advantage_estimator": "reinforce"}, "`critic_gate` switches the critic's part"),
+        ({"dual_clip": 1.2}, "`dual_clip` is 1.2; it must be above 1.2"),
+        ({"delta": 1.4, "cliprange_high": 0.5}, "`dual_clip` is 1.4; it must be above 1.5"),
         ({"stop_token": "period"}, "`stop_token` is 'period'"),
         ({"stop_token": "eos", "stop_token_id": 2}, "Both `stop_token` and `stop_token_id`"),
         ({"advantage_estimator": "magic"}, "advantage estimator is 'magic'"),

@@ -251,10 +251,11 @@ def expected(measured):
     reference = read(tiny.tiny_actor(5), rollout)
     old_values, new_values = (read(critic, rollout).values for critic in measured.critics)
     scores = rollout.scores.tolist()
-    advantages, returns = [], []
+    advantages, returns, to_go = [], [], []
     for score, values in zip(scores, old_values, strict=True):
         rewards = [0.0] * (len(values) - 1) + [score]
         advantages.append(oracles.gae(rewards, values, gamma=0.9, lam=0.95))
+        to_go += oracles.rewards_to_go(rewards, 0.9)
         returns.append([a + v for a, v in zip(advantages[-1], values, strict=True)])
     return SimpleNamespace(
         old=old,
@@ -263,6 +264,7 @@ def expected(measured):
         scores=scores,
         advantages=flat(advantages),
         returns=flat(returns),
+        to_go=to_go,
         old_values=flat(old_values),
         new_values=flat(new_values),
         ratios=[math.exp(a - b) for a, b in zip(flat(new.logps), flat(old.logps), strict=True)],
@@ -286,6 +288,8 @@ def test_rollout_values_are_measured_on_real_tokens(measured, expected):
     assert line["advantage/mean"] == close(average)
     assert line["advantage/std"] == close(variance**0.5)
     assert line["value/explained_variance"] == close(oracles.explained_variance(expected.old_values, expected.returns))
+    to_go = oracles.explained_variance(expected.old_values, expected.to_go)
+    assert line["value/explained_variance_mc"] == close(to_go)
 
 
 def test_first_step_is_on_policy(measured, expected):

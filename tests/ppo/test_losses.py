@@ -1,5 +1,6 @@
 """losses.py: every loss per token against an oracle, and the identities."""
 
+import pytest
 import torch
 
 import oracles
@@ -7,6 +8,7 @@ from trl_ext.ppo import losses
 
 
 CLIPRANGE, CLIPRANGE_VALUE = 0.2, 0.3
+RANGES = [(CLIPRANGE,), (CLIPRANGE, 0.5), (CLIPRANGE, None, 1.3), (CLIPRANGE, 0.3, 2.0)]
 
 
 def with_leaves(b):
@@ -23,7 +25,7 @@ def elementwise(oracle, *tensors):
 def ratios():
     """Ratios and advantages on every side: below, inside and above the range, for both signs and zero."""
     ratio, advantages = torch.meshgrid(
-        torch.tensor([0.1, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0], dtype=torch.float64),
+        torch.tensor([0.1, 0.79, 0.81, 1.0, 1.19, 1.21, 1.4, 3.0], dtype=torch.float64),
         torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64),
         indexing="ij",
     )
@@ -36,18 +38,23 @@ def test_ratio_is_the_quotient_of_the_probabilities():
     torch.testing.assert_close(losses.policy_ratio(b.logps, b.old_logps), quotient, **oracles.FLOAT64)
 
 
-def test_clip_objective_equals_the_bound_by_sign():
+@pytest.mark.parametrize("ranges", RANGES, ids=str)
+def test_clip_objective_equals_the_bound_by_sign(ranges):
     ratio, advantages = ratios()
-    bound = elementwise(lambda r, a: oracles.clip_objective(r, a, CLIPRANGE), ratio, advantages).double()
-    torch.testing.assert_close(losses.clip_objective(ratio, advantages, CLIPRANGE), bound, **oracles.FLOAT32)
+    of_token = [*ranges, None, None][:3]
+    bound = elementwise(
+        lambda r, a: oracles.clip_objective(r, a, *of_token[:2], of_token[2] or float("inf")), ratio, advantages
+    )
+    torch.testing.assert_close(losses.clip_objective(ratio, advantages, *ranges), bound.double(), **oracles.FLOAT32)
 
 
-def test_clipped_tokens_are_those_without_a_gradient():
+@pytest.mark.parametrize("ranges", RANGES, ids=str)
+def test_clipped_tokens_are_those_without_a_gradient(ranges):
     ratio, advantages = ratios()
     ratio.requires_grad_()
-    losses.clip_objective(ratio, advantages, CLIPRANGE).sum().backward()
+    losses.clip_objective(ratio, advantages, *ranges).sum().backward()
     flat = (ratio.grad == 0) & (advantages != 0)
-    assert torch.equal(losses.clipped_tokens(ratio, advantages, CLIPRANGE), flat)
+    assert torch.equal(losses.clipped_tokens(ratio, advantages, *ranges), flat)
     assert flat.any()
     assert not flat.all()
 

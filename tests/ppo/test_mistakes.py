@@ -60,7 +60,7 @@ def inverse(factor):
     return lambda *args: 1 / factor(*args)
 
 
-def always_clipped(ratio, advantages, cliprange):
+def always_clipped(ratio, advantages, cliprange, *_):
     return ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
 
 
@@ -105,6 +105,10 @@ MISTAKES = [
     ("ppo.advantages:_shift_left", given(steps=lambda steps: steps + 1), "td_error_equals", {}),
     ("ppo.advantages:gae", given(lam=to(1.0)), "gae_equals", DISCOUNTED),
     ("ppo.advantages:gae", given(gamma=to(1.0)), "gae_equals", DISCOUNTED),
+    ("ppo.advantages:gae", given(lam=to(1.0)), "gae_takes_a_lam", {}),
+    ("ppo.advantages:length_adaptive_lam", given(mask=torch.ones_like), "length_adaptive_lam", {}),
+    ("ppo.advantages:length_adaptive_lam", given(alpha=lambda alpha: 1 / alpha), "length_adaptive_lam", {}),
+    ("ppo.advantages:estimate_advantages", given(critic_lam=to(None)), "returns_may_have", {"critic_lam": 0.4}),
     ("ppo.advantages:_discounted_sums", given(discount=to(0.0)), "gae_with_lam_1", {}),
     ("ppo.advantages:_discounted_sums", given(sequence=lambda deltas: deltas.flip(1)), "gae_by_hand", {}),
     ("ppo.advantages:_without_holes", given(mask=torch.ones_like), "holes_are_stepped_over", {}),
@@ -148,9 +152,12 @@ MISTAKES = [
         {"measured": 0.044, "factor": 1},
     ),
     ("ppo.losses:policy_ratio", swapped, "ratio_is_the_quotient", {}),
-    ("ppo.losses:clip_objective", given(cliprange=to(9.0)), "clip_objective_equals", {}),
-    ("ppo.losses:clip_objective", instead(always_clipped), "clip_objective_equals", {}),
-    ("ppo.losses:clipped_tokens", given(advantages=torch.abs), "clipped_tokens_are", {}),
+    ("ppo.losses:clip_objective", given(cliprange=to(9.0)), "clip_objective_equals", {"ranges": (0.2,)}),
+    ("ppo.losses:clip_objective", instead(always_clipped), "clip_objective_equals", {"ranges": (0.2,)}),
+    ("ppo.losses:clip_objective", given(cliprange_high=to(None)), "clip_objective_equals", {"ranges": (0.2, 0.5)}),
+    ("ppo.losses:clip_objective", given(dual_clip=to(None)), "clip_objective_equals", {"ranges": (0.2, None, 1.3)}),
+    ("ppo.losses:clipped_tokens", given(advantages=torch.abs), "clipped_tokens_are", {"ranges": (0.2,)}),
+    ("ppo.losses:clipped_tokens", given(dual_clip=to(None)), "clipped_tokens_are", {"ranges": (0.2, None, 1.3)}),
     ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
     ("ppo.losses:clipped_value_loss", given(cliprange_value=to(9.0)), "clipped_value_loss_equals", {}),
     ("ppo.losses:_clip_around", given(old_values=torch.zeros_like), "clipped_value_loss_equals", {}),

@@ -44,6 +44,8 @@ CASES = {
     "kl_band": ({"kl_controller": "band", "kl_band": [1e-6, 100.0]}, [1e-6, 1e-5], far_reference),
     "temperature": ({}, 0.5, None),
     "cliprange": ({}, 0.01, None),
+    "cliprange_high": ({"cliprange": 0.01}, 0.5, None),
+    "dual_clip": ({"cliprange": 0.01, "num_ppo_epochs": 3}, 1.02, None),
     "vf_coef": ({}, 0.1, None),
     "cliprange_value": ({}, 1e-4, None),
     "ent_coef": ({}, 0.5, None),
@@ -52,6 +54,9 @@ CASES = {
     "target_kl": ({"num_ppo_epochs": 3}, 1e-6, None),
     "gamma": ({}, 0.5, None),
     "lam": ({}, 0.1, None),
+    "lam_alpha": ({}, 0.3, None),
+    "critic_lam": ({}, 0.1, None),
+    "critic_gate": ({}, True, None),
     "advantage_estimator": ({}, "2_step", None),
     "whiten_advantages": ({}, False, None),
     "critic": ({}, "head", None),
@@ -77,7 +82,9 @@ SEEN_ELSEWHERE = {
     "reward_model_quantization": "test_scores_are_those_of_the_checkpoint_in_fewer_bits",
     "ref_model_quantization": "test_kl_is_to_the_reference_in_fewer_bits",
 }
-GRPO_NAMES = {"max_completion_length", "beta", "epsilon", "num_iterations", "entropy_coef"}
+GRPO_NAMES = {
+    *("max_completion_length", "beta", "epsilon", "epsilon_high", "delta", "num_iterations", "entropy_coef"),
+}
 
 
 def test_every_option_of_ppo_is_in_one_of_the_lists():

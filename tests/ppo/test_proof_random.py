@@ -56,6 +56,13 @@ def some(choose):
     }
 
 
+def recipe_of(choose, options):
+    """Options that later papers add to those."""
+    lams = [{}, {"lam": 0.95, "lam_alpha": 0.7}, {"critic_lam": 1.0}]
+    clipping = choose([{}, {"cliprange_high": 0.4}, {"dual_clip": 1.5}])
+    return options | clipping | (choose(lams) if options["advantage_estimator"] == "gae" else {})
+
+
 def family(name):
     """Actor, reference, reward model and critic, of two layers: more of them round further in bfloat16."""
     if name == "rotary":
@@ -248,7 +255,11 @@ def estimate(args, rewards, values):
     elif args.advantage_estimator == "2_step":
         advantage = oracles.n_step(rewards, values, args.gamma, 2)
     else:
-        advantage = oracles.gae(rewards, values, args.gamma, args.lam)
+        lam = args.lam if args.lam_alpha is None else max(0.0, 1 - 1 / (args.lam_alpha * max(len(values), 1)))
+        advantage = oracles.gae(rewards, values, args.gamma, lam)
+        if args.critic_lam is not None:
+            of_critic = oracles.gae(rewards, values, args.gamma, args.critic_lam)
+            return advantage, [a + v for a, v in zip(of_critic, values, strict=True)]
     return advantage, [a + v for a, v in zip(advantage, values, strict=True)]
 
 
@@ -262,8 +273,11 @@ def loss_of(oracle, sequences, made):
         policy = oracle.distributions(oracle.actor, prompt, response)
         logps, policy = chosen(policy, response)[places], policy[places]
         ratio = (logps - old_logps).exp()
-        held = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-        total = total - torch.minimum(ratio * advantages, held * advantages).sum()
+        high = args.cliprange if args.cliprange_high is None else args.cliprange_high
+        gained = torch.minimum(ratio * advantages, ratio.clamp(1 - args.cliprange, 1 + high) * advantages)
+        if args.dual_clip is not None:
+            gained = gained.where(advantages >= 0, torch.maximum(gained, args.dual_clip * advantages))
+        total = total - gained.sum()
         values = oracle.values(prompt, response)[places]
         error = (values - returns) ** 2
         if args.cliprange_value is not None:
@@ -286,7 +300,8 @@ def loss_of(oracle, sequences, made):
 def run(folder, seed, bf16=False, weights_in=torch.float32, fixed=None):
     """A run of one rollout: what was noted at each step, the oracle, the reward, and the ids of the prompts."""
     choose = random.Random(seed).choice
-    options, reward = some(choose) | (fixed or {}), choose(list(REWARDS))
+    options, reward = some(choose), choose(list(REWARDS))
+    options = recipe_of(random.Random(seed + 1000).choice, options) if fixed is None else options | fixed
     models, form = family(choose(["rotary", "absolute", "ALiBi beside absolute"])), choose(FORMS)
     own_vocabulary = choose([True, False]) and "model" in reward
     if own_vocabulary:
@@ -447,6 +462,9 @@ WRONG_OPTIONS = [
     {"cliprange_value": None},
     {"gamma": 1.0},
     {"lam": 1.0},
+    {"critic_lam": 0.1},
+    {"cliprange_high": 0.001},
+    {"dual_clip": 1.06},
 ]
 
 

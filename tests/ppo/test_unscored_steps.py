@@ -127,6 +127,7 @@ OF_A_ROLLOUT = {
     "advantage/mean",
     "advantage/std",
     "value/explained_variance",
+    "value/explained_variance_mc",
     "kl/ref",
 }
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..masked import require_shape, zero_masked
 
 
-Estimator = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
-"""From (rewards, values, mask, gamma, lam) to (advantages, returns), all tensors (B, T)."""
+Estimator = Callable[[Tensor, Tensor, Tensor, float, float | Tensor], tuple[Tensor, Tensor]]
+"""From (rewards, values, mask, gamma, lam) to (advantages, returns), all (B, T); `lam` a number or (B,)."""
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -39,16 +39,24 @@ def td_error(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Ten
     return _without_holes(lambda r, v: r + gamma * _shift_left(v, 1) - v, mask, rewards, values)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
     """Generalised advantage estimation (S1 §2.9 and §3.1; Schulman 2015, arXiv:1506.02438, eq. 16).
 
-    Â_t = δ_t + gamma · lam · Â_{t+1}
+    Â_t = δ_t + gamma · lam · Â_{t+1}, with one `lam` or one per sequence (B,)
 
     lam = 0 is the TD error, lam = 1 is rewards-to-go minus value. S1 §3.2 gives the latter for every lam: it holds for
     1.
     """
     deltas = td_error(rewards, values, mask, gamma)
     return _without_holes(lambda delta: _discounted_sums(delta, gamma * lam), mask, deltas)
+
+
+def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
+    """λ of each sequence by its length, for the actor's advantages (VAPO, arXiv:2504.05118, length-adaptive GAE).
+
+    λ = 1 − 1 / (alpha · l), l the tokens that count, within 0 and 1, (B,): `alpha · l` is the horizon in tokens
+    """
+    return (1 - 1 / (alpha * mask.sum(dim=1).clamp(min=1))).clamp(0, 1)
 
 
 def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
@@ -76,13 +84,22 @@ def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
 
 
 def estimate_advantages(
-    estimator: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    estimator: str,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float | Tensor,
+    critic_lam: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and the returns that the critic is trained on, both (B, T).
 
-    `estimator` is a name in `ESTIMATORS`, or `<n>_step`, such as `1_step` or `3_step`.
+    `estimator` is a name in `ESTIMATORS`, or `<n>_step`, such as `1_step` or `3_step`. With `critic_lam` the returns
+    are those of generalised advantages with that λ (decoupled GAE: VC-PPO, arXiv:2503.01491).
     """
     advantages, returns = find_estimator(estimator)(rewards, values, mask, gamma, lam)
+    if critic_lam is not None:
+        returns = value_targets(gae(rewards, values, mask, gamma, critic_lam), values)
     return advantages, zero_masked(returns, mask)
 
 
@@ -98,25 +115,27 @@ def find_estimator(name: str) -> Estimator:
     )
 
 
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     advantages = gae(rewards, values, mask, gamma, lam)
     return advantages, value_targets(advantages, values)
 
 
 def _n_step(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, *, n: int
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, *, n: int
 ) -> tuple[Tensor, Tensor]:
     advantages = n_step_advantages(rewards, values, mask, gamma, n)
     return advantages, value_targets(advantages, values)
 
 
-def _reinforce(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def _reinforce(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
     to_go = rewards_to_go(rewards, mask, gamma)
     return to_go, to_go
 
 
 def _reinforce_baseline(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     return _gae(rewards, values, mask, gamma, lam=1.0)
 
@@ -145,8 +164,8 @@ def _shift_left(sequence: Tensor, steps: int) -> Tensor:
     return torch.nn.functional.pad(sequence[:, steps:], (0, steps))
 
 
-def _discounted_sums(sequence: Tensor, discount: float) -> Tensor:
-    """Return s_t = x_t + discount · s_{t+1}, with 0 past the end. (B, T) to (B, T)."""
+def _discounted_sums(sequence: Tensor, discount: float | Tensor) -> Tensor:
+    """Return s_t = x_t + discount · s_{t+1}, with 0 past the end. (B, T) to (B, T); one discount, or (B,)."""
     sums = torch.zeros_like(sequence)
     running = sequence.new_zeros(len(sequence))
     for t in reversed(range(sequence.shape[1])):

@@ -23,8 +23,8 @@ METRICS = (
 OPTIONS = (
     *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
     *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
-    *("cliprange", "cliprange_value", "vf_coef", "ent_coef"),
-    *("gamma", "lam", "advantage_estimator", "whiten_advantages"),
+    *("cliprange", "cliprange_high", "dual_clip", "cliprange_value", "vf_coef", "ent_coef"),
+    *("gamma", "lam", "lam_alpha", "critic_lam", "critic_gate", "advantage_estimator", "whiten_advantages"),
 )
 CRITICS = {
     "model": "from transformers import AutoModelForSequenceClassification\n\n"
@@ -74,17 +74,22 @@ def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
     """Return the section on the loss: of every term its formula, coefficient, last logged value and their product."""
     line: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
     value_range = "" if args.cliprange_value is None else f"V within {args.cliprange_value} of its old value"
-    details = {"clip_objective": f"ε = {args.cliprange}", "kl": _kl_words(args), "value_loss": value_range}
+    clipping = f"ε = {args.cliprange}"
+    clipping += "" if args.cliprange_high is None else f", {args.cliprange_high} above"
+    clipping += "" if args.dual_clip is None else f", at least {args.dual_clip} · Â"
+    details = {"clip_objective": clipping, "kl": _kl_words(args), "value_loss": value_range}
     coefficients = {term: _coefficient(term, args, line) for term in TERMS}
     shown = [term for term in TERMS if coefficients[term] is not None]
     rows = [_row(term, details.get(term.name, ""), coefficients[term] or 0.0, line) for term in shown]
     total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
+    lam = f"{args.lam}" if args.lam_alpha is None else f"1 − 1 / ({args.lam_alpha} · length)"
+    lam += "" if args.critic_lam is None else f", {args.critic_lam} for the critic's returns"
     whitened = "whitened over all ranks" if args.whiten_advantages else "not whitened"
     return (
         f"The optimizer minimised\n\n`{total_in_words(shown)}`\n\n"
         "| term | what it is | coefficient | last value | contribution |\n|---|---|---:|---:|---:|\n"
         + "\n".join(rows)
-        + f"\n\n{total}Advantages Â: `{args.advantage_estimator}`, γ = {args.gamma}, λ = {args.lam}, {whitened}."
+        + f"\n\n{total}Advantages Â: `{args.advantage_estimator}`, γ = {args.gamma}, λ = {lam}, {whitened}."
     )
 
 

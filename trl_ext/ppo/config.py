@@ -34,6 +34,8 @@ GRPO_NAMES = {
     "response_length": "max_completion_length",
     "kl_coef": "beta",
     "cliprange": "epsilon",
+    "cliprange_high": "epsilon_high",
+    "dual_clip": "delta",
     "num_ppo_epochs": "num_iterations",
     "ent_coef": "entropy_coef",
 }

@@ -19,8 +19,6 @@ _ROLLOUT = "the rollout is per_device_train_batch_size × gradient_accumulation_
 MEANINGLESS_IN_PPO = {
     "loss_type": _LOSS,
     "importance_sampling_level": _LOSS,
-    "delta": f"{_LOSS}; its range is `cliprange`",
-    "epsilon_high": f"{_LOSS}; its range is `cliprange`",
     "sapo_temperature_neg": _LOSS,
     "sapo_temperature_pos": _LOSS,
     "vespo_k_pos": _LOSS,
@@ -101,7 +99,10 @@ def check_options(args: Any) -> None:
         raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
     check_kl(args)
     check_frozen_models(args)
-    find_estimator(args.advantage_estimator)
+    check_advantages(args)
+    high = args.cliprange if args.cliprange_high is None else args.cliprange_high
+    above = args.dual_clip is None or args.dual_clip > 1 + high
+    require(args, "dual_clip", above, f"above {1 + high:g}, where the ratio is clipped already, or unset")
 
 
 def refuse_meaningless(args: Any) -> None:
@@ -178,6 +179,25 @@ def check_kl(args: Any) -> None:
         raise ValueError(f"`kl_controller='{args.kl_controller}'` scales `kl_coef`, which is 0; start above 0.")
     if args.old_kl_target is not None and args.old_kl_coef == 0:
         raise ValueError("`old_kl_target` steers `old_kl_coef`, which is 0; start it above 0.")
+
+
+def check_advantages(args: Any) -> None:
+    find_estimator(args.advantage_estimator)
+    for name in ("lam_alpha", "critic_lam"):
+        if getattr(args, name) is not None and args.advantage_estimator != "gae":
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` is read by `advantage_estimator='gae'` only, and it is "
+                f"{args.advantage_estimator!r}. Remove one of them."
+            )
+    if args.critic_gate and args.advantage_estimator == "reinforce":
+        raise ValueError(
+            "`critic_gate` switches the critic's part of the advantages off and on, and "
+            "`advantage_estimator='reinforce'` has none. Remove one of them."
+        )
+    if args.lam_alpha is not None and args.lam != default_of(type(args), "lam"):
+        raise ValueError(
+            f"`lam={args.lam}` and `lam_alpha={args.lam_alpha}` both set the λ of the advantages. Keep one of them."
+        )
 
 
 def check_frozen_models(args: Any) -> None:

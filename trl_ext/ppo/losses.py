@@ -16,20 +16,41 @@ def policy_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
     return (logps - old_logps).exp()
 
 
-def clip_objective(ratio: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
+def clip_objective(
+    ratio: Tensor,
+    advantages: Tensor,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
     """PPO's pessimistic bound on the improvement of the policy, to be maximised (S0; Schulman 2017, eq. 7).
 
     min(ratio · A, clip(ratio, 1 − cliprange, 1 + cliprange) · A), (B, T), in the unit of the advantages
+
+    `cliprange_high` takes the place of the upper `cliprange` (clip-higher: DAPO, arXiv:2503.14476). Where A < 0, the
+    bound is at least dual_clip · A, however likely the token has become (Ye 2020, arXiv:1912.09729, eq. 5).
     """
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+    high = cliprange if cliprange_high is None else cliprange_high
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + high) * advantages)
+    if dual_clip is None:
+        return objective
+    return torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
 
 
-def clipped_tokens(ratio: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
-    """True where the minimum is on the clipped, constant branch, so that the token has no policy gradient.
+def clipped_tokens(
+    ratio: Tensor,
+    advantages: Tensor,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """True where `clip_objective` is on a clipped, constant branch, so that the token has no policy gradient.
 
-    A > 0 and ratio > 1 + cliprange, or A < 0 and ratio < 1 − cliprange, (B, T) bool
+    A > 0 and ratio > 1 + cliprange_high, or A < 0 and ratio < 1 − cliprange or > dual_clip, (B, T) bool
     """
-    return ((advantages > 0) & (ratio > 1 + cliprange)) | ((advantages < 0) & (ratio < 1 - cliprange))
+    high = cliprange if cliprange_high is None else cliprange_high
+    clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - cliprange))
+    return clipped if dual_clip is None else clipped | ((advantages < 0) & (ratio > dual_clip))
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:

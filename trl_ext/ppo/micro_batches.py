@@ -104,6 +104,8 @@ def micro_batch_terms(
         num_tokens=inputs.num_tokens,
         coef=coef,
         cliprange=args.cliprange,
+        cliprange_high=args.cliprange_high,
+        dual_clip=args.dual_clip,
         entropy=output.entropy,
         values=output.state_values,
         old_values=rollout.old_values,

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from ..models.quantization import QUANTIZATIONS
-from ..ranges import COUNT, FRACTION, NOT_NEGATIVE, NOT_NEGATIVE_OR_UNSET, POSITIVE, POSITIVE_OR_UNSET, one_of
+from ..ranges import (
+    COUNT,
+    FRACTION,
+    FRACTION_OR_UNSET,
+    NOT_NEGATIVE,
+    NOT_NEGATIVE_OR_UNSET,
+    POSITIVE,
+    POSITIVE_OR_UNSET,
+    one_of,
+)
 from .kl import IN_THE_LOSS, IN_THE_REWARD
 from .terms import WEIGHED_BY
 
@@ -232,6 +241,20 @@ class LossOptions:
     cliprange: Annotated[float, POSITIVE] = field(
         default=0.2, metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. S1 §6.2: 0.2."}
     )
+    cliprange_high: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Upper ε: the ratio counts up to 1 + this, which lets unlikely tokens rise further (clip-higher, "
+            "arXiv:2503.14476: 0.28). Unset: `cliprange`."
+        },
+    )
+    dual_clip: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Ratio beyond which a token with a negative advantage has no gradient (dual clip, "
+            "arXiv:1912.09729: 3.0). Above 1 + `cliprange_high`. Unset: none."
+        },
+    )
     vf_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.5, metadata={"help": f"Coefficient of the value loss, {WEIGHED_BY['vf_coef']}. S1 §6.2: 0.5."}
     )
@@ -267,6 +290,27 @@ class AdvantageOptions:
         default=1.0, metadata={"help": "Discount factor, 0 to 1. S1 §6.2: 0.99."}
     )
     lam: Annotated[float, FRACTION] = field(default=0.95, metadata={"help": "λ of GAE, 0 to 1. S1 §6.2: 0.95."})
+    lam_alpha: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "α of a λ that follows the length l of a response, 1 − 1/(α·l), in place of `lam`: α·l is the "
+            "horizon in tokens. VAPO (arXiv:2504.05118): 0.05. Unset: `lam`."
+        },
+    )
+    critic_lam: Annotated[float | None, FRACTION_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "λ of the returns that the critic learns, 0 to 1. VC-PPO (arXiv:2503.01491): 1.0. Unset: the λ of "
+            "the advantages."
+        },
+    )
+    critic_gate: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn from rewards-to-go minus their mean while the critic explains nothing of them "
+            "(`value/explained_variance_mc` at most 0); the critic learns on (EVPO, arXiv:2604.19485)."
+        },
+    )
     advantage_estimator: str = field(
         default="gae",
         metadata={
@@ -312,5 +356,7 @@ class GRPONames:
     max_completion_length: int | None = field(default=None, metadata={"help": "GRPO's name of `response_length`."})
     beta: float | None = field(default=None, metadata={"help": "GRPO's name of `kl_coef`."})
     epsilon: float | None = field(default=None, metadata={"help": "GRPO's name of `cliprange`."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "GRPO's name of `cliprange_high`."})
+    delta: float | None = field(default=None, metadata={"help": "GRPO's name of `dual_clip`."})
     num_iterations: int | None = field(default=None, metadata={"help": "GRPO's name of `num_ppo_epochs`."})
     entropy_coef: float | None = field(default=None, metadata={"help": "GRPO's name of `ent_coef`."})

@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from ..masked import AllReduce, explained_variance, masked_moments, masked_sum, masked_whiten
-from .advantages import estimate_advantages
+from ..masked import AllReduce, explained_variance, masked_moments, masked_sum, masked_whiten, zero_masked
+from .advantages import estimate_advantages, length_adaptive_lam, rewards_to_go
 from .config import PPOConfigX
 from .kl import estimate_kl
 from .metrics import scores_by_prompt
@@ -14,9 +15,12 @@ from .rewards import RunningMoments, clip_scores, missing_eos, normalize_scores,
 from .rollout import Rollout
 
 
+logger = logging.get_logger(__name__)
+
+
 def estimate_returns(
     rollout: Rollout, args: PPOConfigX, kl_coef: float, moments: RunningMoments, all_reduce: AllReduce
-) -> Tensor:
+) -> tuple[Tensor, dict[str, float]]:
     """
     Fill in `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
 
@@ -26,7 +30,8 @@ def estimate_returns(
         moments: running moments of the scores, updated if `normalize_rewards`.
 
     Returns:
-        (B,) sum of each response's per-token rewards, before whitening.
+        (B,) sum of each response's per-token rewards, before whitening, and log entries of the critic, NaN for what
+        nothing can be said of.
     """
     # 1. One score per response: normalised, clipped, lowered where the end token is missing
     mask, scores = rollout.mask, rollout.scores
@@ -46,12 +51,35 @@ def estimate_returns(
     if args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
     # 3. Advantages and returns
+    lam: float | Tensor = args.lam
+    if args.lam_alpha is not None:
+        lam = length_adaptive_lam(mask, args.lam_alpha)
+        _warn_of_short_horizons(lam, mask, args.lam_alpha, all_reduce)
     rollout.advantages, rollout.returns = estimate_advantages(
-        args.advantage_estimator, rewards, rollout.old_values, mask, args.gamma, args.lam
+        args.advantage_estimator, rewards, rollout.old_values, mask, args.gamma, lam, args.critic_lam
     )
+    # 4. What the critic knows of the rewards to come
+    to_go = rewards_to_go(rewards, mask, args.gamma)
+    explained = explained_variance(rollout.old_values, to_go, mask, all_reduce).item()
+    measured = {"value/explained_variance_mc": explained}
+    if args.critic_gate:
+        measured["value/gate"] = float(explained > 0)
+        if not explained > 0:
+            _, mean, _ = masked_moments(to_go, mask, all_reduce)
+            rollout.advantages = zero_masked(to_go - mean, mask)
     if args.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask, all_reduce=all_reduce)
-    return total
+    return total, measured
+
+
+def _warn_of_short_horizons(lam: Tensor, mask: Tensor, alpha: float, all_reduce: AllReduce) -> None:
+    _, share, _ = masked_moments((lam == 0).float(), mask.any(dim=1), all_reduce)
+    if share >= 0.25:
+        logger.warning_once(
+            f"`lam_alpha={alpha}` gives {share:.0%} of the responses of a rollout λ = 0: they have at most "
+            f"{math.floor(1 / alpha)} tokens, and their advantages look one token ahead. Raise `lam_alpha` for "
+            "responses as short as these."
+        )
 
 
 def sequence_kl(old_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:

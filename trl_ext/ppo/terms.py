@@ -135,6 +135,8 @@ def ppo_terms(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
     cliprange_value: float | None = None,
     kl: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
@@ -146,6 +148,7 @@ def ppo_terms(
     - `logps`, `old_logps`, `advantages`, `entropy`, `values`, `old_values`, `returns`, `kl`: (B, T), one number per
       token. `kl` is an estimate of KL(π_θ ‖ π_ref) made with the same mask (`estimate_kl(..., mask)`), or None.
     - `num_tokens`: tokens that count in the whole optimizer batch. If it is 0, so are all terms.
+    - `cliprange_high`, `dual_clip`: see `clip_objective`.
     - `cliprange_value`: None for the plain `value_loss`.
     - `importance_sampling_ratio`: (B, T) or (B, 1), multiplies the clipped objective; corrects for an inference engine
       whose probabilities differ from the trainer's, as in GRPO.
@@ -159,7 +162,7 @@ def ppo_terms(
         zero_masked(tensor, mask) for tensor in (logps, old_logps, advantages, values, old_values, returns)
     )
     ratio = policy_ratio(logps, old_logps)
-    objective = clip_objective(ratio, advantages, cliprange)
+    objective = clip_objective(ratio, advantages, cliprange, cliprange_high, dual_clip)
     if importance_sampling_ratio is not None:
         objective = objective * zero_masked(importance_sampling_ratio.expand_as(mask), mask)
     if cliprange_value is None:
@@ -188,7 +191,7 @@ def ppo_terms(
         total=_total(means, coef),
         ratio_mean=mean(ratio),
         ratio_max=torch.where(mask, ratio, -torch.inf).max(),
-        clip_fraction=mean(clipped_tokens(ratio, advantages, cliprange)),
+        clip_fraction=mean(clipped_tokens(ratio, advantages, cliprange, cliprange_high, dual_clip)),
         value_clip_fraction=mean(value_clipped),
     )
 

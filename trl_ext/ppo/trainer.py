@@ -439,10 +439,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self._score_with_models(rollout)
             self._check_reference(rollout)
             # 4. Estimate per-token rewards, advantages and returns
-            total = estimate_returns(
+            total, of_critic = estimate_returns(
                 rollout, self.args, run.coefficients.now.kl, run.reward_moments, self._sum_over_ranks
             )
-            self._log_rollout(rollout, total)
+            self._log_rollout(rollout, total, of_critic)
             if rollout.old_logps is not None:
                 self._measure_kl(rollout)
         run.early_stop.stopped = False
@@ -658,8 +658,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     # ---- 3. Log it ----
 
-    def _log_rollout(self, rollout: Rollout, total: Tensor) -> None:
-        for name, value in rollout_metrics(rollout, total, self._sum_over_ranks, self.num_generations).items():
+    def _log_rollout(self, rollout: Rollout, total: Tensor, of_critic: dict[str, float]) -> None:
+        metrics = rollout_metrics(rollout, total, self._sum_over_ranks, self.num_generations)
+        for name, value in (metrics | of_critic).items():
             self._metrics["train"][name].append(value)
         # GRPO's table of completions shows an advantage per response: the mean over its tokens.
         per_response = masked_mean(rollout.advantages, rollout.mask, dim=1)
