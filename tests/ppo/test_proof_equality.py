@@ -128,8 +128,8 @@ def difference(one, other):
 # The policy term is GRPO's
 
 
-def grpo_trainer(tmp_path):
-    options = {
+def grpo_trainer(tmp_path, **clipping):
+    options = clipping | {
         "loss_type": "bnpo",
         "beta": 0.0,
         "epsilon": CLIPRANGE,
@@ -177,11 +177,21 @@ def policy_rollout(trainer):
     return rollout
 
 
+CLIPPING = [{}, {"epsilon_high": 0.35}, {"epsilon_high": 0.25, "delta": 1.4}]
+
+
+@pytest.mark.parametrize("clipping", CLIPPING, ids=str)
 @pytest.mark.parametrize("critic", ["model", "head"])
-def test_policy_term_equals_grpo(tmp_path, critic):
+def test_policy_term_equals_grpo(tmp_path, critic, clipping):
     """GRPO's `_compute_loss` reads (B, T) advantages: loss and gradient are ours when the other coefficients are 0."""
-    trainer, grpo = make_trainer(tmp_path, critic=critic, **ONLY_POLICY), grpo_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, critic=critic, **ONLY_POLICY, **clipping)
+    grpo = grpo_trainer(tmp_path, **clipping)
     rollout = policy_rollout(trainer)
+    if "delta" in clipping:
+        with torch.no_grad():
+            logps = trainer._forward(trainer.model, rollout, ("log_probs",)).log_probs
+        beyond = ((logps - rollout.old_logps).exp() > clipping["delta"]) & (rollout.advantages < 0) & rollout.mask
+        assert beyond.any()
     loss, by_name = loss_and_gradients(trainer, rollout)
     of_critic = {name: by_name.pop(name) for name in list(by_name) if name.startswith("critic.")}
     assert difference((loss, by_name), grpo_loss_and_gradients(grpo, rollout)) < 1e-5
@@ -201,7 +211,9 @@ def test_control_another_policy_term_is_not_grpo(tmp_path, monkeypatch, mistake)
     elif mistake == "tool tokens count":
         rollout.mask = rollout.attended
     elif mistake == "one-sided clip":
-        monkeypatch.setattr(terms, "clip_objective", lambda ratio, advantages, e: ratio.clamp(max=1 + e) * advantages)
+        monkeypatch.setattr(
+            terms, "clip_objective", lambda ratio, advantages, e, *_: ratio.clamp(max=1 + e) * advantages
+        )
     loss, by_name = loss_and_gradients(trainer, rollout)
     by_name = {name: gradient for name, gradient in by_name.items() if not name.startswith("critic.")}
     assert difference((loss, by_name), expected) > 1e-2
