@@ -173,6 +173,25 @@ def correction(mode, bounds):
     }
 
 
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_several_responses_to_a_prompt_stand_side_by_side(tmp_path, mode):
+    """Two to each prompt in training, three in an evaluation, from one request for each prompt to a server."""
+    held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
+    evaluation = {
+        "num_generations_eval": 3,
+        "per_device_eval_batch_size": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    with vllm() as sampler:
+        trainer = ppo_run(tmp_path, held_out, use_vllm=True, vllm_mode=mode, num_generations=2, **evaluation)
+    assert trainer.run_state.rollout.groups() == [[0, 1], [2, 3]]
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
+    best, mean = (logged(trainer, f"eval_reward/{name}") for name in ("best_of_n", "score"))
+    assert all(high > low for high, low in zip(best, mean, strict=True))
+    assert len(sampler.errors) == 2 * 4 + 2 * 3 * 3 + 2 * 3  # two rollouts, two evaluations, two tables of samples
+
+
 def rows():
     """Prompts in pairs, as GRPO has them with two generations."""
     return [{"prompt": prompt} for prompt in tiny.tiny_prompts(2)["prompt"] for _ in range(2)]
