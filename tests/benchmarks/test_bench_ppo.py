@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeyp
     assert rollout.has_eos.tolist() == [False, True, True, True]
     assert rollout.prompt_mask.sum(1).tolist() == ([9, 3, 5, 2] if n == 1 else [5, 5, 2, 2])
     assert built.args.packing == ("padded" not in trainer)
-    assert built._packing.shares == (trainer == "head-budget")
+    assert built._packings[0].shares == (trainer == "head-budget")
     assert len(built.run_state.micro_batches[0]) == (2 if trainer == "head-budget" else 1)
 
 

@@ -239,6 +239,46 @@ def test_padded_rows_are_no_longer_than_the_longest_of_their_micro_batch(tmp_pat
     assert all(longest <= width for longest, width in widths)
 
 
+def bloom(auto):
+    """A model that takes no positions, so that its rows stay padded."""
+    ids = {name: value for name, value in SIZES.items() if name.endswith("_id")}
+    return auto.from_config(
+        AutoConfig.for_model("bloom", vocab_size=64, hidden_size=16, n_layer=2, n_head=2, num_labels=1, **ids)
+    )
+
+
+WITHIN_A_BUDGET = {
+    "equal prompts": lambda: {"train_dataset": Dataset.from_dict({"prompt": [PROMPTS[2]] * 16})},
+    "a critic that pads": lambda: {"value_model": bloom(AutoModelForSequenceClassification)},
+    "a reference that pads": lambda: {"ref_model": bloom(AutoModelForCausalLM)},
+    "beyond a limit": dict,
+}
+
+
+@pytest.mark.parametrize("case", WITHIN_A_BUDGET)
+def test_no_pass_reads_more_tokens_than_the_budget(tmp_path, monkeypatch, case):
+    prompts = Dataset.from_dict({"prompt": ["<bos> " + "a b c " * (row % 5) for row in range(16)]})
+    budgets = {"micro_batch_tokens": 48, "score_batch_tokens": 44}
+    sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "total_episodes": 16}
+    models = {"train_dataset": prompts, "rollout_func": answers} | WITHIN_A_BUDGET[case]()
+    trainer = ppo_trainer(tmp_path, models, num_ppo_epochs=1, response_length=12, **sizes, **budgets)
+    if case == "beyond a limit":
+        trainer._packings[0].limit = 16
+    read = set()
+
+    @contextmanager
+    def note(*args, **kwargs):
+        with reading(*args, **kwargs) as (inputs, select):
+            read.add((torch.is_grad_enabled(), inputs["input_ids"].numel()))
+            yield inputs, select
+
+    for module in ("forward", "state_values"):
+        monkeypatch.setattr(f"trl_ext.ppo.roles.{module}.reading", note)
+    trainer.train()
+    assert 36 < max(size for learns, size in read if learns) <= 48
+    assert 32 < max(size for learns, size in read if not learns) <= 44
+
+
 def drawn(num_generations=1, **options):
     """The micro-batches of 24 sequences of 1 to 9 tokens in two mini-batches, all in one list, and their lengths."""
     lengths = torch.tensor([3, 9, 1, 7, 2, 8, 4, 6]).repeat(3)
@@ -247,7 +287,8 @@ def drawn(num_generations=1, **options):
     rollout = Rollout.from_ids(ids, ids >= 0, torch.zeros(24, 9, dtype=torch.long), attended)
     packs = options.pop("packs", True)
     sizes = {"num_mini_batches": 2, "per_device_train_batch_size": 6, "micro_batch_tokens": None}
-    args = SimpleNamespace(num_generations=num_generations, **(sizes | options))
+    sizes |= {"num_generations": num_generations, "shares_prompts": num_generations > 1}
+    args = SimpleNamespace(**(sizes | options))
     torch.manual_seed(0)
     steps = draw_micro_batches(rollout, args, identity, torch.max, 1, packs)
     return list(itertools.chain.from_iterable(steps)), lengths

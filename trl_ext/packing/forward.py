@@ -72,6 +72,10 @@ class PackedForward:
             return None
         return rows
 
+    def fits(self, longest: int) -> bool:
+        """Return whether sequences of at most `longest` tokens stand in packed rows."""
+        return self.on and all(limit is None or longest <= limit for limit in (self.limit, self.row_limit))
+
     @contextmanager
     def reading(self, trunk: nn.Module, rows: PackedRows) -> Iterator[dict[str, Any]]:
         """

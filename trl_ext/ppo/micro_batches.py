@@ -42,7 +42,7 @@ def draw_micro_batches(
     steps = []
     for mini_batch, of_all_ranks in zip(mini_batches, num_tokens, strict=True):
         sizes = (args.per_device_train_batch_size, args.micro_batch_tokens)
-        parts, spare = cut(rollout, mini_batch, *sizes, packs, all_max)
+        parts, spare = cut(rollout, mini_batch, *sizes, packs, args.shares_prompts, all_max)
         whole = len(mini_batch) * num_processes
         drawn = [MicroBatch(rollout, part, of_all_ranks, len(part) / whole) for part in parts]
         drawn += [MicroBatch(rollout, part, of_all_ranks, share=0.0) for part in spare]
@@ -51,10 +51,11 @@ def draw_micro_batches(
 
 
 def cut(
-    rollout: Rollout, rows: Tensor, size: int, budget: int | None, packs: bool, all_max: AllReduce
+    rollout: Rollout, rows: Tensor, size: int, budget: int | None, packs: bool, shares: bool, all_max: AllReduce
 ) -> tuple[Parts, Parts]:
     """
-    Cut the sequences at `rows` into parts of `size` sequences or, with a `budget`, of at most so many tokens.
+    Cut the sequences at `rows` into parts of `size` sequences or, with a `budget`, of at most so many tokens: in rows
+    without padding if `packs`, with equal prompts of neighbours once if `shares`.
 
     Returns:
         The parts, and with a budget spare ones of the shortest sequence, so that every rank has as many: a pass waits
@@ -64,7 +65,8 @@ def cut(
         return rows.split(size), ()
     drawn = rollout.select(rows)
     prompts, answers = drawn.lengths()
-    cuts = cut_by_tokens(prompts.tolist(), answers.tolist(), budget, packs, drawn.groups())
+    groups = drawn.groups() if shares else [[row] for row in range(len(rows))]
+    cuts = cut_by_tokens(prompts.tolist(), answers.tolist(), budget, packs, groups)
     count = int(all_max(torch.tensor(float(len(cuts)), device=rows.device)))
     shortest = rows[(prompts + answers).argmin()].unsqueeze(0)
     return tuple(rows[part] for part in cuts), (shortest,) * (count - len(cuts))

@@ -327,7 +327,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             logger.warning("Rows are padded for the actor, not packed: %s.", reason)
         self._attached, forward = join_to_actor(self.model, roles, args, packs=args.packing and reason is None)
         self._ref_logits: LogitsHead = forward.head.logits
-        self._packing, self._trunk_of_samples = forward.packing, None
+        self._packings, self._trunk_of_samples = [forward.packing], None  # of all models that read the rollout
+        if not isinstance(self.critic, critic_module.ValueHead):
+            self._packings.append(self.critic.values.packing)
         if can_be_asked(self.model, args):
             forward.head.settle()
             if self.aux_loss_enabled:
@@ -347,7 +349,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:
-            self.ref_model, self._ref_logits = place_reference(roles.reference, args, self.accelerator)
+            self.ref_model, self._ref_logits, packing = place_reference(roles.reference, args, self.accelerator)
+            self._packings.append(packing)
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
         for scorer in filter(None, scorers):
@@ -417,7 +420,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self.phases.enter("learn")
         if step_of_pass == 0:
             over_ranks = (self._sum_over_ranks, self._max_over_ranks, self.accelerator.num_processes)
-            run.micro_batches = draw_micro_batches(run.rollout, self.args, *over_ranks, packs=self._packing.on)
+            run.micro_batches = draw_micro_batches(run.rollout, self.args, *over_ranks, packs=self._packs(run.rollout))
         return run.micro_batches[step_of_pass]
 
     @property
@@ -634,7 +637,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         whole = ActorCriticOutput()
         rows = torch.arange(len(rollout), device=rollout.mask.device)
         sizes = (self.args.local_rollout_forward_batch_size, self.args.score_batch_tokens)
-        parts, spare = cut(rollout, rows, *sizes, self._packing.on, self._max_over_ranks)
+        layout = (self._packs(rollout), self.args.shares_prompts)
+        parts, spare = cut(rollout, rows, *sizes, *layout, self._max_over_ranks)
         for part in (*parts, *spare):
             of_part = self._forward(model, rollout.select(part), outputs)
             for name in outputs:
@@ -642,6 +646,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                     setattr(whole, name, of_part[name].new_empty(len(rollout), *of_part[name].shape[1:]))
                 getattr(whole, name)[part] = of_part[name]
         return whole
+
+    def _packs(self, rollout: Rollout) -> bool:
+        """Return whether every model reads the sequences in rows without padding."""
+        prompts, answers = rollout.lengths()
+        longest = int((prompts + answers).max())
+        return all(packing.fits(longest) for packing in self._packings)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
