@@ -83,18 +83,21 @@ def pairs(shape: dict[str, Any], steps: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def forward_flops(config: dict[str, Any]) -> tuple[float, float, float]:
+    """Return what a forward pass costs: the layers per token and per token that a token attends to, and its logits."""
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    kv_width = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    per_token = 2 * layers * (2 * width * (width + kv_width) + 3 * width * config["intermediate_size"])
+    return per_token, 4 * layers * width, 2 * width * config["vocab_size"]
+
+
 def flops(shape: dict[str, Any], steps: int = 64) -> tuple[float, float]:
     """
     Of TRL and of shared rows: layers and attention for every token, padding included where rows are padded, and the
     LM head for every scored position. TRL scores what it reads, as its kernel for GPUs does. A training pass costs
     three forward passes, the reference one; the ratio is the same.
     """
-    c = shape["config"]
-    width = c["hidden_size"]
-    kv_width = width * c["num_key_value_heads"] // c["num_attention_heads"]
-    per_token = 2 * c["num_hidden_layers"] * (2 * width * (width + kv_width) + 3 * width * c["intermediate_size"])
-    per_context = 4 * c["num_hidden_layers"] * width
-    head = 2 * width * c["vocab_size"]
+    per_token, per_context, head = forward_flops(shape["config"])
     theirs = ours = 0.0
     all_lengths = lengths(shape, steps)
     for start in range(0, len(all_lengths), shape["pairs"]):

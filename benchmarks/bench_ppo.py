@@ -1,11 +1,13 @@
 """
 Times `PPOTrainerX` against TRL's last `PPOTrainer`, that of TRL 1.12, and torchtune's PPO recipe, on the same shapes
-of models, prompts and answers, on CPU.
+of models, prompts and answers, on a CPU or a GPU.
 
     python benchmarks/bench_ppo.py --output bench.json              # shapes deep and wide: about 40 minutes on 2 cores
     python benchmarks/bench_ppo.py --shapes varied-answers varied wide-varied-answers --runs 1
     python benchmarks/bench_ppo.py --shapes groups groups-varied --runs 1   # 8 answers to each prompt
     python benchmarks/bench_ppo.py --shapes tiny tiny-varied --runs 1       # only that everything runs
+    python benchmarks/bench_ppo.py --device cuda --shapes 0.5b 1.5b --runs 1 --minutes 5
+    python benchmarks/bench_ppo.py --device cuda --shapes 7b-lora --runs 1 --minutes 5
 
 TRL 1.12 and torchtune 0.6.1 get an environment each at first use, in which all else is as in constraints.txt. The
 models are random, made from a config. The trainers take turns, every run in a fresh process whose first update is left
@@ -21,11 +23,13 @@ docs/measurements.md says what was measured, and what is the same for both.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,8 @@ from trl_ext.data.demo import cache_dir
 
 
 CHANGES = {"": "", "-padded": ", `packing=False`", "-unshared": ", prompts not shared"}
-CHANGES["-budget"] = f", `micro_batch_tokens={BUDGET}`"
+CHANGES |= {"-budget": f", `micro_batch_tokens={BUDGET}`", "-pieces": ", without FlexAttention"}
+CHANGES["-flash"] = ", `packing=False`, flash-attention"
 LABELS = {f"{c}{name}": f'`critic="{c}"`{said}' for c in ("model", "head") for name, said in CHANGES.items()}
 LABELS |= {BASELINE: "TRL 1.12 `PPOTrainer`", TORCHTUNE: "torchtune 0.6.1's PPO recipe"}
 SECONDS = ("generate", "score", "learn", "total", "cpu")
@@ -99,6 +104,8 @@ def main() -> None:
     parser.add_argument(
         "--environments", type=Path, default=cache_dir(), help="folder of other trainers' environments"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins that would end later")
     parser.add_argument("--output", type=Path, help="JSON file for every update of every run")
     args = parser.parse_args()
     if args.updates < 2:
@@ -107,28 +114,46 @@ def main() -> None:
     if args.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
-    rows = {
-        name: [trainer for trainer in SHAPES[name]["trainers"] if trainer in (args.trainers or LABELS)]
-        for name in args.shapes
-    }
+    rows = {name: chosen(name, args) for name in args.shapes}
     pythons = {trainer: python_of(trainer, args.environments) for of_shape in rows.values() for trainer in of_shape}
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    began, longest = time.monotonic(), 0.0
     results: dict[str, dict[str, list[Run]]] = {}
     for name, trainers in rows.items():
-        job = SHAPES[name]["job"]
-        rate = matrix_rate(job["config"], "cpu", torch.float32)
+        job = SHAPES[name]["job"] | {"updates": args.updates, "device": args.device}
+        rate = matrix_rate(job["config"], args.device, dtype)
         floors = {trainer: update_flops(job, trainer.partition("-")[0]) / rate for trainer in trainers}
-        results[name] = {trainer: [] for trainer in trainers}
+        results[name] = {}
         for trainer in trainers * args.runs:
-            with tempfile.TemporaryDirectory() as folder:
-                of_run = job | {"trainer": trainer, "updates": args.updates}
-                run = measure(pythons[trainer], of_run, Path(folder))
-            results[name][trainer].append(run)
+            start = time.monotonic()
+            if start + longest > began + 60 * args.minutes:
+                print(f"{name} {trainer}: left out, no time", flush=True)
+                continue
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    run = measure(pythons[trainer], job | {"trainer": trainer}, Path(folder))
+            except RuntimeError as error:  # out of memory, say; the others are measured
+                print(f"{name}: {error}", flush=True)
+                continue
+            longest = max(longest, time.monotonic() - start)
+            results[name].setdefault(trainer, []).append(run)
             seconds = ", ".join(f"{update['total']:.1f}" for update in run["updates"])
             print(f"{name} {trainer}: {seconds} s, {run['peak_gb']:.2f} GB, load {run['load']:.1f}", flush=True)
             if args.output:
                 args.output.write_text(json.dumps(results, indent=1))
-        print(f"\n{name}: medians, seconds per update; {rate / 1e9:.0f} GFLOP/s in a large product of matrices\n")
-        print(f"{table(results[name], floors)}\n", flush=True)
+        if results[name]:
+            print(f"\n{name}: medians, seconds per update; {rate / 1e12:.2f} TFLOP/s in a large product of matrices\n")
+            print(f"{table(results[name], floors)}\n", flush=True)
+
+
+def chosen(name: str, args: argparse.Namespace) -> list[str]:
+    """Return the rows of a shape that can be measured: on a GPU, TRL 1.12 if its environment is there."""
+    trainers = [trainer for trainer in SHAPES[name]["trainers"] if trainer in (args.trainers or LABELS)]
+    if importlib.util.find_spec("flash_attn") is None:
+        trainers = [trainer for trainer in trainers if not trainer.endswith("-flash")]
+    if args.device == "cuda" and not (args.environments / f"bench-{BASELINE}" / "complete").exists():
+        trainers = [trainer for trainer in trainers if trainer != BASELINE]
+    return trainers
 
 
 if __name__ == "__main__":

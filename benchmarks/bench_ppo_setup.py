@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_dpo_setup import DEEP, HALF_B, ONE_AND_A_HALF_B, SEVEN_B, TINY, WIDE, forward_flops
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
     set_seed,
 )
 
@@ -24,16 +25,6 @@ ENVIRONMENTS = {
     TORCHTUNE: ["torchtune==0.6.1", "torchao==0.9.0", "torch", "transformers"],
 }
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
-
-# fmt: off
-TINY = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2}
-DEEP = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 8}
-# The widths of Qwen2.5-0.5B
-WIDE = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 2,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
-# fmt: on
 
 # The token that ends a listed answer.
 END = 1
@@ -57,23 +48,27 @@ def shape(
     answers: list[int] | None = None,
     batch: int = 16,
     num_generations: int = 1,
+    **more: Any,
 ) -> dict[str, Any]:
     """
     Return what is measured, on models with this `Qwen2Config`.
 
     Args:
         trainers: the rows of the table. The value of `critic`, perhaps with one thing changed: "-padded" has
-            `packing=False`, "-unshared" reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`.
+            `packing=False`, "-flash" too, with flash-attention, "-pieces" attends without FlexAttention, "-unshared"
+            reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`.
         epochs: passes over an update's answers.
         prompts, answers: tokens of each, over and over; without `answers` all have `response` tokens.
         batch: answers per update, learned from in one micro-batch.
+        more: `given`, answers are not sampled by `PPOTrainerX`; `lora`, the rank; `options` of `PPOConfigX`.
     """
-    job = {"config": config, "epochs": epochs, "batch": batch, "prompts": prompts, "response": response}
+    job = more | {"config": config, "epochs": epochs, "batch": batch, "prompts": prompts, "response": response}
     return {"trainers": trainers, "job": job | {"answers": answers, "num_generations": num_generations}}
 
 
 BUDGET = 1024
 OF_GROUPS = ["model-padded", "model-unshared", "model", "model-budget"]
+ON_GPU = ["model-padded", "model-flash", "model-pieces", "model", "head"]
 SHAPES = {
     "tiny": shape([BASELINE, TORCHTUNE, "model", "head"], TINY, 2, [8], 8, batch=4),
     "tiny-varied": shape(
@@ -88,6 +83,21 @@ SHAPES = {
     "wide-varied-answers": shape([BASELINE, TORCHTUNE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
     "groups": shape(OF_GROUPS, DEEP, 4, [256], 64, [64], num_generations=8),
     "groups-varied": shape(OF_GROUPS, DEEP, 4, [256], 128, tail(128), num_generations=8),
+    # For GPUs. Sampling up to 1024 tokens would take most of the time there, and is left out.
+    "0.5b": shape([BASELINE, *ON_GPU], HALF_B, 1, PROMPTS, 1024, tail(1024), given=True),
+    "1.5b": shape([BASELINE, *ON_GPU], ONE_AND_A_HALF_B, 1, PROMPTS, 1024, tail(1024), given=True),
+    "7b-lora": shape(
+        ["head-padded", "head-flash", "head-pieces", "head"],
+        SEVEN_B,
+        1,
+        PROMPTS,
+        1024,
+        tail(1024),
+        given=True,
+        lora=16,
+        options={"gradient_checkpointing": True},
+    ),
+    "tiny-lora": shape(["head-padded", "head-pieces", "head"], TINY, 2, [8], 8, [8, 4], batch=4, given=True, lora=4),
 }
 
 
@@ -115,19 +125,16 @@ def update_flops(job: dict[str, Any], critic: str) -> float:
     Return the floating-point operations of the matrices in an update, for the tokens that count: no padding, the
     prompt of a group once, logits of answers only. A model's backward pass costs two of its forward passes.
     """
-    c = job["config"]
-    width = c["hidden_size"]
-    kv_width = width * c["num_key_value_heads"] // c["num_attention_heads"]
-    per_token = 2 * c["num_hidden_layers"] * (2 * width * (width + kv_width) + 3 * width * c["intermediate_size"])
-    per_context = 4 * c["num_hidden_layers"] * width
+    per_token, per_context, per_logits = forward_flops(job["config"])
     trunk = head = 0.0
     for prompt, answers in lengths(job):
         contexts = prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in answers)
         trunk += (prompt + sum(answers)) * per_token + contexts * per_context
-        head += sum(answers) * 2 * width * c["vocab_size"]
-    generate = trunk + head
+        head += sum(answers) * per_logits
+    generate = 0 if job.get("given") else trunk + head
     score = (trunk + head) + trunk + trunk  # reference, reward model, critic or the actor's trunk under its head
-    learn = 3 * (trunk + head + (0 if critic == "head" else trunk))
+    passes = 2 if job.get("lora") else 3  # frozen weights need no gradient
+    learn = passes * (trunk + head + (0 if critic == "head" else trunk))
     return generate + score + job["epochs"] * learn
 
 
@@ -172,11 +179,11 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", padding_side="left")
 
 
-def random_model(config: dict[str, Any], scores: bool = False) -> Any:
+def random_model(config: dict[str, Any], scores: bool = False, **options: Any) -> Any:
     """Return a random actor, or a reward model, which reads the end token behind each answer; the same each time."""
     set_seed(0)
     config = config | {"bos_token_id": None, "eos_token_id": None, "num_labels": 1}
     if not scores:
-        return Qwen2ForCausalLM(Qwen2Config(**config))
+        return AutoModelForCausalLM.from_config(Qwen2Config(**config), **options)
     config |= {"vocab_size": config["vocab_size"] + 1, "pad_token_id": config["vocab_size"]}
-    return Qwen2ForSequenceClassification(Qwen2Config(**config))
+    return AutoModelForSequenceClassification.from_config(Qwen2Config(**config), **options)

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ppo_setup import BASELINE, BUDGET, END, TORCHTUNE, listed_answers, random_model, tokenizer
+from bench_ppo_setup import BASELINE, BUDGET, END, TORCHTUNE, lengths, listed_answers, random_model, tokenizer
 from datasets import Dataset
 from transformers import LogitsProcessor, TrainerCallback
+
+
+def now() -> float:
+    """Return the time once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class UpdateClock(TrainerCallback):
@@ -37,24 +44,24 @@ class UpdateClock(TrainerCallback):
         self.learning_since: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.cpu_start = time.perf_counter(), time.process_time()
+        self.start, self.cpu_start = now(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_per_update:
             return
-        now, cpu = time.perf_counter(), time.process_time()
-        seconds = {"generate": self.generate, "learn": now - self.learning_since, "total": now - self.start}
+        end, cpu = now(), time.process_time()
+        seconds = {"generate": self.generate, "learn": end - self.learning_since, "total": end - self.start}
         seconds["score"] = seconds["total"] - seconds["generate"] - seconds["learn"]
         self.updates.append(seconds | {"cpu": cpu - self.cpu_start})
-        self.start, self.cpu_start, self.generate, self.learning_since = now, cpu, 0.0, None
+        self.start, self.cpu_start, self.generate, self.learning_since = end, cpu, 0.0, None
 
     def generating(self, function: Callable) -> Callable:
         """`function`, whose seconds count as generation."""
 
         def call(*args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             result = function(*args, **kwargs)
-            self.generate += time.perf_counter() - start
+            self.generate += now() - start
             return result
 
         return call
@@ -64,7 +71,7 @@ class UpdateClock(TrainerCallback):
 
         def call(*args, **kwargs):
             if torch.is_grad_enabled() and self.learning_since is None:
-                self.learning_since = time.perf_counter()
+                self.learning_since = now()
             return function(*args, **kwargs)
 
         return call
@@ -90,13 +97,14 @@ class Listed(LogitsProcessor):
 
 
 def options(job: dict[str, Any]) -> dict[str, Any]:
-    """Return what both trainers are told: one mini-batch and one micro-batch, float32, no gradient checkpointing."""
+    """Return what both trainers are told: one mini-batch and micro-batch, bf16 on a GPU only, all activations kept."""
     sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1, "num_mini_batches": 1}
     sizes |= {"num_ppo_epochs": job["epochs"], "response_length": job["response"]}
     sizes |= {"total_episodes": job["batch"] * job["updates"], "output_dir": job["output_dir"]}
     sizes |= {"stop_token_id": END} if job["answers"] else {}
     mathematics = {"kl_coef": 0.05, "temperature": 1.0, "learning_rate": 3e-6, "seed": 0}
-    machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    on_cpu = job["device"] == "cpu"
+    machine = {"use_cpu": on_cpu, "bf16": not on_cpu, "dataloader_pin_memory": False, "gradient_checkpointing": False}
     quiet = {"num_sample_generations": 0, "logging_steps": job["epochs"], "save_strategy": "no", "report_to": "none"}
     return sizes | mathematics | machine | quiet | {"disable_tqdm": True}
 
@@ -112,32 +120,47 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
         from bench_ppo_torchtune import build as build_torchtune
 
         return build_torchtune(job, clock, ids)
-    roles = {
-        "processing_class": tokenizer(config["vocab_size"]),
-        "model": random_model(config),
-        "ref_model": random_model(config),
-        "reward_model": random_model(config, scores=True),
-        "train_dataset": Dataset.from_dict({"input_ids": ids}),
-    }
     critic, _, changed = job["trainer"].partition("-")
-    if critic != "head":
-        roles["value_model"] = random_model(config, scores=True)
+    build_model: dict[str, Any] = {"dtype": torch.bfloat16 if "lora" in job and job["device"] == "cuda" else None}
+    if changed == "flash":
+        build_model["attn_implementation"] = "flash_attention_2"
+    roles: dict[str, Any] = {"processing_class": tokenizer(config["vocab_size"])}
+    with torch.device(job["device"]):
+        roles["model"] = random_model(config, **build_model)
+        if "lora" not in job:
+            roles["ref_model"] = random_model(config, **build_model)
+        roles["reward_model"] = random_model(config, scores=True, **build_model)
+        if critic != "head":
+            roles["value_model"] = random_model(config, scores=True, **build_model)
+    roles["train_dataset"] = Dataset.from_dict({"input_ids": ids})
     if job["trainer"] == BASELINE:
         return build_baseline(job, clock, roles)
+    return build_ours(job, clock, roles, critic, changed)
+
+
+def build_ours(job: dict[str, Any], clock: UpdateClock, roles: dict[str, Any], critic: str, changed: str) -> Any:
+    """`PPOTrainerX` with one thing changed, or nothing."""
+    from peft import LoraConfig
+
     from trl_ext import PPOConfigX, PPOTrainerX
+    from trl_ext.packing import flex
 
     if job["answers"]:
         roles["processing_class"].pad_token = "w0"  # the actor has no embedding of the end token
+    if "lora" in job:
+        roles["peft_config"] = LoraConfig(r=job["lora"], target_modules="all-linear", task_type="CAUSAL_LM")
+    if job.get("given"):
+        roles["rollout_func"] = given_answers(job)
     if changed == "unshared":
         PPOConfigX.shares_prompts = False
-    more = {"micro_batch_tokens": BUDGET} if changed == "budget" else {"packing": changed != "padded"}
-    more |= job.get("options", {})
-    args = PPOConfigX(
-        **options(job), **more, critic=critic, num_generations=job["num_generations"], shuffle_dataset=False
-    )
+    if changed == "pieces":
+        flex.why_not = lambda *args: "switched off"
+    more = {"micro_batch_tokens": BUDGET} if changed == "budget" else {"packing": changed not in ("padded", "flash")}
+    more |= {"critic": critic, "num_generations": job["num_generations"], "shuffle_dataset": False}
+    args = PPOConfigX(**options(job) | more | job.get("options", {}))
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)
-    generate = with_listed_answers(trainer, job) if job["answers"] else trainer._generate
-    trainer._generate = clock.generating(generate)
+    is_listed = job["answers"] and not job.get("given")
+    trainer._generate = clock.generating(with_listed_answers(trainer, job) if is_listed else trainer._generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)
     return trainer
 
@@ -183,11 +206,31 @@ def with_listed_answers(trainer: Any, job: dict[str, Any]) -> Callable:
     return generate_listed
 
 
+def given_answers(job: dict[str, Any]) -> Callable:
+    """Return a `rollout_func` that gives the listed answers without sampling."""
+    updates = iter(range(job["updates"]))
+
+    def give(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        of_rows = [length for _, of_group in lengths(job) for length in of_group]
+        answers = [
+            ids[:length] for ids, length in zip(listed_answers(job, next(updates)).tolist(), of_rows, strict=True)
+        ]
+        logprobs = [[0.0] * len(ids) for ids in answers]
+        return {
+            "prompt_ids": [prompt.input_ids for prompt in prompts],
+            "completion_ids": answers,
+            "logprobs": logprobs,
+        }
+
+    return give
+
+
 def main(job: dict[str, Any]) -> None:
     is_ours = job["trainer"] not in (BASELINE, TORCHTUNE)
     clock = UpdateClock(steps_per_update=job["epochs"] if is_ours else 1)
     (trainer := build(job, clock)).train()
-    peak, learning = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0.0
+    on_cpu, learning = job["device"] == "cpu", 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_allocated()
     if is_ours:
         peak = max(peak, trainer.phases.highest)  # the counter is reset between them
         learning = max(line.get("memory/learn", 0.0) for line in trainer.state.log_history) * 2**30

@@ -33,7 +33,7 @@ Points = list[tuple[float, float]]
 def job(config: dict[str, Any], batch: int, updates: int, budget: int) -> dict[str, Any]:
     """Return a run with so many answers per update and tokens per micro-batch."""
     options = {"micro_batch_tokens": budget, "score_batch_tokens": 2048}
-    more = {"trainer": "head", "updates": updates, "options": options}
+    more = {"trainer": "head", "updates": updates, "options": options, "device": "cpu"}
     return shape([], config, 1, PROMPTS, 128, tail(128), batch=batch)["job"] | more
 
 

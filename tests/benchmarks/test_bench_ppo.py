@@ -116,7 +116,7 @@ def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeyp
     monkeypatch.setattr(worker, "BUDGET", 20)
     monkeypatch.setattr(PPOConfigX, "shares_prompts", PPOConfigX.shares_prompts)  # taken back
     job = setup.shape([], setup.TINY, 1, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4, num_generations=n)["job"]
-    job |= {"trainer": trainer, "updates": 2, "output_dir": str(tmp_path)}
+    job |= {"trainer": trainer, "updates": 2, "device": "cpu", "output_dir": str(tmp_path)}
     built = worker.build(job, worker.UpdateClock(steps_per_update=1))
     built.train()
     rollout, listed = built.run_state.rollout, setup.listed_answers(job, 1)
@@ -127,6 +127,43 @@ def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeyp
     assert built.args.packing == ("padded" not in trainer)
     assert built._packings[0].shares == (trainer == "head-budget")
     assert len(built.run_state.micro_batches[0]) == (2 if trainer == "head-budget" else 1)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_shape_of_the_gpu_runs_small_on_a_cpu(tmp_path, monkeypatch):
+    """LoRA, answers that are given, and attention without FlexAttention."""
+    setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
+    monkeypatch.setattr("trl_ext.packing.flex.why_not", None)  # taken back
+    job = setup.SHAPES["tiny-lora"]["job"] | {"trainer": "head-pieces", "updates": 1, "device": "cpu"}
+    built = worker.build(job | {"output_dir": str(tmp_path)}, worker.UpdateClock(steps_per_update=2))
+    built.train()
+    assert built.run_state.rollout.attended.sum(1).tolist() == [8, 4, 8, 4]
+    assert built.model.peft_config["default"].r == 4
+    assert built._packing.on
+
+
+def test_runs_that_cannot_be_or_would_end_too_late_are_left_out(monkeypatch, tmp_path, capsys):
+    bench = script("bench_ppo")
+    clock = iter(range(0, 10_000, 100))  # a run takes 100 s
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(bench, "matrix_rate", lambda config, device, dtype: 1e15)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+
+    def measure(python, job, folder):
+        if job["trainer"] == "model-padded":
+            raise RuntimeError("out of memory")
+        return run(9, 2, peak=1.0)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    argv = ["bench_ppo.py", "--device", "cuda", "--shapes", "0.5b", "--runs", "1", "--minutes", "8"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--environments", str(tmp_path)])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert "out of memory" in printed
+    assert "0.5b model-pieces: 9.0, 2.0 s" in printed
+    assert "0.5b head: left out" in printed
+    assert "flash" not in printed
+    assert bench.LABELS[bench.BASELINE] not in printed
 
 
 def test_tail_has_its_mean_and_groups_have_one_prompt_each():
@@ -173,7 +210,7 @@ def test_clock_splits_an_update_into_its_phases(monkeypatch):
 
 def _job(trainer):
     setup = script("bench_ppo_setup")
-    return setup.SHAPES["tiny"]["job"] | {"trainer": trainer, "updates": 2}
+    return setup.SHAPES["tiny"]["job"] | {"trainer": trainer, "updates": 2, "device": "cpu"}
 
 
 @pytest.mark.integration

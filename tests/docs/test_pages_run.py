@@ -63,6 +63,12 @@ MEASURED = {
         "python benchmarks/bench_reward.py": "tests/benchmarks/test_bench_reward.py",
         "python benchmarks/measure_memory.py": "tests/benchmarks/test_planner_measuring.py",
         "python benchmarks/measure_gpu.py": "tests/benchmarks/test_planner_measuring.py",
+        "python benchmarks/bench_ppo.py --device cuda --shapes 0.5b 1.5b --runs 1 --minutes 5": (
+            "tests/benchmarks/test_bench_ppo.py"
+        ),
+        "python benchmarks/bench_ppo.py --device cuda --shapes 7b-lora --runs 1 --minutes 5": (
+            "tests/benchmarks/test_bench_ppo.py"
+        ),
     },
 }
 A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm)(?: |$|\w)", re.MULTILINE)
