@@ -139,7 +139,6 @@ def test_shape_of_the_gpu_runs_small_on_a_cpu(tmp_path, monkeypatch):
     built.train()
     assert built.run_state.rollout.attended.sum(1).tolist() == [8, 4, 8, 4]
     assert built.model.peft_config["default"].r == 4
-    assert built._packing.on
 
 
 def test_runs_that_cannot_be_or_would_end_too_late_are_left_out(monkeypatch, tmp_path, capsys):
