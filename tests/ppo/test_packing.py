@@ -143,8 +143,11 @@ def test_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, family, c
     calls = packed_calls(monkeypatch)
     packed = run(tmp_path / "packed", family, critic=critic)
     assert calls
+    assert packed[0].reward_funcs[0].packed is not None
     assert all(rows is not None and len(rows.input_ids) == 1 for rows in calls)
-    assert_same(packed, run(tmp_path / "padded", family, packing=False, critic=critic))
+    padded = run(tmp_path / "padded", family, packing=False, critic=critic)
+    assert padded[0].reward_funcs[0].packed is None
+    assert_same(packed, padded)
 
 
 @pytest.mark.parametrize(

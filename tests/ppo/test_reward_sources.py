@@ -59,7 +59,7 @@ def as_read(rollout):
 
 def test_model_with_the_actors_tokenizer_reads_the_ids_as_sampled(tmp_path):
     path = save_reward_model(tmp_path / "rm", tiny.tiny_tokenizer())
-    trainer = ppo_trainer(tmp_path, {"reward_model": path}, max_steps=1, response_length=30)
+    trainer = ppo_trainer(tmp_path, {"reward_model": path}, max_steps=1, response_length=30, packing=False)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
     assert seen == as_read(trainer.run_state.rollout)
@@ -87,7 +87,7 @@ def test_pad_token_that_only_the_actors_tokenizer_has_changes_nothing(tmp_path, 
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == 64
     models = {"reward_model": path, "processing_class": tokenizer, "model": tiny.tiny_actor(vocab_size=rows)}
-    trainer = ppo_trainer(tmp_path, models, max_steps=1)
+    trainer = ppo_trainer(tmp_path, models, max_steps=1, packing=False)
     seen = record_inputs(trainer.reward_funcs[0].model)
     trainer.train()
     assert seen == as_read(trainer.run_state.rollout)

@@ -12,8 +12,8 @@ import tiny
 from trl_ext import RewardConfigX, RewardTrainerX
 from trl_ext.packing import segments
 from trl_ext.packing.forward import PackedForward
+from trl_ext.packing.scores import PackedScores
 from trl_ext.packing.segments import PackedRows, Segment
-from trl_ext.reward.forward import PairScores
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -205,7 +205,7 @@ def one_token_early(right):
 MISTAKES = {
     "a segment sees its sibling": (segments, "_pieces", sees_its_sibling),
     "a position starts at 0": (PackedRows, "position_ids", starts_at_0),
-    "the score of the wrong token": (PairScores, "_last_token", one_token_early),
+    "the score of the wrong token": (PackedScores, "_last_token", one_token_early),
 }
 
 

@@ -8,4 +8,5 @@ Many sequences in one row, shared beginnings once.
     exactness   which models and runs it is not exact for, and why
     probe       whether packed rows give a model its own log-probabilities
     forward     a model's forward over packed rows, and up to which lengths
+    scores      a classifier's scores over packed rows
 """

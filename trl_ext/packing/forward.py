@@ -39,6 +39,7 @@ class PackedForward:
         model: a transformer that takes `position_ids`.
         plain, packed: what it answers to pairs in padded rows and over packed rows, for the trial.
         shares: whether what the sequences of a group begin with stands in their row once.
+        gives: what `plain` and `packed` answer, for log lines.
 
     Attributes:
         on: whether rows are packed. Off until `switch_on` finds it exact.
@@ -49,8 +50,15 @@ class PackedForward:
         limited_by: the config's fields behind the two limits.
     """
 
-    def __init__(self, model: PreTrainedModel, plain: probe.Scored, packed: probe.Scored, shares: bool = True):
-        self.model, self.shares = model, shares
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plain: probe.Scored,
+        packed: probe.Scored,
+        shares: bool = True,
+        gives: str = "log-probabilities",
+    ):
+        self.model, self.shares, self._gives = model, shares, gives
         self.on = False
         self.piecewise = False
         self.one_kernel: bool | None = None
@@ -240,7 +248,7 @@ class PackedForward:
     def _differs(self, sizes: list[tuple[int, int, int]]) -> str | None:
         try:
             batch = probe.pairs(self.model, sizes)
-            return probe.what_differs(self.model, batch, self._plain, self._packed)
+            return probe.what_differs(self.model, batch, self._plain, self._packed, self._gives)
         except Exception as error:  # padded rows cannot be run, so there is nothing to compare with
             return f"{type(self.model).__name__} {UNTRIED} ({type(error).__name__}: {error})"
 

@@ -61,19 +61,22 @@ def seen(states: Tensor, scores: Tensor | float = 0.0) -> ModelOutput:
 
 
 @torch.no_grad()
-def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Scored) -> str | None:
+def what_differs(
+    model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Scored, gives: str = "log-probabilities"
+) -> str | None:
     """
     Return what tells `packed` from `plain`, in words; `None` if it is no more than rounding.
 
     Args:
         model: what both call.
         plain, packed: the log-probabilities of a batch, (2B, L - 1), and where it is asked for the `aux_loss`.
+        gives: what they are, if not log-probabilities, see [`seen`].
     """
     name = type(model).__name__
     expected = plain(batch)
     scored = batch.labels[:, 1:] != -100
     if not torch.isfinite(expected.log_probs[scored]).all():
-        return f"{name} gives log-probabilities that are not finite"
+        return f"{name} gives {gives} that are not finite"
     dtype = arithmetic(model)
     with rounded_once(model, unit_of(dtype, batch.input_ids.device)):
         rounded = plain(batch)
@@ -86,7 +89,8 @@ def what_differs(model: PreTrainedModel, batch: Pairs, plain: Scored, packed: Sc
     digits = LAST_DIGITS[dtype]
     off, by_rounding = _apart(got, expected, scored), _apart(rounded, expected, scored)
     if not off <= max(ROUNDINGS * by_rounding, digits):
-        return f"{name} gives other log-probabilities on shared rows ({off:.2g} nats; rounding: {by_rounding:.2g})"
+        unit = " nats" if gives == "log-probabilities" else ""
+        return f"{name} gives other {gives} on shared rows ({off:.2g}{unit}; rounding: {by_rounding:.2g})"
     if expected.aux_loss is not None:
         off, by_rounding = ((x.aux_loss - expected.aux_loss).abs().item() for x in (got, rounded))
         if not off <= max(ROUNDINGS * by_rounding, digits):

@@ -356,6 +356,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         for scorer in filter(None, scorers):
             if not is_fsdp(args.fsdp):  # FSDP has partitioned its weights
                 scorer.try_padding()
+                if args.packing:
+                    scorer.pack(args.shares_prompts, self.accelerator.autocast)
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
         )

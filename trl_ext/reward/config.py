@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from trl import RewardConfig
 
+from ..runs.requirements import require_kernel
+
 
 @dataclass
 class RewardConfigX(RewardConfig):
@@ -19,3 +21,7 @@ class RewardConfigX(RewardConfig):
             "have in common once. Where that would not be exact, the trainer uses TRL's rows, and the log says why."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_kernel(self)

@@ -29,6 +29,8 @@ from ..models.rounding import warn_of_rounding
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
+from ..packing.scores import PackedScores
+from ..packing.segments import pairs_of
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
@@ -38,12 +40,12 @@ from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
 from .card import reward_training
 from .config import RewardConfigX
-from .forward import PairScores
 
 
 logger = logging.getLogger(__name__)
 
-
+# TRL's inputs of a batch of pairs.
+INPUTS = {"input_ids", "attention_mask", "use_cache", "margin"}
 # The columns of a dataset that is tokenised, now and in earlier versions of TRL.
 TOKENISED = ({"chosen_ids", "rejected_ids"}, {"chosen_input_ids", "rejected_input_ids"})
 
@@ -108,7 +110,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)
         self._check_known()
         self._keep_computable()
-        self._scores = PairScores(base_of(self.model))
+        self._scores = PackedScores(base_of(self.model))
         if getattr(self.args, "packing", True):  # which a `trl.RewardConfig` does not have
             self._pack()
         self.add_callback(RequireGradients("reward model", trained))
@@ -173,10 +175,18 @@ class RewardTrainerX(WritesCard, RewardTrainer):
             )
         return prepared
 
+    def _score(self, model: Any, **inputs: Any) -> Any:
+        """Return the model's output for TRL's batch of pairs: B chosen sequences before B rejected ones, (2B, L)."""
+        packed = None
+        if inputs.keys() <= INPUTS:  # whatever else there is goes TRL's way
+            ids = inputs["input_ids"]
+            packed = self._scores(model, ids, inputs["attention_mask"], pairs_of(len(ids)))
+        return model(**inputs) if packed is None else packed
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        scored = partial(self._scores, model)
+        scored = partial(self._score, model)
         loss, outputs = super().compute_loss(scored, inputs, True, num_items_in_batch)
         chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
         require_finite(loss, chosen, rejected, inputs, self.processing_class, self.state.global_step)

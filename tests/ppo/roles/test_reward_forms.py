@@ -140,7 +140,7 @@ def test_reward_model_reads_what_it_was_trained_on(tmp_path, pair):
     actors, own = PAIRS[pair]
     path = save_judge(tmp_path / "judge", own)
     models = {"processing_class": actors, "model": tiny.tiny_actor(vocab_size=len(actors)), "reward_model": path}
-    trainer = ppo_trainer(tmp_path, models)
+    trainer = ppo_trainer(tmp_path, models, packing=False)  # the ids are seen in rows of their own
     judge = LlamaForSequenceClassification.from_pretrained(path).eval()
     assert judge.config.pad_token_id == own.pad_token_id
     for kind, ended in product(PROMPTS, (True, False)):

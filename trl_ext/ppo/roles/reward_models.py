@@ -1,8 +1,10 @@
 """Reward models as sources of scores, on token ids or on text."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from transformers.utils import logging
 
 from ..._trl import create_model_from_path, get_config_model_id
 from ...data.formats import CONVERSATION, LOOKED_AT, describe
-from ...models.loading import check_known, known_tokens, read_config
+from ...models.loading import base_of, check_known, known_tokens, read_config
 from ...models.probe import probe_rows, tolerance
 from ...models.sharding import is_partitioned
 from ...packing.budget import cut_by_tokens
+from ...packing.forward import warn_of_padding
+from ...packing.scores import PackedScores
 from ..config import PPOConfigX
 from ..data import check_prompts, is_tokenised, named, unpadded
 from .reward_forms import RewardForm, Text
@@ -48,6 +52,8 @@ class TokenScorer:
 
     `ask` is called with `input_ids` and `attention_mask`, and returns `logits` (b, 1) or the scores themselves. It is
     the actor where the model is an adapter on its base, else unset: the model is called.
+
+    Until [`pack`] finds that rows can be packed, `packed` is `None` and sequences are padded.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class TokenScorer:
         self.longest = longest_input(model)
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.reads_padding = False
+        self.packed: PackedScores | None = None
         self.__name__ = name
 
     def __call__(
@@ -83,19 +90,53 @@ class TokenScorer:
         self._check_lengths(sequences)
         known, whose = known_tokens(self.model, self.config), f"The reward model {self.__name__!r}"
         check_known(chain.from_iterable(sequences), known, self.form.tokenizer, whose, "a prompt with its answer")
+        groups = _of_one_prompt(prompt_ids or range(count))
+        if self.packed is None or not self.packed.packing.shares:
+            groups = [[i] for i in range(count)]
         scores = torch.empty(len(sequences))
-        for part in self._parts([len(ids) for ids in sequences]):
-            scores[part] = self._score([sequences[i] for i in part]).cpu()
+        for part in self._parts(sequences, groups):
+            place_of = {i: place for place, i in enumerate(part)}
+            of_part = [[place_of[i] for i in group if i in place_of] for group in groups]
+            scores[part] = self._score([sequences[i] for i in part], [group for group in of_part if group]).cpu()
         return scores.tolist()
 
-    def _parts(self, lengths: list[int]) -> list[list[int]]:
+    def _parts(self, sequences: list[list[int]], groups: list[list[int]]) -> list[list[int]]:
         """Return which sequences are scored in one pass."""
-        every = list(range(len(lengths)))
         # Passes of a partitioned model wait for the other ranks, which would make more or fewer of them.
         if self.batch_tokens is not None and not self.reads_padding and not is_partitioned(self.model):
-            return cut_by_tokens(lengths, [0] * len(lengths), self.batch_tokens, False, [[i] for i in every])
+            shared = [0] * len(sequences)
+            for group in groups:
+                common = _common_beginning([sequences[i] for i in group])
+                for i in group:
+                    shared[i] = common
+            own = [len(ids) - common for ids, common in zip(sequences, shared, strict=True)]
+            return cut_by_tokens(shared, own, self.batch_tokens, self.packed is not None, groups)
         size = 1 if self.reads_padding else self.batch_size
-        return [every[start : start + size] for start in range(0, len(every), size)]
+        return [list(range(len(sequences)))[start : start + size] for start in range(0, len(sequences), size)]
+
+    def pack(self, shares: bool, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """
+        Read packed rows from here on where that is exact; say in the log where it is not.
+
+        Args:
+            shares: whether what the responses to a prompt begin with stands in their row once.
+            autocast: the context in which the run computes.
+        """
+        classifier = base_of(extract_model_from_parallel(self.model))
+        name, reason = f"the reward model {self.__name__!r}", None
+        if is_partitioned(self.model):
+            reason = "ZeRO-3 has partitioned its weights, so that packed rows cannot be tried out"
+        elif not isinstance(classifier, PreTrainedModel):
+            reason = f"{type(classifier).__name__} is not a model of transformers"
+        elif self.reads_padding:
+            reason = "it reads one answer at a time"
+        if reason is not None:
+            logger.warning("Rows are padded for %s, not packed: %s.", name, reason)
+            return
+        packed = PackedScores(classifier, shares)
+        with autocast(), self._padding_with(self.pad_token_id or 0):
+            warn_of_padding(packed.packing.switch_on(by_mask=False), name, packed.packing)
+        self.packed = packed if packed.packing.on else None
 
     def try_padding(self) -> None:
         """
@@ -119,21 +160,37 @@ class TokenScorer:
                 *(self.__name__, type(model).__name__),
             )
 
+    @contextmanager
+    def _padding_with(self, pad: int) -> Iterator[None]:
+        """Within the context the model takes `pad` for its pad token."""
+        own = self.config.pad_token_id
+        self.config.pad_token_id = pad
+        try:
+            yield
+        finally:
+            self.config.pad_token_id = own
+
     @torch.no_grad()
-    def _score(self, sequences: list[list[int]]) -> Tensor:
-        """Return the scores (b,) of sequences of ids, in one batch that is padded on the right."""
+    def _score(self, sequences: list[list[int]], groups: list[list[int]] | None = None) -> Tensor:
+        """
+        Return the scores (b,) of sequences of ids, in packed rows or in one batch that is padded on the right.
+
+        Args:
+            groups: the sequences by their prompts.
+        """
         device = next(self.model.parameters()).device
-        pad, own = self.pad_token_id, self.config.pad_token_id
+        pad = self.pad_token_id
         if pad is None:  # any id that no sequence ends with, so that each is read at its last id
             pad = next(id_ for id_ in range(len(sequences) + 1) if all(ids[-1] != id_ for ids in sequences))
         rows = [torch.tensor(ids) for ids in sequences]
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        self.config.pad_token_id = pad
-        try:
-            output = (self.ask or self.model)(input_ids=input_ids.to(device), attention_mask=mask.to(device))
-        finally:
-            self.config.pad_token_id = own
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+        ask, output = self.ask or self.model, None
+        with self._padding_with(pad):
+            if self.packed is not None and groups is not None:
+                output = self.packed(ask, input_ids, mask, groups)
+            if output is None:
+                output = ask(input_ids=input_ids, attention_mask=mask)
         scores = getattr(output, "logits", output)
         if not isinstance(scores, Tensor) or scores.numel() != len(sequences):
             raise ValueError(
@@ -157,6 +214,17 @@ class TokenScorer:
                 f"{len(longest)}: {self.form.tokenizer.decode(longest)!r:.200}. Lower `response_length`, shorten the "
                 "prompts, or pass a function in `reward_funcs` that cuts what it hands to the model."
             )
+
+
+def _of_one_prompt(prompts: Sequence[Any]) -> list[list[int]]:
+    """Return the places of equal prompts that stand side by side."""
+    return [[i for i, _ in group] for _, group in groupby(enumerate(prompts), key=itemgetter(1))]
+
+
+def _common_beginning(sequences: list[list[int]]) -> int:
+    """Return how many tokens all sequences begin with: those that the first and the last in order begin with."""
+    first, last = min(sequences), max(sequences)
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def check_readable(

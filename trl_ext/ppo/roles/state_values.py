@@ -37,7 +37,7 @@ class StateValues:
         self.classifier: Any = classifier
         self.name = f"{type(classifier).__name__} ({name})"
         self.trunk = _trunk_of(classifier, self.name)
-        self.packing = PackedForward(self.trunk, self._plain, self._packed)
+        self.packing = PackedForward(self.trunk, self._plain, self._packed, gives="values")
         self._padding = LeftPadding(self.trunk, self.name)
         self._is_settled = False
 
