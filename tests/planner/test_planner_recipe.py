@@ -40,10 +40,12 @@ def test_demo_recipes_fit_the_machines_that_they_name():
         assert plan(names, layout.change(prompt=16, response=max(layout.response - 16, 12)), CPU).needed < memory - 1e9
 
 
-@pytest.mark.parametrize("per_device, accumulation, mini_batches", [(4, 1, 1), (4, 6, 2), (6, 4, 3), (3, 2, 6)])
-def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mini_batches):
+@pytest.mark.parametrize(
+    "per_device, accumulation, mini_batches, n", [(4, 1, 1, 1), (4, 6, 2, 1), (6, 4, 3, 1), (3, 2, 6, 1), (3, 4, 1, 4)]
+)
+def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mini_batches, n):
     options = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    options |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 3}
+    options |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 3, "num_generations": n}
     args = PPOConfigX(str(tmp_path), use_cpu=True, **options)
     loop = PPOLoopConfig(args)
     layout = layout_from_options("ppo", vars(args), CPU)
