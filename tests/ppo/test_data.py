@@ -118,12 +118,6 @@ def test_padded_prompts_are_scored_as_bare_ones(tmp_path, side, with_mask, colla
         torch.testing.assert_close(rollout.old_logps[row][rollout.attended[row]], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_prompt_of_padding_alone_is_refused(tmp_path):
-    data = Dataset.from_dict({"input_ids": [[7, 8], [0, 0], [9, 0], [10, 11]]})
-    with pytest.raises(ValueError, match="Row 1 of `train_dataset` has an empty prompt"):
-        ppo_trainer(tmp_path, {"train_dataset": data})
-
-
 def test_pad_token_beyond_the_embedding_is_taken_off_too(tmp_path):
     """As in scripts for TRL 1.12, which add "[PAD]" to the tokenizer and not to the model."""
     tokenizer = tokens()

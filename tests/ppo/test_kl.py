@@ -159,16 +159,13 @@ def two_heads(tokens=10, width=4, ref_width=3, vocabulary=11):
     return hidden, heads[0], ref_hidden, heads[1]
 
 
-def dense_kl(hidden, head, ref_hidden, ref_head):
-    return divergence(head(hidden), ref_head(ref_hidden).detach())
-
-
 @pytest.mark.parametrize("chunk_size", [1, 3, 10, 1024])
 def test_full_kl_and_its_gradients_equal_the_dense_sum_for_any_chunk_size(chunk_size):
-    arguments = two_heads()
-    trained = [arguments[0], *arguments[1].parameters()]
+    hidden, head, ref_hidden, ref_head = two_heads()
+    trained = [hidden, *head.parameters()]
     weights = torch.randn(10, dtype=torch.float64)
-    chunked, dense = kl.full_kl(*arguments, chunk_size=chunk_size), dense_kl(*arguments)
+    chunked = kl.full_kl(hidden, head, ref_hidden, ref_head, chunk_size=chunk_size)
+    dense = divergence(head(hidden), ref_head(ref_hidden).detach())
     torch.testing.assert_close(chunked, dense, **oracles.FLOAT64)
     gradients = (torch.autograd.grad((weights * x).sum(), trained) for x in (chunked, dense))
     for result, exact in zip(*gradients, strict=True):

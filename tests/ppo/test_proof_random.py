@@ -4,6 +4,7 @@ takes each sequence by itself, without padding, through plain models, from log-p
 """
 
 import copy
+import functools
 import random
 from types import SimpleNamespace
 
@@ -343,12 +344,17 @@ def run(folder, seed, bf16=False, weights_in=torch.float32, fixed=None):
     return steps, Oracle(before, steps.trainer.args, own_vocabulary), functions, weights, ids_of_prompts(form)
 
 
-def worst_difference(folder, seed, bf16=False, wrong=None, **how):
+def worst_difference(folder, seed, bf16=False, **how):
+    return difference_of(run(folder, seed, bf16, **how))
+
+
+def difference_of(made, wrong=None):
     """
     The largest relative difference of a gradient in any step (with bf16 of all together: small ones are rounding), and
     the steps with tokens. `wrong`: options that the oracle takes instead.
     """
-    steps, oracle, functions, weights, given = run(folder, seed, bf16, **how)
+    steps, oracle, functions, weights, given = made
+    oracle = copy.copy(oracle)
     oracle.args = SimpleNamespace(**(vars(oracle.args) | (wrong or {})))
     rollout = steps.trainer.run_state.rollout
     rows = zip(ppo_runs.sequences(rollout), places_of(rollout), strict=True)
@@ -371,7 +377,7 @@ def worst_difference(folder, seed, bf16=False, wrong=None, **how):
             [torch.zeros_like(parameter) if one is None else one for one in (gradients[name], gradient)]
             for (name, parameter), gradient in zip(named, expected, strict=True)
         ]
-        if bf16:
+        if oracle.args.bf16:
             pairs = [[torch.cat([one.flatten() for one in side]) for side in zip(*pairs, strict=True)]]
         scale = max(gradient.norm().item() for _, gradient in pairs)
         for found, gradient in pairs:
@@ -468,10 +474,20 @@ WRONG_OPTIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def all_terms(tmp_path_factory):
+    """A run with every term, of each precision once."""
+
+    @functools.cache
+    def of(bf16=False, **more):
+        return run(tmp_path_factory.mktemp("run"), PLAIN_TEXTS, bf16, fixed=ALL_TERMS | more)
+
+    return of
+
+
 @pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
-def test_control_an_option_that_the_oracle_takes_otherwise_shows(tmp_path, wrong):
-    worst, _ = worst_difference(tmp_path, PLAIN_TEXTS, wrong=wrong, fixed=ALL_TERMS)
-    assert worst > 10 * EXACT
+def test_control_an_option_that_the_oracle_takes_otherwise_shows(all_terms, wrong):
+    assert difference_of(all_terms(), wrong)[0] > 10 * EXACT
 
 
 def tools_count(monkeypatch):
@@ -496,7 +512,7 @@ def scores_are_doubled(monkeypatch, score=Oracle.score):
 
 @pytest.mark.parametrize("bf16, smallest", [(False, 10 * EXACT), (True, BF16)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", [tools_count, padding_is_read, values_come_late, scores_are_doubled])
-def test_control_a_mistake_of_the_oracle_shows(tmp_path, monkeypatch, mistake, bf16, smallest):
+def test_control_a_mistake_of_the_oracle_shows(all_terms, monkeypatch, mistake, bf16, smallest):
+    made = all_terms(bf16, whiten_advantages=False)
     mistake(monkeypatch)
-    fixed = ALL_TERMS | {"whiten_advantages": False}
-    assert worst_difference(tmp_path, PLAIN_TEXTS, bf16, fixed=fixed)[0] > smallest
+    assert difference_of(made)[0] > smallest

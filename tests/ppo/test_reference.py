@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import tiny
 from families.configs import member
@@ -67,12 +66,6 @@ def test_default_reference_is_a_frozen_copy_of_the_start(tmp_path):
     assert abs(second) > 0.01
     assert trainer.ref_model is not trainer.model
     assert changed(trainer.ref_model, snapshot(tiny.tiny_actor())) == set()
-
-
-def test_actor_from_a_path_has_a_reference_from_that_path(tmp_path):
-    path = tiny.save_tiny(tmp_path)["actor"]
-    trainer = ppo_trainer(tmp_path / "run", {"model": path})
-    assert changed(trainer.ref_model, snapshot(AutoModelForCausalLM.from_pretrained(path))) == set()
 
 
 def test_reference_of_a_new_adapter_is_the_base_model(tmp_path):

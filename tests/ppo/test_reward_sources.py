@@ -150,13 +150,6 @@ def test_sources_are_weighted_with_the_reward_model_first(tmp_path):
     assert logged(trainer, "rewards/reward_model/mean") == pytest.approx([sum(of_model) / 4], rel=1e-5)
 
 
-def test_one_sources_none_is_left_out_of_the_sum(tmp_path):
-    trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": [even_rows, odd_rows]}, max_steps=1)
-    assert trainer.run_state.rollout.scores.tolist() == [1.0, 2.0, 1.0, 2.0]
-    assert trainer.run_state.rollout.scored.all()
-    assert trainer.run_state.rollout.mask.equal(trainer.run_state.rollout.attended)
-
-
 def test_sample_is_masked_only_when_all_sources_give_none(tmp_path):
     trainer = ppo_run(tmp_path, {"reward_model": None, "reward_funcs": [even_rows]}, max_steps=1)
     rollout = trainer.run_state.rollout

@@ -126,39 +126,22 @@ def test_saving_elsewhere_leaves_the_output_folder_alone(tmp_path):
 # --- the best checkpoint
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter", "head"])
+@pytest.mark.parametrize("kind", ["full", "adapter", "head", "two adapters"])
 def test_best_checkpoint_by_held_out_score_is_loaded_at_the_end(tmp_path, kind):
     models = {"reward_model": None, "reward_funcs": best_after_two_steps}
-    if kind == "adapter":
+    if "adapter" in kind:
         models["peft_config"] = lora()
-    trainer, kept = run_to_best_checkpoint(tmp_path, models, critic="head" if kind == "head" else "model")
+    critic = {"head": "head", "two adapters": "adapter"}.get(kind, "model")
+    trainer, kept = run_to_best_checkpoint(tmp_path, models, critic=critic)
     assert trainer.state.best_metric == 0.0
     assert changed(trainer.model, kept[2]) == set()  # actor and critic
     of_critic = {name for name in kept[2] if "critic." in name}
-    assert of_critic
-    assert all(not torch.equal(kept[2][name], kept[6][name]) for name in of_critic if "score" in name)
+    trained = [name for name in of_critic if re.search("score(?!.*original)", name)]
+    assert trained
+    assert not any(torch.equal(kept[2][name], kept[6][name]) for name in trained)
 
 
-# --- the model card
-
-
-def facts_of(card):
-    return dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", card, flags=re.MULTILINE))
-
-
-def test_model_card_says_what_was_trained_and_how(saved):
-    trainer, folder = saved("full")
-    card = (folder / "README.md").read_text()
-    assert "Proximal Policy Optimization" in card
-    assert "1707.06347" in card
-    assert card.count("## What was trained, and how") == 1
-    options = (
-        "num_ppo_epochs kl_coef kl_placement kl_estimator cliprange vf_coef ent_coef gamma lam learning_rate seed"
-    )
-    expected = {name: str(getattr(trainer.args, name)) for name in options.split()}
-    expected |= {"base model": "LlamaForCausalLM", "critic": "model (ValueModel)", "rewards": "reward_model"}
-    expected |= {"optimizer steps": "4", "prompts per rollout": "4"}
-    assert expected.items() <= facts_of(card).items()
+# --- the log
 
 
 def test_checkpoint_holds_a_state_that_json_can_read(saved):

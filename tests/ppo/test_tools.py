@@ -22,13 +22,9 @@ def play(prompts, trainer):
     }
 
 
-def bonus_of(bonus, **kwargs):
-    return bonus
-
-
 def test_tokens_of_the_environment_are_attended_and_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    models = {"reward_model": None, "reward_funcs": bonus_of, "rollout_func": play}
+    models = {"reward_model": None, "reward_funcs": lambda bonus, **_: bonus, "rollout_func": play}
     trainer = ppo_run(tmp_path, models, max_steps=2, gamma=0.9, whiten_advantages=False, kl_placement="reward")
     rollout = trainer.run_state.rollout
     hole = torch.tensor([True, False, False, True, True])

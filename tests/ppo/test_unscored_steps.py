@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 import tiny
 from fake_vllm import vllm
-from ppo_runs import logged, ppo_run, ppo_trainer, snapshot
+from ppo_runs import logged, ppo_run, ppo_trainer, response_lengths, snapshot
 
 
 pytestmark = pytest.mark.integration
@@ -25,10 +25,6 @@ def scored_but(rows, rollouts=(1,)):
         return [None if row in silent else float(len(text)) for row, text in enumerate(completions)]
 
     return score
-
-
-def len_of(completions, **kwargs):
-    return [float(len(text)) for text in completions]
 
 
 class Watch(TrainerCallback):
@@ -100,7 +96,7 @@ def test_truncated_responses_that_are_masked_move_nothing(tmp_path):
     "options, reward, expected",
     [
         ({}, scored_but(range(4)), [1, 1, 0, 0, 1, 1]),
-        ({"target_kl": 1e-9, "num_ppo_epochs": 3}, len_of, [1, 1, 0] * 3),
+        ({"target_kl": 1e-9, "num_ppo_epochs": 3}, response_lengths, [1, 1, 0] * 3),
     ],
     ids=["no tokens", "early stop"],
 )

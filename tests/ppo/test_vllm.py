@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 import four_roles
 import tiny
 from fake_vllm import vllm
-from ppo_runs import changed, logged, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
+from ppo_runs import changed, logged, ppo_config, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
 from trl_ext.ppo.rollout import MicroBatch
 
 
@@ -20,10 +20,6 @@ MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 # Bounds between which some ratios of the noisy engine lie and some do not, for tokens and for sequences.
 BOUNDS = {"max": (None, 1.1), "min": (0.9, None), "both": (0.9, 1.1)}
 DIFFERENCE = "sampling/sampling_logp_difference"
-
-
-def lora():
-    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 # --- the weights
@@ -36,7 +32,8 @@ def lora():
 def test_responses_are_sampled_from_the_actor_as_it_is_then(tmp_path, mode, critic, peft):
     """In each rollout vLLM's log-probabilities are the trainer's, so what it was sent is the actor, adapter merged."""
     with vllm() as sampler:
-        models = {"peft_config": lora()} if peft else {}
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        models = {"peft_config": lora} if peft else {}
         trainer = ppo_trainer(
             tmp_path, models, use_vllm=True, vllm_mode=mode, critic=critic, learning_rate=1e-2, total_episodes=12
         )
@@ -136,8 +133,7 @@ def test_declared_end_tokens_are_the_engines(tmp_path, mode):
     assert request["ignore_eos"]
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
-@pytest.mark.parametrize("options", [{"stop_token": "eos"}, {"stop_token_id": 30}], ids=["eos", "id"])
+@pytest.mark.parametrize("mode, options", [("colocate", {"stop_token": "eos"}), ("server", {"stop_token_id": 30})])
 def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
     stop = options.get("stop_token_id", tiny.VOCABULARY.index("<eos>"))
     with vllm() as sampler:
@@ -158,7 +154,7 @@ def test_only_the_stop_token_ends_a_response(tmp_path, mode, options):
 @pytest.mark.parametrize("name", ["max_tokens", "n", "logprobs", "stop_token_ids", "ignore_eos"])
 def test_option_of_vllm_that_another_option_sets_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"`generation_kwargs` holds \['{name}'\]"):
-        ppo_trainer(tmp_path, use_vllm=True, generation_kwargs={name: 3})
+        ppo_config(tmp_path, use_vllm=True, generation_kwargs={name: 3})
 
 
 # --- the mismatch between vLLM's probabilities and the trainer's

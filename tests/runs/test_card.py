@@ -14,7 +14,6 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoTokenizer
 from trl.trainer import dpo_trainer as trl_dpo
 
 import tiny
@@ -252,6 +251,17 @@ def test_a_formula_with_another_sign_would_be_noticed():
     names = MATHEMATICS | {"m": 0.7}
     assert eval(transliterated(FORMULAS["sigmoid"]), names) == pytest.approx(math.log1p(math.exp(-0.7)))
     assert eval(transliterated("−log σ(−m)"), names) == pytest.approx(math.log1p(math.exp(0.7)))
+
+
+def test_facts_of_a_ppo_card_are_the_options_and_the_roles_of_the_run(ppo):
+    trainer, _, card = ppo
+    options = "num_ppo_epochs kl_coef kl_placement kl_estimator cliprange vf_coef ent_coef gamma lam learning_rate"
+    expected = {name: str(getattr(trainer.args, name)) for name in options.split()}
+    expected |= {"base model": "LlamaForCausalLM", "critic": "model (ValueModel)", "rewards": "reward_model"}
+    expected |= {"optimizer steps": "4", "prompts per rollout": "4"}
+    assert expected.items() <= facts(card).items()
+    assert "Proximal Policy Optimization" in card
+    assert "1707.06347" in card
 
 
 def test_options_on_the_card_are_those_that_were_changed(ppo):
@@ -519,15 +529,3 @@ def test_every_save_pushes_the_model_of_the_checkpoint(tmp_path, hub, kind):
     assert "report.png" in hub[-1].files
     assert "](report.png)" in hub[-1].files["README.md"].decode()
     assert read(tmp_path).encode() == hub[-1].files["README.md"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_pushed_adapter_has_its_card_and_no_base(tmp_path, hub, base):
-    models = {"model": base, "ref_model": None, "peft_config": lora()}
-    trainer = dpo_run(tmp_path / "run", models, max_steps=1, push_to_hub=True, hub_model_id="me/mine")
-    trainer.push_to_hub()
-    (commit,) = hub
-    assert "adapter_model.safetensors" in commit.files
-    assert "model.safetensors" not in commit.files
-    assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tiny.tiny_tokenizer().get_vocab()
-    assert "AutoPeftModelForCausalLM" in commit.files["README.md"].decode()

@@ -61,7 +61,6 @@ def test_a_frozen_model_is_on_the_device_while_it_scores_and_at_no_other_time(tm
 RUNS = {
     "KL in the loss": {},
     "KL in the reward": {"kl_placement": "reward"},
-    "exact KL": {"kl_estimator": "full"},
     "exact KL, value head": {"kl_estimator": "full", "critic": "head"},
     "two mini-batches": {"num_mini_batches": 2, "eval_steps": 2, "eval_strategy": "steps"},
 }

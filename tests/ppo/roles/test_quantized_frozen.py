@@ -122,8 +122,7 @@ def test_every_reward_given_by_path_is_quantised(tmp_path, paths):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("given", [True, False], ids=["given", "copy of the actor"])
-@pytest.mark.parametrize("bits", LAYERS)
+@pytest.mark.parametrize("bits, given", [("4bit", True), ("4bit", False), ("8bit", True)])
 def test_kl_is_to_the_reference_in_fewer_bits(tmp_path, paths, bits, given):
     models = {"model": paths["model"]}
     if given:
@@ -284,8 +283,7 @@ def causal_models_alive():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("case", WITHOUT_KL)
-@pytest.mark.parametrize("given", [False, True], ids=["copy of the actor", "given by path"])
+@pytest.mark.parametrize("case, given", list(zip(WITHOUT_KL, (False, True, True), strict=True)))
 def test_reference_is_never_loaded_without_a_kl_term(tmp_path, paths, monkeypatch, case, given):
     models = paths | ({"ref_model": paths["model"]} if given else {}) | {"eval_dataset": tiny.tiny_prompts(4)}
     loaded, before = models_loaded(monkeypatch), causal_models_alive()
