@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--updates", type=int, default=3, help="updates in a run, at least 2; the first is left out")
     parser.add_argument("--threads", type=int, help="threads of a run; unset: torch's default, the cores")
-    parser.add_argument("--trainers", nargs="+", choices=LABELS, help="rows of the tables; unset: all of a shape")
+    parser.add_argument("--trainers", nargs="+", choices=LABELS, help="rows of the tables; unset: those of each shape")
     parser.add_argument(
         "--environments", type=Path, default=cache_dir(), help="folder of other trainers' environments"
     )
@@ -148,7 +148,7 @@ def main() -> None:
 
 def chosen(name: str, args: argparse.Namespace) -> list[str]:
     """Return the rows of a shape that can be measured: on a GPU, TRL 1.12 if its environment is there."""
-    trainers = [trainer for trainer in SHAPES[name]["trainers"] if trainer in (args.trainers or LABELS)]
+    trainers = args.trainers or SHAPES[name]["trainers"]
     if importlib.util.find_spec("flash_attn") is None:
         trainers = [trainer for trainer in trainers if not trainer.endswith("-flash")]
     if args.device == "cuda" and not (args.environments / f"bench-{BASELINE}" / "complete").exists():
