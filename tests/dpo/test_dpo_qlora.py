@@ -42,6 +42,26 @@ def test_an_evaluation_leaves_the_4_bit_base_differentiable(tmp_path, monkeypatc
     assert dpo_runs.gradient_difference(gradients.steps[0], expected.steps[0]) < 1e-3
 
 
+def test_packed_and_padded_rows_give_the_same_on_a_4_bit_base(tmp_path):
+    """With an adapter in float32, which TRL puts in bfloat16."""
+    lines, gradients = [], []
+    for packing in (True, False):
+        trainer = qlora_trainer(tmp_path, packing=packing, max_steps=2)
+        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+            parameter.data = parameter.data.float()
+        assert trainer._forwards[0].packing.on == packing
+        gradients.append(dpo_runs.KeepGradients())
+        trainer.add_callback(gradients[-1])
+        trainer.train()
+        lines.append(dpo_runs.lines(trainer))
+    assert len(lines[0]) == 2
+    for packed, padded in zip(*lines, strict=True):
+        for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins"):
+            assert packed[key] == pytest.approx(padded[key], rel=1e-5, abs=1e-6), key
+    for packed, padded in zip(*(of_run.steps for of_run in gradients), strict=True):
+        assert dpo_runs.gradient_difference(packed, padded) < 1e-5
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_adapter_on_a_4_bit_base_gives_trl_s_numbers_over_shared_rows(tmp_path, checkpointing):
     logs = []

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+import four_roles
 from ppo_runs import log_lines, ppo_trainer
 from trl_ext.masked import identity
 from trl_ext.packing import attention, forward, segments
@@ -77,7 +78,7 @@ def answers(prompts, trainer):
     return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": mask}
 
 
-def run(folder, family="llama", packing=True, lora=False, **options):
+def run(folder, family="llama", packing=True, lora=False, given=None, **options):
     """Two rollouts; returns the trainer, what it logged and the gradients of every optimizer step."""
     models = {
         "model": model_of(family),
@@ -92,9 +93,12 @@ def run(folder, family="llama", packing=True, lora=False, **options):
                 "reward_model": None,
                 "reward_funcs": lambda completions, **_: [len(c) / 9 for c in completions],
             }
+    models |= given or {}
     options = {"total_episodes": 12, "gradient_accumulation_steps": 3} | options
     options = {"response_length": 12, "bf16": False, "use_cpu": True} | options
     trainer = ppo_trainer(folder, models, packing=packing, **options)
+    for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+        parameter.data = parameter.data.float()  # TRL puts adapters on a 4-bit base in bfloat16
     gradients = []
     clip = trainer._clip_grad_norm
 
@@ -344,8 +348,8 @@ def test_micro_batches_of_tokens_hold_every_sequence_once(packs, n):
         {},
         {"micro_batch_tokens": 90, "score_batch_tokens": 70},
         {"critic": "head", "micro_batch_tokens": 90},
-        {"lora": True, "critic": "adapter", "family": "gemma2", "total_episodes": 6},
-        {"kl_estimator": "full", "score_batch_tokens": 70},
+        {"lora": True, "critic": "adapter", "family": "gemma2", "total_episodes": 6, "micro_batch_tokens": 90},
+        {"kl_estimator": "full", "micro_batch_tokens": 90, "score_batch_tokens": 70},
     ],
     ids=str,
 )
@@ -356,6 +360,18 @@ def test_groups_over_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatc
     options = {name: value for name, value in options.items() if not name.endswith("_tokens")}
     assert_same(packed, run(tmp_path / "padded", num_generations=3, packing=False, **options))
     assert any("reward/best_of_n" in line for line in packed[1])
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_packed_rows_give_the_same_on_a_4_bit_base(tmp_path, monkeypatch, critic):
+    """Four roles on one base in NF4; the reward adapter reads packed rows, too."""
+    paths = four_roles.prepare(tmp_path)
+    options = {"num_generations": 3, "critic": critic, "total_episodes": 6}
+    calls = packed_calls(monkeypatch)
+    packed = run(tmp_path / "packed", given=four_roles.models(paths), micro_batch_tokens=90, **options)
+    assert all(len(rows.rows[0]) > 4 for rows in calls)
+    assert packed[0].reward_funcs[0].packed is not None
+    assert_same(packed, run(tmp_path / "padded", given=four_roles.models(paths), packing=False, **options))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from dpo_runs import dpo_config, tiny_pairs
 from ppo_runs import ppo_config
-from trl_ext import DPOTrainerX, PPOTrainerX
+from trl_ext import DPOTrainerX, PPOTrainerX, RewardConfigX
 from trl_ext.runs import requirements
 from trl_ext.runs.requirements import check_startable, make_folder, require_writable
 
@@ -63,9 +63,9 @@ def test_package_that_is_missing_is_named_with_what_installs_it(kind, options, p
 
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes when it is imported
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_optimizer_without_a_kernel_for_the_device_is_refused(kind, tmp_path, monkeypatch):
-    CONFIGS[kind](tmp_path, optim="lion_8bit", use_cpu=True)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), RewardConfigX])
+def test_optimizer_without_a_kernel_for_the_device_is_refused(config, tmp_path, monkeypatch):
+    config(tmp_path, optim="lion_8bit", use_cpu=True, bf16=False)
 
     def step(*_):  # of bitsandbytes 0.45 on a CPU
         raise NameError("name 'str2optimizer8bit_blockwise' is not defined")
@@ -74,7 +74,7 @@ def test_optimizer_without_a_kernel_for_the_device_is_refused(kind, tmp_path, mo
     with pytest.raises(
         ValueError, match=r"`optim=lion_8bit` cannot run on cpu with bitsandbytes .*choose `adafactor`"
     ):
-        CONFIGS[kind](tmp_path, optim="lion_8bit", use_cpu=True)
+        config(tmp_path, optim="lion_8bit", use_cpu=True, bf16=False)
 
 
 def test_one_of_two_packages_is_enough_and_quantised_loading_is_asked_for_too(monkeypatch):
