@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dpo_runs
+from families.configs import family_config, family_model
 from trl_ext.models.scoring_head import trunk_of
 from trl_ext.packing.forward import PackedForward
 
@@ -68,3 +69,14 @@ def test_rows_are_kept_within_a_limit_and_given_up_beyond_it():
     assert packing.lay_out(*batch(), groups) is None
     packing.row_limit, packing.limit = None, 12
     assert packing.lay_out(*batch(), groups) is None
+
+
+@pytest.mark.parametrize("family, goes_piecewise", [("gpt_oss", True), ("hy_v4", False), ("gptj", False)])
+def test_attention_of_a_partitioned_model_is_packed_where_transformers_knows_it(monkeypatch, family, goes_piecewise):
+    """Nothing can be tried; the last two have an index of keys, and no interface to attention."""
+    model = family_model(family_config(family))
+    monkeypatch.setattr("trl_ext.packing.forward.is_partitioned", lambda model: True)
+    packing = PackedForward(model, plain=None, packed=None)
+    reason = packing.switch_on(by_mask=False)
+    assert packing.on == packing.piecewise == goes_piecewise
+    assert reason is None or "attention of its own, which reads whole rows" in reason

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
@@ -69,6 +69,7 @@ class TokenScorer:
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.reads_padding = False
         self.packed: PackedScores | None = None
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.__name__ = name
 
     def __call__(
@@ -136,7 +137,7 @@ class TokenScorer:
         packed = PackedScores(classifier, shares)
         with autocast(), self._padding_with(self.pad_token_id or 0):
             warn_of_padding(packed.packing.switch_on(by_mask=False), name, packed.packing)
-        self.packed = packed if packed.packing.on else None
+        self.packed, self._autocast = packed if packed.packing.on else None, autocast
 
     def try_padding(self) -> None:
         """
@@ -188,7 +189,8 @@ class TokenScorer:
         ask, output = self.ask or self.model, None
         with self._padding_with(pad):
             if self.packed is not None and groups is not None:
-                output = self.packed(ask, input_ids, mask, groups)
+                with self._autocast():  # which decides the dtype that FlexAttention is tried in
+                    output = self.packed(ask, input_ids, mask, groups)
             if output is None:
                 output = ask(input_ids=input_ids, attention_mask=mask)
         scores = getattr(output, "logits", output)
