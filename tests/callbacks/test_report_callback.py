@@ -65,7 +65,7 @@ def test_any_trainer_gets_its_page(tmp_path, trainer_of, kind, model):
     assert "pairs of mine" in page
 
 
-def test_what_is_trained_and_how_is_counted_from_the_run(tmp_path):
+def test_what_is_trained_and_how_is_counted_from_the_run(tmp_path, undrawn):
     trainer = with_report(trl_runs.sft_trainer(tmp_path, seed=7), seconds=3600)  # at the end, and never before
     assert read_run(tmp_path).step == trainer.state.global_step == 2
     known = json.loads((tmp_path / "run.json").read_text())
@@ -95,7 +95,7 @@ def test_an_evaluation_after_the_training_is_on_the_page(tmp_path):
     assert read_run(tmp_path).log == trainer.state.log_history
 
 
-def test_held_out_rows_are_named_and_data_has_one_line(tmp_path):
+def test_held_out_rows_are_named_and_data_has_one_line(tmp_path, undrawn):
     with_report(trl_runs.reward_trainer(tmp_path), seconds=0, facts={"data": "pairs.jsonl"})
     known = json.loads((tmp_path / "run.json").read_text())
     assert known["facts"]["training data"] == "pairs.jsonl, 8 rows"
@@ -104,14 +104,14 @@ def test_held_out_rows_are_named_and_data_has_one_line(tmp_path):
     assert "data" not in known["facts"]
 
 
-def test_several_held_out_sets_are_named_apart(tmp_path):
+def test_several_held_out_sets_are_named_apart(tmp_path, undrawn):
     sets = {"near": tiny.tiny_prompts(2, seed=3), "far": tiny.tiny_prompts(3, seed=4)}
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
     with_report(ppo_runs.ppo_trainer(tmp_path, {"eval_dataset": sets}, max_steps=2, **evaluation), seconds=0)
     assert read_run(tmp_path).facts["held-out data"] == "near 2 rows; far 3 rows"
 
 
-def test_second_run_in_the_folder_shows_nothing_of_the_first(tmp_path):
+def test_second_run_in_the_folder_shows_nothing_of_the_first(tmp_path, undrawn):
     """The first has come further, and has written tables and checkpoints with higher numbers."""
     prompts = ["the cat"]
     for steps in (3, 1):
@@ -129,7 +129,7 @@ def test_second_run_in_the_folder_shows_nothing_of_the_first(tmp_path):
     assert not is_of_this_run(tmp_path / "samples" / "step_00003.jsonl", tmp_path)
 
 
-def test_resumed_run_has_begun_when_it_was_first_started(tmp_path):
+def test_resumed_run_has_begun_when_it_was_first_started(tmp_path, undrawn):
     options = {"save_strategy": "steps", "save_steps": 1}
     with_report(trl_runs.sft_trainer(tmp_path, **options), seconds=0)
     first = begun_at(tmp_path)
@@ -140,7 +140,7 @@ def test_resumed_run_has_begun_when_it_was_first_started(tmp_path):
     assert is_of_this_run(tmp_path / "checkpoint-1")
 
 
-def test_log_is_never_half_written(tmp_path, monkeypatch):
+def test_log_is_never_half_written(tmp_path, undrawn, monkeypatch):
     """A reader that comes while it is being written finds the one before."""
     seen, save = [], TrainerState.save_to_json
 

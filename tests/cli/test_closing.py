@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from cli_runs import TRAINING, error_of, run_of
 from trl_ext.cli import training
-from trl_ext.cli.closing import closing_lines, resuming, without
+from trl_ext.cli.closing import resuming, without
 from trl_ext.cli.main import main
 
 
@@ -91,13 +91,6 @@ def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
     assert lines[0].endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
 
 
-def test_checkpoint_that_was_cut_off_is_named(paths, tmp_path, capsys):
-    (tmp_path / "trainer_state.json").write_text('{"global_step": ')
-    flags = run_of("dpo", paths, resume_from_checkpoint=tmp_path, max_steps=3)
-    said = error_of(["dpo", *flags], capsys)
-    assert f"{tmp_path / 'trainer_state.json'} cannot be read" in said
-
-
 def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):
     output = tmp_path / "a run"
     main(["dpo", *run_of("dpo", paths, max_steps=1, per_device_train_batch_size=4, output_dir=output)])
@@ -163,10 +156,6 @@ def test_next_of_a_reward_run_is_ppo_of_the_same_model_and_data(paths, tmp_path,
     }
     main([*words[1:], "--dry_run"])
     assert "The first prompt" in capsys.readouterr().out
-
-
-def test_last_line_without_a_report_says_how_to_make_it(tmp_path):
-    assert f"trl-ext report {tmp_path}" in closing_lines("dpo", tmp_path, [])
 
 
 def test_words_are_dropped_with_their_values_in_both_spellings():

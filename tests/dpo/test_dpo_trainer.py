@@ -396,8 +396,7 @@ def assert_ledger(line, expected, prefix=""):
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("ref", ["given", "precomputed", "adapter off"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("ref, accumulation", [("given", 1), ("given", 2), ("precomputed", 2), ("adapter off", 2)])
 def test_metrics_of_a_logging_window_speak_of_all_its_pairs(tmp_path, ref, accumulation):
     """Eight pairs in four micro-batches, logged once; and ten held-out ones, the last batch with two."""
     models, reference = {"eval_dataset": dpo_runs.tiny_pairs(10, seed=4)}, dpo_runs.tiny_model(seed=1)
@@ -474,8 +473,16 @@ def test_accuracy_is_logged_for_each_source(tmp_path, precomputed):
 # Evaluation
 
 
-@pytest.mark.parametrize("held_out", ["one", "several"])
-@pytest.mark.parametrize("more", [{"eval_on_start": True}, {}, {"lr_scheduler_type": "reduce_lr_on_plateau"}], ids=str)
+@pytest.mark.parametrize(
+    "held_out, more",
+    [
+        ("one", {"eval_on_start": True}),
+        ("one", {"lr_scheduler_type": "reduce_lr_on_plateau"}),
+        ("one", {}),
+        ("several", {}),
+    ],
+    ids=str,
+)
 def test_unknown_metric_for_the_best_model_is_an_error_that_lists_the_known(tmp_path, held_out, more):
     pairs = dpo_runs.tiny_pairs(4, seed=4)
     models = {"eval_dataset": pairs if held_out == "one" else {"a": pairs, "b": pairs}}
