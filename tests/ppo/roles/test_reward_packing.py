@@ -84,7 +84,7 @@ def test_one_response_per_prompt_shares_nothing(calls):
     assert rows.input_ids.numel() == sum(map(len, READ))
 
 
-@pytest.mark.parametrize("family", ["bert", "xlnet", "bloom"])  # the first two read what follows
+@pytest.mark.parametrize("family", ["bert", "xlnet", "bloom", "bart"])  # the first two read what follows
 def test_model_that_packed_rows_are_not_exact_for_says_so(caplog, calls, family):
     scorer = scorer_of(family, packs=False, **({"attn_type": "bi"} if family == "xlnet" else {}))
     scorer.try_padding()

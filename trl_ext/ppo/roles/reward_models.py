@@ -148,7 +148,10 @@ class TokenScorer:
         if not embeds or is_partitioned(self.model) or self.ask is not None:
             return
         model = extract_model_from_parallel(self.model)  # DeepSpeed's engine has another `config`
+        end = self.config.eos_token_id  # where BART's classifier reads its score
         sequences = [row[0].tolist() for row in probe_rows(model)]
+        if isinstance(end, int) and end < self.config.vocab_size:
+            sequences = [[*ids[:-1], end] for ids in sequences]
 
         def one_by_one() -> Tensor:
             return torch.cat([self._score([ids]) for ids in sequences])
