@@ -53,9 +53,12 @@ def logged(*trainers):
 def test_keys_of_ppo_are_those_of_the_page(tmp_path):
     held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    imitating = {"positive_nll_coef": 0.1, "positive_min_score": 0.0}
     keys = logged(
         ppo_run(tmp_path, held_out, target_kl=1.0, num_sample_generations=0, **evaluation),
-        ppo_run(tmp_path, held_out, num_generations=2, num_generations_eval=2, critic_gate=True, **evaluation),
+        ppo_run(
+            tmp_path, held_out, num_generations=2, num_generations_eval=2, critic_gate=True, **imitating, **evaluation
+        ),
         ppo_run(tmp_path, {"model": tiny.tiny_mixture()}, max_steps=1, response_length=60),  # some responses end
     )
     # A held-out metric has the name of its training twin, unless it has a row of its own.

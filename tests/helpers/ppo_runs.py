@@ -89,6 +89,7 @@ def sum_of_terms(line: dict[str, float]) -> float:
         - line["coef/entropy"] * line["terms/entropy"]
         + line["coef/old_kl"] * line["terms/old_kl"]
         + line.get("coef/aux", 0.0) * line.get("terms/aux_loss", 0.0)
+        + line.get("coef/positive_nll", 0.0) * line.get("terms/positive_nll", 0.0)
     )
 
 

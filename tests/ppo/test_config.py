@@ -386,6 +386,8 @@ def test_value_out_of_its_options_range_is_refused(value, name):
         ),
         ({"lam_alpha": 1.0, "advantage_estimator": "reinforce"}, "is read by `advantage_estimator='gae'` only"),
         ({"critic_gate": True, "advantage_estimator": "reinforce"}, "`critic_gate` switches the critic's part"),
+        ({"positive_nll_coef": 0.1}, "`positive_nll_coef=0.1` with `positive_min_score=None`.* set both, or neither"),
+        ({"positive_min_score": 1.0}, "`positive_nll_coef=0.0` with `positive_min_score=1.0`"),
         ({"dual_clip": 1.2}, "`dual_clip` is 1.2; it must be above 1.2"),
         ({"delta": 1.4, "cliprange_high": 0.5}, "`dual_clip` is 1.4; it must be above 1.5"),
         ({"stop_token": "period"}, "`stop_token` is 'period'"),

@@ -166,6 +166,8 @@ MISTAKES = [
     ("ppo.terms:PPOCoefficients.of", with_kl_for_value, "total_adds", {}),
     ("ppo.terms:ppo_terms", given(aux_weight=to(1.0)), "micro_batches_add_up", CUT),
     ("ppo.terms:ppo_terms", over_its_own_tokens, "micro_batches_add_up", CUT),
+    ("ppo.terms:ppo_terms", given(num_positive=to(1.0)), "positive_nll_is", {}),
+    ("ppo.terms:ppo_terms", given(positive=torch.logical_not), "positive_nll_is", {}),
     ("ppo.terms:ppo_terms", given(importance_sampling_ratio=to(None)), "importance_sampling", {"columns": 7}),
     ("ppo.terms:ppo_terms", with_a_graph, "only_the_total", {}),
     ("ppo.terms:masked_sum", instead(lambda values, mask: values.sum()), "terms_equal", {}),

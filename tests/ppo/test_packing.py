@@ -294,7 +294,7 @@ def drawn(num_generations=1, **options):
     rollout = Rollout.from_ids(ids, ids >= 0, torch.zeros(24, 9, dtype=torch.long), attended)
     packs = options.pop("packs", True)
     sizes = {"num_mini_batches": 2, "per_device_train_batch_size": 6, "micro_batch_tokens": None}
-    sizes |= {"num_generations": num_generations, "shares_prompts": num_generations > 1}
+    sizes |= {"num_generations": num_generations, "shares_prompts": num_generations > 1, "positive_min_score": None}
     args = SimpleNamespace(**(sizes | options))
     torch.manual_seed(0)
     steps = draw_micro_batches(rollout, args, identity, torch.max, 1, packs)

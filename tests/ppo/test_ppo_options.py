@@ -51,6 +51,8 @@ CASES = {
     "ent_coef": ({}, 0.5, None),
     "old_kl_coef": ({}, 1.0, None),
     "old_kl_target": ({"old_kl_coef": 1.0}, 1e-6, None),
+    "positive_nll_coef": ({"positive_nll_coef": 0.1, "positive_min_score": 0.0}, 1.0, None),
+    "positive_min_score": ({"positive_nll_coef": 1.0, "positive_min_score": -9.0}, 0.5, None),
     "target_kl": ({"num_ppo_epochs": 3}, 1e-6, None),
     "gamma": ({}, 0.5, None),
     "lam": ({}, 0.1, None),

@@ -61,6 +61,7 @@ def recipe_of(choose, options):
     """Options that later papers add to those."""
     lams = [{}, {"lam": 0.95, "lam_alpha": 0.7}, {"critic_lam": 1.0}]
     clipping = choose([{}, {"cliprange_high": 0.4}, {"dual_clip": 1.5}])
+    clipping |= choose([{}, {"positive_nll_coef": 0.3, "positive_min_score": 0.0}])
     return options | clipping | (choose(lams) if options["advantage_estimator"] == "gae" else {})
 
 
@@ -264,10 +265,10 @@ def estimate(args, rewards, values):
     return advantage, [a + v for a, v in zip(advantage, values, strict=True)]
 
 
-def loss_of(oracle, sequences, made):
+def loss_of(oracle, sequences, made, scores):
     """Of the sequences of one step, over the number of their tokens; `None` without one."""
-    args, total, count = oracle.args, 0.0, 0
-    for (prompt, response, places), each in zip(sequences, made, strict=True):
+    args, total, count, imitated = oracle.args, 0.0, 0, []
+    for (prompt, response, places), each, score in zip(sequences, made, scores, strict=True):
         if each is None:
             continue
         old_logps, old_values, advantages, returns = each
@@ -295,7 +296,10 @@ def loss_of(oracle, sequences, made):
                 leash = drift(chosen(reference, response)[places], logps, args.kl_estimator).sum()
             total = total + args.kl_coef * leash
         count += len(places)
-    return total / count if count else None
+        if args.positive_nll_coef and score >= args.positive_min_score:
+            imitated.append(-logps)
+    imitated = torch.cat(imitated) if imitated else torch.zeros(0)
+    return total / count + args.positive_nll_coef * imitated.sum() / max(len(imitated), 1) if count else None
 
 
 def run(folder, seed, bf16=False, weights_in=torch.float32, fixed=None):
@@ -366,7 +370,9 @@ def difference_of(made, wrong=None):
     made, worst, learned = experience(oracle, sequences, scores), 0.0, 0
     for rows, at_step, gradients in steps.taken:
         oracle.load(at_step)
-        loss = loss_of(oracle, [sequences[row] for row in rows], [made[row] for row in rows])
+        loss = loss_of(
+            oracle, [sequences[row] for row in rows], [made[row] for row in rows], [scores[row] for row in rows]
+        )
         if loss is None:
             assert all(gradient is None for gradient in gradients.values())
             continue

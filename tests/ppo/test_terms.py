@@ -13,7 +13,8 @@ from trl_ext.ppo.terms import TERMS, PPOCoefficients, PPOTerms, ppo_terms, total
 
 CLIPRANGE, CLIPRANGE_VALUE = 0.2, 0.3
 
-COEF = PPOCoefficients(kl=0.05, vf=0.7, entropy=0.01, old_kl=0.3, aux=0.02)
+COEF = PPOCoefficients(kl=0.05, vf=0.7, entropy=0.01, old_kl=0.3, aux=0.02, positive_nll=0.4)
+POSITIVE = torch.tensor([True, False, True, True, False, True])
 
 LEAVES = ("logps", "values", "entropy")
 
@@ -26,6 +27,7 @@ def terms_of(b, rows=slice(None), num_tokens=None, coef=COEF, **changes):
     arguments = {name: getattr(b, name)[rows] for name in names}
     arguments["kl"] = kl.estimate_kl("k2", b.logps[rows], b.ref_logps[rows], b.mask[rows])
     settings = {"coef": coef, "cliprange": CLIPRANGE, "cliprange_value": CLIPRANGE_VALUE}
+    settings |= {"positive": POSITIVE[rows], "num_positive": int(b.mask[POSITIVE].sum())}
     return ppo_terms(num_tokens=num_tokens or int(b.mask.sum()), **(arguments | settings | changes))
 
 
@@ -55,6 +57,13 @@ def test_terms_equal_the_sums_token_by_token():
     assert 0 < terms.value_clip_fraction < 1
 
 
+def test_positive_nll_is_a_mean_over_the_tokens_of_good_responses():
+    b = oracles.batch()
+    nlls = oracles.counted(-b.logps[POSITIVE], b.mask[POSITIVE])
+    assert terms_of(b).positive_nll.item() == pytest.approx(sum(nlls) / len(nlls))
+    assert terms_of(b, positive=torch.zeros_like(POSITIVE), num_positive=0).positive_nll == 0
+
+
 def test_total_adds_the_terms_with_their_signs():
     terms = terms_of(oracles.batch(), aux_loss=torch.tensor(1.7), aux_weight=0.25)
     total = (
@@ -64,6 +73,7 @@ def test_total_adds_the_terms_with_their_signs():
         - 0.01 * terms.entropy
         + 0.3 * terms.old_kl
         + 0.02 * terms.aux_loss
+        + 0.4 * terms.positive_nll
     )
     torch.testing.assert_close(terms.total, total, **oracles.FLOAT64)
     assert terms.aux_loss.item() == pytest.approx(1.7 / 4)
@@ -103,9 +113,9 @@ def test_only_the_total_keeps_its_graph():
 
 def test_terms_left_out_are_none_and_leave_the_rest_as_it_is():
     b = oracles.batch()
-    without, zero = terms_of(b, kl=None), terms_of(b, kl=torch.zeros_like(b.logps), aux_loss=torch.tensor(0.0))
-    assert without.kl is None
-    assert without.aux_loss is None
+    nothing = {"kl": torch.zeros_like(b.logps), "aux_loss": torch.tensor(0.0), "positive": torch.zeros_like(POSITIVE)}
+    without, zero = terms_of(b, kl=None, positive=None), terms_of(b, **nothing)
+    assert without.kl is without.aux_loss is without.positive_nll is None
     torch.testing.assert_close(without.total, zero.total, **oracles.FLOAT64)
 
 

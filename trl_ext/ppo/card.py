@@ -24,6 +24,7 @@ OPTIONS = (
     *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
     *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
     *("cliprange", "cliprange_high", "dual_clip", "cliprange_value", "vf_coef", "ent_coef"),
+    *("positive_nll_coef", "positive_min_score"),
     *("gamma", "lam", "lam_alpha", "critic_lam", "critic_gate", "advantage_estimator", "whiten_advantages"),
 )
 CRITICS = {
@@ -98,7 +99,9 @@ def _coefficient(term: Term, args: PPOConfigX, line: dict[str, Any]) -> float | 
     if not term.coefficient:
         return term.sign
     coefficient = line.get(f"coef/{term.coefficient}", getattr(args, term.option, None))
-    return None if coefficient is None else term.sign * coefficient
+    if coefficient is None or (term.optional and coefficient == 0):
+        return None
+    return term.sign * coefficient
 
 
 def _row(term: Term, detail: str, coefficient: float, line: dict[str, Any]) -> str:

@@ -100,6 +100,11 @@ def check_options(args: Any) -> None:
     check_kl(args)
     check_frozen_models(args)
     check_advantages(args)
+    if (args.positive_nll_coef > 0) != (args.positive_min_score is not None):
+        raise ValueError(
+            f"`positive_nll_coef={args.positive_nll_coef}` with `positive_min_score={args.positive_min_score}`: the "
+            "term imitates responses that reach a score, so set both, or neither."
+        )
     high = args.cliprange if args.cliprange_high is None else args.cliprange_high
     above = args.dual_clip is None or args.dual_clip > 1 + high
     require(args, "dual_clip", above, f"above {1 + high:g}, where the ratio is clipped already, or unset")

@@ -89,7 +89,7 @@ class LossLedger:
                 values = [step[term.name] for step in steps]
                 line[f"terms/{term.name}"] = _mean(values)
                 line[f"coef/{term.coefficient}"] = _weighted_coefficient(weights, values)
-            elif term.coefficient != "aux":
+            elif not term.optional:
                 line[f"coef/{term.coefficient}"] = _mean(weights)
         # In double precision from the terms, so that the line holds for a loss of any size.
         line["loss"] = -line["terms/clip_objective"] + sum(

@@ -38,14 +38,18 @@ def draw_micro_batches(
         groups = groups.view_as(lengths).gather(1, lengths.argsort(dim=1, stable=True)).flatten()
     rows = groups.unsqueeze(1) * n + torch.arange(n, device=device)
     mini_batches = rows.view(args.num_mini_batches, -1)
-    num_tokens = all_reduce(rollout.mask.sum(dim=1)[mini_batches].sum(dim=1).float()).tolist()
+    tokens = rollout.mask.sum(dim=1)
+    positive = torch.zeros_like(tokens)
+    if args.positive_min_score is not None:
+        positive = tokens * rollout.at_least(args.positive_min_score)
+    counts = torch.stack([each[mini_batches].sum(dim=1).float() for each in (tokens, positive)])
     steps = []
-    for mini_batch, of_all_ranks in zip(mini_batches, num_tokens, strict=True):
+    for mini_batch, (num_tokens, num_positive) in zip(mini_batches, all_reduce(counts).T.tolist(), strict=True):
         sizes = (args.per_device_train_batch_size, args.micro_batch_tokens)
         parts, spare = cut(rollout, mini_batch, *sizes, packs, args.shares_prompts, all_max)
         whole = len(mini_batch) * num_processes
-        drawn = [MicroBatch(rollout, part, of_all_ranks, len(part) / whole) for part in parts]
-        drawn += [MicroBatch(rollout, part, of_all_ranks, share=0.0) for part in spare]
+        drawn = [MicroBatch(rollout, part, num_tokens, len(part) / whole, num_positive) for part in parts]
+        drawn += [MicroBatch(rollout, part, num_tokens, share=0.0, num_positive=num_positive) for part in spare]
         steps += [[each] for each in drawn] if args.micro_batch_tokens is None else [drawn]
     return steps
 
@@ -117,4 +121,6 @@ def micro_batch_terms(
         importance_sampling_ratio=rollout.importance_sampling_ratio,
         aux_loss=output.aux_loss if coef.aux else None,
         aux_weight=inputs.share,
+        positive=rollout.at_least(args.positive_min_score) if args.positive_min_score is not None else None,
+        num_positive=inputs.num_positive,
     )

@@ -273,6 +273,16 @@ class LossOptions:
         default=None,
         metadata={"help": "Target d of Schulman's controller of `old_kl_coef`, in nats per token. Unset: fixed."},
     )
+    positive_nll_coef: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.0,
+        metadata={
+            "help": f"Coefficient of {WEIGHED_BY['positive_nll_coef']}: those that reach `positive_min_score` are "
+            "imitated (VAPO, arXiv:2504.05118: 0.1). 0: off."
+        },
+    )
+    positive_min_score: float | None = field(
+        default=None, metadata={"help": "Lowest score of a response that `positive_nll_coef` imitates."}
+    )
     target_kl: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
         metadata={

@@ -116,6 +116,10 @@ class Rollout:
         """Return the tokens of each prompt and of each response, (B,) each."""
         return self.prompt_mask.sum(1), self.attended.sum(1)
 
+    def at_least(self, score: float) -> Tensor:
+        """Return which responses were scored at least so high, (B,) bool."""
+        return self.scored & (self.scores >= score)
+
     def groups(self) -> list[list[int]]:
         """Return the rows by their prompts: neighbours with the same one are a group."""
         same = (self.prompt_ids[1:] == self.prompt_ids[:-1]) & (self.prompt_mask[1:] == self.prompt_mask[:-1])
@@ -155,12 +159,14 @@ class MicroBatch:
         num_tokens: tokens that count in the whole optimizer batch: all its micro-batches, all ranks.
         share: this micro-batch's share of the optimizer batch's sequences over all ranks, for a term that is a mean
             over micro-batches. 0: nothing counts; the pass is there because another rank has one more.
+        num_positive: tokens that count of the responses with `positive_min_score`, in the whole optimizer batch.
     """
 
     rollout: Rollout
     rows: Tensor
     num_tokens: float
     share: float
+    num_positive: float = 0.0
 
     def sequences(self) -> Rollout:
         """Return the sequences to learn from."""

@@ -70,7 +70,7 @@ class RunState:
         return {name: getattr(self, name).state_dict() for name in _PARTS} | {
             "rollout": None if learned_from is None else learned_from.tensors(),
             "micro_batches": [
-                [(each.rows, each.num_tokens, each.share) for each in step]
+                [(each.rows, each.num_tokens, each.share, each.num_positive) for each in step]
                 for step in (self.micro_batches if learned_from else ())
             ],
             "passes_over_data": passes_over_data,

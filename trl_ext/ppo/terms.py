@@ -35,6 +35,7 @@ class Term:
         coefficient: its field of `PPOCoefficients`, logged as `coef/<coefficient>`; empty for the one of weight 1.
         option: of `PPOConfigX`, or of the model's config, that sets the coefficient.
         maximised: whether it is subtracted from the total.
+        optional: whether only runs that use it log it and its coefficient.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Term:
     coefficient: str = ""
     option: str = ""
     maximised: bool = False
+    optional: bool = False
 
     @property
     def sign(self) -> int:
@@ -61,7 +63,22 @@ TERMS = (
     Term("value_loss", "½ (V − R)²", "squared unit of the score", "vf", "vf_coef"),
     Term("entropy", "−Σ p log p", "nats per token", "entropy", "ent_coef", maximised=True),
     Term("old_kl", "KL[π_old ‖ π_θ]", "nats per token", "old_kl", "old_kl_coef"),
-    Term("aux_loss", "load balance of the experts", "as the model scales it", "aux", "router_aux_loss_coef"),
+    Term(
+        "aux_loss",
+        "load balance of the experts",
+        "as the model scales it",
+        "aux",
+        "router_aux_loss_coef",
+        optional=True,
+    ),
+    Term(
+        "positive_nll",
+        "−log π_θ of good responses",
+        "nats per token",
+        "positive_nll",
+        "positive_nll_coef",
+        optional=True,
+    ),
 )
 WEIGHTED = tuple(term for term in TERMS if term.coefficient)
 # Option -> what it is the coefficient of, for help texts.
@@ -81,7 +98,7 @@ class PPOCoefficients:
     """The weights of the terms, none of them negative; the clipped objective has weight 1.
 
     `kl` is α and `vf` β in S0 (c1 in S1), `entropy` c2 and `old_kl` the β of S1 §4.2.3; `aux` weighs the model's own
-    auxiliary loss, such as load balancing of experts.
+    auxiliary loss, such as load balancing of experts, and `positive_nll` is VAPO's μ.
     """
 
     kl: float = 0.0
@@ -89,6 +106,7 @@ class PPOCoefficients:
     entropy: float = 0.0
     old_kl: float = 0.0
     aux: float = 0.0
+    positive_nll: float = 0.0
 
     def of(self, term: Term) -> float:
         """Return a term's factor in the total, negative if it is maximised."""
@@ -101,12 +119,13 @@ class PPOTerms:
 
     total = −clip_objective + coef.kl·kl + coef.vf·value_loss − coef.entropy·entropy
             + coef.old_kl·old_kl + coef.aux·aux_loss
+            + coef.positive_nll·positive_nll
 
     All are scalars. `total` keeps its graph, the others are detached. Each is a sum over this micro-batch's tokens
     divided by `num_tokens` of the whole optimizer batch, so that adding over micro-batches and ranks gives the mean
-    per token. Two differ: `ratio_max` is a maximum, to be combined by a maximum (−inf without tokens); `aux_loss` is
-    already multiplied by its weight, and adds up to its mean. `kl` and `old_kl` are in nats per token, fractions are
-    of tokens.
+    per token. Three differ: `ratio_max` is a maximum, to be combined by a maximum (−inf without tokens); `aux_loss` is
+    already multiplied by its weight, and adds up to its mean; `positive_nll` is divided by `num_positive`. `kl` and
+    `old_kl` are in nats per token, fractions are of tokens.
     """
 
     total: Tensor
@@ -116,6 +135,7 @@ class PPOTerms:
     entropy: Tensor
     old_kl: Tensor
     aux_loss: Tensor | None
+    positive_nll: Tensor | None
     ratio_mean: Tensor
     ratio_max: Tensor
     clip_fraction: Tensor
@@ -142,6 +162,8 @@ def ppo_terms(
     importance_sampling_ratio: Tensor | None = None,
     aux_loss: Tensor | None = None,
     aux_weight: float | Tensor = 1.0,
+    positive: Tensor | None = None,
+    num_positive: float | Tensor = 0.0,
 ) -> PPOTerms:
     """Return the PPO loss of one micro-batch with its terms; see `PPOTerms` for the formula.
 
@@ -153,6 +175,8 @@ def ppo_terms(
     - `importance_sampling_ratio`: (B, T) or (B, 1), multiplies the clipped objective; corrects for an inference engine
       whose probabilities differ from the trainer's, as in GRPO.
     - `aux_loss`: scalar. `aux_weight` is this micro-batch's share of the optimizer batch.
+    - `positive`: (B,) bool, the responses to imitate, with `num_positive` tokens that count in the whole optimizer
+      batch.
     """
     per_token = {"logps": logps, "old_logps": old_logps, "advantages": advantages, "entropy": entropy}
     per_token |= {"values": values, "old_values": old_values, "returns": returns}
@@ -183,7 +207,11 @@ def ppo_terms(
         "old_kl": mean(old_policy_kl(logps, old_logps)),
         "kl": None if kl is None else mean(kl),
         "aux_loss": None if aux_loss is None else aux_loss * aux_weight,
+        "positive_nll": None,
     }
+    if positive is not None:
+        of_positive = torch.as_tensor(num_positive, device=mask.device).clamp(min=1)
+        means["positive_nll"] = masked_sum(-logps, mask & positive.unsqueeze(1)) / of_positive
     ratio = ratio.detach()
     detached: dict[str, Any] = {name: None if term is None else term.detach() for name, term in means.items()}
     return PPOTerms(
