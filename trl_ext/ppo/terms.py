@@ -64,16 +64,11 @@ TERMS = (
     Term("entropy", "−Σ p log p", "nats per token", "entropy", "ent_coef", maximised=True),
     Term("old_kl", "KL[π_old ‖ π_θ]", "nats per token", "old_kl", "old_kl_coef"),
     Term(
-        "aux_loss",
-        "load balance of the experts",
-        "as the model scales it",
-        "aux",
-        "router_aux_loss_coef",
-        optional=True,
+        "aux_loss", "load balance of the experts", "as the model has it", "aux", "router_aux_loss_coef", optional=True
     ),
     Term(
         "positive_nll",
-        "−log π_θ of good responses",
+        "−log π of good responses",
         "nats per token",
         "positive_nll",
         "positive_nll_coef",
