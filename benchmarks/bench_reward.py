@@ -19,7 +19,7 @@ import resource
 import statistics
 import sys
 import tempfile
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext import RewardConfigX, RewardTrainerX
 from trl_ext.data import demo
-from trl_ext.packing.segments import pack, pairs_of
+from trl_ext.packing.segments import pack
 
 
 # Row of the table -> how the sequences of a batch are laid out; all but the last by this script, to take it apart.
@@ -69,11 +69,15 @@ def model_and_pairs(shape: str, steps: int, dtype: torch.dtype) -> tuple[Any, An
     return model, words, Dataset.from_dict(ids)
 
 
-def lay_out(scores: Any, layout: str, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Return the rows of a batch with one of the two savings."""
-    if layout == "packing":
-        return scores.packing.lay_out(ids, mask, [[i] for i in range(len(ids))])
-    return pack(ids, mask, pairs_of(len(ids)), row_size=0)
+def with_one_saving(layout: str, with_both: Callable) -> Callable:
+    """Return what lays out the rows of a batch with one of the two savings that `with_both` has."""
+
+    def lay_out(ids: torch.Tensor, mask: torch.Tensor, groups: Any) -> Any:
+        if layout == "packing":
+            return with_both(ids, mask, [[i] for i in range(len(ids))])
+        return pack(ids, mask, groups, row_size=0)
+
+    return lay_out
 
 
 def train(job: dict[str, Any]) -> None:
@@ -95,7 +99,8 @@ def train(job: dict[str, Any]) -> None:
     )
     trainer = trainer_class(model, args, train_dataset=rows, processing_class=words, callbacks=[clock])
     if job["trainer"] in ("sharing", "packing"):
-        trainer._scores._lay_out = partial(lay_out, trainer._scores, job["trainer"])
+        packing = trainer._scores.packing
+        packing.lay_out = with_one_saving(job["trainer"], packing.lay_out)
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, given, states: tokens.append(given[0].numel()))
     trainer.train()

@@ -36,7 +36,7 @@ def test_benchmark_runs_each_row_in_turns(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench_reward.py", "--shape", "tiny", "--runs", "1", "--steps", "2"])
     bench.main()
     assert list(results) == [*bench.LAYOUTS]
-    for trls, sharing, packing, both in zip(*results.values(), strict=True):
-        assert both <= min(sharing, packing)
-        assert max(sharing, packing) < trls
+    trls, sharing, packing, both = map(sum, results.values())
+    assert both < min(sharing, packing)
+    assert max(sharing, packing) < trls
     assert capsys.readouterr().out.splitlines()[-1].startswith("| `RewardTrainerX` |")

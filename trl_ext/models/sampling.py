@@ -158,9 +158,7 @@ def why_not_from_cache(trunk: Any) -> str | None:
     """
     rows = probe_rows(trunk)
     width = 2 * max(row.size(1) for row in rows)  # so that they are read in parts
-    ids = torch.cat([pad(row, (width - row.size(1), 0), value=row[0, 0].item()) for row in rows]).repeat_interleave(
-        2, 0
-    )
+    ids = torch.cat([pad(row, (width - row.size(1), 0)) for row in rows]).repeat_interleave(2, 0)
     mask = torch.cat([pad(torch.ones_like(row), (width - row.size(1), 0)) for row in rows]).repeat_interleave(2, 0)
 
     def plain() -> Tensor:

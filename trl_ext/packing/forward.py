@@ -187,9 +187,10 @@ class PackedForward:
         return None if self.on else "; with a mask over the row, ".join(said)
 
     def _may_go_piecewise(self) -> bool:
-        """Return whether pieces are worth a trial; without one, whether transformers knows the model's attention."""
+        """Return whether pieces are worth a trial; where none is possible, whether the attention is transformers'."""
         asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
-        return asks_sdpa or not is_partitioned(self.model) or self.model._supports_flex_attn
+        is_known = self.model._supports_flex_attn or (asks_sdpa and self.model._supports_attention_backend)
+        return is_known or not is_partitioned(self.model)
 
     def _probe(self) -> str | None:
         """Say what differs for short pairs."""

@@ -327,9 +327,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             logger.warning("Rows are padded for the actor, not packed: %s.", reason)
         self._attached, forward = join_to_actor(self.model, roles, args, packs=args.packing and reason is None)
         self._ref_logits: LogitsHead = forward.head.logits
-        self._packings, self._trunk_of_samples = [forward.packing], None  # of all models that read the rollout
-        if not isinstance(self.critic, critic_module.ValueHead):
-            self._packings.append(self.critic.values.packing)
+        self._packings = [forward.packing, self.critic.packing]  # of all models that read the rollout
+        self._trunk_of_samples = None
         if can_be_asked(self.model, args):
             forward.head.settle()
             if self.aux_loss_enabled:
@@ -349,8 +348,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
         if roles.reference is not None:
-            self.ref_model, self._ref_logits, packing = place_reference(roles.reference, args, self.accelerator)
-            self._packings.append(packing)
+            self.ref_model, of_reference = place_reference(roles.reference, args, self.accelerator)
+            self._ref_logits = of_reference.head.logits
+            self._packings.append(of_reference.packing)
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
         for scorer in filter(None, scorers):
@@ -653,7 +653,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         """Return whether every model reads the sequences in rows without padding."""
         prompts, answers = rollout.lengths()
         longest = int((prompts + answers).max())
-        return all(packing.fits(longest) for packing in self._packings)
+        return all(packing.fits(longest) for packing in self._packings if packing is not None)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:

@@ -58,6 +58,7 @@ class ValueHead(nn.Module):
         return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
 
     needs_states = True  # of the actor's trunk, at the scored positions
+    packing = None  # it reads no rows
 
     def values_at(self, positions: Tensor, states: Tensor, groups: Groups, **inputs: Any) -> Tensor:
         return self(states)
@@ -99,6 +100,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.model = model
         self.values = StateValues(model, "the critic")
+        self.packing = self.values.packing
 
     needs_states = False  # of the actor's trunk, at the scored positions
 
@@ -148,6 +150,7 @@ class ValueAdapter(nn.Module):
         super().__init__()
         self.model = model
         self.values = StateValues(model.get_base_model(), "the critic")
+        self.packing = self.values.packing
 
     needs_states = False  # of the actor's trunk, at the scored positions
 

@@ -17,10 +17,9 @@ from ...models.quantization import is_fsdp
 from ...models.rounding import warn_of_rounding
 from ...models.sharding import declare_head, is_partitioned, is_stage3
 from ...models.trainable import RequireGradients, check_optimizer, check_trainable
-from ...packing.forward import PackedForward
 from ..config import PPOConfigX
 from .adapters import REWARD, stand_on
-from .forward import ActorCriticForward, LogitsHead
+from .forward import ActorCriticForward
 from .load import Roles
 from .reward_models import token_scorer
 
@@ -102,16 +101,13 @@ def check_learning(
 
 def place_reference(
     reference: Any, args: PPOConfigX, accelerator: Accelerator
-) -> tuple[nn.Module, LogitsHead, PackedForward]:
-    """
-    Freeze and place the reference; return it, with the actor's forward, the head that makes its logits, and how it
-    packs rows.
-    """
+) -> tuple[nn.Module, ActorCriticForward]:
+    """Freeze and place the reference; return it, and its forward, which is the actor's without a critic."""
     _trl.add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     forward = ActorCriticForward(reference, packs=args.packing, shares=args.shares_prompts)
     if can_be_asked(reference, args):
         forward.settle(accelerator.autocast)
-    return _trl.prepare_frozen(reference, accelerator), forward.head.logits, forward.packing
+    return _trl.prepare_frozen(reference, accelerator), forward
 
 
 def place_reward_models(
