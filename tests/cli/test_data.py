@@ -147,7 +147,7 @@ def test_rows_of_one_prompt_are_held_out_together(paths, tmp_path):
     ("name", "content", "said"),
     [
         ("nosuch.jsonl", None, r"There is no file .*nosuch\.jsonl\. The nearest is .*pairs\.jsonl"),
-        ("pairs.tsv", "a\tb\n", r"pairs\.tsv is of no kind that is known by its name; those are \.json, \.jsonl"),
+        ("pairs.tsv", "a\tb\n", r"pairs\.tsv has an unknown extension\. Known ones are \.json, \.jsonl"),
         ("empty.json", "", r"The file .*empty\.json is empty\."),
         ("empty.jsonl", " \n\n", r"The file .*empty\.jsonl is empty\."),
         ("empty.csv", "", r"The file .*empty\.csv is empty\."),
@@ -159,7 +159,7 @@ def test_rows_of_one_prompt_are_held_out_together(paths, tmp_path):
         ("text.jsonl", "what is this", r"text\.jsonl cannot be read: \w+: .+"),
         ("odd.csv", 'chosen,rejected\n"a,b\n', r"odd\.csv cannot be read: \w+: .+"),
         ("bad.parquet", "PAR1 and no more", r"bad\.parquet cannot be read: \w+: .+"),
-        ("one.jsonl", '{"chosen": "a", "rejected": "b"}\n', "There is one row, and it takes two at least"),
+        ("one.jsonl", '{"chosen": "a", "rejected": "b"}\n', "There is only one row"),
     ],
 )
 def test_data_that_cannot_be_are_refused_in_one_sentence(name, content, said, paths, tmp_path):

@@ -131,7 +131,7 @@ def test_pair_that_is_too_long_is_named_in_a_dry_run(paths, tmp_path, capsys):
 
 def test_dry_run_without_a_gpu_plans_for_this_machine(paths, tmp_path, capsys):
     assert "GiB on the process" in dry("dpo", paths, capsys, output_dir=tmp_path)
-    with pytest.raises(SystemExit, match="'gtx' is no GPU of the table"):
+    with pytest.raises(SystemExit, match="does not know the GPU 'gtx'"):
         dry("dpo", paths, capsys, output_dir=tmp_path, gpu="gtx")
 
 

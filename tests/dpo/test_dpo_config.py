@@ -21,8 +21,8 @@ def test_loss_types_divergences_and_truncations_are_trls():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loss_type": "sigmoyd"}, r"`loss_type` has \['sigmoyd'\], which there is not; it may have sigmoid, "),
-        ({"loss_type": ["sigmoid", "rpo"]}, r"`loss_type` has \['rpo'\]"),
+        ({"loss_type": "sigmoyd"}, r"`loss_type` has unknown values \['sigmoyd'\]\. Choose from sigmoid, "),
+        ({"loss_type": ["sigmoid", "rpo"]}, r"`loss_type` has unknown values \['rpo'\]"),
         ({"f_divergence_type": "kl"}, "`f_divergence_type` is 'kl'; it must be one of"),
         ({"truncation_mode": "middle"}, "`truncation_mode` is 'middle'; it must be one of"),
         ({"beta": 0.0}, r"`beta` is 0.0; .* needs a β > 0"),

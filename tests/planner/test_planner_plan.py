@@ -274,7 +274,7 @@ def test_parts_that_do_not_go_together_are_errors(options, message):
 def test_hardware_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="must be above 0"):
         Hardware(gpus=0)
-    with pytest.raises(ValueError, match="is no GPU of the table"):
+    with pytest.raises(ValueError, match="does not know the GPU"):
         planner.hardware("abacus")
 
 

@@ -79,6 +79,12 @@ def test_defaults_are_those_of_the_configs(tmp_path):
         ({"gradient_checkpointing": False}, {"gradient_checkpointing": False}),
         ({"response_length": 99}, {"response": 99}),
         ({"max_completion_length": 98}, {"response": 98}),
+        (
+            {"micro_batch_tokens": 3000, "response_length": 88, "gradient_accumulation_steps": 2},
+            {"micro_batch": 5, "accumulation": 4},
+        ),
+        ({"micro_batch_tokens": 10**6}, {"micro_batch": 8, "accumulation": 1}),
+        ({"score_batch_tokens": 6000, "response_length": 88}, {"score_batch": 10}),
         ({"offload_frozen_models": True}, {"offload_frozen": True}),
         (
             {"reward_model_quantization": "8bit", "ref_model_quantization": "4bit"},

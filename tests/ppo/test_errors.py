@@ -120,6 +120,14 @@ def test_sequence_of_a_stream_beyond_a_budget_stops_the_run(tmp_path):
         trainer.train()
 
 
+def test_held_out_sequence_of_a_stream_beyond_a_budget_stops_the_evaluation(tmp_path):
+    stream = {"eval_dataset": prompts(prompt=["cat", "cat cat cat"]).to_iterable_dataset()}
+    stream["train_dataset"] = prompts(prompt=["cat"] * 8)
+    trainer = ppo_trainer(tmp_path, stream, score_batch_tokens=8, per_device_eval_batch_size=2)
+    with pytest.raises(ValueError, match=r"`score_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("case", BEFORE_LOADING)
 def test_error_comes_before_any_weights_are_loaded(tmp_path, paths, case):
     """The folders hold no weights: loading them would fail with another error."""

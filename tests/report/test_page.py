@@ -263,7 +263,7 @@ def test_run_that_is_not_heard_of_is_silent(tmp_path, age, every, is_silent, und
     assert (run.is_silent, run.is_finished) == (is_silent, False)
     page = write_report([tmp_path], refresh=30).read_text(encoding="utf-8")
     assert ("http-equiv" in page) is not is_silent
-    assert (f"has not been heard of for {age / 60:.0f} minutes" in text_of(page)) is is_silent
+    assert (f"has not logged for {age / 60:.0f} minutes" in text_of(page)) is is_silent
     assert time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(heard)) in text_of(page)
 
 
@@ -360,7 +360,7 @@ def test_script_does_not_watch_a_run_that_was_killed(tmp_path, undrawn, monkeypa
     (folder / "run.json").write_text(json.dumps({"begun": 1990, "every": 120}))
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for a dead run"))
     report(folder, "--watch", 7)
-    assert re.search(r"step 2 of 3 \(has not been heard of for \d+ days\)", capsys.readouterr().out)
+    assert re.search(r"step 2 of 3 \(has not logged for \d+ days\)", capsys.readouterr().out)
 
 
 def test_script_says_what_is_wrong(tmp_path, capsys):

@@ -164,7 +164,7 @@ def _check_file(path: Path) -> None:
         meant = f" The nearest is {near[0]}." if near else ""
         raise ValueError(f"There is no file {path}.{meant}")
     if path.suffix.lower() not in DATA_FILES:
-        raise ValueError(f"{path} is of no kind that is known by its name; those are {', '.join(DATA_FILES)}.")
+        raise ValueError(f"{path} has an unknown extension. Known ones are {', '.join(DATA_FILES)}.")
     with path.open("rb") as file:
         if not file.read(4096).strip():
             raise ValueError(f"The file {path} is empty.")
@@ -183,7 +183,7 @@ def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
     """Divide a dataset with one split into rows to train on and rows to evaluate on."""
     if not isinstance(rows, IterableDataset):
         if len(rows) < 2:
-            raise ValueError("There is one row, and it takes two at least: one to train on and one to hold out.")
+            raise ValueError("There is only one row. At least two are needed: one to train on and one to hold out.")
         share = args.test_split_size or 0.1
         if not 0 < share < 1:
             raise ValueError(f"`test_split_size` is {share:g}; it is a share of the rows, above 0 and below 1.")

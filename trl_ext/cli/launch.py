@@ -61,7 +61,7 @@ def launches(given: Options) -> bool:
     asked = given.nproc is not None or given.accelerate_config is not None
     require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
-        raise ValueError("`--machine_rank` and its like are for several processes: give `--accelerate_config` too.")
+        raise ValueError("`--machine_rank` and the other options of several machines need `--accelerate_config`.")
     is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ  # by torchrun, accelerate
     return asked and not is_launched
 

@@ -56,7 +56,11 @@ NAMES_BEFORE = {
     "loss_type": "pref_loss dpo_loss",
     "label_smoothing": "dpo_label_smoothing",
     "loss_weights": "rpo_alpha pref_ftx",
-    "packing": "packing_samples prefix_sharing pack_pairs",
+    "packing": "packing_samples prefix_sharing pack_pairs remove_padding use_remove_padding",
+    "num_generations": "n_samples_per_prompt num_return_sequences n_samples",
+    "micro_batch_tokens": "ppo_max_token_len_per_gpu max_tokens_per_gpu",
+    "cliprange_high": "clip_ratio_high eps_clip_high",
+    "dual_clip": "clip_ratio_c eps_clip_c",
     "num_train_epochs": "max_epochs epochs num_epochs",
     "per_device_train_batch_size": "train_batch_size micro_train_batch_size per_device_batch_size rollout_batch_size "
     "train_micro_batch_size_per_gpu batch_size mini_batch_size",
@@ -122,9 +126,7 @@ _CURES = {
     "apply_chat_template input_template",
     "it has no meaning any more; leave it out": "label_pad_token_id padding_value is_encoder_decoder "
     "use_logits_to_keep force_use_ref_model",
-    "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache remove_padding "
-    "preprocessing_num_workers",
-    "a rollout has one answer to each prompt; raise the batch": "n_samples_per_prompt num_return_sequences",
+    "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache preprocessing_num_workers",
     "start several processes with `nproc` or `accelerate_config`": "actor_num_nodes actor_num_gpus_per_node num_gpus "
     "num_nodes",
     "a run writes into its output folder; give another one to keep what is there": "overwrite_output_dir",

@@ -70,7 +70,7 @@ class DPOConfigX(DPOConfig):
         check_ranges(self)
         unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
         if unknown:
-            raise ValueError(f"`loss_type` has {unknown}, which there is not; it may have {', '.join(LOSS_TYPES)}.")
+            raise ValueError(f"`loss_type` has unknown values {unknown}. Choose from {', '.join(LOSS_TYPES)}.")
         require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")

@@ -237,7 +237,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
                 self._pack(why_not_run(self.args, actor))
 
     def _pack(self, of_run: str | None) -> None:
-        """Pack rows where that is exact and nothing `of_run` speaks against it; say where and up to what not."""
+        """Pack rows where that is exact, unless `of_run` says why not; log which rows stay padded."""
         for role, forward in zip(("actor", "reference"), self._forwards, strict=False):
             with self.accelerator.autocast():  # as in training
                 reason = of_run or forward.pack(self.aux_loss_enabled and role == "actor")

@@ -38,7 +38,7 @@ def take_back(model: Any) -> None:
         for name in names & owner._modules.keys():
             delattr(owner, name)
         logger.warning(
-            "%s still held the %s of an earlier run, which is removed now: that run cannot go on.",
+            "%s still held the %s of an earlier run. It is removed now, so that run cannot be resumed with it.",
             type(owner).__name__,
             " and ".join(sorted(names)),
         )

@@ -192,7 +192,7 @@ def _causal(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The queries are of the last tokens that there are keys of; each sees the last `window` tokens up to its own."""
+    """Attend causally with the queries of the last tokens of the keys; each sees `window` tokens up to its own."""
     size, seen = query.size(2), key.size(2)
     is_plain = softcap is None and sinks is None
     if is_plain and (window is None or seen <= window):

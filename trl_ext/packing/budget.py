@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 
 
+def size_of_parts(largest: int, whole: int, group: int) -> int:
+    """Return the largest size, up to `largest`, of equal parts of `whole` sequences that keeps groups together."""
+    sizes = range(1, largest + 1)
+    return max(size for size in sizes if whole % size == 0 and (size % group == 0 or group % size == 0))
+
+
 def cut_by_tokens(
     prompts: Sequence[int], answers: Sequence[int], budget: int, packs: bool, groups: Sequence[Sequence[int]]
 ) -> list[list[int]]:

@@ -36,7 +36,7 @@ COUNTS_OTHERS = re.compile(
 
 def why_not_run(args: Any, model: nn.Module) -> str | None:
     """
-    Return what in a run speaks against shared rows, `None` if nothing does.
+    Return why a run cannot use packed rows; `None` if it can.
 
     Args:
         args: the options of the run.
@@ -59,7 +59,7 @@ def why_not_run(args: Any, model: nn.Module) -> str | None:
 
 
 def why_not_model(model: PreTrainedModel) -> str | None:
-    """Return what is known of a model that speaks against shared rows, `None` if nothing is."""
+    """Return why a model is known not to allow packed rows; `None` if nothing is known."""
     config, name = model.config.get_text_config(), type(model).__name__
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return f"{name} takes no `position_ids`"

@@ -38,7 +38,7 @@ class PackedForward:
     Args:
         model: a transformer that takes `position_ids`.
         plain, packed: what it answers to pairs in padded rows and over packed rows, for the trial.
-        shares: whether what the sequences of a group begin with stands in their row once.
+        shares: whether the common beginning of a group stands once in its row.
         gives: what `plain` and `packed` answer, for log lines.
 
     Attributes:

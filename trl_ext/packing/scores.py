@@ -26,7 +26,7 @@ class PackedScores:
 
     Args:
         classifier: the model without adapters and wrappers; its head has one output, its config a pad token.
-        shares: whether what the sequences of a group begin with stands in their row once.
+        shares: whether the common beginning of a group stands once in its row.
 
     Attributes:
         packing: whether rows are packed, and how the trunk reads them.

@@ -76,7 +76,9 @@ CPU = Hardware(memory=16 * GIB, flops=1e11, bandwidth=2e10, context=0, fragmenta
 def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
     """Return the hardware with GPUs of the table, overridden by `options`."""
     if gpu not in GPUS:
-        raise ValueError(f"{gpu!r} is no GPU of the table, which has {sorted(GPUS)}. Choose one, or give its numbers.")
+        raise ValueError(
+            f"The planner does not know the GPU {gpu!r}. Choose one of {sorted(GPUS)}, or give its numbers."
+        )
     return Hardware(**(GPUS[gpu] | options))  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
+from ..packing.budget import size_of_parts
 from ..runs.folder import is_local
 from .layout import CPU, GPUS, Hardware, Layout
 from .planning import ModelNames
@@ -107,9 +108,7 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     per_device = options.get("per_device_train_batch_size") or 8
     rollout = per_device * (options.get("gradient_accumulation_steps") or 1)
     mini_batch = max(rollout // (options.get("num_mini_batches") or 1), 1)
-    n = options.get("num_generations") or 1  # responses to a prompt stay together where that can be, as in the run
-    whole = [size for size in range(1, per_device + 1) if mini_batch % size == 0 and (size % n == 0 or n % size == 0)]
-    micro_batch = whole[-1]
+    micro_batch = size_of_parts(per_device, mini_batch, options.get("num_generations") or 1)
     prompt = prompt or DEFAULT_PROMPT
     response = options.get("max_completion_length") or options.get("response_length") or 53
     score_batch = options.get("local_rollout_forward_batch_size") or 64

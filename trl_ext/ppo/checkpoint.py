@@ -63,7 +63,7 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
     absent = _absent(folder, args)
     if absent:
         raise ValueError(
-            f"PPO cannot go on from {folder}: it has no {', '.join(absent)}. It was cut off, or was saved with "
+            f"PPO cannot resume from {folder}: it has no {', '.join(absent)}. It was cut off, or was saved with "
             f"`save_only_model`, or not by {args.world_size} processes of PPOTrainerX. Resume from another one, or "
             "start a new run from this one's actor (`model`) and `critic/` (`value_model`)."
         )

@@ -12,6 +12,7 @@ from trl import GRPOConfig
 
 from ..models.precision import computes_in_bf16
 from ..models.sharding import check_batch_fields, check_own_optimizer, check_passes_of_a_step
+from ..packing.budget import size_of_parts
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable, require_kernel
 from .config_checks import BEST_METRIC, check_options, check_sampling
@@ -218,8 +219,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             )
         if self.micro_batch_tokens is not None:
             return mini_batch
-        sizes = range(1, self.per_device_train_batch_size + 1)
-        return max(size for size in sizes if mini_batch % size == 0 and (size % n == 0 or n % size == 0))
+        return size_of_parts(self.per_device_train_batch_size, mini_batch, n)
 
 
 class PPOLoopConfig(PPOConfigX):

@@ -18,18 +18,24 @@ from .rollout import Rollout
 from .terms import PPOTerms
 
 
-def require_room(rollout: Rollout, args: PPOConfigX, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` for a sequence that is longer than a budget of tokens."""
+def require_room(
+    rollout: Rollout,
+    args: PPOConfigX,
+    tokenizer: PreTrainedTokenizerBase,
+    budgets: Iterable[str] = ("micro_batch_tokens", "score_batch_tokens"),
+) -> None:
+    """Raise `ValueError` for a sequence that is longer than one of the budgets of tokens."""
     prompts, answers = rollout.lengths()
     longest = int((prompts + answers).argmax())
     size = int(prompts[longest] + answers[longest])
-    for name in ("micro_batch_tokens", "score_batch_tokens"):
+    for name in budgets:
         budget = getattr(args, name)
         if budget is not None and size > budget:
             prompt = tokenizer.decode(rollout.prompt_ids[longest][rollout.prompt_mask[longest]])
             raise ValueError(
                 f"`{name}={budget}` has no room for a sequence of {size} tokens, a response of "
-                f"{int(answers[longest])} to {prompt!r:.200}. Set at least {size}, or leave longer prompts out."
+                f"{int(answers[longest])} to {prompt!r:.200}. Set at least {size} for this one, or leave longer "
+                "prompts out."
             )
 
 

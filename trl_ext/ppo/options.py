@@ -80,8 +80,8 @@ class BatchOptions:
     packing: bool = field(
         default=True,
         metadata={
-            "help": "Score and learn from sequences side by side in rows without padding, the responses to a prompt "
-            "behind it, where that gives the same numbers. Off: in padded rows."
+            "help": "Score and learn from sequences side by side in rows without padding, the prompt of several "
+            "responses once, where that gives the same numbers. Off: in padded rows."
         },
     )
     dataset_num_proc: int | None = field(

@@ -798,6 +798,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         before = {name: len(values) for name, values in metrics.items()}
         rollout = self._generate_and_score_completions(rows)
         if self.args.needs_reference:
+            require_room(rollout, self.args, self._tokenizer, ["score_batch_tokens"])
             self._score_with_models(rollout)
         said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
         self.run_state.held_out.add(rollout, rows, self._responses, said)

@@ -58,9 +58,9 @@ class Run:
 
     @property
     def state(self) -> str:
-        """Return "finished", "running", or for how long it has not been heard of."""
+        """Return "finished", "running", or for how long it has not logged."""
         if self.is_silent:
-            return f"has not been heard of for {_duration(time.time() - (self.heard or 0.0))}"
+            return f"has not logged for {_duration(time.time() - (self.heard or 0.0))}"
         return "finished" if self.is_finished else "running"
 
     @property

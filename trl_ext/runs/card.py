@@ -162,7 +162,7 @@ def _results(trainer: Any, metrics: Sequence[Metric]) -> str:
 
 
 def _held_out(log: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> list[str]:
-    """Return what stands before the metrics of each held-out set: "eval_", or "eval_<name>_" of several."""
+    """Return the prefix of each held-out set's metrics: "eval_", or "eval_<name>_" of several."""
     first = metrics[0].key
     keys = {key for line in log for key in line if key.startswith("eval_") and key.endswith(f"_{first}")}
     return sorted(key.removesuffix(first) for key in keys)
