@@ -27,13 +27,6 @@ OPTIONS = (
     *("positive_nll_coef", "positive_min_score"),
     *("gamma", "lam", "lam_alpha", "critic_lam", "critic_gate", "advantage_estimator", "whiten_advantages"),
 )
-CRITICS = {
-    "model": "from transformers import AutoModelForSequenceClassification\n\n"
-    'critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")',
-    "adapter": "from peft import AutoPeftModelForSequenceClassification\n\n"
-    'critic = AutoPeftModelForSequenceClassification.from_pretrained(f"{folder}/critic", num_labels=1)',
-    "head": 'from trl_ext import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")',
-}
 GAE = """\
 @inproceedings{schulman2016high,
     title     = {{High-Dimensional Continuous Control Using Generalized Advantage Estimation}},
@@ -61,12 +54,13 @@ def ppo_training(trainer: Any) -> Training:
         "prompts per rollout": args.num_prompts,
         "responses per prompt": args.num_generations,
     }
+    of_actor = loading_lines("AutoModelForCausalLM", is_peft_model(trainer.model))
     return Training(
         trainer="trl_ext.PPOTrainerX",
         facts=facts | {name: getattr(args, name) for name in OPTIONS},
         loss=loss_section(args, trainer.state.log_history),
         metrics=METRICS,
-        loading=f"{loading_lines('AutoModelForCausalLM', is_peft_model(trainer.model))}\n\n{CRITICS[args.critic]}",
+        loading="\n\n".join([of_actor, trainer.critic.loading_lines]),
         citations=citations(args, any(token_scorer(source) is not None for source in trainer.reward_funcs)),
     )
 

@@ -59,6 +59,7 @@ class ValueHead(nn.Module):
 
     needs_states = True  # of the actor's trunk, at the scored positions
     packing = None  # it reads no rows
+    loading_lines = 'from trl_ext import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")'
 
     def values_at(self, positions: Tensor, states: Tensor, groups: Groups, **inputs: Any) -> Tensor:
         return self(states)
@@ -103,6 +104,10 @@ class ValueModel(nn.Module):
         self.packing = self.values.packing
 
     needs_states = False  # of the actor's trunk, at the scored positions
+    loading_lines = (
+        "from transformers import AutoModelForSequenceClassification\n\n"
+        'critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")'
+    )
 
     def values_at(self, positions: Tensor, states: Tensor | None, groups: Groups, **inputs: Any) -> Tensor:
         return self.values.at(positions, groups, **inputs)
@@ -153,6 +158,10 @@ class ValueAdapter(nn.Module):
         self.packing = self.values.packing
 
     needs_states = False  # of the actor's trunk, at the scored positions
+    loading_lines = (
+        "from peft import AutoPeftModelForSequenceClassification\n\n"
+        'critic = AutoPeftModelForSequenceClassification.from_pretrained(f"{folder}/critic", num_labels=1)'
+    )
 
     def values_at(self, positions: Tensor, states: Tensor | None, groups: Groups, **inputs: Any) -> Tensor:
         return self.values.at(positions, groups, **inputs)
