@@ -12,9 +12,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
 )
 
 import four_roles
+import tiny
 from ppo_runs import log_lines, ppo_trainer
 from trl_ext.masked import identity
 from trl_ext.packing import attention, forward, segments
@@ -374,6 +376,31 @@ def test_packed_rows_give_the_same_on_a_4_bit_base(tmp_path, monkeypatch, critic
     assert all(len(rows.rows[0]) > 4 for rows in calls)
     assert packed[0].reward_funcs[0].packed is not None
     assert_same(packed, run(tmp_path / "padded", given=four_roles.models(paths), packing=False, **options))
+
+
+def in_nf4(folder, family):
+    model_of(family).save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return {"model": str(folder), "quantization_config": bits}
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of GPT-2
+@pytest.mark.parametrize("in_4_bits", [False, True], ids=["float32", "nf4"])
+@pytest.mark.parametrize("critic", ["model", "head", "adapter"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_every_family_with_groups_and_budgets_give_the_same(
+    tmp_path, monkeypatch, family, critic, in_4_bits
+):
+    calls = packed_calls(monkeypatch)
+    options = {"lora": True, "critic": critic, "num_generations": 3, "total_episodes": 6}
+    given = in_nf4(tmp_path / "base", family) if in_4_bits else {}
+    budgets = {"micro_batch_tokens": 90, "score_batch_tokens": 90}
+    packed = run(tmp_path / "packed", family, given=dict(given), **options, **budgets)
+    assert calls
+    padded = run(tmp_path / "padded", family, given=dict(given), packing=False, **options)
+    assert_same(packed, padded)
 
 
 @pytest.mark.parametrize("packing", [True, False])
