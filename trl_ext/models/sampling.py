@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .probe import in_mode, probe_rows, tolerance
 
@@ -18,6 +19,8 @@ from .probe import in_mode, probe_rows, tolerance
 WASTE = 0.25
 # Prompts are read in so many parts, each of about one length.
 PARTS = 4
+# What transformers calls a cache, since 5.24 and before.
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 
 
 @contextmanager
@@ -57,15 +60,15 @@ def sampling_what_counts(
             output = generate(
                 input_ids=ids,
                 attention_mask=pad(mask[rows], (0, ids.size(1) - prompts.size(1)), value=1),
-                past_key_values=cache,
                 generation_config=greedy,
                 logits_processor=[noise],
                 stopping_criteria=[_EnoughEnded(ends)],
+                **{CACHE: cache},
             )
             written = output.sequences.size(1)
             samples[rows, :written] = output.sequences
             goes_on = ~torch.isin(output.sequences[:, prompts.size(1) :], ends).any(1)
-            rows, ids, cache = rows[goes_on], output.sequences[goes_on], output.past_key_values
+            rows, ids, cache = rows[goes_on], output.sequences[goes_on], output[CACHE]
             cache.batch_select_indices(goes_on.nonzero().squeeze(1))
         return samples[:, :written]
 
@@ -101,7 +104,7 @@ def _of_prompts(trunk: Any, ids: Tensor, mask: Tensor) -> DynamicCache:
         of_part, attended = DynamicCache(config=config), mask[rows, -size:]
         positions = (attended.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": ids[rows, -size:], "attention_mask": attended, "position_ids": positions}
-        trunk(**inputs, past_key_values=of_part, use_cache=True)
+        trunk(**inputs, use_cache=True, **{CACHE: of_part})
         parts.append(of_part)
     if not in_parts:
         [cache] = parts
@@ -167,7 +170,7 @@ def why_not_from_cache(trunk: Any) -> str | None:
 
     with in_mode(trunk, training=False):
         try:
-            from_cache = {"past_key_values": _of_prompts(trunk, ids, mask), "use_cache": True}
+            from_cache = {CACHE: _of_prompts(trunk, ids, mask), "use_cache": True}
             inputs = {"input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
             states = trunk(**inputs, **from_cache).last_hidden_state[:, -1].float()
         except Exception as error:  # whatever it is, it is a reason
