@@ -57,7 +57,14 @@ def test_keys_of_ppo_are_those_of_the_page(tmp_path):
     keys = logged(
         ppo_run(tmp_path, held_out, target_kl=1.0, num_sample_generations=0, **evaluation),
         ppo_run(
-            tmp_path, held_out, num_generations=2, num_generations_eval=2, critic_gate=True, **imitating, **evaluation
+            tmp_path,
+            held_out,
+            num_generations=2,
+            num_generations_eval=2,
+            critic_gate=True,
+            critic_warmup_until=0.9,
+            **imitating,
+            **evaluation,
         ),
         ppo_run(tmp_path, {"model": tiny.tiny_mixture()}, max_steps=1, response_length=60),  # some responses end
     )

@@ -91,6 +91,11 @@ KINDS = {
     "mixture of experts": (lambda: {"model": tiny.tiny_mixture()}, {}),
     "critic of two dtypes": (lambda: {"value_model": bfloat16_trunk()}, {}),
     "rate and warm-up of the critic": (dict, {"critic_learning_rate": 1e-4, "critic_warmup_steps": 4}),
+    # Reached at the second rollout
+    "warm-up until the critic explains enough": (
+        lambda: {"value_model": tiny.tiny_reward_model(11)},
+        {"critic_warmup_until": 0.1},
+    ),
     "stream": (lambda: {"train_dataset": stream()}, {}),
 }
 

@@ -378,6 +378,9 @@ def test_value_out_of_its_options_range_is_refused(value, name):
         ({"gamma": 1.1}, "`gamma` is 1.1; it must be from 0 to 1"),
         ({"critic": "tail"}, "`critic` is 'tail'"),
         ({"critic_lam": 1.5}, "`critic_lam` is 1.5; it must be from 0 to 1, or unset"),
+        ({"critic_warmup_until": 0.0}, "`critic_warmup_until` is 0.0; it must be above 0 and at most 1, or unset"),
+        ({"critic_warmup_until": 1.1}, "`critic_warmup_until` is 1.1; it must be above 0 and at most 1, or unset"),
+        ({"critic_warmup_until": 0.5, "vf_coef": 0.0}, "waits for a critic that does not learn with `vf_coef=0`"),
         ({"lam_alpha": 0.0}, "`lam_alpha` is 0.0; it must be above 0, or unset"),
         ({"lam_alpha": 0.05, "lam": 0.9}, "`lam=0.9` and `lam_alpha=0.05` both set the λ"),
         (

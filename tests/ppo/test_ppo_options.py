@@ -64,6 +64,7 @@ CASES = {
     "critic": ({}, "head", None),
     "critic_learning_rate": ({}, 1e-4, None),
     "critic_warmup_steps": ({}, 1, None),
+    "critic_warmup_until": ({}, 1.0, None),
 }
 # Options that change no number of a run: the test that shows what they do.
 SEEN_ELSEWHERE = {

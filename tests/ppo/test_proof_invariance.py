@@ -5,6 +5,8 @@ lengths differ so much that a mean per micro-batch would be another loss.
 """
 
 import itertools
+import logging
+import math
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import layouts
 import ppo_runs
 from measurements import difference
 from trl_ext import PPOTrainerX
+from trl_ext.ppo import run_state
 from trl_ext.ppo import trainer as trainer_module
 
 
@@ -147,6 +150,44 @@ def test_warmup_leaves_the_actor_bitwise_for_exactly_its_steps(tmp_path, critic,
         assert keep.moved(step, of_critic=True)
     # The trunk is the actor's, with a value head on it too.
     assert "model.layers.0.mlp.up_proj.weight" in keep.moved(3, of_critic=False)
+
+
+# Explained variance that each of four rollouts of two steps measures
+EXPLAINED = (0.2, math.nan, 0.7, 0.1)
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    measured, estimate = iter(EXPLAINED), trainer_module.estimate_returns
+    monkeypatch.setattr(
+        trainer_module,
+        "estimate_returns",
+        lambda *given: (estimate(*given)[0], {"value/explained_variance_mc": next(measured)}),
+    )
+
+
+@pytest.mark.parametrize("steps, until, first", [(0, 0.5, 4), (0, 0.7, 4), (3, 0.5, 4), (5, 0.5, 5), (0, 0.1, 0)])
+def test_warmup_ends_when_the_critic_explains_enough_and_its_steps_are_over(tmp_path, explained, steps, until, first):
+    options = {"critic_warmup_steps": steps, "critic_warmup_until": until, "total_episodes": 16, "weight_decay": 0.1}
+    trainer, keep = kept_run(tmp_path, **options)
+    assert [bool(keep.moved(step, of_critic=False)) for step in range(8)] == [step >= first for step in range(8)]
+    assert all(keep.moved(step, of_critic=True) for step in range(8))
+    assert ppo_runs.logged(trainer, "value/warmup") == [float(step < first) for step in (0, 2, 4, 6)]
+
+
+def test_control_a_warmup_that_forgets_what_was_reached_goes_on(tmp_path, explained, monkeypatch):
+    def saw(self, explained):
+        self.reached = explained >= self.until
+
+    monkeypatch.setattr(run_state.CriticWarmup, "saw", saw)
+    _, keep = kept_run(tmp_path, critic_warmup_until=0.5, total_episodes=16)
+    assert [bool(keep.moved(step, of_critic=False)) for step in (4, 6)] == [True, False]
+
+
+def test_warmup_that_never_ends_is_said(tmp_path, explained, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trl_ext"), "propagate", True)
+    kept_run(tmp_path, critic_warmup_until=0.9, total_episodes=16)
+    assert "Only the critic has learned" in caplog.text
 
 
 def test_control_a_zero_gradient_in_the_warmup_moves_the_actor(tmp_path, monkeypatch):

@@ -46,7 +46,9 @@ def test_checkpoint_without_its_optimizer_is_refused(kind, tmp_path):
     longer = trainer_of(kind, tmp_path, 2)
     for name in ("scheduler.pt", "optimizer.pt"):
         (tmp_path / "checkpoint-1" / name).unlink()
-        with pytest.raises(ValueError, match=rf"(cannot resume from .*|The run saved in .*)checkpoint-1.* no .*{name}"):
+        with pytest.raises(
+            ValueError, match=rf"(cannot resume from .*|The run saved in .*)checkpoint-1.* no .*{name}"
+        ):
             longer.train(resume_from_checkpoint=True)
 
 

@@ -4,7 +4,7 @@ modules that an earlier run has left in a model, which would be trained and save
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -76,16 +76,20 @@ class RequireGradients(TrainerCallback):
 
     Args:
         others: trained parameters of other roles. A step in which they have no gradient either is skipped.
-        warmup: optimizer steps in which the role does not learn yet.
+        rests: whether the role does not learn in the present step.
 
     Attributes:
         has_begun: whether the role has had a gradient.
     """
 
     def __init__(
-        self, role: str, parameters: list[nn.Parameter], others: Iterable[nn.Parameter] = (), warmup: int = 0
+        self,
+        role: str,
+        parameters: list[nn.Parameter],
+        others: Iterable[nn.Parameter] = (),
+        rests: Callable[[], bool] = lambda: False,
     ):
-        self.role, self.parameters, self.others, self.warmup = role, parameters, list(others), warmup
+        self.role, self.parameters, self.others, self.rests = role, parameters, list(others), rests
         self.has_begun = False
 
     def check_graph(self, loss: torch.Tensor) -> None:
@@ -94,7 +98,7 @@ class RequireGradients(TrainerCallback):
             raise ValueError(self._unreached())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.has_begun or state.global_step < self.warmup:
+        if self.has_begun or self.rests():
             return
         is_partitioned = args.deepspeed_plugin is not None or is_fsdp(args.fsdp)  # these keep gradients elsewhere
         reached = is_partitioned or any(parameter.grad is not None for parameter in self.parameters)

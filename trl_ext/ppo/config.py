@@ -191,6 +191,11 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
+    def warms_up_critic(self) -> bool:
+        """Return whether the run begins with steps in which only the critic learns."""
+        return self.critic_warmup_steps > 0 or self.critic_warmup_until is not None
+
+    @property
     def needs_reference(self) -> bool:
         """Return whether the run reads KL(π_θ ‖ π_ref)."""
         return self.kl_coef != 0
@@ -241,7 +246,7 @@ class PPOLoopConfig(PPOConfigX):
         self.kl_estimator = written.kl_estimator or ("k2" if written.kl_placement == "loss" else "k1")
         self.beta = 0.0
         self.disable_dropout = True
-        if written.critic_warmup_steps:
+        if written.warms_up_critic:
             self.ddp_find_unused_parameters = True  # DDP would wait for the actor's gradients
 
     def to_dict(self) -> dict[str, Any]:

@@ -199,6 +199,11 @@ def check_advantages(args: Any) -> None:
             "`critic_gate` switches the critic's part of the advantages off and on, and "
             "`advantage_estimator='reinforce'` has none. Remove one of them."
         )
+    if args.critic_warmup_until is not None and args.vf_coef == 0:
+        raise ValueError(
+            f"`critic_warmup_until={args.critic_warmup_until}` waits for a critic that does not learn with "
+            "`vf_coef=0`. Remove one of them."
+        )
     if args.lam_alpha is not None and args.lam != default_of(type(args), "lam"):
         raise ValueError(
             f"`lam={args.lam}` and `lam_alpha={args.lam_alpha}` both set the λ of the advantages. Keep one of them."

@@ -17,6 +17,7 @@ from ..ranges import (
     NOT_NEGATIVE_OR_UNSET,
     POSITIVE,
     POSITIVE_OR_UNSET,
+    SHARE_OR_UNSET,
     one_of,
 )
 from .kl import IN_THE_LOSS, IN_THE_REWARD
@@ -354,6 +355,14 @@ class CriticOptions:
     )
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
         default=0, metadata={"help": "Number of optimizer steps at the start in which only the critic learns."}
+    )
+    critic_warmup_until: Annotated[float | None, SHARE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Only the critic learns until `value/explained_variance_mc` of a rollout reaches this, above 0 "
+            "and at most 1 (VC-PPO, arXiv:2503.01491); of this and `critic_warmup_steps` the later counts. Unset: "
+            "`critic_warmup_steps` alone."
+        },
     )
 
 

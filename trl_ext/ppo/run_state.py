@@ -40,6 +40,35 @@ class EarlyStop:
 
 
 @dataclass
+class CriticWarmup:
+    """
+    The steps at the start in which only the critic learns.
+
+    Args:
+        steps: so many optimizer steps at least.
+        until: explained variance against rewards-to-go that a rollout has to reach as well; None: `steps` alone.
+    """
+
+    steps: int
+    until: float | None
+    reached: bool = False
+
+    def saw(self, explained: float) -> None:
+        """Take note of a rollout's explained variance, the same number on every rank; NaN where it is undefined."""
+        self.reached |= self.until is not None and explained >= self.until
+
+    def holds(self, step: int) -> bool:
+        """Return whether only the critic learns in this optimizer step."""
+        return step < self.steps or (self.until is not None and not self.reached)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reached = state["reached"]
+
+
+@dataclass
 class RunState:
     """
     Everything that a run changes beside weights, optimizer and random numbers.
@@ -48,6 +77,7 @@ class RunState:
         coefficients: the weights of the loss terms, with the controllers that move them.
         held_out: the evaluations, with the first scores that later ones are compared with.
         early_stop: whether the rest of this rollout is skipped.
+        warmup: whether only the critic learns.
         reward_moments: of all scores so far, for `normalize_rewards`.
         ledger: the loss terms of the open logging window.
         rollout: the one that is being learned from.
@@ -58,6 +88,7 @@ class RunState:
     coefficients: Coefficients
     held_out: HeldOut
     early_stop: EarlyStop
+    warmup: CriticWarmup
     reward_moments: RunningMoments = field(default_factory=RunningMoments)
     ledger: LossLedger = field(default_factory=LossLedger)
     rollout: Rollout | None = None
@@ -86,4 +117,4 @@ class RunState:
         self.passes_over_data = state["passes_over_data"]
 
 
-_PARTS = ("coefficients", "held_out", "early_stop", "reward_moments", "ledger")
+_PARTS = ("coefficients", "held_out", "early_stop", "warmup", "reward_moments", "ledger")

@@ -90,7 +90,7 @@ from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
 from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
 from .rollout import MicroBatch, Rollout
-from .run_state import EarlyStop, RunState
+from .run_state import CriticWarmup, EarlyStop, RunState
 
 
 logger = logging.get_logger(__name__)
@@ -262,6 +262,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             Coefficients(self.args, aux=self.router_aux_loss_coef),
             HeldOut(self.args.num_generations_eval),
             EarlyStop(self.args.target_kl),
+            CriticWarmup(self.args.critic_warmup_steps, self.args.critic_warmup_until),
         )
         for mode in ("train", "eval"):  # an interrupted run may have left some
             self._metrics[mode].clear()
@@ -343,7 +344,14 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                 if reason is not None:
                     logger.info("Responses that have ended stay in the batch while the actor samples: %s.", reason)
         self.add_callback(
-            check_learning(self.model, self.critic, args, self.optimizer, has_master_weights=self.is_deepspeed_enabled)
+            check_learning(
+                self.model,
+                self.critic,
+                args,
+                self.optimizer,
+                has_master_weights=self.is_deepspeed_enabled,
+                warms_up=lambda: self._warms_up,
+            )
         )
         if self.use_vllm:
             _trl.exclude_from_weight_sync(self.vllm_generation, *self._attached)
@@ -377,9 +385,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         an environment, nor vLLM's random numbers.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args, self.train_dataset)
-        if self.is_deepspeed_enabled and self.args.critic_warmup_steps and self.args.weight_decay:
+        if self.is_deepspeed_enabled and self.args.warms_up_critic and self.args.weight_decay:
             raise ValueError(
-                "With DeepSpeed, `weight_decay` moves the actor during `critic_warmup_steps`: set one of them to 0."
+                "With DeepSpeed, `weight_decay` moves the actor while only the critic learns: set it to 0, or leave "
+                "out `critic_warmup_steps` and `critic_warmup_until`."
             )
         self._start_run()
         evaluates_first = self.args.eval_on_start
@@ -389,6 +398,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self.accelerator.print(batch_plan(self.args, known_length(self.train_dataset)))
         try:
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            if self._warms_up:
+                logger.warning(
+                    "Only the critic has learned: the run ended before its warm-up (`critic_warmup_steps`, "
+                    "`critic_warmup_until`). Train for longer, raise `critic_learning_rate`, or lower them."
+                )
             return output._replace(training_loss=output.metrics["train_loss"])
         finally:
             self.args.eval_on_start = evaluates_first
@@ -447,6 +461,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             total, of_critic = estimate_returns(
                 rollout, self.args, run.coefficients.now.kl, run.reward_moments, self._sum_over_ranks
             )
+            run.warmup.saw(of_critic["value/explained_variance_mc"])
+            if self.args.critic_warmup_until is not None:
+                of_critic["value/warmup"] = float(self._warms_up)
             self._log_rollout(rollout, total, of_critic)
             if rollout.old_logps is not None:
                 self._measure_kl(rollout)
@@ -738,7 +755,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         rollout, step = inputs.sequences(), self.state.global_step
         # 1. Run actor and critic in one forward pass
         outputs: tuple[str, ...] = ("log_probs", "entropy", "state_values")
-        kwargs: dict[str, Any] = {"train_actor": step >= self.args.critic_warmup_steps}
+        kwargs: dict[str, Any] = {"train_actor": not self._warms_up}
         if reads_full_kl(self.args):
             outputs = (*outputs, "ref_kl")
             kwargs |= {"ref_states": rollout.ref_states, "ref_head": self._ref_logits}
@@ -760,7 +777,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if run.rollout.old_logps is None:
             run.rollout.old_logps = run.rollout.first_logps
             self._measure_kl(run.rollout)
-        if self.state.global_step < self.args.critic_warmup_steps:
+        if self._warms_up:
             self._drop_actor_gradients()
         run.early_stop.saw(step["old_kl"])
 
@@ -775,6 +792,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
             require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
         return grad_norm
+
+    @property
+    def _warms_up(self) -> bool:
+        """Return whether only the critic learns in this optimizer step."""
+        return self.run_state.warmup.holds(self.state.global_step)
 
     def _drop_actor_gradients(self) -> None:
         """Set the actor's gradients to `None`, which leaves its parameters alone; zeros would still decay them."""

@@ -53,7 +53,7 @@ RULES: dict[str, Sequence[Rule]] = {
         Rule(
             "value/explained_variance",
             0.0,
-            "the critic is worse than a constant; raise `critic_learning_rate` or `critic_warmup_steps`",
+            "the critic is worse than a constant; raise `critic_learning_rate`, or set `critic_warmup_until`",
             below=True,
             after=10,
         ),

@@ -68,6 +68,7 @@ def check_learning(
     args: PPOConfigX,
     optimizer: torch.optim.Optimizer | None,
     has_master_weights: bool,
+    warms_up: Callable[[], bool],
 ) -> RequireGradients:
     """
     Check that actor and critic can learn; warn if rounding of their weights would swallow most steps.
@@ -76,6 +77,7 @@ def check_learning(
         model: the actor, which holds `critic`.
         optimizer: the user's own, which must hold every trained parameter.
         has_master_weights: whether the optimizer keeps a float32 copy of 16-bit weights.
+        warms_up: whether only the critic learns in the present step.
 
     Returns:
         The callback that checks the actor's gradients.
@@ -96,7 +98,7 @@ def check_learning(
         warn_of_rounding(of_critic, args.learning_rate, has_master_weights, "critic")
     else:
         warn_of_rounding(of_critic, args.critic_learning_rate, has_master_weights, "critic", "critic_learning_rate")
-    return RequireGradients("actor", of_actor, of_critic, args.critic_warmup_steps)
+    return RequireGradients("actor", of_actor, of_critic, warms_up)
 
 
 def place_reference(
