@@ -34,11 +34,23 @@ SETTINGS = {
     "num_sample_generations": 0,
 }
 
+
+def by_token(completion_ids, **kwargs):
+    """A reward function that pays at every token, of a tool too, and not at all for a response of three."""
+    return [None if len(ids) == 3 else [token % 7 / 4 - 0.5 for token in ids] for ids in completion_ids]
+
+
 # What is measured on two processes, against one: the losses, and all that is computed over all ranks.
 CASES = {
     "loss": {"kl_estimator": "k2"},
     "loss-full-head": {"kl_estimator": "full", "critic": "head"},
-    "reward-scaled": {"kl_placement": "reward", "normalize_rewards": True, "whiten_rewards": True},
+    "reward-scaled": {
+        "kl_placement": "reward",
+        "normalize_rewards": True,
+        "whiten_rewards": True,
+        "reward_funcs": [by_token],
+        "reward_weights": [1.0, 0.5],
+    },
     "warmup-stop": {"critic_warmup_steps": 1, "target_kl": 1e-4, "num_ppo_epochs": 4, "kl_controller": "band"},
 }
 
@@ -65,7 +77,7 @@ def run(size, accumulation, **options):
     models = {"train_dataset": PROMPTS, "ref_model": tiny.tiny_actor(5), "value_model": tiny.tiny_reward_model(7)}
     if options.get("critic") == "head":
         del models["value_model"]
-    models |= {"rollout_func": answer, "callbacks": [keep]}
+    models |= {"rollout_func": answer, "callbacks": [keep], "reward_funcs": options.pop("reward_funcs", None)}
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     with tempfile.TemporaryDirectory() as folder:
         trainer = ppo_runs.ppo_trainer(folder, models, **(SETTINGS | sizes | options))

@@ -76,10 +76,17 @@ def new_adapter():
     return {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")}
 
 
+def by_token(completion_ids, **kwargs):
+    return [[token % 7 / 4 for token in ids] for ids in completion_ids]
+
+
 # Name -> models and options.
 KINDS = {
     "critic of its own": (dict, {}),
-    "value head, KL in the reward": (dict, {"critic": "head", "kl_placement": "reward", "whiten_rewards": True}),
+    "value head, KL in the reward, rewards at tokens": (
+        lambda: {"reward_funcs": by_token},
+        {"critic": "head", "kl_placement": "reward", "whiten_rewards": True},
+    ),
     "adapter, early stop": (new_adapter, {"target_kl": 1e-4, "learning_rate": 1e-2}),
     "two adapters": (new_adapter, {"critic": "adapter"}),
     "adapter to start from": (lambda: {"model": start_adapter("default")}, {"critic": "adapter"}),

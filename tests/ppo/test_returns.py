@@ -100,3 +100,102 @@ def test_lam_by_length_warns_where_a_quarter_of_the_responses_are_too_short(alph
         each = oracles.gae(rewards[row, :length].tolist(), made.old_values[row, :length].tolist(), 1.0, lam)
         assert advantages[row, :length].tolist() == pytest.approx(each)
     assert (f"`lam_alpha={alpha}`" in caplog.text) == warns
+
+
+def paid_rollout():
+    """Like `rollout`, with rewards at every token, holes, and a response without its end token."""
+    made, _ = rollout(noise=1.0)
+    mask = made.mask.clone()
+    mask[0, 2] = mask[2, 0] = False
+    generator = torch.Generator().manual_seed(1)
+    draw = {"generator": generator, "dtype": torch.float64}
+    paid = torch.randn(mask.shape, **draw).masked_fill(~mask, 0)
+    old_logps, ref_logps = torch.randn(2, *mask.shape, **draw)
+    has_eos = torch.tensor([True, False, True, True, True, False])
+    of_tokens = {"paid": paid, "scores": paid.sum(1), "old_logps": old_logps, "ref_logps": ref_logps}
+    return dataclasses.replace(made, mask=mask, has_eos=has_eos, **of_tokens)
+
+
+def rewards_by_hand(made, args, kl_coef):
+    """The rewards of each response, one after the other, as lists of its counted tokens."""
+    scale = oracles.moments(made.scores.tolist())[2] ** 0.5 if args.normalize_rewards else 1.0
+    rows = []
+    for row, counts in enumerate(made.mask):
+        rewards = [x / scale for x in made.paid[row][counts].tolist()]
+        rewards[-1] -= 0.0 if made.has_eos[row] else (args.missing_eos_penalty or 0.0)
+        if args.kl_placement == "reward":
+            kl = (made.old_logps - made.ref_logps)[row][counts].tolist()
+            rewards = [x - kl_coef * y for x, y in zip(rewards, kl, strict=True)]
+        rows.append(rewards)
+    if args.whiten_rewards:
+        _, mean, variance = oracles.moments([x for row in rows for x in row])
+        rows = [[(x - mean) / (variance + 1e-8) ** 0.5 + mean for x in row] for row in rows]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lam": 0.8, "gamma": 0.9},
+        {"normalize_rewards": True, "missing_eos_penalty": 0.7},
+        {"whiten_rewards": True, "kl_placement": "reward", "kl_estimator": "k1", "normalize_rewards": True},
+        {"critic_lam": 1.0, "lam_alpha": 0.6},
+        {"advantage_estimator": "2_step", "gamma": 0.9},
+        {"advantage_estimator": "reinforce", "gamma": 0.9},
+        {"advantage_estimator": "reinforce_baseline"},
+        {"critic_gate": True},
+    ],
+    ids=str,
+)
+def test_rewards_at_tokens_are_read_by_every_estimator(options):
+    made = paid_rollout()
+    args = PPOConfigX("out", whiten_advantages=False, use_cpu=True, **options)
+    total, measured = estimate_returns(made, args, 0.3, RunningMoments(), identity)
+    rewards = rewards_by_hand(made, args, 0.3)
+    plain = rewards_by_hand(made, dataclasses.replace(args, whiten_rewards=False), 0.3)
+    assert total.tolist() == pytest.approx([sum(row) for row in plain])
+    all_to_go, all_values = [], []
+    for row, own in enumerate(rewards):
+        counts = made.mask[row]
+        values = made.old_values[row][counts].tolist()
+        to_go = oracles.rewards_to_go(own, args.gamma)
+        all_to_go += to_go
+        all_values += values
+        lam = args.lam if args.lam_alpha is None else max(0.0, 1 - 1 / (args.lam_alpha * len(own)))
+        expected = {
+            "gae": lambda own=own, values=values, lam=lam: oracles.gae(own, values, args.gamma, lam),
+            "2_step": lambda own=own, values=values: oracles.n_step(own, values, args.gamma, 2),
+            "reinforce": lambda to_go=to_go: to_go,
+            "reinforce_baseline": lambda own=own, values=values: oracles.gae(own, values, args.gamma, 1.0),
+        }[args.advantage_estimator]()
+        returns = [a + v for a, v in zip(expected, values, strict=True)]
+        if args.advantage_estimator == "reinforce":
+            returns = to_go
+        elif args.critic_lam is not None:
+            targets = oracles.gae(own, values, args.gamma, args.critic_lam)
+            returns = [a + v for a, v in zip(targets, values, strict=True)]
+        assert made.returns[row][counts].tolist() == pytest.approx(returns)
+        if not args.critic_gate:
+            assert made.advantages[row][counts].tolist() == pytest.approx(expected)
+    explained = oracles.explained_variance(all_values, all_to_go)
+    assert measured["value/explained_variance_mc"] == pytest.approx(explained)
+    if args.critic_gate:
+        assert measured["value/gate"] == 0
+        mean = sum(all_to_go) / len(all_to_go)
+        assert oracles.counted(made.advantages, made.mask) == pytest.approx([each - mean for each in all_to_go])
+
+
+def test_rank_whose_responses_have_scores_alone_agrees_with_one_that_pays_tokens():
+    whole = paid_rollout()
+    last = whole.mask & (whole.mask.flip(1).cumsum(1).flip(1) == 1)
+    whole.paid[3:] = torch.where(last, whole.scores[:, None], 0.0)[3:]
+    shards = []
+    for rows in (torch.arange(3), torch.arange(3, 6)):
+        own = {name: tensor[rows] for name, tensor in whole.tensors().items()}
+        shards.append((dataclasses.replace(whole, **own),))
+    shards[1][0].paid = None
+    options = {"normalize_rewards": True, "whiten_rewards": True}
+    results = oracles.on_ranks(lambda made, all_reduce: estimated(made, all_reduce, **options), *shards)
+    advantages, _, measured = estimated(whole, **options)
+    torch.testing.assert_close(torch.cat([rank[0] for rank in results]), advantages, **oracles.FLOAT64)
+    assert [rank[2] for rank in results] == [pytest.approx(measured)] * 2

@@ -43,6 +43,39 @@ def test_token_rewards_without_kl_are_the_scores_alone():
     assert result.sum(1).tolist() == [*SCORES.tolist()[:5], 0.0]
 
 
+def test_token_rewards_add_what_is_paid_at_tokens():
+    b = oracles.batch()
+    kl = b.logps - b.ref_logps
+    result = rewards.token_rewards(SCORES, b.mask, kl, 0.05, paid=b.rewards)
+    expected = expected_rewards(SCORES, kl, 0.05, b.mask) + b.rewards.masked_fill(~b.mask, 0)
+    torch.testing.assert_close(result, expected, **oracles.FLOAT64)
+    with pytest.raises(ValueError, match=r"paid has shape \(6, 1\)"):
+        rewards.token_rewards(SCORES, b.mask, paid=torch.zeros(6, 1))
+
+
+def test_rewards_are_paid_at_the_nearest_token_that_counts():
+    """The last before it, else the first; against one reward at a time."""
+    b = oracles.batch()
+    expected = torch.zeros_like(b.rewards)
+    for row, counts in enumerate(b.mask.tolist()):
+        for t, reward in enumerate(b.rewards[row].tolist()):
+            before = [k for k in range(t + 1) if counts[k]]
+            after = [k for k in range(t, 7) if counts[k]]
+            for place in before[-1:] or after[:1]:
+                expected[row, place] += reward
+    result = rewards.paid_where_it_counts(b.rewards, b.mask)
+    torch.testing.assert_close(result, expected, **oracles.FLOAT64)
+    torch.testing.assert_close(result.sum(1), b.rewards.sum(1).where(b.mask.any(1), torch.tensor(0.0)))
+
+
+def test_sources_pay_tokens_and_scores_by_their_weights():
+    nan = math.nan
+    said = torch.tensor([[6.0, 1.0], [nan, 2.0], [nan, nan]])  # the first source's 6 is the sum of its tokens
+    by_token = {0: [[1.0, 2.0, 3.0], None, None]}
+    result = rewards.weighted_tokens(said, by_token, torch.tensor([3, 1, 2]), torch.tensor([10.0, -1.0]))
+    assert result.tolist() == [[10.0, 20.0, 29.0], [-2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 def test_last_token_is_the_last_that_counts():
     positions = [max((t for t, keep in enumerate(row) if keep), default=None) for row in oracles.MASK.tolist()]
     assert positions == [6, 2, 5, 6, 3, None]

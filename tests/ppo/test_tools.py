@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from ppo_runs import log_lines, logged, ppo_run, sum_of_terms
+from ppo_runs import log_lines, logged, ppo_run, ppo_trainer, sum_of_terms
 from tool_runs import Room, look, tool_models
 from trl_ext import PPOTrainerX
 from trl_ext.ppo.rollout import Rollout
@@ -112,3 +112,79 @@ def test_environment_may_bring_its_own_prompts(tmp_path, monkeypatch):
     assert trainer.state.global_step == 2
     prompts = tiny.tiny_tokenizer().batch_decode(trainer.run_state.rollout.prompt_ids)
     assert all("bird" in prompt for prompt in prompts)
+
+
+class PayingRoom(Room):
+    """Pays for each turn, beside its reward of 0.5."""
+
+    turns = (1.0, 0.25)
+
+    def get_turn_rewards(self):
+        return list(self.turns)
+
+
+class Game:
+    """Pays for turns alone, by the messages: 2 for a call of a tool, -1 for an answer."""
+
+    look = Room.look
+
+    def reset(self, **kwargs):
+        return None
+
+    async def get_turn_rewards(self, completion):
+        said = [message for message in completion if message["role"] == "assistant"]
+        return torch.tensor([2.0 if "tool_calls" in message else -1.0 for message in said])
+
+
+def test_environment_pays_for_turns_at_their_last_token(tmp_path, monkeypatch):
+    calls_a_tool_once(monkeypatch)
+    models = tool_models() | {"environment_factory": PayingRoom, "reward_model": None}
+    models |= {"reward_funcs": lambda completions, **_: [10.0] * len(completions)}
+    trainer = ppo_run(tmp_path, models, max_steps=1, response_length=40, reward_weights=[0.1])
+    rollout = trainer.run_state.rollout
+    for row in range(4):
+        assert rollout.paid[row][rollout.mask[row]].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0, 0.25 + 0.5 + 1.0]
+    assert not rollout.paid[~rollout.mask].any()
+    assert logged(trainer, "rewards/PayingRoom/mean") == [0.5]
+    assert logged(trainer, "rewards/PayingRoom_turns/mean") == [1.25]
+    assert logged(trainer, "reward/score") == [2.75]
+    assert [tool.__name__ for tool in trainer.tools] == ["look"]
+    assert all([*tools] == ["look"] for tools in trainer._sync_tool_dicts)
+
+
+def test_only_environments_that_pay_for_turns_are_asked(tmp_path, monkeypatch):
+    calls_a_tool_once(monkeypatch)
+    models = tool_models() | {"environment_factory": {"room": Room, "game": lambda: Game()}, "reward_model": None}
+    models["train_dataset"] = models["train_dataset"].add_column("environment", ["room", "game"] * 2)
+    trainer = ppo_run(tmp_path, models, max_steps=1, response_length=40)
+    rollout = trainer.run_state.rollout
+    paid = sorted(rollout.paid[row][rollout.mask[row]].tolist() for row in range(4))
+    assert paid == [[0.0, 0.0, 0.0, 0.0, 0.0, 0.5]] * 2 + [[0.0, 0.0, 2.0, 0.0, 0.0, -1.0]] * 2
+    assert [tool.__name__ for tool in trainer._env_tools["game"]] == ["look"]
+    for line in log_lines(trainer):
+        assert line["loss"] == pytest.approx(sum_of_terms(line), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "turns, error, what",
+    [
+        ([1.0], ValueError, r"environment 'PayingRoom' returned \[1.0\] for a response of 2 turns: prompt .*look"),
+        ([1.0, 0.0, 2.0], ValueError, "for a response of 2 turns"),
+        ([1.0, float("nan")], FloatingPointError, r"'PayingRoom_turns' is nan at token \d+ at step 0 for prompt"),
+        ([1.0, "good"], ValueError, "'PayingRoom_turns' returned 'good', a str, for a token"),
+    ],
+    ids=str,
+)
+def test_turn_rewards_that_do_not_fit_name_the_environment_and_the_sample(tmp_path, monkeypatch, turns, error, what):
+    calls_a_tool_once(monkeypatch)
+    monkeypatch.setattr(PayingRoom, "turns", turns)
+    models = tool_models() | {"environment_factory": PayingRoom, "reward_model": None}
+    trainer = ppo_trainer(tmp_path, models, max_steps=1, response_length=40)
+    with pytest.raises(error, match=what):
+        trainer.train()
+
+
+def test_clipped_scores_and_turn_rewards_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    with pytest.raises(ValueError, match="reward 'PayingRoom_turns' pays at single tokens or turns"):
+        ppo_trainer(tmp_path, tool_models() | {"reward_model": None, "environment_factory": PayingRoom}, reward_clip=1)

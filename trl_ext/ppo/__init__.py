@@ -9,7 +9,7 @@ PPO with a critic, in the order of the data.
     run_state       everything that a run changes beside weights, optimizer and random numbers
     data            prompts, and their checks before a model is loaded
     rollout         the tensors of one rollout, with their shapes
-    rewards         from one score per sequence to one reward per token
+    rewards         from the reward sources to one reward per token
     returns         from scores to advantages and returns, and their log
     advantages      rewards-to-go, TD errors, generalised advantages
     kl              KL estimators, and the exact KL over the vocabulary

@@ -39,6 +39,15 @@ def require_room(
             )
 
 
+def refuse_clip(reward_clip: float | None, sources: list[str]) -> None:
+    """Raise `ValueError` for `reward_clip` with reward `sources` that pay at single tokens."""
+    if reward_clip is not None and sources:
+        raise ValueError(
+            f"`reward_clip={reward_clip}` clips one score for each response, and the reward {sources[0]!r} pays at "
+            "single tokens or turns. Remove `reward_clip`, and clip within the reward."
+        )
+
+
 def require_finite_rewards(
     rewards: Tensor, is_model: list[bool], names: list[str], samples: list[tuple[Any, Any]], first: int, step: int
 ) -> None:

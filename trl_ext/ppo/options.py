@@ -180,7 +180,11 @@ class RewardOptions:
         metadata={"help": "Divide scores by their running standard deviation over all ranks and rollouts."},
     )
     reward_clip: Annotated[float | None, POSITIVE_OR_UNSET] = field(
-        default=None, metadata={"help": "Clip scores to ± this value, after `normalize_rewards`. Positive."}
+        default=None,
+        metadata={
+            "help": "Clip scores to ± this value, after `normalize_rewards`. Positive. Not with rewards at tokens or "
+            "turns."
+        },
     )
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance; keep the mean."}

@@ -34,10 +34,13 @@ def estimate_returns(
         nothing can be said of.
     """
     # 1. One score per response: normalised, clipped, lowered where the end token is missing
-    mask, scores = rollout.mask, rollout.scores
+    mask, scores, paid = rollout.mask, rollout.scores, rollout.paid
     if args.normalize_rewards:
         moments.update(scores, rollout.scored, all_reduce=all_reduce)
         scores = normalize_scores(scores, moments)
+        paid = None if paid is None else normalize_scores(paid, moments)
+    if paid is not None:  # it holds all of the scores
+        scores = torch.zeros_like(scores)
     if args.reward_clip is not None:
         scores = clip_scores(scores, args.reward_clip)
     if args.missing_eos_penalty is not None:
@@ -46,7 +49,7 @@ def estimate_returns(
     kl = None
     if args.needs_reference and args.kl_placement == "reward":
         kl = estimate_kl(args.kl_estimator, rollout.old_logps, rollout.ref_logps, mask)
-    rewards = token_rewards(scores, mask, kl, kl_coef)
+    rewards = token_rewards(scores, mask, kl, kl_coef, paid)
     total = masked_sum(rewards, mask, dim=1)
     if args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)

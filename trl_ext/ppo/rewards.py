@@ -1,8 +1,10 @@
-"""From one score per sequence to one reward per token: EOS penalty, clipping, normalisation, KL penalty.
+"""From the reward sources to one reward per token: weights, EOS penalty, clipping, normalisation, KL penalty.
 
-Symbols: B sequences, T response tokens; `scores` is (B,), in the unit of the reward model; `mask` is (B, T) bool, True
-= counts.
+Symbols: B sequences, T response tokens, K reward sources; `scores` is (B,), in the unit of the reward model; `mask` is
+(B, T) bool, True = counts.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,22 +13,62 @@ from ..masked import AllReduce, identity, masked_moments, require_shape, zero_ma
 
 
 def weighted_scores(rewards: Tensor, weights: Tensor) -> Tensor:
-    """One score per sequence: the weighted sum over the reward sources that apply.
+    """One score per sequence, or per token: the weighted sum over the reward sources that apply.
 
-    Σ_k weights_k · rewards_k, (B, K) to (B,); NaN, "does not apply", if no source does
+    Σ_k weights_k · rewards_k, (…, K) to (…); NaN, "does not apply", if no source does
     """
-    scores = (rewards * weights.to(rewards.device)).nansum(dim=1)
-    return scores.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+    scores = (rewards * weights.to(rewards.device)).nansum(dim=-1)
+    return scores.masked_fill(rewards.isnan().all(dim=-1), torch.nan)
 
 
-def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
+def weighted_tokens(
+    rewards: Tensor, by_token: Mapping[int, list[list[float] | None]], lengths: Tensor, weights: Tensor
+) -> Tensor:
+    """Rewards where the sources pay them: at a response's last token, or at the tokens that a source has named.
+
+    Σ_k weights_k · r_kt, (B, T), with T the longest response
+
+    Args:
+        rewards: (B, K), NaN where a source does not apply.
+        by_token: source -> for each response one reward for each of its tokens, or None: its reward is a score.
+        lengths: (B,) tokens of each response.
+    """
+    placed = rewards.new_zeros(len(rewards), int(lengths.max()), rewards.size(1))
+    placed[torch.arange(len(rewards)), lengths - 1] = rewards.nan_to_num(nan=0.0)
+    for source, responses in by_token.items():
+        for row, tokens in enumerate(responses):
+            if tokens is not None:
+                placed[row, : len(tokens), source] = rewards.new_tensor(tokens)
+    return weighted_scores(placed, weights)
+
+
+def paid_where_it_counts(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Move what falls on a token that does not count to the last one before it that does, or to the first that does.
+
+    (B, T) to (B, T), 0 where `mask` is False; a sequence without tokens that count is paid nothing.
+    """
+    positions = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
+    before = positions.masked_fill(~mask, -1).cummax(dim=1).values
+    first = mask.int().argmax(dim=1, keepdim=True)
+    moved = torch.zeros_like(rewards).scatter_add(1, torch.where(before < 0, first, before), rewards)
+    return zero_masked(moved, mask)
+
+
+def token_rewards(
+    scores: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0, paid: Tensor | None = None
+) -> Tensor:
     """Rewards per token: the score at the last token, minus the KL at every token (Ziegler 2019, eq. 2).
 
-    r_t = score · [t is the last token that counts] − kl_coef · kl_t, (B, T), in the unit of the score; 0 where masked
+    r_t = paid_t + score · [t is the last token that counts] − kl_coef · kl_t, (B, T), in the unit of the score;
+    0 where masked
 
-    `kl` is (B, T) in nats per token, or None. A sequence without tokens that count has rewards of 0.
+    `kl` is (B, T) in nats per token, or None. `paid` is (B, T), what is paid at single tokens beside the score, or
+    None. A sequence without tokens that count has rewards of 0.
     """
     rewards = torch.where(last_token(mask), scores.unsqueeze(1), 0)
+    if paid is not None:
+        require_shape(mask, paid=paid)
+        rewards = zero_masked(paid, mask) + rewards
     if kl is None:
         return rewards
     require_shape(mask, kl=kl)
@@ -52,7 +94,7 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
 
 
 def normalize_scores(scores: Tensor, moments: "RunningMoments") -> Tensor:
-    """Scores divided by the running standard deviation, (B,), no unit.
+    """Scores, or rewards per token, divided by the running standard deviation of the scores, no unit.
 
     score / sqrt(variance), unchanged until two different scores have been seen
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .rewards import last_token
+from .rewards import last_token, paid_where_it_counts
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Rollout:
         scores: (B,) float, weighted sum over the reward sources; 0 where no source applies.
         scored: (B,) bool, False where every reward source returned `None`.
         has_eos: (B,) bool, True where the response ends with an end token.
+        paid: (B, T) float, what the reward sources pay at each token, 0 where `mask` is False; the sum over a response
+            is its score. `None`: all of it at the last token that counts.
         old_logps: (B, T) log-probabilities under the policy that sampled, nats.
         ref_logps: (B, T) log-probabilities under the reference, nats.
         ref_states: (B, T, H) trunk states of the reference, for the exact KL.
@@ -41,6 +43,7 @@ class Rollout:
     scores: Tensor
     scored: Tensor
     has_eos: Tensor
+    paid: Tensor | None = None
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_states: Tensor | None = None
@@ -66,7 +69,7 @@ class Rollout:
         )
 
     @classmethod
-    def from_grpo(cls, batch: dict, scores: Tensor, end_ids: list[int]) -> "Rollout":
+    def from_grpo(cls, batch: dict, scores: Tensor, end_ids: list[int], paid: Tensor | None = None) -> "Rollout":
         """
         Return the rollout that `GRPOTrainer._generate_and_score_completions` has made.
 
@@ -74,6 +77,7 @@ class Rollout:
             batch: GRPO's dictionary of tensors; `tool_mask` is 0 at tokens that a tool wrote.
             scores: (B,) float, NaN where every reward source returned `None`.
             end_ids: ids of the tokens that end a response.
+            paid: (B, longest response) float, rewards at the tokens where the sources pay them.
         """
         ids, attended = batch["completion_ids"], batch["completion_mask"].bool()
         scored = ~scores.isnan()
@@ -81,6 +85,8 @@ class Rollout:
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
         is_end = torch.isin(ids, torch.tensor(end_ids, device=ids.device))
+        if paid is not None:
+            paid = paid_where_it_counts(nn.functional.pad(paid, (0, ids.size(1) - paid.size(1))), mask)
         return cls(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"].bool(),
@@ -90,6 +96,7 @@ class Rollout:
             scores=scores.nan_to_num(nan=0.0),
             scored=scored,
             has_eos=(is_end & last_token(attended)).any(dim=1),
+            paid=paid,
             old_logps=batch.get("old_per_token_logps"),
             importance_sampling_ratio=batch.get("importance_sampling_ratio"),
         )

@@ -8,7 +8,8 @@ Where it differs from TRL 1.12's `PPOTrainer`:
    clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
 3. Every term is a mean over the tokens of the whole optimizer batch, so micro-batches and ranks do not change it.
 4. Whitening and every logged metric are over all ranks and real tokens.
-5. The score is the reward of the last real token of a response, and the episode ends there.
+5. The score is the reward of the last real token of a response, unless a reward function or an environment pays
+   before; the episode ends there.
 6. A response ends at an end token unless told otherwise.
 """
 
@@ -62,6 +63,7 @@ from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
 from .guards import (
     naming_the_actor,
+    refuse_clip,
     require_finite_gradient,
     require_finite_rewards,
     require_finite_scores,
@@ -73,7 +75,7 @@ from .guards import (
 from .metrics import drop_unmeasured, mark_unmeasured
 from .micro_batches import cut, draw_micro_batches, micro_batch_terms, reads_full_kl
 from .returns import estimate_returns, rollout_metrics, sequence_kl
-from .rewards import weighted_scores
+from .rewards import weighted_scores, weighted_tokens
 from .roles import critic as critic_module
 from .roles.adapters import REFERENCE, copy_adapter, restore_adapter, saving_one_adapter
 from .roles.forward import ActorCriticOutput, LogitsHead, without_router_logits
@@ -89,6 +91,7 @@ from .roles.load import Roles, load_roles, load_tokenizer
 from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
 from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
+from .roles.turn_rewards import TURN_REWARDS, turn_sources
 from .rollout import MicroBatch, Rollout
 from .run_state import CriticWarmup, EarlyStop, RunState
 
@@ -130,9 +133,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         eval_dataset: held-out prompts.
         optimizers, callbacks, peft_config: as in `transformers.Trainer` and `GRPOTrainer`.
         reward_funcs: reward functions, models or paths, as in `GRPOTrainer`; they follow `reward_model` in
-            `reward_weights` and in the log.
+            `reward_weights` and in the log. A function may pay at single tokens: see docs/ppo.md.
         reward_processing_classes: tokenizers of the reward sources, in that order.
-        quantization_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
+        quantization_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`; an environment with
+            `get_turn_rewards` pays for each turn.
 
     Raises:
         ValueError: when models, data and options do not go together; if possible before weights are loaded.
@@ -209,6 +213,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             of_actor = (tokenizer, context, args, pad_of_prompts, self._known)
             reads_columns = given.has_other_reward or rollout_func is not None
             check_datasets(train_dataset, eval_dataset, data_collator, *of_actor, reads_columns=reads_columns)
+        self._tool_mask: list[list[int]] | None = None  # of this rank's last responses
+        environments, turn_rewards = turn_sources(environment_factory, lambda: self._tool_mask)
+        refuse_clip(args.reward_clip, [source.__name__ for source in turn_rewards])
         make_folder(args.output_dir)
         name_run(args)
 
@@ -219,22 +226,24 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             check_readable(roles.reward_funcs, train_dataset, eval_dataset, args, tokenizer, pad_of_prompts)
         loop_args = PPOLoopConfig(args)
         loop_args.model_init_kwargs = None  # every model is loaded
+        if loop_args.reward_weights is not None:  # which are those of the sources that were passed
+            loop_args.reward_weights = [*loop_args.reward_weights, *[1.0] * len(turn_rewards)]
         super().__init__(
             model=roles.actor,
-            reward_funcs=[model_of_text(source) or source for source in roles.reward_funcs],
+            reward_funcs=[*(model_of_text(source) or source for source in roles.reward_funcs), *turn_rewards],
             args=loop_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=[
-                scorer and scorer.form.tokenizer for scorer in map(token_scorer, roles.reward_funcs)
+                scorer and scorer.form.tokenizer for scorer in map(token_scorer, [*roles.reward_funcs, *turn_rewards])
             ],
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
             tools=tools,
             rollout_func=rollout_func,
-            environment_factory=environment_factory,
+            environment_factory=environments,
         )
         self.num_generations_eval = 1  # GRPO would need whole groups in every batch
         self.prompt_collator, self._pad_of_prompts = data_collator, pad_of_prompts
@@ -244,6 +253,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
         # 3. Set up what one call hands to the next, and the state of a run
         self._scores: Tensor | None = None  # of this rank's last batch, one per response
+        self._paid: Tensor | None = None  # of the same, one per token, if a source pays at tokens
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
@@ -276,6 +286,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _set_up_rewards(self, sources: list[Any]) -> None:
         """Name every reward source, set up the reward models that read text, and check environments' rewards."""
+        if self.environment_factories is not None:  # every public method of an environment is a tool to GRPO
+            for tools in (self.tools, *self._env_tools.values()):
+                tools[:] = [tool for tool in tools if _trl.get_callable_name(tool) != TURN_REWARDS]
         self.reward_func_names[:] = named_apart([name or "reward_model" for name in self.reward_func_names])
         self._text_scorers: dict[int, TokenScorer] = {}
         for i, scorer in enumerate(map(token_scorer, sources)):
@@ -483,7 +496,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             metrics.pop(name, None)
         mark_unmeasured(metrics, self._has_sampling_logps(batch))
         self._responses |= of_sampling(batch)
-        return Rollout.from_grpo(batch, self._scores, self.eos_token_ids)
+        return Rollout.from_grpo(batch, self._scores, self.eos_token_ids, self._paid)
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
         """Return whether vLLM gave the log-probability of some token that counts, on any rank."""
@@ -502,6 +515,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         return tokenised
 
     def _generate(self, prompts: list[Any]) -> tuple:
+        if self.environment_factories is not None and self.tools:
+            for tools in (*self._sync_tool_dicts, *self._async_tool_dicts):
+                tools.pop(TURN_REWARDS, None)
         phase = self.phases.during("generate") if self.model.training else nullcontext()
         with (
             phase,
@@ -514,6 +530,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
+        self._tool_mask = tool_mask
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._responses = lengths_and_ends(completion_ids, tool_mask, ends, self.accelerator.device)
         # Extra fields are passed to the reward functions; a model that shares the tokenizer reads the ids.
@@ -562,9 +579,20 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
         own = slice(start, start + len(prompts))
         self._scores = weighted_scores(rewards, self.reward_weights)[own]
+        self._paid = self._pay_tokens(rewards[own], completion_ids_list)
         for name, column in zip(self.reward_func_names, rewards.unbind(1), strict=True):
             self._responses[f"rewards/{name}"] = column[own]
         return rewards
+
+    def _pay_tokens(self, rewards: Tensor, completion_ids: list[Any]) -> Tensor | None:
+        """Return this rank's rewards by token, `None` if every source gave scores alone."""
+        said = {i: getattr(source, "token_rewards", []) for i, source in enumerate(self.reward_funcs)}
+        by_token = {i: responses for i, responses in said.items() if any(each is not None for each in responses)}
+        if not by_token:
+            return None
+        refuse_clip(self.args.reward_clip, [self.reward_func_names[i] for i in by_token])
+        lengths = torch.tensor([len(ids) for ids in completion_ids], device=rewards.device)
+        return weighted_tokens(rewards, by_token, lengths, self.reward_weights)
 
     def _ask_reward_adapter(self, **inputs: Tensor) -> Tensor:
         """Return scores (b,) through the actor's forward, as the adapter's base is in the actor's engine."""

@@ -1,6 +1,7 @@
 """What reward functions may take and return, the errors that name them, and their names in the log."""
 
 import asyncio
+import math
 
 import numpy
 import pytest
@@ -53,6 +54,30 @@ def test_answer_is_taken_as_numbers(answer, expected, is_async):
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(
+    "reward, expected",
+    [
+        ([1, 2.5], [1.0, 2.5]),
+        ((1.0, 2.0), [1.0, 2.0]),
+        ([True, False], [1.0, 0.0]),
+        (torch.tensor([1.5, 2.0], dtype=torch.bfloat16, requires_grad=True), [1.5, 2.0]),
+        (numpy.array([1, 2]), [1.0, 2.0]),
+        ([numpy.float32(0.5), torch.tensor(2)], [0.5, 2.0]),
+        ({"score": 3, "tokens": [1.0, 2.0]}, [1.0, 5.0]),
+        ({"tokens": numpy.array([1.0, 2.0]), "score": torch.tensor(0.5)}, [1.0, 2.5]),
+    ],
+    ids=str,
+)
+def test_rewards_of_tokens_are_kept_beside_their_sum(reward, expected, is_async):
+    function = function_that_returns([None, 0.5, reward], is_async)
+    given = {name: [*values, values[-1]] for name, values in GIVEN.items()} | {"completion_ids": [[1], [2], [3, 4]]}
+    result = function(**given)
+    assert (asyncio.run(result) if is_async else result) == [None, 0.5, sum(expected)]
+    assert function.token_rewards == [None, None, expected]
+    assert all(type(number) is float for number in function.token_rewards[2])
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
     "answer, what",
     [
         (None, "returned None. Return a list with one number for each completion"),
@@ -64,7 +89,19 @@ def test_answer_is_taken_as_numbers(answer, expected, is_async):
         (torch.zeros(2, 1), r"returned a Tensor of shape \(2, 1\)"),
         (numpy.zeros((1, 2)), r"returned a ndarray of shape \(1, 2\)"),
         (["1.0", 2.0], "returned '1.0', a str, for completion 0"),
-        ([1.0, [2.0]], r"returned \[2.0\], a list, for completion 1"),
+        ([1.0, {2.0}], r"returned {2.0}, a set, for completion 1"),
+        ([1.0, torch.zeros(1, 1)], r"returned tensor\(\[\[0.\]\]\), a Tensor, for completion 1"),
+        ([1.0, ["2.0"]], "returned '2.0', a str, for a token of completion 1"),
+        ([1.0, [None]], "returned None, a NoneType, for a token of completion 1"),
+        (
+            [[1.0], [2.0, 3.0]],
+            "returned 2 token rewards for a response of 1 tokens: prompt 'b', response 'd'. Return one",
+        ),
+        ([[], 1.0], "returned 0 token rewards for a response of 1 tokens"),
+        ([{"score": 1.0}, 1.0], r"returned a dictionary of \['score'\] for completion 0.*'tokens': such a list"),
+        ([{"score": 1.0, "tokens": [1.0], "more": 1}, 1.0], "returned a dictionary of .*'more'"),
+        ([{"score": 1.0, "tokens": 2.0}, 1.0], "returned 2.0, a float, for the tokens of completion 0"),
+        ([{"score": None, "tokens": [1.0]}, 1.0], "returned None, a NoneType, for the score of completion 0"),
         ([1.0, numpy.str_("2")], r"returned .*a str_, for completion 1"),
         ([1.0], "returned 1 rewards, but 2 were expected"),
         ([1.0, 2.0, 3.0], "returned 3 rewards, but 2 were expected"),
@@ -74,6 +111,15 @@ def test_answer_is_taken_as_numbers(answer, expected, is_async):
 def test_answer_of_another_form_is_an_error_that_names_the_function(answer, what, is_async):
     with pytest.raises(ValueError, match=f"The reward function 'judge' {what}"):
         ask(function_that_returns(answer, is_async), is_async)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "reward", [[math.nan], {"score": 0.0, "tokens": [-math.inf]}, {"score": 10**400, "tokens": [0]}]
+)
+def test_token_reward_that_is_not_finite_is_an_error_that_names_the_token(reward, is_async):
+    with pytest.raises(FloatingPointError, match=r"reward 'judge' is .* at token 0 .* prompt 'b', response 'd'"):
+        ask(function_that_returns([1.0, reward], is_async), is_async)
 
 
 def test_reward_function_must_accept_its_arguments():
@@ -152,7 +198,7 @@ def test_functions_of_one_name_are_logged_and_weighted_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answer, what", [("good", "returned 'good', a str, for completion 0"), ([1.0], "a list, for")]
+    "answer, what", [("good", "returned 'good', a str, for completion 0"), ([1.0, 2.0], "returned 2 token rewards")]
 )
 def test_environments_reward_is_checked_too(tmp_path, monkeypatch, answer, what):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -117,7 +117,7 @@ def _check_kinds(given: Given) -> None:
     if given.reward_model is None and not given.has_other_reward:
         raise ValueError(
             "There is no reward at all: pass `reward_model`, `reward_funcs`, or an `environment_factory` whose "
-            "environment has a `get_reward`, or set `reward_model_path`."
+            "environment has a `get_reward` or a `get_turn_rewards`, or set `reward_model_path`."
         )
     for name, model in {"model": given.model, "ref_model": given.ref_model, "value_model": given.value_model}.items():
         if model is not None and not isinstance(model, str | nn.Module):

@@ -20,27 +20,34 @@ GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_stat
 
 def checked(function: Callable, name: str) -> Callable:
     """
-    Return the reward function with its answers checked: a list of finite numbers, or `None` for "does not apply".
-    Errors name it by its `__name__`.
+    Return the reward function with its answers checked, as a function of one finite score for each response, or `None`
+    for "does not apply". Errors name it by its `__name__`. What it has paid at single tokens is its `token_rewards`: a
+    list for each response, `None` where it gave a score alone.
 
     Raises:
         ValueError: for a function that does not take the arguments of a reward function.
     """
     check_signature(function, name, dict.fromkeys(GIVEN), complete=False)
     asked: Any
+
+    def scores_of(answer: Any, inputs: dict[str, Any]) -> list[float | None]:
+        rewards = check_rewards(answer, asked.__name__, inputs)
+        asked.token_rewards = [reward if isinstance(reward, list) else None for reward in rewards]
+        return [float(sum(reward)) if isinstance(reward, list) else reward for reward in rewards]
+
     if is_async_callable(function):
 
         @functools.wraps(function)
         async def asked(*args, **kwargs):
             check_signature(function, asked.__name__, kwargs)
-            return check_scores(await function(*args, **kwargs), asked.__name__, kwargs)
+            return scores_of(await function(*args, **kwargs), kwargs)
 
     else:
 
         @functools.wraps(function)
         def asked(*args, **kwargs):
             check_signature(function, asked.__name__, kwargs)
-            return check_scores(function(*args, **kwargs), asked.__name__, kwargs)
+            return scores_of(function(*args, **kwargs), kwargs)
 
     asked.__name__ = name  # GRPO logs it under this name
     return asked
@@ -68,63 +75,104 @@ def check_signature(function: Callable, name: str, inputs: dict[str, Any], compl
         ) from error
 
 
-def check_scores(answer: Any, name: str, inputs: dict[str, Any]) -> list[float | None]:
+def check_rewards(answer: Any, name: str, inputs: dict[str, Any]) -> list[float | list[float] | None]:
     """
-    Return the scores, given as a list, tuple, tensor or array, as a list.
+    Return what a reward function gives for each response: a score, one reward for each of its tokens, or `None`. A
+    score that comes with rewards by token is added to the last of them.
 
     Raises:
-        ValueError: for anything that is not one number or `None` for each completion.
+        ValueError: for anything that is not one such reward for each completion.
         FloatingPointError: for NaN and ±inf, with the sample.
     """
     if inspect.iscoroutine(answer):
         answer.close()
-    shape = getattr(answer, "shape", None)
-    if shape is not None and len(shape) == 1:
-        answer = answer.tolist()
-    if not isinstance(answer, list | tuple):
+    given = as_list(answer)
+    if not isinstance(given, list):
+        shape = getattr(answer, "shape", None)
         what = f"a {type(answer).__name__}" + (
             f" of shape {tuple(shape)}" if shape is not None else f" ({answer!r:.60})"
         )
         raise ValueError(f"The reward function {name!r} returned {'None' if answer is None else what}. {NEEDED}")
     completions = inputs.get("completions")
-    if completions is not None and len(answer) != len(completions):
+    if completions is not None and len(given) != len(completions):
         raise ValueError(
-            f"The reward function {name!r} returned {len(answer)} rewards, but {len(completions)} were expected. "
+            f"The reward function {name!r} returned {len(given)} rewards, but {len(completions)} were expected. "
             f"{NEEDED}"
         )
-    scores = [_number(score, row, name) for row, score in enumerate(answer)]
-    for row, score in enumerate(scores):
-        if score is not None and not math.isfinite(score):
-            step = getattr(inputs.get("trainer_state"), "global_step", "?")
-            prompts, sample = inputs.get("prompts"), f"row {row}"
-            if prompts and completions:
-                sample = f"prompt {prompts[row]!r}, response {completions[row]!r}"
-            raise FloatingPointError(
-                f"The reward {name!r} is {score} at step {step} for {sample}. Return a finite "
-                "number, or `None` where it does not apply."
-            )
-    return scores
+    rewards = [_reward(reward, row, name, inputs) for row, reward in enumerate(given)]
+    for row, reward in enumerate(rewards):
+        for token, number in enumerate(reward if isinstance(reward, list) else [reward]):
+            if number is not None and not math.isfinite(number):
+                step = getattr(inputs.get("trainer_state"), "global_step", "?")
+                where = f" at token {token}" if isinstance(reward, list) else ""
+                raise FloatingPointError(
+                    f"The reward {name!r} is {number}{where} at step {step} for {sample_of(row, inputs)}. Return a "
+                    "finite number, or `None` where it does not apply."
+                )
+    return rewards
 
 
 NEEDED = (
     "Return a list with one number for each completion, in their order, and `None` where the reward does not apply; a "
-    "tensor or an array of one dimension will do."
+    "tensor or an array of one dimension will do. In place of a number there may be a list with one number for each "
+    "token of `completion_ids`, or {'score': a number, 'tokens': such a list}."
 )
 
 
-def _number(score: Any, row: int, name: str) -> float | None:
-    if score is None:
+def _reward(reward: Any, row: int, name: str, inputs: dict[str, Any]) -> float | list[float] | None:
+    if reward is None:
         return None
-    is_text = getattr(getattr(score, "dtype", None), "kind", "") in ("U", "S", "O")
-    if not (isinstance(score, bool | int | float) or (getattr(score, "shape", None) == () and not is_text)):
+    score, tokens = None, as_list(reward)
+    if isinstance(reward, dict):
+        if reward.keys() != {"score", "tokens"}:
+            raise ValueError(
+                f"The reward function {name!r} returned a dictionary of {[*reward]} for completion {row}. {NEEDED}"
+            )
+        score = _number(reward["score"], name, row, "the score of ")
+        tokens = as_list(reward["tokens"])
+    if score is None and not isinstance(tokens, list):
+        return _number(reward, name, row)
+    if not isinstance(tokens, list):
         raise ValueError(
-            f"The reward function {name!r} returned {score!r:.60}, a {type(score).__name__}, for completion {row}. "
-            f"{NEEDED}"
+            f"The reward function {name!r} returned {tokens!r:.60}, a {type(tokens).__name__}, for the tokens of "
+            f"completion {row}. {NEEDED}"
+        )
+    length = len(inputs["completion_ids"][row])
+    if len(tokens) != length:
+        raise ValueError(
+            f"The reward function {name!r} returned {len(tokens)} token rewards for a response of {length} tokens: "
+            f"{sample_of(row, inputs)}. Return one number for each token of `completion_ids`, a tool's too."
+        )
+    rewards = [_number(each, name, row, "a token of ") for each in tokens]
+    if score is None:
+        return rewards
+    return [*rewards[:-1], rewards[-1] + score] if rewards else score
+
+
+def as_list(value: Any) -> Any:
+    """Return a list for a tuple, or a tensor or array of one dimension; anything else as it is."""
+    if len(getattr(value, "shape", ())) == 1:
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _number(value: Any, name: str, row: int, part: str = "") -> float:
+    is_text = getattr(getattr(value, "dtype", None), "kind", "") in ("U", "S", "O")
+    if not (isinstance(value, bool | int | float) or (getattr(value, "shape", None) == () and not is_text)):
+        raise ValueError(
+            f"The reward function {name!r} returned {value!r:.60}, a {type(value).__name__}, for {part}completion "
+            f"{row}. {NEEDED}"
         )
     try:
-        return float(score.item() if isinstance(score, Tensor) else score)
+        return float(value.item() if isinstance(value, Tensor) else value)
     except OverflowError:  # an integer beyond every float
-        return math.inf if score > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf
+
+
+def sample_of(row: int, inputs: dict[str, Any]) -> str:
+    """Return how an error names a response, from the arguments of a reward function."""
+    prompts, completions = inputs.get("prompts"), inputs.get("completions")
+    return f"prompt {prompts[row]!r}, response {completions[row]!r}" if prompts and completions else f"row {row}"
 
 
 def named_apart(names: list[str]) -> list[str]:
