@@ -165,6 +165,14 @@ def test_only_environments_that_pay_for_turns_are_asked(tmp_path, monkeypatch):
         assert line["loss"] == pytest.approx(sum_of_terms(line), abs=1e-5)
 
 
+def test_messages_tell_an_environment_of_a_result_that_did_not_fit(tmp_path, monkeypatch):
+    """The tool was called, and its answer is not in the response: one turn, not two."""
+    calls_a_tool_once(monkeypatch)
+    models = tool_models() | {"environment_factory": Game, "reward_model": None}
+    trainer = ppo_run(tmp_path, models, max_steps=1, response_length=4)
+    assert trainer.run_state.rollout.paid.tolist() == [[0.0, 0.0, 2.0]] * 4
+
+
 @pytest.mark.parametrize(
     "turns, error, what",
     [

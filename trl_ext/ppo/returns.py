@@ -33,7 +33,7 @@ def estimate_returns(
         (B,) sum of each response's per-token rewards, before whitening, and log entries of the critic, NaN for what
         nothing can be said of.
     """
-    # 1. One score per response: normalised, clipped, lowered where the end token is missing
+    # 1. One score per response, and what is paid at tokens: normalised, clipped, less where the end token is missing
     mask, scores, paid = rollout.mask, rollout.scores, rollout.paid
     if args.normalize_rewards:
         moments.update(scores, rollout.scored, all_reduce=all_reduce)
