@@ -34,7 +34,7 @@ def weighted_tokens(
         lengths: (B,) tokens of each response.
     """
     placed = rewards.new_zeros(len(rewards), int(lengths.max()), rewards.size(1))
-    placed[torch.arange(len(rewards)), lengths - 1] = rewards.nan_to_num(nan=0.0)
+    placed[torch.arange(len(rewards), device=rewards.device), lengths - 1] = rewards.nan_to_num(nan=0.0)
     for source, responses in by_token.items():
         for row, tokens in enumerate(responses):
             if tokens is not None:
