@@ -50,6 +50,7 @@ MEASURED = {
         ),
         "trl-ext dpo": "tests/scripts/test_proof_demo.py",
     },
+    "docs/critic.md": {"python experiments/credit.py": "tests/benchmarks/test_credit.py"},
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
         "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",

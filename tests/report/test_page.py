@@ -12,6 +12,7 @@ from datasets import Dataset
 from commands import command
 from run_logs import DPO_LOG, PPO_LOG, png_size, run_folder, write_completions
 from trl_ext.report import Run, read_run, write_report
+from trl_ext.report.credit import Credit
 from trl_ext.report.drawing import COLOURS, running_mean, thin
 from trl_ext.report.page import render
 from trl_ext.report.pictures import draw, panels_of
@@ -43,7 +44,7 @@ def undrawn(monkeypatch):
 class Balanced(html.parser.HTMLParser):
     """Every element that is opened is closed, in order."""
 
-    VOID = {"meta", "br", "progress", "!doctype"}
+    VOID = {"meta", "br", "input", "progress", "!doctype"}
 
     def __init__(self):
         super().__init__()
@@ -308,7 +309,9 @@ def test_folder_without_a_log_says_what_is_needed(tmp_path):
 
 @pytest.mark.parametrize("log", [[], PPO_LOG, DPO_LOG, [{"step": 1, "loss": float("nan"), "kl/ref": None}]])
 def test_page_is_well_formed_and_loads_nothing(log):
-    runs = [Run("a <run>", log)]
+    pieces = [{"text": "<b>", "special": False, "advantage": [0.5]}]
+    answers = [{"prompt": "p", "kind": "response", "score": None, "pieces": pieces}]
+    runs = [Run("a <run>", log, credit=Credit(2, answers))]
     page = render(runs, "a <run>", draw(runs))
     parser = Balanced()
     parser.feed(page)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..report import write_report
 from ..report.drawing import matplotlib
 from ..runs.facts import changed_options, hardware, model_facts, rows_of
 from ..runs.folder import FACTS, STATE, begun_at, write_whole
+from .tables import Row, write_credit
 
 
 logger = logging.getLogger(__name__)
@@ -33,17 +34,24 @@ class ReportCallback(TrainerCallback):
         seconds: at least this long between two pages, each at a log line. 0: at the end only.
         facts: what the page should say and the Trainer does not know. The name in "data", such as `{"data":
             "pairs.jsonl"}`, is put before the number of training rows, also on the model card.
+        credit: answers, or pairs, of the last batch whose tokens the page colours by their credit, also in
+            `credit/step_<step>.jsonl`; with `PPOTrainerX` and `DPOTrainerX`. 0: none.
 
     Raises:
         ImportError: at construction, without the extra `report`.
     """
 
-    def __init__(self, seconds: float = 120.0, facts: Mapping[str, str] | None = None):
+    read_credit: Callable[[], list[Row]] | None = None  # a trainer's, who has one
+
+    def __init__(self, seconds: float = 120.0, facts: Mapping[str, str] | None = None, credit: int = 4):
         if seconds < 0:
             raise ValueError(f"`seconds` is {seconds}; it must be 0, for the end only, or more.")
+        if credit < 0:
+            raise ValueError(f"`credit` is {credit}; it must be 0, for no answers by token, or more.")
         matplotlib()
         self.seconds = seconds
         self.facts = dict(facts or {})
+        self.credit = credit
         self._known: dict[str, Any] = {}
         self._last = 0.0
         self._has_ended = False
@@ -104,6 +112,8 @@ class ReportCallback(TrainerCallback):
             return
         with _in_spite_of_errors():
             write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
+            if self.read_credit is not None:
+                write_credit(args, state, self.read_credit())
             write_report([args.output_dir], refresh=0 if finished else math.ceil(self.seconds), picture=finished)
         self._last = time.monotonic()
 

@@ -1,12 +1,15 @@
 """`SampleCallback`: show how the model completes fixed prompts as it learns, beside the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ..models.generation import complete
-from .tables import ModelTable, Row, text_of, tokenizer_of
+from ..report.credit import NUMBERS, Credit, terminal_text
+from ..report.tables import score_text
+from ..runs.tables import show_table
+from .tables import ModelTable, Row, text_of, tokenizer_of, write_credit
 
 
 Prompt = str | list[dict[str, Any]]
@@ -20,23 +23,39 @@ class SampleCallback(TrainerCallback):
     starts, so no second model is held in memory. For any trainer of a causal language model; those here also show
     completions of held-out prompts (`generate_during_eval`, `log_completions`).
 
+    With `PPOTrainerX` and `DPOTrainerX` it also shows a few answers of the last batch by token, coloured by advantage
+    or by implicit reward, and writes them to `credit/step_<step>.jsonl`.
+
     Args:
         prompts: texts, or conversations, which the tokenizer's chat template renders.
         every: optimizer steps.
         max_new_tokens: length of a completion, at most.
         reference: another model to compare with.
+        credit: answers, or pairs, that are shown by token. 0: none.
 
     Raises:
-        ValueError: for no prompts, or `every` below 1.
+        ValueError: for no prompts, `every` below 1, or `credit` below 0.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], every: int = 100, max_new_tokens: int = 64, reference: Any = None):
+    read_credit: Callable[[], list[Row]] | None = None  # a trainer's, who has one
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        every: int = 100,
+        max_new_tokens: int = 64,
+        reference: Any = None,
+        credit: int = 2,
+    ):
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"`prompts` is {prompts!r}; give a list of at least one text or conversation.")
         for name, value in (("every", every), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if credit < 0:
+            raise ValueError(f"`credit` is {credit}; it must be 0, for no answers by token, or more.")
         self.prompts, self.every, self.max_new_tokens = list(prompts), every, max_new_tokens
+        self.credit = credit
         self._table = ModelTable(
             folder="samples",
             title="fixed prompts, actor and reference",
@@ -52,10 +71,29 @@ class SampleCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._table.again(args, state, **kwargs)
+            self._again(args, state, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._table.again(args, state, **kwargs)
+        self._again(args, state, **kwargs)
+
+    def _again(self, args: Any, state: Any, **kwargs: Any) -> None:
+        if self._table.again(args, state, **kwargs) and self.read_credit is not None:
+            answers = self.read_credit()
+            write_credit(args, state, answers)
+            self._show_credit(Credit(state.global_step, answers))
+
+    def _show_credit(self, credit: Credit) -> None:
+        if not credit.numbers:
+            return
+        name = credit.numbers[0]
+        end = credit.end_of_scale(name)
+        title = f"Step {credit.step}: tokens by {NUMBERS[name][0]}, −{end:.3g} orange, +{end:.3g} blue"
+        columns = ("prompt", "", "score", "answer")
+        rows = [
+            (answer["prompt"], answer["kind"], score_text(answer["score"]), terminal_text(answer, name, end))
+            for answer in credit.answers
+        ]
+        show_table(title, columns, rows)
 
     def _rows(self, args: Any, actor: list[str], reference: list[str]) -> list[Row]:
         return [

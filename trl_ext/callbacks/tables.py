@@ -54,15 +54,17 @@ class ModelTable:
             is_reference = self.reference is None
             self._write(args, state, self._of_reference if is_reference else self.ask(model, processing_class))
 
-    def again(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:
-        """Write and show the table of this step, unless it has one."""
-        if takes_part(args, state) and self._shown_at != state.global_step:
-            rows = self._write(args, state, self.ask(model, processing_class))
-            if rows:
-                columns = [name.replace("_", " ") for name in self.shown]
-                cells = [[row[name] for name in self.shown] for row in rows]
-                show_table(f"Step {state.global_step}: {self.title}", columns, cells)
-            self._shown_at = state.global_step
+    def again(self, args: Any, state: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> bool:
+        """Write and show the table of this step, unless it has one; return whether it was shown here and now."""
+        if not takes_part(args, state) or self._shown_at == state.global_step:
+            return False
+        rows = self._write(args, state, self.ask(model, processing_class))
+        if rows:
+            columns = [name.replace("_", " ") for name in self.shown]
+            cells = [[row[name] for name in self.shown] for row in rows]
+            show_table(f"Step {state.global_step}: {self.title}", columns, cells)
+        self._shown_at = state.global_step
+        return bool(rows)
 
     def _write(self, args: Any, state: Any, answers: Any) -> list[Row]:
         """Write the rows on the main process and return them; none on the others."""
@@ -86,6 +88,12 @@ def tokenizer_of(processing_class: Any) -> Any:
 def text_of(prompt: Any) -> str:
     """Return a prompt as text: a conversation as its messages' contents, one a line."""
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+
+
+def write_credit(args: Any, state: Any, answers: list[Row]) -> None:
+    """Write answers by token, if there are any yet, where the report reads them."""
+    if answers:
+        write_rows(table_path(args.output_dir, "credit", state.global_step), answers)
 
 
 def table_path(output_dir: str, folder: str, step: int) -> Path:

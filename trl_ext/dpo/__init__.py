@@ -9,6 +9,7 @@ DPO over shared rows, in the order of the data.
     losses            implicit reward, Bradley-Terry, the loss
     metrics           pairs of a logging window or an evaluation, over all ranks
     implicit_reward   a trained policy as a reward function
+    credit            the tokens of pairs with their implicit rewards
     guards            what must hold of models and losses
     card              the model card
 """

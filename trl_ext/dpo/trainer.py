@@ -33,6 +33,7 @@ from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
+from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.folder import require_optimizer
 from ..runs.profiler import Phases
@@ -42,6 +43,7 @@ from ..runs.tables import show_table, write_rows
 from ..runs.trackio_run import name_run
 from .card import dpo_training
 from .config import DPOConfigX
+from .credit import ScoredPairs, credit_of_pairs
 from .data import (
     SOURCE,
     SourceCollator,
@@ -173,7 +175,9 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         if self._reference_is_start and not args.precompute_ref_log_probs:
             check_base_is_kept(self.model)
         self._learning = RequireGradients("policy", trained)
-        for callback in (self._learning, self.phases, LastLine()):
+        self._credit = CreditOffer(self)
+        self._last_batch: ScoredPairs | None = None
+        for callback in (self._learning, self.phases, LastLine(), self._credit):
             self.add_callback(callback)
         refuse_finished_checkpoints(self)
         warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "policy")
@@ -268,6 +272,8 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         logps = self._completion_logps(of_policy[0].log_probs, mask)
         if of_reference:
             ref_logps = self._completion_logps(of_reference[0].log_probs, mask)
+            if self._credit.is_read and self.model.training:
+                self._last_batch = ScoredPairs.of_batch(inputs, of_policy[0].log_probs, of_reference[0].log_probs)
         else:  # precomputed
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         logratios = logps - ref_logps
@@ -343,6 +349,14 @@ class DPOTrainerX(WritesCard, DPOTrainer):
         for ledger in (mode, "together") if mode == "eval" else (mode,):
             if ledger in self._ledgers:
                 self._ledgers[ledger].add(pairs, None if sources is None else sources[: len(pairs)])
+
+    def credit(self, most: int) -> list[dict[str, Any]]:
+        """
+        Return the tokens of the first pairs of this rank's last batch with their implicit rewards; none where the
+        reference was asked beforehand, as its sums are all that is kept.
+        """
+        batch = self._last_batch
+        return [] if batch is None else credit_of_pairs(batch, self._tokenizer, self.beta, most)
 
     def _is_at_start(self) -> bool:
         """Return whether no optimizer step was taken, here or before a checkpoint, and nothing is noisy on purpose."""

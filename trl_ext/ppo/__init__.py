@@ -23,5 +23,6 @@ PPO with a critic, in the order of the data.
     guards          checks that stop a run
     checkpoint      the part of a checkpoint beside weights, optimizer and random numbers
     display         the run's plan and sample completions
+    credit          the tokens of responses with their credit
     card            the model card
 """

@@ -22,7 +22,7 @@ def estimate_returns(
     rollout: Rollout, args: PPOConfigX, kl_coef: float, moments: RunningMoments, all_reduce: AllReduce
 ) -> tuple[Tensor, dict[str, float]]:
     """
-    Fill in `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
+    Fill in `rewards`, `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
 
     Args:
         rollout: with `old_values`, and with `old_logps` and `ref_logps` if the KL is in the reward.
@@ -53,6 +53,7 @@ def estimate_returns(
     total = masked_sum(rewards, mask, dim=1)
     if args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
+    rollout.rewards = rewards
     # 3. Advantages and returns
     lam: float | Tensor = args.lam
     if args.lam_alpha is not None:

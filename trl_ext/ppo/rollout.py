@@ -30,6 +30,7 @@ class Rollout:
         ref_logps: (B, T) log-probabilities under the reference, nats.
         ref_states: (B, T, H) trunk states of the reference, for the exact KL.
         old_values: (B, T) state values before learning.
+        rewards: (B, T) per-token rewards that the advantages are made of.
         advantages, returns: (B, T).
         importance_sampling_ratio: (B, T) or (B, 1), training over sampling probability, when vLLM samples.
         first_logps: (B, T) `old_logps` that are being collected in the first learning pass.
@@ -48,6 +49,7 @@ class Rollout:
     ref_logps: Tensor | None = None
     ref_states: Tensor | None = None
     old_values: Tensor | None = None
+    rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     importance_sampling_ratio: Tensor | None = None

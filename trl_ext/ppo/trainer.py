@@ -49,6 +49,7 @@ from ..models.trainable import take_back
 from ..packing.exactness import why_not_run
 from ..runs.best_metric import check_metric_of_sets, evaluated
 from ..runs.card import Training, WritesCard
+from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder
@@ -58,6 +59,7 @@ from .card import ppo_training
 from .checkpoint import find_checkpoint, known_length, load_run, save_run
 from .coefficients import Coefficients
 from .config import PPOConfigX, PPOLoopConfig
+from .credit import credit_of_responses
 from .data import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
@@ -259,6 +261,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
+        self.add_callback(CreditOffer(self))
         refuse_finished_checkpoints(self)
         self._start_run()
 
@@ -931,6 +934,11 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                 logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
             drop_unmeasured(self._metrics["train" if self.model.training else "eval"])
             super().log(logs, start_time)
+
+    def credit(self, most: int) -> list[dict[str, Any]]:
+        """Return the tokens of this rank's first responses with their credit; none before the first rollout."""
+        rollout = self.run_state.rollout
+        return [] if rollout is None else credit_of_responses(rollout, self._tokenizer, most)
 
     def _log_speed(self, rollout: Rollout) -> None:
         """Log the seconds of this rollout's phases, and of learning from the rollout before."""

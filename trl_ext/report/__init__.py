@@ -3,6 +3,7 @@ Pages, pictures and tables of a run, made from what the Trainer has logged. Impo
 
     run                 what a run's folder says of it
     tables              samples before and after, implicit rewards of pairs
+    credit              answers whose tokens have the colour of their credit
     progress            a progress bar with one short line per log
     drawing             colours, lines and figures
     panel               what the page shows of some log keys

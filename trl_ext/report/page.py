@@ -8,6 +8,7 @@ from typing import Any
 
 from ..runs.folder import write_whole
 from ..runs.log import Series, held_out_accuracy, memory, reference_kl, scores, series
+from .credit import ABOVE_0, BELOW_0, NUMBERS, STRONGEST, tokens
 from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
 from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run
@@ -79,6 +80,11 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         kinds=NAMES,
         colours=OF_RUNS,
         light=COLOURS,
+        above=" ".join(map(str, ABOVE_0)),
+        below=" ".join(map(str, BELOW_0)),
+        strongest=STRONGEST,
+        numbers=NUMBERS,
+        tokens=tokens,
         refresh=refresh if running else 0,
         facts=_rows({run.name: _facts(run) for run in runs}),
         figures=figures,

@@ -12,6 +12,7 @@ from ..runs.alarms import Alarm, alarms
 from ..runs.convergence import KL_BAND, Verdict, verdict
 from ..runs.folder import FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
 from ..runs.log import algorithm
+from .credit import Credit, read_credit
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
@@ -33,6 +34,7 @@ class Run:
     max_steps: int = 0
     samples: list[Sample] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    credit: Credit | None = None
     heard: float | None = None
     silent_after: float = math.inf
 
@@ -106,6 +108,7 @@ def read_run(folder: str | Path) -> Run:
         max_steps=int(state.get("max_steps") or 0),
         samples=read_samples(folder, log),
         pairs=read_pairs(folder),
+        credit=read_credit(folder),
         heard=max(written),
         silent_after=_silent_after(written, len(log), begun_at(folder), known.get("every") or 0.0),
     )

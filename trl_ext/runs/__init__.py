@@ -11,6 +11,7 @@ Runs: their requirements, log, folder and card.
     convergence    whether a run has converged
     alarms         what in a log deserves a look
     tables         tables on the terminal and as JSON lines
+    credit         answers by token, each with its credit
     folder         files in a run's folder
     facts          what a trainer knows of its run, in words
     card           the model card
