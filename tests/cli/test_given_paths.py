@@ -84,8 +84,8 @@ def test_reward_model_is_scored_by_as_little_as_it_is_talked_to(paths, tmp_path,
             words = {"--model": paths["actor"], "--ref_model": paths["actor"], option: str(path)}
             said = error_of(["score", *(word for pair in words.items() for word in pair)], capsys)
             assert option in said
-            assert "scores text and writes none" in said
-        assert "scores text and writes none" in error_of(["chat", str(path)], capsys)
+            assert "scores text and cannot write it" in said
+        assert "scores text and cannot write it" in error_of(["chat", str(path)], capsys)
 
 
 def shards(folder):
@@ -101,7 +101,7 @@ DAMAGED = {
     "other weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"xx"), "cannot be read: .*header"),
     "cut off": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]),
-        "cannot be read: .* It was cut off, or is not there",
+        "cannot be read: .* incomplete, missing or a git-lfs pointer",
     ),
     "a shard": (shards, r"model-0000\d-of-\d+.safetensors .* cannot be read"),
     "config": (lambda folder: (folder / "config.json").write_text("{"), r"The config of .* cannot be read"),

@@ -157,7 +157,7 @@ REFUSED = {  # name -> the tokenizer, a pair, what the error says
         chat() | implicit(chat()),
         r"begins with a message of the role 'user' .*to_preference\(dataset\)` takes it off",
     ),
-    "text begins with the prompt": (tokenizer(), TEXT | implicit(TEXT), r"would stand there twice.*to_preference"),
+    "text begins with the prompt": (tokenizer(), TEXT | implicit(TEXT), r"would read it twice.*to_preference"),
     "text with BOS": (
         tokenizer(bos=True),
         TEXT | {"prompt": "<bos> who ? "},
@@ -441,7 +441,7 @@ def test_answers_that_greet_as_their_prompt_does_repeat_no_prompt():
 
 def test_repeated_prompt_is_taken_off_whatever_white_space_is_around_it():
     rows = Dataset.from_list([TEXT | {"chosen": "\nwho is it ?\na cat", "rejected": "who is it ?\na dog"}] * 2)
-    with pytest.raises(ValueError, match="would stand there twice"):
+    with pytest.raises(ValueError, match="would read it twice"):
         check_columns(rows, None, tokenizer)
     cured = to_preference(rows)
     check_columns(cured, None, tokenizer)

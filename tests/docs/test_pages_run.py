@@ -138,7 +138,7 @@ def steps(page):
 
 
 NOTEBOOKS = ["docs/notebooks/dpo.ipynb", "docs/notebooks/ppo.ipynb"]
-# tests/scale/test_proof_launch_page.py has the commands that start several processes.
+# tests/docs/test_proof_launch_page.py has the commands that start several processes.
 PAGES = [page for page in pages() if list(steps(page)) and page not in {"docs/launch.md", *MEASURED}] + NOTEBOOKS
 
 

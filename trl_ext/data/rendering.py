@@ -27,8 +27,8 @@ def check_pairs(dataset: Any, name: str, tokenizer: Any) -> None:
     if are_most(repeats):
         number, row = rows[repeats.index(True)]
         raise ValueError(
-            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, which would stand there "
-            f"twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` takes it off."
+            f"`chosen` and `rejected` of row {number} of `{name}` begin with the prompt, so the model would "
+            f"read it twice: {row['chosen']!r:.120}. `trl_ext.data.conversions.to_preference(dataset)` removes it."
         )
     for number, row in rows:
         where = f"row {number} of `{name}`"

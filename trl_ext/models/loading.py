@@ -82,8 +82,8 @@ def refuse_scoring(config: Any, name: str) -> None:
     """Raise `ValueError` for a model trained to score text: as a language model it would get a new head."""
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise ValueError(
-            f"{name} holds a {config.architectures[0]}, which scores text and writes none. It may be the "
-            "`reward_model` of PPO; what is trained and its reference are causal language models."
+            f"{name} holds a {config.architectures[0]}, which scores text and cannot write it. Give a causal language "
+            "model; this one may be the `reward_model` of PPO."
         )
 
 
@@ -95,7 +95,7 @@ def require_writer(path: str, name: str, revision: str | None = None) -> None:
     if adapter is None:
         refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
     elif adapter.task_type == "SEQ_CLS":
-        raise ValueError(f"{path} ({name}) holds the adapter of a reward model: it scores text and writes none.")
+        raise ValueError(f"{path} ({name}) holds a reward model's adapter, which scores text and cannot write it.")
     elif adapter.base_model_name_or_path:
         require_writer(adapter.base_model_name_or_path, f"the base of the adapter {path}, {name}", adapter.revision)
 
@@ -196,7 +196,7 @@ def check_no_adapter(path: str, name: str) -> None:
         return
     if config.task_type == "SEQ_CLS" and name in ("model", "ref_model"):
         raise ValueError(
-            f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text and writes none. "
+            f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text, not writes it. "
             "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
     way_out = WAYS_OUT.get(name, WAYS_OUT["model"])
@@ -251,8 +251,8 @@ def require_weights(path: str, what: str) -> None:
                 safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"The weights in {file} ({what}) cannot be read: {error}. It was cut off, or is not there, or is a "
-                "pointer of git-lfs: save or download the model again."
+                f"The weights in {file} ({what}) cannot be read: {error}. The file is incomplete, missing or a "
+                "git-lfs pointer: save or download the model again."
             ) from error
 
 

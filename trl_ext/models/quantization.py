@@ -56,8 +56,8 @@ def check_quantizable(option: str, model: str | nn.Module, argument: str, args: 
         )
     if (Path(model) / "adapter_config.json").exists():
         raise ValueError(
-            f"{asked} has nothing to quantise in {model!r}, which holds an adapter: `quantization_config` quantises "
-            f"the base that it stands on. Leave `{option}` out."
+            f"{asked} cannot quantise the adapter in {model!r}: it takes the bits of its base, which "
+            f"`quantization_config` sets. Leave `{option}` out."
         )
     if spread_by(args) is not None:
         raise ValueError(
