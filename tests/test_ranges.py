@@ -1,5 +1,6 @@
 """The ranges of options."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,13 +26,16 @@ class LargerToy(Toy):
 @pytest.mark.parametrize(
     "allowed, inside, outside",
     [
-        (ranges.COUNT, [1, 7, 2.0], [0, -1, 1.5]),
-        (ranges.FRACTION, [0, 0.3, 1], [-0.1, 1.1, float("nan")]),
-        (ranges.POSITIVE, [1e-9, 5], [0, -1, float("nan")]),
-        (ranges.POSITIVE_OR_UNSET, [None, 0.1], [0, -1]),
-        (ranges.NOT_NEGATIVE, [0, 3.5], [-0.1, float("inf"), float("nan")]),
-        (ranges.NOT_NEGATIVE_OR_UNSET, [None, 0, 3.5], [-0.1]),
-        (ranges.one_of(None, "x"), [None, "x"], ["y", ""]),
+        (ranges.COUNT, [1, 7, 2.0], [0, -1, 1.5, math.nan, math.inf, None, "1", [1]]),
+        (ranges.COUNT_OR_UNSET, [None, 1], [0, 1.5, "a"]),
+        (ranges.FRACTION, [0, 0.3, 1], [-0.1, 1.1, math.nan, None, "0.5"]),
+        (ranges.FRACTION_OR_UNSET, [None, 0.3], [1.1, "a"]),
+        (ranges.POSITIVE, [1e-9, 5], [0, -1, math.nan, None, "a", {}]),
+        (ranges.POSITIVE_OR_UNSET, [None, 0.1], [0, -1, "a"]),
+        (ranges.NOT_NEGATIVE, [0, 3.5], [-0.1, math.inf, math.nan, None, "a"]),
+        (ranges.NOT_NEGATIVE_OR_UNSET, [None, 0, 3.5], [-0.1, "a"]),
+        (ranges.NUMBER_OR_UNSET, [None, -2, 0.5], [math.nan, "1", [1.0]]),
+        (ranges.one_of(None, "x"), [None, "x"], ["y", "", ["x"]]),
     ],
 )
 def test_range_holds_its_values_and_no_others(allowed, inside, outside):

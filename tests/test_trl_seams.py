@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,27 @@ def test_submodule_is_back_when_sending_breaks_off():
     assert len(owner) == 1
     walk.close()
     assert len(owner) == 2
+
+
+# --- generation under ZeRO-3
+
+
+class Writer(nn.Module):
+    def generate(self, synced_gpus=None):
+        return f"the class's, {synced_gpus}"
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_gathered_model_has_its_own_generate_again_afterwards(monkeypatch, is_replaced):
+    for hooks in ("add_hooks", "remove_hooks"):
+        monkeypatch.setattr(_trl, hooks, lambda engine: None)
+    monkeypatch.setattr(_trl, "disable_gradient_checkpointing", lambda *_: nullcontext())
+    model, says = Writer(), "the class's"
+    if is_replaced:
+        model.generate, says = (lambda synced_gpus=None: f"the user's, {synced_gpus}"), "the user's"
+    with _trl.gathered_for_generation(model, SimpleNamespace(unwrap_model=lambda engine: engine), [], None):
+        assert model.generate() == f"{says}, False"
+    assert model.generate() == f"{says}, None"
 
 
 # --- frozen models

@@ -108,17 +108,16 @@ def _fused_forward_of(model: PreTrainedModel) -> Any:
     raise RuntimeError(f"{type(model).__name__} has no fused head of TRL's.")
 
 
-def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+def prepare_frozen(model: nn.Module, accelerator: Any, is_quantized: bool = False) -> nn.Module:
     """
     Freeze a model and place it: ZeRO-3 or FSDP partitions it, everything else puts it on the device. A quantised model
     stays as bitsandbytes has made it: DeepSpeed would cast what is not quantised in it.
     """
     model.requires_grad_(False)
     model.eval()
-    quantised = getattr(model, "is_quantized", False)
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None and not quantised:
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None and not is_quantized:
         return prepare_deepspeed(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None and not quantised:
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None and not is_quantized:
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
@@ -138,7 +137,7 @@ def gathered_for_generation(
     import deepspeed
 
     model = accelerator.unwrap_model(engine)
-    gathering = grpo_trainer.unwrap_model_for_generation
+    gathering, own = grpo_trainer.unwrap_model_for_generation, vars(model).get("generate")  # the user may have set one
 
     @contextmanager
     def already_gathered(*args: Any, **kwargs: Any) -> Iterator[nn.Module]:
@@ -155,7 +154,10 @@ def gathered_for_generation(
             yield
         finally:
             grpo_trainer.unwrap_model_for_generation = gathering
-            del model.generate
+            if own is None:
+                del model.generate
+            else:
+                model.generate = own
             add_hooks(engine)
 
 

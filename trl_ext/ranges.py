@@ -11,10 +11,18 @@ class Range(NamedTuple):
     """Values that an option may have; `needed` completes "it must be …"."""
 
     needed: str
-    holds: Callable[[Any], bool]
+    condition: Callable[[Any], bool]
+
+    def holds(self, value: Any) -> bool:
+        """Return whether the range has a value; it has none of another type."""
+        try:
+            return bool(self.condition(value))
+        except (TypeError, ValueError, OverflowError):  # a text that is compared with a number, int(NaN), int(inf)
+            return False
 
 
 COUNT = Range("an integer of at least 1", lambda value: value == int(value) and value >= 1)
+COUNT_OR_UNSET = Range("an integer of at least 1, or unset", lambda value: value is None or COUNT.holds(value))
 FRACTION = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 FRACTION_OR_UNSET = Range("from 0 to 1, or unset", lambda value: value is None or 0 <= value <= 1)
 POSITIVE = Range("above 0", lambda value: value > 0)
@@ -22,6 +30,7 @@ POSITIVE_OR_UNSET = Range("above 0, or unset", lambda value: value is None or va
 NOT_NEGATIVE = Range("0 or above, and finite", lambda value: 0 <= value < math.inf)
 SHARE_OR_UNSET = Range("above 0 and at most 1, or unset", lambda value: value is None or 0 < value <= 1)
 NOT_NEGATIVE_OR_UNSET = Range("0 or above, or unset", lambda value: value is None or value >= 0)
+NUMBER_OR_UNSET = Range("a number, or unset", lambda value: value is None or value == float(value))
 
 
 def one_of(*choices: Any) -> Range:

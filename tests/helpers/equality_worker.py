@@ -28,6 +28,7 @@ CASES = {
     "ppo, model, tokens": PPO | {"num_generations": 2, "micro_batch_tokens": 24, "score_batch_tokens": 32},
     "dpo": DPO,
 }
+PADDED = {"packing": False, "micro_batch_tokens": None, "score_batch_tokens": None}
 LAYOUTS = {"ddp": None, "zero2": "zero2", "zero3": "zero3"}
 
 # Log lines but times. Of DPO: not what is a mean over micro-batches, and not the correlation of margins and lengths,
@@ -54,6 +55,7 @@ def run(case: str, folder: Path, deepspeed: str | None, per_process: int, **othe
         kept = PPO_LINES if algorithm == "ppo" else DPO_LINES
         lines = [line for line in trainer.state.log_history if "learning_rate" in line]
         return {
+            "packs": algorithm == "ppo" and all(packing.on for packing in trainer._packings if packing is not None),
             "lines": [{key: line[key] for key in line if key.startswith(kept)} for line in lines],
             "parameters": zero_runs.full_weights(trainer.model),
             "wrapper": type(trainer.model_wrapped).__name__,
@@ -74,6 +76,8 @@ def measure(folder: Path) -> dict[str, Any]:
     measured = {
         f"{case}, {layout}": run(case, folder, deepspeed, 4) for case in CASES for layout, deepspeed in LAYOUTS.items()
     }
+    for layout in ("zero2", "zero3"):
+        measured[f"padded, {layout}"] = run("ppo, model, tokens", folder, layout, 4, **PADDED)
     with given.gradient_of_one_share():
         measured["mistake"] = run("ppo, model", folder, "zero3", 4)
     return measured

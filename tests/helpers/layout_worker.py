@@ -7,11 +7,14 @@ A layout is {"environment": what its launcher sets, "options": of the trainers' 
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.state import GradientState
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+import ppo_runs
 import tiny
 import zero_runs
 
@@ -34,8 +37,10 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
     with zero_runs.launched(layout["environment"]):
         trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
         measured = {"reference": trainer.ref_model is not None}
+        passes = ppo_runs.returned_by(trainer, "_compute_loss")
         trainer.train()
         engine = trainer.model_wrapped
+        measured["passes"] = len(passes)
         measured |= {"wrapper": type(engine).__name__, "steps": trainer.state.global_step}
         measured["loss"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         measured["elements"] = {"trained": zero_runs.local_and_whole(trainer.model)}
@@ -49,6 +54,7 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
             measured["elements"]["critic"] = zero_runs.local_and_whole(trainer.critic)
         if measured["wrapper"] == "DeepSpeedEngine":
             measured["stage"] = engine.zero_optimization_stage()
+            measured["applied"] = engine.global_steps
             measured["optimizer"] = type(engine.optimizer.optimizer).__name__
             measured["offloads"] = [str(engine.zero_offload_optimizer()), str(engine.zero_offload_param())]
             measured["optimizer elements"] = zero_runs.optimizer_elements(engine)
@@ -62,6 +68,11 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         if algorithm == "ppo" and name in WITHOUT_KL:
             measured["without kl"] = without_reference(folder, output, layout)
     return measured
+
+
+def step_in_every_pass() -> Any:
+    """The mistake: every pass of an optimizer step is a boundary of DeepSpeed's accumulation."""
+    return mock.patch.object(GradientState, "_set_sync_gradients")
 
 
 def without_reference(folder: Path, output: Path, layout: dict[str, Any]) -> list[str]:

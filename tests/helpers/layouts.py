@@ -2,10 +2,13 @@
 
 import itertools
 import tempfile
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import dpo_runs
 import ppo_runs
@@ -54,6 +57,9 @@ CASES = {
     "warmup-stop": {"critic_warmup_steps": 1, "target_kl": 1e-4, "num_ppo_epochs": 4, "kl_controller": "band"},
 }
 
+BUDGETS = CASES["loss"] | {"micro_batch_tokens": 24, "score_batch_tokens": 32}
+SHARDS = (1, 5)  # of a stream; so many are more than there are processes
+
 # All log lines but times.
 LOGGED = ("loss", "grad_norm", "terms/", "coef/", "policy/", "value/", "kl/", "reward/", "rewards/", "advantage/")
 
@@ -71,22 +77,61 @@ def answer(prompts, trainer):
     }
 
 
-def run(size, accumulation, **options):
-    """Gradients, log lines and final parameters of a run on the eight prompts, `size × accumulation` per process."""
-    keep = dpo_runs.KeepGradients()
+def models_of(options):
     models = {"train_dataset": PROMPTS, "ref_model": tiny.tiny_actor(5), "value_model": tiny.tiny_reward_model(7)}
     if options.get("critic") == "head":
         del models["value_model"]
-    models |= {"rollout_func": answer, "callbacks": [keep], "reward_funcs": options.pop("reward_funcs", None)}
+    return models | {"rollout_func": answer}
+
+
+def run(size, accumulation, **options):
+    """
+    Gradients, log lines and final parameters of a run on the eight prompts, `size × accumulation` per process; and the
+    numbers of its passes, of DDP's exchanges of gradients, and of its optimizer steps.
+    """
+    keep = dpo_runs.KeepGradients()
+    models = models_of(options) | {"callbacks": [keep], "reward_funcs": options.pop("reward_funcs", None)}
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     with tempfile.TemporaryDirectory() as folder:
         trainer = ppo_runs.ppo_trainer(folder, models, **(SETTINGS | sizes | options))
         if options.get("critic") == "head":  # 0 at the start; then the trunk would have no part in the value
             torch.manual_seed(0)
             nn.init.normal_(trainer.critic.score.weight, std=0.5)
+        counts = counting(trainer)
         trainer.train()
     lines = [{key: line[key] for key in line if key.startswith(LOGGED)} for line in ppo_runs.log_lines(trainer)]
-    return {"gradients": keep.steps, "lines": lines, "parameters": ppo_runs.snapshot(trainer.model)}
+    measured = {"gradients": keep.steps, "lines": lines, "parameters": ppo_runs.snapshot(trainer.model)}
+    return measured | counts | {"steps": trainer.state.global_step}
+
+
+def counting(trainer):
+    """Passes with a gradient, and exchanges of all gradients, counted while the trainer trains."""
+    counts = {"passes": 0, "exchanges": 0}
+    compute_loss = trainer._compute_loss
+
+    def exchange(_, bucket):
+        counts["exchanges"] += bucket.is_last()
+        return allreduce_hook(None, bucket)
+
+    def counted(model, inputs):
+        if counts["passes"] == 0 and isinstance(model, nn.parallel.DistributedDataParallel):
+            model.register_comm_hook(None, exchange)
+        counts["passes"] += 1
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = counted
+    return counts
+
+
+def held_out(batch_size, shards):
+    """What is logged of an evaluation on a stream of five prompts, two answers to each."""
+    options = {"num_generations_eval": 2, "per_device_eval_batch_size": batch_size, "use_cpu": True}
+    stream = PROMPTS.select(range(5)).to_iterable_dataset(num_shards=shards)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ppo_runs.ppo_trainer(folder, models_of({}), response_length=9, **options)
+        metrics = trainer.evaluate(stream)
+    kept = ("eval_reward/", "eval_rewards/", "eval_kl/", "eval_completions/")
+    return {key: value for key, value in metrics.items() if key.startswith(kept)}
 
 
 # Mistakes that a comparison of layouts must notice
@@ -111,6 +156,11 @@ def moments_per_rank():
     return mock.patch.object(trainer_module, "estimate_returns", lambda *args: estimate(*args[:-1], identity))
 
 
+def exchange_in_every_pass():
+    """DDP exchanges gradients in every pass of an optimizer step, not only in its last."""
+    return mock.patch.object(Accelerator, "no_sync", return_value=nullcontext())
+
+
 def gradient_of_one_share():
     """The terms are shares of a sum over the ranks, and DDP averages: the factor between the two is forgotten."""
     compute_loss = PPOTrainerX._compute_loss
@@ -132,6 +182,9 @@ def measure():
     """In each of two processes: every case and every mistake."""
     measured = {name: run(4, 1, **options) for name, options in CASES.items()}
     measured["1 x 4"] = run(1, 4, **CASES["loss"])
+    measured["budgets"] = run(4, 1, **BUDGETS)
+    with exchange_in_every_pass():
+        measured["exchange in every pass"] = run(4, 1, **BUDGETS)
     for name, mistake in MISTAKES.items():
         with mistake():
             measured[name] = run(2, 2, **CASES["loss"])

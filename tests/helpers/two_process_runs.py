@@ -17,10 +17,14 @@ def prepare(folder: Path) -> dict[str, Any]:
     started = {
         name: launch(ACCELERATE / f"{name}.yaml", "--num_processes", "2").environment for name in ("zero2", "zero3")
     }
-    return {name: {"environment": each, "options": {"max_steps": 2}, "only": "ppo"} for name, each in started.items()}
+    options = {"max_steps": 2, "micro_batch_tokens": 24}
+    return {name: {"environment": each, "options": options, "only": "ppo"} for name, each in started.items()}
 
 
 def measure(folder: Path, layouts_of_zero: dict[str, Any]) -> dict[str, Any]:
     measured = {"dpo": dpo_layouts.measure(folder)}  # first, since it measures a peak of memory
     measured["ppo"] = layouts.measure()
-    return measured | layout_worker.measure(folder, layouts_of_zero)
+    measured["held out"] = {f"{shards} shards": layouts.held_out(2, shards) for shards in layouts.SHARDS}
+    with layout_worker.step_in_every_pass():
+        mistaken = layout_worker.measure(folder, {"mistake": layouts_of_zero["zero2"]})
+    return measured | mistaken | layout_worker.measure(folder, layouts_of_zero)

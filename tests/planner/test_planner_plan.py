@@ -1,6 +1,7 @@
 """Plans as a whole: who holds what in which phase, what fits, what would make it fit, and how fast it is."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -182,6 +183,24 @@ def test_suggestions_fit_and_are_the_fastest_of_their_kind():
     of_head = next(p for p in found if (p.layout.method, p.layout.critic) == ("qlora", "head"))
     slower = speed(plan("1.5b", of_head.layout.change(gradient_checkpointing=True, micro_batch=1), gpu))
     assert slower.tokens_per_second <= speed(of_head).tokens_per_second
+
+
+def test_suggested_budget_of_tokens_fits_and_twice_as_much_does_not():
+    """The table names a number of tokens, which a run takes as `micro_batch_tokens`."""
+    start = FULL.change(prompt=512, response=1024, rollout=32, accumulation=32)
+    gpu = dataclasses.replace(GPU, memory=24 * GIB)
+    below_the_rollout = 0
+    for planned in suggest("1.5b", start, gpu):
+        (tokens,) = map(int, re.findall(r"\((\d+) tokens\)", planner.suggestion_table([planned])))
+        fits = []
+        for budget in (tokens, 2 * tokens):
+            options = {"per_device_train_batch_size": 32, "response_length": 1024, "micro_batch_tokens": budget}
+            run = planner.layout_from_options("ppo", options, gpu, prompt=512)
+            layout = planned.layout.change(micro_batch=run.micro_batch, accumulation=run.accumulation)
+            fits.append(plan("1.5b", layout, gpu).fits)
+        assert fits == [True, tokens == 32 * start.length]
+        below_the_rollout += tokens < 32 * start.length
+    assert below_the_rollout > 2
 
 
 # ---- Speed

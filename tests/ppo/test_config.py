@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from typing import get_type_hints
 
 import pytest
 from transformers import HfArgumentParser
@@ -361,6 +363,18 @@ OUT_OF_RANGE = {
 def test_value_out_of_its_options_range_is_refused(value, name):
     with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be"):
         config(**{name: value})
+
+
+RANGED = [
+    name for name, hint in get_type_hints(PPOConfigX, include_extras=True).items() if hasattr(hint, "__metadata__")
+]
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_value_of_another_type_is_refused_by_name(name):
+    for value in ("nonsense", [], object):
+        with pytest.raises(ValueError, match=f"`{name}` is {re.escape(repr(value))}; it must be"):
+            config(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,35 @@ def test_several_responses_to_a_held_out_prompt(tmp_path, how, given, options, p
     assert metrics["eval_reward/best_of_n"] == pytest.approx(statistics.mean(map(max, whole)))
 
 
+FEW = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
+
+
+def nothing(prompts):
+    return prompts.to_iterable_dataset().filter(lambda row: False)
+
+
+@pytest.mark.parametrize(
+    "given, n, message",
+    [
+        (copy, 1, "has 3 rows, and with `per_device_eval_batch_size=4` on 1 .* a batch needs 4.*_drop_last=False"),
+        (nothing, 1, "has 0 rows"),
+        (copy, 2, None),
+    ],
+    ids=["three", "none", "three answered twice"],
+)
+def test_held_out_prompts_that_make_no_batch_are_refused(tmp_path, given, n, message):
+    prompts = given(tiny.tiny_prompts(3))
+    by_hand = ppo_trainer(tmp_path, num_generations_eval=n, **FEW)
+    if message is None:
+        ppo_trainer(tmp_path, {"eval_dataset": prompts}, num_generations_eval=n, **FEW)
+        assert "eval_reward/score" in by_hand.evaluate(prompts)
+        return
+    with pytest.raises(ValueError, match=f"the held-out set {message}"):
+        by_hand.evaluate(prompts)
+    with pytest.raises(ValueError, match="`eval_dataset` has "):
+        ppo_trainer(tmp_path, {"eval_dataset": prompts}, **FEW)
+
+
 def test_scores_by_prompt():
     nan = math.nan
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, nan, 4.0, nan, nan, 7.0, nan, nan, nan])

@@ -61,9 +61,30 @@ def test_two_processes_change_nothing(of_two_processes):
     alone = {case: layouts.run(8, 1, **options) for case, options in layouts.CASES.items()}
     differences = {name: difference(result, alone.get(name, alone["loss"])) for name, result in measured.items()}
     mistaken = {name: differences.pop(name) for name in layouts.MISTAKES}
-    assert differences.keys() == {*layouts.CASES, "1 x 4"}
+    assert differences.keys() == {*layouts.CASES, "1 x 4", "budgets", "exchange in every pass"}
     assert max(differences.values()) < TOLERANCE, differences
     assert min(mistaken.values()) > 1e-2, mistaken
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_are_exchanged_once_per_optimizer_step(of_two_processes):
+    for case in ("1 x 4", "budgets"):
+        run = of_two_processes["ppo"][case]
+        assert run["exchanges"] == run["steps"] == 4, case
+        assert run["passes"] >= 8, case
+    mistaken = of_two_processes["ppo"]["exchange in every pass"]
+    assert mistaken["exchanges"] == mistaken["passes"]
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shards", layouts.SHARDS)
+def test_stream_of_held_out_prompts_counts_every_prompt_once(of_two_processes, shards):
+    """Ten answers in batches of four: accelerate fills up the last with the first ones again."""
+    alone = layouts.held_out(10, 1)
+    assert len(alone) > 6
+    assert of_two_processes["held out"][f"{shards} shards"] == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
 # Steps, as the options say

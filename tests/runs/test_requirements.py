@@ -8,8 +8,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from dpo_runs import dpo_config, tiny_pairs
+from dpo_runs import dpo_config, dpo_trainer, tiny_pairs
 from ppo_runs import ppo_config
+from reward_runs import reward_trainer
 from trl_ext import DPOTrainerX, PPOTrainerX, RewardConfigX
 from trl_ext.runs import requirements
 from trl_ext.runs.requirements import check_startable, make_folder, require_writable
@@ -135,6 +136,22 @@ def test_output_folder_that_cannot_be_written_is_refused(kind, folders):
     for output in (folders / "file", folders / "file" / "out"):
         with pytest.raises(ValueError, match=r"`output_dir` is .*, and .*file is a file\. Give a folder"):
             trainer_of(kind, tiny.save_tiny(folders / "whole")["actor"], output)
+
+
+def reward(folder, given, **options):
+    datasets = [given.get(name, tiny_pairs()) for name in ("train_dataset", "eval_dataset")]
+    return reward_trainer(folder, *datasets, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trainer", [dpo_trainer, reward])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_rows_that_make_no_batch_are_refused(tmp_path, trainer, name):
+    given = {name: tiny_pairs().select(range(3))}
+    options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    with pytest.raises(ValueError, match=rf"`{name}` has 3 rows, and with `per_device_{name[:4]}\w+=4` .* needs 4"):
+        trainer(tmp_path, given, dataloader_drop_last=True, **options)
+    trainer(tmp_path, given, **options)
 
 
 def test_folder_is_made_and_tried(tmp_path, monkeypatch):

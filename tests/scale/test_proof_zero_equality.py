@@ -49,6 +49,16 @@ def test_two_processes_learn_what_one_does(case_and_alone, measured, layout):
     assert apart[worst] < TOLERANCE, sorted(apart.items(), key=lambda item: -item[1])[:5]
 
 
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_packed_rows_and_budgets_learn_what_padded_rows_do(measured, layout):
+    packed, padded = measured[f"ppo, model, tokens, {layout}"], measured[f"padded, {layout}"]
+    assert (packed["packs"], padded["packs"]) == (True, False)
+    apart = differences(packed, padded)
+    worst = max(apart, key=apart.get)
+    print(f"\n{layout}: largest difference {apart[worst]:.1e} ({worst})")
+    assert apart[worst] < 1e-5
+
+
 def test_control_a_gradient_of_one_share_is_noticed(measured, folder):
     """The loss is a share of a sum over the ranks, whose gradients are averaged: the factor of two is forgotten."""
     alone = equality_worker.run("ppo, model", folder, None, 8)

@@ -15,7 +15,16 @@ def test_ppo_trains_under_zero(of_two_processes, stage):
     """The reward model, too, is within DeepSpeed's engine, where it is asked whether it reads padding."""
     run = of_two_processes[f"zero{stage}, ppo"]
     assert (run["wrapper"], run["stage"], run["steps"]) == ("DeepSpeedEngine", stage, 2)
+    assert run["passes"] >= 4
+    assert run["applied"] == 2
     assert run["still"] == []
     assert run["reward wrapper"] == "DeepSpeedEngine"
     kept = sum((size + 1) // 2 for size in ACTOR) if stage == 3 else sum(ACTOR)
     assert run["elements"]["reference"] == [kept, sum(ACTOR)]
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore")
+def test_control_a_step_in_every_pass_is_counted(of_two_processes):
+    run = of_two_processes["mistake, ppo"]
+    assert run["applied"] == run["passes"] > run["steps"]

@@ -1,4 +1,4 @@
-"""`DPOConfigX`: TRL's `DPOConfig`, with shared prefixes and a label smoothing that works."""
+"""`DPOConfigX`: TRL's `DPOConfig`, with packed rows and a label smoothing that works."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -8,7 +8,7 @@ from trl import DPOConfig
 from ..models.precision import computes_in_bf16
 from ..models.quantization import QUANTIZATIONS
 from ..models.sharding import check_batch_fields
-from ..ranges import COUNT, check_ranges, one_of, require
+from ..ranges import COUNT, POSITIVE, Range, check_ranges, one_of, require
 from ..runs.requirements import check_startable, require_kernel
 
 
@@ -20,6 +20,9 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 TRUNCATIONS = ("keep_start", "keep_end")
 # Loss types whose formula has a label smoothing ε in TRL 1.16; for "sigmoid" it is put back here.
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
+FLIPPED = Range(
+    "in [0, 0.5), a share of flipped labels: at 0.5 the labels say nothing", lambda share: 0 <= share < 0.5
+)
 
 
 @dataclass
@@ -76,15 +79,14 @@ class DPOConfigX(DPOConfig):
         check_batch_fields(self, "`gradient_accumulation_steps`")
         require_kernel(self)
         needed = "above 0: the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start"
-        require(self, "beta", self.beta > 0, needed)
+        require(self, "beta", POSITIVE.holds(self.beta), needed)
         if self.neftune_noise_alpha is not None and self.disable_dropout:
             raise ValueError(
                 f"`neftune_noise_alpha={self.neftune_noise_alpha}` adds noise to the policy's embeddings in training, "
                 "and none to the reference's: the margins would measure it, and `disable_dropout=True` asks for a "
                 "policy without noise. Leave it out, or set `disable_dropout=False`, too."
             )
-        needed = "in [0, 0.5), a share of flipped labels: at 0.5 the labels say nothing"
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, needed)
+        require(self, "label_smoothing", FLIPPED.holds(self.label_smoothing), FLIPPED.needed)
         if self.label_smoothing > 0 and not SMOOTHED & set(self.loss_type):
             raise ValueError(
                 f"`label_smoothing={self.label_smoothing}` changes nothing with `loss_type={self.loss_type}`; it is "

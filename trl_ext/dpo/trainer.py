@@ -1,4 +1,4 @@
-"""`DPOTrainerX`: TRL's `DPOTrainer`, faster by shared prefixes, with the implicit reward in the open."""
+"""`DPOTrainerX`: TRL's `DPOTrainer`, faster by packed rows, with the implicit reward in the open."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.folder import require_optimizer
 from ..runs.profiler import Phases
-from ..runs.requirements import make_folder
+from ..runs.requirements import make_folder, require_full_batches
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.tables import show_table, write_rows
 from ..runs.trackio_run import name_run
@@ -169,6 +169,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
             )
         if args.precompute_ref_log_probs and self._reference_is_start:
             self.ref_model = None  # under FSDP a copy has been asked
+        require_full_batches(args, self.train_dataset, self.eval_dataset)
         # 5. What is trained
         trained = check_trainable(self.model, "policy")
         check_optimizer(self.optimizer, {"policy": trained}, "Give it those of `model`, or leave it out.")
@@ -213,7 +214,7 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     # ---- 2. Log-probabilities of policy and reference ----
 
     def _score_pairs(self) -> None:
-        """Replace the forward of actor and reference, once; say whether prefixes are shared, and why not."""
+        """Replace the forward of actor and reference, once; say whether rows are packed, and why not."""
         if self._forwards:
             return
         actor = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

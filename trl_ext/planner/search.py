@@ -15,16 +15,18 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
     Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
-    order. Trainer, lengths, rollout and optimizer are `start`'s; all else is searched.
+    order; of those equally fast one that offloads no frozen model, with the largest micro-batch. Trainer, lengths,
+    rollout and optimizer are `start`'s; all else is searched.
     """
-    best: dict[tuple[str, str], tuple[float, Plan]] = {}
+    best: dict[tuple[str, str], tuple[tuple[float, bool, int], Plan]] = {}
     for layout in layouts(start, hardware):
         planned = plan(names, layout, hardware)
         if not planned.fits:
             continue
-        kind, rate = (layout.method, layout.critic), speed(planned).tokens_per_second
-        if kind not in best or rate > best[kind][0]:
-            best[kind] = rate, planned
+        kind, rate = (layout.method, layout.critic), float(f"{speed(planned).tokens_per_second:.6g}")
+        rank = rate, not layout.offload_frozen, layout.micro_batch
+        if kind not in best or rank > best[kind][0]:
+            best[kind] = rank, planned
     return [planned for _, planned in best.values()]
 
 

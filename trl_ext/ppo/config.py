@@ -74,8 +74,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     def __post_init__(self):
         check_startable(self)
         self._take_grpo_names()
-        self.kl_band = [float(end) for end in self.kl_band]
         check_ranges(self)
+        self.kl_band = [float(end) for end in self.kl_band]
         check_options(self)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = BEST_METRIC  # the Trainer would take the held-out loss, which PPO lacks

@@ -176,8 +176,6 @@ def check_kl(args: Any) -> None:
             raise ValueError(f"`{name}` is read by `kl_controller='proportional'` only; set that or remove it.")
     if args.kl_controller == "proportional" and args.kl_target is None:
         raise ValueError("`kl_controller='proportional'` needs `kl_target`, in nats per sequence.")
-    is_band = len(args.kl_band) == 2 and 0 < args.kl_band[0] < args.kl_band[1]
-    require(args, "kl_band", is_band, "two numbers, 0 < low < high")
     if args.kl_band != default_of(type(args), "kl_band") and args.kl_controller != "band":
         raise ValueError("`kl_band` is read by `kl_controller='band'` only; set that or remove it.")
     if args.kl_controller != "fixed" and args.kl_coef == 0:

@@ -1,6 +1,6 @@
 """Prompts: the columns in which a dataset may have them, and their checks before any model is loaded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import is_conversational
 
@@ -24,6 +25,7 @@ from ..data.formats import (
 )
 from ..data.rendering import check_written_prompts
 from ..models.loading import check_known
+from ..runs.requirements import require_full_batch
 from .config import PPOConfigX
 
 
@@ -125,6 +127,40 @@ def _kept(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
     return [id_ for id_, is_kept in zip(ids, mask, strict=True) if is_kept]
 
 
+class WholeStream(torch.utils.data.IterableDataset):
+    """
+    A stream that every process reads whole, so that all take their rows from the same batches, and that counts its
+    rows, since accelerate fills up the last batch. It would give each process shards of a stream with many of them:
+    other prompts than its part of the rollout's, and more batches on one process than on another.
+
+    Attributes:
+        num_rows: those of the last reading.
+    """
+
+    def __init__(self, stream: IterableDataset):
+        self.stream, self.num_rows = stream, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.num_rows = 0
+        for row in self.stream:
+            self.num_rows += 1
+            yield row
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+
+def rows_of(dataset: Any, args: PPOConfigX) -> int | None:
+    """
+    Return how many responses an evaluation counts, after it: those to every prompt of the dataset in a dataloader.
+    `None` for a stream of another kind.
+    """
+    stream = getattr(dataset, "dataset", dataset)  # where accelerate takes a process's share of it
+    if isinstance(stream, WholeStream):
+        return stream.num_rows
+    return len(dataset) * args.num_generations_eval if has_length(dataset) else None
+
+
 def check_datasets(
     train_dataset: Any,
     eval_dataset: Any,
@@ -156,6 +192,10 @@ def check_datasets(
             check_written_prompts(dataset, name, tokenizer, args.chat_template_kwargs, ids_of)
         if not isinstance(dataset, Dataset):
             continue
+        if name != "train_dataset":
+            n = args.num_generations_eval
+            answered = f"`{name}`, each prompt {n} times," if n > 1 else f"`{name}`"
+            require_full_batch(len(dataset) * n, answered, args)
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)

@@ -81,16 +81,9 @@ class HeldOut:
         self._num_generations = num_generations
         self._first_scores: dict[tuple[str, int], Tensor] = {}
 
-    def start(self, gather: Callable[[Tensor], Tensor], num_prompts: int | None = None) -> None:
-        """
-        Begin an evaluation.
-
-        Args:
-            gather: from this rank's (b,) to those of all ranks.
-            num_prompts: behind the responses to so many, rows only fill up the last batch; `None`: none do.
-        """
+    def start(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Begin an evaluation; `gather` makes of this rank's (b,) those of all ranks."""
         self._gather = gather
-        self._count = None if num_prompts is None else num_prompts * self._num_generations
         self._scores: list[Tensor] = []
         self._kls: list[Tensor] = []
         self._prompts: list[str] = []
@@ -128,14 +121,22 @@ class HeldOut:
         if rollout.old_logps is not None and rollout.ref_logps is not None:
             self._kls.append(self._gather(sequence_kl(rollout.old_logps, rollout.ref_logps, rollout.mask)))
 
-    def _all(self, batches: list[Tensor]) -> Tensor:
-        rows = torch.cat(batches)[: self._count]
-        return rows[: len(rows) - len(rows) % self._num_generations]  # `dataloader_drop_last` may cut a group
+    def metrics(self, prefix: str, num_rows: int | None = None) -> dict[str, list[float]]:
+        """
+        Return the log entries of this evaluation, as GRPO keeps them.
 
-    def metrics(self, prefix: str) -> dict[str, list[float]]:
-        """Return the log entries of this evaluation, as GRPO keeps them; `prefix` tells held-out sets apart."""
+        Args:
+            prefix: tells held-out sets apart.
+            num_rows: responses to the prompts of the set; those behind them only fill up the last batch. `None`: none
+                do.
+        """
+
+        def of_all_batches(batches: list[Tensor]) -> Tensor:
+            rows = torch.cat(batches)[:num_rows]
+            return rows[: len(rows) - len(rows) % self._num_generations]  # `dataloader_drop_last` may cut a group
+
         # A checksum, so that a resumed run recognises the prompts.
-        of_responses, same_prompts = self._all(self._scores), (prefix, crc32(repr(self._prompts).encode()))
+        of_responses, same_prompts = of_all_batches(self._scores), (prefix, crc32(repr(self._prompts).encode()))
         scores = of_responses.view(-1, self._num_generations).nanmean(1)
         line = held_out_score(scores, self._first_scores.get(same_prompts))
         self._first_scores.setdefault(same_prompts, scores)
@@ -145,11 +146,11 @@ class HeldOut:
             if len(known):
                 line["best_of_n"] = known.mean().item()
         metrics = {f"reward/{key}": [value] for key, value in line.items()}
-        columns = {name: self._all([batch[name] for batch in self._responses]) for name in self._responses[0]}
+        columns = {name: of_all_batches([batch[name] for batch in self._responses]) for name in self._responses[0]}
         said = means_of_batches(self._said, self._sizes) | held_out_responses(columns)
         metrics |= {key: [value] for key, value in said.items()}
         if self._kls:
-            kls = self._all(self._kls)
+            kls = of_all_batches(self._kls)
             known = kls[~kls.isnan()]
             if len(known):
                 metrics["kl/ref"] = [known.mean().item()]

@@ -11,13 +11,16 @@ from typing import Annotated, ClassVar
 from ..models.quantization import QUANTIZATIONS
 from ..ranges import (
     COUNT,
+    COUNT_OR_UNSET,
     FRACTION,
     FRACTION_OR_UNSET,
     NOT_NEGATIVE,
     NOT_NEGATIVE_OR_UNSET,
+    NUMBER_OR_UNSET,
     POSITIVE,
     POSITIVE_OR_UNSET,
     SHARE_OR_UNSET,
+    Range,
     one_of,
 )
 from .kl import IN_THE_LOSS, IN_THE_REWARD
@@ -29,6 +32,8 @@ KL_PLACEMENTS = ("loss", "reward")
 KL_CONTROLLERS = ("fixed", "proportional", "band")
 LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
 REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
+TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
+BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
 
 
 @dataclass
@@ -43,7 +48,7 @@ class BatchOptions:
         default=1,
         metadata={"help": "Mini-batches, each one optimizer step, in one pass over a rollout. Integer >= 1."},
     )
-    total_episodes: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+    total_episodes: Annotated[int | None, COUNT_OR_UNSET] = field(
         default=None,
         metadata={
             "help": "Responses to sample in the whole run; sets `max_steps`. Unset: `num_train_epochs` is used."
@@ -63,7 +68,7 @@ class BatchOptions:
     local_rollout_forward_batch_size: Annotated[int, COUNT] = field(
         default=64, metadata={"help": "Sequences per forward pass, without gradient, when a rollout is scored."}
     )
-    micro_batch_tokens: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+    micro_batch_tokens: Annotated[int | None, COUNT_OR_UNSET] = field(
         default=None,
         metadata={
             "help": "Tokens of a forward and backward pass, at most. A mini-batch is cut into as few passes as hold "
@@ -71,11 +76,11 @@ class BatchOptions:
             "the same. Unset: passes of equally many sequences."
         },
     )
-    score_batch_tokens: Annotated[int | None, POSITIVE_OR_UNSET] = field(
+    score_batch_tokens: Annotated[int | None, COUNT_OR_UNSET] = field(
         default=None,
         metadata={
-            "help": "Tokens of a forward pass when a rollout is scored, at most. Unset: passes of "
-            "`local_rollout_forward_batch_size` sequences."
+            "help": "Tokens of a forward pass when a rollout is scored, at most; a reward model scores a text that is "
+            "longer in its own tokens alone. Unset: passes of `local_rollout_forward_batch_size` sequences."
         },
     )
     packing: bool = field(
@@ -85,7 +90,7 @@ class BatchOptions:
             "responses once, where that gives the same numbers. Off: in padded rows."
         },
     )
-    dataset_num_proc: int | None = field(
+    dataset_num_proc: Annotated[int | None, COUNT_OR_UNSET] = field(
         default=None, metadata={"help": "Processes that check the prompts of the datasets before training."}
     )
 
@@ -159,7 +164,7 @@ class ResponseOptions:
             "choices": ["eos"],
         },
     )
-    stop_token_id: int | None = field(
+    stop_token_id: Annotated[int | None, TOKEN_ID] = field(
         default=None, metadata={"help": "Id of the only token that ends a response. Not together with `stop_token`."}
     )
     num_sample_generations: Annotated[int, NOT_NEGATIVE] = field(
@@ -233,7 +238,7 @@ class KLOptions:
     kl_horizon: Annotated[int | None, POSITIVE_OR_UNSET] = field(
         default=None, metadata={"help": "Horizon of the proportional controller, in episodes (default 10000)."}
     )
-    kl_band: list[float] = field(
+    kl_band: Annotated[list[float], BAND] = field(
         default_factory=lambda: [0.5, 2.0],
         metadata={"help": "Lower and upper limit of the band controller, in nats per sequence. S1 §6.2: 0.5 to 2."},
     )
@@ -285,7 +290,7 @@ class LossOptions:
             "imitated (VAPO, arXiv:2504.05118: 0.1). 0: off."
         },
     )
-    positive_min_score: float | None = field(
+    positive_min_score: Annotated[float | None, NUMBER_OR_UNSET] = field(
         default=None, metadata={"help": "Lowest score of a response that `positive_nll_coef` imitates."}
     )
     target_kl: Annotated[float | None, POSITIVE_OR_UNSET] = field(

@@ -28,7 +28,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -52,7 +52,7 @@ from ..runs.card import Training, WritesCard
 from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
-from ..runs.requirements import make_folder
+from ..runs.requirements import make_folder, require_full_batch
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import go_on_logging, name_run
 from .card import ppo_training
@@ -60,7 +60,15 @@ from .checkpoint import find_checkpoint, known_length, load_run, save_run
 from .coefficients import Coefficients
 from .config import PPOConfigX, PPOLoopConfig
 from .credit import credit_of_responses
-from .data import NO_IDS_TO_COLLATE, TokenisedPrompt, check_datasets, is_tokenised, with_tokenised_prompts
+from .data import (
+    NO_IDS_TO_COLLATE,
+    TokenisedPrompt,
+    WholeStream,
+    check_datasets,
+    is_tokenised,
+    rows_of,
+    with_tokenised_prompts,
+)
 from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
 from .guards import (
@@ -113,7 +121,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
+    `_clip_grad_norm`, `_get_grad_norm`, `_get_dataloader` (a stream is read whole by every process),
+    `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
     `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
     `_load_best_model`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
@@ -380,8 +389,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         for scorer in filter(None, scorers):
             if not is_fsdp(args.fsdp):  # FSDP has partitioned its weights
                 scorer.try_padding()
-                if args.packing:
-                    scorer.pack(args.shares_prompts, self.accelerator.autocast)
+            if args.packing:
+                scorer.pack(args.shares_prompts, self.accelerator.autocast, by_fsdp=is_fsdp(args.fsdp))
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
         )
@@ -869,6 +878,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         finally:
             self.num_generations_eval = 1
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        stream = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
+        return super()._get_dataloader(stream, *args, **kwargs)
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._several_responses():
             return super().get_eval_dataloader(*args, **kwargs)
@@ -882,16 +895,16 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         warn_of_casting(self)
         go_on_logging(self)
-        num_prompts = len(dataloader.dataset) if has_length(dataloader.dataset) else None
-        # accelerate knows of a stream what fills up its last batch, and would count a dataset's rows once.
-        gather = self.accelerator.gather_for_metrics if num_prompts is None else self.accelerator.gather
-        self.run_state.held_out.start(gather, num_prompts)
+        held_out = self.run_state.held_out
+        held_out.start(self.accelerator.gather)
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
             with self.phases.during("evaluate"):
                 output = super().evaluation_loop(dataloader, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = self._metrics["eval"] | self.run_state.held_out.metrics(prefix)
+        prefix, num_rows = kwargs.get("metric_key_prefix", "eval"), rows_of(dataloader.dataset, self.args)
+        if not held_out.num_batches:
+            require_full_batch(num_rows or 0, "the held-out set", self.args)
+        metrics = self._metrics["eval"] | held_out.metrics(prefix, num_rows)
         self._metrics["eval"].clear()
         self._metrics["eval"] |= named_after_set(metrics, prefix)
         return output

@@ -35,7 +35,7 @@ from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.folder import require_optimizer
-from ..runs.requirements import make_folder
+from ..runs.requirements import make_folder, require_full_batches
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
 from .card import reward_training
@@ -105,6 +105,7 @@ class RewardTrainerX(WritesCard, RewardTrainer):
         self._eval_prefix = self._prefix_of_all = "eval"
         self._sets: dict[str, dict[str, float]] = {}  # of several held-out sets, by the prefix of their names
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        require_full_batches(args, self.train_dataset, self.eval_dataset)
         trained = check_trainable(self.model, "reward model")
         check_optimizer(self.optimizer, {"reward model": trained}, "Give it those of `model`, or leave it out.")
         drop_checkpointing(self.accelerator.unwrap_model(self.model), self.args)

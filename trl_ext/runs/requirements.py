@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import has_length
 
 from ..ranges import COUNT, Range, require
 from .folder import is_local
@@ -152,6 +153,30 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     if getattr(options, "use_liger_kernel", False):
         needed.append(("`use_liger_kernel`", ("liger_kernel",), "liger-kernel"))
     return needed
+
+
+def require_full_batch(rows: int, name: str, args: Any, option: str = "per_device_eval_batch_size") -> None:
+    """Raise `ValueError` for rows, of the dataset `name`, that make no batch of the size that `option` sets."""
+    size, processes, drops = getattr(args, option), args.world_size, args.dataloader_drop_last
+    needed = size * processes if drops else 1
+    if rows < needed:
+        raise ValueError(
+            f"{name} has {rows} rows, and with `{option}={size}` on {processes} process(es) and "
+            f"`dataloader_drop_last={drops}` a batch needs {needed}. Add rows, lower `{option}`, or keep a last batch "
+            "that is not full with `dataloader_drop_last=False`."
+        )
+
+
+def require_full_batches(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise `ValueError` if `dataloader_drop_last` leaves no batch of a dataset whose length is known."""
+    if not args.dataloader_drop_last:
+        return
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    if has_length(train_dataset):
+        require_full_batch(len(train_dataset), "`train_dataset`", args, "per_device_train_batch_size")
+    for key, dataset in held_out.items():
+        if has_length(dataset):
+            require_full_batch(len(dataset), f"`eval_dataset{f'[{key!r}]' if key else ''}`", args)
 
 
 def require_writable(path: str | Path, what: str = "output_dir") -> None:

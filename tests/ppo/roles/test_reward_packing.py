@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 import tiny
 from families.configs import family_config, family_model
+from ppo_runs import ppo_trainer
 from trl_ext.packing import segments
 from trl_ext.packing.forward import PackedForward
 from trl_ext.packing.scores import PackedScores
@@ -78,6 +79,24 @@ def test_budget_counts_what_is_shared_once(calls):
     assert scores == pytest.approx(scorer_of(packs=False)(**ASKED), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("limit", [None, 8])
+def test_only_a_text_alone_exceeds_the_budget(monkeypatch, limit):
+    """Sequences beyond a limit of the model are padded, and their padding counts."""
+    scorer, passes = scorer_of(budget=14), []
+    scorer.packed.packing.limit = limit
+    score = scorer._score
+
+    def note(sequences, groups):
+        passes.append([len(sequences)])
+        return score(sequences, groups)
+
+    monkeypatch.setattr(scorer, "_score", note)
+    scorer.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: passes[-1].append(ids[0].numel()))
+    assert scorer(**ASKED) == pytest.approx(scorer_of(packs=False)(**ASKED), rel=1e-5, abs=1e-5)
+    assert [tokens for count, tokens in passes if count == 1 and tokens > 14] == [16]
+    assert max(tokens for count, tokens in passes if count > 1) <= 14
+
+
 def test_one_response_per_prompt_shares_nothing(calls):
     scorer_of(shares=False)(**ASKED)
     (rows,) = calls
@@ -94,6 +113,13 @@ def test_model_that_packed_rows_are_not_exact_for_says_so(caplog, calls, family)
     assert "log-probabilities" not in line
     assert scorer(**ASKED) == expected
     assert not calls
+
+
+def test_model_that_fsdp_partitions_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trl_ext.ppo.trainer.is_fsdp", lambda option: True)
+    trainer = ppo_trainer(tmp_path)
+    assert trainer.reward_funcs[0].packed is None
+    assert "not packed: FSDP has partitioned its weights" in caplog.text
 
 
 MISTAKES = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ... import _trl
-from ...models.loading import base_of
+from ...models.loading import base_of, is_quantized
 from ...models.noise import disable_noise
 from ...models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ...models.quantization import is_fsdp
@@ -109,7 +109,7 @@ def place_reference(
     forward = ActorCriticForward(reference, packs=args.packing, shares=args.shares_prompts)
     if can_be_asked(reference, args):
         forward.settle(accelerator.autocast)
-    return _trl.prepare_frozen(reference, accelerator), forward
+    return _trl.prepare_frozen(reference, accelerator, is_quantized(reference)), forward
 
 
 def place_reward_models(
@@ -124,6 +124,6 @@ def place_reward_models(
             scorer.ask = ask_adapter
         elif scorer is not None:
             is_of_ones_own = not isinstance(scorer.model, PreTrainedModel | PeftModel)
-            scorer.model = _trl.prepare_frozen(scorer.model, accelerator)
+            scorer.model = _trl.prepare_frozen(scorer.model, accelerator, is_quantized(scorer.model))
             if is_of_ones_own:
                 scorer.try_out()

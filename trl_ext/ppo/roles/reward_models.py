@@ -102,7 +102,7 @@ class TokenScorer:
         return scores.tolist()
 
     def _parts(self, sequences: list[list[int]], groups: list[list[int]]) -> list[list[int]]:
-        """Return which sequences are scored in one pass."""
+        """Return which sequences are scored in one pass; one that is longer than the budget, alone."""
         # Passes of a partitioned model wait for the other ranks, which would make more or fewer of them.
         if self.batch_tokens is not None and not self.reads_padding and not is_partitioned(self.model):
             shared = [0] * len(sequences)
@@ -111,22 +111,24 @@ class TokenScorer:
                 for i in group:
                     shared[i] = common
             own = [len(ids) - common for ids, common in zip(sequences, shared, strict=True)]
-            return cut_by_tokens(shared, own, self.batch_tokens, self.packed is not None, groups)
+            packs = self.packed is not None and self.packed.packing.fits(max(map(len, sequences)))
+            return cut_by_tokens(shared, own, self.batch_tokens, packs, groups)
         size = 1 if self.reads_padding else self.batch_size
         return [list(range(len(sequences)))[start : start + size] for start in range(0, len(sequences), size)]
 
-    def pack(self, shares: bool, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def pack(self, shares: bool, autocast: Callable[[], AbstractContextManager[Any]], by_fsdp: bool = False) -> None:
         """
         Read packed rows from here on where that is exact; say in the log where it is not.
 
         Args:
             shares: whether what the responses to a prompt begin with stands in their row once.
             autocast: the context in which the run computes.
+            by_fsdp: whether FSDP has partitioned the model.
         """
         classifier = base_of(extract_model_from_parallel(self.model))
         name, reason = f"the reward model {self.__name__!r}", None
-        if is_partitioned(self.model):
-            reason = "ZeRO-3 has partitioned its weights, so that packed rows cannot be tried out"
+        if by_fsdp or is_partitioned(self.model):
+            reason = f"{'FSDP' if by_fsdp else 'ZeRO-3'} has partitioned its weights, so that they cannot be tried out"
         elif not isinstance(classifier, PreTrainedModel):
             reason = f"{type(classifier).__name__} is not a model of transformers"
         elif self.reads_padding:
