@@ -1,10 +1,14 @@
 """The credit of pairs: β · (log π_θ − log π_ref) of every token, against one sequence at a time."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 import dpo_runs
 import tiny
+from mistakes import assert_noticed, given
 from trl_ext import ReportCallback
 from trl_ext.dpo.credit import ScoredPairs, credit_of_pairs
 
@@ -14,17 +18,17 @@ BETA = 0.25
 
 def test_rewards_stand_at_their_tokens():
     """The second pair has no prompt: of its first token there is no probability."""
-    ids = torch.tensor([[10, 20, 21, 0], [22, 23, 0, 0], [10, 24, 0, 0], [25, 26, 27, 2]])
+    ids = torch.tensor([[10, 11, 20, 21], [22, 23, 0, 0], [10, 11, 24, 0], [25, 26, 27, 2]])
     attended = (ids != 0).long()
     completion = attended.clone()
-    completion[[0, 2], 0] = 0
-    logratios = torch.tensor([[4.0, 8, 99], [-4, 99, 99], [12, 99, 99], [16, 20, 24]])
+    completion[[0, 2], :2] = 0
+    logratios = torch.tensor([[99, 4.0, 8], [-4, 99, 99], [99, 12, 99], [16, 20, 24]])
     answers = credit_of_pairs(ScoredPairs(ids, attended, completion, logratios), tiny.tiny_tokenizer(), BETA, most=2)
     said = [(answer["kind"], answer["prompt"], answer["score"]) for answer in answers]
     words = tiny.VOCABULARY
     assert said == [
-        ("chosen", words[10], 3.0),
-        ("rejected", words[10], 3.0),
+        ("chosen", " ".join(words[10:12]), 3.0),
+        ("rejected", " ".join(words[10:12]), 3.0),
         ("chosen", words[22], -1.0),
         ("rejected", words[25], 15.0),
     ]
@@ -32,6 +36,19 @@ def test_rewards_stand_at_their_tokens():
     assert rewards == [[[1.0], [2.0]], [[3.0]], [[-1.0]], [[4.0], [5.0], [6.0]]]
     texts = [[piece["text"].strip() for piece in answer["pieces"]] for answer in answers]
     assert texts == [words[20:22], [words[24]], [words[23]], [words[26], words[27], "<eos>"]]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        given(batch=lambda batch: replace(batch, logratios=batch.logratios.roll(1, dims=1))),
+        given(batch=lambda batch: replace(batch, completion=batch.attended)),
+        given(beta=lambda beta: 1.0),
+    ],
+    ids=["one token late", "the prompt too", "without beta"],
+)
+def test_control_wrong_rewards_are_noticed(mistake, monkeypatch):
+    assert_noticed(Path(__file__), "rewards_stand", {}, "trl_ext.dpo.credit:credit_of_pairs", mistake, monkeypatch)
 
 
 def slow_rewards(policy, reference, prompt, answer):

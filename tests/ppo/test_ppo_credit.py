@@ -1,12 +1,14 @@
 """The credit of responses: the numbers of the rollout at their tokens, for the callbacks that show them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import ppo_runs
 import tiny
+from mistakes import assert_noticed, given
 from trl_ext import ReportCallback, SampleCallback
 from trl_ext.ppo.credit import credit_of_responses
 from trl_ext.ppo.rollout import Rollout
@@ -46,6 +48,20 @@ def test_credit_is_the_rollouts_number_of_each_token_that_counts():
     assert [piece["special"] for piece in second["pieces"]] == [False, False, False, True]
     assert len(credit_of_responses(rollout_of(**numbers), tiny.tiny_tokenizer(), most=1)) == 1
     assert "log_ratio" not in credit_of_responses(rollout_of(**numbers), tiny.tiny_tokenizer(), most=1)[0]["pieces"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": torch.ones_like},
+        {"numbers": lambda numbers: {name: values.roll(1) for name, values in numbers.items()}},
+        {"numbers": lambda numbers: numbers | {"value": numbers["advantage"]}},
+    ],
+    ids=["a tool's tokens count", "one token late", "another number"],
+)
+def test_control_wrong_numbers_are_noticed(change, monkeypatch):
+    target = "trl_ext.runs.credit:answer_with_credit"
+    assert_noticed(Path(__file__), "credit_is", {}, target, given(**change), monkeypatch)
 
 
 @pytest.mark.integration
