@@ -80,7 +80,7 @@ def test_credit_of_a_run_equals_the_slow_computation(tmp_path, packing, undrawn)
         got = [number for piece in answer["pieces"] for number in piece["implicit_reward"]]
         assert got == pytest.approx(expected, rel=2e-3, abs=1e-4)
         assert answer["score"] == pytest.approx(sum(expected), abs=1e-3)
-    assert (tmp_path / "credit" / "step_00001.jsonl").is_file()
+    assert (tmp_path / "credit" / "last.jsonl").is_file()
 
 
 @pytest.mark.integration

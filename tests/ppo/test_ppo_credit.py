@@ -72,11 +72,11 @@ def test_report_and_samples_show_the_credit_of_a_run(tmp_path, undrawn, capsys):
     trainer.add_callback(SampleCallback(["the cat"], every=2, max_new_tokens=3, credit=1))
     trainer.train()
     assert "Step 2: tokens by advantage" in capsys.readouterr().out
-    steps = sorted(path.stem for path in (tmp_path / "credit").iterdir())
-    assert steps == ["step_00002", "step_00004"]
+    names = sorted(path.stem for path in (tmp_path / "credit").iterdir())
+    assert names == ["last", "step_00002", "step_00004"]
     rollout = trainer.run_state.rollout
-    last = [json.loads(line) for line in (tmp_path / "credit" / "step_00004.jsonl").read_text().splitlines()]
-    assert last == trainer.credit(len(last))
+    last = [json.loads(line) for line in (tmp_path / "credit" / "last.jsonl").read_text().splitlines()]
+    assert last == [{"step": 4} | answer for answer in trainer.credit(3)]
     for row, answer in enumerate(last):
         paid = sum(sum(piece["reward"]) for piece in answer["pieces"])
         kl = (rollout.old_logps - rollout.ref_logps)[row][rollout.mask[row]].sum().item()

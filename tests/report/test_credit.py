@@ -26,6 +26,7 @@ def piece(text, special=False, **numbers):
 
 
 ANSWER = {
+    "step": 2,
     "prompt": "why <i>",
     "kind": "response",
     "score": 1.5,
@@ -49,7 +50,7 @@ class Tokens(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.found, self.elements, self.open = [], [], None
+        self.found, self.elements, self.open, self.text = [], [], None, ""
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -59,6 +60,7 @@ class Tokens(html.parser.HTMLParser):
             self.found.append(self.open)
 
     def handle_data(self, data):
+        self.text += data
         if self.open is not None:
             self.open["text"] += data
 
@@ -172,12 +174,18 @@ def test_last_table_of_this_run_is_read(tmp_path):
     assert read_credit(tmp_path) is None
     for step, at in ((50, 100), (3, 300)):
         path = tmp_path / "credit" / f"step_{step:05d}.jsonl"
-        write_rows(path, [ANSWER | {"score": float(step)}])
+        write_rows(path, [ANSWER | {"step": step, "score": float(step)}])
         os.utime(path, (at, at))
     assert (read_credit(tmp_path).step, read_credit(tmp_path).answers[0]["score"]) == (3, 3.0)
     (tmp_path / "run.json").write_text(json.dumps({"begun": 400.0}))
     assert read_credit(tmp_path) is None
     assert read_run(run_folder(tmp_path / "other", PPO_LOG)).credit is None
+
+
+def test_of_a_long_prompt_the_end_is_shown(tmp_path):
+    _, parser = page_of(tmp_path, ANSWER | {"prompt": "<image>" * 500 + "what is it?"})
+    assert "<image>what is it?" in parser.text
+    assert parser.text.count("<image>") < 50
 
 
 # --- the terminal

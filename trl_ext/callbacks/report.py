@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..data.json_values import plain_file
 from ..report import write_report
+from ..report.credit import FOLDER as CREDIT
 from ..report.drawing import matplotlib
 from ..runs.facts import changed_options, hardware, model_facts, rows_of
 from ..runs.folder import FACTS, STATE, begun_at, write_whole
@@ -35,7 +36,7 @@ class ReportCallback(TrainerCallback):
         facts: what the page should say and the Trainer does not know. The name in "data", such as `{"data":
             "pairs.jsonl"}`, is put before the number of training rows, also on the model card.
         credit: answers, or pairs, of the last batch whose tokens the page colours by their credit, also in
-            `credit/step_<step>.jsonl`; with `PPOTrainerX` and `DPOTrainerX`. 0: none.
+            `credit/last.jsonl`; with `PPOTrainerX` and `DPOTrainerX`. 0: none.
 
     Raises:
         ImportError: at construction, without the extra `report`.
@@ -113,7 +114,8 @@ class ReportCallback(TrainerCallback):
         with _in_spite_of_errors():
             write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
             if self.read_credit is not None:
-                write_credit(args, state, self.read_credit())
+                path = Path(args.output_dir) / CREDIT / "last.jsonl"  # only one: a long run writes many pages
+                write_credit(path, state.global_step, self.read_credit())
             write_report([args.output_dir], refresh=0 if finished else math.ceil(self.seconds), picture=finished)
         self._last = time.monotonic()
 

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..models.generation import complete
-from ..report.credit import NUMBERS, Credit, terminal_text
+from ..report.credit import FOLDER, NUMBERS, Credit, prompt_text, terminal_text
 from ..report.tables import score_text
 from ..runs.tables import show_table
-from .tables import ModelTable, Row, text_of, tokenizer_of, write_credit
+from .tables import ModelTable, Row, table_path, text_of, tokenizer_of, write_credit
 
 
 Prompt = str | list[dict[str, Any]]
@@ -79,7 +79,7 @@ class SampleCallback(TrainerCallback):
     def _again(self, args: Any, state: Any, **kwargs: Any) -> None:
         if self._table.again(args, state, **kwargs) and self.read_credit is not None:
             answers = self.read_credit()
-            write_credit(args, state, answers)
+            write_credit(table_path(args.output_dir, FOLDER, state.global_step), state.global_step, answers)
             self._show_credit(Credit(state.global_step, answers))
 
     def _show_credit(self, credit: Credit) -> None:
@@ -90,7 +90,7 @@ class SampleCallback(TrainerCallback):
         title = f"Step {credit.step}: tokens by {NUMBERS[name][0]}, −{end:.3g} orange, +{end:.3g} blue"
         columns = ("prompt", "", "score", "answer")
         rows = [
-            (answer["prompt"], answer["kind"], score_text(answer["score"]), terminal_text(answer, name, end))
+            (prompt_text(answer), answer["kind"], score_text(answer["score"]), terminal_text(answer, name, end))
             for answer in credit.answers
         ]
         show_table(title, columns, rows)

@@ -90,10 +90,10 @@ def text_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
-def write_credit(args: Any, state: Any, answers: list[Row]) -> None:
-    """Write answers by token, if there are any yet, where the report reads them."""
+def write_credit(path: Path, step: int, answers: list[Row]) -> None:
+    """Write answers by token, if there are any yet; the report reads what is newest in the folder `credit`."""
     if answers:
-        write_rows(table_path(args.output_dir, "credit", state.global_step), answers)
+        write_rows(path, [{"step": step} | answer for answer in answers])
 
 
 def table_path(output_dir: str, folder: str, step: int) -> Path:

@@ -28,6 +28,7 @@ NUMBERS = {
 ABOVE_0, BELOW_0 = (0, 105, 180), (205, 100, 0)
 STRONGEST = 0.6  # the share of the colour at the end of the scale, so that dark text on it can be read
 PAPER = (254, 254, 254)
+END_OF_PROMPT = 300  # letters of a prompt that are shown
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Credit:
 def read_credit(folder: str | Path) -> Credit | None:
     """Return what the callbacks wrote last; `None` if nothing, or in an earlier run only."""
     folder = Path(folder)
-    files = newest([path for path in folder.glob(f"{FOLDER}/step_*.jsonl") if is_of_this_run(path, folder)])
-    return Credit(int(files[0].stem.removeprefix("step_")), read_rows(files[0])) if files else None
+    files = newest([path for path in folder.glob(f"{FOLDER}/*.jsonl") if is_of_this_run(path, folder)])
+    answers = read_rows(files[0]) if files else []
+    return Credit(answers[0]["step"], answers) if answers else None
 
 
 def mean_of(piece: Mapping[str, Any], name: str) -> float | None:
@@ -65,6 +67,12 @@ def mean_of(piece: Mapping[str, Any], name: str) -> float | None:
 def shade(piece: Mapping[str, Any], name: str, end: float) -> float:
     """Return where a piece stands on the scale, −1 to 1; 0 has no colour."""
     return (mean_of(piece, name) or 0.0) / end if end else 0.0
+
+
+def prompt_text(answer: Mapping[str, Any]) -> str:
+    """Return the end of an answer's prompt."""
+    prompt = str(answer["prompt"])
+    return prompt if len(prompt) <= END_OF_PROMPT else f"… {prompt[-END_OF_PROMPT:]}"
 
 
 def shown_text(piece: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runs.folder import write_whole
 from ..runs.log import Series, held_out_accuracy, memory, reference_kl, scores, series
-from .credit import ABOVE_0, BELOW_0, NUMBERS, STRONGEST, tokens
+from .credit import ABOVE_0, BELOW_0, NUMBERS, STRONGEST, prompt_text, tokens
 from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
 from .pictures import Drawn, draw, write_picture
 from .run import Run, name_apart, read_run
@@ -85,6 +85,7 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         strongest=STRONGEST,
         numbers=NUMBERS,
         tokens=tokens,
+        prompt_text=prompt_text,
         refresh=refresh if running else 0,
         facts=_rows({run.name: _facts(run) for run in runs}),
         figures=figures,
