@@ -38,11 +38,18 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
         measured = {"reference": trainer.ref_model is not None}
         passes = ppo_runs.returned_by(trainer, "_compute_loss")
+        if layout["options"].get("critic_steps"):
+            measured["moved by the critic's steps"] = watch_critic_steps(trainer)
         trainer.train()
         engine = trainer.model_wrapped
         measured["passes"] = len(passes)
         measured |= {"wrapper": type(engine).__name__, "steps": trainer.state.global_step}
         measured["loss"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        measured["norms"] = [
+            {name.removeprefix("grad_norm/"): float(line[name]) for name in line if name.startswith("grad_norm")}
+            for line in trainer.state.log_history
+            if "loss" in line
+        ]
         measured["elements"] = {"trained": zero_runs.local_and_whole(trainer.model)}
         if trainer.ref_model is not None:
             measured["elements"]["reference"] = zero_runs.local_and_whole(trainer.ref_model)
@@ -73,6 +80,32 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
 def step_in_every_pass() -> Any:
     """The mistake: every pass of an optimizer step is a boundary of DeepSpeed's accumulation."""
     return mock.patch.object(GradientState, "_set_sync_gradients")
+
+
+def watch_critic_steps(trainer: Any) -> list[dict[str, list[str]]]:
+    """A list that gets, for each step, the weights and the roles of the states that the critic's own steps moved."""
+    step, moved = trainer._step_critic, []
+
+    def now() -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+        states: dict[str, list[torch.Tensor]] = {"actor": [], "critic": []}
+        for role, tensor in zero_runs.optimizer_tensors(trainer.model_wrapped):
+            states[role].append(tensor.detach().clone())
+        return zero_runs.full_weights(trainer.model), states
+
+    def watch(model: Any) -> None:
+        if trainer._step % trainer.args.gradient_accumulation_steps:
+            return step(model)
+        (weights, states), _, (later, later_states) = now(), step(model), now()
+        changed = [key for key in weights if not torch.equal(weights[key], later[key])]
+        roles = [
+            role
+            for role, before in states.items()
+            if len(before) != len(later_states[role]) or not all(map(torch.equal, before, later_states[role]))
+        ]
+        moved.append({"weights": changed, "states": roles})
+
+    trainer._step_critic = watch
+    return moved
 
 
 def without_reference(folder: Path, output: Path, layout: dict[str, Any]) -> list[str]:

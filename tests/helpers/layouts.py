@@ -55,6 +55,7 @@ CASES = {
         "reward_weights": [1.0, 0.5],
     },
     "warmup-stop": {"critic_warmup_steps": 1, "target_kl": 1e-4, "num_ppo_epochs": 4, "kl_controller": "band"},
+    "critic-steps": {"critic_steps": 2, "policy_objective": "mask", "cliprange": 0.02},
 }
 
 BUDGETS = CASES["loss"] | {"micro_batch_tokens": 24, "score_batch_tokens": 32}

@@ -127,3 +127,18 @@ def optimizer_elements(engine: Any) -> int:
     if engine.zero_optimization_stage() == 3:
         return sum(part.numel() for part in optimizer.fp32_partitioned_groups_flat)
     return sum(part.numel() for part in optimizer.single_partition_of_fp32_groups)
+
+
+def optimizer_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """This process's fp32 weights and the optimizer's states of them, each with the role of its parameter group."""
+    zero, base = engine.optimizer, engine.optimizer.optimizer
+    if engine.zero_optimization_stage() == 3:
+        parts = zero.fp32_partitioned_groups_flat
+        groups = [base.param_groups[zero.sub_group_to_group_id[i]] for i in range(len(parts))]
+    else:
+        parts, groups = zero.single_partition_of_fp32_groups, base.param_groups
+    for part, group in zip(parts, groups, strict=True):
+        yield group["role"], part
+        for state in base.state.get(part, {}).values():
+            if torch.is_tensor(state):
+                yield group["role"], state

@@ -103,6 +103,16 @@ KINDS = {
         lambda: {"value_model": tiny.tiny_reward_model(11)},
         {"critic_warmup_until": 0.1},
     ),
+    "steps, schedule and clipping of the critic's own, masked objective": (
+        dict,
+        {
+            "critic_steps": 2,
+            "critic_lr_scheduler_type": "cosine",
+            "critic_max_grad_norm": 0.1,
+            "freeze_critic": ["*self_attn*"],
+            "policy_objective": "mask",
+        },
+    ),
     "stream": (lambda: {"train_dataset": stream()}, {}),
 }
 

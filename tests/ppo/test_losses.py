@@ -59,6 +59,21 @@ def test_clipped_tokens_are_those_without_a_gradient(ranges):
     assert not flat.all()
 
 
+@pytest.mark.parametrize("ranges", [(0.2,), (0.2, 0.5), (0.8, 3.0)], ids=str)
+def test_mask_objective_is_the_ratio_within_the_range_and_nothing_outside(ranges):
+    """With its gradient, token by token, for either sign of the advantage."""
+    ratio, advantages = ratios()
+    ratio.requires_grad_()
+    low, high = 1 - ranges[0], 1 + ranges[-1]
+    inside = torch.tensor([low <= r <= high for r in ratio.flatten().tolist()]).view_as(ratio)
+    objective = losses.mask_objective(ratio, advantages, *ranges)
+    objective.sum().backward()
+    expected = elementwise(lambda r, a: r * a if low <= r <= high else 0.0, ratio, advantages).double()
+    torch.testing.assert_close(objective, expected, **oracles.FLOAT32)
+    torch.testing.assert_close(ratio.grad, advantages * inside, **oracles.FLOAT64)
+    assert torch.equal(losses.masked_tokens(ratio, *ranges), ~inside)
+
+
 def test_gradient_at_ratio_1_is_the_policy_gradient():
     b = with_leaves(oracles.batch())
     ratio = losses.policy_ratio(b.logps, b.logps.detach())

@@ -63,7 +63,8 @@ def recipe_of(choose, options):
     clipping = choose([{}, {"cliprange_high": 0.4}, {"dual_clip": 1.5}])
     of_advantages = choose(lams) if options["advantage_estimator"] == "gae" else {}
     imitation = choose([{}, {"positive_nll_coef": 0.3, "positive_min_score": 0.0}])
-    return options | clipping | of_advantages | imitation
+    mask = choose([{}, {"policy_objective": "mask"}]) if "dual_clip" not in clipping else {}
+    return options | clipping | of_advantages | imitation | mask
 
 
 def family(name):
@@ -278,6 +279,8 @@ def loss_of(oracle, sequences, made, scores):
         ratio = (logps - old_logps).exp()
         high = args.cliprange if args.cliprange_high is None else args.cliprange_high
         gained = torch.minimum(ratio * advantages, ratio.clamp(1 - args.cliprange, 1 + high) * advantages)
+        if args.policy_objective == "mask":
+            gained = ratio * advantages * ((1 - args.cliprange <= ratio) & (ratio <= 1 + high))
         if args.dual_clip is not None:
             gained = gained.where(advantages >= 0, torch.maximum(gained, args.dual_clip * advantages))
         total = total - gained.sum()

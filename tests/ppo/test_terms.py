@@ -57,6 +57,21 @@ def test_terms_equal_the_sums_token_by_token():
     assert 0 < terms.value_clip_fraction < 1
 
 
+def test_mask_takes_the_ratio_to_what_was_sampled():
+    """KL[π_old ‖ π_θ] and the ratio of the other objective stay with π_old."""
+    b = oracles.batch()
+    sampling = b.old_logps + 0.1 * torch.randn(b.old_logps.shape, generator=torch.Generator().manual_seed(1))
+    masked = terms_of(b, policy_objective="mask", sampling_logps=sampling)
+    ratios = oracles.counted((b.logps - sampling).exp(), b.mask)
+    inside = [0.8 <= ratio <= 1.2 for ratio in ratios]
+    gained = [r * a for r, a, i in zip(ratios, oracles.counted(b.advantages, b.mask), inside, strict=True) if i]
+    assert 0 < sum(inside) < len(inside)
+    assert masked.clip_objective.item() == pytest.approx(sum(gained) / len(ratios))
+    assert masked.clip_fraction.item() == pytest.approx(1 - sum(inside) / len(inside))
+    assert masked.ratio_mean.item() == pytest.approx(sum(ratios) / len(ratios))
+    assert masked.old_kl == terms_of(b).old_kl
+
+
 def test_positive_nll_is_a_mean_over_the_tokens_of_good_responses():
     b = oracles.batch()
     nlls = oracles.counted(-b.logps[POSITIVE], b.mask[POSITIVE])

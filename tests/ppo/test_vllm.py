@@ -10,7 +10,17 @@ from trl import GRPOConfig, GRPOTrainer
 import four_roles
 import tiny
 from fake_vllm import vllm
-from ppo_runs import changed, logged, ppo_config, ppo_run, ppo_trainer, response_lengths, sequences, snapshot
+from ppo_runs import (
+    changed,
+    logged,
+    ppo_config,
+    ppo_run,
+    ppo_trainer,
+    response_lengths,
+    returned_by,
+    sequences,
+    snapshot,
+)
 from trl_ext.ppo.rollout import MicroBatch
 
 
@@ -288,6 +298,36 @@ def test_probability_that_vllm_does_not_give_is_not_corrected(tmp_path, mode, en
     ratio = trainer.run_state.rollout.importance_sampling_ratio.expand_as(trainer.run_state.rollout.mask)
     assert torch.equal(ratio[trainer.run_state.rollout.mask], torch.ones_like(ratio[trainer.run_state.rollout.mask]))
     assert math.isfinite(logged(trainer, "loss")[0])
+
+
+@pytest.mark.parametrize("more", [{}, {"old_kl_coef": 0.1}, {"kl_placement": "reward"}, {"target_kl": 9.0}], ids=str)
+def test_mask_takes_the_ratio_to_what_vllm_sampled_by(tmp_path, more):
+    """In the first pass it is the engine's error; π_old is read only for what asks for it."""
+    options = {"policy_objective": "mask", "vllm_importance_sampling_correction": False, "cliprange": 0.1}
+    with vllm(noise=0.1) as sampler:
+        trainer = ppo_trainer(tmp_path, use_vllm=True, max_steps=2, learning_rate=1e-2, **(options | more))
+        reads = returned_by(trainer, "_read")
+        trainer.train()
+    first, _ = [line for line in trainer.state.log_history if "loss" in line]
+    ratios = [math.exp(-error) for errors in sampler.errors for error in errors]
+    assert first["policy/ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    masked = sum(not 0.9 <= ratio <= 1.1 for ratio in ratios)
+    assert first["policy/clip_fraction"] == pytest.approx(masked / len(ratios))
+    assert 0 < masked < len(ratios)
+    rollout = trainer.run_state.rollout
+    early = [read.log_probs for read in reads if read.log_probs is not None and read.state_values is not None]
+    assert bool(early) == ("kl_placement" in more)
+    assert (first["policy/approx_kl"] == 0.0) == bool(more)
+    assert torch.equal(rollout.old_logps, rollout.sampling_logps) == (not more)
+
+
+def test_mask_goes_on_where_vllm_gives_no_probability(tmp_path):
+    options = {"policy_objective": "mask", "vllm_importance_sampling_correction": False}
+    with vllm(unavailable=2):
+        trainer = ppo_run(tmp_path, use_vllm=True, num_ppo_epochs=3, max_steps=3, **options)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(math.isfinite(line["loss"]) and line["policy/ratio_max"] < 2 for line in lines)
+    assert "kl/ref" not in lines[0], "no response has every number"
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])

@@ -50,8 +50,13 @@ def layouts() -> dict[str, dict]:
     for name in ("zero2.json", "zero3.json"):
         quantized = {"options": made[name]["options"] | {"critic": "head", "bf16": True}, "only": "ppo"}
         made[f"{name}, QLoRA"] = made[f"{name}, LoRA"] | quantized | {"quantized": True}
-        warmup = {"options": made[name]["options"] | {"critic_warmup_steps": STEPS}, "only": "ppo"}
+        warmup = {
+            "options": made[name]["options"] | {"critic_warmup_steps": STEPS, "weight_decay": 0.1},
+            "only": "ppo",
+        }
         made[f"{name}, warm-up"] = made[name] | warmup
+        of_critic = {"options": made[name]["options"] | {"critic_steps": 2}, "only": "ppo"}
+        made[f"{name}, critic steps"] = made[name] | of_critic
     best = {
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -192,6 +197,20 @@ def test_adapter_on_a_quantized_base_trains(measured, name):
 def test_warmup_of_the_critic_leaves_the_actor_bitwise(measured, name):
     run = measured[f"{name}, ppo"]
     assert {*run["still"]} == {key for key in run["weights"] if not key.startswith("critic.")}
+
+
+@pytest.mark.parametrize("name", ["zero2.json, critic steps", "zero3.json, critic steps"])
+def test_extra_steps_of_the_critic_leave_actor_and_adam_bitwise(measured, name):
+    """All of the critic moves; of the optimizer's states none of the actor's does."""
+    run = measured[f"{name}, ppo"]
+    of_critic = {key for key in run["weights"] if key.startswith("critic.")}
+    assert len(run["moved by the critic's steps"]) == run["steps"] == STEPS
+    for moved in run["moved by the critic's steps"]:
+        assert {*moved["weights"]} == of_critic
+        assert moved["states"] == ["critic"]
+    assert run["still"] == []
+    for line in run["norms"]:
+        assert line["grad_norm"] ** 2 == pytest.approx(line["actor"] ** 2 + line["critic"] ** 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dpo"])

@@ -45,14 +45,20 @@ def _listed(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def check_own_optimizer(plugin: Any, **unread: Any) -> None:
-    """Raise `ValueError` when a DeepSpeed file's own optimizer would ignore options `unread` that are set."""
-    ignored = [name for name, value in unread.items() if value is not None]
-    if plugin is not None and "optimizer" in plugin.hf_ds_config.config and ignored:
-        raise ValueError(
-            f"The DeepSpeed file has an `optimizer` of its own, which would ignore {ignored}. Remove `optimizer` from "
-            "the file; the options then choose it (`optim`, `learning_rate`)."
-        )
+def check_own_sections(plugin: Any, **unread: dict[str, Any]) -> None:
+    """
+    Raise `ValueError` when the DeepSpeed file's own optimizer or scheduler would ignore options that are set.
+
+    Args:
+        unread: by section of the file, the options by name; None is not set.
+    """
+    for section, options in unread.items():
+        ignored = [name for name, value in options.items() if value is not None]
+        if plugin is not None and section in plugin.hf_ds_config.config and ignored:
+            raise ValueError(
+                f"The DeepSpeed file has an `{section}` of its own, which would ignore {ignored}. Remove `{section}` "
+                "from the file; the options then choose it (`optim`, `learning_rate`, `lr_scheduler_type`)."
+            )
 
 
 def check_passes_of_a_step(plugin: Any, budget: int | None) -> None:

@@ -17,6 +17,7 @@ PPO with a critic, in the order of the data.
     losses          ratio, clipped objective, value loss: per token
     terms           the terms of the loss as one table; their means and their total
     micro_batches   a rollout cut into micro-batches, each with its share of the loss terms
+    optimizer       the optimizer's groups, schedules, steps and norms by role
     coefficients    the current weights of the terms
     metrics         the log of an optimizer step and of an evaluation
     evaluation      scores of held-out prompts

@@ -11,11 +11,11 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..models.precision import computes_in_bf16
-from ..models.sharding import check_batch_fields, check_own_optimizer, check_passes_of_a_step
+from ..models.sharding import check_batch_fields, check_own_sections, check_passes_of_a_step
 from ..packing.budget import size_of_parts
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable, require_kernel
-from .config_checks import BEST_METRIC, check_options, check_sampling
+from .config_checks import BEST_METRIC, check_engine, check_options, check_sampling
 from .options import (
     AdvantageOptions,
     BatchOptions,
@@ -83,7 +83,9 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         self._run_parent_post_init()
         check_sampling(self)
-        check_own_optimizer(self.deepspeed_plugin, critic_learning_rate=self.critic_learning_rate)
+        unread = self.of_optimizer | self.of_scheduler
+        check_own_sections(self.deepspeed_plugin, optimizer=unread, scheduler=self.of_scheduler)
+        check_engine(self)
         check_passes_of_a_step(self.deepspeed_plugin, self.micro_batch_tokens)
         require_kernel(self)
 
@@ -158,6 +160,27 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     def num_prompts(self) -> int:
         """Prompts per rollout on all ranks."""
         return self.batch_size // self.num_generations
+
+    @property
+    def of_optimizer(self) -> dict[str, Any]:
+        """Options of the critic that the optimizer's parameter groups follow, by name; None: unset."""
+        options = {name: getattr(self, name) for name in ("critic_learning_rate", "critic_weight_decay")}
+        options |= {"critic_steps": self.critic_steps if self.critic_steps > 1 else None}
+        if self.deepspeed_plugin is not None:  # which steps what has no gradient
+            options |= {"critic_warmup_steps": self.critic_warmup_steps or None}
+            options |= {"critic_warmup_until": self.critic_warmup_until}
+        return options
+
+    @property
+    def of_scheduler(self) -> dict[str, Any]:
+        """The same of the learning rate's schedule."""
+        return {"critic_lr_scheduler_type": self.critic_lr_scheduler_type}
+
+    @property
+    def reads_old_policy(self) -> bool:
+        """Return whether the run reads the log-probabilities under the policy at the start of a rollout."""
+        in_reward = self.needs_reference and self.kl_placement == "reward"
+        return in_reward or self.old_kl_coef != 0 or self.target_kl is not None
 
     @property
     def shares_prompts(self) -> bool:
@@ -246,7 +269,7 @@ class PPOLoopConfig(PPOConfigX):
         self.kl_estimator = written.kl_estimator or ("k2" if written.kl_placement == "loss" else "k1")
         self.beta = 0.0
         self.disable_dropout = True
-        if written.warms_up_critic:
+        if written.warms_up_critic or written.critic_steps > 1:
             self.ddp_find_unused_parameters = True  # DDP would wait for the actor's gradients
 
     def to_dict(self) -> dict[str, Any]:

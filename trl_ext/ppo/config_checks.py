@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..models.quantization import is_fsdp
 from ..ranges import default_of, require
 from .advantages import find_estimator
 from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
@@ -105,6 +106,17 @@ def check_options(args: Any) -> None:
             f"`positive_nll_coef={args.positive_nll_coef}` with `positive_min_score={args.positive_min_score}`: the "
             "term imitates responses that reach a score, so set both, or neither."
         )
+    check_critic(args)
+    if args.policy_objective == "mask" and args.dual_clip is not None:
+        raise ValueError(
+            f"`dual_clip={args.dual_clip}` bounds the objective of `policy_objective='clip'`; 'mask' leaves out every "
+            "token whose ratio is above 1 + `cliprange_high`. Remove one of them."
+        )
+    if args.policy_objective == "mask" and args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ValueError(
+            "`policy_objective='mask'` takes the ratio to the probabilities that vLLM sampled by, for which "
+            "`vllm_importance_sampling_correction` would correct once more. Set it to False."
+        )
     high = args.cliprange if args.cliprange_high is None else args.cliprange_high
     above = args.dual_clip is None or args.dual_clip > 1 + high
     require(args, "dual_clip", above, f"above {1 + high:g}, where the ratio is clipped already, or unset")
@@ -205,6 +217,52 @@ def check_advantages(args: Any) -> None:
     if args.lam_alpha is not None and args.lam != default_of(type(args), "lam"):
         raise ValueError(
             f"`lam={args.lam}` and `lam_alpha={args.lam_alpha}` both set the λ of the advantages. Keep one of them."
+        )
+
+
+def check_critic(args: Any) -> None:
+    if args.critic_stop_gradient and args.critic != "head":
+        raise ValueError(
+            f"`critic_stop_gradient` keeps the value loss out of the actor's trunk, which `critic={args.critic!r}` "
+            "does not train. Remove it, or set `critic='head'`."
+        )
+    if args.critic_steps > 1 and (
+        args.critic == "adapter" or (args.critic == "head" and not args.critic_stop_gradient)
+    ):
+        way = "set `critic_stop_gradient`, " if args.critic == "head" else ""
+        raise ValueError(
+            f"`critic_steps={args.critic_steps}` steps the critic without the actor, and `critic={args.critic!r}` "
+            f"shares the actor's trunk, which would move with it. Use `critic_steps=1`, {way}or choose "
+            "`critic='model'`."
+        )
+    if args.critic_steps > 1 and args.vf_coef == 0:
+        raise ValueError(f"`critic_steps={args.critic_steps}` with `vf_coef=0`: the critic learns nothing. Set one.")
+    if args.critic_max_grad_norm is not None and not args.max_grad_norm:
+        raise ValueError(
+            f"`critic_max_grad_norm={args.critic_max_grad_norm}` with `max_grad_norm={args.max_grad_norm}`, which "
+            "switches clipping off. Set `max_grad_norm` for the actor too, as large as you like."
+        )
+    if args.critic_lr_scheduler_type is not None:
+        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`critic_lr_scheduler_type={args.critic_lr_scheduler_type!r}` beside `lr_scheduler_type="
+                f"{schedule!r}`, which follows a metric and sets all learning rates. Remove one of them."
+            )
+
+
+def check_engine(args: Any) -> None:
+    """Raise `ValueError` for options that the engine, DeepSpeed or FSDP, cannot follow. Called once it is known."""
+    engine = "FSDP" if is_fsdp(args.fsdp) else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    if engine and args.critic_max_grad_norm is not None:
+        raise ValueError(
+            f"`critic_max_grad_norm={args.critic_max_grad_norm}` with {engine}, which clips the gradient of actor and "
+            "critic by the norm of both. Remove it."
+        )
+    if engine == "FSDP" and args.critic_steps > 1:
+        raise ValueError(
+            f"`critic_steps={args.critic_steps}` with FSDP, where the critic has no steps without the actor. Use "
+            "`critic_steps=1`, or DeepSpeed."
         )
 
 

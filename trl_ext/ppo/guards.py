@@ -99,7 +99,7 @@ def require_finite_scores(rollout: Rollout, step: int) -> None:
     """Raise `FloatingPointError`, naming model and response, for NaN or ±inf at a token that counts."""
     for name, said in _SAID_BY.items():
         scores = getattr(rollout, name)
-        if scores is None:
+        if scores is None or scores is rollout.sampling_logps:  # vLLM has no number for some tokens
             continue
         bad = ~torch.isfinite(scores) & rollout.mask
         if bad.any():
@@ -113,11 +113,18 @@ def require_finite_scores(rollout: Rollout, step: int) -> None:
 
 
 def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
-    """Raise `FloatingPointError`, naming the step, the terms and the first sample, when the loss is not finite."""
-    if torch.isfinite(terms.total):
-        return
+    """Raise `FloatingPointError` when the loss of a micro-batch is not finite."""
     named = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name not in ("total", "ratio_max")}
-    bad_terms = [name for name, value in named.items() if value is not None and not torch.isfinite(value)]
+    require_finite_loss(terms.total, named, per_token, rollout, step)
+
+
+def require_finite_loss(
+    total: Tensor, terms: dict[str, Tensor | None], per_token: dict[str, Tensor | None], rollout: Rollout, step: int
+) -> None:
+    """Raise `FloatingPointError`, naming the step, the terms and the first sample, when the total is not finite."""
+    if torch.isfinite(total):
+        return
+    bad_terms = [name for name, value in terms.items() if value is not None and not torch.isfinite(value)]
     rows = [
         row
         for value in per_token.values()
@@ -126,7 +133,7 @@ def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], r
     ]
     sample = f" First in the response with token ids {rollout.response_ids[min(rows)].tolist()}." if rows else ""
     raise FloatingPointError(
-        f"The loss is {terms.total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
+        f"The loss is {total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
         f"Nothing was updated. {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
     )
 

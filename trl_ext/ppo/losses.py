@@ -53,6 +53,21 @@ def clipped_tokens(
     return clipped if dual_clip is None else clipped | ((advantages < 0) & (ratio > dual_clip))
 
 
+def mask_objective(ratio: Tensor, advantages: Tensor, cliprange: float, cliprange_high: float | None = None) -> Tensor:
+    """The double-sided mask of SAO (arXiv:2607.07508, eq. 3), to be maximised: no bound, but a trusted range.
+
+    ratio · A where 1 − cliprange ≤ ratio ≤ 1 + cliprange_high, else 0 and without gradient, for either sign of A;
+    (B, T), in the unit of the advantages. `cliprange_high` unset is `cliprange`.
+    """
+    return (ratio * advantages).masked_fill(masked_tokens(ratio, cliprange, cliprange_high), 0)
+
+
+def masked_tokens(ratio: Tensor, cliprange: float, cliprange_high: float | None = None) -> Tensor:
+    """True where `mask_objective` is 0, since the ratio is outside the trusted range. (B, T) bool."""
+    high = cliprange if cliprange_high is None else cliprange_high
+    return (ratio < 1 - cliprange) | (ratio > 1 + high)
+
+
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Squared error of the critic, to be minimised (S1 §2.10 and §4.2.2).
 

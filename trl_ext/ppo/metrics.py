@@ -62,6 +62,10 @@ class LossLedger:
         self._steps_of_run += 1
         return step
 
+    def add_norms(self, norms: dict[str, float]) -> None:
+        """Add the norm of the gradient of the optimizer step that was closed last, by role."""
+        self._window[-1] |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
+
     @property
     def mean_loss(self) -> float | None:
         """The mean loss of the optimizer steps since the run began, also before it was resumed; `None` without one."""
@@ -98,6 +102,8 @@ class LossLedger:
             if f"terms/{term.name}" in line
         )
         line |= {key: _mean([step[name] for step in steps]) for name, key in STATISTICS.items()}
+        for name in dict.fromkeys(name for step in steps for name in step if name.startswith("grad_norm/")):
+            line[name] = _mean([step[name] for step in steps if name in step])
         line["policy/ratio_max"] = max(step["ratio_max"] for step in steps)
         return line
 

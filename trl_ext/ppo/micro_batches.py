@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..masked import AllReduce
+from ..masked import AllReduce, masked_sum, zero_masked
 from ..packing.budget import cut_by_tokens
 from .config import PPOConfigX
 from .kl import estimate_kl
 from .roles.forward import ActorCriticOutput
 from .rollout import MicroBatch, Rollout
-from .terms import PPOCoefficients, PPOTerms, ppo_terms
+from .terms import PPOCoefficients, PPOTerms, ppo_terms, value_errors
 
 
 Parts = tuple[Tensor, ...]
@@ -93,13 +93,15 @@ def micro_batch_terms(
             log-probabilities are kept in the whole rollout.
         coef: the current weights of the terms.
     """
-    old_logps, kl = rollout.old_logps, None
+    now = output.log_probs.detach()
+    old_logps, sampling_logps = (_known(logps, now) for logps in (rollout.old_logps, rollout.sampling_logps))
+    kl = None
     if reads_full_kl(args):
         kl = output.ref_kl
     elif args.needs_reference and args.kl_placement == "loss":
         kl = estimate_kl(args.kl_estimator, output.log_probs, rollout.ref_logps, rollout.mask)
     if old_logps is None:
-        old_logps = output.log_probs.detach()
+        old_logps = now
         if inputs.share > 0:
             inputs.rollout.keep_first_logps(inputs.rows, old_logps)
     return ppo_terms(
@@ -109,6 +111,8 @@ def micro_batch_terms(
         mask=rollout.mask,
         num_tokens=inputs.num_tokens,
         coef=coef,
+        sampling_logps=sampling_logps,
+        policy_objective=args.policy_objective,
         cliprange=args.cliprange,
         cliprange_high=args.cliprange_high,
         dual_clip=args.dual_clip,
@@ -124,3 +128,16 @@ def micro_batch_terms(
         positive=rollout.at_least(args.positive_min_score) if args.positive_min_score is not None else None,
         num_positive=inputs.num_positive,
     )
+
+
+def _known(logps: Tensor | None, now: Tensor) -> Tensor | None:
+    """Return log-probabilities with those of `now` where vLLM gave none, so that the ratio is 1, as in GRPO."""
+    return None if logps is None else logps.where(~logps.isnan(), now)
+
+
+def critic_loss(values: Tensor, rollout: Rollout, inputs: MicroBatch, args: PPOConfigX) -> Tensor:
+    """Return the value loss of one micro-batch as it stands in the total, for a step of the critic alone."""
+    mask = rollout.mask
+    values, old_values, returns = (zero_masked(each, mask) for each in (values, rollout.old_values, rollout.returns))
+    errors, _ = value_errors(values, old_values, returns, args.cliprange_value)
+    return args.vf_coef * masked_sum(errors, mask) / max(inputs.num_tokens, 1)

@@ -29,11 +29,14 @@ from .terms import WEIGHED_BY
 
 CRITICS = ("model", "head", "adapter")
 KL_PLACEMENTS = ("loss", "reward")
+POLICY_OBJECTIVES = ("clip", "mask")
 KL_CONTROLLERS = ("fixed", "proportional", "band")
 LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
 REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
 BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
+# Schedules of one factor per parameter group.
+CRITIC_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclass
@@ -248,6 +251,15 @@ class KLOptions:
 class LossOptions:
     TOPIC: ClassVar[str] = "Loss terms"
 
+    policy_objective: Annotated[str, one_of(*POLICY_OBJECTIVES)] = field(
+        default="clip",
+        metadata={
+            "help": "'clip': L^CLIP. 'mask': ratio · Â where the ratio is from 1 − `cliprange` to 1 + "
+            "`cliprange_high`, and nothing elsewhere, whatever the sign of Â; with vLLM the ratio is to the "
+            "probabilities that it sampled by (SAO, arXiv:2607.07508).",
+            "choices": list(POLICY_OBJECTIVES),
+        },
+    )
     cliprange: Annotated[float, POSITIVE] = field(
         default=0.2, metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. S1 §6.2: 0.2."}
     )
@@ -361,6 +373,43 @@ class CriticOptions:
     )
     critic_learning_rate: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None, metadata={"help": "Initial learning rate of the critic. Unset: `learning_rate`."}
+    )
+    critic_weight_decay: Annotated[float | None, NOT_NEGATIVE_OR_UNSET] = field(
+        default=None, metadata={"help": "Weight decay of the critic. Unset: `weight_decay`."}
+    )
+    critic_lr_scheduler_type: Annotated[str | None, one_of(None, *CRITIC_SCHEDULES)] = field(
+        default=None,
+        metadata={
+            "help": "Schedule of the critic's learning rate, with the warm-up of `warmup_steps`. Unset: "
+            "`lr_scheduler_type`.",
+            "choices": list(CRITIC_SCHEDULES),
+        },
+    )
+    critic_max_grad_norm: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Largest norm of the critic's gradient, beside `max_grad_norm` for the actor's alone. Unset: "
+            "`max_grad_norm` for the norm of both together. Not with DeepSpeed or FSDP."
+        },
+    )
+    critic_steps: Annotated[int, COUNT] = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps of the critic on each mini-batch, the last of them together with the actor's "
+            "(SAO, arXiv:2607.07508: 2). `max_steps`, schedules and logs count those of the actor. Not with "
+            "`critic='adapter'` or FSDP, and with `critic='head'` only beside `critic_stop_gradient`."
+        },
+    )
+    critic_stop_gradient: bool = field(
+        default=False,
+        metadata={"help": "With `critic='head'`: keep the gradient of the value loss out of the actor's trunk."},
+    )
+    freeze_critic: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Patterns of the names of the critic's parameters that stay as they are, such as '*self_attn*' "
+            "(SAO, arXiv:2607.07508, freezes the attention)."
+        },
     )
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
         default=0, metadata={"help": "Number of optimizer steps at the start in which only the critic learns."}

@@ -27,6 +27,8 @@ class Rollout:
         paid: (B, T) float, what the reward sources pay at each token, 0 where `mask` is False; the sum over a response
             is its score. `None`: all of it at the last token that counts.
         old_logps: (B, T) log-probabilities under the policy that sampled, nats.
+        sampling_logps: (B, T) log-probabilities that vLLM sampled by, for `policy_objective="mask"`, nats; NaN where
+            it gave none.
         ref_logps: (B, T) log-probabilities under the reference, nats.
         ref_states: (B, T, H) trunk states of the reference, for the exact KL.
         old_values: (B, T) state values before learning.
@@ -46,6 +48,7 @@ class Rollout:
     has_eos: Tensor
     paid: Tensor | None = None
     old_logps: Tensor | None = None
+    sampling_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_states: Tensor | None = None
     old_values: Tensor | None = None
@@ -169,6 +172,8 @@ class MicroBatch:
         share: this micro-batch's share of the optimizer batch's sequences over all ranks, for a term that is a mean
             over micro-batches. 0: nothing counts; the pass is there because another rank has one more.
         num_positive: tokens that count of the responses with `positive_min_score`, in the whole optimizer batch.
+        critic_alone: whether only the critic learns from it.
+        scored_states: (N, H) of the actor's trunk at the N tokens that count, for a critic that is a head on it.
     """
 
     rollout: Rollout
@@ -176,6 +181,8 @@ class MicroBatch:
     num_tokens: float
     share: float
     num_positive: float = 0.0
+    critic_alone: bool = False
+    scored_states: Tensor | None = None
 
     def sequences(self) -> Rollout:
         """Return the sequences to learn from."""

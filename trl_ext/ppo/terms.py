@@ -20,7 +20,16 @@ from torch import Tensor
 
 from ..masked import masked_sum, require_shape, zero_masked
 from .kl import old_policy_kl
-from .losses import clip_objective, clipped_tokens, clipped_value_loss, clipped_values, policy_ratio, value_loss
+from .losses import (
+    clip_objective,
+    clipped_tokens,
+    clipped_value_loss,
+    clipped_values,
+    mask_objective,
+    masked_tokens,
+    policy_ratio,
+    value_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,11 @@ def ppo_terms(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
+    policy_objective: str = "clip",
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
     cliprange_value: float | None = None,
+    sampling_logps: Tensor | None = None,
     kl: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
     aux_loss: Tensor | None = None,
@@ -165,8 +176,10 @@ def ppo_terms(
     - `logps`, `old_logps`, `advantages`, `entropy`, `values`, `old_values`, `returns`, `kl`: (B, T), one number per
       token. `kl` is an estimate of KL(π_θ ‖ π_ref) made with the same mask (`estimate_kl(..., mask)`), or None.
     - `num_tokens`: tokens that count in the whole optimizer batch. If it is 0, so are all terms.
-    - `cliprange_high`, `dual_clip`: see `clip_objective`.
+    - `policy_objective`: "clip" for `clip_objective`, "mask" for `mask_objective`, which explain `cliprange_high` and
+      `dual_clip`.
     - `cliprange_value`: None for the plain `value_loss`.
+    - `sampling_logps`: (B, T), in the ratio's denominator in place of `old_logps`.
     - `importance_sampling_ratio`: (B, T) or (B, 1), multiplies the clipped objective; corrects for an inference engine
       whose probabilities differ from the trainer's, as in GRPO.
     - `aux_loss`: scalar. `aux_weight` is this micro-batch's share of the optimizer batch.
@@ -180,15 +193,16 @@ def ppo_terms(
     logps, old_logps, advantages, values, old_values, returns = (
         zero_masked(tensor, mask) for tensor in (logps, old_logps, advantages, values, old_values, returns)
     )
-    ratio = policy_ratio(logps, old_logps)
-    objective = clip_objective(ratio, advantages, cliprange, cliprange_high, dual_clip)
+    ratio = policy_ratio(logps, old_logps if sampling_logps is None else zero_masked(sampling_logps, mask))
+    if policy_objective == "mask":
+        objective = mask_objective(ratio, advantages, cliprange, cliprange_high)
+        without_gradient = masked_tokens(ratio, cliprange, cliprange_high)
+    else:
+        objective = clip_objective(ratio, advantages, cliprange, cliprange_high, dual_clip)
+        without_gradient = clipped_tokens(ratio, advantages, cliprange, cliprange_high, dual_clip)
     if importance_sampling_ratio is not None:
         objective = objective * zero_masked(importance_sampling_ratio.expand_as(mask), mask)
-    if cliprange_value is None:
-        value_error, value_clipped = value_loss(values, returns), torch.zeros_like(mask)
-    else:
-        value_error = clipped_value_loss(values, old_values, returns, cliprange_value)
-        value_clipped = clipped_values(values, old_values, returns, cliprange_value)
+    value_error, value_clipped = value_errors(values, old_values, returns, cliprange_value)
 
     divisor = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
 
@@ -214,9 +228,19 @@ def ppo_terms(
         total=_total(means, coef),
         ratio_mean=mean(ratio),
         ratio_max=torch.where(mask, ratio, -torch.inf).max(),
-        clip_fraction=mean(clipped_tokens(ratio, advantages, cliprange, cliprange_high, dual_clip)),
+        clip_fraction=mean(without_gradient),
         value_clip_fraction=mean(value_clipped),
     )
+
+
+def value_errors(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the value loss of each token, (B, T), and where it is clipped, (B, T) bool."""
+    if cliprange_value is None:
+        return value_loss(values, returns), torch.zeros_like(values, dtype=torch.bool)
+    clipped = clipped_values(values, old_values, returns, cliprange_value)
+    return clipped_value_loss(values, old_values, returns, cliprange_value), clipped
 
 
 def _total(means: Mapping[str, Tensor | None], coef: PPOCoefficients) -> Tensor:

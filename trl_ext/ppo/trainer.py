@@ -14,10 +14,12 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 """
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,6 +77,7 @@ from .guards import (
     naming_the_actor,
     refuse_clip,
     require_finite_gradient,
+    require_finite_loss,
     require_finite_rewards,
     require_finite_scores,
     require_finite_terms,
@@ -83,7 +86,16 @@ from .guards import (
     require_same_policy,
 )
 from .metrics import drop_unmeasured, mark_unmeasured
-from .micro_batches import cut, draw_micro_batches, micro_batch_terms, reads_full_kl
+from .micro_batches import critic_loss, cut, draw_micro_batches, micro_batch_terms, reads_full_kl
+from .optimizer import (
+    StepsByRole,
+    check_own,
+    give_own_groups,
+    give_own_schedule,
+    has_own_groups,
+    norms_by_role,
+    stepping_now,
+)
 from .returns import estimate_returns, rollout_metrics, sequence_kl
 from .rewards import weighted_scores, weighted_tokens
 from .roles import critic as critic_module
@@ -117,7 +129,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     Generation (transformers, vLLM, tools, environments), reward functions, PEFT, quantisation, distribution, logging
     of completions and the loop itself are inherited. Overridden, in the order in which data flows:
-    `create_accelerator_and_postprocess`, `create_optimizer`, `train`, `_get_train_sampler`,
+    `create_accelerator_and_postprocess`, `create_optimizer`, `create_scheduler`, `train`, `_get_train_sampler`,
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
@@ -211,6 +223,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         for earlier in (given.model, given.ref_model):
             take_back(earlier)
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
+        check_own(optimizers, args)
         check_given(args, given)
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
         tokenizer = load_tokenizer(processing_class, given.model, args)
@@ -267,6 +280,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._paid: Tensor | None = None  # of the same, one per token, if a source pays at tokens
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
+        self._steps_by_role = StepsByRole(measures=self.is_deepspeed_enabled)
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -396,12 +410,22 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create one optimizer for actor and critic; the critic's parameter groups have `critic_learning_rate`."""
+        """Create one optimizer for actor and critic, whose parameter groups have the critic's own options."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.critic_learning_rate is not None:
-            critic_module.give_own_rate(optimizer, self.critic, self.args.critic_learning_rate)
+        if is_new and has_own_groups(self.args):
+            decayed = self.get_decay_parameter_names(self.model)
+            parameters = [p for name, p in self.model.named_parameters() if name in decayed]
+            give_own_groups(optimizer, self.critic, self.args, parameters)
+            self.add_callback(self._steps_by_role)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.critic_lr_scheduler_type is not None:
+            give_own_schedule(scheduler, self.args, num_training_steps)
+        return scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
@@ -410,11 +434,6 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         an environment, nor vLLM's random numbers.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args, self.train_dataset)
-        if self.is_deepspeed_enabled and self.args.warms_up_critic and self.args.weight_decay:
-            raise ValueError(
-                "With DeepSpeed, `weight_decay` moves the actor while only the critic learns: set it to 0, or leave "
-                "out `critic_warmup_steps` and `critic_warmup_until`."
-            )
         self._start_run()
         evaluates_first = self.args.eval_on_start
         if checkpoint is not None:
@@ -508,7 +527,12 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             metrics.pop(name, None)
         mark_unmeasured(metrics, self._has_sampling_logps(batch))
         self._responses |= of_sampling(batch)
-        return Rollout.from_grpo(batch, self._scores, self.eos_token_ids, self._paid)
+        rollout = Rollout.from_grpo(batch, self._scores, self.eos_token_ids, self._paid)
+        if self.args.policy_objective == "mask" and "sampling_per_token_logps" in batch:
+            rollout.sampling_logps = batch["sampling_per_token_logps"]
+            if not self.args.reads_old_policy:
+                rollout.old_logps = rollout.sampling_logps
+        return rollout
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
         """Return whether vLLM gave the log-probability of some token that counts, on any rank."""
@@ -762,11 +786,15 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             *first, last = self._prepare_inputs(inputs)
             self._leaves_out = last.num_tokens == 0  # of the whole optimizer batch, so every rank decides alike
             if not self._leaves_out:
+                self._step_critic(model)
                 self._accumulate(model, first)
             self._current_train_step_time += time.perf_counter() - start
         if self._leaves_out:
             return self._leave_out()
-        loss = super().training_step(model, last, num_items_in_batch)
+        # Elsewhere the actor is left alone for want of gradients; ZeRO steps it with zeros.
+        by_engine = self.is_deepspeed_enabled and self._warms_up
+        with self._steps_by_role.critic_alone() if by_engine else nullcontext():
+            loss = super().training_step(model, last, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
         return loss
@@ -779,6 +807,36 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             with nullcontext() if by_engine else self.accelerator.no_sync(model):
                 Trainer.training_step(self, model, micro_batch)
             self.accelerator.gradient_state._set_sync_gradients(True)
+
+    def _step_critic(self, model: nn.Module) -> None:
+        """At the beginning of a mini-batch, take the steps in which the critic learns alone."""
+        steps, of_mini_batch = self.args.critic_steps - 1, self.args.gradient_accumulation_steps
+        first = self._step % self.args.steps_per_generation
+        if steps == 0 or first % of_mini_batch:
+            return
+        alone = [
+            replace(each, critic_alone=True)
+            for each in chain.from_iterable(self.run_state.micro_batches[first : first + of_mini_batch])
+        ]
+        if self.critic.needs_states:  # which these steps do not change
+            for each in alone:
+                each.scored_states = self._states_of(model, each.sequences())
+        for _ in range(steps):
+            with self._steps_by_role.critic_alone(), stepping_now(self.accelerator, model):
+                self._accumulate(model, alone[:-1])
+                Trainer.training_step(self, model, alone[-1])
+                if not self.is_deepspeed_enabled:  # which has stepped
+                    largest = self.args.critic_max_grad_norm or self.args.max_grad_norm or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.critic.parameters(), largest)
+                    if not self.args.fp16:
+                        require_finite_gradient(norm, self.critic.named_parameters(), self.state.global_step)
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+        self._steps_by_role.forget_norms()
+
+    @torch.no_grad()
+    def _states_of(self, model: nn.Module, part: Rollout) -> Tensor:
+        return self._forward(model, part, ("scored_states",)).scored_states
 
     def _leave_out(self) -> Tensor:
         """
@@ -793,6 +851,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         rollout, step = inputs.sequences(), self.state.global_step
+        if inputs.critic_alone:
+            return self._critic_loss(model, rollout, inputs)
         # 1. Run actor and critic in one forward pass
         outputs: tuple[str, ...] = ("log_probs", "entropy", "state_values")
         kwargs: dict[str, Any] = {"train_actor": not self._warms_up}
@@ -810,6 +870,15 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         # Gradients are averaged over ranks, but the terms are shares of a sum.
         return terms.total * self.accelerator.num_processes
 
+    def _critic_loss(self, model: nn.Module, rollout: Rollout, inputs: MicroBatch) -> Tensor:
+        kwargs: dict[str, Any] = {"train_actor": False}
+        if inputs.scored_states is not None:
+            kwargs["scored_states"] = inputs.scored_states
+        values = self._forward(model, rollout, ("state_values",), **kwargs).state_values
+        loss = critic_loss(values, rollout, inputs, self.args)
+        require_finite_loss(loss, {"value_loss": loss}, {"values": values}, rollout, self.state.global_step)
+        return loss * self.accelerator.num_processes
+
     def _close_optimizer_step(self) -> None:
         run = self.run_state
         step = run.ledger.close_step(run.coefficients.now, self._sum_over_ranks, self._max_over_ranks)
@@ -819,15 +888,32 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self._measure_kl(run.rollout)
         if self._warms_up:
             self._drop_actor_gradients()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these keep gradients elsewhere
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            run.ledger.add_norms(norms_by_role(self.model, self.critic, scale))
         run.early_stop.saw(step["old_kl"])
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return None if self._leaves_out else super()._clip_grad_norm(model)
+        if self._leaves_out:
+            return None
+        if self.args.critic_max_grad_norm is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        of_critic = list(self.critic.parameters())
+        others = {id(parameter) for parameter in of_critic}
+        of_actor = [parameter for parameter in self.model.parameters() if id(parameter) not in others]
+        largest = (self.args.max_grad_norm, self.args.critic_max_grad_norm)
+        clipped = zip((of_actor, of_critic), largest, strict=True)
+        return torch.stack([nn.utils.clip_grad_norm_(parameters, norm) for parameters, norm in clipped]).norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self._leaves_out:  # DeepSpeed would repeat the last one
             return None
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.is_deepspeed_enabled:
+            device = self.accelerator.device
+            self.run_state.ledger.add_norms(self._steps_by_role.pop_norms(grad_norm, self._sum_over_ranks, device))
         if not self.args.fp16:  # loss scaling expects overflows
             parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
             require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)

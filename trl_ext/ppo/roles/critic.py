@@ -7,6 +7,7 @@ values (N,) at the N True `positions` (B, L - 1); `save_pretrained` and `restore
 """
 
 import copy
+import fnmatch
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,11 +59,12 @@ class ValueHead(nn.Module):
         return nn.functional.linear(states.float(), weight, bias).squeeze(-1)
 
     needs_states = True  # of the actor's trunk, at the scored positions
+    stops_gradient = False  # of the value loss, before the actor's trunk
     packing = None  # it reads no rows
     loading_lines = 'from trl_ext import ValueHead\n\ncritic = ValueHead.from_pretrained(f"{folder}/critic")'
 
     def values_at(self, positions: Tensor, states: Tensor, groups: Groups, **inputs: Any) -> Tensor:
-        return self(states)
+        return self(states.detach() if self.stops_gradient else states)
 
     def attach(self, actor: Any, checkpointing: dict[str, Any] | None) -> None:
         _add_to(actor, self)
@@ -324,15 +326,29 @@ def _add_to(actor: PreTrainedModel | PeftModel, critic: nn.Module) -> None:
     lend(base, ATTRIBUTE, critic.to(base.device))
 
 
-def give_own_rate(optimizer: torch.optim.Optimizer, critic: nn.Module, learning_rate: float) -> None:
-    """Move the critic's parameters into their own groups, which differ only in the learning rate."""
-    of_critic = {id(parameter) for parameter in critic.parameters()}
-    for group in list(optimizer.param_groups):
-        mine = [p for p in group["params"] if id(p) in of_critic]
-        if mine:
-            group["params"] = [p for p in group["params"] if id(p) not in of_critic]
-            options = {name: value for name, value in group.items() if name != "params"}
-            optimizer.add_param_group(options | {"params": mine, "lr": learning_rate})
+def freeze(critic: nn.Module, patterns: Sequence[str]) -> None:
+    """
+    Freeze the parameters of a critic whose names match a pattern of `fnmatch`.
+
+    Raises:
+        ValueError: for a pattern that matches no trained parameter, and when none is left to be trained.
+    """
+    names = {name.removeprefix("model."): p for name, p in critic.named_parameters() if p.requires_grad}
+    listed = f"It trains {', '.join(list(names)[:12])}{', …' if len(names) > 12 else ''}."
+    frozen = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ValueError(
+                f"`freeze_critic` has {pattern!r}, which is the name of none of the critic's parameters. {listed}"
+            )
+        frozen.update(matched)
+    if frozen and len(frozen) == len(names):
+        raise ValueError(
+            f"`freeze_critic={list(patterns)}` freezes the whole critic, which would never learn. {listed}"
+        )
+    for name in frozen:
+        names[name].requires_grad_(False)
 
 
 def generating_parameters(model: nn.Module, *attached: nn.Module) -> list[nn.Parameter]:

@@ -49,6 +49,7 @@ class ActorCriticOutput(ModelOutput):
         state_values: V of the state in which token j + 1 is chosen.
         ref_kl: KL(π_θ ‖ π_ref) over the vocabulary, nats.
         trunk_states: (B, L - 1, H) last hidden states.
+        scored_states: (N, H) last hidden states at the N positions with a label alone.
         scores: (B,) of the reward adapter, requested alone.
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
     """
@@ -58,6 +59,7 @@ class ActorCriticOutput(ModelOutput):
     state_values: Tensor | None = None
     ref_kl: Tensor | None = None
     trunk_states: Tensor | None = None
+    scored_states: Tensor | None = None
     scores: Tensor | None = None
     aux_loss: Tensor | None = None
 
@@ -74,8 +76,8 @@ class ActorCriticForward:
     Extend `model.forward` with `ppo_outputs`, a tuple of names of the requested fields of [`ActorCriticOutput`].
     Without it the forward is the original one, so generation does not change. With it the forward also takes `labels`
     (−100 where nothing is read), `groups` (the sequences by their prompts), `train_actor` (off: no gradient reaches
-    the actor) and, for `ref_kl`, `ref_states` (B, T, H) of the last T positions with the `ref_head` that maps them to
-    logits.
+    the actor), `scored_states` (read before, so that a head needs no trunk) and, for `ref_kl`, `ref_states` (B, T, H)
+    of the last T positions with the `ref_head` that maps them to logits.
 
     Args:
         model: causal language model that TRL's `add_fused_lm_head` has patched, with entropy among its outputs if
@@ -143,6 +145,7 @@ class ActorCriticForward:
         ref_states: Tensor | None = None,
         ref_head: LogitsHead | None = None,
         train_actor: bool = True,
+        scored_states: Tensor | None = None,
         **inputs: Any,
     ) -> ActorCriticOutput:
         if wanted == {"scores"}:
@@ -156,6 +159,9 @@ class ActorCriticForward:
             positions[0, -1] = True  # keeps the graph
         output = ActorCriticOutput()
         states = None
+        if scored_states is not None:
+            values = self.critic.values_at(positions, scored_states, groups)
+            return ActorCriticOutput(state_values=_scatter(values, positions))
         groups = [[row] for row in range(len(positions))] if groups is None else groups
         with (
             torch.set_grad_enabled(train_actor and torch.is_grad_enabled()),
@@ -169,13 +175,15 @@ class ActorCriticForward:
                 output.log_probs = _scatter(scored.log_probs[0], positions)
                 output.entropy = None if scored.entropy is None else _scatter(scored.entropy[0], positions)
                 output.aux_loss = scored.aux_loss
-            elif wanted & {"trunk_states", "ref_kl"} or reads_states:
+            elif wanted & {"trunk_states", "scored_states", "ref_kl"} or reads_states:
                 states = select(self.head.trunk(use_cache=False, **of_model).last_hidden_state)
             if "ref_kl" in wanted:
                 chunk_size = max(1, CHUNK // self.head.model.config.get_text_config().vocab_size)
                 of_reference = ref_states[positions[:, -ref_states.size(1) :]]
                 exact = full_kl(states, self.head.logits, of_reference, ref_head, chunk_size)
                 output.ref_kl = _scatter(exact, positions)
+        if "scored_states" in wanted:
+            output.scored_states = states
         if "trunk_states" in wanted:
             output.trunk_states = states.new_zeros(*positions.shape, states.size(-1))
             output.trunk_states[positions] = states

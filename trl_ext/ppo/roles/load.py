@@ -16,7 +16,7 @@ from ...models.noise import disable_noise
 from ...models.sharding import copy_of
 from ..config import PPOConfigX
 from .adapters import critic_adapter, load_reward_adapter
-from .critic import Critic, ValueAdapter, build_critic
+from .critic import Critic, ValueAdapter, ValueHead, build_critic, freeze
 from .inputs import Given, Model
 from .offload import frozen_kwargs
 from .reward_forms import RewardForm
@@ -107,6 +107,9 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
         if value_model is None and shared is not None and args.reward_model_quantization is not None:
             value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
         critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
+    if isinstance(critic, ValueHead):
+        critic.stops_gradient = args.critic_stop_gradient
+    freeze(critic, args.freeze_critic)
     return Roles(actor, reference, functions, critic, reward_adapter)
 
 
