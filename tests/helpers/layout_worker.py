@@ -38,7 +38,7 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
         measured = {"reference": trainer.ref_model is not None}
         passes = ppo_runs.returned_by(trainer, "_compute_loss")
-        if layout["options"].get("critic_steps"):
+        if layout["options"].keys() >= {"critic_steps", "deepspeed"}:
             measured["moved by the critic's steps"] = watch_critic_steps(trainer)
         trainer.train()
         engine = trainer.model_wrapped
@@ -90,7 +90,9 @@ def watch_critic_steps(trainer: Any) -> list[dict[str, list[str]]]:
         states: dict[str, list[torch.Tensor]] = {"actor": [], "critic": []}
         for role, tensor in zero_runs.optimizer_tensors(trainer.model_wrapped):
             states[role].append(tensor.detach().clone())
-        return zero_runs.full_weights(trainer.model), states
+        # This process's shards: ZeRO-3 may be fetching what it expects to need, and cannot gather meanwhile.
+        named = trainer.model.named_parameters()
+        return {key: getattr(weight, "ds_tensor", weight).detach().clone() for key, weight in named}, states
 
     def watch(model: Any) -> None:
         if trainer._step % trainer.args.gradient_accumulation_steps:

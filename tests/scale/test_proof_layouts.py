@@ -55,6 +55,7 @@ def layouts() -> dict[str, dict]:
             "only": "ppo",
         }
         made[f"{name}, warm-up"] = made[name] | warmup
+    for name in ("ddp.yaml", "zero2.json", "zero3.json", "zero3_offload.json"):
         of_critic = {"options": made[name]["options"] | {"critic_steps": 2}, "only": "ppo"}
         made[f"{name}, critic steps"] = made[name] | of_critic
     best = {
@@ -199,9 +200,11 @@ def test_warmup_of_the_critic_leaves_the_actor_bitwise(measured, name):
     assert {*run["still"]} == {key for key in run["weights"] if not key.startswith("critic.")}
 
 
-@pytest.mark.parametrize("name", ["zero2.json, critic steps", "zero3.json, critic steps"])
+@pytest.mark.parametrize(
+    "name", ["zero2.json, critic steps", "zero3.json, critic steps", "zero3_offload.json, critic steps"]
+)
 def test_extra_steps_of_the_critic_leave_actor_and_adam_bitwise(measured, name):
-    """All of the critic moves; of the optimizer's states none of the actor's does."""
+    """All of the critic moves; of the optimizer's states none of the actor's does. The run is that of DDP."""
     run = measured[f"{name}, ppo"]
     of_critic = {key for key in run["weights"] if key.startswith("critic.")}
     assert len(run["moved by the critic's steps"]) == run["steps"] == STEPS
@@ -209,7 +212,11 @@ def test_extra_steps_of_the_critic_leave_actor_and_adam_bitwise(measured, name):
         assert {*moved["weights"]} == of_critic
         assert moved["states"] == ["critic"]
     assert run["still"] == []
-    for line in run["norms"]:
+    without_zero = measured["ddp.yaml, critic steps, ppo"]
+    for key, weight in without_zero["weights"].items():
+        assert (run["weights"][key] - weight).norm() < 1e-5 * weight.norm(), key
+    for line, other in zip(run["norms"], without_zero["norms"], strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
         assert line["grad_norm"] ** 2 == pytest.approx(line["actor"] ** 2 + line["critic"] ** 2, rel=1e-4)
 
 

@@ -4,9 +4,11 @@ import copy
 import functools
 import inspect
 import types
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+import torch
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,6 +41,18 @@ def check_batch_fields(args: Any, counting: str) -> None:
         f"{micro_batch} at a time, {steps} times per optimizer step ({counting}), on {ranks} processes.{uneven} Write "
         '"auto" for these fields in the file (one that is missing counts as 1), or change the options.'
     )
+
+
+def forget_gradients(parameters: Iterable[Any]) -> None:
+    """
+    Set what ZeRO-3 keeps of the last gradients to 0. It would count them where the next backward pass gives none, in
+    the norm by which it clips.
+    """
+    from deepspeed.utils import safe_set_local_grad
+
+    for parameter in parameters:
+        if parameter.requires_grad:
+            safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 def _listed(fields: dict[str, Any]) -> str:

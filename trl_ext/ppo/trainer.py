@@ -46,7 +46,7 @@ from ..models.probe import apart_in_float32
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting
 from ..models.sampling import sampling_what_counts, why_not_from_cache
-from ..models.sharding import is_partitioned, is_stage3
+from ..models.sharding import forget_gradients, is_partitioned, is_stage3
 from ..models.trainable import take_back
 from ..packing.exactness import why_not_run
 from ..runs.best_metric import check_metric_of_sets, evaluated
@@ -821,7 +821,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if self.critic.needs_states:  # which these steps do not change
             for each in alone:
                 each.scored_states = self._states_of(model, each.sequences())
+        of_critic = {id(parameter) for parameter in self.critic.parameters()}
         for _ in range(steps):
+            if is_stage3(self.args.deepspeed_plugin):
+                forget_gradients(parameter for parameter in self.model.parameters() if id(parameter) not in of_critic)
             with self._steps_by_role.critic_alone(), stepping_now(self.accelerator, model):
                 self._accumulate(model, alone[:-1])
                 Trainer.training_step(self, model, alone[-1])
