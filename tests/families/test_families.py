@@ -9,11 +9,13 @@ import transformers
 
 import pair_forwards
 from families import dpo_family, ppo_family, table
-from families.configs import families, family_config
+from families.configs import families, family_config, family_model
 from families.prove import quiet
 from families.prove_one import prove
 from families.verdict import NOISE
+from trl_ext._trl import add_fused_lm_head
 from trl_ext.packing.forward import PackedForward
+from trl_ext.ppo.roles.forward import ActorCriticForward
 from trl_ext.ppo.roles.padding import LeftPadding
 
 
@@ -87,6 +89,29 @@ def test_page_proves_sixty_families_of_each_trainer_and_none_is_wrong():
             assert sum(cells[column] in ("shared rows", "TRL's rows", "exact") for cells in rows.values()) >= 60, (
                 heading
             )
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")
+def test_family_that_is_packed_without_a_trial_would_pass_it(monkeypatch):
+    """As under ZeRO-3, where no model can run before training."""
+    untried = []
+    for family in families():
+        try:
+            model = family_model(family_config(family))
+        except Exception:  # a config that is too large, or a model of several parts
+            continue
+        with monkeypatch.context() as patched:
+            patched.setattr("trl_ext.packing.forward.is_partitioned", lambda model: True)
+            packing = PackedForward(model, plain=None, packed=None)
+            packing.switch_on(by_mask=False)
+        if packing.on:
+            untried.append(family)
+            add_fused_lm_head(model)
+            forward = ActorCriticForward(model, packs=True)
+            forward.settle()
+            assert forward.packing.on, family
+    assert len(untried) > 80
 
 
 # The proof notices

@@ -4,8 +4,9 @@ import pytest
 
 import dpo_runs
 from attention_families import FAMILIES, family
+from families.configs import family_config, family_model
 from pair_forwards import DYNAMIC
-from trl_ext.packing.exactness import is_harmless, length_limit, lengths
+from trl_ext.packing.exactness import is_harmless, length_limit, lengths, why_not_model
 
 
 def test_lengths_are_the_fields_that_count_tokens():
@@ -23,3 +24,8 @@ def test_lengths_are_the_fields_that_count_tokens():
 )
 def test_length_limit_is_the_length_a_rotary_embedding_was_made_for(name, overrides, limit):
     assert length_limit(dpo_runs.tiny_model(name, **overrides)) == limit
+
+
+@pytest.mark.parametrize("family", ["roberta", "data2vec-text"])
+def test_positions_that_do_not_begin_at_0_are_known(family):
+    assert "begins its positions behind that of its pad token" in why_not_model(family_model(family_config(family)))

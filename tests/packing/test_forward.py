@@ -72,11 +72,12 @@ def test_rows_are_kept_within_a_limit_and_given_up_beyond_it():
 
 
 KNOWN = [("llama", True), ("gpt2", True), ("gpt_oss", True), ("hy_v4", False), ("falcon", False)]
+KNOWN += [("deepseek_v32", False), ("doge", False), ("nemotron", False)]
 
 
 @pytest.mark.parametrize("family, goes_piecewise", KNOWN)
 def test_attention_of_a_partitioned_model_is_packed_where_transformers_knows_it(monkeypatch, family, goes_piecewise):
-    """Nothing can be tried; hy_v4 has an index of keys, Falcon no interface to attention."""
+    """Nothing can be tried; some choose keys by an index, Nemotron's layers drop the rows, Falcon has no interface."""
     model = family_model(family_config(family))
     monkeypatch.setattr("trl_ext.packing.forward.is_partitioned", lambda model: True)
     packing = PackedForward(model, plain=None, packed=None)

@@ -18,6 +18,10 @@ from ..models.sharding import is_partitioned
 RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid"}
 # Families of models that bias attention by the distance in the row (ALiBi).
 ALIBI = {"bloom", "mpt"}
+# Fields of families whose attention chooses the keys of each token, in a mask of its own making.
+CHOOSES_KEYS = ("index_topk", "keep_window_size")
+# Families whose layers do not hand the packed rows on to their attention.
+DROPS_ROWS = {"nemotron"}
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Adapters that look at the tokens beside a token, or at the row as a whole.
 READS_THE_ROW = {"ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"}
@@ -71,7 +75,17 @@ def why_not_model(model: PreTrainedModel) -> str | None:
         return f"{name} is recurrent ({', '.join(sorted(recurrent)) or 'a state-space model'})"
     if getattr(config, "alibi", False) or config.model_type in ALIBI:
         return f"{name} biases attention by the distance in the row (ALiBi)"
+    # RoBERTa's families count up from there themselves, unless they are given positions.
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    if any(table.padding_idx is not None for table in tables):
+        return f"{name} begins its positions behind that of its pad token"
     return None
+
+
+def attends_by_itself(model: PreTrainedModel) -> bool:
+    """Return whether a family that asks transformers for its attention is known to do more, or less, than that."""
+    config = model.config.get_text_config()
+    return config.model_type in DROPS_ROWS or any(getattr(config, name, None) for name in CHOOSES_KEYS)
 
 
 def length_limit(model: PreTrainedModel) -> int | None:

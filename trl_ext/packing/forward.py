@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..models.sharding import is_partitioned
 from . import attention, flex, probe
-from .exactness import KINDS_OF_LAYERS, is_harmless, length_limit, lengths, shrunk, why_not_model
+from .exactness import KINDS_OF_LAYERS, attends_by_itself, is_harmless, length_limit, lengths, shrunk, why_not_model
 from .segments import PackedRows, attention_mask_of, pack
 
 
@@ -188,9 +188,11 @@ class PackedForward:
 
     def _may_go_piecewise(self) -> bool:
         """Return whether pieces are worth a trial; where none is possible, whether the attention is transformers'."""
+        if not is_partitioned(self.model):
+            return True
         asks_sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
         is_known = self.model._supports_flex_attn or (asks_sdpa and self.model._supports_attention_backend)
-        return is_known or not is_partitioned(self.model)
+        return is_known and not attends_by_itself(self.model)
 
     def _probe(self) -> str | None:
         """Say what differs for short pairs."""
