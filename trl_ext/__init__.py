@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dpo.trainer import DPOTrainerX
     from .models.fingerprint import save_base_fingerprint
     from .ppo.config import PPOConfigX
+    from .ppo.pretraining import CriticConfigX, CriticTrainerX
     from .ppo.roles.critic import ValueHead
     from .ppo.trainer import PPOTrainerX
     from .reward.config import RewardConfigX
@@ -30,6 +31,8 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ConvergenceCallback",
+    "CriticConfigX",
+    "CriticTrainerX",
     "DPOConfigX",
     "DPOTrainerX",
     "ImplicitReward",
@@ -49,6 +52,8 @@ __all__ = [
 
 # Public name -> its module, if that is not `callbacks`; imported on first use: the mathematics loads without TRL.
 _HOMES = {
+    "CriticConfigX": ".ppo.pretraining",
+    "CriticTrainerX": ".ppo.pretraining",
     "DPOConfigX": ".dpo.config",
     "DPOTrainerX": ".dpo.trainer",
     "ImplicitReward": ".dpo.implicit_reward",

@@ -11,7 +11,7 @@ from trl import DPOConfig
 import tiny
 import trl_ext
 from ppo_runs import ppo_run
-from trl_ext import DPOConfigX, DPOTrainerX, RewardConfigX, RewardTrainerX
+from trl_ext import CriticConfigX, CriticTrainerX, DPOConfigX, DPOTrainerX, RewardConfigX, RewardTrainerX
 from trl_ext.report.policy_panels import POLICY
 
 
@@ -114,6 +114,19 @@ def test_keys_of_dpo_are_those_of_the_page(tmp_path):
 def test_keys_of_a_reward_run_are_those_of_the_page(tmp_path):
     model = tiny.save_tiny(tmp_path)["reward_model"]
     check(logged(of_pairs(RewardTrainerX, RewardConfigX, tmp_path / "out", model)), documented("Reward models"))
+
+
+def test_keys_of_a_critics_pretraining_are_those_of_the_page(tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 1, "logging_steps": 1}
+    args = CriticConfigX(str(tmp_path), max_passes=1, response_length=4, report_to="none", bf16=False, **sizes)
+    models = {"model": tiny.tiny_actor(), "reward_model": tiny.tiny_reward_model()}
+    models |= {"processing_class": tiny.tiny_tokenizer()}
+    prompts = {"train_dataset": tiny.tiny_prompts(8), "eval_dataset": tiny.tiny_prompts(4, seed=3)}
+    trainer = CriticTrainerX(args, **models, **prompts)
+    trainer.train()
+    keys, rows = logged(trainer), documented("Value pretraining")
+    assert rows <= keys
+    assert {key.removeprefix("eval_") for key in keys - rows} <= documented()
 
 
 def test_options_of_dpo_beyond_trls_are_on_the_page():

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "processed_logprobs": "needs vLLM and a GPU; tests/ppo/test_vllm.py has a server of its own",
 }
 # Pages of measurements, whose commands take minutes to hours: where each of them runs, in full or cut short.
+SHORT_PPO = "--total_episodes 128 --gradient_accumulation_steps 2 --warmup_steps 0 --test_size 96"
 MEASURED = {
     "docs/demo.md": {
         "trl-ext reward --test_size 250": "tests/scripts/test_proof_demo.py",
@@ -50,7 +51,14 @@ MEASURED = {
         ),
         "trl-ext dpo": "tests/scripts/test_proof_demo.py",
     },
-    "docs/critic.md": {"python experiments/credit.py": "tests/benchmarks/test_credit.py"},
+    "docs/critic.md": {
+        "python experiments/credit.py": "tests/benchmarks/test_credit.py",
+        "trl-ext critic": "tests/cli/test_critic.py",
+        f"trl-ext ppo {SHORT_PPO}": "tests/cli/test_critic.py",
+        f"trl-ext ppo {SHORT_PPO} --value_model outputs/critic-demo --output_dir outputs/ppo-pretrained": (
+            "tests/cli/test_critic.py"
+        ),
+    },
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
         "python benchmarks/bench_ppo.py": "tests/benchmarks/test_bench_ppo.py",
@@ -80,6 +88,8 @@ SHORT = {
     "reward": f"--max_steps 2 {BATCH} --train_size 8 --test_size 4",
     "dpo": f"--max_steps 2 --warmup_steps 0 {BATCH} --train_size 8 --test_size 4",
     "ppo": f"--total_episodes 4 --gradient_accumulation_steps 1 --num_ppo_epochs 1 {BATCH} --response_length 3 "
+    "--test_size 4",
+    "critic": f"--total_episodes 4 --gradient_accumulation_steps 1 --max_passes 1 {BATCH} --response_length 3 "
     "--test_size 4",
     "score": "--test_size 4",
     "equivalence": "--steps 20",

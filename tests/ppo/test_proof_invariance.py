@@ -5,7 +5,6 @@ lengths differ so much that a mean per micro-batch would be another loss.
 """
 
 import itertools
-import logging
 import math
 
 import pytest
@@ -205,8 +204,7 @@ def test_control_a_warmup_that_forgets_what_was_reached_goes_on(tmp_path, explai
     assert [bool(keep.moved(step, of_critic=False)) for step in (4, 6)] == [True, False]
 
 
-def test_warmup_that_never_ends_is_said(tmp_path, explained, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("trl_ext"), "propagate", True)
+def test_warmup_that_never_ends_is_said(tmp_path, explained, caplog):
     kept_run(tmp_path, critic_warmup_until=0.9, total_episodes=16)
     assert "Only the critic has learned" in caplog.text
 

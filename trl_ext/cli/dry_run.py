@@ -19,7 +19,8 @@ from ..models.context import context_limit
 from ..models.loading import load_tokenizer, text_config
 from ..ppo.config import PPOLoopConfig
 from ..ppo.data import check_datasets, prompt_ids
-from ..ppo.display import batch_plan, planned_steps
+from ..ppo.display import batch_plan, planned_steps, pretraining_plan
+from ..ppo.pretraining import responses_to_sample
 from ..ppo.roles.inputs import Given, check_given
 from ..runs.folder import checkpoint_of, is_local
 from ..runs.requirements import require_writable
@@ -48,7 +49,7 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     rows = splits["train"]
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     with as_if_of(count):
-        if command == "ppo":
+        if command in ("ppo", "critic"):
             check_ppo(data, path, adapter, args, splits, tokenizer)
             longest, sample = prompts(rows, tokenizer, args)
         else:
@@ -56,8 +57,12 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
             check_columns(rows, splits["test"], lambda: tokenizer)
             longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
         size = len(rows) if isinstance(rows, Dataset) else None
-        steps, text = batches(command, args, size, count)
-        require_steps_left(checkpoint, steps)
+        if command == "critic":
+            held_out = len(splits["test"]) * args.num_generations_eval
+            text = pretraining_plan(args, responses_to_sample(args, size), held_out)
+        else:
+            steps, text = batches(command, args, size, count)
+            require_steps_left(checkpoint, steps)
         print(text, end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
     print(memory(command, options, given, count, longest), end="\n\n")
@@ -107,8 +112,9 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int,
 
 def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:
     """Return the memory plan, or why there is none."""
-    if command == "reward":
-        return "Memory: the planner plans PPO and DPO; a reward model needs less than DPO of the same model."
+    if command in ("reward", "critic"):
+        less = "a reward model needs less than DPO" if command == "reward" else "a critic alone needs less than PPO"
+        return f"Memory: the planner plans PPO and DPO; {less} of the same model."
     if given.gpu is not None:
         machine = planner.hardware(given.gpu, gpus=count)
     elif options["use_cpu"]:

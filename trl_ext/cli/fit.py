@@ -16,11 +16,12 @@ def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, promp
 
 def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
     """
-    Plan the run on `hardware`, or on the GPUs of this launch; without a GPU, and for "reward", which needs less than
-    DPO, nothing is checked. If it does not fit, end with the plan and the smallest change, unless `--force` is given.
+    Plan the run on `hardware`, or on the GPUs of this launch; without a GPU, and for "reward" and "critic", which need
+    less than DPO and PPO, nothing is checked. If it does not fit, end with the plan and the smallest change, unless
+    `--force` is given.
     """
     options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
-    if trainer == "reward" or options["force"]:
+    if trainer in ("reward", "critic") or options["force"]:
         return
     if hardware is None:
         if options["use_cpu"] or not torch.cuda.is_available():

@@ -6,6 +6,8 @@ FIRST = {
     "per_device_train_batch_size use_peft dry_run",
     "ppo": "config model dataset_name reward_model_path output_dir total_episodes response_length learning_rate "
     "kl_coef dry_run",
+    "critic": "config model dataset_name reward_model_path output_dir total_episodes response_length learning_rate "
+    "max_passes dry_run",
     "dpo": "config model dataset_name output_dir num_train_epochs learning_rate beta per_device_train_batch_size "
     "use_peft dry_run",
     "score": "config model ref_model dataset_name output_file beta test_size batch_size load_in_4bit use_cpu",
@@ -31,10 +33,22 @@ TOPICS = {
 }
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
 # What a command calls by another name, or has no use for: only `--help_all` shows it.
-OTHERWISE = {"ppo": "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef"}
+_OTHERWISE_IN_PPO = "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef"
+OTHERWISE = {
+    "ppo": _OTHERWISE_IN_PPO,
+    # A recipe of PPO may have them: they say how the actor learns.
+    "critic": f"{_OTHERWISE_IN_PPO} epsilon_high delta num_ppo_epochs kl_coef kl_placement kl_estimator kl_controller "
+    "kl_target kl_horizon kl_band cliprange cliprange_high dual_clip cliprange_value vf_coef ent_coef old_kl_coef "
+    "old_kl_target positive_nll_coef positive_min_score target_kl lam lam_alpha critic_lam critic_gate "
+    "advantage_estimator whiten_advantages whiten_rewards critic_warmup_steps critic_warmup_until "
+    "num_sample_generations ref_adapter_name ref_model_quantization max_steps num_train_epochs eval_strategy "
+    "eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
+    "metric_for_best_model resume_from_checkpoint log_completions",
+}
 # Options that a command does not have, although it shares the class that defines them.
 ABSENT = {
     "reward": "gpu force",  # the planner plans PPO and DPO
+    "critic": "gpu force profile samples",
     "score": "use_peft use_rslora use_dora lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
     "lora_modules_to_save lora_task_type train_size test_split_size",
 }
@@ -54,6 +68,13 @@ TEXTS = {
         'what is sampled, such as `{"use_cache": false}`.',
         "gradient_accumulation_steps": "Times `per_device_train_batch_size`, this is the number of "
         "responses of a rollout on each process. `num_mini_batches` splits them into optimizer steps.",
+    },
+    "critic": {
+        "total_episodes": "Responses to sample. Unset: one pass over the prompts.",
+        "learning_rate": "Initial learning rate of the critic, if there is no `critic_learning_rate`.",
+        "critic_learning_rate": "Initial learning rate of the critic, as in a recipe of PPO. Unset: `learning_rate`.",
+        "gradient_accumulation_steps": "Times `per_device_train_batch_size`, this is the number of responses that "
+        "each process samples, and then learns from, at a time. `num_mini_batches` splits them into optimizer steps.",
     },
     "score": {
         "model_name_or_path": "Policy: a folder with a model or an adapter, or a hub name. Unset: outputs/dpo-demo.",

@@ -25,7 +25,7 @@ from .options import Options, read, usage_errors
 class TrainingCommand:
     """What is a training command's own. `data`, `model` and `args` are its options, instances of the three classes."""
 
-    name: str  # "ppo", "dpo" or "reward"
+    name: str  # "ppo", "critic", "dpo" or "reward"
     description: str | None  # what `--help` begins with
     classes: tuple[type, ...]  # of the options: launch and data; `ModelArguments`; the trainer's config
     defaults: Mapping[str, Any]  # of options, where they differ from those of the classes

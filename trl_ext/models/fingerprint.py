@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
@@ -28,21 +29,36 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str | None:
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():
-                digests[name] = _digest(weights, name)
+                rows = weights.get_slice(name)
+                whole = weights.get_tensor(name) if len(rows.get_shape()) < 2 else None
+                digests[name] = _digest(rows.get_dtype(), rows.get_shape(), rows if whole is None else whole)
+    return _of_all(digests)
+
+
+def model_fingerprint(model: str | nn.Module, revision: str | None = None) -> str | None:
+    """
+    Return the fingerprint of the weights in a folder or, of a model in memory, of its tensors as they are. The two
+    differ for the same weights, since a model in memory may have been changed.
+    """
+    if isinstance(model, str):
+        return weights_fingerprint(model, revision)
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return _of_all({name: _digest(str(tensor.dtype), list(tensor.shape), tensor) for name, tensor in tensors.items()})
+
+
+def _of_all(digests: dict[str, str]) -> str | None:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
 
 
-def _digest(weights: Any, name: str) -> str:
-    """Return the digest of a tensor in an open file: of a whole vector, or of evenly spaced rows."""
-    rows = weights.get_slice(name)
-    shape = rows.get_shape()
-    digest = hashlib.sha256(f"{rows.get_dtype()} {shape}".encode())
+def _digest(dtype: str, shape: list[int], rows: Any) -> str:
+    """Return the digest of a tensor, of which `rows` gives rows: of a whole vector, or of evenly spaced rows."""
+    digest = hashlib.sha256(f"{dtype} {shape}".encode())
     if len(shape) < 2:
-        parts = [weights.get_tensor(name)]
+        parts = [rows]
     else:
         parts = [rows[row : row + 1] for row in sorted({i * shape[0] // ROWS for i in range(ROWS)})]
     for part in parts:
-        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,8 @@ PPO with a critic, in the order of the data.
     optimizer       the optimizer's groups, schedules, steps and norms by role
     coefficients    the current weights of the terms
     metrics         the log of an optimizer step and of an evaluation
+    pretraining     the critic's pretraining on responses of a fixed policy
+    saved_rollouts  these responses, kept as Parquet
     evaluation      scores of held-out prompts
     guards          checks that stop a run
     checkpoint      the part of a checkpoint beside weights, optimizer and random numbers

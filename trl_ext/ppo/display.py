@@ -29,6 +29,20 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
     )
 
 
+def steps_of_pass(args: PPOConfigX, responses: int) -> int:
+    """Return the optimizer steps of the critic's pretraining in one pass over so many responses."""
+    return responses // args.batch_size * args.num_mini_batches
+
+
+def pretraining_plan(args: PPOConfigX, responses: int, held_out: int) -> str:
+    """Return the arithmetic of the critic's pretraining in words; `args` is the loop's of a `CriticConfigX`."""
+    steps, passes = steps_of_pass(args, responses), args.max_passes
+    return (
+        f"Critic plan: {responses} responses to learn from, {held_out} held out; up to {passes} passes of {steps} "
+        f"optimizer steps, each over {args.mini_batch_size} responses in {args.world_size} process(es)."
+    )
+
+
 def planned_steps(args: PPOConfigX, num_prompts: int | None) -> int:
     """Return the optimizer steps of a run, from the loop's config and the size of the training set."""
     if args.max_steps > 0:

@@ -149,9 +149,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             score head, trained on the actor's base: it is loaded onto that base.
         train_dataset: prompts in a column `prompt` (text or conversation), or tokenised in `input_ids`.
         value_model: the critic. Not given: a copy of the reward model if that shares the actor's tokenizer, else a
-            copy of the actor's trunk with a new head. Not with `critic="head"`. With `critic="adapter"`, the folder
-            of an adapter with a score head; not given: a copy of the reward adapter, else a copy of the actor's
-            adapter with a new head.
+            copy of the actor's trunk with a new head. With `critic="head"`, the folder of a value head on this
+            actor's trunk; not given: a new one. With `critic="adapter"`, the folder of an adapter with a score head;
+            not given: a copy of the reward adapter, else a copy of the actor's adapter with a new head.
         data_collator: collates tokenised prompts, as in TRL 1.12.
         eval_dataset: held-out prompts.
         optimizers, callbacks, peft_config: as in `transformers.Trainer` and `GRPOTrainer`.

@@ -15,7 +15,7 @@ Pages, pictures and tables of a run, made from what the Trainer has logged. Impo
 """
 
 from .page import write_report
-from .progress import DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
+from .progress import CRITIC_LINE, DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
 from .run import Run, read_run
 from .tables import (
     Sample,
@@ -29,6 +29,7 @@ from .tables import (
 
 
 __all__ = [
+    "CRITIC_LINE",
     "DPO_LINE",
     "PPO_LINE",
     "REWARD_LINE",

@@ -16,7 +16,7 @@ from .tables import preference_rows, score_text
 
 
 TEMPLATE = Path(__file__).with_name("page.html")
-NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model"}
+NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model", "critic": "value pretraining"}
 SHOWN_FACTS = (
     *("algorithm", "model", "architecture", "parameters", "trained"),
     *("training data", "held-out data", "hardware"),

@@ -14,6 +14,14 @@ from .run import Run
 
 
 WIDTH = 4.4  # inches of a panel
+CRITIC = (
+    Panel(
+        "Explained variance of held-out returns",
+        lines(("value/explained_variance_mc", "training"), ylabel="1 − Var(G − V) / Var(G)", at=0),
+        ("value/explained_variance_mc",),
+        "Rising, then flat or falling: the critic of the best pass is kept. At most 0 a constant explains as much.",
+    ),
+)
 OTHER = (
     Panel("Loss", lines(("loss", "training"), ylabel="loss"), ("loss",), "Falling."),
     Panel(
@@ -24,7 +32,7 @@ OTHER = (
     ),
     LEARNING,
 )
-OF_KIND = {"ppo": POLICY, "grpo": POLICY, "dpo": PREFERENCE, "reward": PREFERENCE}
+OF_KIND = {"ppo": POLICY, "grpo": POLICY, "dpo": PREFERENCE, "reward": PREFERENCE, "critic": (*CRITIC, *OTHER)}
 
 
 def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:

@@ -29,6 +29,11 @@ DPO_LINE = {
     "eval_preference/accuracy": ("held-out accuracy", ".3f"),
     "eval_rewards/margins": ("margin", "+.3f"),
 }
+CRITIC_LINE = {
+    "loss": ("value loss", ".4f"),
+    "eval_loss": ("held-out value loss", ".4f"),
+    "eval_value/explained_variance_mc": ("held-out explained variance", "+.3f"),
+}
 REWARD_LINE = {
     "loss": ("loss", ".4f"),
     "accuracy": ("accuracy", ".3f"),

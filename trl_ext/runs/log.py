@@ -16,6 +16,7 @@ SIGNS = {
     "dpo": ("preference/accuracy", "rewards/accuracies"),
     "grpo": ("reward", "reward_std"),  # also RLOO, which logs the same keys
     "reward": ("accuracy",),
+    "critic": ("value/explained_variance_mc",),  # the pretraining of PPO's
 }
 
 

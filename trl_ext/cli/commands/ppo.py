@@ -40,7 +40,8 @@ class PPOArguments(LaunchArguments, DataArguments):
     value_model: str | None = field(
         default=None,
         metadata={
-            "help": "Critic to start from, such as critic/ of an earlier run. Unset: a copy of the reward model."
+            "help": "Critic to start from, such as the output folder of `trl-ext critic`, or critic/ of an earlier "
+            "run. Unset: a copy of the reward model."
         },
     )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review to put in the prompt."})
@@ -75,9 +76,8 @@ def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPO
     """Return how to talk to the actor, and how to start another run from what this one has left."""
     commands = chat_with(args)
     if not model.use_peft:  # an adapter is no model to start from
-        options = {"model": args.output_dir, "output_dir": f"{args.output_dir}-next"}
-        if args.critic == "model":
-            options["value_model"] = f"{args.output_dir}/critic"
+        out = args.output_dir
+        options = {"model": out, "output_dir": f"{out}-next", "value_model": f"{out}/critic"}
         flags = [word for name, value in options.items() for word in (f"--{name}", value)]
         same = without(given.argv, *options, "model_name_or_path", "resume_from_checkpoint")
         commands["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"

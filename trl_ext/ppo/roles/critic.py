@@ -20,9 +20,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..._trl import create_model_from_path
+from ...models.fingerprint import FILE, weights_fingerprint
 from ...models.loading import base_of, is_quantized, read_config, restore_weights
 from ...models.noise import disable_noise
 from ...models.precision import keep_4_bit_differentiable
@@ -33,6 +34,8 @@ from ...models.trainable import lend
 from .adapters import CRITIC, REWARD, cast_adapter, restore_adapter, save_adapter, stand_on
 from .state_values import StateValues, last_linear
 
+
+logger = logging.get_logger(__name__)
 
 Groups = Sequence[Sequence[int]]
 
@@ -224,8 +227,38 @@ def check_value_model(model: Any) -> None:
     _check_single_value(getattr(model.config, "num_labels", 1))
 
 
+def is_value_head(folder: Any) -> bool:
+    """Return whether a folder holds what `ValueHead.save_pretrained` wrote."""
+    config = Path(folder) / "config.json" if isinstance(folder, str) else None
+    return config is not None and config.is_file() and json.loads(config.read_text()).keys() == {"hidden_size"}
+
+
+def check_pretrained(folder: str, kind: str, model: Any, revision: str | None) -> None:
+    """
+    Compare the policy that a critic was pretrained on, by the fingerprint beside it, with the actor, if both are
+    folders. Another policy's responses have other values, which is a warning; and a head reads the states of the
+    trunk that it was trained on, so that another trunk is a `ValueError`.
+    """
+    file = Path(folder) / FILE
+    base = weights_fingerprint(model, revision) if isinstance(model, str) and file.is_file() else None
+    if base is None:
+        return
+    known = json.loads(file.read_text())
+    if known["weights"] == base:
+        return
+    said = (
+        f"The critic in {folder} (`value_model`) was pretrained on {known['name']}, whose weights are not those of "
+        f"the actor {model}: {known['weights'][:12]}… against {base[:12]}…"
+    )
+    if kind == "head":
+        raise ValueError(f"{said} A value head reads the states of its own trunk: pretrain one on the actor's.")
+    logger.warning(f"{said} Responses of another policy have other values; `value/explained_variance_mc` shows it.")
+
+
 def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     """Raise `ValueError`, from the config alone, for a score head of several labels; without one it gets one."""
+    if is_value_head(path):
+        raise ValueError(f"The folder {path} (`value_model`) holds a value head: choose `critic='head'`.")
     config = read_config(path, "value_model", trust_remote_code=trust_remote_code)
     if "ForSequenceClassification" in (config.architectures or [""])[0]:
         _check_single_value(config.num_labels)
@@ -249,15 +282,25 @@ def build_critic(
     Build the critic of a run.
 
     Args:
-        kind: "head", or "model": `value_model`, else a copy of the reward model (S0), else a copy of the actor's trunk
-            with a new head. For "adapter" see `critic_adapter`.
+        kind: "head", new or saved in the folder `value_model`; or "model": `value_model`, else a copy of the reward
+            model (S0), else a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
         actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
         reward_model: the reward model, if it reads the actor's token ids, else `None`.
         init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
     """
     if kind == "head":
         floats = (p.dtype for p in actor.parameters() if p.is_floating_point())
-        return ValueHead(_width_of_states(actor), dtype=next(floats, torch.float32))
+        head = ValueHead(_width_of_states(actor), dtype=next(floats, torch.float32))
+        if value_model is not None:
+            saved = ValueHead.from_pretrained(value_model)
+            if saved.score.in_features != head.score.in_features:
+                raise ValueError(
+                    f"The value head in {value_model} (`value_model`) reads states of width "
+                    f"{saved.score.in_features}, and the actor's trunk has {head.score.in_features}. Give a head of "
+                    "this actor, or none."
+                )
+            head.load_state_dict(saved.state_dict())
+        return head
     if isinstance(value_model, str):
         value_model = create_model_from_path(
             value_model, architecture=AutoModelForSequenceClassification, num_labels=1, **init_kwargs

@@ -16,13 +16,14 @@ from ...models.loading import (
     check_same_tokens,
     read_config,
     refuse_encoder_decoder,
+    source_options,
     text_config,
 )
 from ...models.sharding import check_unquantized, is_stage3
 from ...models.trainable import check_trainable
 from ..config import PPOConfigX
 from .adapter_checks import check_adapters
-from .critic import check_value_checkpoint, check_value_model
+from .critic import check_pretrained, check_value_checkpoint, check_value_model, is_value_head
 from .offload import check_placement
 from .reward_models import check_reward_checkpoint, check_reward_model
 
@@ -141,8 +142,11 @@ def _check_identity(given: Given, critic: str) -> None:
             )
         if value_model is model:
             raise ValueError("`value_model` is the `model` object itself. Pass a copy, or set `critic='head'`.")
-    if value_model is not None and critic == "head":
-        raise ValueError("`critic='head'` puts the value head on the actor's trunk; remove `value_model`.")
+    if value_model is not None and critic == "head" and not is_value_head(value_model):
+        raise ValueError(
+            "`critic='head'` puts the value head on the actor's trunk; remove `value_model`, or give the folder of "
+            "such a head, as `trl-ext critic --critic head` writes it."
+        )
     if value_model is not None and value_model is given.reward_model and not isinstance(value_model, str):
         raise ValueError(
             "`value_model` is the `reward_model` object itself, which stays frozen. Pass a copy or `None`."
@@ -163,8 +167,10 @@ def _check_models(args: PPOConfigX, given: Given) -> None:
                 text_config(path, args, name)  # refuses a model for scoring text
     if isinstance(given.value_model, nn.Module):
         check_value_model(given.value_model)
-    elif isinstance(given.value_model, str) and args.critic == "model":
-        check_value_checkpoint(given.value_model, args.trust_remote_code)
+    elif isinstance(given.value_model, str):
+        if args.critic == "model":
+            check_value_checkpoint(given.value_model, args.trust_remote_code)
+        check_pretrained(given.value_model, args.critic, given.model, source_options(args).get("revision"))
     for source in [*([] if adapter_config(given.reward_model) else [given.reward_model]), *given.reward_funcs]:
         if isinstance(source, nn.Module):
             check_reward_model(source)
@@ -200,3 +206,5 @@ def check_ids(args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase
                 f"with the actor's vocabulary, or load it and call `resize_token_embeddings({vocabulary})`."
             )
         check_same_tokens(tokenizer, model, name, args)
+    if args.critic != "model" and isinstance(given.value_model, str):
+        check_same_tokens(tokenizer, given.value_model, "value_model", args)
