@@ -410,6 +410,7 @@ def test_value_of_another_type_is_refused_by_name(name):
         ({"stop_token": "period"}, "`stop_token` is 'period'"),
         ({"stop_token": "eos", "stop_token_id": 2}, "Both `stop_token` and `stop_token_id`"),
         ({"advantage_estimator": "magic"}, "advantage estimator is 'magic'"),
+        ({"advantage_estimator": ["gae"]}, r"advantage estimator is \['gae'\]"),
         ({"kl_placement": "both"}, "`kl_placement` is 'both'"),
         ({"kl_controller": "pid"}, "`kl_controller` is 'pid'"),
         ({"kl_estimator": "k4"}, "`kl_estimator` is 'k4'; it must be one of .*k2.* in the loss"),

@@ -5,13 +5,15 @@ import pickle
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 import tiny
 from plain import plain_logps
 from ppo_runs import ppo_run, ppo_trainer, returned_by, sequences
-from trl_ext.ppo.data import TokenisedPrompt, unpadded, with_tokenised_prompts
+from trl_ext.ppo.data import TokenisedPrompt, WholeStream, unpadded, with_tokenised_prompts
 
 
 def tokens():
@@ -221,3 +223,26 @@ def test_options_of_each_row_are_refused_where_a_template_would_read_them(tmp_pa
         ppo_trainer(tmp_path, {"train_dataset": chats})
     for harmless in (data(cell), data(None, conversational=True)):  # text has no template
         ppo_trainer(tmp_path, {"train_dataset": harmless.to_iterable_dataset() if stream else harmless})
+
+
+# --- streams
+
+
+def batches_of(stream, rank):
+    """The prompts that one of two processes takes, in batches of two."""
+    loader = DataLoader(stream, batch_size=2, collate_fn=lambda rows: [row["prompt"] for row in rows])
+    return list(prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False))
+
+
+def test_processes_take_turns_in_one_stream_however_many_shards_it_has(tmp_path):
+    """accelerate would give each its own shards, here of four and of two prompts."""
+    rows = tiny.tiny_prompts(6).to_iterable_dataset(num_shards=3)
+    prompts = [row["prompt"] for row in rows]
+    stream = WholeStream(rows)
+    assert batches_of(stream, 0) == [prompts[:2], prompts[4:]]
+    assert batches_of(stream, 1) == [prompts[2:4], prompts[:2]]  # the last batch is filled up
+    assert stream.num_rows == 6
+    assert [len(batches_of(rows, rank)) for rank in (0, 1)] == [2, 1]  # the control
+    trainer = ppo_trainer(tmp_path, {"train_dataset": rows}, max_steps=1)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(rows)):
+        assert isinstance(loader.dataset, WholeStream)

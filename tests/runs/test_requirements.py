@@ -31,6 +31,7 @@ CONFIGS = {"dpo": dpo_config, "ppo": ppo_config}
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must"),
         ({"gradient_accumulation_steps": 1.5}, "`gradient_accumulation_steps` is 1.5; it must"),
         ({"learning_rate": -1e-5}, "`learning_rate` is -1e-05; it must be 0 or above"),
+        ({"learning_rate": "1e-5"}, "`learning_rate` is '1e-5'; it must be 0 or above"),
         ({"num_train_epochs": -1}, "`num_train_epochs` is -1; it must be 0 or above"),
         ({"report_to": "wandbb"}, "`report_to` has 'wandbb'; it may have .*wandb"),
         ({"report_to": ["tensorboard", "x"]}, "`report_to` has 'x'"),

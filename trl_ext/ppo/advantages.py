@@ -105,9 +105,9 @@ def estimate_advantages(
 
 def find_estimator(name: str) -> Estimator:
     """Return the estimator of that name; raise `ValueError` for an unknown one."""
-    if name in ESTIMATORS:
+    if str(name) in ESTIMATORS:
         return ESTIMATORS[name]
-    if re.fullmatch(r"[1-9]\d*_step", name):
+    if re.fullmatch(r"[1-9]\d*_step", str(name)):
         return partial(_n_step, n=int(name.removesuffix("_step")))
     raise ValueError(
         f"The advantage estimator is {name!r}; choose one of {', '.join(ESTIMATORS)} or <n>_step, with n a whole "

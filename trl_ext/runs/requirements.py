@@ -121,7 +121,7 @@ def _check_numbers(options: Any) -> None:
     for allowed, names in NUMBERS.items():
         for name in names.split():
             value = getattr(options, name, None)
-            if isinstance(value, int | float):
+            if value is not None:
                 require(options, name, allowed.holds(value), allowed.needed)
     for what in ("logging", "save", "eval"):
         strategy, value = (getattr(options, f"{what}_{part}", None) for part in ("strategy", "steps"))
