@@ -142,7 +142,9 @@ def draw_credit(answers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) 
                     )
                     axis.add_patch(box)
                     middle = {"ha": "center", "va": "center"}
-                    axis.text(column + 0.47, row + 0.32, shown_text(piece).strip(), fontsize=12, **middle)
+                    axis.text(
+                        column + 0.47, row + 0.32, shown_text(piece).strip(), fontsize=12, parse_math=False, **middle
+                    )
                     mean = mean_of(piece, name)
                     number = "" if mean is None else f"{mean:+.2f}"
                     axis.text(column + 0.47, row + 0.7, number, fontsize=8, **middle)
