@@ -424,6 +424,20 @@ def test_partitioned_weights_are_refused_by_name(paths, tmp_path, monkeypatch):
         critic_trainer(tmp_path, paths)
 
 
+def test_options_of_the_critic_are_those_of_the_run_and_those_of_the_actor_are_not_read(paths, tmp_path):
+    own = {"critic_learning_rate": 0.5, "critic_weight_decay": 0.25, "critic_max_grad_norm": 3.0}
+    own |= {"critic_lr_scheduler_type": "cosine", "critic_steps": 2, "policy_objective": "mask", "lam_alpha": 0.5}
+    trainer = critic_trainer(tmp_path, paths, kl_controller="band", **own)
+    args = trainer.args
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm, args.lr_scheduler_type) == (
+        0.5,
+        0.25,
+        3,
+        "cosine",
+    )
+    assert (args.critic_steps, args.policy_objective, args.lam_alpha, args.kl_coef) == (1, "clip", None, 0)
+
+
 def test_returns_that_are_all_equal_are_an_error(paths, tmp_path):
     def constant(completions, **_):
         return [0.5] * len(completions)

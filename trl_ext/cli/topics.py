@@ -37,12 +37,12 @@ _OTHERWISE_IN_PPO = "beta loss_type sync_ref_model max_completion_length epsilon
 OTHERWISE = {
     "ppo": _OTHERWISE_IN_PPO,
     # A recipe of PPO may have them: they say how the actor learns.
-    "critic": f"{_OTHERWISE_IN_PPO} epsilon_high delta num_ppo_epochs kl_coef kl_placement kl_estimator kl_controller "
-    "kl_target kl_horizon kl_band cliprange cliprange_high dual_clip cliprange_value vf_coef ent_coef old_kl_coef "
-    "old_kl_target positive_nll_coef positive_min_score target_kl lam lam_alpha critic_lam critic_gate "
-    "advantage_estimator whiten_advantages whiten_rewards critic_warmup_steps critic_warmup_until "
-    "num_sample_generations ref_adapter_name ref_model_quantization max_steps num_train_epochs eval_strategy "
-    "eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
+    "critic": f"{_OTHERWISE_IN_PPO} epsilon_high delta num_ppo_epochs kl_coef kl_placement kl_estimator "
+    "kl_controller kl_target kl_horizon kl_band cliprange cliprange_high dual_clip cliprange_value vf_coef ent_coef "
+    "old_kl_coef old_kl_target positive_nll_coef positive_min_score target_kl lam lam_alpha critic_lam critic_gate "
+    "advantage_estimator whiten_advantages whiten_rewards critic_warmup_steps critic_warmup_until policy_objective "
+    "critic_steps num_sample_generations ref_adapter_name ref_model_quantization max_steps num_train_epochs "
+    "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
     "metric_for_best_model resume_from_checkpoint log_completions",
 }
 # Options that a command does not have, although it shares the class that defines them.

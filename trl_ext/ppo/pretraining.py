@@ -25,7 +25,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .._trl import get_config_model_id
-from ..masked import explained_variance, identity, masked_moments, masked_sum
+from ..masked import explained_variance, identity, masked_moments
 from ..models.fingerprint import FILE, save_base_fingerprint
 from ..models.loading import adapter_config
 from ..models.quantization import is_fsdp
@@ -37,7 +37,7 @@ from ..runs.folder import without_place
 from .checkpoint import known_length
 from .config import PPOConfigX
 from .display import pretraining_plan, steps_of_pass
-from .guards import require_finite_scores, require_room
+from .guards import require_finite_gradient, require_finite_scores, require_room
 from .losses import value_loss
 from .returns import estimate_returns
 from .rewards import RunningMoments
@@ -53,11 +53,19 @@ NOT_READ = (
     *("ref_model_quantization", "ref_adapter_name", "kl_controller", "kl_target", "kl_horizon", "kl_band"),
     *("old_kl_coef", "old_kl_target", "target_kl", "positive_nll_coef", "positive_min_score"),
     *("lam", "lam_alpha", "critic_lam", "critic_gate", "critic_warmup_steps", "critic_warmup_until"),
-    *("critic_learning_rate", "max_steps", "num_sample_generations", "log_completions"),
+    *("policy_objective", "critic_steps", "max_steps", "num_sample_generations", "log_completions"),
     *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_on_start"),
 )
-# What makes the returns those of the score alone: rewards-to-go, without a KL.
+# Options of the critic beside the actor's -> what they are without an actor.
+OWN = {
+    "critic_learning_rate": "learning_rate",
+    "critic_weight_decay": "weight_decay",
+    "critic_lr_scheduler_type": "lr_scheduler_type",
+    "critic_max_grad_norm": "max_grad_norm",
+}
+# What makes the returns those of the score alone, rewards-to-go without a KL, and the loss the plain value loss.
 MONTE_CARLO = {"advantage_estimator": "reinforce", "whiten_advantages": False, "kl_coef": 0.0, "num_ppo_epochs": 1}
+MONTE_CARLO |= {"vf_coef": 1.0, "cliprange_value": None}
 
 
 @dataclass
@@ -248,7 +256,6 @@ class CriticTrainerX(PPOTrainerX):
         rollout = rollout_of(self.kept[split][rows], self._tokenizer.pad_token_id, self.accelerator.device)
         rollout.old_values = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
         estimate_returns(rollout, self.args, 0.0, self._moments, identity)
-        rollout.old_values = None
         return rollout
 
     def _parts(self, split: str, world: int) -> Iterator[Rollout]:
@@ -269,23 +276,25 @@ class CriticTrainerX(PPOTrainerX):
         return self._rollout("train", [row["row"] + k for row in rows[::n] for k in range(n)])
 
     def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        rollout = inputs.sequences()
-        values: Any = self._forward(model, rollout, ("state_values",), train_actor=False).state_values
-        returns, counts = _returns(rollout)
-        loss = masked_sum(value_loss(values, returns), counts) / max(inputs.num_tokens, 1)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The value loss is {loss.item()} at step {self.state.global_step}. Nothing was updated. Lower the "
-                "learning rate, or look at the scores and the dtype."
-            )
+        loss = self._critic_loss(model, inputs.sequences(), inputs)
         self._losses.append(loss.detach())
-        return loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        return loss
 
     def _close_optimizer_step(self) -> None:
-        loss = self._sum_over_ranks(torch.stack(self._losses).sum()).item()
+        loss = self._sum_over_ranks(torch.stack(self._losses).sum()).item() / self.accelerator.num_processes
         self._losses.clear()
         # In a log line it takes the place of the Trainer's mean.
         self._metrics["train"]["loss"].append(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm, which is the critic's; PPO's own method also notes that of the actor."""
+        if self._leaves_out:
+            return None
+        grad_norm = GRPOTrainer._get_grad_norm(self, model, grad_norm)
+        if not self.args.fp16:
+            parameters, applied = self.critic.named_parameters(), self.is_deepspeed_enabled
+            require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
+        return grad_norm
 
     # ---- Measure ----
 
@@ -413,6 +422,7 @@ A PPO run that starts from this policy takes the folder as `value_model`.
 def _of_critic(args: CriticConfigX) -> CriticConfigX:
     """Return the options with everything at its default that concerns the actor's learning, or that is set here."""
     changed: dict[str, Any] = {name: default_of(CriticConfigX, name) for name in NOT_READ}
-    if args.critic_learning_rate is not None:
-        changed["learning_rate"] = args.critic_learning_rate
+    for name, usual in OWN.items():
+        if getattr(args, name) is not None:
+            changed |= {usual: getattr(args, name), name: None}
     return replace(args, **changed | MONTE_CARLO | {"save_strategy": "no"})
