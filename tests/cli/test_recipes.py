@@ -63,6 +63,7 @@ def name_of(path):
 
 
 SIZED = "33b_full_offload 33b_lora 33b_qlora 8b_qlora_24gb 1b5_12gb 0b5_cpu".split()
+PAPERS = "vc_ppo vapo sao open_reasoner_zero".split()
 EMBEDDED = ("demo", "documents", "0b5_cpu")
 
 
@@ -121,6 +122,26 @@ def test_recipes_of_ppo_take_the_documents_numbers(name):
         assert (given.whiten_advantages, given.cliprange_value) == (False, None)
 
 
+OF_CRITIC = ("lam", "lam_alpha", "critic_lam", "cliprange", "cliprange_high", "policy_objective", "critic_steps")
+NUMBERS = {
+    "open_reasoner_zero": (1.0, None, None, 0.2, None, "clip", 4),
+    "vc_ppo": (0.95, None, 1.0, 0.2, None, "clip", 1),
+    "vapo": (0.95, 0.05, 1.0, 0.2, 0.28, "clip", 1),
+    "sao": (0.95, 1.5, 1.0, 0.8, 3.0, "mask", 2),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_of_papers_have_their_numbers_and_no_kl(name):
+    given = options_of("ppo", name)
+    assert tuple(getattr(given, option) for option in OF_CRITIC) == NUMBERS[name]
+    assert (given.gamma, given.kl_coef, given.ent_coef, given.learning_rate) == (1.0, 0.0, 0.0, 1e-6)
+    assert given.critic_learning_rate > given.learning_rate
+    assert given.num_generations == {"vapo": 16, "open_reasoner_zero": 8}.get(name, 1)
+    assert (given.positive_nll_coef, given.positive_min_score) == ((0.1, 1.0) if name == "vapo" else (0.0, None))
+    assert (given.critic_warmup_steps, given.freeze_critic) == ((10, ["*self_attn*"]) if name == "sao" else (0, []))
+
+
 @pytest.mark.parametrize("name", ["33b_full_offload", "documents"])
 def test_recipes_of_dpo_take_the_documents_numbers(name):
     """S1 §6.2: beta 0.1 to 0.5, learning rate 1e-6, 16 pairs per device."""
@@ -137,7 +158,8 @@ PLANNED = {path: HEADER.search(path.read_text()) for path in RECIPES if path.par
 
 def test_recipes_for_hardware_name_their_memory():
     without = {path.stem for path, header in PLANNED.items() if header is None}
-    assert without == {"demo", "documents"}  # which have been run, and which are for no hardware in particular
+    # Those that have been run, and those that are for no hardware in particular
+    assert without == {"demo", "documents", *PAPERS}
 
 
 @pytest.mark.parametrize("path", [path for path in PLANNED if PLANNED[path]], ids=name_of)

@@ -28,7 +28,7 @@ from ..runs.steps_left import require_steps_left
 from .data import require_steps
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
-from .models import path_of, require_judges
+from .models import path_of, require_judges, reward_functions
 from .options import Options
 
 
@@ -83,7 +83,10 @@ def as_if_of(count: int) -> Iterator[None]:
 def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict, tokenizer: Any) -> None:
     """Raise `PPOTrainerX`'s own errors about prompts and models; a reward model may still have to be trained."""
     judge = args.reward_model_path
-    given = Given(model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge)
+    functions = reward_functions(data.reward_funcs)
+    given = Given(
+        model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge, reward_funcs=functions
+    )
     if judge is not None and is_local(judge) and not Path(judge).is_dir():
         require_judges(None, data.value_model)
         print(f"The reward model {judge} is not there yet.\n")

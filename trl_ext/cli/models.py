@@ -1,7 +1,10 @@
 """Read the options of the model to start from, and check the models that options name."""
 
+import importlib
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -127,6 +130,32 @@ def path_of(model: ModelArguments, args: Any = None) -> str:
     check_no_adapter(named, "model")
     require_weights(named, option)
     return named
+
+
+def reward_functions(names: Sequence[str]) -> list[Callable]:
+    """
+    Return reward functions by their dotted path, such as `my_rewards.right` of `my_rewards.py` in this folder, or by
+    their name in `trl.rewards`.
+
+    Raises:
+        ValueError: for a name that leads to no function.
+    """
+    found = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        sys.path.insert(0, os.getcwd())
+        try:
+            found.append(getattr(importlib.import_module(module or "trl.rewards"), attribute))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"`--reward_funcs {name}` leads to no function: {error}. Give `module.function` of a module that "
+                "Python finds from this folder, or a name in `trl.rewards`, such as `accuracy_reward`."
+            ) from error
+        finally:
+            sys.path.pop(0)
+        if not callable(found[-1]):
+            raise ValueError(f"`--reward_funcs {name}` is a {type(found[-1]).__name__}, which cannot be called.")
+    return found
 
 
 def require_judges(reward_model: str | None, value_model: str | None) -> None:

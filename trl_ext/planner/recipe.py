@@ -126,7 +126,7 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     return {
         "critic": options.get("critic") or "model",
         "reference": "none" if not has_reference else "adapter" if options.get("use_peft") else "model",
-        "reward": "adapter" if is_adapter else "model",
+        "reward": "adapter" if is_adapter else "none" if options.get("reward_funcs") and not judge else "model",
         "micro_batch": micro_batch,
         "accumulation": -(-mini_batch // micro_batch),
         "rollout": rollout,

@@ -20,7 +20,7 @@ from datasets import DatasetDict
 from ... import CriticConfigX, CriticTrainerX
 from ...report import CRITIC_LINE
 from ..closing import program, without
-from ..models import ModelArguments
+from ..models import ModelArguments, reward_functions
 from ..options import Options
 from ..training import TrainingCommand
 from .ppo import PPOArguments, load
@@ -32,7 +32,8 @@ OF_THE_PRETRAINING = ("output_dir", "total_episodes", "learning_rate", "max_pass
 
 def create(path: str, args: CriticConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> CriticTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    return CriticTrainerX(args, model=path, value_model=data.value_model, **datasets, **loading)
+    rewards = {"reward_model": args.reward_model_path, "reward_funcs": reward_functions(data.reward_funcs)}
+    return CriticTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
 
 
 def evaluate(trainer: CriticTrainerX) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ...report import PPO_LINE, pair_samples, print_samples, samples_markdown
 from ..closing import program, without
 from ..data import DataArguments, load_splits
 from ..launch import LaunchArguments
-from ..models import ModelArguments
+from ..models import ModelArguments, reward_functions
 from ..options import Options
 from ..training import TrainingCommand, before_and_after, chat_with
 
@@ -44,6 +44,13 @@ class PPOArguments(LaunchArguments, DataArguments):
             "run. Unset: a copy of the reward model."
         },
     )
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Reward functions, with or in place of a reward model: `my_rewards.right` of my_rewards.py in "
+            "this folder, or a name in `trl.rewards`, such as accuracy_reward. They get the columns of the dataset."
+        },
+    )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review to put in the prompt."})
     samples: int = field(default=8, metadata={"help": "Held-out prompts to show with completions before and after."})
 
@@ -54,7 +61,8 @@ def load(data: PPOArguments) -> DatasetDict:
 
 def create(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> PPOTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    return PPOTrainerX(args, model=path, value_model=data.value_model, **datasets, **loading)
+    rewards = {"reward_model": args.reward_model_path, "reward_funcs": reward_functions(data.reward_funcs)}
+    return PPOTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
 
 
 def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_: Any) -> None:
