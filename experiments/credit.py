@@ -1,7 +1,7 @@
 """Where the credit of an answer belongs, and where a critic puts it: four tokens whose credit can be enumerated.
 
 An answer is four tokens. Its score is ½ if the first two digits add up to 3, and 1 if the fourth then also repeats the
-first; the third is idle. The policy is a tiny Llama that has read answers of which about half are right. What its
+first; the third is idle. The policy is a tiny Llama that has read answers with a mean score of about ½. What its
 answers score from any beginning on, V, is a sum over everything that may follow, so the credit of a token, its
 advantage Q − V, is known: with one score at the end Q is V of the beginning that the token makes. PPO's critic sees
 nothing but sampled answers with their scores, while the policy stays as it is (`critic_warmup_steps`).
