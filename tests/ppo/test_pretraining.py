@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import layouts
 import tiny
-from ppo_runs import logged, ppo_config, ppo_trainer, snapshot
+from ppo_runs import logged, ppo_config, ppo_trainer, returned_by, sequences, snapshot
 from trl_ext import CriticConfigX, CriticTrainerX
 from trl_ext.ppo import pretraining, saved_rollouts
 
@@ -271,6 +271,25 @@ def test_first_rollout_of_ppo_is_explained_as_the_held_out_responses_were(pretra
     trainer = ppo_trainer(tmp_path, given | {"value_model": str(run.folder)}, **sizes)
     trainer.train()
     assert logged(trainer, "value/explained_variance_mc") == [pytest.approx(best, abs=1e-5)]
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_ppo_of_the_same_seed_samples_other_responses_than_those_learned_from(paths, tmp_path, monkeypatch, seeded):
+    """Its first rollout would be explained too well. The control: without a seed of its own they are the same."""
+    if not seeded:
+        set_seed = pretraining.set_seed
+        monkeypatch.setattr(pretraining, "set_seed", lambda seed, **more: None if more else set_seed(seed))
+    sampled = {"rollout_func": None, "train_dataset": layouts.PROMPTS}
+    trainer = critic_trainer(tmp_path / "critic", paths, sampled, max_passes=1, per_device_train_batch_size=4)
+    trainer.train()
+    kept = [(row["prompt_ids"], row["response_ids"]) for row in trainer.kept["train"]]
+    given = {"model": paths["actor"], "reward_model": paths["reward_model"], "processing_class": None}
+    sizes = {"per_device_train_batch_size": 4, "total_episodes": 8, "response_length": 9, "seed": trainer.args.seed}
+    ppo = ppo_trainer(tmp_path / "ppo", given | {"train_dataset": layouts.PROMPTS}, **sizes)
+    rollouts = returned_by(ppo, "_collect_rollout")
+    ppo.train()
+    assert [prompt for prompt, _ in sequences(rollouts[0])] == [prompt for prompt, _ in kept]
+    assert (sequences(rollouts[0]) != kept) == seeded
 
 
 def test_a_head_on_another_trunk_is_refused_before_loading_and_a_model_of_another_policy_is_a_warning(

@@ -187,6 +187,8 @@ class CriticTrainerX(PPOTrainerX):
         self._start_run()
         folder = self.args.rollouts or str(Path(self.args.output_dir) / FOLDER)
         if self.args.rollouts is None:
+            # With PPO's own random numbers its first responses would be those that the critic has learned from.
+            set_seed(self.args.seed + 1, device_specific=True)
             splits = {"train": self._sample_to_learn(), "held_out": self._sample_held_out()}
             if self.is_world_process_zero():
                 write(folder, splits, self._facts)
