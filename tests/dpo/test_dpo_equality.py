@@ -275,7 +275,7 @@ def test_evaluation_equals_trl(tmp_path):
 # Models that cannot share, and a mistake
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral_short_window", "gemma2_short_window"])
+@pytest.mark.parametrize("name", ["mamba", "mistral_short_window", "gemma2_short_window"])
 def test_models_that_cannot_share_and_sequences_beyond_a_window_equal_trl(tmp_path, name):
     assert_equals_trl(tmp_path, both(name), sharing=name.endswith("window"))
 

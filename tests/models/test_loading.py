@@ -6,13 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
-from trl import RewardConfig
 
 import dpo_runs
 import ppo_runs
 import tiny
 from reward_runs import reward_trainer
-from trl_ext import ImplicitReward, RewardTrainerX, _trl
+from trl_ext import ImplicitReward, _trl
 from trl_ext.dpo import reference as dpo_reference
 from trl_ext.models.loading import check_same_tokens
 from trl_ext.ppo.roles import load as ppo_roles
@@ -172,9 +171,7 @@ def ppo_of_a_stream(folder, tokenizer, rows):
 
 
 def reward_training(folder, tokenizer, rows):
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    args = RewardConfig(str(folder), **options)
-    return RewardTrainerX(tiny.tiny_reward_model(), args, train_dataset=rows, processing_class=tokenizer)
+    return reward_trainer(folder, rows, None, tokenizer=tokenizer)
 
 
 TRAINERS = [dpo, dpo_from_a_path, dpo_of_a_stream, ppo, ppo_of_ids, ppo_of_a_stream, reward_training, of_pairs]

@@ -94,17 +94,6 @@ def test_adapter_of_all_linear_layers_in_closed_form():
     assert adapter.ranks == 7 * r
 
 
-@pytest.mark.integration
-def test_what_4_bit_loading_packs(tmp_path):
-    config = tiny.tiny_config(hidden_size=64, intermediate_size=128)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    packed = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    )
-    weights = [m.weight for m in packed.modules() if type(m).__name__ == "Linear4bit"]
-    assert model_shape(config).linear == sum(2 * weight.numel() for weight in weights)  # two in a byte
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gpt_neox"])
 def test_older_families_are_counted_too(kind):
     config = AutoConfig.for_model(kind)
