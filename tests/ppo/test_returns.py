@@ -48,6 +48,18 @@ def test_gate_is_open_while_the_critic_explains_the_rewards_to_come(estimator):
     assert "value/gate" not in without[2]
 
 
+def test_errors_of_the_value_by_place():
+    """Counted by hand: of 5, 2, 4, 1, 3 and 4 tokens the first quarter has 2, 1, 1, 1, 1 and 1, the last the rest."""
+    made, to_go = rollout(noise=1.0)
+    first, last = [2, 1, 1, 1, 1, 1], [1, 0, 1, 0, 0, 1]
+    errors = (to_go - made.old_values).square()
+    early = [errors[row, t] for row, count in enumerate(first) for t in range(count)]
+    late = [errors[row, LENGTHS[row] - 1] for row, count in enumerate(last) if count]
+    measured = estimated(made)[2]
+    assert measured["value/rmse_early"] == pytest.approx((sum(early) / len(early)).sqrt().item())
+    assert measured["value/rmse_late"] == pytest.approx((sum(late) / len(late)).sqrt().item())
+
+
 @pytest.mark.parametrize("estimator", ["gae", "1_step", "reinforce_baseline"])
 def test_closed_gate_leaves_rewards_to_go_minus_their_mean(estimator):
     """EVPO's other branch; the critic's returns stay those of the estimator."""

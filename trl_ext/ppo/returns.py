@@ -66,6 +66,7 @@ def estimate_returns(
     to_go = rewards_to_go(rewards, mask, args.gamma)
     explained = explained_variance(rollout.old_values, to_go, mask, all_reduce).item()
     measured = {"value/explained_variance_mc": explained}
+    measured |= _errors_by_place(rollout.old_values, to_go, mask, all_reduce)
     if args.critic_gate:
         measured["value/gate"] = float(explained > 0)
         if not explained > 0:
@@ -74,6 +75,16 @@ def estimate_returns(
     if args.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages, mask, all_reduce=all_reduce)
     return total, measured
+
+
+def _errors_by_place(values: Tensor, to_go: Tensor, mask: Tensor, all_reduce: AllReduce) -> dict[str, float]:
+    """Return the root mean square of G − V over the first and the last quarter of every response's tokens."""
+    place = (mask.cumsum(1) - 1) / mask.sum(1, keepdim=True).clamp(min=1)  # from 0 to below 1
+    errors = {}
+    for name, there in (("early", place < 0.25), ("late", place >= 0.75)):
+        count, mean, _ = masked_moments((to_go - values).square(), mask & there, all_reduce)
+        errors[f"value/rmse_{name}"] = mean.sqrt().item() if count > 0 else math.nan
+    return errors
 
 
 def _warn_of_short_horizons(lam: Tensor, mask: Tensor, alpha: float, all_reduce: AllReduce) -> None:
