@@ -32,7 +32,10 @@ OF_THE_PRETRAINING = ("output_dir", "total_episodes", "learning_rate", "max_pass
 
 def create(path: str, args: CriticConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> CriticTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    rewards = {"reward_model": args.reward_model_path, "reward_funcs": reward_functions(data.reward_funcs)}
+    rewards: dict[str, Any] = {
+        "reward_model": args.reward_model_path,
+        "reward_funcs": reward_functions(data.reward_funcs),
+    }
     return CriticTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
 
 

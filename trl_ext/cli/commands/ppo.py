@@ -61,7 +61,10 @@ def load(data: PPOArguments) -> DatasetDict:
 
 def create(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> PPOTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    rewards = {"reward_model": args.reward_model_path, "reward_funcs": reward_functions(data.reward_funcs)}
+    rewards: dict[str, Any] = {
+        "reward_model": args.reward_model_path,
+        "reward_funcs": reward_functions(data.reward_funcs),
+    }
     return PPOTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
 
 
