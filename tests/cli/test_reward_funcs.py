@@ -49,6 +49,22 @@ def test_run_learns_from_functions_and_logs_each(folder, paths, with_model):
     assert after["eval_rewards/right/mean"] == 1.5
 
 
+@pytest.mark.parametrize("name", ["vc_ppo", "vapo", "sao", "open_reasoner_zero"])
+def test_recipe_of_a_paper_trains(folder, paths, name):
+    """Smaller in everything but what the paper is about; the log has the terms that it adds."""
+    small = {"output_dir": "out", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    small |= {"total_episodes": 48, "test_size": 4, "micro_batch_tokens": 120, "save_strategy": "no", "use_cpu": True}
+    small |= {"sao": {"critic_warmup_steps": 1}, "vapo": {"num_mini_batches": 1}}.get(name, {})
+    arguments = ["--config", f"ppo/{name}", *without_judge(paths, **small), "--reward_funcs", "my_own_rewards.short"]
+    main(["ppo", *arguments])
+    lines = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
+    last = [line for line in lines if "loss" in line][-1]
+    assert ("terms/positive_nll" in last) == (name == "vapo")
+    assert ("reward/best_of_n" in last) == (name in ("vapo", "open_reasoner_zero"))
+    assert "terms/kl" not in last
+    assert last["grad_norm/actor"] > 0 < last["grad_norm/critic"]
+
+
 def test_name_without_a_dot_is_one_of_trls():
     assert [function.__name__ for function in reward_functions(["accuracy_reward"])] == ["accuracy_reward"]
 
