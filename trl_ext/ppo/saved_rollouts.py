@@ -68,6 +68,9 @@ def _name(source: Any) -> str:
 
 
 def _weights(source: Any) -> str | None:
+    adapter = Path(source) / "adapter_model.safetensors" if isinstance(source, str) else None
+    if adapter is not None and adapter.is_file():
+        return hashlib.sha256(adapter.read_bytes()).hexdigest()
     return model_fingerprint(source) if isinstance(source, str | nn.Module) else None
 
 
@@ -84,12 +87,12 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
     then = json.loads(file.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file
     differing = []
-    if then["policy"]["weights"] != now["policy"]["weights"] or now["policy"]["weights"] is None:
+    if _identity([then["policy"]]) != _identity([now["policy"]]):
         differing.append(f"of the policy {then['policy']['name']}, whose weights are not those of this run's")
     if then["tokenizer"] != now["tokenizer"]:
         differing.append("of another tokenizer, or another chat template")
     if _identity(then["rewards"]) != _identity(now["rewards"]):
-        before, here = (", ".join(source["name"] for source in facts["rewards"]) for facts in (then, now))
+        before, here = (", ".join(source["name"] for source in facts["rewards"]) or "none" for facts in (then, now))
         differing.append(f"scored by {before}, and this run has {here}, or other weights of that name")
     options = [name for name in OPTIONS if then["options"].get(name) != now["options"][name]]
     if options:
@@ -102,9 +105,9 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
         )
 
 
-def _identity(rewards: list[dict[str, Any]]) -> list[str]:
-    """Return what a reward source is known by: its weights, wherever they lie, else its name."""
-    return [source["weights"] or source["name"] for source in rewards]
+def _identity(sources: list[dict[str, Any]]) -> list[str]:
+    """Return what policy and rewards are known by: the weights, wherever they lie, else the name."""
+    return [source["weights"] or source["name"] for source in sources]
 
 
 def _file(folder: str | Path, split: str) -> Path:
