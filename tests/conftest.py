@@ -65,6 +65,23 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "write_report", touch)
 
 
+@pytest.fixture
+def packed_calls(monkeypatch):
+    """The rows of every call in which packing is on; `None` where a batch is padded all the same."""
+    from trl_ext.packing.forward import PackedForward
+
+    calls, lay_out = [], PackedForward.lay_out
+
+    def note(self, *args):
+        rows = lay_out(self, *args)
+        if self.on:
+            calls.append(rows)
+        return rows
+
+    monkeypatch.setattr(PackedForward, "lay_out", note)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def of_two_processes(tmp_path_factory):
     """What two processes have measured (`two_process_runs.py`): one launch for all tests, whichever comes first."""

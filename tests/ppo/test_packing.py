@@ -113,21 +113,6 @@ def run(folder, family="llama", packing=True, lora=False, given=None, **options)
     return trainer, log_lines(trainer), gradients
 
 
-def packed_calls(monkeypatch):
-    """The rows of every packed call, in the list."""
-    calls = []
-    lay_out = PackedForward.lay_out
-
-    def note(self, *args):
-        rows = lay_out(self, *args)
-        if self.on:
-            calls.append(rows)
-        return rows
-
-    monkeypatch.setattr(PackedForward, "lay_out", note)
-    return calls
-
-
 def assert_same(one, other, tolerance=1e-5):
     (_, lines, gradients), (_, other_lines, other_gradients) = one, other
     assert len(lines) == len(other_lines) == len(gradients) > 1
@@ -145,12 +130,11 @@ def assert_same(one, other, tolerance=1e-5):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("critic", ["model", "head"])
-def test_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, family, critic):
-    calls = packed_calls(monkeypatch)
+def test_packed_rows_give_what_padded_ones_give(tmp_path, packed_calls, family, critic):
     packed = run(tmp_path / "packed", family, critic=critic)
-    assert calls
+    assert packed_calls
     assert packed[0].reward_funcs[0].packed is not None
-    assert all(rows is not None and len(rows.input_ids) == 1 for rows in calls)
+    assert all(rows is not None and len(rows.input_ids) == 1 for rows in packed_calls)
     padded = run(tmp_path / "padded", family, packing=False, critic=critic)
     assert padded[0].reward_funcs[0].packed is None
     assert_same(packed, padded)
@@ -170,10 +154,9 @@ def test_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, family, c
     ],
     ids=str,
 )
-def test_packed_rows_give_the_same_with(tmp_path, monkeypatch, options):
-    calls = packed_calls(monkeypatch)
+def test_packed_rows_give_the_same_with(tmp_path, packed_calls, options):
     packed = run(tmp_path / "packed", **options)
-    assert calls
+    assert packed_calls
     padded = run(tmp_path / "padded", packing=False, **options)
     assert_same(packed, padded, tolerance=2e-2 if options.get("bf16") else 1e-5)
 
@@ -212,13 +195,12 @@ def moved(rows):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_trial_notices(tmp_path, monkeypatch, mistake):
+def test_trial_notices(tmp_path, monkeypatch, packed_calls, mistake):
     """With a mistake in the rows, the trial keeps them padded, so that the numbers stay right."""
     family, place, name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(place, name, wrong(vars(place)[name]))
-    calls = packed_calls(monkeypatch)
     run(tmp_path, family, total_episodes=6, num_generations=3)
-    assert not calls
+    assert not packed_calls
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -357,23 +339,21 @@ def test_micro_batches_of_tokens_hold_every_sequence_once(packs, n):
     ],
     ids=str,
 )
-def test_groups_over_packed_rows_give_what_padded_ones_give(tmp_path, monkeypatch, options):
-    calls = packed_calls(monkeypatch)
+def test_groups_over_packed_rows_give_what_padded_ones_give(tmp_path, packed_calls, options):
     packed = run(tmp_path / "packed", num_generations=3, **options)
-    assert all(segment.parent is not None for rows in calls for row in rows.rows for segment in row[1::4])
+    assert all(segment.parent is not None for rows in packed_calls for row in rows.rows for segment in row[1::4])
     options = {name: value for name, value in options.items() if not name.endswith("_tokens")}
     assert_same(packed, run(tmp_path / "padded", num_generations=3, packing=False, **options))
     assert any("reward/best_of_n" in line for line in packed[1])
 
 
 @pytest.mark.parametrize("critic", ["head", "adapter"])
-def test_packed_rows_give_the_same_on_a_4_bit_base(tmp_path, monkeypatch, critic):
+def test_packed_rows_give_the_same_on_a_4_bit_base(tmp_path, packed_calls, critic):
     """Four roles on one base in NF4; the reward adapter reads packed rows, too."""
     paths = four_roles.prepare(tmp_path)
     options = {"num_generations": 3, "critic": critic, "total_episodes": 6}
-    calls = packed_calls(monkeypatch)
     packed = run(tmp_path / "packed", given=four_roles.models(paths), micro_batch_tokens=90, **options)
-    assert all(len(rows.rows[0]) > 4 for rows in calls)
+    assert all(len(rows.rows[0]) > 4 for rows in packed_calls)
     assert packed[0].reward_funcs[0].packed is not None
     assert_same(packed, run(tmp_path / "padded", given=four_roles.models(paths), packing=False, **options))
 
@@ -391,14 +371,13 @@ def in_nf4(folder, family):
 @pytest.mark.parametrize("critic", ["model", "head", "adapter"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_every_family_with_groups_and_budgets_give_the_same(
-    tmp_path, monkeypatch, family, critic, in_4_bits
+    tmp_path, packed_calls, family, critic, in_4_bits
 ):
-    calls = packed_calls(monkeypatch)
     options = {"lora": True, "critic": critic, "num_generations": 3, "total_episodes": 6}
     given = in_nf4(tmp_path / "base", family) if in_4_bits else {}
     budgets = {"micro_batch_tokens": 90, "score_batch_tokens": 90}
     packed = run(tmp_path / "packed", family, given=dict(given), **options, **budgets)
-    assert calls
+    assert packed_calls
     padded = run(tmp_path / "padded", family, given=dict(given), packing=False, **options)
     assert_same(packed, padded)
 

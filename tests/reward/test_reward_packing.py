@@ -90,28 +90,12 @@ def assert_same(one, other, tolerance=1e-5):
         assert dpo_runs.gradient_difference(step, other_step) < tolerance
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The rows of every batch, `None` where it was too long."""
-    rows = []
-    lay_out = PackedForward.lay_out
-
-    def note(self, *args):
-        found = lay_out(self, *args)
-        if self.on:
-            rows.append(found)
-        return found
-
-    monkeypatch.setattr(PackedForward, "lay_out", note)
-    return rows
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_pairs_train_as_trls_trainer_does(tmp_path, calls, caplog, family):
+def test_packed_pairs_train_as_trls_trainer_does(tmp_path, packed_calls, caplog, family):
     ours = run(tmp_path / "ours", model=model_of(family))
     assert "Rows" not in caplog.text
-    assert len(calls) == 4  # two steps and two batches of the evaluation
-    assert all(len(rows.rows) == 1 for rows in calls)
+    assert len(packed_calls) == 4  # two steps and two batches of the evaluation
+    assert all(len(rows.rows) == 1 for rows in packed_calls)
     assert_same(ours, trls(tmp_path / "trls", model=model_of(family)))
 
 
@@ -124,13 +108,13 @@ WITH = {
 
 
 @pytest.mark.parametrize("case", WITH)
-def test_packed_pairs_train_the_same_with(tmp_path, calls, case):
+def test_packed_pairs_train_the_same_with(tmp_path, packed_calls, case):
     def given():
         lora = LoraConfig(r=2, init_lora_weights=False, modules_to_save=["score"], task_type="SEQ_CLS")
         return {"peft_config": lora} if case == "LoRA" else {}
 
     ours = run(tmp_path / "ours", given=given(), **WITH[case])
-    assert len(calls) == 4
+    assert len(packed_calls) == 4
     assert_same(ours, trls(tmp_path / "trls", given=given(), **WITH[case]), 3e-2 if case == "bf16" else 1e-5)
 
 
@@ -166,9 +150,9 @@ def test_log_says_why_rows_stay_padded(tmp_path, caplog, case):
     assert trainer._scores.packing.on == (case == "rotary embedding")
 
 
-def test_batch_that_is_too_long_goes_trls_way(tmp_path, calls):
+def test_batch_that_is_too_long_goes_trls_way(tmp_path, packed_calls):
     ours = run(tmp_path / "ours", model=model_of("llama", rope_parameters=DYNAMIC))
-    assert calls == [None] * 4
+    assert packed_calls == [None] * 4
     assert_same(ours, trls(tmp_path / "trls", model=model_of("llama", rope_parameters=DYNAMIC)))
 
 

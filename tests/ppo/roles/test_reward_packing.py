@@ -10,7 +10,6 @@ import tiny
 from families.configs import family_config, family_model
 from ppo_runs import ppo_trainer
 from trl_ext.packing import segments
-from trl_ext.packing.forward import PackedForward
 from trl_ext.packing.scores import PackedScores
 from trl_ext.ppo.roles.reward_forms import RewardForm
 from trl_ext.ppo.roles.reward_models import TokenScorer
@@ -34,22 +33,6 @@ def scorer_of(family="llama", pad=0, packs=True, budget=None, shares=True, **opt
     return scorer
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The rows of every packed call."""
-    rows = []
-    lay_out = PackedForward.lay_out
-
-    def note(self, *args):
-        found = lay_out(self, *args)
-        if self.on:
-            rows.append(found)
-        return found
-
-    monkeypatch.setattr(PackedForward, "lay_out", note)
-    return rows
-
-
 @pytest.mark.parametrize(
     "family, options",
     [
@@ -62,20 +45,20 @@ def calls(monkeypatch):
     ],
     ids=str,
 )
-def test_scores_are_those_of_padded_rows_and_a_prompt_is_read_once(calls, family, options):
+def test_scores_are_those_of_padded_rows_and_a_prompt_is_read_once(packed_calls, family, options):
     scores = scorer_of(family, **options)(**ASKED)
-    (rows,) = calls
+    (rows,) = packed_calls
     assert len(rows.rows) == 1
     # Responses may begin alike, too.
     assert rows.input_ids.numel() <= sum(map(len, PROMPTS)) + sum(len(answer) + 1 for answer in RESPONSES)
     assert scores == pytest.approx(scorer_of(family, packs=False, **options)(**ASKED), rel=1e-5, abs=1e-5)
 
 
-def test_budget_counts_what_is_shared_once(calls):
+def test_budget_counts_what_is_shared_once(packed_calls):
     scores = scorer_of(budget=30)(**ASKED)
-    assert len(calls) > 1
-    assert all(rows.input_ids.numel() <= 30 for rows in calls)
-    assert sum(rows.input_ids.numel() for rows in calls) < sum(map(len, READ))
+    assert len(packed_calls) > 1
+    assert all(rows.input_ids.numel() <= 30 for rows in packed_calls)
+    assert sum(rows.input_ids.numel() for rows in packed_calls) < sum(map(len, READ))
     assert scores == pytest.approx(scorer_of(packs=False)(**ASKED), rel=1e-5, abs=1e-5)
 
 
@@ -97,14 +80,14 @@ def test_only_a_text_alone_exceeds_the_budget(monkeypatch, limit):
     assert max(tokens for count, tokens in passes if count > 1) <= 14
 
 
-def test_one_response_per_prompt_shares_nothing(calls):
+def test_one_response_per_prompt_shares_nothing(packed_calls):
     scorer_of(shares=False)(**ASKED)
-    (rows,) = calls
+    (rows,) = packed_calls
     assert rows.input_ids.numel() == sum(map(len, READ))
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet", "bloom", "bart"])  # the first two read what follows
-def test_model_that_packed_rows_are_not_exact_for_says_so(caplog, calls, family):
+def test_model_that_packed_rows_are_not_exact_for_says_so(caplog, packed_calls, family):
     scorer = scorer_of(family, packs=False, **({"attn_type": "bi"} if family == "xlnet" else {}))
     scorer.try_padding()
     expected = scorer(**ASKED)
@@ -112,7 +95,7 @@ def test_model_that_packed_rows_are_not_exact_for_says_so(caplog, calls, family)
     (line,) = [line for line in caplog.messages if line.startswith("Rows are padded for the reward model 'judge'")]
     assert "log-probabilities" not in line
     assert scorer(**ASKED) == expected
-    assert not calls
+    assert not packed_calls
 
 
 def test_model_that_fsdp_partitions_says_so(tmp_path, monkeypatch, caplog):
