@@ -58,6 +58,7 @@ MEASURED = {
         f"trl-ext ppo {SHORT_PPO} --value_model outputs/critic-demo --output_dir outputs/ppo-pretrained": (
             "tests/cli/test_critic.py"
         ),
+        "python benchmarks/bench_learning.py": "tests/benchmarks/test_bench_learning.py",
     },
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
