@@ -9,7 +9,9 @@ from torch import equal
 
 import tiny
 from cli_runs import error_of, flags, plan_line
+from commands import command
 from trl_ext.cli.main import main
+from trl_ext.ppo.saved_rollouts import OPTIONS
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -113,3 +115,11 @@ def test_dry_run_prints_the_trainers_plan(ran, paths, tmp_path, capsys):
     assert line in printed
     assert "The first prompt, as the actor reads it" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_recipe_of_the_demo_samples_as_ppos_does():
+    """Its critic would be another policy's, or of other answers."""
+    critic, ppo = (command(name).COMMAND.options([]) for name in ("critic", "ppo"))
+    for name in (*OPTIONS, "prompt_words", "reward_model_path", "critic", "use_peft", "model_name_or_path", "gamma"):
+        assert getattr(critic, name) == getattr(ppo, name), name
+    assert critic.learning_rate == ppo.critic_learning_rate
