@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench_learning_setup import TASKS, Job, start_of
+from bench_learning_setup import TASKS, Job, make_start, start_of
 from bench_ppo import QUIET
 from bench_ppo_setup import BASELINE, python_of
 from matplotlib.figure import Figure
@@ -276,6 +276,8 @@ def of_alphas(tasks: Iterable[str], starts: dict[str, Path], runs: Runs) -> str:
         if areas:
             alpha = TRAINERS[name][2]["lam_alpha"]
             lines.append(f"| {alpha:g} | {len(areas)} | {statistics.mean(areas):.3f} |")
+    if not lines:
+        return ""
     return "\n".join(["| α of `recommended` | tasks | area on the tuning seeds |", "|---:|---:|---:|", *lines])
 
 
@@ -339,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = Runs(args.output)
     starts = {task: start_of(task, args.cache) for task in args.tasks}
     if not args.report:
+        for task, folder in starts.items():
+            make_start(task, folder)
         chosen = cells(args.tasks, args.trainers)
         if any(trainer == BASELINE for _, trainer in chosen):
             python_of(BASELINE, args.cache)  # before two threads would make it

@@ -198,14 +198,18 @@ def imitator(task: Task) -> LlamaForCausalLM:
 
 
 def start_of(name: str, cache: Path) -> Path:
-    """Return the folder of the model that a task starts from; it is made once."""
+    """Return the folder of the model that a task starts from, named by what makes it."""
     task = TASKS[name]
     made_by = json.dumps([name, MODEL, VOCABULARY, task.noise, task.imitation, task.limit])
-    folder = cache / "bench-learning" / f"{name.replace(' ', '-')}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+    return cache / "bench-learning" / f"{name.replace(' ', '-')}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+
+
+def make_start(name: str, folder: Path) -> None:
+    """Make the model that a task starts from, unless it is there."""
     if not (folder / "complete").exists():
-        imitator(task).save_pretrained(folder)
+        print(f"{name}: making the start, once", flush=True)
+        imitator(TASKS[name]).save_pretrained(folder)
         (folder / "complete").touch()
-    return folder
 
 
 @torch.no_grad()

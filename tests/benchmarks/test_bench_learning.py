@@ -258,6 +258,8 @@ def test_runs_are_tuned_reported_and_not_repeated(bench, tmp_path, monkeypatch, 
     output, picture = tmp_path / "runs.jsonl", tmp_path / "learning.png"
     words = ["--tasks", "sorting", "--trainers", "grpo-1", "plain", "--workers", "1"]
     words += ["--output", str(output), "--picture", str(picture), "--cache", str(tmp_path)]
+    bench.main([*words, "--report"])
+    assert not (tmp_path / "bench-learning").exists()
     bench.main([*words, "--minutes", "0"])
     assert not output.exists()
     bench.main([*words, "--tune"])
@@ -285,6 +287,7 @@ def test_trainers_learn_from_answers_with_a_tool(bench, tmp_path, monkeypatch, t
     monkeypatch.setitem(bench.TASKS, "tool", dataclasses.replace(bench.TASKS["tool"], imitation=2))
     monkeypatch.setattr(bench, "SIZES", {"batch": 16, "samples": 16, "measurements": 1})
     start = bench.start_of("tool", tmp_path)
+    bench.make_start("tool", start)
     job = bench.job("tool", trainer, 1e-3, 1, {"tool": start})
     worker = script("bench_learning_worker")
     assert [samples for samples, _ in worker.run(job, start.parent)["curve"]] == [0, 16]
