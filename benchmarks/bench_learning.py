@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from trl_ext.data.demo import cache_dir
 
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 TUNING_SEEDS, SEEDS = (101, 102), (1, 2, 3, 4, 5)
 SIZES = {"batch": 64, "samples": 2560, "measurements": 10}  # of a rollout, of a run, of its curve behind the start
 

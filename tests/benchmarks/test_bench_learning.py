@@ -215,13 +215,13 @@ def test_table_has_a_row_for_each_trainer(bench):
     def runs(rate, *ends):
         return [run({"seed": i, "learning_rate": rate}, 0.2, end, seconds=2.0) for i, end in enumerate(ends, 1)]
 
-    failed = [{"job": {"seed": 1, "learning_rate": 1e-3}, "error": "NaN"}, *runs(1e-3, 0, 0.4)[1:]]
-    of_task = {"grpo-1": runs(1e-3, 0.4, 0.6), "plain": runs(3e-3, 1.0, 0.8), "sao": failed}
+    failed = [{"job": {"seed": 1, "learning_rate": 3e-4}, "error": "NaN"}, *runs(3e-4, 0, 0.4)[1:]]
+    of_task = {"grpo-1": runs(3e-4, 0.4, 0.6), "plain": runs(1e-3, 1.0, 0.8), "sao": failed}
     lines = bench.table(of_task).splitlines()
     assert lines[2:] == [
-        "| GRPO, 1 iteration | 0.001 | 0.350 ± 0.635 |  | 0.500 | never | 2 |",
-        "| `PPOTrainerX` | 0.003 (edge) | 0.550 ± 0.635 | +0.200 ± 1.271 | 0.900 | 788 (1 of 2) | 2 |",
-        "| SAO | 0.001 | 0.150 ± 1.906 | -0.200 ± 1.271 | 0.400 | never | 2 |",
+        "| GRPO, 1 iteration | 0.0003 | 0.350 ± 0.635 |  | 0.500 | never | 2 |",
+        "| `PPOTrainerX` | 0.001 (edge) | 0.550 ± 0.635 | +0.200 ± 1.271 | 0.900 | 788 (1 of 2) | 2 |",
+        "| SAO | 0.0003 | 0.150 ± 1.906 | -0.200 ± 1.271 | 0.400 | never | 2 |",
     ]
     assert len({line.count("|") for line in lines}) == 1
 
