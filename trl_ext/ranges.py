@@ -29,7 +29,7 @@ POSITIVE = Range("above 0", lambda value: value > 0)
 POSITIVE_OR_UNSET = Range("above 0, or unset", lambda value: value is None or value > 0)
 NOT_NEGATIVE = Range("0 or above, and finite", lambda value: 0 <= value < math.inf)
 SHARE_OR_UNSET = Range("above 0 and at most 1, or unset", lambda value: value is None or 0 < value <= 1)
-NOT_NEGATIVE_OR_UNSET = Range("0 or above, or unset", lambda value: value is None or value >= 0)
+NOT_NEGATIVE_OR_UNSET = Range("0 or above and finite, or unset", lambda value: value is None or 0 <= value < math.inf)
 NUMBER_OR_UNSET = Range("a number, or unset", lambda value: value is None or value == float(value))
 
 

@@ -30,7 +30,8 @@ def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_pat
     gpu = [] if name == "reward" else ["--gpu", "a100-80gb"]
     recipe = ["--config", f"{name}/{path.stem}", *gpu, "--nproc", "4"]
     targets = ["--lora_target_modules", "all-linear"]  # one recipe names layers that the tiny model has not
-    text = dry(name, paths, capsys, *recipe, *targets, output_dir="out")
+    functions = ["--reward_funcs", "ppo_runs.response_lengths"] if "reward_funcs" in path.read_text() else []
+    text = dry(name, paths, capsys, *recipe, *targets, *functions, output_dir="out")
     assert "× 4 process(es)" in plan_line(text)
     assert ("It fits" in text) == (name != "reward")
     assert "This was a dry run" in text

@@ -1,5 +1,6 @@
 """`--reward_funcs`: functions by name, with a reward model and without, in `trl-ext ppo` and its dry run."""
 
+import importlib.util
 import json
 import re
 
@@ -15,6 +16,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 FUNCTIONS = """
 limit = 3
 
+class Kind: ...
+
 def short(completions, **kwargs):
     return [-float(len(completion)) for completion in completions]
 
@@ -26,6 +29,11 @@ def right(completions, **kwargs):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_own_rewards.py").write_text(FUNCTIONS)
+    (tmp_path / "broken.py").write_text("def short(:")
+    # No test needs what the mathematics of TRL's own functions need.
+    find = importlib.util.find_spec
+    absent = {"math_verify"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in absent else find(name, *args))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,24 +57,8 @@ def test_run_learns_from_functions_and_logs_each(folder, paths, with_model):
     assert after["eval_rewards/right/mean"] == 1.5
 
 
-@pytest.mark.parametrize("name", ["vc_ppo", "vapo", "sao", "open_reasoner_zero"])
-def test_recipe_of_a_paper_trains(folder, paths, name):
-    """Smaller in everything but what the paper is about; the log has the terms that it adds."""
-    small = {"output_dir": "out", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    small |= {"total_episodes": 48, "test_size": 4, "micro_batch_tokens": 120, "save_strategy": "no", "use_cpu": True}
-    small |= {"sao": {"critic_warmup_steps": 1}, "vapo": {"num_mini_batches": 1}}.get(name, {})
-    arguments = ["--config", f"ppo/{name}", *without_judge(paths, **small), "--reward_funcs", "my_own_rewards.short"]
-    main(["ppo", *arguments])
-    lines = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
-    last = [line for line in lines if "loss" in line][-1]
-    assert ("terms/positive_nll" in last) == (name == "vapo")
-    assert ("reward/best_of_n" in last) == (name in ("vapo", "open_reasoner_zero"))
-    assert "terms/kl" not in last
-    assert last["grad_norm/actor"] > 0 < last["grad_norm/critic"]
-
-
 def test_name_without_a_dot_is_one_of_trls():
-    assert [function.__name__ for function in reward_functions(["accuracy_reward"])] == ["accuracy_reward"]
+    assert [f.__name__ for f in reward_functions(["think_format_reward"])] == ["think_format_reward"]
 
 
 def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
@@ -81,10 +73,17 @@ def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my_own_rewards.long", "`--reward_funcs my_own_rewards.long` leads to no function: .*'long'"),
-        ("nowhere.short", "`--reward_funcs nowhere.short` leads to no function: No module named 'nowhere'"),
+        ("my_own_rewards.long", "`--reward_funcs my_own_rewards.long` leads to no function: AttributeError: .*'long'"),
+        (
+            "nowhere.short",
+            "`--reward_funcs nowhere.short` leads to no function: ModuleNotFoundError: No module named 'nowhere'",
+        ),
         ("short", "`--reward_funcs short` leads to no function: .*`trl.rewards`, such as `accuracy_reward`"),
-        ("my_own_rewards.limit", "`--reward_funcs my_own_rewards.limit` is a int, which cannot be called"),
+        ("my_own_rewards.limit", "`--reward_funcs my_own_rewards.limit` is no function, but of type int"),
+        ("my_own_rewards.Kind", "`--reward_funcs my_own_rewards.Kind` is no function, but of type type"),
+        ("broken.short", "`--reward_funcs broken.short` leads to no function: SyntaxError"),
+        ("..short", "`--reward_funcs ..short` leads to no function: TypeError"),
+        ("accuracy_reward", "`--reward_funcs accuracy_reward` needs math_verify: `pip install math-verify`"),
     ],
 )
 def test_name_that_leads_to_no_function_is_refused(folder, paths, capsys, name, words):

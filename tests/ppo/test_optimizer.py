@@ -11,7 +11,7 @@ import tiny
 from ppo_runs import changed, log_lines, ppo_run, ppo_trainer, snapshot
 from trl_ext import PPOTrainerX
 from trl_ext.masked import identity
-from trl_ext.ppo.optimizer import ROLE, StepsByRole
+from trl_ext.ppo.optimizer import ROLE, StepsByRole, norms_by_role
 
 
 pytestmark = pytest.mark.integration
@@ -341,7 +341,25 @@ def test_mask_objective_learns_from_tokens_within_the_range_only(tmp_path):
     [
         ({"critic_steps": 2, "critic": "adapter"}, "`critic_steps=2` .*`critic='adapter'` shares .*'model'"),
         ({"critic_steps": 2, "critic": "head"}, "`critic_steps=2` .*`critic='head'` shares .*`critic_stop_gradient`"),
-        ({"critic_steps": 2, "vf_coef": 0.0}, "`critic_steps=2` with `vf_coef=0`"),
+        ({"critic_steps": 2, "vf_coef": 0.0}, "`critic_steps=2` is an option of the critic, .* with `vf_coef=0`"),
+        *(
+            (
+                {"advantage_estimator": "reinforce", name: value},
+                f"`{name}=.* of the critic, .*'reinforce'` does not ask",
+            )
+            for name, value in {
+                "critic_learning_rate": 1e-3,
+                "critic_weight_decay": 0.1,
+                "critic_lr_scheduler_type": "constant",
+                "critic_max_grad_norm": 0.5,
+                "critic_steps": 2,
+                "freeze_critic": ["*norm*"],
+                "critic_warmup_steps": 2,
+                "critic_warmup_until": 0.5,
+            }.items()
+        ),
+        ({"critic_steps": 2, "optim": "schedule_free_adamw"}, "`critic_steps=2` with `optim='schedule_free_adamw'`"),
+        ({"freeze_critic": "*norm*"}, r"`freeze_critic` is '\*norm\*'; it must be a list of patterns"),
         ({"critic_stop_gradient": True}, "`critic_stop_gradient` .*`critic='model'`"),
         ({"critic_max_grad_norm": 1.0, "max_grad_norm": 0.0}, "`critic_max_grad_norm=1.0` with `max_grad_norm=0.0`"),
         (
@@ -358,16 +376,68 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, options, words):
         ppo_trainer(tmp_path, {"model": str(tmp_path / "nothing")}, **options)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("critic_steps", 2), ("critic_weight_decay", 0.1), ("critic_learning_rate", 1.0)]
-)
+@pytest.mark.parametrize("name, value", [("critic_weight_decay", 0.1), ("critic_learning_rate", 1.0)])
 def test_own_optimizer_would_not_follow_the_options_of_the_critic(tmp_path, name, value):
     optimizer = torch.optim.SGD(tiny.tiny_actor().parameters(), lr=1e-2)
     with pytest.raises(ValueError, match=f"`{name}={value}` is followed by .*`optimizers`"):
         ppo_trainer(tmp_path, {"optimizers": (optimizer, None)}, **{name: value})
 
 
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 30}, HEAD | {"num_generations": 2}], ids=str)
+def test_extra_step_has_the_length_of_the_joint_steps(tmp_path, options):
+    """By plain gradient descent, without clipping: one of each on the same rollout, from the same weights."""
+    descent = {
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+    }
+    joint = ppo_trainer(tmp_path / "joint", num_ppo_epochs=1, **descent, **options)
+    joint.train()
+    alone = ppo_trainer(tmp_path / "alone", num_ppo_epochs=1, critic_steps=2, **descent, **options)
+    start, seen = snapshot(alone.model), watched(alone)
+    alone.train()
+    (_, (after, _), _) = seen[0]
+    for name in of_critic(alone):
+        step = joint.model.get_parameter(name) - start[name]
+        assert (after[name] - start[name] - step).norm() <= 1e-5 * step.norm(), name
+
+
+def test_error_in_an_extra_step_says_what_the_critic_has_learned(tmp_path):
+    trainer = ppo_trainer(tmp_path, critic_steps=3, max_steps=1)
+    accumulate, calls = trainer._accumulate, []
+
+    def break_the_second(model, micro_batches):
+        calls.append(None)
+        if len(calls) == 2:
+            with torch.no_grad():
+                trainer.critic.model.score.weight.fill_(torch.inf)
+        accumulate(model, micro_batches)
+
+    trainer._accumulate = break_the_second
+    with pytest.raises(FloatingPointError, match="only the critic was updated, in 1 steps of its own"):
+        trainer.train()
+
+
+def test_critic_that_is_the_actors_trunk_is_refused(tmp_path):
+    models = {"model": tiny.tiny_actor(), "value_model": tiny.tiny_reward_model()}
+    models["value_model"].model = models["model"].model
+    with pytest.raises(ValueError, match="shares parameters with the actor"):
+        ppo_trainer(tmp_path, models)
+
+
 # --- the optimizer alone
+
+
+def test_norms_by_role_are_those_of_the_unscaled_gradients():
+    model = torch.nn.Linear(2, 1)
+    model.critic = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[6.0, 8.0]])
+    model.bias.grad = None
+    assert norms_by_role(model, model.critic, 2.0) == {"actor": 5.0}
+    model.critic.weight.grad = torch.tensor([[0.0, 3.0]])
+    assert norms_by_role(model, model.critic, 2.0) == {"actor": 5.0, "critic": 1.5}
 
 
 def test_actor_is_passed_over_though_its_gradient_is_zero_and_adam_has_moments():

@@ -59,6 +59,10 @@ def test_recipe_trains(path, paths, tmp_path, capsys):
     if name == "ppo":
         judge = "judge-adapter" if recipe["critic"] == "adapter" else "judge"
         words += ["--reward_model_path", str(paths / judge)]
+    if "reward_funcs" in recipe:
+        words += ["--reward_funcs", "ppo_runs.response_lengths"]
+    if "num_generations" in recipe:
+        words += ["--num_generations", "2"]
     if recipe.get("use_peft"):
         words += ["--lora_target_modules", "all-linear"]  # one names layers that the tiny model has not
     main(words)

@@ -1,6 +1,6 @@
 """Read the options of the model to start from, and check the models that options name."""
 
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -143,18 +143,21 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
     found = []
     for name in names:
         module, _, attribute = name.rpartition(".")
-        sys.path.insert(0, os.getcwd())
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         try:
             found.append(getattr(importlib.import_module(module or "trl.rewards"), attribute))
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the user's module does when it is imported
             raise ValueError(
-                f"`--reward_funcs {name}` leads to no function: {error}. Give `module.function` of a module that "
-                "Python finds from this folder, or a name in `trl.rewards`, such as `accuracy_reward`."
+                f"`--reward_funcs {name}` leads to no function: {type(error).__name__}: {error}. Give "
+                "`module.function` of a module that Python finds from this folder, or a name in `trl.rewards`, such "
+                "as `accuracy_reward`."
             ) from error
-        finally:
-            sys.path.pop(0)
-        if not callable(found[-1]):
-            raise ValueError(f"`--reward_funcs {name}` is a {type(found[-1]).__name__}, which cannot be called.")
+        if not callable(found[-1]) or isinstance(found[-1], type):
+            raise ValueError(f"`--reward_funcs {name}` is no function, but of type {type(found[-1]).__name__}.")
+        needs_parser = found[-1].__module__ == "trl.rewards.accuracy_rewards"
+        if needs_parser and importlib.util.find_spec("math_verify") is None:
+            raise ValueError(f"`--reward_funcs {name}` needs math_verify: `pip install math-verify`.")
     return found
 
 

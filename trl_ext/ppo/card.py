@@ -1,5 +1,6 @@
 """The model card of a PPO run: the loss with its coefficients and last values, the critic, the papers to cite."""
 
+from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -23,9 +24,18 @@ METRICS = (
 OPTIONS = (
     *("num_ppo_epochs", "num_mini_batches", "learning_rate", "seed", "response_length", "temperature"),
     *("kl_coef", "kl_placement", "kl_estimator", "kl_controller", "old_kl_coef"),
-    *("cliprange", "cliprange_high", "dual_clip", "cliprange_value", "vf_coef", "ent_coef"),
+    *("policy_objective", "cliprange", "cliprange_high", "dual_clip", "cliprange_value", "vf_coef", "ent_coef"),
     *("positive_nll_coef", "positive_min_score"),
-    *("gamma", "lam", "lam_alpha", "critic_lam", "critic_gate", "advantage_estimator", "whiten_advantages"),
+    *(
+        "gamma",
+        "lam",
+        "lam_alpha",
+        "critic_lam",
+        "critic_gate",
+        "critic_steps",
+        "advantage_estimator",
+        "whiten_advantages",
+    ),
 )
 GAE = """\
 @inproceedings{schulman2016high,
@@ -72,10 +82,16 @@ def loss_section(args: PPOConfigX, log: list[dict[str, Any]]) -> str:
     clipping = f"ε = {args.cliprange}"
     clipping += "" if args.cliprange_high is None else f", {args.cliprange_high} above"
     clipping += "" if args.dual_clip is None else f", at least {args.dual_clip} · Â"
+    ranges = (
+        f"{1 - args.cliprange:g} to {1 + (args.cliprange if args.cliprange_high is None else args.cliprange_high):g}"
+    )
     details = {"clip_objective": clipping, "kl": _kl_words(args), "value_loss": value_range}
     coefficients = {term: _coefficient(term, args, line) for term in TERMS}
     shown = [term for term in TERMS if coefficients[term] is not None]
     rows = [_row(term, details.get(term.name, ""), coefficients[term] or 0.0, line) for term in shown]
+    if args.policy_objective == "mask":
+        masked = replace(shown[0], formula="ratio · Â within a range of the ratio, 0 elsewhere")
+        rows[0] = _row(masked, f"from {ranges}", coefficients[shown[0]] or 0.0, line)
     total = f"`loss` was {line['loss']:+.4f} at step {line['step']}. " if line else ""
     lam = f"{args.lam}" if args.lam_alpha is None else f"1 − 1 / ({args.lam_alpha} · length)"
     lam += "" if args.critic_lam is None else f", {args.critic_lam} for the critic's returns"

@@ -165,8 +165,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     def of_optimizer(self) -> dict[str, Any]:
         """Options of the critic that the optimizer's parameter groups follow, by name; None: unset."""
         options = {name: getattr(self, name) for name in ("critic_learning_rate", "critic_weight_decay")}
-        options |= {"critic_steps": self.critic_steps if self.critic_steps > 1 else None}
         if self.deepspeed_plugin is not None:  # which steps what has no gradient
+            options |= {"critic_steps": self.critic_steps if self.critic_steps > 1 else None}
             options |= {"critic_warmup_steps": self.critic_warmup_steps or None}
             options |= {"critic_warmup_until": self.critic_warmup_until}
         return options

@@ -1,11 +1,12 @@
 """Checks of PPO options that do not go together, by topic; the range of each option is beside it in `options.py`."""
 
+import inspect
 from typing import Any
 
 from ..models.quantization import is_fsdp
 from ..ranges import default_of, require
 from .advantages import find_estimator
-from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS
+from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOptions
 
 
 # The metric of the best checkpoint, unless another is named.
@@ -221,6 +222,22 @@ def check_advantages(args: Any) -> None:
 
 
 def check_critic(args: Any) -> None:
+    options = inspect.get_annotations(CriticOptions).keys() - {"TOPIC", "critic"}
+    given = sorted(name for name in options if getattr(args, name) != default_of(type(args), name))
+    idle = {
+        "which `advantage_estimator='reinforce'` does not ask": args.advantage_estimator == "reinforce",
+        "which learns nothing with `vf_coef=0`": args.vf_coef == 0,
+    }
+    for why, holds in idle.items():
+        if given and holds:
+            name = given[0]
+            raise ValueError(f"`{name}={getattr(args, name)}` is an option of the critic, {why}. Remove one of them.")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.critic_steps > 1 and optim.startswith(("schedule_free", "adamw_apex")):
+        raise ValueError(
+            f"`critic_steps={args.critic_steps}` with `optim={optim!r}`, which counts its steps for actor and critic "
+            "together. Use `critic_steps=1`, or another optimizer such as adamw_torch."
+        )
     if args.critic_stop_gradient and args.critic != "head":
         raise ValueError(
             f"`critic_stop_gradient` keeps the value loss out of the actor's trunk, which `critic={args.critic!r}` "
@@ -235,8 +252,6 @@ def check_critic(args: Any) -> None:
             f"shares the actor's trunk, which would move with it. Use `critic_steps=1`, {way}or choose "
             "`critic='model'`."
         )
-    if args.critic_steps > 1 and args.vf_coef == 0:
-        raise ValueError(f"`critic_steps={args.critic_steps}` with `vf_coef=0`: the critic learns nothing. Set one.")
     if args.critic_max_grad_norm is not None and not args.max_grad_norm:
         raise ValueError(
             f"`critic_max_grad_norm={args.critic_max_grad_norm}` with `max_grad_norm={args.max_grad_norm}`, which "

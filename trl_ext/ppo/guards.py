@@ -112,16 +112,27 @@ def require_finite_scores(rollout: Rollout, step: int) -> None:
             )
 
 
-def require_finite_terms(terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int) -> None:
+def require_finite_terms(
+    terms: PPOTerms, per_token: dict[str, Tensor | None], rollout: Rollout, step: int, steps_alone: int = 0
+) -> None:
     """Raise `FloatingPointError` when the loss of a micro-batch is not finite."""
     named = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name not in ("total", "ratio_max")}
-    require_finite_loss(terms.total, named, per_token, rollout, step)
+    require_finite_loss(terms.total, named, per_token, rollout, step, steps_alone)
 
 
 def require_finite_loss(
-    total: Tensor, terms: dict[str, Tensor | None], per_token: dict[str, Tensor | None], rollout: Rollout, step: int
+    total: Tensor,
+    terms: dict[str, Tensor | None],
+    per_token: dict[str, Tensor | None],
+    rollout: Rollout,
+    step: int,
+    steps_alone: int = 0,
 ) -> None:
-    """Raise `FloatingPointError`, naming the step, the terms and the first sample, when the total is not finite."""
+    """
+    Raise `FloatingPointError`, naming the step, the terms and the first sample, when the total is not finite.
+
+    `steps_alone`: that the critic has taken on this mini-batch before.
+    """
     if torch.isfinite(total):
         return
     bad_terms = [name for name, value in terms.items() if value is not None and not torch.isfinite(value)]
@@ -134,12 +145,23 @@ def require_finite_loss(
     sample = f" First in the response with token ids {rollout.response_ids[min(rows)].tolist()}." if rows else ""
     raise FloatingPointError(
         f"The loss is {total.item()} at step {step}; not finite: {', '.join(bad_terms) or 'the total'}.{sample} "
-        f"Nothing was updated. {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."
+        f"{_updated(steps_alone)} {'Lower the learning rate, or look' if step or steps_alone else 'Look'} at the data "
+        "and the dtype."
     )
 
 
+def _updated(steps_alone: int) -> str:
+    if not steps_alone:
+        return "Nothing was updated."
+    return f"In this mini-batch only the critic was updated, in {steps_alone} steps of its own."
+
+
 def require_finite_gradient(
-    norm: float | Tensor | None, parameters: Iterable[tuple[str, nn.Parameter]], step: int, applied: bool = False
+    norm: float | Tensor | None,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    step: int,
+    applied: bool = False,
+    steps_alone: int = 0,
 ) -> None:
     """
     Raise `FloatingPointError`, naming the step and some parameters, when the gradient norm is not finite.
@@ -153,7 +175,7 @@ def require_finite_gradient(
     bad = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
     # Clipping by a norm of nan makes every gradient nan.
     where = "every parameter" if len(bad) == len(gradients) else ", ".join(bad[:3])
-    updated = "The weights were updated with it: start again from a checkpoint." if applied else "Nothing was updated."
+    updated = "The weights were updated with it: start again from a checkpoint." if applied else _updated(steps_alone)
     raise FloatingPointError(
         f"The gradient norm is {value.item()} at step {step}; not finite in {where if bad else 'no local shard'}. "
         f"{updated} {'Lower the learning rate, or look' if step else 'Look'} at the data and the dtype."

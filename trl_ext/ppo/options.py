@@ -35,6 +35,9 @@ LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
 REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
 BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
+PATTERNS = Range(
+    "a list of patterns", lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names)
+)
 # Schedules of one factor per parameter group.
 CRITIC_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -380,8 +383,8 @@ class CriticOptions:
     critic_lr_scheduler_type: Annotated[str | None, one_of(None, *CRITIC_SCHEDULES)] = field(
         default=None,
         metadata={
-            "help": "Schedule of the critic's learning rate, with the warm-up of `warmup_steps`. Unset: "
-            "`lr_scheduler_type`.",
+            "help": "Schedule of the critic's learning rate, with the warm-up of `warmup_steps`; "
+            "`lr_scheduler_kwargs` are the actor's. Unset: `lr_scheduler_type`.",
             "choices": list(CRITIC_SCHEDULES),
         },
     )
@@ -404,7 +407,7 @@ class CriticOptions:
         default=False,
         metadata={"help": "With `critic='head'`: keep the gradient of the value loss out of the actor's trunk."},
     )
-    freeze_critic: list[str] = field(
+    freeze_critic: Annotated[list[str], PATTERNS] = field(
         default_factory=list,
         metadata={
             "help": "Patterns of the names of the critic's parameters that stay as they are, such as '*self_attn*' "

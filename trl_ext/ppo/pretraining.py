@@ -64,7 +64,12 @@ OWN = {
     "critic_max_grad_norm": "max_grad_norm",
 }
 # What makes the returns those of the score alone, rewards-to-go without a KL, and the loss the plain value loss.
-MONTE_CARLO = {"advantage_estimator": "reinforce", "whiten_advantages": False, "kl_coef": 0.0, "num_ppo_epochs": 1}
+MONTE_CARLO = {
+    "advantage_estimator": "reinforce_baseline",
+    "whiten_advantages": False,
+    "kl_coef": 0.0,
+    "num_ppo_epochs": 1,
+}
 MONTE_CARLO |= {"vf_coef": 1.0, "cliprange_value": None}
 
 

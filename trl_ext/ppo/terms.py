@@ -188,7 +188,8 @@ def ppo_terms(
     """
     per_token = {"logps": logps, "old_logps": old_logps, "advantages": advantages, "entropy": entropy}
     per_token |= {"values": values, "old_values": old_values, "returns": returns}
-    require_shape(mask, **per_token, **({} if kl is None else {"kl": kl}))
+    given = {"kl": kl, "sampling_logps": sampling_logps}
+    require_shape(mask, **per_token, **{name: tensor for name, tensor in given.items() if tensor is not None})
     # Masked first: an exponential that overflows gives a nan gradient even if it is masked afterwards.
     logps, old_logps, advantages, values, old_values, returns = (
         zero_masked(tensor, mask) for tensor in (logps, old_logps, advantages, values, old_values, returns)
@@ -197,9 +198,11 @@ def ppo_terms(
     if policy_objective == "mask":
         objective = mask_objective(ratio, advantages, cliprange, cliprange_high)
         without_gradient = masked_tokens(ratio, cliprange, cliprange_high)
-    else:
+    elif policy_objective == "clip":
         objective = clip_objective(ratio, advantages, cliprange, cliprange_high, dual_clip)
         without_gradient = clipped_tokens(ratio, advantages, cliprange, cliprange_high, dual_clip)
+    else:
+        raise ValueError(f"policy_objective is {policy_objective!r}; it must be 'clip' or 'mask'.")
     if importance_sampling_ratio is not None:
         objective = objective * zero_masked(importance_sampling_ratio.expand_as(mask), mask)
     value_error, value_clipped = value_errors(values, old_values, returns, cliprange_value)

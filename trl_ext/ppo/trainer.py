@@ -281,6 +281,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
         self._steps_by_role = StepsByRole(measures=self.is_deepspeed_enabled)
+        self._steps_alone = 0  # that the critic has taken on this mini-batch
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -791,9 +792,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self._current_train_step_time += time.perf_counter() - start
         if self._leaves_out:
             return self._leave_out()
-        # Elsewhere the actor is left alone for want of gradients; ZeRO steps it with zeros.
-        by_engine = self.is_deepspeed_enabled and self._warms_up
-        with self._steps_by_role.critic_alone() if by_engine else nullcontext():
+        with self._only_critic_steps() if self._warms_up else nullcontext():
             loss = super().training_step(model, last, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._close_optimizer_step()
@@ -810,9 +809,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
 
     def _step_critic(self, model: nn.Module) -> None:
         """At the beginning of a mini-batch, take the steps in which the critic learns alone."""
-        steps, of_mini_batch = self.args.critic_steps - 1, self.args.gradient_accumulation_steps
-        first = self._step % self.args.steps_per_generation
-        if steps == 0 or first % of_mini_batch:
+        of_mini_batch, first = self.args.gradient_accumulation_steps, self._step % self.args.steps_per_generation
+        if self.args.critic_steps == 1 or first % of_mini_batch:
             return
         alone = [
             replace(each, critic_alone=True)
@@ -822,24 +820,32 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             for each in alone:
                 each.scored_states = self._states_of(model, each.sequences())
         of_critic = {id(parameter) for parameter in self.critic.parameters()}
-        for _ in range(steps):
+        for taken in range(int(self.args.critic_steps) - 1):
+            self._steps_alone = taken
             if is_stage3(self.args.deepspeed_plugin):
                 forget_gradients(parameter for parameter in self.model.parameters() if id(parameter) not in of_critic)
-            with self._steps_by_role.critic_alone(), stepping_now(self.accelerator, model):
+            with self._only_critic_steps(), stepping_now(self.accelerator, model):
                 self._accumulate(model, alone[:-1])
                 Trainer.training_step(self, model, alone[-1])
                 if not self.is_deepspeed_enabled:  # which has stepped
                     largest = self.args.critic_max_grad_norm or self.args.max_grad_norm or math.inf
                     norm = self.accelerator.clip_grad_norm_(self.critic.parameters(), largest)
                     if not self.args.fp16:
-                        require_finite_gradient(norm, self.critic.named_parameters(), self.state.global_step)
+                        parameters, step = self.critic.named_parameters(), self.state.global_step
+                        require_finite_gradient(norm, parameters, step, steps_alone=self._steps_alone)
                     self.optimizer.step()
                 self.optimizer.zero_grad()
+        self._steps_alone += 1
         self._steps_by_role.forget_norms()
+
+    def _only_critic_steps(self) -> AbstractContextManager[None]:
+        """Leave the actor alone where it would step with zeros, as in ZeRO; elsewhere it has no gradients."""
+        return self._steps_by_role.critic_alone() if self.is_deepspeed_enabled else nullcontext()
 
     @torch.no_grad()
     def _states_of(self, model: nn.Module, part: Rollout) -> Tensor:
-        return self._forward(model, part, ("scored_states",)).scored_states
+        with _trl.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._forward(model, part, ("scored_states",)).scored_states
 
     def _leave_out(self) -> Tensor:
         """
@@ -868,7 +874,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         # 2. Compute the terms of the loss
         terms = micro_batch_terms(output, rollout, inputs, self.args, self.run_state.coefficients.now)
         read = {"log_probs": output.log_probs, "values": output.state_values}
-        require_finite_terms(terms, read, rollout, step)
+        require_finite_terms(terms, read, rollout, step, self._steps_alone)
         self.run_state.ledger.add(terms)
         # Gradients are averaged over ranks, but the terms are shares of a sum.
         return terms.total * self.accelerator.num_processes
@@ -879,7 +885,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             kwargs["scored_states"] = inputs.scored_states
         values = self._forward(model, rollout, ("state_values",), **kwargs).state_values
         loss = critic_loss(values, rollout, inputs, self.args)
-        require_finite_loss(loss, {"value_loss": loss}, {"values": values}, rollout, self.state.global_step)
+        step = self.state.global_step
+        require_finite_loss(loss, {"value_loss": loss}, {"values": values}, rollout, step, self._steps_alone)
         return loss * self.accelerator.num_processes
 
     def _close_optimizer_step(self) -> None:
@@ -908,7 +915,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         of_actor = [parameter for parameter in self.model.parameters() if id(parameter) not in others]
         largest = (self.args.max_grad_norm, self.args.critic_max_grad_norm)
         clipped = zip((of_actor, of_critic), largest, strict=True)
-        return torch.stack([nn.utils.clip_grad_norm_(parameters, norm) for parameters, norm in clipped]).norm()
+        norms = [nn.utils.clip_grad_norm_(parameters, norm) for parameters, norm in clipped]
+        return torch.stack([norm.to(self.accelerator.device) for norm in norms]).norm()  # of nothing it is on the CPU
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self._leaves_out:  # DeepSpeed would repeat the last one
@@ -919,7 +927,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self.run_state.ledger.add_norms(self._steps_by_role.pop_norms(grad_norm, self._sum_over_ranks, device))
         if not self.args.fp16:  # loss scaling expects overflows
             parameters, applied = self.model.named_parameters(), self.is_deepspeed_enabled
-            require_finite_gradient(grad_norm, parameters, self.state.global_step, applied)
+            require_finite_gradient(grad_norm, parameters, self.state.global_step, applied, self._steps_alone)
         return grad_norm
 
     @property

@@ -312,6 +312,12 @@ def build_critic(
         value_model = _copy_of_trunk(actor)
     if is_peft_model(value_model):
         value_model = value_model.merge_and_unload()
+    of_actor = {id(parameter) for parameter in actor.parameters()}
+    if any(id(parameter) in of_actor for parameter in value_model.parameters()):
+        raise ValueError(
+            "The value model shares parameters with the actor, which its steps would move. Pass a model of its own, "
+            "or choose `critic='head'` for a value head on the actor's trunk."
+        )
     check_value_model(value_model)
     value_model.requires_grad_(True)
     disable_noise(value_model)
