@@ -21,7 +21,8 @@ class Range(NamedTuple):
             return False
 
 
-COUNT = Range("an integer of at least 1", lambda value: value == int(value) and value >= 1)
+COUNT = Range("an integer of at least 1", lambda value: type(value) is int and value >= 1)
+SWITCH = Range("True or False", lambda value: isinstance(value, bool))
 COUNT_OR_UNSET = Range("an integer of at least 1, or unset", lambda value: value is None or COUNT.holds(value))
 FRACTION = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 FRACTION_OR_UNSET = Range("from 0 to 1, or unset", lambda value: value is None or 0 <= value <= 1)

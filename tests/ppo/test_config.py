@@ -372,7 +372,7 @@ RANGED = [
 
 @pytest.mark.parametrize("name", RANGED)
 def test_value_of_another_type_is_refused_by_name(name):
-    for value in ("nonsense", [], object):
+    for value in ("nonsense", 3.5 if name == "freeze_critic" else [], object):
         with pytest.raises(ValueError, match=f"`{name}` is {re.escape(repr(value))}; it must be"):
             config(**{name: value})
 

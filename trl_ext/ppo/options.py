@@ -19,6 +19,7 @@ from ..ranges import (
     NUMBER_OR_UNSET,
     POSITIVE,
     POSITIVE_OR_UNSET,
+    SWITCH,
     SHARE_OR_UNSET,
     Range,
     one_of,
@@ -89,7 +90,7 @@ class BatchOptions:
             "longer in its own tokens alone. Unset: passes of `local_rollout_forward_batch_size` sequences."
         },
     )
-    packing: bool = field(
+    packing: Annotated[bool, SWITCH] = field(
         default=True,
         metadata={
             "help": "Score and learn from sequences side by side in rows without padding, the prompt of several "
@@ -127,7 +128,7 @@ class ModelOptions:
 class FrozenModelOptions:
     TOPIC: ClassVar[str] = "Memory of the frozen models"
 
-    offload_frozen_models: bool = field(
+    offload_frozen_models: Annotated[bool, SWITCH] = field(
         default=False,
         metadata={
             "help": "Keep the weights of reference and reward models in host memory, and move them to the device only "
@@ -186,7 +187,7 @@ class RewardOptions:
     missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE_OR_UNSET] = field(
         default=None, metadata={"help": "Subtract this from the score of a response without an end token. >= 0."}
     )
-    normalize_rewards: bool = field(
+    normalize_rewards: Annotated[bool, SWITCH] = field(
         default=False,
         metadata={"help": "Divide scores by their running standard deviation over all ranks and rollouts."},
     )
@@ -197,7 +198,7 @@ class RewardOptions:
             "turns."
         },
     )
-    whiten_rewards: bool = field(
+    whiten_rewards: Annotated[bool, SWITCH] = field(
         default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance; keep the mean."}
     )
 
@@ -339,7 +340,7 @@ class AdvantageOptions:
             "the advantages."
         },
     )
-    critic_gate: bool = field(
+    critic_gate: Annotated[bool, SWITCH] = field(
         default=False,
         metadata={
             "help": "Learn from rewards-to-go minus their mean while the critic explains nothing of them "
@@ -353,7 +354,7 @@ class AdvantageOptions:
             "(rewards-to-go minus the value)."
         },
     )
-    whiten_advantages: bool = field(
+    whiten_advantages: Annotated[bool, SWITCH] = field(
         default=True,
         metadata={
             "help": "Scale a rollout's advantages to mean 0 and variance 1 over all ranks. Returns are not scaled."
@@ -403,7 +404,7 @@ class CriticOptions:
             "`critic='adapter'` or FSDP, and with `critic='head'` only beside `critic_stop_gradient`."
         },
     )
-    critic_stop_gradient: bool = field(
+    critic_stop_gradient: Annotated[bool, SWITCH] = field(
         default=False,
         metadata={"help": "With `critic='head'`: keep the gradient of the value loss out of the actor's trunk."},
     )

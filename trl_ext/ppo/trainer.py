@@ -363,6 +363,13 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         if args.needs_reference and roles.reference is None:
             check_base_is_kept(self.model)
         self.critic: Any = roles.critic
+        micro_batch = args.micro_batch_size // args.world_size
+        if args.packing and micro_batch < args.num_generations:  # with a budget it is the whole mini-batch
+            logger.warning(
+                "A micro-batch has %d of the %d responses to a prompt, which is read anew for each of them. Raise "
+                "`per_device_train_batch_size`, or set `micro_batch_tokens`.",
+                *(micro_batch, args.num_generations),
+            )
         reason = why_not_run(args, self.model) if args.packing else None
         if reason is not None:
             logger.warning("Rows are padded for the actor, not packed: %s.", reason)
@@ -720,7 +727,9 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         """Return the outputs at the response tokens of a whole rollout, (B, T) each, read part by part."""
         whole = ActorCriticOutput()
         rows = torch.arange(len(rollout), device=rollout.mask.device)
-        sizes = (self.args.local_rollout_forward_batch_size, self.args.score_batch_tokens)
+        n = self.num_generations if self.model.training else self.args.num_generations_eval
+        size = self.args.local_rollout_forward_batch_size
+        sizes = (size // n * n or size, self.args.score_batch_tokens)  # the responses to a prompt together
         layout = (self._packs(rollout), self.args.shares_prompts)
         parts, spare = cut(rollout, rows, *sizes, *layout, self._max_over_ranks)
         for part in (*parts, *spare):
