@@ -19,8 +19,8 @@ from ..ranges import (
     NUMBER_OR_UNSET,
     POSITIVE,
     POSITIVE_OR_UNSET,
-    SWITCH,
     SHARE_OR_UNSET,
+    SWITCH,
     Range,
     one_of,
 )
