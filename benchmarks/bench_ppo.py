@@ -41,6 +41,7 @@ from trl_ext.data.demo import cache_dir
 
 CHANGES = {"": "", "-padded": ", `packing=False`", "-unshared": ", prompts not shared"}
 CHANGES |= {"-budget": f", `micro_batch_tokens={BUDGET}`", "-pieces": ", without FlexAttention"}
+CHANGES["-unsampled"] = ", answers that have ended stay in the batch while it samples"
 CHANGES["-flash"] = ", `packing=False`, flash-attention"
 LABELS = {f"{c}{name}": f'`critic="{c}"`{said}' for c in ("model", "head") for name, said in CHANGES.items()}
 LABELS |= {BASELINE: "TRL 1.12 `PPOTrainer`", TORCHTUNE: "torchtune 0.6.1's PPO recipe"}

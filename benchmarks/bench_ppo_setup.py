@@ -56,7 +56,8 @@ def shape(
     Args:
         trainers: the rows of the table. The value of `critic`, perhaps with one thing changed: "-padded" has
             `packing=False`, "-flash" too, with flash-attention, "-pieces" attends without FlexAttention, "-unshared"
-            reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`.
+            reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`, "-unsampled" samples
+            by transformers alone.
         epochs: passes over an update's answers.
         prompts, answers: tokens of each, over and over; without `answers` all have `response` tokens.
         batch: answers per update, learned from in one micro-batch.
@@ -74,12 +75,19 @@ SHAPES = {
     "tiny-varied": shape(
         [BASELINE, TORCHTUNE, "head-padded", "head"], TINY, 2, [9, 3, 5, 2], 8, [8, 1, 4, 6], batch=4
     ),
-    "deep": shape([BASELINE, TORCHTUNE, "model"], DEEP, 4, [64], 64),
+    "deep": shape([BASELINE, TORCHTUNE, "model-padded", "model"], DEEP, 4, [64], 64),
     "wide": shape([BASELINE, TORCHTUNE, "model", "head"], WIDE, 1, [64], 64),
     "varied-answers": shape(
         [BASELINE, TORCHTUNE, "model-padded", "model", "head-padded", "head"], DEEP, 4, [64], 64, tail(64)
     ),
-    "varied": shape([BASELINE, TORCHTUNE, "model-padded", "model", "model-budget"], DEEP, 4, PROMPTS, 128, tail(128)),
+    "varied": shape(
+        [BASELINE, TORCHTUNE, "model-padded", "model-unsampled", "model", "model-budget"],
+        DEEP,
+        4,
+        PROMPTS,
+        128,
+        tail(128),
+    ),
     "wide-varied-answers": shape([BASELINE, TORCHTUNE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
     "groups": shape(OF_GROUPS, DEEP, 4, [256], 64, [64], num_generations=8),
     "groups-varied": shape(OF_GROUPS, DEEP, 4, [256], 128, tail(128), num_generations=8),

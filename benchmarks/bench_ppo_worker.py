@@ -159,6 +159,8 @@ def build_ours(job: dict[str, Any], clock: UpdateClock, roles: dict[str, Any], c
     more |= {"critic": critic, "num_generations": job["num_generations"], "shuffle_dataset": False}
     args = PPOConfigX(**options(job) | more | job.get("options", {}))
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)
+    if changed == "unsampled":
+        trainer._trunk_of_samples = None
     is_listed = job["answers"] and not job.get("given")
     trainer._generate = clock.generating(with_listed_answers(trainer, job) if is_listed else trainer._generate)
     trainer._compute_loss = clock.learning(trainer._compute_loss)

@@ -26,7 +26,8 @@ class LargerToy(Toy):
 @pytest.mark.parametrize(
     "allowed, inside, outside",
     [
-        (ranges.COUNT, [1, 7, 2.0], [0, -1, 1.5, math.nan, math.inf, None, "1", [1]]),
+        (ranges.COUNT, [1, 7], [0, -1, 1.5, 2.0, True, math.nan, math.inf, None, "1", [1]]),
+        (ranges.SWITCH, [True, False], [0, 1, None, "False", "no"]),
         (ranges.COUNT_OR_UNSET, [None, 1], [0, 1.5, "a"]),
         (ranges.FRACTION, [0, 0.3, 1], [-0.1, 1.1, math.nan, None, "0.5"]),
         (ranges.FRACTION_OR_UNSET, [None, 0.3], [1.1, "a"]),

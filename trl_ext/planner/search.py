@@ -15,8 +15,8 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
     Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
-    order; of those equally fast one that offloads no frozen model, with the largest micro-batch. Trainer, lengths,
-    rollout and optimizer are `start`'s; all else is searched.
+    order; of those equally fast one that offloads no frozen model, with the largest micro-batch that fits. Trainer,
+    lengths, rollout and optimizer are `start`'s; all else is searched.
     """
     best: dict[tuple[str, str], tuple[tuple[float, bool, int], Plan]] = {}
     for layout in layouts(start, hardware):
@@ -27,7 +27,21 @@ def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[
         rank = rate, not layout.offload_frozen, layout.micro_batch
         if kind not in best or rank > best[kind][0]:
             best[kind] = rank, planned
-    return [planned for _, planned in best.values()]
+    return [_with_largest_micro_batch(names, planned, start, hardware) for _, planned in best.values()]
+
+
+def _with_largest_micro_batch(names: ModelNames | str, planned: Plan, start: Layout, hardware: Hardware) -> Plan:
+    """Return the plan with as many more sequences in a micro-batch as fit, found by bisection."""
+    sequences = start.micro_batch * start.accumulation
+    low, high = planned.layout.micro_batch, sequences
+    while low < high:
+        size = (low + high + 1) // 2
+        larger = plan(names, planned.layout.change(micro_batch=size, accumulation=-(-sequences // size)), hardware)
+        if larger.fits:
+            low, planned = size, larger
+        else:
+            high = size - 1
+    return planned
 
 
 def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:

@@ -239,7 +239,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         n, mini_batch = self.num_generations, self.local_mini_batch_size
         if mini_batch % n:
             able = [each for each in range(1, mini_batch + 1) if mini_batch % each == 0]
-            nearest = sorted({max(e for e in able if e < n), min((e for e in able if e > n), default=1)} - {1}) or [1]
+            nearest = [max(e for e in able if e < n), *[e for e in able if e > n][:1]]
             raise ValueError(
                 f"`num_generations={n}` does not divide a rank's mini-batch of {mini_batch} responses, in which those "
                 f"to a prompt stay together. The nearest that do: {', '.join(map(str, nearest))}; or change "

@@ -257,10 +257,11 @@ def check_prompts(
             raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
         if longest is not None and tokens + response_length > longest:
             needed = max(lengths) + response_length
+            cure = f", or raise {limit}" if "_tokens" in limit else ""
             raise ValueError(
                 f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
-                f"does not fit {limit} of {longest}. Shorten or remove it, or lower `response_length`; "
-                f"the longest prompt of `{name}` needs {needed}."
+                f"does not fit {limit} of {longest}. Shorten or remove it, or lower `response_length`"
+                f"{cure}; the longest prompt of `{name}` needs {needed}."
             )
 
 

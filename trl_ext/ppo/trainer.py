@@ -837,15 +837,19 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
                 self._accumulate(model, alone[:-1])
                 Trainer.training_step(self, model, alone[-1])
                 if not self.is_deepspeed_enabled:  # which has stepped
-                    largest = self.args.critic_max_grad_norm or self.args.max_grad_norm or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.critic.parameters(), largest)
-                    if not self.args.fp16:
-                        parameters, step = self.critic.named_parameters(), self.state.global_step
-                        require_finite_gradient(norm, parameters, step, steps_alone=self._steps_alone)
-                    self.optimizer.step()
+                    with self.phases.part("learn: optimizer step"):
+                        self._step_with_critics_gradient()
                 self.optimizer.zero_grad()
         self._steps_alone += 1
         self._steps_by_role.forget_norms()
+
+    def _step_with_critics_gradient(self) -> None:
+        largest = self.args.critic_max_grad_norm or self.args.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.critic.parameters(), largest)
+        if not self.args.fp16:
+            parameters, step = self.critic.named_parameters(), self.state.global_step
+            require_finite_gradient(norm, parameters, step, steps_alone=self._steps_alone)
+        self.optimizer.step()
 
     def _only_critic_steps(self) -> AbstractContextManager[None]:
         """Leave the actor alone where it would step with zeros, as in ZeRO; elsewhere it has no gradients."""

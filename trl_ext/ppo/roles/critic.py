@@ -229,8 +229,11 @@ def check_value_model(model: Any) -> None:
 
 def is_value_head(folder: Any) -> bool:
     """Return whether a folder holds what `ValueHead.save_pretrained` wrote."""
-    config = Path(folder) / "config.json" if isinstance(folder, str) else None
-    return config is not None and config.is_file() and json.loads(config.read_text()).keys() == {"hidden_size"}
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text()) if isinstance(folder, str) else None
+    except (OSError, ValueError):  # no folder, or a damaged config, which is said where the model is loaded
+        return False
+    return isinstance(config, dict) and config.keys() == {"hidden_size"}
 
 
 def check_pretrained(folder: str, kind: str, model: Any, revision: str | None) -> None:

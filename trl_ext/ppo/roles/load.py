@@ -104,7 +104,8 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
         critic = ValueAdapter(critic_adapter(actor, given.value_model, reward_adapter, given.peft_config, start))
     else:
         value_model = given.value_model
-        if value_model is None and shared is not None and args.reward_model_quantization is not None:
+        of_reward_model = args.critic == "model" and value_model is None and shared is not None
+        if of_reward_model and args.reward_model_quantization is not None:
             value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
         critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
     if isinstance(critic, ValueHead):
