@@ -117,8 +117,8 @@ def stepping_now(accelerator: Accelerator, model: Any) -> Iterator[None]:
 
 class StepsByRole(TrainerCallback):
     """
-    What the steps of an optimizer with `give_own_groups` do by role: pass over the actor's groups and, for DeepSpeed,
-    measure the gradient. ZeRO steps its optimizer group by group, each with this rank's shard of the gradient, which
+    Tell an optimizer's steps apart by role, after `give_own_groups`: pass over the actor's groups, and measure the
+    gradient of each role. ZeRO steps its optimizer group by group, each with this rank's shard of the gradient, which
     has been clipped.
 
     Args:
