@@ -40,7 +40,8 @@ from trl_ext.data.demo import cache_dir
 
 
 CHANGES = {"": "", "-padded": ", `packing=False`", "-unshared": ", prompts not shared"}
-CHANGES |= {"-budget": f", `micro_batch_tokens={BUDGET}`", "-pieces": ", without FlexAttention"}
+CHANGES |= {"-budget": f", `micro_batch_tokens={BUDGET}`", "-scored": f", `score_batch_tokens={BUDGET}`"}
+CHANGES["-pieces"] = ", without FlexAttention"
 CHANGES["-unsampled"] = ", answers that have ended stay in the batch while it samples"
 CHANGES["-flash"] = ", `packing=False`, flash-attention"
 LABELS = {f"{c}{name}": f'`critic="{c}"`{said}' for c in ("model", "head") for name, said in CHANGES.items()}

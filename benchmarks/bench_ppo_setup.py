@@ -56,8 +56,8 @@ def shape(
     Args:
         trainers: the rows of the table. The value of `critic`, perhaps with one thing changed: "-padded" has
             `packing=False`, "-flash" too, with flash-attention, "-pieces" attends without FlexAttention, "-unshared"
-            reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`, "-unsampled" samples
-            by transformers alone.
+            reads a prompt once per answer, "-budget" has `micro_batch_tokens=BUDGET`, "-scored"
+            `score_batch_tokens=BUDGET`, "-unsampled" samples by transformers alone.
         epochs: passes over an update's answers.
         prompts, answers: tokens of each, over and over; without `answers` all have `response` tokens.
         batch: answers per update, learned from in one micro-batch.
@@ -68,7 +68,7 @@ def shape(
 
 
 BUDGET = 1024
-OF_GROUPS = ["model-padded", "model-unshared", "model", "model-budget"]
+OF_GROUPS = ["model-padded", "model-unshared", "model", "model-scored", "model-budget"]
 ON_GPU = ["model-padded", "model-flash", "model-pieces", "model", "head"]
 SHAPES = {
     "tiny": shape([BASELINE, TORCHTUNE, "model", "head"], TINY, 2, [8], 8, batch=4),
@@ -91,6 +91,7 @@ SHAPES = {
     "wide-varied-answers": shape([BASELINE, TORCHTUNE, "head-padded", "head"], WIDE, 1, [64], 64, tail(64)),
     "groups": shape(OF_GROUPS, DEEP, 4, [256], 64, [64], num_generations=8),
     "groups-varied": shape(OF_GROUPS, DEEP, 4, [256], 128, tail(128), num_generations=8),
+    "varied-groups": shape(OF_GROUPS, DEEP, 4, [32, 256], 128, tail(128), num_generations=8),
     # For GPUs. Sampling up to 1024 tokens would take most of the time there, and is left out.
     "0.5b": shape([BASELINE, *ON_GPU], HALF_B, 1, PROMPTS, 1024, tail(1024), given=True),
     "1.5b": shape([BASELINE, *ON_GPU], ONE_AND_A_HALF_B, 1, PROMPTS, 1024, tail(1024), given=True),

@@ -155,7 +155,8 @@ def build_ours(job: dict[str, Any], clock: UpdateClock, roles: dict[str, Any], c
         PPOConfigX.shares_prompts = False
     if changed == "pieces":
         flex.why_not = lambda *args: "switched off"
-    more = {"micro_batch_tokens": BUDGET} if changed == "budget" else {"packing": changed not in ("padded", "flash")}
+    budgets = {"budget": "micro_batch_tokens", "scored": "score_batch_tokens"}
+    more = {budgets[changed]: BUDGET} if changed in budgets else {"packing": changed not in ("padded", "flash")}
     more |= {"critic": critic, "num_generations": job["num_generations"], "shuffle_dataset": False}
     args = PPOConfigX(**options(job) | more | job.get("options", {}))
     trainer = PPOTrainerX(args, callbacks=[clock], **roles)

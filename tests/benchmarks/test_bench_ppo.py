@@ -109,7 +109,7 @@ def test_environment_is_made_once_with_all_but_trl_as_pinned(monkeypatch, tmp_pa
     assert "\ntrl==" not in pins
 
 
-@pytest.mark.parametrize(("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-unshared", 2)])
+@pytest.mark.parametrize(("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-scored", 2), ("model-unshared", 2)])
 def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeypatch, trainer, n):
     """On the tiny model, in the second update; packed or not, with one or two answers to a prompt."""
     setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")
@@ -125,7 +125,8 @@ def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeyp
     assert rollout.has_eos.tolist() == [False, True, True, True]
     assert rollout.prompt_mask.sum(1).tolist() == ([9, 3, 5, 2] if n == 1 else [5, 5, 2, 2])
     assert built.args.packing == ("padded" not in trainer)
-    assert built._packings[0].shares == (trainer == "head-budget")
+    assert built._packings[0].shares == (trainer in ("head-budget", "model-scored"))
+    assert built.args.score_batch_tokens == (20 if trainer == "model-scored" else None)
     assert len(built.run_state.micro_batches[0]) == (2 if trainer == "head-budget" else 1)
 
 
