@@ -109,7 +109,9 @@ def test_environment_is_made_once_with_all_but_trl_as_pinned(monkeypatch, tmp_pa
     assert "\ntrl==" not in pins
 
 
-@pytest.mark.parametrize(("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-scored", 2), ("model-unshared", 2)])
+@pytest.mark.parametrize(
+    ("trainer", "n"), [("model-padded", 1), ("head-budget", 2), ("model-scored", 2), ("model-unshared", 2)]
+)
 def test_answers_are_those_of_the_list_whichever_rows_are_left(tmp_path, monkeypatch, trainer, n):
     """On the tiny model, in the second update; packed or not, with one or two answers to a prompt."""
     setup, worker = script("bench_ppo_setup"), script("bench_ppo_worker")

@@ -444,7 +444,7 @@ def test_actor_is_passed_over_though_its_gradient_is_zero_and_adam_has_moments()
     """As ZeRO steps: group by group, with zeros where a role has no gradient. The control steps both."""
     actor, critic = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     optimizer = torch.optim.AdamW([{"params": [actor], ROLE: "actor"}, {"params": [critic], ROLE: "critic"}], lr=0.1)
-    steps = StepsByRole(measures=True)
+    steps = StepsByRole()
     steps.on_train_begin(None, None, None, optimizer=optimizer)
     steps.on_train_begin(None, None, None, optimizer=optimizer)  # a second run
     groups = optimizer.param_groups

@@ -117,16 +117,13 @@ def stepping_now(accelerator: Accelerator, model: Any) -> Iterator[None]:
 
 class StepsByRole(TrainerCallback):
     """
-    Tell an optimizer's steps apart by role, after `give_own_groups`: pass over the actor's groups, and measure the
-    gradient of each role. ZeRO steps its optimizer group by group, each with this rank's shard of the gradient, which
-    has been clipped.
-
-    Args:
-        measures: whether to add up the squares of the gradient.
+    Tell the steps of DeepSpeed's optimizer apart by role, after `give_own_groups`: pass over the actor's groups, and
+    measure the gradient of each role. ZeRO steps its optimizer group by group, each with this rank's shard of the
+    gradient, which has been clipped.
     """
 
-    def __init__(self, measures: bool):
-        self._measures, self._passes_over_actor = measures, False
+    def __init__(self) -> None:
+        self._passes_over_actor = False
         self._left: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         self._squares: dict[str, float] = {}
         self._hooks: list[Any] = []
@@ -166,7 +163,7 @@ class StepsByRole(TrainerCallback):
             if self._passes_over_actor and group[ROLE] == ACTOR:
                 self._left.append((group, group["params"]))
                 group["params"] = []
-            for parameter in group["params"] if self._measures else ():
+            for parameter in group["params"]:
                 if parameter.grad is not None:
                     square = parameter.grad.detach().float().square().sum().item()
                     self._squares[group[ROLE]] = self._squares.get(group[ROLE], 0.0) + square

@@ -280,7 +280,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._paid: Tensor | None = None  # of the same, one per token, if a source pays at tokens
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
-        self._steps_by_role = StepsByRole(measures=self.is_deepspeed_enabled)
+        self._steps_by_role = StepsByRole()
         self._steps_alone = 0  # that the critic has taken on this mini-batch
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
@@ -425,7 +425,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             decayed = self.get_decay_parameter_names(self.model)
             parameters = [p for name, p in self.model.named_parameters() if name in decayed]
             give_own_groups(optimizer, self.critic, self.args, parameters)
-            self.add_callback(self._steps_by_role)
+            if self.is_deepspeed_enabled:
+                self.add_callback(self._steps_by_role)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
