@@ -11,8 +11,8 @@ from commands import ROOT, command
 from trl_ext import __version__
 from trl_ext.cli import closing
 from trl_ext.cli.commands import demo
+from trl_ext.cli.errors import usage_errors
 from trl_ext.cli.main import COMMANDS, leave_out_noise, main
-from trl_ext.cli.options import usage_errors
 from trl_ext.data import demo as embedded
 
 

@@ -8,8 +8,9 @@ import pytest
 import tiny
 from trl_ext import planner
 from trl_ext.planner import GIB, Hardware, Layout, ModelNames, plan, smallest_change, speed, suggest, timing
+from trl_ext.planner.catalogue import load_config
 from trl_ext.planner.changes import changes
-from trl_ext.planner.shapes import adapter_shape, load_config
+from trl_ext.planner.shapes import adapter_shape
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported

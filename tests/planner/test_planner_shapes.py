@@ -1,5 +1,8 @@
 """Sizes of models and adapters, against real models, closed forms and published counts."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,8 +17,12 @@ from transformers import (
 )
 
 import tiny
-from trl_ext.planner import SHAPES, model_shape
-from trl_ext.planner.shapes import adapter_shape, load_config, meta_model
+from trl_ext.planner import Hardware, Layout, catalogue, model_shape, plan, shapes, suggest
+from trl_ext.planner.catalogue import load_config
+from trl_ext.planner.counting import count as count_config
+from trl_ext.planner.counting import meta_model
+from trl_ext.planner.counts import of_catalogue
+from trl_ext.planner.shapes import adapter_shape
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
@@ -36,20 +43,119 @@ def test_llama_33b_has_its_published_parameters():
     assert (shape.head, shape.largest_module, shape.largest_linear) == (vocab * h, vocab * h, h * f)
 
 
-PUBLISHED = {"135m": 0.1345, "0.5b": 0.494, "1.5b": 1.544, "7b": 7.616, "8b": 8.030, "qwen3-8b": 8.191}
-PUBLISHED |= {"llama-7b": 6.738, "13b": 13.016, "65b": 65.286, "70b": 70.554}
+# Billions of parameters in the models' cards and reports, towers included: SmolLM2, SmolLM3, Qwen2.5, Qwen3, LLaMA
+# (Touvron et al. 2023, table 2), Llama 3, Gemma 3 (its report, table 1), Gemma 4, Mistral, Mixtral, Phi-4, OLMo 2,
+# gpt-oss (its card, table 1), DeepSeek-V3.
+PUBLISHED = """
+    smollm2-135m 0.135  smollm2-360m 0.362  smollm2-1.7b 1.71  smollm3-3b 3.08
+    qwen2.5-0.5b 0.494  qwen2.5-1.5b 1.54  qwen2.5-3b 3.09  qwen2.5-7b 7.61  qwen2.5-14b 14.7  qwen2.5-32b 32.5
+    qwen2.5-72b 72.7  qwen3-0.6b 0.6  qwen3-1.7b 1.7  qwen3-4b 4.0  qwen3-8b 8.2  qwen3-14b 14.8  qwen3-32b 32.8
+    qwen3-30b-a3b 30.5  qwen3-235b-a22b 235  llama-7b 6.7  llama-13b 13.0  llama-33b 32.5  llama-65b 65.2
+    llama-3.2-1b 1.23  llama-3.2-3b 3.21  llama-3.1-8b 8.03  llama-3.1-70b 70.6  llama-3.1-405b 405
+    gemma-3-1b 1.0  gemma-3-4b 4.3  gemma-3-12b 12.19  gemma-3-27b 27.43
+    gemma-4-e2b 5.1  gemma-4-e4b 8.0  gemma-4-26b-a4b 25.8  gemma-4-31b 31.3
+    mistral-7b 7.25  mistral-small-24b 23.6  mixtral-8x7b 46.7  mixtral-8x22b 141  phi-4 14.7  phi-4-mini 3.84
+    olmo-2-7b 7.3  olmo-2-13b 13.7  gpt-oss-20b 20.9  gpt-oss-120b 116.8  deepseek-v3 671
+"""
+# Of a mixture of experts, those that one token meets.
+ACTIVE = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "mixtral-8x7b": 12.9, "mixtral-8x22b": 39, "deepseek-v3": 37}
+ACTIVE |= {"gpt-oss-20b": 3.6 + 0.58, "gpt-oss-120b": 5.1 + 0.58}  # its card leaves the embedding out
 
 
-@pytest.mark.parametrize("name, billions", PUBLISHED.items())
-def test_built_in_shape_has_its_published_parameters(name, billions):
-    assert model_shape(name).parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+def test_catalogue_has_the_published_numbers_of_parameters():
+    words = PUBLISHED.split()
+    published = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+    assert published.keys() == catalogue.SHAPES.keys()
+    for name, billions in published.items():
+        assert (name, model_shape(name).parameters / 1e9) == (name, pytest.approx(billions, rel=0.02))
+    for name, billions in ACTIVE.items():
+        assert (name, model_shape(name).active / 1e9) == (name, pytest.approx(billions, rel=0.06))
 
 
-def test_every_built_in_shape_is_named_by_its_hub_name_too():
-    assert model_shape("Qwen/Qwen3-8B").parameters == model_shape("qwen3-8b").parameters
-    assert model_shape("Qwen/Qwen2.5-0.5B-Instruct").parameters == model_shape("0.5b").parameters
-    assert model_shape("huggyllama/llama-30b").parameters == model_shape("33b").parameters
-    assert all(model_shape(name).layers == sizes["num_hidden_layers"] for name, sizes in SHAPES.items())
+# The smallest of each family
+FAMILIES = {sizes["model_type"]: name for name, sizes in reversed(catalogue.SHAPES.items())}
+
+
+@pytest.mark.integration
+def test_counts_of_the_catalogue_are_those_of_transformers_models():
+    """`python -m trl_ext.planner.counting` writes them anew."""
+    stored = of_catalogue()
+    assert stored.keys() == catalogue.SHAPES.keys()
+    for name in FAMILIES.values():
+        assert (name, count_config(load_config(name))) == (name, dataclasses.replace(stored[name], adapted=[]))
+    for name, sizes in catalogue.SHAPES.items():
+        text = sizes.get("text_config", sizes)
+        numbers = [text[field] for field in ("num_hidden_layers", "hidden_size", "vocab_size")]
+        assert [stored[name].layers, stored[name].hidden, stored[name].vocab] == numbers
+        experts = text.get("num_experts_per_tok") or text.get("top_k_experts")
+        width = text.get("moe_intermediate_size", text["intermediate_size"])
+        assert stored[name].inner == (experts or 1) * width
+
+
+def shallow(name):
+    """The config of the catalogue with few layers."""
+    sizes = copy.deepcopy(catalogue.SHAPES[name])
+    text = sizes.get("text_config", sizes)
+    text["num_hidden_layers"] = layers = 6 if "gemma-4" in name else 4
+    if "layer_types" in text:
+        text |= {"layer_types": text["layer_types"][:layers], "num_kv_shared_layers": 0}
+    return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_score_heads_and_adapters_of_the_catalogue_are_those_of_real_models(name, monkeypatch):
+    """Its models need neither be built with a score nor be given to PEFT to count both."""
+    config = shallow(name)
+    scored, expected = shapes.shape_of(count_config(config).with_score()), model_shape(config, with_score=True)
+    assert dataclasses.replace(scored, name=expected.name) == expected
+    # PEFT refuses the projections of Gemma 4's vision tower by name.
+    for targets in ("all-linear", ("o_proj", "down_proj"))[: 1 if "gemma-4" in name else 2]:
+        counted = adapter_shape(config, 16, targets)
+        with monkeypatch.context() as patch:
+            patch.setattr(shapes, "_adapted", lambda *_: [])  # so that PEFT is asked
+            assert adapter_shape(config, 16, targets) == counted
+
+
+@pytest.mark.parametrize(
+    "said, meant",
+    [
+        ("Qwen/Qwen3-8B", "qwen3-8b"),
+        ("qwen3 8b", "qwen3-8b"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3-4b"),
+        ("0.6b", "qwen3-0.6b"),
+        ("huggyllama/llama-30b", "llama-33b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3.1-8b"),
+        ("llama3.2-1b", "llama-3.2-1b"),
+        ("Llama-3.3-70B-Instruct", "llama-3.1-70b"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("gemma4-31b", "gemma-4-31b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("HuggingFaceTB/SmolLM3-3B-Base", "smollm3-3b"),
+        ("235b", "qwen3-235b-a22b"),
+        ("openai/gpt-oss-20b", "gpt-oss-20b"),
+        ("allenai/OLMo-2-1124-7B-SFT", "olmo-2-7b"),
+        ("phi4", "phi-4"),
+        ("someone/qwen3-8b-of-mine", None),
+        ("9b", None),
+    ],
+)
+def test_names_that_people_use_find_the_catalogue(said, meant):
+    assert catalogue.find(said) == meant
+
+
+def test_a_config_is_read_once_by_a_plan_and_by_a_search(tmp_path, monkeypatch):
+    read, given = AutoConfig.from_pretrained, []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: given.append(name) or read(name))
+    tiny.tiny_config().save_pretrained(tmp_path)
+    layout = Layout(accumulation=4, rollout=4)
+    plan(str(tmp_path), layout, Hardware())
+    assert suggest(str(tmp_path), layout, Hardware())
+    assert given == [str(tmp_path)]
+    tiny.tiny_config(hidden_size=32).save_pretrained(tmp_path)
+    assert plan(str(tmp_path), layout, Hardware()).models.actor.hidden == 32
+    plan("Qwen/Qwen3-8B", layout, Hardware())  # of the catalogue
+    assert len(given) == 2
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,7 +3,9 @@ The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same
 
     main          finds the command
     options       reads defaults, recipe and flags
-    parser        parses flags, and hints at what a misspelt one was to be
+    parser        the options of commands that train or score, by topic
+    flags         the flags of the other commands; hints at what a misspelt one was to be
+    errors        one sentence instead of a traceback
     topics        groups options for `--help`
     older_names   what options were called earlier and elsewhere
     recipes       finds the files of `configs/`

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from .. import ReportCallback
 from ..runs.folder import STATE, is_of_this_run
 from ..runs.steps_left import has_steps_left
-from .options import Options, usage_errors
+from .errors import usage_errors
+from .options import Options
 
 
 def program(command: str) -> str:

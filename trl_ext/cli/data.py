@@ -15,7 +15,7 @@ from ..data.conversions import to_preference
 from ..data.formats import parse_columns
 from ..data.json_values import key_of
 from ..runs.folder import DATA_FILES
-from .options import PACKAGE, package_of
+from .errors import PACKAGE, package_of
 
 
 @dataclass

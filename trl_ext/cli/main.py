@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -30,11 +31,17 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "--version":
         print(f"trl-ext {__version__}")
     elif command in COMMANDS:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
         leave_out_noise()
-        # Of several processes, torchrun names the one that failed first, and why.
-        record(import_module(f".commands.{command}", __package__).main)(rest)
+        run = import_module(f".commands.{command}", __package__).main
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of several processes, torchrun names the one that failed first
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            run = record(run)
+        try:
+            run(rest)
+        except SystemExit as stopped:  # after `--help`
+            if stopped.code:
+                raise
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..data import demo
 from ..models.loading import check_no_adapter, require_model, require_weights
 from ..models.precision import computes_in_bf16
-from .options import package_of
+from .errors import package_of
 
 
 @dataclass

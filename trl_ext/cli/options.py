@@ -1,11 +1,9 @@
 """Read the options of a command from defaults, recipe and flags, and make its config objects of them."""
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,9 @@ from transformers import TrainingArguments
 
 from ..models.precision import computes_in_bf16
 from ..runs.requirements import check_optimizable, check_startable
-from .parser import OptionParser, is_negation, misspelt
-from .recipes import find_config, read_recipe
-
-
-PACKAGE = __name__.split(".")[0]
+from .flags import is_negation, misspelt
+from .parser import OptionParser
+from .recipes import find_config, find_deepspeed, read_recipe
 
 
 class Options:
@@ -86,38 +82,9 @@ def read(
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{misspelt(unknown, parser)} `--help_all` lists every option.")
-    _find_deepspeed(values)
+    if hasattr(values, "deepspeed"):
+        values.deepspeed = find_deepspeed(values.deepspeed)
     return Options(parser, values, argv)
-
-
-def recipe_options(dataclasses: Iterable[type], recipe: str | Path) -> dict[str, Any]:
-    """Return names and values of a recipe, and defaults. No config is made: it may be for other hardware."""
-    parser = OptionParser("", dataclasses)
-    options = {name: action.dest for action in parser._actions for name in action.option_strings}
-    given = read_recipe(find_config(recipe)).items()
-    parser.set_defaults_with_config(**{options[f"--{key}"]: value for key, value in given if f"--{key}" in options})
-    values = parser.parse_known_args([])[0]
-    _find_deepspeed(values)
-    return vars(values)
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Within the context, an error that this package raises ends the command with its text, without a traceback."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:  # an extra that is not installed is one, too
-        if package_of(error) != PACKAGE:
-            raise
-        raise SystemExit(f"error: {error}") from error
-
-
-def package_of(error: BaseException) -> str:
-    """Return the name of the package that raised the error."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def _apply_recipe(parser: OptionParser, path: Path) -> None:
@@ -168,14 +135,3 @@ def _follow_the_device(parser: OptionParser, known: argparse.Namespace) -> None:
         parser.set_defaults(dataloader_pin_memory=False)
     if getattr(known, "bf16", False) is None:  # TRL would take bfloat16, on a CPU too
         parser.set_defaults(bf16=not known.fp16 and computes_in_bf16(use_cpu))
-
-
-def _find_deepspeed(values: argparse.Namespace) -> None:
-    """Find a DeepSpeed file, which may be an installed one; raise `ValueError` if it is broken."""
-    file = getattr(values, "deepspeed", None)
-    if isinstance(file, str) and file.endswith(".json"):
-        values.deepspeed = str(find_config(file, "deepspeed"))
-        try:
-            json.loads(Path(values.deepspeed).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"The DeepSpeed file {values.deepspeed} is no JSON: {error}") from error

@@ -1,6 +1,7 @@
 """Find and read the files of `configs/`: a checkout's, the user's own, and those installed with the package."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
     return recipe
+
+
+def find_deepspeed(given: Any) -> Any:
+    """Return the path of a DeepSpeed file, which may be an installed one, or what else is given; `ValueError` if it is
+    broken."""
+    if not (isinstance(given, str) and given.endswith(".json")):
+        return given
+    path = find_config(given, "deepspeed")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The DeepSpeed file {path} is no JSON: {error}") from error
+    return str(path)
 
 
 def read_yaml(path: Path, what: str) -> Any:

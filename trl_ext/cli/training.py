@@ -15,10 +15,11 @@ from ..runs.folder import checkpoint_of
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
 from .dry_run import dry_run
+from .errors import usage_errors
 from .fit import require_fit
 from .launch import launch, launches, require_all
 from .models import ModelArguments, model_errors, path_of, require_adapted, require_judges
-from .options import Options, read, usage_errors
+from .options import Options, read
 
 
 @dataclass(frozen=True)

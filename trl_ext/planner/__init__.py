@@ -1,7 +1,10 @@
 """
 The plan of a run: what it needs on each GPU, from configs alone, before anything is loaded.
 
-    shapes      sizes of models and adapters, counted on meta models
+    catalogue   published configs of models that people name
+    counts      what is counted in a model
+    counting    what transformers builds from a config, counted on a meta model
+    shapes      sizes of models and adapters
     layout      what is planned: how a run is laid out, on which hardware
     optimizers  bytes of each optimizer's states
     memory      bytes of each part, as formulas
@@ -15,13 +18,14 @@ The plan of a run: what it needs on each GPU, from configs alone, before anythin
     drawing     how cost grows, as a picture
 """
 
+from .catalogue import SHAPES, load_config
 from .changes import smallest_change
 from .drawing import picture
 from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
 from .planning import ModelNames, Plan, plan
 from .recipe import layout_from_options, names_from_options, this_machine
 from .search import suggest
-from .shapes import SHAPES, load_config, model_shape
+from .shapes import model_shape
 from .table import plan_text, scale_table, speed_text, suggestion_table
 from .timing import ASSUMED, speed
 

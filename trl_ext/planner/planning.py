@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from . import memory
 from .layout import Hardware, Layout
 from .phases import Models, Phase, phases
-from .shapes import ModelShape, adapter_shape, load_config, model_shape
+from .shapes import adapter_shape, model_shape
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,14 @@ class Plan:
 
 
 def models_of(names: ModelNames, layout: Layout) -> Models:
-    """Return the sizes of the models that a layout has, counted on meta models."""
+    """Return the sizes of the models that a layout has."""
     actor = model_shape(names.actor)
     reward = names.reward or names.actor
 
-    def scored(name: str) -> ModelShape:
-        return model_shape(load_config(name), with_score=True)
-
     return Models(
         actor=actor,
-        critic=scored(names.critic or reward) if layout.critic == "model" else None,
-        reward=scored(reward) if layout.reward == "model" else None,
+        critic=model_shape(names.critic or reward, with_score=True) if layout.critic == "model" else None,
+        reward=model_shape(reward, with_score=True) if layout.reward == "model" else None,
         reference=model_shape(names.reference or names.actor) if layout.reference == "model" else None,
         adapter=None if layout.method == "full" else adapter_shape(names.actor, layout.rank, layout.targets),
     )

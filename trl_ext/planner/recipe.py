@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.training_args import OptimizerNames
-
 from ..packing.budget import size_of_parts
 from ..runs.folder import is_local
 from .layout import CPU, GPUS, Hardware, Layout
 from .planning import ModelNames
-from .shapes import load_config
+from .shapes import model_shape
 
 
 # What the scripts start from when no model is named (trl_ext/data/demo.py).
@@ -47,9 +44,9 @@ def layout_from_options(
     """
     if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise ValueError("FSDP is not planned. ZeRO-3 shards alike: plan it with `zero_stage: 3`.")
-    checkpointing = options.get("gradient_checkpointing")
+    checkpointing, optimizer = options.get("gradient_checkpointing"), options.get("optim") or "adamw_torch_fused"
     common: dict[str, Any] = {
-        "optimizer": OptimizerNames(options.get("optim") or "adamw_torch_fused").value,
+        "optimizer": getattr(optimizer, "value", optimizer),  # a name, or a member of transformers' OptimizerNames
         "gradient_checkpointing": True if checkpointing is None else checkpointing,
     }
     common |= _adapters(options) | _deepspeed(options)
@@ -99,7 +96,7 @@ def _deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
         chosen[name] = (zero.get(section) or {}).get("device", "none") not in ("none", None)
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
-        bucket = load_config(names_from_options(options).actor).get_text_config().hidden_size ** 2
+        bucket = model_shape(names_from_options(options).actor).hidden ** 2
     live = zero.get("stage3_max_live_parameters", 1e9)
     return chosen | {"reduce_bucket": float(bucket), "live_parameters": float(live)}
 
@@ -163,6 +160,8 @@ def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
 
 def this_machine() -> Hardware:
     """Return the devices that this process and the others of its launch see."""
+    import torch  # takes seconds, which a plan for another machine need not wait for
+
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpus = int(os.environ.get("WORLD_SIZE", 1))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))

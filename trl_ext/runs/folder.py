@@ -5,9 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import get_last_checkpoint
-
 
 FACTS = "run.json"  # written when a run begins, by `ReportCallback`
 STATE = "trainer_state.json"  # the Trainer's log
@@ -32,6 +29,8 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
         return None
     folder = Path(str(given))
     if str(given).lower() == "true":
+        from transformers.trainer_utils import get_last_checkpoint  # takes seconds, and many read this file
+
         last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
         if last is None:
             raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
@@ -49,6 +48,8 @@ def absent_optimizer(checkpoint: Path, deepspeed_plugin: Any) -> list[str]:
     """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
     if deepspeed_plugin is not None:  # DeepSpeed saves its engine
         return []
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
     files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
     return [name for name in files if not (checkpoint / name).is_file()]
 

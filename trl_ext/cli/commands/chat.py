@@ -14,8 +14,8 @@ from transformers import TextStreamer, pipeline
 
 from ...models.loading import load_tokenizer, require_writer
 from ...models.precision import computes_in_bf16
-from ..options import usage_errors
-from ..parser import CommandParser
+from ..errors import usage_errors
+from ..flags import CommandParser
 
 
 def arguments() -> CommandParser:

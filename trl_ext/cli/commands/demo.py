@@ -13,7 +13,7 @@ import importlib.util
 import subprocess
 import sys
 
-from ..parser import CommandParser
+from ..flags import CommandParser
 
 
 # What the demo needs besides the package's own dependencies, by the extra that brings it.

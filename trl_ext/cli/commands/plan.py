@@ -16,13 +16,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ... import DPOConfigX, PPOConfigX, planner
+from ... import planner
 from ...planner import CPU, GIB, GPUS, Hardware, Layout, ModelNames
-from ..data import DataArguments
-from ..models import ModelArguments
-from ..options import recipe_options, usage_errors
-from ..parser import CommandParser
-from ..recipes import find_config
+from ..errors import usage_errors
+from ..flags import CommandParser
+from ..recipes import find_config, find_deepspeed, read_recipe
 
 
 FIRST = "The 10 options that matter first"
@@ -44,7 +42,6 @@ MODEL_TEXTS = {
     "ref_model": "Model whose sizes the reference has. Unset: the actor's.",
     "value_model": "Model whose sizes the critic has. Unset: the reward model's.",
 }
-CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
 
 
 def arguments() -> CommandParser:
@@ -97,9 +94,9 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     if given.from_config:
         recipe = find_config(given.from_config)
         trainer = flags.get("trainer") or recipe.resolve().parent.name
-        if trainer not in CONFIGS:
+        if trainer not in ("ppo", "dpo"):
             raise ValueError(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with `--trainer`.")
-        options = recipe_options((DataArguments, ModelArguments, CONFIGS[trainer]), recipe)
+        options = options_of(recipe)
         names = planner.names_from_options(options)
         layout = planner.layout_from_options(trainer, options, machine, given.prompt)
     else:
@@ -112,6 +109,14 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     roles = {"actor": "model", "reward": "reward_model", "reference": "ref_model", "critic": "value_model"}
     named = {role: name for role, option in roles.items() if (name := getattr(given, option))}
     return ModelNames(**(vars(names) | named)), layout.change(**flags)
+
+
+def options_of(recipe: Path) -> dict[str, Any]:
+    """Return the options of a recipe by their first names; those that it leaves out have the planner's defaults."""
+    options = {key.replace("-", "_"): value for key, value in read_recipe(recipe).items()}
+    if "model" in options:
+        options["model_name_or_path"] = options.pop("model")
+    return options | {"deepspeed": find_deepspeed(options.get("deepspeed"))}
 
 
 def answer(given: argparse.Namespace) -> None:

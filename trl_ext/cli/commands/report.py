@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from ...report import read_run, write_report
-from ..options import usage_errors
-from ..parser import CommandParser
+from ..errors import usage_errors
+from ..flags import CommandParser
 
 
 def main(argv: list[str] | None = None) -> None:

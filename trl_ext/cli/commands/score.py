@@ -27,8 +27,9 @@ from ...models.loading import load_tokenizer, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
+from ..errors import usage_errors
 from ..models import ModelArguments
-from ..options import read, usage_errors
+from ..options import read
 
 
 PAIR = ("prompt", "chosen", "rejected")

@@ -1,0 +1,81 @@
+"""Parse the flags of commands with few options, in both spellings, and hint at what a misspelt one was to be."""
+
+import argparse
+import difflib
+import re
+import sys
+from typing import Any
+
+from .older_names import what_it_is_today
+
+
+WIDTH = 119  # columns of a help text
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`argparse` for commands with few options: takes hyphens for underscores and hints at what was meant."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            f"trl-ext {command}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        values, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            raise SystemExit(f"error: {misspelt(unknown, self)} `--help` lists every option.")
+        return values
+
+
+def _with_underscores(word: str) -> str:
+    """Return a flag in the spelling that is known: `--from_config` for `--from-config`; argparse's `--no-suggest`."""
+    if not word.startswith("--"):
+        return word
+    name, sign, value = word.partition("=")
+    start = "--no-" if is_negation(name) else "--"
+    return start + name[len(start) :].replace("-", "_") + sign + value
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Show one name per option (`--max_steps INT`), although argparse knows its hyphens too, and no empty defaults."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, []) else action.help
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {self._format_args(action, str(action.metavar or 'VALUE'))}"
+        return ", ".join(spellings(action)) + value
+
+
+def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """Return a sentence for each unknown option, or word: what it is called today, or else the nearest option."""
+    known = [name.lstrip("-") for action in parser._actions for name in spellings(action)]
+    sentences = []
+    for word in [word for word in unknown if word.startswith("-")] or unknown:
+        dashes = "--" if word.startswith("-") else ""
+        wanted = word.split("=")[0].lstrip("-").replace("-", "_")
+        meant = what_it_is_today(wanted, set(known))
+        if meant is None:
+            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+            ending = f"; did you mean `{dashes}{near[0]}`?" if near else "."
+        else:  # names of options in the spelling of the line, a flag's or a recipe's
+            named = re.sub("`(?=[a-z_0-9]+`)", f"`{dashes}", meant)
+            ending = f"; {named}."
+        sentences.append(f"there is no option `{word.split('=')[0]}`{ending}")
+    return " ".join(sentences)
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """Return the names of an option, without the second spelling with hyphens."""
+    return [name for name in action.option_strings if "-" not in name.removeprefix("--") or name == "-h"]
+
+
+def is_negation(name: str) -> bool:
+    """Return whether a flag is argparse's `--no_x` of an option that is on by default."""
+    return name.startswith(("--no_", "--no-"))
