@@ -10,6 +10,7 @@ from trl_ext import planner
 from trl_ext.planner import GIB, Hardware, Layout, ModelNames, plan, smallest_change, speed, suggest, timing
 from trl_ext.planner.catalogue import load_config
 from trl_ext.planner.changes import changes
+from trl_ext.planner.machines import find_gpu
 from trl_ext.planner.shapes import adapter_shape
 
 
@@ -294,8 +295,78 @@ def test_parts_that_do_not_go_together_are_errors(options, message):
 def test_hardware_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="must be above 0"):
         Hardware(gpus=0)
-    with pytest.raises(ValueError, match="does not know the GPU"):
-        planner.hardware("abacus")
+    with pytest.raises(ValueError, match=r"does not know the GPU 'rtx4091'\. Did you mean rtx4090-24gb"):
+        planner.hardware("rtx4091")
+
+
+@pytest.mark.parametrize(
+    "said, card",
+    [
+        ("4090", "rtx4090-24gb"),
+        ("RTX 4090", "rtx4090-24gb"),
+        ("NVIDIA GeForce RTX 3060", "rtx3060-12gb"),
+        ("a100", "a100-80gb"),
+        ("A100-40", "a100-40gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("h20", "h20-96gb"),
+        ("rtx 5090", "rtx5090-32gb"),
+        ("4060 ti", "rtx4060ti-16gb"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtxpro6000-96gb"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada-48gb"),
+        ("Tesla T4", "t4-16gb"),
+        ("b200", "b200-180gb"),
+        ("4091", None),
+    ],
+)
+def test_cards_are_found_by_what_people_call_them(said, card):
+    assert find_gpu(said) == card
+
+
+def test_every_card_is_found_by_its_own_name_and_has_the_memory_that_it_names():
+    for card, speeds in planner.GPUS.items():
+        assert find_gpu(card) == card
+        named = float(re.search(r"-(\d+)gb$", card).group(1))
+        assert 0.9 * named <= speeds["memory"] / GIB <= named
+
+
+def test_host_memory_is_that_of_the_usual_machine_and_always_said():
+    one, eight = planner.hardware("h100"), planner.hardware("h100", gpus=16)
+    assert (one.host_memory, eight.host_memory) == (256 * GIB, 8 * 256 * GIB)  # of a node of 8
+    assert one.with_gpus(16) == eight
+    assert planner.hardware("h100", host_memory=5.0).with_gpus(8).host_memory == 5.0
+    assert "Host memory of a node: 0 of 256 GiB for what is offloaded, assumed for h100-80gb" in planner.plan_text(
+        plan("0.5b", FULL, one)
+    )
+    assert "Host memory of a node: 256 GiB" in planner.suggestion_table(suggest("0.5b", FULL, one))
+
+
+def test_what_stays_in_16_bits_and_what_sees_is_said():
+    text = planner.plan_text(plan("30b-a3b", ON_ONE_BASE, GPU))
+    assert "29.0B of them experts, which stay in 16 bits" in text
+    assert "stay in 16 bits" not in planner.plan_text(plan("8b", ON_ONE_BASE, GPU))
+    assert "0.42B of them to see or hear" in planner.plan_text(plan("gemma-3-4b", ON_ONE_BASE, GPU))
+
+
+def test_plan_of_dpo_speaks_of_pairs_and_of_no_role_that_it_has_not():
+    planned = plan("0.5b", DPO, GPU)
+    said = (
+        planner.plan_text(planned)
+        + planner.speed_text(planned, 10)
+        + planner.suggestion_table(suggest("0.5b", DPO, GPU))
+    )
+    assert not re.search("critic|reward|rollout|responses|generat|score", said)
+    assert "an optimizer step of 1;" in said
+
+
+def test_layouts_that_offload_the_optimizer_are_suggested_where_no_other_fits():
+    """Of a kind of training that fits without, the one without is taken, though it may be slower."""
+    roomy, tight = (dataclasses.replace(GPU, memory=memory * GIB, host_memory=512 * GIB) for memory in (80, 8))
+    start = FULL.change(reference="none", reward="none")
+    assert not any(p.layout.offload_optimizer for p in suggest("0.5b", start, roomy))
+    full = [p.layout for p in suggest("1.5b", start, tight) if p.layout.method == "full"]
+    assert full
+    assert all(layout.offload_optimizer for layout in full)
 
 
 def test_models_of_their_own_sizes_count_as_such(tmp_path):

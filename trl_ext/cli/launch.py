@@ -25,7 +25,7 @@ class LaunchArguments:
     )
     gpu: str | None = field(
         default=None,
-        metadata={"help": "With --dry_run: the GPU to plan for, such as rtx4090-24gb. Unset: this machine's."},
+        metadata={"help": "With --dry_run: the GPU to plan for, such as 4090 or a100-40. Unset: this machine's."},
     )
     force: bool = field(
         default=False, metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."}

@@ -6,6 +6,7 @@ The plan of a run: what it needs on each GPU, from configs alone, before anythin
     counting    what transformers builds from a config, counted on a meta model
     shapes      sizes of models and adapters
     layout      what is planned: how a run is laid out, on which hardware
+    machines    GPUs by what people call them, and the machines that they are in
     optimizers  bytes of each optimizer's states
     memory      bytes of each part, as formulas
     phases      bytes by role and moment
@@ -21,17 +22,17 @@ The plan of a run: what it needs on each GPU, from configs alone, before anythin
 from .catalogue import SHAPES, load_config
 from .changes import smallest_change
 from .drawing import picture
-from .layout import CPU, GIB, GPUS, Hardware, Layout, hardware
+from .layout import GIB, Hardware, Layout
+from .machines import CPU, GPUS, hardware
 from .planning import ModelNames, Plan, plan
 from .recipe import layout_from_options, names_from_options, this_machine
 from .search import suggest
 from .shapes import model_shape
 from .table import plan_text, scale_table, speed_text, suggestion_table
-from .timing import ASSUMED, speed
+from .timing import assumed, speed
 
 
 __all__ = [
-    "ASSUMED",
     "CPU",
     "GIB",
     "GPUS",
@@ -40,6 +41,7 @@ __all__ = [
     "Layout",
     "ModelNames",
     "Plan",
+    "assumed",
     "hardware",
     "layout_from_options",
     "load_config",

@@ -1,6 +1,5 @@
 """Draw how cost grows: with the size of the model, the length of the sequences, and the number of GPUs."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def _lengths(axes: Any, planned: Plan) -> None:
 
 
 def _counts(axes: Any, planned: Plan) -> None:
-    plans = [plan(planned.names, planned.layout, replace(planned.hardware, gpus=n)) for n in COUNTS]
+    plans = [plan(planned.names, planned.layout, planned.hardware.with_gpus(n)) for n in COUNTS]
     axes.plot(COUNTS, [p.needed / GIB for p in plans], "o-", label="GiB on each GPU")
     rates = [speed(p).tokens_per_second / p.hardware.gpus for p in plans]
     axes.plot(COUNTS, rates, "s--", label="tokens/s of each GPU")

@@ -30,6 +30,8 @@ class Hardware:
             been measured. 0 on a CPU, where memory is counted from a process that has imported everything.
         fragmentation: share of what is allocated that the allocator holds beside it: an assumption, 0 on a CPU.
         is_cpu: whether the run computes on a CPU.
+        name: the card's, if it is known.
+        host_for_each: bytes of host memory that are assumed for each GPU of a node; 0 where `host_memory` is known.
     """
 
     gpus: Annotated[int, POSITIVE] = 1
@@ -45,6 +47,8 @@ class Hardware:
     context: float = 1.0 * GIB
     fragmentation: float = 0.03
     is_cpu: bool = False
+    name: str = ""
+    host_for_each: float = 0.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -58,28 +62,10 @@ class Hardware:
         """Return the GPUs of a full node."""
         return min(self.gpus, self.gpus_per_node)
 
-
-# NVIDIA's data sheets: dense 16-bit FLOPs, memory bandwidth, NVLink or PCIe each way.
-GPUS: dict[str, dict[str, float]] = {
-    "a100-80gb": {"memory": 80 * GIB, "flops": 312e12, "bandwidth": 2.0e12, "link": 300e9},
-    "a100-40gb": {"memory": 40 * GIB, "flops": 312e12, "bandwidth": 1.6e12, "link": 300e9},
-    "h100-80gb": {"memory": 80 * GIB, "flops": 989e12, "bandwidth": 3.35e12, "link": 450e9},
-    "h200-141gb": {"memory": 139 * GIB, "flops": 989e12, "bandwidth": 4.8e12, "link": 450e9},
-    "l40s-48gb": {"memory": 48 * GIB, "flops": 362e12, "bandwidth": 864e9, "link": 32e9},
-    "rtx4090-24gb": {"memory": 24 * GIB, "flops": 165e12, "bandwidth": 1.0e12, "link": 32e9},
-    "rtx3090-24gb": {"memory": 24 * GIB, "flops": 71e12, "bandwidth": 936e9, "link": 32e9},
-    "rtx3060-12gb": {"memory": 12 * GIB, "flops": 51e12, "bandwidth": 360e9, "link": 16e9},
-}
-CPU = Hardware(memory=16 * GIB, flops=1e11, bandwidth=2e10, context=0, fragmentation=0, is_cpu=True)
-
-
-def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
-    """Return the hardware with GPUs of the table, overridden by `options`."""
-    if gpu not in GPUS:
-        raise ValueError(
-            f"The planner does not know the GPU {gpu!r}. Choose one of {sorted(GPUS)}, or give its numbers."
-        )
-    return Hardware(**(GPUS[gpu] | options))  # type: ignore[arg-type]
+    def with_gpus(self, gpus: int) -> "Hardware":
+        """Return the same machine, or machines, with another number of GPUs and the host memory that goes with it."""
+        other = replace(self, gpus=gpus)
+        return replace(other, host_memory=self.host_for_each * other.on_node) if self.host_for_each else other
 
 
 def says(default: Any, text: str) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..packing.budget import size_of_parts
 from ..runs.folder import is_local
-from .layout import CPU, GPUS, Hardware, Layout
+from .layout import Hardware, Layout
+from .machines import CPU, GPUS, find_gpu
 from .planning import ModelNames
 from .shapes import model_shape
 
@@ -168,11 +169,11 @@ def this_machine() -> Hardware:
     if not torch.cuda.is_available():
         return replace(CPU, memory=host, host_memory=host, gpus=gpus)
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    name = device.name.lower().replace(" ", "").replace("-", "")
-    known = next((speeds for key, speeds in GPUS.items() if key.split("-")[0] in name), {})
-    options = known | {
+    card = find_gpu(device.name)
+    options = ({} if card is None else GPUS[card] | {"name": card}) | {
         "memory": float(device.total_memory),
         "host_memory": host,
+        "host_for_each": 0.0,
         "gpus": gpus,
         "gpus_per_node": on_node,
     }

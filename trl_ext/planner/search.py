@@ -15,16 +15,17 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
     Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
-    order; of those equally fast one that offloads no frozen model, with the largest micro-batch that fits. Trainer,
-    lengths, rollout and optimizer are `start`'s; all else is searched.
+    order. One that offloads the optimizer is taken where no other fits; of those equally fast one that offloads no
+    frozen model, with the largest micro-batch that fits. Trainer, lengths, rollout and optimizer are `start`'s; all
+    else is searched.
     """
-    best: dict[tuple[str, str], tuple[tuple[float, bool, int], Plan]] = {}
+    best: dict[tuple[str, str], tuple[tuple[bool, float, bool, int], Plan]] = {}
     for layout in layouts(start, hardware):
         planned = plan(names, layout, hardware)
         if not planned.fits:
             continue
         kind, rate = (layout.method, layout.critic), float(f"{speed(planned).tokens_per_second:.6g}")
-        rank = rate, not layout.offload_frozen, layout.micro_batch
+        rank = not layout.offload_optimizer, rate, not layout.offload_frozen, layout.micro_batch
         if kind not in best or rank > best[kind][0]:
             best[kind] = rank, planned
     return [_with_largest_micro_batch(names, planned, start, hardware) for _, planned in best.values()]

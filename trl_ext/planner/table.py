@@ -1,14 +1,13 @@
 """Show a plan in words and tables, for a terminal or a page."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from .changes import Change, smallest_change
-from .layout import GIB
+from .layout import GIB, Hardware
 from .memory import PARTS
 from .phases import ROLES
 from .planning import Plan, plan
-from .timing import ASSUMED, speed
+from .timing import assumed, speed
 
 
 HEADERS = {"optimizer": "optimizer states", "kv_cache": "KV cache"}
@@ -32,6 +31,11 @@ def sizes(planned: Plan) -> str:
         if kinds[role] == "none":
             continue
         size = f"{shape.name} {shape.parameters / 1e9:.3f}B" if shape is not None else "on the actor's"
+        if shape is not None and shape.tower:
+            size += f", {shape.tower / 1e9:.2f}B of them to see or hear"
+        packed = layout.method == "qlora" if role == "actor" else getattr(layout, f"{role}_bits", 16) < 16
+        if shape is not None and shape.stacked and packed:
+            size += f", {shape.stacked / 1e9:.1f}B of them experts, which stay in 16 bits"
         if role == "actor" and models.adapter is not None:
             size += f", {models.adapter.parameters / 1e6:.1f}M of an adapter"
         parts.append(f"{role} ({kinds[role]}) {size}")
@@ -79,12 +83,11 @@ def verdict(planned: Plan) -> str:
     where = "the process" if hardware.is_cpu else "each GPU"
     added = host = ""
     if not hardware.is_cpu:
+        host = f" {host_text(hardware, planned.host)}"
         added = (
             f" ({planned.peak.total / GIB:.1f} of tensors; assumed are {hardware.fragmentation:.0%} for the allocator "
             f"and {hardware.context / GIB:.1f} for context and workspaces)"
         )
-    if planned.host:
-        host = f" Host memory of a node: {planned.host / GIB:.0f} of {hardware.host_memory / GIB:.0f} GiB."
     word = "It fits" if planned.fits else "It does not fit"
     return (
         f"{word}: {planned.needed / GIB:.1f} of {hardware.memory / GIB:.1f} GiB on {where}{added}, most when "
@@ -92,12 +95,20 @@ def verdict(planned: Plan) -> str:
     )
 
 
+def host_text(hardware: Hardware, needed: float | None = None) -> str:
+    """Return the host memory of a node, and how much of it offloading needs."""
+    of = "" if needed is None else f"{needed / GIB:.0f} of "
+    assumed = f", assumed for {hardware.name} (`--host_memory`)" if hardware.host_for_each else ""
+    return f"Host memory of a node: {of}{hardware.host_memory / GIB:.0f} GiB for what is offloaded{assumed}."
+
+
 def change_text(found: list[Change], failed: Plan) -> str:
     """Return what would make it fit."""
     if not found:
+        fewer = "sample fewer responses at a time (`accumulation`), " if failed.layout.trainer == "ppo" else ""
         return (
-            "No change that the planner knows makes it fit: sample fewer responses at a time (`accumulation`), "
-            "shorten prompts and responses, or take more or larger GPUs or a smaller model."
+            f"No change that the planner knows makes it fit: {fewer}shorten prompts and answers, or take more or "
+            "larger GPUs or a smaller model."
         )
     after = plan(failed.names, found[-1].layout, failed.hardware)
     lines = [f"- {change.setting} ({change.cost})" for change in found]
@@ -108,14 +119,15 @@ def change_text(found: list[Change], failed: Plan) -> str:
 def speed_text(planned: Plan, sequences: float) -> str:
     """Return the estimated seconds of a step, tokens per second and, for a number of responses or pairs, GPU-hours."""
     estimate = speed(planned)
-    phases = f"generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f}"
-    unit = "a rollout" if planned.layout.trainer == "ppo" else "an optimizer step"
-    what = "responses" if planned.layout.trainer == "ppo" else "pairs"
+    unit, what, phases = "an optimizer step", "pairs", ""
+    if planned.layout.trainer == "ppo":
+        unit, what = "a rollout", "responses"
+        phases = f" (generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f})"
     gpus = f"{estimate.gpus} GPU{'s' if estimate.gpus > 1 else ''}"
     return (
-        f"Estimated: {estimate.seconds:.1f} s for {unit} of {estimate.sequences:,.0f} ({phases}); "
+        f"Estimated: {estimate.seconds:.1f} s for {unit} of {estimate.sequences:,.0f}{phases}; "
         f"{estimate.tokens_per_second:,.0f} tokens/s on {gpus}. {sequences:,.0f} {what}: "
-        f"{estimate.gpu_hours(sequences):,.1f} GPU-hours.\n{ASSUMED}"
+        f"{estimate.gpu_hours(sequences):,.1f} GPU-hours.\n{assumed(planned.layout.trainer)}"
     )
 
 
@@ -123,7 +135,7 @@ def scale_table(planned: Plan, gpus: Iterable[int], sequences: float) -> str:
     """Return the same layout on several numbers of GPUs: what each needs, and how fast all are."""
     rows = []
     for count in gpus:
-        there = plan(planned.names, planned.layout, replace(planned.hardware, gpus=count))
+        there = plan(planned.names, planned.layout, planned.hardware.with_gpus(count))
         estimate = speed(there)
         fits = "yes" if there.fits else "no"
         rate, hours = f"{estimate.tokens_per_second:,.0f}", f"{estimate.gpu_hours(sequences):,.0f}"
@@ -132,21 +144,24 @@ def scale_table(planned: Plan, gpus: Iterable[int], sequences: float) -> str:
 
 
 def suggestion_table(plans: list[Plan]) -> str:
-    """Return the layouts that fit, one a row, the fastest first."""
+    """Return the layouts that fit, one a row, the fastest first, those that offload the optimizer last."""
     if not plans:
         return "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences."
+    is_ppo = plans[0].layout.trainer == "ppo"
     rows = []
-    for planned, rate in sorted(((p, speed(p).tokens_per_second) for p in plans), key=lambda pair: -pair[1]):
+    rates = [(planned, speed(planned).tokens_per_second) for planned in plans]
+    for planned, rate in sorted(rates, key=lambda pair: (pair[0].layout.offload_optimizer, -pair[1])):
         layout = planned.layout
-        roles = f"{layout.critic} / {layout.reward} / {layout.reference}"
+        roles = f"{layout.critic} / {layout.reward} / {layout.reference}" if is_ppo else layout.reference
         engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "none"
         engine += " +offload" if layout.offload_optimizer else ""
         batch = f"{layout.micro_batch} × {layout.accumulation}"
-        if layout.trainer == "ppo":
+        if is_ppo:
             batch += f" ({layout.micro_batch * layout.length} tokens)"
         options = "checkpointing" if layout.gradient_checkpointing else ""
         options += " offload_frozen" if layout.offload_frozen else ""
-        memory = f"{planned.needed / GIB:.1f}"
-        rows.append([layout.method, roles, engine, batch, options.strip(), memory, f"{rate:,.0f}"])
-    headers = ["method", "critic / reward / reference", "engine", "batch", "options", "GiB each", "tokens/s"]
-    return markdown(headers, rows)
+        memory, host = f"{planned.needed / GIB:.1f}", f"{planned.host / GIB:.0f}"
+        rows.append([layout.method, roles, engine, batch, options.strip(), memory, host, f"{rate:,.0f}"])
+    roles, batch = ("critic / reward / reference", "batch") if is_ppo else ("reference", "pairs")
+    headers = ["method", roles, "engine", batch, "options", "GiB each", "host GiB", "tokens/s"]
+    return f"{markdown(headers, rows)}\n\n{host_text(plans[0].hardware)}"

@@ -16,11 +16,16 @@ from .shapes import ModelShape
 # Shares of the hardware's stated speeds that are assumed to be reached: of FLOPs in forward and backward passes, of
 # those with 4-bit weights, of memory bandwidth while generating, of links and network.
 MFU, UNPACKING, BANDWIDTH, NETWORK = 0.4, 0.6, 0.5, 0.7
-ASSUMED = (
-    f"Assumed: MFU {MFU:.0%} (with 4-bit weights {MFU * UNPACKING:.0%}), {BANDWIDTH:.0%} of memory bandwidth while "
-    f"generating, {NETWORK:.0%} of link and network speed; communication hides behind computation; every response has "
-    "its full length."
-)
+
+
+def assumed(trainer: str) -> str:
+    """Return what an estimate for "ppo" or "dpo" assumes, in words."""
+    generating = f"{BANDWIDTH:.0%} of memory bandwidth while generating, " if trainer == "ppo" else ""
+    length = "response" if trainer == "ppo" else "pair"
+    return (
+        f"Assumed: MFU {MFU:.0%} (with 4-bit weights {MFU * UNPACKING:.0%}), {generating}{NETWORK:.0%} of link and "
+        f"network speed; communication hides behind computation; every {length} has its full length."
+    )
 
 
 @dataclass(frozen=True)

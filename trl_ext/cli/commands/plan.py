@@ -2,13 +2,13 @@
 Say whether a run fits, how fast it is, and what would make it fit, from configs alone. No model is loaded.
 
     trl-ext plan --model 33b --gpus 4 --zero_stage 3 --offload_optimizer --offload_parameters
-    trl-ext plan --from-config configs/ppo/documents.yaml --gpu rtx3090-24gb
-    trl-ext plan --model 8b --gpu rtx4090-24gb --suggest
+    trl-ext plan --from-config configs/ppo/documents.yaml --gpu 3090
+    trl-ext plan --model 8b --gpu 4090 --suggest
     trl-ext plan --trainer dpo --model 33b --gpus 2 --reference model
     trl-ext plan --model 7b --scale 1 8 64 1024 --episodes 100000
 
-A model is a name in the built-in table (33b, llama-3.1-8b, …), a folder or a hub name. A recipe gives the layout, and
-flags override it. Memory is in GiB, lengths are in tokens.
+A model is a size or a name (8b, qwen3-14b, google/gemma-3-4b-it, …), a folder or a hub name. A recipe gives the
+layout, and flags override it. Memory is in GiB, lengths are in tokens.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import planner
-from ...planner import CPU, GIB, GPUS, Hardware, Layout, ModelNames
+from ...planner import CPU, GIB, Hardware, Layout, ModelNames
 from ..errors import usage_errors
 from ..flags import CommandParser
 from ..recipes import find_config, find_deepspeed, read_recipe
@@ -59,9 +59,10 @@ def arguments() -> CommandParser:
     add("models", "from_config", metavar="RECIPE", help=recipe)
     for name, text in MODEL_TEXTS.items():
         add("models", name, metavar="NAME", help=text)
-    add("hardware", "gpu", choices=[*GPUS, "cpu"], default="a100-80gb", help="Memory and speeds of one GPU.")
-    for name in ("gpu_memory", "host_memory"):
-        add("hardware", name, type=float, metavar="GIB", help=f"{name.split('_')[0]} memory, instead of the table's.")
+    card = 'One GPU\'s memory and speeds, by a loose name: 4090, a100-40, h100, "rtx 5090", or cpu.'
+    add("hardware", "gpu", metavar="NAME", default="a100-80gb", help=card)
+    for name, of in (("gpu_memory", "One GPU's"), ("host_memory", "One machine's")):
+        add("hardware", name, type=float, metavar="GIB", help=f"{of} memory, instead of the table's.")
     add("hardware", "gpus", type=int, default=1, help="Number of GPUs, over all machines.")
     add("hardware", "gpus_per_node", type=int, default=8, help="Number of GPUs in one machine.")
     add("answers", "suggest", action="store_true", help="Search for layouts that fit.")
@@ -124,7 +125,8 @@ def answer(given: argparse.Namespace) -> None:
     machine = machine_of(given)
     names, layout = run_of(given, machine)
     if given.suggest:
-        print(planner.suggestion_table(planner.suggest(names, layout, machine)), planner.ASSUMED, sep="\n\n")
+        table = planner.suggestion_table(planner.suggest(names, layout, machine))
+        print(table, planner.assumed(layout.trainer), sep="\n\n")
         return
     planned = planner.plan(names, layout, machine)
     print(planner.plan_text(planned), planner.speed_text(planned, given.episodes), sep="\n\n")
