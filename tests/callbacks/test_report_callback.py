@@ -1,6 +1,8 @@
 """`ReportCallback`: the page is there while a run goes on, and what it says of the run is what ran."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,29 @@ def test_log_is_never_half_written(tmp_path, undrawn, monkeypatch):
     with_report(trainer, seconds=1e-9)
     assert seen == [None, 1, 2, 2]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_run_that_lives_touches_its_facts(tmp_path, undrawn, monkeypatch):
+    seen = []
+
+    class Waits(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.utime(tmp_path / "run.json", (1, 1))
+            for _ in range(200):
+                if (tmp_path / "run.json").stat().st_mtime > 1:
+                    break
+                time.sleep(0.01)
+            seen.append((tmp_path / "run.json").stat().st_mtime > 1)
+
+    monkeypatch.setattr("trl_ext.callbacks.report.BEAT", 0.01)
+    trainer = trl_runs.sft_trainer(tmp_path)
+    trainer.add_callback(Waits())
+    with_report(trainer, seconds=0)
+    assert seen == [True, True]
+    time.sleep(0.05)
+    os.utime(tmp_path / "run.json", (1, 1))
+    time.sleep(0.05)
+    assert (tmp_path / "run.json").stat().st_mtime == 1  # no longer, when it has ended
 
 
 def test_seconds_below_0_are_refused():

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import TrainerCallback
 
 from cli_runs import TRAINING, error_of, run_of
 from trl_ext.cli import training
-from trl_ext.cli.closing import resuming, without
+from trl_ext.cli.closing import report_callbacks, resuming, without
 from trl_ext.cli.main import main
+from trl_ext.report import read_run
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -80,6 +82,34 @@ def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths
         assert "checkpoint-2 has taken 2 optimizer steps, and this one ends after 2. To train for longer" in said
         assert said.count("\n") == 0
     assert (output / "model.safetensors").read_bytes() == weights
+
+
+class Interrupts(TrainerCallback):
+    """Presses Ctrl-C in the second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_run_that_ctrl_c_has_stopped_ends_as_if_it_had_not_been(name, paths, tmp_path, monkeypatch, capsys):
+    """By the line that it prints; the report says where it stopped."""
+    short = SHORT[name] | {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}
+    short |= {"num_mini_batches": 2, "max_steps": -1, "total_episodes": 8} if name == "ppo" else {}
+    main([name, *run_of(name, paths, output_dir=tmp_path / "whole", **short)])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "report_callbacks", lambda data: [*report_callbacks(data), Interrupts()])
+        with pytest.raises(SystemExit) as end:
+            main([name, *run_of(name, paths, output_dir=tmp_path / "a run", **short)])
+    assert end.value.code == 130
+    said = capsys.readouterr().err.splitlines()
+    line = next(line for line in said if line.startswith("Stopped at step 2 by SIGINT. To go on from there: trl-ext "))
+    assert read_run(tmp_path / "a run").state == "stopped at step 2"
+    main(shlex.split(line.partition(": trl-ext ")[2]))
+    assert read_run(tmp_path / "a run").state == "finished"
+    for file in ("model.safetensors", *(["critic/model.safetensors"] if name == "ppo" else [])):
+        assert (tmp_path / "a run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):

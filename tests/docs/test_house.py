@@ -77,7 +77,7 @@ def test_public_name_exists_and_has_a_docstring(name):
 def test_docstring_names_what_the_trainer_overrides(name):
     docstring = inspect.getdoc(getattr(trl_ext, name))
     (paragraph,) = re.findall(r"Overridden.*?(?=\n\n)", docstring, flags=re.DOTALL)
-    named = {name for name in re.findall(r"`(\w+)`", paragraph) if not name.startswith("Writes")}
+    named = {name for name in re.findall(r"`(\w+)`", paragraph) if not name.startswith(("Writes", "Saves"))}
     assert overrides.overridden(name).keys() <= named
     assert docstring.splitlines()[0][0] != " "
     assert "import" not in docstring

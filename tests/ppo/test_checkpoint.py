@@ -339,8 +339,9 @@ FILES = {
 
 @pytest.mark.parametrize("file", FILES)
 def test_checkpoint_that_was_cut_off_is_refused_before_models_are_loaded(plain, tmp_path, file):
-    """As a recipe or a flag names it."""
+    """As a recipe or a flag names it; one of an earlier version, without a manifest."""
     shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "manifest.json").unlink()
     (tmp_path / "checkpoint-6" / file).unlink()
     unloaded = {"model": str(plain / "nothing"), "reward_model": str(plain / "nothing")}
     args = ppo_config(tmp_path, use_cpu=True, **OPTIONS)
@@ -353,7 +354,7 @@ def test_checkpoint_that_was_cut_off_is_refused_before_models_are_loaded(plain, 
 def test_checkpoint_without_its_last_file(plain, tmp_path):
     shutil.copytree(plain / "checkpoint-6", tmp_path / "checkpoint-6")
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-6, and it has no trainer_state\.json\."):
+    with pytest.raises(ValueError, match=r"checkpoint-6, because it has no trainer_state\.json\."):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 

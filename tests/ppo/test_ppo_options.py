@@ -87,6 +87,9 @@ SEEN_ELSEWHERE = {
     "reward_model_path": "test_models_may_be_named_in_the_config",
     "model_adapter_name": "test_named_adapters_are_trained_and_referred_to",
     "ref_adapter_name": "test_named_adapters_are_trained_and_referred_to",
+    # In tests/runs
+    "checkpoint_digest": "test_digests_are_of_small_files_or_of_all",
+    "save_on_signal": "test_signal_ends_the_step_and_saves",
     # In roles/test_offload.py and test_quantized_frozen.py
     "offload_frozen_models": "test_a_frozen_model_is_on_the_device_while_it_scores_and_at_no_other_time",
     "reward_model_quantization": "test_scores_are_those_of_the_checkpoint_in_fewer_bits",

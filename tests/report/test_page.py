@@ -268,6 +268,18 @@ def test_run_that_is_not_heard_of_is_silent(tmp_path, age, every, is_silent, und
     assert time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(heard)) in text_of(page)
 
 
+@pytest.mark.parametrize("since, state", [(40, "running"), (60, "stopped at step 1")])
+def test_run_that_was_killed_shows_as_stopped_within_a_minute(tmp_path, undrawn, since, state):
+    """It no longer touches its run.json, whatever its log says."""
+    run_folder(tmp_path, PPO_LOG[:4], global_step=1, max_steps=9)
+    (tmp_path / "run.json").write_text(json.dumps({"begun": 200.0, "every": 120, "beats": True}))
+    os.utime(tmp_path / "run.json", (time.time() - since,) * 2)
+    assert read_run(tmp_path).state == state
+    page = write_report([tmp_path], refresh=30).read_text(encoding="utf-8")
+    assert state in text_of(page)
+    assert ("http-equiv" in page) is (state == "running")
+
+
 def test_silence_is_measured_by_what_is_usual(tmp_path):
     now = time.time()
 

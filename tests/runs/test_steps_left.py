@@ -42,7 +42,9 @@ def test_finished_checkpoint_is_refused_and_more_epochs_go_on(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dpo", "ppo", "reward"])
 def test_checkpoint_without_its_optimizer_is_refused(kind, tmp_path):
+    """One of an earlier version, without a manifest."""
     trainer_of(kind, tmp_path, 1).train()
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
     longer = trainer_of(kind, tmp_path, 2)
     for name in ("scheduler.pt", "optimizer.pt"):
         (tmp_path / "checkpoint-1" / name).unlink()

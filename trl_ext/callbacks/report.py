@@ -2,9 +2,11 @@
 
 import logging
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..report import write_report
 from ..report.credit import FOLDER as CREDIT
 from ..report.drawing import matplotlib
 from ..runs.facts import changed_options, hardware, model_facts, rows_of
-from ..runs.folder import FACTS, STATE, begun_at, write_whole
+from ..runs.folder import BEAT, FACTS, STATE, begun_at, write_whole
 from .tables import Row, write_credit
 
 
@@ -57,6 +59,7 @@ class ReportCallback(TrainerCallback):
         self._last = 0.0
         self._has_ended = False
         self._begun = time.time()  # before other callbacks write their first tables
+        self._ends_beat = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._has_ended:
@@ -73,9 +76,12 @@ class ReportCallback(TrainerCallback):
         if state.global_step:  # a resumed run began when it was first started
             with _in_spite_of_errors():
                 self._begun = begun_at(folder) or self._begun
-        self._known = {"begun": self._begun, "every": self.seconds, "data": data, "facts": facts}
+        self._known = {"begun": self._begun, "every": self.seconds, "data": data, "facts": facts, "beats": True}
         self._known["options"] = changed_options(args)
         self._write_facts(folder)
+        self._ends_beat.set()  # of a training that an error has ended
+        self._ends_beat = threading.Event()
+        threading.Thread(target=_beat, args=(folder / FACTS, self._ends_beat), daemon=True).start()
         self._last = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,6 +90,10 @@ class ReportCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._has_ended = True
+        self._ends_beat.set()
+        if self._known and not any("train_runtime" in line for line in state.log_history):  # a signal has ended it
+            self._known["stopped"] = state.global_step
+            self._write_facts(Path(args.output_dir))
         self._write(args, state, finished=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -118,6 +128,13 @@ class ReportCallback(TrainerCallback):
                 write_credit(path, state.global_step, self.read_credit())
             write_report([args.output_dir], refresh=0 if finished else math.ceil(self.seconds), picture=finished)
         self._last = time.monotonic()
+
+
+def _beat(path: Path, end: threading.Event) -> None:
+    """Touch a file as long as the process lives, so that a run that was killed is not taken for a running one."""
+    while not end.wait(BEAT):
+        with suppress(OSError):
+            os.utime(path)
 
 
 @contextmanager

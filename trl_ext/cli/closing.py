@@ -1,5 +1,6 @@
 """Write the last lines of a run: where everything is, and what to do with it."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .. import ReportCallback
-from ..runs.folder import STATE, is_of_this_run
+from ..runs.checkpoints import fault_of, numbered
+from ..runs.folder import is_of_this_run
+from ..runs.signals import StoppedBySignal
 from ..runs.steps_left import has_steps_left
 from .errors import usage_errors
 from .options import Options
@@ -37,6 +40,10 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
     try:
         with usage_errors():
             yield
+    except StoppedBySignal as stop:
+        if args.process_index == 0:
+            print(f"{stop} {_how_to_go_on(command, given, args, stop)}", file=sys.stderr)
+        raise
     except SystemExit:  # an option is wrong, and no checkpoint would help
         raise
     except BaseException:
@@ -48,13 +55,26 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
 
 def resuming(command: str, output: str | Path, argv: Sequence[str]) -> str | None:
     """Return the command that goes on from the run's last checkpoint; `None` without one, or if the run is done."""
-    paths = [path.parent for path in Path(output).glob(f"checkpoint-*/{STATE}")]
-    steps = {path: path.name.removeprefix("checkpoint-") for path in paths if is_of_this_run(path, output)}
-    last = max((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), default=None)
-    if last is None or not has_steps_left(last):
-        return None
-    flags = [*without(argv, "resume_from_checkpoint"), "--resume_from_checkpoint", str(last)]
-    return f"{program(command)} {shlex.join(flags)}"
+    steps = {Path(output) / name: step for name, step in numbered(Path(output)).items()}
+    newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
+    last = next((path for path in newest_first if is_of_this_run(path, output) and fault_of(path) is None), None)
+    return _command_from(last, command, argv) if last is not None and has_steps_left(last) else None
+
+
+def _how_to_go_on(command: str, given: Options, args: Any, stop: StoppedBySignal) -> str:
+    if stop.checkpoint is None:
+        return "Nothing was learned yet: start it again."
+    if args.save_only_model:
+        return f"The model is in {stop.checkpoint}; with `save_only_model` no run goes on from it."
+    return f"To go on from there: {_command_from(stop.checkpoint, command, given.argv)}"
+
+
+def _command_from(checkpoint: Path, command: str, argv: Sequence[str]) -> str:
+    flag = ["--resume_from_checkpoint", str(checkpoint)]
+    own_launch = any(word.replace("-", "_").startswith(("__nproc", "__accelerate_config")) for word in argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not own_launch:
+        return f"the same launch, with {shlex.join(flag)}"
+    return f"{program(command)} {shlex.join([*without(argv, 'resume_from_checkpoint'), *flag])}"
 
 
 def without(argv: Sequence[str], *options: str) -> list[str]:

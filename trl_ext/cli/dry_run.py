@@ -22,7 +22,8 @@ from ..ppo.data import check_datasets, prompt_ids
 from ..ppo.display import batch_plan, planned_steps, pretraining_plan
 from ..ppo.pretraining import responses_to_sample
 from ..ppo.roles.inputs import Given, check_given
-from ..runs.folder import checkpoint_of, is_local
+from ..runs.checkpoints import checkpoint_of
+from ..runs.folder import is_local
 from ..runs.requirements import require_writable
 from ..runs.steps_left import require_steps_left
 from .data import require_steps

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from .options import Options
 from .recipes import find_config, read_yaml
@@ -76,7 +77,10 @@ def launch(command: str, given: Options) -> None:
     # Without the flag, each process on a CPU would believe that it is the only one.
     on_cpu = [] if torch.cuda.is_available() or given.use_cpu else ["--use_cpu"]
     words = [*accelerate_flags(given), "--module", "trl_ext.cli", command, *given.argv, *on_cpu]
-    launch_command(launch_command_parser().parse_args(words))
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except SignalException as stop:  # which the processes have got, too; they have ended
+        raise SystemExit(128 + stop.sigval) from None
 
 
 def require_all(args: Any) -> None:

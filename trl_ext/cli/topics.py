@@ -27,7 +27,8 @@ TOPICS = {
     "gradient_checkpointing num_train_epochs max_steps",
     "Optimizer": "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim",
     "Evaluation, saving and logging": "output_dir eval_strategy eval_steps eval_on_start save_strategy save_steps "
-    "save_total_limit load_best_model_at_end metric_for_best_model resume_from_checkpoint logging_steps "
+    "save_total_limit checkpoint_digest save_on_signal load_best_model_at_end metric_for_best_model "
+    "resume_from_checkpoint logging_steps "
     "log_completions report_to push_to_hub hub_model_id",
     "Hardware and random numbers": "bf16 use_cpu deepspeed seed",
 }
@@ -42,8 +43,8 @@ OTHERWISE = {
     "old_kl_coef old_kl_target positive_nll_coef positive_min_score target_kl lam lam_alpha critic_lam critic_gate "
     "advantage_estimator whiten_advantages whiten_rewards critic_warmup_steps critic_warmup_until policy_objective "
     "critic_steps num_sample_generations ref_adapter_name ref_model_quantization max_steps num_train_epochs "
-    "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
-    "metric_for_best_model resume_from_checkpoint log_completions",
+    "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit checkpoint_digest "
+    "save_on_signal load_best_model_at_end metric_for_best_model resume_from_checkpoint log_completions",
 }
 # Options that a command does not have, although it shares the class that defines them.
 ABSENT = {

@@ -11,7 +11,7 @@ from datasets import DatasetDict
 from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
 from ..report import first_and_last_evaluation, use_brief_progress
-from ..runs.folder import checkpoint_of
+from ..runs.checkpoints import checkpoint_of
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
 from .dry_run import dry_run
@@ -67,6 +67,7 @@ class TrainingCommand:
             require_all(args)
             checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
             require_steps_left(checkpoint, args.max_steps)
+            args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         require_fit(self.name, data, model, args)
         with usage_errors():
             trainer = self.build(data, model, args)
@@ -76,7 +77,7 @@ class TrainingCommand:
         if data.profile:
             trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         metrics = self.evaluate(trainer)
         trainer.save_model()
         trainer.save_state()

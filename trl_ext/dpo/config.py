@@ -10,6 +10,7 @@ from ..models.quantization import QUANTIZATIONS
 from ..models.sharding import check_batch_fields
 from ..ranges import COUNT, POSITIVE, Range, check_ranges, one_of, require
 from ..runs.requirements import check_startable, require_kernel
+from ..runs.saving import SavingOptions, check_saving
 
 
 LOSS_TYPES = (
@@ -26,7 +27,7 @@ FLIPPED = Range(
 
 
 @dataclass
-class DPOConfigX(DPOConfig):
+class DPOConfigX(SavingOptions, DPOConfig):
     """
     Options of [`DPOTrainerX`]: all of TRL's `DPOConfig`, with the same names and meanings, and those below.
 
@@ -71,6 +72,7 @@ class DPOConfigX(DPOConfig):
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         check_ranges(self)
+        check_saving(self)
         unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
         if unknown:
             raise ValueError(f"`loss_type` has unknown values {unknown}. Choose from {', '.join(LOSS_TYPES)}.")

@@ -33,11 +33,12 @@ from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
+from ..runs.checkpoints import require_optimizer
 from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
-from ..runs.folder import require_optimizer
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder, require_full_batches
+from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.tables import show_table, write_rows
 from ..runs.trackio_run import name_run
@@ -71,7 +72,7 @@ logger = logging.getLogger(__name__)
 REFERENCE = "ref_model"  # the folder in a checkpoint of a reference that follows the policy
 
 
-class DPOTrainerX(WritesCard, DPOTrainer):
+class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
     """
     Takes what `trl.DPOTrainer` takes and computes what it computes: every loss type, PEFT and QLoRA, precomputed
     reference log-probabilities, vision data (which goes TRL's way untouched).
@@ -86,7 +87,8 @@ class DPOTrainerX(WritesCard, DPOTrainer):
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
     `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `_evaluate`,
     `evaluation_loop`, `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
-    `_load_best_model`; and, by `WritesCard`, `save_model` and `create_model_card`.
+    `_load_best_model`; by `SavesWhole`, `train`, `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and
+    `_push_from_checkpoint`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.

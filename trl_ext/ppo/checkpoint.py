@@ -16,7 +16,8 @@ from transformers import logging
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..data.json_values import plain
-from ..runs.folder import absent_optimizer, checkpoint_of, write_whole
+from ..runs.checkpoints import absent_optimizer, checkpoint_of
+from ..runs.folder import write_whole
 from ..runs.steps_left import require_steps_left
 from .config import PPOConfigX
 from .roles import critic

@@ -15,6 +15,7 @@ from ..models.sharding import check_batch_fields, check_own_sections, check_pass
 from ..packing.budget import size_of_parts
 from ..ranges import check_ranges, default_of
 from ..runs.requirements import check_startable, require_kernel
+from ..runs.saving import SavingOptions, check_saving
 from .config_checks import BEST_METRIC, check_engine, check_options, check_sampling
 from .options import (
     AdvantageOptions,
@@ -54,6 +55,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     FrozenModelOptions,
     ModelOptions,
     BatchOptions,
+    SavingOptions,
     GRPOConfig,
 ):
     """
@@ -77,6 +79,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         check_ranges(self)
         self.kl_band = [float(end) for end in self.kl_band]
         check_options(self)
+        check_saving(self)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = BEST_METRIC  # the Trainer would take the held-out loss, which PPO lacks
         if getattr(self, "bf16", None) is None:

@@ -54,7 +54,7 @@ NOT_READ = (
     *("old_kl_coef", "old_kl_target", "target_kl", "positive_nll_coef", "positive_min_score"),
     *("lam", "lam_alpha", "critic_lam", "critic_gate", "critic_warmup_steps", "critic_warmup_until"),
     *("policy_objective", "critic_steps", "max_steps", "num_sample_generations", "log_completions"),
-    *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_on_start"),
+    *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_on_start", "save_on_signal"),
 )
 # Options of the critic beside the actor's -> what they are without an actor.
 OWN = {

@@ -16,6 +16,7 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 import copy
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -55,6 +56,7 @@ from ..runs.credit import CreditOffer
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder, require_full_batch
+from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import go_on_logging, name_run
 from .card import ppo_training
@@ -123,7 +125,7 @@ logger = logging.get_logger(__name__)
 PHASES = ("generate", "score", "learn")
 
 
-class PPOTrainerX(WritesCard, GRPOTrainer):
+class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     """
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
 
@@ -136,7 +138,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     `_clip_grad_norm`, `_get_grad_norm`, `_get_dataloader` (a stream is read whole by every process),
     `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
     `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
-    `_load_best_model`; and, by `WritesCard`, `save_model` and `create_model_card`.
+    `_load_best_model`; by `SavesWhole`, `_maybe_log_save_evaluate`, `_save_checkpoint` and `_get_output_dir`; and, by
+    `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -282,6 +285,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
         self._leaves_out = False  # nothing is learned in this micro-batch
         self._steps_by_role = StepsByRole()
         self._steps_alone = 0  # that the critic has taken on this mini-batch
+        self._step_end = ""  # a folder with this rank's files of a checkpoint, before a rollout
+        self._tokens_at_step_end = 0
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -294,6 +299,7 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _start_run(self) -> None:
         """Set everything that a run changes to its state before the first rollout."""
         self._step = 0
+        self._has_left_step = False  # a signal has ended the rollout after a step
         self._last_loaded_step = -1  # vLLM has the weights of another run
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
@@ -450,7 +456,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             self.args.eval_on_start = False  # the run has begun before
         self.accelerator.print(batch_plan(self.args, known_length(self.train_dataset)))
         try:
-            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            with tempfile.TemporaryDirectory() as self._step_end:
+                output = super().train(None if checkpoint is None else str(checkpoint), **kwargs)
             if self._warms_up:
                 logger.warning(
                     "Only the critic has learned: the run ended before its warm-up (`critic_warmup_steps`, "
@@ -507,8 +514,10 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             # 2. Generate responses and score them
             rollout = self._generate_and_score_completions(rows)
             require_room(rollout, self.args, self._tokenizer)
+            self.stop_between_phases()
             # 3. Score them with critic and reference
             self._score_with_models(rollout)
+            self.stop_between_phases()
             self._check_reference(rollout)
             # 4. Estimate per-token rewards, advantages and returns
             total, of_critic = estimate_returns(
@@ -575,6 +584,8 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
                 prompts
             )
+        if self.model.training:
+            self.stop_between_phases()
         self._tool_mask = tool_mask
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._responses = lengths_and_ends(completion_ids, tool_mask, ends, self.accelerator.device)
@@ -1095,17 +1106,32 @@ class PPOTrainerX(WritesCard, GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic's folder with the model's files of a checkpoint, which the Trainer pushes."""
         critic = Path(checkpoint_folder) / critic_module.FOLDER
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and critic.is_dir():
+        pushes = not self._saves_now and self.args.hub_strategy != HubStrategy.END
+        if pushes and self.is_world_process_zero() and critic.is_dir():
             is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
             if self.args.hub_always_push or not is_busy:  # as the Trainer decides
                 shutil.copytree(critic, Path(self.args.output_dir) / critic_module.FOLDER, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random numbers, and everything else of the run on this rank."""
-        super()._save_rng_state(output_dir)
-        save_run(self, output_dir)
+        """Save the random numbers, and everything else of the run on this rank, as they were at the step's end."""
+        if self._has_left_step:
+            shutil.copytree(self._step_end, output_dir, dirs_exist_ok=True)
+        else:
+            super()._save_rng_state(output_dir)
+            save_run(self, output_dir)
         self.accelerator.wait_for_everyone()  # the Trainer's own state comes last, after that of every rank
+
+    def _note_step_end(self) -> None:
+        """Keep what a checkpoint has of this rank before a rollout, which a signal may end."""
+        if not self.is_amid_rollout:
+            self._save_rng_state(self._step_end)
+            self._tokens_at_step_end = self.state.num_input_tokens_seen
+
+    def _back_to_step_end(self) -> None:
+        self._has_left_step = self._has_stepped
+        if self._has_stepped:
+            self.state.num_input_tokens_seen = self._tokens_at_step_end
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the actor from its own files, the critic from its folder."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runs.alarms import Alarm, alarms
 from ..runs.convergence import KL_BAND, Verdict, verdict
-from ..runs.folder import FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
+from ..runs.folder import BEAT, FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
 from ..runs.log import algorithm
 from .credit import Credit, read_credit
 from .tables import Pair, Sample, read_pairs, read_samples
@@ -24,6 +24,7 @@ class Run:
     """
     One run: its log, and what is known of it. `facts` and `options` are for people to read. `heard` is when its log
     was last written, in seconds since the epoch; after `silent_after` more seconds without a log line, it is silent.
+    `stopped` says that a signal has ended it, or that its process no longer lives.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     credit: Credit | None = None
     heard: float | None = None
     silent_after: float = math.inf
+    stopped: bool = False
 
     @property
     def kind(self) -> str | None:
@@ -55,12 +57,15 @@ class Run:
 
     @property
     def is_silent(self) -> bool:
-        """Return whether an unfinished run has logged nothing for so long that it has probably stopped."""
-        return not self.is_finished and self.heard is not None and time.time() - self.heard > self.silent_after
+        """Return whether an unfinished run has stopped, or has logged nothing for so long that it probably has."""
+        is_overdue = self.heard is not None and time.time() - self.heard > self.silent_after
+        return not self.is_finished and (self.stopped or is_overdue)
 
     @property
     def state(self) -> str:
-        """Return "finished", "running", or for how long it has not logged."""
+        """Return "finished", "running", at which step it has stopped, or for how long it has not logged."""
+        if self.stopped and not self.is_finished:
+            return f"stopped at step {self.step}"
         if self.is_silent:
             return f"has not logged for {_duration(time.time() - (self.heard or 0.0))}"
         return "finished" if self.is_finished else "running"
@@ -111,6 +116,7 @@ def read_run(folder: str | Path) -> Run:
         credit=read_credit(folder),
         heard=max(written),
         silent_after=_silent_after(written, len(log), begun_at(folder), known.get("every") or 0.0),
+        stopped="stopped" in known or (bool(known.get("beats")) and not _lives(folder / FACTS)),
     )
 
 
@@ -153,6 +159,11 @@ def _silent_after(written: Sequence[float], lines: int, begun: float | None, eve
     between = every or (times[-1] - times[0]) / (len(times) - 1)
     of_line = 0.0 if begun is None else (times[-1] - begun) / max(1, lines)
     return max(QUIET, 20 * of_line, 3 * between)
+
+
+def _lives(facts: Path) -> bool:
+    """Return whether a run has touched its `run.json` of late; two beats may be late, on a busy machine or disk."""
+    return time.time() - facts.stat().st_mtime < 3 * BEAT
 
 
 def _duration(seconds: float) -> str:

@@ -5,12 +5,14 @@ from typing import ClassVar
 
 from trl import RewardConfig
 
+from ..ranges import check_ranges
 from ..runs.requirements import require_kernel
+from ..runs.saving import SavingOptions, check_saving
 
 
 @dataclass
-class RewardConfigX(RewardConfig):
-    """Options of [`RewardTrainerX`]: all of TRL's `RewardConfig`, with the same names and meanings, and `packing`."""
+class RewardConfigX(SavingOptions, RewardConfig):
+    """Options of [`RewardTrainerX`]: all of TRL's `RewardConfig`, with the same names and meanings, and more."""
 
     TOPIC: ClassVar[str] = "Packing"
 
@@ -24,4 +26,6 @@ class RewardConfigX(RewardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(self)
+        check_saving(self)
         require_kernel(self)

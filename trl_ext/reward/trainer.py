@@ -33,9 +33,10 @@ from ..packing.scores import PackedScores
 from ..packing.segments import pairs_of
 from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
+from ..runs.checkpoints import require_optimizer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
-from ..runs.folder import require_optimizer
 from ..runs.requirements import make_folder, require_full_batches
+from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
 from .card import reward_training
@@ -50,7 +51,7 @@ INPUTS = {"input_ids", "attention_mask", "use_cache", "margin"}
 TOKENISED = ({"chosen_ids", "rejected_ids"}, {"chosen_input_ids", "rejected_input_ids"})
 
 
-class RewardTrainerX(WritesCard, RewardTrainer):
+class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
     """
     Takes what `trl.RewardTrainer` takes and trains as it does.
 
@@ -63,8 +64,9 @@ class RewardTrainerX(WritesCard, RewardTrainer):
     and `log`, which read packed rows and count pairs;
     `evaluate` and `_evaluate`: of several held-out sets each is logged under its name, and all together under the
     names of a single one; `_finalize_training`, which gives a resumed run the loss of all its steps;
-    `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; and, by `WritesCard`,
-    `save_model` and `create_model_card`.
+    `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; by `SavesWhole`, `train`,
+    `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and `_push_from_checkpoint`; and, by
+    `WritesCard`, `save_model` and `create_model_card`.
 
     Raises:
         ValueError: for data that cannot be trained on, an encoder-decoder, or a model without a trainable parameter,

@@ -7,6 +7,7 @@ from typing import Any
 
 
 FACTS = "run.json"  # written when a run begins, by `ReportCallback`
+BEAT = 15.0  # seconds after which a run that lives touches it again
 STATE = "trainer_state.json"  # the Trainer's log
 # Suffixes of files with rows -> what `datasets` reads them with.
 DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -21,48 +22,6 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}). Remove it; the run's log is shown without it.") from None
-
-
-def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
-    """Return the checkpoint to resume from, the last in `output_dir` for `True`; `None` for a new run."""
-    if not given:
-        return None
-    folder = Path(str(given))
-    if str(given).lower() == "true":
-        from transformers.trainer_utils import get_last_checkpoint  # takes seconds, and many read this file
-
-        last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
-        folder = Path(last)
-    if not (folder / STATE).is_file():
-        why = f"it has no {STATE}" if folder.is_dir() else "there is no such folder"
-        raise ValueError(
-            f"`resume_from_checkpoint` is {folder}, and {why}. Give a folder checkpoint-N of an earlier run that was "
-            "saved whole, or True for the last one in the output folder."
-        )
-    return folder
-
-
-def absent_optimizer(checkpoint: Path, deepspeed_plugin: Any) -> list[str]:
-    """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
-    if deepspeed_plugin is not None:  # DeepSpeed saves its engine
-        return []
-    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-
-    files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
-    return [name for name in files if not (checkpoint / name).is_file()]
-
-
-def require_optimizer(checkpoint: str | Path | None, deepspeed_plugin: Any) -> None:
-    """Raise `ValueError` for a checkpoint without the optimizer's state: the Trainer would go on with a new one."""
-    absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), deepspeed_plugin)
-    if absent:
-        raise ValueError(
-            f"The run saved in {checkpoint} cannot go on: there is no {' and no '.join(absent)}. It was cut off, or "
-            "saved with `save_only_model`, or is the result of a run and no checkpoint. Resume from another one, or "
-            "start a new run from its model."
-        )
 
 
 def is_local(path: str) -> bool:

@@ -106,6 +106,7 @@ COMMAND = TrainingCommand(
         "num_completions_to_print": 0,
         "num_sample_generations": 0,
         "logging_first_step": True,
+        "save_on_signal": True,
     },
     line=PPO_LINE,
     load=load,

@@ -1,0 +1,255 @@
+"""A checkpoint is complete or absent, whenever a run is killed; nothing broken is used, nothing complete is lost."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from dpo_runs import dpo_run, dpo_trainer, tiny_pairs
+from ppo_runs import ppo_run, run_to_best_checkpoint
+from reward_runs import reward_trainer
+from trl_ext import RewardConfigX
+from trl_ext.runs import checkpoints, saving
+from trl_ext.runs.checkpoints import MANIFEST, begin, checkpoint_of, complete, fault_of, numbered, rotate
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+_watchers = []
+
+
+def _audit(event, arguments):
+    for watcher in _watchers:
+        watcher(event, arguments)
+
+
+@contextlib.contextmanager
+def copies_between_writes(folder, into):
+    """Copies a folder before each write in it, as a kill at that moment would leave it; yields the list of copies."""
+    copies = []
+
+    def watcher(event, arguments):
+        writes = event in WRITES or (event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if not writes or not str(arguments[0]).startswith(str(folder)):
+            return
+        _watchers.remove(watcher)  # copying writes, too
+        copies.append(shutil.copytree(folder, into / f"{len(copies)}"))
+        _watchers.append(watcher)
+
+    if not _watchers:
+        sys.addaudithook(_audit)
+    _watchers.append(watcher)
+    try:
+        yield copies
+    finally:
+        _watchers.remove(watcher)
+
+
+def write(run, step, text):
+    """A checkpoint of two files, as a trainer writes it."""
+    staged = run / checkpoints.SAVING / f"checkpoint-{step}"
+    begin(staged)
+    (staged / "weights.txt").write_text(text)
+    (staged / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
+    return complete(staged, "small")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of PPO with checkpoints of the steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("run")
+    ppo_run(folder, save_strategy="steps", save_steps=1, max_steps=2)
+    return folder
+
+
+# --- kills
+
+
+def test_kill_between_two_writes_leaves_the_last_complete_checkpoint(tmp_path):
+    """One old checkpoint at most is kept."""
+    output, seen = tmp_path / "run", []
+    output.mkdir()
+    with copies_between_writes(output, tmp_path / "copies") as copies:
+        ppo_run(output, save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1)
+    assert set(numbered(output)) == {"checkpoint-3"}
+    assert not list(output.glob("_*"))
+    for copy in copies:
+        complete_ones = [name for name in numbered(copy) if fault_of(copy / name) is None]
+        assert len(complete_ones) == len(numbered(copy))  # none is there that is not complete
+        if complete_ones or seen:
+            seen.append(numbered(copy)[checkpoint_of(True, copy).name])
+    assert seen == sorted(seen)
+    assert set(seen) == {1, 2, 3}
+    assert len(seen) > 60
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["right", "control: nothing is put back"])
+def test_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, mistaken):
+    """By a run in the same folder, or by one that was resumed from an earlier step."""
+    output = tmp_path / "run"
+    write(output, 2, "old")
+    if mistaken:
+        monkeypatch.setattr(checkpoints, "put_back", lambda _: None)
+    with copies_between_writes(output, tmp_path / "copies") as copies:
+        write(output, 2, "new")
+    texts = []
+    for copy in copies:
+        with contextlib.suppress(ValueError):
+            texts.append((checkpoint_of("True", copy) / "weights.txt").read_text())
+    assert (len(texts) == len(copies) and texts == sorted(texts, reverse=True)) is not mistaken
+    assert (output / "checkpoint-2" / "weights.txt").read_text() == "new"
+
+
+# --- what is broken
+
+
+BREAKS = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": Path.unlink,
+    "altered": lambda path: path.write_bytes(
+        path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_each_broken_file_is_named_and_the_checkpoint_passed_over(run, tmp_path, how):
+    whole = run / "checkpoint-2"
+    files = [path.relative_to(whole) for path in whole.glob("**/*") if path.is_file()]
+    assert {"ppo_state.pt", "optimizer.pt", "config.json", "critic/config.json"} <= {path.as_posix() for path in files}
+    for i, file in enumerate(files):
+        copy = tmp_path / str(i)
+        shutil.copytree(run, copy)
+        BREAKS[how](copy / "checkpoint-2" / file)
+        if file.name == MANIFEST and how == "missing":  # as one of an earlier version
+            assert checkpoint_of(True, copy).name == "checkpoint-2"
+            continue
+        assert checkpoint_of(True, copy).name == "checkpoint-1"
+        with pytest.raises(ValueError, match=rf"checkpoint-2, and it.* {file}.*\. Give a folder") as refused:
+            checkpoint_of(str(copy / "checkpoint-2"), copy)
+        assert "\n" not in str(refused.value)
+        shutil.rmtree(copy)
+
+
+def test_control_unchecked_the_broken_one_is_taken(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    BREAKS["cut"](tmp_path / "run" / "checkpoint-2" / "optimizer.pt")
+    monkeypatch.setattr(checkpoints, "fault_of", lambda *_: None)
+    assert checkpoint_of(True, tmp_path / "run").name == "checkpoint-2"
+
+
+def test_log_says_which_checkpoint_was_passed_over_and_why(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    BREAKS["missing"](tmp_path / "run" / "checkpoint-2" / "optimizer.pt")
+    checkpoint_of(True, tmp_path / "run")
+    assert "Resuming from checkpoint-1. Passed over: checkpoint-2, because it has no optimizer.pt" in caplog.text
+    BREAKS["cut"](tmp_path / "run" / "checkpoint-1" / "critic" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint.*checkpoint-2, .*; checkpoint-1, .* its critic/model"
+    ):
+        checkpoint_of(True, tmp_path / "run")
+
+
+def test_checkpoint_of_an_earlier_version_is_opened_not_compared(run, tmp_path, caplog):
+    checkpoint = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST).unlink()
+    assert checkpoint_of(True, tmp_path) == checkpoint
+    assert f"{checkpoint} has no {MANIFEST}, as one of an earlier version" in caplog.text
+    for name in ("optimizer.pt", "ppo_state.pt", "critic/model.safetensors", "tokenizer.json"):
+        kept = (checkpoint / name).read_bytes()
+        BREAKS["cut"](checkpoint / name)
+        with pytest.raises(ValueError, match=rf"no complete checkpoint.* its {name} cannot be read"):
+            checkpoint_of(True, tmp_path)
+        (checkpoint / name).write_bytes(kept)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        checkpoint_of(True, tmp_path)
+
+
+def test_state_of_a_run_is_not_unpickled(run, tmp_path):
+    """Without a manifest its content is not compared; it still cannot run code."""
+    checkpoint = shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    (checkpoint / MANIFEST).unlink()
+    torch.save(Unpickled(tmp_path / "written"), checkpoint / "ppo_state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        ppo_run(tmp_path, max_steps=2, resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "written").exists()
+
+
+class Unpickled:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_digests_are_of_small_files_or_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SMALL", 2000)
+    for digest in ("small", "full"):
+        dpo_run(tmp_path / digest, save_strategy="steps", save_steps=1, max_steps=1, checkpoint_digest=digest)
+        files = json.loads((tmp_path / digest / "checkpoint-1" / MANIFEST).read_text())["files"]
+        assert ("sha256" in files["model.safetensors"]) is (digest == "full")
+        assert "sha256" in files["scheduler.pt"]
+        assert all(files[name]["size"] for name in ("model.safetensors", "scheduler.pt"))
+    with pytest.raises(ValueError, match="`checkpoint_digest` is 'none'; it must be one of"):
+        RewardConfigX("x", use_cpu=True, bf16=False, checkpoint_digest="none")
+
+
+# --- what is kept
+
+
+def test_limit_deletes_the_oldest_never_the_newest_or_the_best(tmp_path):
+    newest = [write(tmp_path, step, "") for step in (7, 20, 3)][-1]
+    (tmp_path / "checkpoint-20-kept").mkdir()  # a user's
+    rotate(newest, 2, str(tmp_path / "checkpoint-7"))
+    assert set(numbered(tmp_path)) == {"checkpoint-3", "checkpoint-7"}
+    rotate(newest, 1, None)
+    assert set(numbered(tmp_path)) == {"checkpoint-3"}
+    assert (tmp_path / "checkpoint-20-kept").is_dir()
+    assert not (tmp_path / checkpoints.SAVING).exists()
+
+
+def test_best_checkpoint_is_named_by_its_place(tmp_path):
+    run_to_best_checkpoint(
+        tmp_path, {"reward_model": None, "reward_funcs": lambda completions, **_: [0.0] * len(completions)}
+    )
+    for step in (2, 4, 6):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+        assert fault_of(tmp_path / f"checkpoint-{step}") is None
+
+
+class Looks(TrainerCallback):
+    def __init__(self):
+        self.faults = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.faults.append(fault_of(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def test_callbacks_find_the_checkpoint_and_reward_models_have_it_too(tmp_path):
+    looks = Looks()
+    trainer = reward_trainer(tmp_path, tiny_pairs(8), None, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer.add_callback(looks)
+    trainer.train()
+    assert looks.faults == [None, None]
+
+
+def test_too_little_space_is_said_before_it_is_needed(tmp_path, monkeypatch, caplog):
+    space = shutil.disk_usage(tmp_path)._replace(free=1000)
+    trainer = dpo_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: space)
+    trainer.train()
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line.split(" needs about")[0] for line in said if "needs about" in line] == [
+        *("A checkpoint", "The next checkpoint", "The next checkpoint")
+    ]

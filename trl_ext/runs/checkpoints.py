@@ -1,0 +1,275 @@
+"""
+A checkpoint is complete or absent: written beside, synced to disk, listed in a manifest, then renamed.
+
+    output_dir/checkpoint-N              complete, with manifest.json: the size of every file, the sha256 of most
+    output_dir/_saving/checkpoint-N      being written, or left by a run that was killed; removed by the next save
+    output_dir/_replaced/checkpoint-N    moved aside for a new one of the same step, for the moment between two renames
+
+The names begin with "_" because the Trainer does not push such folders, and takes no checkpoint from them.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from .folder import STATE
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SAVING, REPLACED = "_saving", "_replaced"
+DIGESTS = ("small", "full")  # values of `checkpoint_digest`
+SMALL = 2**30  # bytes; larger files have a sha256 with "full" only
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+# ---- Write ----
+
+
+def begin(staged: Path) -> None:
+    """Remove what earlier saves have left unfinished in the run's folder, and make the folder of a new one."""
+    run = staged.parents[1]
+    put_back(run)
+    for leftover in (SAVING, REPLACED):
+        shutil.rmtree(run / leftover, ignore_errors=True)
+    staged.mkdir(parents=True)
+
+
+def complete(staged: Path, digest: str) -> Path:
+    """Sync a checkpoint that is written, list its files, and move it into the run's folder; return its new place."""
+    files = {
+        path.relative_to(staged).as_posix(): _synced(path, digest == "full" or path.stat().st_size <= SMALL)
+        for path in _files(staged)
+    }
+    manifest = staged / MANIFEST
+    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
+    for path in (manifest, *(folder for folder in staged.glob("**/") if folder != staged), staged):
+        _sync(path)
+    run = staged.parents[1]
+    final, old = run / staged.name, run / REPLACED / staged.name
+    if final.exists():  # of an earlier run, or of a resumed one that has come here before
+        old.parent.mkdir(exist_ok=True)
+        final.rename(old)
+    staged.rename(final)
+    _sync(run)
+    shutil.rmtree(old.parent, ignore_errors=True)
+    staged.parent.rmdir()
+    return final
+
+
+def put_back(run: Path) -> None:
+    """Move back the checkpoint that a run was about to replace when it was killed."""
+    for old in (run / REPLACED).glob("checkpoint-*"):
+        if not (run / old.name).exists():
+            old.rename(run / old.name)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints of a run beyond `limit`; never the newest one, which is complete, or the best."""
+    run = newest.parent
+    kept = {newest, Path(best)} if best else {newest}
+    steps = numbered(run)
+    folders = sorted((run / name for name in steps), key=lambda path: (path.stat().st_mtime_ns, steps[path.name]))
+    deletable = [path for path in folders if path not in kept]
+    surplus = len(folders) - max(limit, len(kept)) if limit is not None and limit > 0 else 0
+    for path in deletable[: max(0, surplus)]:
+        # Half deleted under its own name it could be taken for a checkpoint.
+        doomed = run / SAVING / path.name
+        doomed.parent.mkdir(exist_ok=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed.parent, ignore_errors=True)
+
+
+def size_of(checkpoint: Path) -> int:
+    """Return the bytes of all files of a checkpoint."""
+    return sum(path.stat().st_size for path in _files(checkpoint))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("**/*") if path.is_file())
+
+
+def _synced(path: Path, with_digest: bool) -> dict[str, Any]:
+    """Write a file through to the disk; return its entry in the manifest."""
+    _sync(path)
+    size = path.stat().st_size
+    return {"size": size, "sha256": _sha256(path)} if with_digest else {"size": size}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Check ----
+
+
+def fault_of(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """
+    Return what is wrong with a checkpoint, as the end of a sentence that names the file; `None` if it is complete.
+
+    Args:
+        share: (i, n): of the files whose content is compared, read every n-th, from the i-th on.
+    """
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / STATE).is_file():
+        return f"it has no {STATE}"
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return next(_faults_to_be_seen(checkpoint), None)
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        sizes = {name: int(entry["size"]) for name, entry in files.items()}
+        digests = {name: entry["sha256"] for name, entry in files.items() if "sha256" in entry}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"it has no {name}"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size} bytes of {size}"
+    for name in list(digests)[share[0] :: share[1]]:
+        status = (checkpoint / name).stat()
+        if _known_sha256(checkpoint / name, status.st_size, status.st_mtime_ns, status.st_ino) != digests[name]:
+            return f"its {name} is not what was saved: its sha256 is another"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_sha256(path: Path, *status: int) -> str:
+    """Return the sha256 of a file; it is read once, as a command and its trainer both check the checkpoint."""
+    return _sha256(path)
+
+
+def _faults_to_be_seen(checkpoint: Path) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint of an earlier version, whose files say themselves if they were cut."""
+    weights = list(checkpoint.glob("model*.safetensors"))
+    if weights and not (checkpoint / "config.json").is_file():
+        yield "it has no config.json"
+    for path in _files(checkpoint):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()
+        except Exception as error:  # each format has its own
+            yield f"its {path.relative_to(checkpoint).as_posix()} cannot be read ({type(error).__name__})"
+
+
+# ---- Choose ----
+
+
+def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | None:
+    """
+    Return the checkpoint to resume from, for `True` the newest complete one in `output_dir`; `None` for a new run.
+    All ranks call it, each compares a part of the files, and all get the same answer.
+
+    Raises:
+        ValueError: when the checkpoint is not complete, with the file, or none is.
+    """
+    if not given:
+        return None
+    if str(given).lower() != "true":
+        folder = Path(str(given))
+        fault = _agreed_fault(folder)
+        if fault is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {folder}, and {fault}. Give a folder checkpoint-N of an earlier run "
+                "that was saved whole, or True for the last one in the output folder."
+            )
+    else:
+        folder = _newest(Path(output_dir))
+    if not (folder / MANIFEST).is_file() and PartialState().is_main_process:
+        logger.warning(
+            "%s has no %s, as one of an earlier version: its files were opened, and not compared with what was saved.",
+            *(folder, MANIFEST),
+        )
+    return folder
+
+
+def numbered(run: Path) -> dict[str, int]:
+    """Return the names of a run's checkpoints and their steps."""
+    names = {path.name: _NAME.fullmatch(path.name) for path in run.glob("checkpoint-*") if path.is_dir()}
+    return {name: int(match[1]) for name, match in names.items() if match}
+
+
+def _newest(run: Path) -> Path:
+    state = PartialState()
+    faults: list[str] = []
+    if state.is_local_main_process:
+        put_back(run)
+    state.wait_for_everyone()
+    there = dict(_over_ranks(list(numbered(run).items())))
+    for name in sorted(there, key=lambda name: there[name], reverse=True):
+        fault = _agreed_fault(run / name)
+        if fault is None:
+            if faults and state.is_main_process:
+                logger.warning("Resuming from %s. Passed over: %s.", name, "; ".join(faults))
+            return run / name
+        faults.append(f"{name}, because {fault}")
+    if not faults:
+        raise ValueError(f"There is no checkpoint to resume from in {run}.")
+    raise ValueError(
+        f"There is no complete checkpoint to resume from in {run}: {'; '.join(faults)}. Start a new run, or give "
+        "another folder."
+    )
+
+
+def _agreed_fault(checkpoint: Path) -> str | None:
+    """Return the first fault that any rank sees."""
+    state = PartialState()
+    found = fault_of(checkpoint, (state.process_index, state.num_processes))
+    return next((fault for fault in _over_ranks([found]) if fault is not None), None)
+
+
+def _over_ranks(found: list[Any]) -> list[Any]:
+    return gather_object(found) if PartialState().num_processes > 1 else found
+
+
+# ---- The optimizer ----
+
+
+def absent_optimizer(checkpoint: Path, deepspeed_plugin: Any) -> list[str]:
+    """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
+    if deepspeed_plugin is not None:  # DeepSpeed saves its engine
+        return []
+    files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
+    return [name for name in files if not (checkpoint / name).is_file()]
+
+
+def require_optimizer(checkpoint: str | Path | None, deepspeed_plugin: Any) -> None:
+    """Raise `ValueError` for a checkpoint without the optimizer's state: the Trainer would go on with a new one."""
+    absent = [] if checkpoint is None else absent_optimizer(Path(checkpoint), deepspeed_plugin)
+    if absent:
+        raise ValueError(
+            f"The run saved in {checkpoint} cannot go on: there is no {' and no '.join(absent)}. It was cut off, or "
+            "saved with `save_only_model`, or is the result of a run and no checkpoint. Resume from another one, or "
+            "start a new run from its model."
+        )

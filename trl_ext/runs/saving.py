@@ -1,0 +1,224 @@
+"""How a trainer saves: checkpoints that are complete or absent, and one more when a signal stops the run."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..ranges import SWITCH, one_of
+from .checkpoints import DIGESTS, SAVING, begin, checkpoint_of, complete, rotate, size_of
+from .folder import STATE
+from .signals import SignalWatch, StopAmidStep, StoppedBySignal
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SavingOptions:
+    TOPIC: ClassVar[str] = "Checkpoints"
+
+    checkpoint_digest: Annotated[str, one_of(*DIGESTS)] = field(
+        default="small",
+        metadata={
+            "help": "Files of a checkpoint whose sha256 goes into its manifest, and is compared before a run is "
+            "resumed: 'small', those of up to 1 GB, or 'full', all. The sizes of all are compared in any case.",
+            "choices": list(DIGESTS),
+        },
+    )
+    save_on_signal: Annotated[bool, SWITCH] = field(
+        default=False,
+        metadata={
+            "help": "At SIGTERM or the first Ctrl-C end the step, save, and exit with status 143 or 130; the second "
+            "one ends the run at once. On in the commands, off in Python."
+        },
+    )
+
+
+def check_saving(args: Any) -> None:
+    """Raise `ValueError` for options of saving that do not go together."""
+    if args.save_on_signal and args.enable_jit_checkpoint:
+        raise ValueError(
+            "`save_on_signal` and `enable_jit_checkpoint` both wait for SIGTERM. Keep `save_on_signal`, which saves "
+            "after the optimizer's step, on all ranks at the same one."
+        )
+
+
+class SavesWhole:
+    """
+    A trainer whose checkpoints are complete or absent (`checkpoints.py`), and which a signal stops with one. Name it
+    before TRL's trainer.
+
+    transformers' `enable_jit_checkpoint` is not built upon: it knows SIGTERM alone, waits 3 s, saves before the
+    optimizer has stepped, asks no other rank, and the program exits as after a success.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    callback_handler: Any
+    model: Any
+    _saves_now = False
+    _saved_at: tuple[int, int] | None = None  # step and log lines of the last checkpoint
+    _signals: SignalWatch | None = None
+    _resumed_from: Path | None = None
+    _has_stepped = False  # since it began or was resumed
+
+    # ---- Resume, and stop ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `True` resumes from the newest complete checkpoint in `output_dir`."""
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        self._saved_at, self._resumed_from, self._has_stepped = None, checkpoint, False
+        self._warn_of_space(_expected_size(self.model), "A checkpoint")
+        train: Any = super().train  # type: ignore[misc]
+        with self._watching():
+            try:
+                output = train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                if self._signals is not None and self._signals.received:
+                    logger.warning("The signal came at the last step: the run is done and ends as usual.")
+                return output
+            except StopAmidStep:
+                self._back_to_step_end()
+                stop = self._stop()
+            except StoppedBySignal as reached:
+                stop = reached
+            self.is_in_train = False
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise stop from None
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        if not getattr(self.args, "save_on_signal", False):
+            yield
+            return
+        self._signals = SignalWatch(speaks=self.args.process_index == 0)
+        try:
+            with self._signals:
+                yield
+        finally:
+            self._signals = None
+
+    def _signal(self) -> int:
+        """Return the number of a signal that any rank has got, the same on every rank; 0 for none."""
+        if self._signals is None:
+            return 0
+        mine = torch.tensor([self._signals.received or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    def stop_between_phases(self) -> None:
+        """Leave the step if a signal has come to any rank; nothing of it may be learned yet."""
+        if self._signal():
+            raise StopAmidStep
+
+    def _note_step_end(self) -> None:
+        """Note what `_back_to_step_end` needs, where a step may be left."""
+
+    def _back_to_step_end(self) -> None:
+        """Forget what the step that was left has changed."""
+
+    def _stop(self) -> StoppedBySignal:
+        """Save unless that is done, and return what ends the program."""
+        number, step, folder = self._signal(), self.state.global_step, self._resumed_from
+        if self._has_stepped:
+            self._save_unless_saved()
+            folder = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return StoppedBySignal(number, step, folder)
+
+    def _save_unless_saved(self) -> None:
+        if self._saved_at != self._now():
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _now(self) -> tuple[int, int]:
+        return self.state.global_step, len(self.state.log_history)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._has_stepped = True
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
+        is_done = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if not is_done and self._signal():
+            raise self._stop()
+        if self._signals is not None:
+            self._note_step_end()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # An evaluation may take longer than there is time for; after it there is another save, with its results.
+        if self._has_stepped and self._signal():
+            self._save_unless_saved()
+        return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- Save ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the run's folder; while a checkpoint is written, the one beside in which it is."""
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(Path(folder) / SAVING) if self._saves_now else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run = Path(self._get_output_dir(trial))
+        staged, final = run / SAVING / name, run / name
+        if self.args.should_save:
+            begin(staged)
+        self.accelerator.wait_for_everyone()
+        self._saves_now = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._saves_now = False
+        self.accelerator.wait_for_everyone()
+        self._name_best(run, staged)
+        if self.args.should_save:
+            complete(staged, getattr(self.args, "checkpoint_digest", "small"))
+        self.accelerator.wait_for_everyone()
+        self._saved_at = self._now()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self._warn_of_space(size_of(final), "The next checkpoint")
+
+    def _name_best(self, run: Path, staged: Path) -> None:
+        """Name the best checkpoint by its place in the run's folder, where the Trainer, just now, did not look."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == staged.name or (run / best).is_dir()):
+            self.state.best_model_checkpoint = str(run / best)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / STATE))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saves_now:  # it is pushed once it is complete
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _warn_of_space(self, needed: int, what: str) -> None:
+        """Warn if the disk has less room than a checkpoint needs: it is written before an old one is deleted."""
+        if self.args.save_strategy == "no" or not self.args.should_save:
+            return
+        output = Path(self.args.output_dir).absolute()
+        there = next(folder for folder in (output, *output.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            logger.warning(
+                "%s needs about %.1f GiB beside those that there are, and %s has %.1f GiB free. Free some before the "
+                "next save, or lower `save_total_limit`.",
+                *(what, needed / 2**30, there, free / 2**30),
+            )
+
+
+def _expected_size(model: Any) -> int:
+    """Return the bytes of a checkpoint as far as they are known before: the weights that are here, and AdamW's two."""
+    parameters = list(model.parameters())
+    saved = [each for each in parameters if each.requires_grad] if is_peft_model(model) else parameters
+    weights = sum(each.numel() * each.element_size() for each in saved)
+    return weights + sum(8 * each.numel() for each in parameters if each.requires_grad)

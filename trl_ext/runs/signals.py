@@ -1,0 +1,75 @@
+"""Notice SIGTERM and SIGINT during a training, so that the run can end its step, save and stop."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
+# Within so many seconds, a second signal is the same one: a launcher passes on what its processes have got, too.
+AGAIN = 2.0
+
+
+class StoppedBySignal(SystemExit):
+    """
+    Ends a program whose run a signal has stopped, with the exit code of a shell: 143 for SIGTERM, 130 for SIGINT.
+    `step` is the last optimizer step; `checkpoint` is its folder, `None` if nothing was learned yet.
+    """
+
+    def __init__(self, number: int, step: int, checkpoint: Path | None):
+        super().__init__(128 + number)
+        self.name, self.step, self.checkpoint = signal.Signals(number).name, step, checkpoint
+
+    def __str__(self) -> str:
+        return f"Stopped at step {self.step} by {self.name}."
+
+
+class StopAmidStep(Exception):
+    """Leaves a step of which nothing is learned yet."""
+
+
+class SignalWatch:
+    """
+    Within the context, the first SIGTERM or SIGINT is noted in `received` and the second ends the process at once. The
+    handlers that were there are put back.
+
+    Args:
+        speaks: whether this process says what it does, such as the first of several.
+    """
+
+    def __init__(self, speaks: bool):
+        self.speaks = speaks
+        self.received: int | None = None
+        self._at = 0.0
+        self._process = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "SignalWatch":
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "`save_on_signal` needs the main thread: Python gives signals to no other. Train in the main thread, "
+                "or leave it out."
+            )
+        self._before = {caught: signal.signal(caught, self._note) for caught in CAUGHT}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for caught, handler in self._before.items():
+            signal.signal(caught, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker of the data loader, which has inherited the handler
+            return
+        if self.received is None:
+            self.received, self._at = number, time.monotonic()
+            if self.speaks:  # unlike `print`, this may interrupt a `print`
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: the run stops after this step and saves. Once more ends it now.\n".encode())
+        elif time.monotonic() - self._at >= AGAIN:
+            os._exit(128 + number)  # process 1 of a container would live on with the usual handler
