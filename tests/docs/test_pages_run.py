@@ -95,6 +95,7 @@ SHORT = {
     "score": "--test_size 4",
     "equivalence": "--steps 20",
     "plan": "",
+    "merge": "",
 }
 TWO_STEPS = 'max_steps=2, logging_steps=1, per_device_train_batch_size=4, save_strategy="no", report_to="none"'
 SHORTER = {

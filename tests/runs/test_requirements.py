@@ -120,7 +120,7 @@ def trainer_of(kind, model, output):
         ("gguf/m.gguf", r"m\.gguf \(model\) holds its weights as GGUF"),
         ("broken", r"The config of .*broken \(model\) cannot be read: "),
         ("broken/config.json", r"config\.json \(model\) is a file\. Give the folder"),
-        ("adapter", r"adapter \(model\) holds an adapter without its base model"),
+        ("adapter", r"The adapter in .*adapter does not say what it was trained on\. Write"),
         ("nowhere", r"There is no folder .*nowhere \(model\)"),
     ],
 )

@@ -59,6 +59,14 @@ class DataArguments(DatasetMixtureConfig):
         return mixture or self.dataset_name or "embedded movie reviews (Hutto & Gilbert 2014)"
 
 
+def flags_of(data: DataArguments) -> list[str]:
+    """Return the flags by which another command reads the same rows; none for the embedded ones."""
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
+    unset = DataArguments()
+    flags = [(f"--{name}", getattr(data, name)) for name in names if getattr(data, name) != getattr(unset, name)]
+    return [*(word for flag in flags for word in flag), *(["--columns", *data.columns] if data.columns else [])]
+
+
 @dataclass
 class PairArguments(DataArguments):
     TOPIC: ClassVar[str] = "The embedded pairs"

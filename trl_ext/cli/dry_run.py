@@ -21,7 +21,7 @@ from ..ppo.config import PPOLoopConfig
 from ..ppo.data import check_datasets, prompt_ids
 from ..ppo.display import batch_plan, planned_steps, pretraining_plan
 from ..ppo.pretraining import responses_to_sample
-from ..ppo.roles.inputs import Given, check_given
+from ..ppo.roles.inputs import check_given, resolve
 from ..runs.checkpoints import checkpoint_of
 from ..runs.folder import is_local
 from ..runs.requirements import require_writable
@@ -44,8 +44,8 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     data, model, args = given.make(deepspeed=None)
     checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
     require_writable(args.output_dir)
-    path = path_of(model, args)
-    adapter = model.adapter("SEQ_CLS" if command == "reward" else "CAUSAL_LM")
+    path, is_adapter = path_of(model, args, command)
+    adapter = model.adapter("SEQ_CLS" if command == "reward" else "CAUSAL_LM", is_adapter=is_adapter)
     splits, count = load(data), processes(given)
     rows = splits["train"]
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
@@ -85,16 +85,15 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
     """Raise `PPOTrainerX`'s own errors about prompts and models; a reward model may still have to be trained."""
     judge = args.reward_model_path
     functions = reward_functions(data.reward_funcs)
-    given = Given(
-        model=path, value_model=data.value_model, peft_config=adapter, reward_model=judge, reward_funcs=functions
-    )
+    roles = {"value_model": data.value_model, "reward_model": judge, "reward_funcs": functions}
+    args, given = resolve(args, model=path, peft_config=adapter, **roles)
     if judge is not None and is_local(judge) and not Path(judge).is_dir():
         require_judges(None, data.value_model)
         print(f"The reward model {judge} is not there yet.\n")
     else:
         require_judges(judge, data.value_model)
         check_given(args, given)
-    context = context_limit(text_config(path, args), generates=True)
+    context = context_limit(text_config(given.model, args), generates=True)
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
 
 

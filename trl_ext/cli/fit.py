@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 
+from ..models.loading import adapter_config
+from ..models.saved_adapter import adapter_folder
 from ..planner import Hardware, Plan, layout_from_options, names_from_options, plan, plan_text, this_machine
 
 
 def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
     """Plan a run of "ppo" or "dpo"; `prompt` is the longest, if known. `ValueError` for what cannot be planned."""
+    named = options.get("model_name_or_path") or options.get("sft_model_path")
+    saved = adapter_config(named and adapter_folder(named, options.get("model_revision")))
+    if saved is not None:  # planned as a new adapter of its rank on its base
+        rank = {"lora_r": saved.r} if hasattr(saved, "r") else {}
+        options = {**options, "model_name_or_path": saved.base_model_name_or_path, "use_peft": True, **rank}
     return plan(names_from_options(options), layout_from_options(trainer, options, hardware, prompt), hardware)
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "critic": "pretrain the critic of PPO on answers of the policy that PPO will start from",
     "reward": "train a reward model on pairs of answers",
     "plan": "does it fit, how fast is it, and what would make it fit",
+    "merge": "make a whole model of an adapter and its base",
     "score": "score pairs of answers by what a DPO policy has learnt",
     "report": "a page and a picture about one run or several, also while they run",
     "chat": "talk to a model that was trained",

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,13 @@ from torch import nn
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import demo
-from ..models.loading import check_no_adapter, require_model, require_weights
+from ..models.loading import require_model, require_weights
 from ..models.precision import computes_in_bf16
+from ..models.saved_adapter import adapter_folder
 from .errors import package_of
+
+
+TRAIN_ADAPTERS = ("ppo", "dpo")  # the commands that go on training an adapter
 
 
 @dataclass
@@ -25,36 +30,43 @@ class ModelArguments(ModelConfig):
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"aliases": ["--model"], "help": "Model to start from: a path or a hub name. Unset: SmolLM2-135M."},
+        metadata={
+            "aliases": ["--model"],
+            "help": "Model to start from: a path or a hub name. Unset: SmolLM2-135M. An adapter comes with its base, "
+            "and goes on being trained (ppo, dpo).",
+        },
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "help": "Data type of the weights. Unset: float32, with bfloat16 computation on a GPU (see --bf16); with "
-            "--use_peft on a GPU bfloat16, because most weights are frozen.",
+            "--use_peft, or an adapter as --model, on a GPU bfloat16, because most weights are frozen.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
 
-    def init_kwargs(self, use_cpu: bool = False) -> dict[str, Any]:
-        """Return keyword arguments for `from_pretrained`."""
+    def init_kwargs(self, use_cpu: bool = False, is_adapter: bool = False) -> dict[str, Any]:
+        """Return keyword arguments for `from_pretrained`, of a model or of the base of a saved adapter."""
         # Small updates of bfloat16 weights round to nothing, so weights that are trained in full are kept in float32.
-        dtype = "bfloat16" if self.use_peft and computes_in_bf16(use_cpu) else "float32"
+        is_frozen = self.use_peft or is_adapter
+        dtype = "bfloat16" if is_frozen and computes_in_bf16(use_cpu) else "float32"
         kwargs = {"dtype": self.dtype or dtype, "revision": self.model_revision}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         return kwargs
 
-    def adapter(self, task: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftConfig | None:
+    def adapter(
+        self, task: str = "CAUSAL_LM", modules_to_save: list[str] | None = None, *, is_adapter: bool = False
+    ) -> PeftConfig | None:
         """
         Return the config of the adapter to train, of PEFT's type `task`, with `modules_to_save` where none are given;
         `None` without --use_peft. `ValueError` for another type, an invalid pattern, or quantised weights without an
-        adapter.
+        adapter, where the model `is_adapter` neither.
         """
         if self.lora_task_type not in ("CAUSAL_LM", task):
             raise ValueError(f"`lora_task_type` is {self.lora_task_type}; this command trains {task}: leave it out.")
         bits = "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
-        if bits and not self.use_peft:
+        if bits and not (self.use_peft or is_adapter):
             raise ValueError(f"`--load_in_{bits}` without an adapter: such weights are not trained. Add `--use_peft`.")
         config = get_peft_config(self)
         if config is None:
@@ -73,6 +85,13 @@ class ModelArguments(ModelConfig):
             if re.fullmatch(r"[\w.]+", config.target_modules):
                 config.target_modules = {config.target_modules}
         return config
+
+    def bits(self) -> list[str]:
+        """Return the flags by which another command loads the base in as many bits."""
+        names = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant")
+        flags = [f"--{name}" for name in names if getattr(self, name)]
+        is_other = self.load_in_4bit and self.bnb_4bit_quant_type != "nf4"
+        return flags + (["--bnb_4bit_quant_type", self.bnb_4bit_quant_type] if is_other else [])
 
     def quantization(self) -> Any:
         """Return how weights are quantised on loading, if they are; `ValueError` if bitsandbytes refuses."""
@@ -120,16 +139,33 @@ def require_adapted(model: nn.Module, given: ModelArguments) -> None:
                 )
 
 
-def path_of(model: ModelArguments, args: Any = None) -> str:
-    """Return the model to start from, checked; if none is given, SmolLM2, converted at first use."""
+def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
+    """
+    Return the model to start from, checked, and whether it is an adapter, of which it is the folder. If none is given,
+    it is SmolLM2, converted at first use.
+    """
     named = model.model_name_or_path or getattr(args, "sft_model_path", None)
     if named is None:
-        return str(demo.smollm2())
+        return str(demo.smollm2()), False
     option = "--model" if model.model_name_or_path else "--sft_model_path"
-    require_model(named, option, model.model_revision)
-    check_no_adapter(named, "model")
-    require_weights(named, option)
-    return named
+    folder = adapter_folder(named, model.model_revision)
+    require_model(folder or named, option, model.model_revision)
+    require_weights(folder or named, option)
+    if folder is None:
+        return named, False
+    merge = f"`trl-ext merge {shlex.quote(named)} --output_dir MERGED`"
+    if command not in TRAIN_ADAPTERS:
+        raise ValueError(
+            f"{named} ({option}) is an adapter, and `trl-ext {command}` starts from a whole model. Merge it, {merge}, "
+            f"and give `{option} MERGED`."
+        )
+    if model.use_peft:
+        raise ValueError(
+            f"{named} ({option}) is an adapter, which goes on being trained, and `use_peft` asks for a new one. "
+            f"Leave `--use_peft` out (`--use_peft False` where a recipe has it); or, for a new adapter on top, merge "
+            f"this one first, {merge}, and give `{option} MERGED`."
+        )
+    return folder, True
 
 
 def reward_functions(names: Sequence[str]) -> list[Callable]:

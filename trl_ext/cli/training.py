@@ -46,10 +46,11 @@ class TrainingCommand:
 
     def build(self, data: Any, model: ModelArguments, args: Any) -> Any:
         """Return the trainer of these options; models are checked before any row is read."""
-        path = path_of(model, args)
+        path, is_adapter = path_of(model, args, self.name)
         require_judges(getattr(args, "reward_model_path", None), getattr(data, "value_model", None))
-        args.model_init_kwargs = model.init_kwargs(args.use_cpu) | (args.model_init_kwargs or {})
-        loading = {"peft_config": model.adapter(*self.adapter), "quantization_config": model.quantization()}
+        args.model_init_kwargs = model.init_kwargs(args.use_cpu, is_adapter) | (args.model_init_kwargs or {})
+        new_adapter = model.adapter(*self.adapter, is_adapter=is_adapter)
+        loading = {"peft_config": new_adapter, "quantization_config": model.quantization()}
         splits = self.load(data)
         with model_errors(model):
             trainer = self.create(path, args, data, splits, **loading)
@@ -99,3 +100,7 @@ def before_and_after(trainer: Any, key: str) -> dict[str, dict[str, Any]]:
 
 def chat_with(args: Any) -> dict[str, str]:
     return {"chat": f"trl-ext chat {shlex.quote(args.output_dir)}"}
+
+
+def merge_of(args: Any) -> dict[str, str]:
+    return {"merge": f"trl-ext merge {shlex.join([args.output_dir, '--output_dir', f'{args.output_dir}-merged'])}"}

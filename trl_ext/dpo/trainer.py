@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOTrainer
@@ -20,13 +21,20 @@ from .._trl import unwrap_model_for_generation, use_adapter
 from ..data.pairs import check_columns, require_rows_left
 from ..data.rendering import with_template_kwargs
 from ..models import loading
-from ..models.adapter_copies import base_left_alone, check_base_is_kept, copied_whole
+from ..models.adapter_copies import (
+    base_left_alone,
+    check_base_is_kept,
+    check_copyable,
+    copied_whole,
+    round_as_trained,
+)
 from ..models.context import context_limit
 from ..models.generation import complete
 from ..models.noise import disable_noise
 from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting, warn_of_rounding
+from ..models.saved_adapter import saved_adapter
 from ..models.sharding import check_unquantized, is_partitioned, is_stage3
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
@@ -91,7 +99,8 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
     `_push_from_checkpoint`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
-        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path.
+        args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path. `model` may be the
+            folder or hub name of an adapter: it goes on being trained, on its base, against a frozen copy of itself.
 
     Raises:
         ValueError: for data that cannot be trained on, before a model is loaded where that can be seen.
@@ -119,10 +128,14 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
             args = DPOConfigX(f"{path.rstrip('/').split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfigX):
             raise TypeError(f"`args` is a {type(args).__name__}; DPOTrainerX needs a `DPOConfigX`.")
+        saved = saved_adapter(model, args, kwargs.get("peft_config"))
+        if saved is not None:  # until both are loaded, its base stands for it
+            model = path = saved.base
+            args = saved.args_of_base(args)
+            if processing_class is None:
+                processing_class = saved.processing_class(trust_remote_code=args.trust_remote_code)
         take_back(model)
         check_columns(train_dataset, eval_dataset, partial(loading.tokenizer_of, model, processing_class, args))
-        if isinstance(model, str):
-            loading.check_no_adapter(model, "model")
         config = loading.text_config(model, args)
         if processing_class is None:  # TRL loads it, unchecked
             loading.load_tokenizer(path, **loading.source_options(args))
@@ -136,6 +149,7 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
                 loading.tokenizer_of(model, processing_class, args), ref_model, "ref_model", args
             )
         has_adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        has_adapters |= saved is not None
         if is_stage3(args.deepspeed_plugin):
             check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
@@ -150,11 +164,16 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
             check_quantized_reference(args, model, ref_model, has_adapters)
         if ref_model is None:
             check_adapter_to_copy(model)
+            if saved is not None:
+                check_copyable(saved.config)
         self._reference_is_start = ref_model is None and args.ref_model_quantization is None
         if args.ref_model_quantization is not None or isinstance(ref_model, str):
             ref_model = load_reference(args, model, ref_model, kwargs.get("quantization_config"))
         elif ref_model is None:
             ref_model = copy_at_start(model, args, has_adapters)
+        if saved is not None:
+            model = saved.load(args, kwargs.pop("quantization_config", None))
+            args.model_init_kwargs = None
         # 3. What a run keeps beside TRL's own
         self._context = context_limit(config, *loading.adapter_configs(model, kwargs.get("peft_config")))
         self._known = loading.known_tokens(model, config)
@@ -165,6 +184,8 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
         self.phases = Phases(args.device, counts_memory=args.skip_memory_metrics)
         self._tokens_logged = 0
         # 4. TRL's trainer: it loads the policy, prepares the data and may precompute the reference
+        if ref_model is None and isinstance(model, PeftModel):
+            round_as_trained(model)
         with base_left_alone(model), copied_whole(model, "default"):  # TRL copies an adapter that training starts from
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs

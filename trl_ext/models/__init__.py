@@ -2,12 +2,14 @@
 Everything that both trainers know of a model, from its folder to its logits.
 
     loading          arguments and checks before models, adapters and tokenizers are loaded
+    saved_adapter    a saved adapter with its base, as the model that a run starts from
     fingerprint      a fingerprint of an adapter's base
     quantization     frozen models in 8 or 4 bits
     precision        arithmetic that fits the device
     rounding         warnings about 16-bit weights
     sharding         DeepSpeed's ZeRO: checks of its file, copies of partitioned models
     adapter_copies   copies of an adapter
+    merging          a whole model of a saved adapter and its base
     trainable        refuses a run that would train nothing
     context          the context in tokens
     probe            random sequences to try a model with, and how far rounding moves its answers

@@ -67,6 +67,17 @@ def base_left_alone(model: Any) -> Iterator[None]:
             config.init_lora_weights = start
 
 
+def round_as_trained(model: PeftModel) -> None:
+    """
+    Round the trained weights of an adapter on a quantised base to bfloat16, as TRL's trainers do: after they have
+    copied it, so that the copy would be another model than training starts from.
+    """
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @torch.no_grad()
 def copy_weights(model: PeftModel, name: str, copy_name: str) -> None:
     """Copy the weights of the adapter `name` to the adapter `copy_name` of the same config."""

@@ -17,7 +17,7 @@ from ..runs.folder import is_local
 
 # What may be meant by an adapter in place of a model.
 WAYS_OUT = {
-    "model": "In Python pass `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` to train it further",
+    "ref_model": "In Python pass `AutoPeftModelForCausalLM.from_pretrained(...)`",
     "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
     "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
 }
@@ -85,19 +85,6 @@ def refuse_scoring(config: Any, name: str) -> None:
             f"{name} holds a {config.architectures[0]}, which scores text and cannot write it. Give a causal language "
             "model; this one may be the `reward_model` of PPO."
         )
-
-
-def require_writer(path: str, name: str, revision: str | None = None) -> None:
-    """Raise `ValueError` unless a folder or hub name, given as `name`, has a language model, or an adapter of one."""
-    require_model(path, name, revision)
-    require_weights(path, name)
-    adapter = adapter_config(path)
-    if adapter is None:
-        refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
-    elif adapter.task_type == "SEQ_CLS":
-        raise ValueError(f"{path} ({name}) holds a reward model's adapter, which scores text and cannot write it.")
-    elif adapter.base_model_name_or_path:
-        require_writer(adapter.base_model_name_or_path, f"the base of the adapter {path}, {name}", adapter.revision)
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:
@@ -199,11 +186,9 @@ def check_no_adapter(path: str, name: str) -> None:
             f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text, not writes it. "
             "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
-    way_out = WAYS_OUT.get(name, WAYS_OUT["model"])
-    raise ValueError(
-        f"The folder {path} ({name}) holds an adapter without its base model. {way_out}, "
-        "or save the whole model with `merge_and_unload().save_pretrained(...)` and give that folder."
-    )
+    merge = f"merge it, `trl-ext merge {path} --output_dir MERGED`, and give MERGED"
+    way_out = f"{WAYS_OUT[name]}, or {merge}" if name in WAYS_OUT else merge.capitalize()
+    raise ValueError(f"The folder {path} ({name}) holds an adapter without its base model. {way_out}.")
 
 
 def require_model(path: str, what: str, revision: str | None = None) -> None:
@@ -274,12 +259,22 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
 
 
+def has_tokenizer(folder: str) -> bool:
+    return any(file.name.startswith(TOKENIZER_FILES) for file in Path(folder).iterdir())
+
+
 def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
-    """Load the tokenizer of a folder or hub name; raise `ValueError` if there is none that can be read."""
+    """
+    Load the tokenizer of a folder or hub name, of an adapter without one that of its base; raise `ValueError` if there
+    is none that can be read.
+    """
     if not path:
         raise ValueError("The model was not loaded from a folder with a tokenizer: give it as `processing_class`.")
-    folder = Path(path)
-    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+    if Path(path).is_dir() and not has_tokenizer(path):
+        adapter = adapter_config(path)
+        if adapter is not None and adapter.base_model_name_or_path:
+            options = options | {"revision": adapter.revision}
+            return load_tokenizer(adapter.base_model_name_or_path, f"the base of the adapter {path}", **options)
         raise ValueError(
             f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
             "Python give it as `processing_class`."

@@ -144,7 +144,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
         processing_class: the actor's tokenizer; loaded from the model's path if not given.
-        model (`str`, `PreTrainedModel` or `PeftModel`): the actor, any causal language model.
+        model (`str`, `PreTrainedModel` or `PeftModel`): the actor, any causal language model. The folder or hub name
+            of an adapter goes on training that adapter, on its base.
         ref_model: the reference. Not given: a frozen copy of the actor; with `peft_config`, the actor with its adapter
             switched off; for a `PeftModel`, a frozen copy of its adapter.
         reward_model: a sequence classification model with one label. It reads token ids if it shares the actor's
@@ -229,9 +230,12 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         check_own(optimizers, args)
         check_given(args, given)
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
+        if processing_class is None and given.adapter is not None:
+            options = {"trust_remote_code": args.trust_remote_code, "truncation_side": "left"}
+            processing_class = given.adapter.processing_class(**options)
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
-        adapters = adapter_configs(given.model, peft_config)
+        adapters = adapter_configs(given.model, given.peft_config)
         actor_config = text_config(given.model, args)
         context = context_limit(actor_config, *adapters, generates=True)
         self._known = known_tokens(given.model, actor_config)
@@ -267,7 +271,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             ],
             callbacks=callbacks,
             optimizers=optimizers,
-            peft_config=peft_config,
+            peft_config=given.peft_config if given.has_new_adapter else None,
             tools=tools,
             rollout_func=rollout_func,
             environment_factory=environments,
@@ -359,7 +363,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         args = self.args
         others = (given.ref_model, args.ref_adapter_name, args.ref_model_quantization)
         self._reference_is_start = args.needs_reference and all(other is None for other in others)
-        copies_start = self._reference_is_start and given.peft_config is None
+        copies_start = self._reference_is_start and not given.has_new_adapter
         if args.model_adapter_name is not None:
             self.model.set_adapter(args.model_adapter_name)
         self._ref_adapter = args.ref_adapter_name

@@ -1,6 +1,7 @@
 """Describe a run in words: the model, the adapter, the data, the machine, the options."""
 
 import dataclasses
+import re
 from importlib import import_module
 from typing import Any
 
@@ -69,8 +70,18 @@ def quantisation_words(config: Any) -> str | None:
         return None
     known = config if isinstance(config, dict) else config.to_dict()
     if known.get("load_in_4bit"):
-        return f"4 bits ({known.get('bnb_4bit_quant_type', 'fp4')}), bitsandbytes"
+        nested = ", nested" if known.get("bnb_4bit_use_double_quant") else ""
+        return f"4 bits ({known.get('bnb_4bit_quant_type', 'fp4')}{nested}), bitsandbytes"
     return "8 bits, bitsandbytes" if known.get("load_in_8bit") else str(known.get("quant_method"))
+
+
+def bits_of(words: str | None) -> dict[str, Any] | None:
+    """Return the options by which bitsandbytes keeps a base as `quantisation_words` say; `None` unless in 4 bits."""
+    found = re.match(r"4 bits \((\w+)(, nested)?\)", words or "")
+    if found is None:
+        return None
+    kind, nested = found.groups()
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested is not None}
 
 
 def data_facts(trainer: Any, dataset_name: str | None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import copy
 
 from transformers import TextStreamer, pipeline
 
-from ...models.loading import load_tokenizer, require_writer
+from ...models.loading import load_tokenizer
 from ...models.precision import computes_in_bf16
+from ...models.saved_adapter import require_writer
 from ..errors import usage_errors
 from ..flags import CommandParser
 
@@ -30,11 +31,11 @@ def arguments() -> CommandParser:
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
     with usage_errors():
-        require_writer(given.model, "the model to talk to")
-        tokenizer = load_tokenizer(given.model)
+        path = require_writer(given.model, "the model to talk to")
+        tokenizer = load_tokenizer(path)
     # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
     dtype = "bfloat16" if computes_in_bf16() else "float32"
-    writer = pipeline("text-generation", model=given.model, tokenizer=tokenizer, dtype=dtype)
+    writer = pipeline("text-generation", model=path, tokenizer=tokenizer, dtype=dtype)
     sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature > 0 else {"do_sample": False}
     settings = copy.deepcopy(writer.model.generation_config)
     known = settings.eos_token_id  # one, several or none

@@ -11,6 +11,7 @@ before and after. The output folder gets the model (with --use_peft its adapter)
 report.html with its picture, and the implicit rewards before and after in table.md.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +20,15 @@ import torch
 from datasets import DatasetDict
 
 from ... import DPOConfigX, DPOTrainerX
+from ...models.loading import adapter_config
+from ...models.saved_adapter import adapter_folder
 from ...report import DPO_LINE, accuracy_text, preference_table
-from ..data import PairArguments, load_pairs, require_steps
+from ..closing import program
+from ..data import PairArguments, flags_of, load_pairs, require_steps
 from ..launch import LaunchArguments
 from ..models import ModelArguments
-from ..training import TrainingCommand, before_and_after, chat_with
+from ..options import Options
+from ..training import TrainingCommand, before_and_after, chat_with, merge_of
 
 
 @dataclass
@@ -58,6 +63,28 @@ def report(trainer: DPOTrainerX, columns: dict[str, Any], *_: Any) -> None:
     )
 
 
+def further(given: Options, data: DPOArguments, model: ModelArguments, args: DPOConfigX) -> dict[str, str]:
+    """Return how to talk to the policy, and how to go on: a reward model of the same pairs, and PPO against it."""
+    named, out = model.model_name_or_path, args.output_dir
+    saved = adapter_config(named and adapter_folder(named, model.model_revision))
+    base = named if saved is None else saved.base_model_name_or_path
+    has_adapter = model.use_peft or saved is not None
+    reward = ["--model", base] if base else []
+    reward += flags_of(data) + (["--use_peft", *model.bits()] if has_adapter else [])
+    ppo = ["--model", out, *flags_of(data)]
+    if has_adapter:  # both are adapters on the policy's base, and so is the critic
+        reward += ["--lora_target_modules", *model.lora_target_modules] if model.lora_target_modules else []
+        ppo += ["--critic", "adapter", *model.bits()]
+        ppo += [] if data.dataset_name else ["--use_peft", "False"]  # which the demo's recipe has
+    if data.dataset_name or has_adapter:  # else the folder that PPO's own demo looks in
+        reward += ["--output_dir", f"{out}-reward"]
+        ppo += ["--reward_model_path", f"{out}-reward", "--output_dir", f"{out}-ppo"]
+    commands = chat_with(args) | (merge_of(args) if has_adapter else {})
+    if not data.datasets:  # a mixture is in a recipe, not in flags
+        commands["next"] = f"{program('reward')} {shlex.join(reward)} && {program('ppo')} {shlex.join(ppo)}"
+    return commands
+
+
 COMMAND = TrainingCommand(
     name="dpo",
     description=__doc__,
@@ -68,6 +95,6 @@ COMMAND = TrainingCommand(
     create=create,
     evaluate=lambda trainer: before_and_after(trainer, "eval_preference/accuracy"),
     report=report,
-    further=lambda given, data, model, args: chat_with(args),
+    further=further,
 )
 main = COMMAND.run

@@ -14,7 +14,7 @@ samples.md with completions before and after.
 
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from ..data import DataArguments, load_splits
 from ..launch import LaunchArguments
 from ..models import ModelArguments, reward_functions
 from ..options import Options
-from ..training import TrainingCommand, before_and_after, chat_with
+from ..training import TrainingCommand, before_and_after, chat_with, merge_of
 
 
 @dataclass
@@ -85,14 +85,16 @@ def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_
 
 def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> dict[str, str]:
     """Return how to talk to the actor, and how to start another run from what this one has left."""
-    commands = chat_with(args)
-    if not model.use_peft:  # an adapter is no model to start from
-        out = args.output_dir
-        options = {"model": out, "output_dir": f"{out}-next", "value_model": f"{out}/critic"}
-        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-        same = without(given.argv, *options, "model_name_or_path", "resume_from_checkpoint")
-        commands["next"] = f"{program('ppo')} {shlex.join([*same, *flags])}"
-    return commands
+    out = args.output_dir
+    has_adapter = (Path(out) / "adapter_config.json").is_file()
+    options = {"model": out, "output_dir": f"{out}-next", "value_model": f"{out}/critic"}
+    if model.use_peft:  # the adapter goes on being trained
+        options["use_peft"] = "False"
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    of_adapter = [each.name for each in fields(model) if each.name.startswith("lora_")] if has_adapter else []
+    same = without(given.argv, *options, *of_adapter, "model_name_or_path", "resume_from_checkpoint")
+    merge = merge_of(args) if has_adapter else {}
+    return chat_with(args) | merge | {"next": f"{program('ppo')} {shlex.join([*same, *flags])}"}
 
 
 COMMAND = TrainingCommand(

@@ -23,7 +23,7 @@ from ... import RewardConfigX, RewardTrainerX, save_base_fingerprint
 from ...report import REWARD_LINE
 from ...statistics import wilson_interval
 from ..closing import program
-from ..data import PairArguments, load_pairs, require_steps
+from ..data import PairArguments, flags_of, load_pairs, require_steps
 from ..launch import LaunchArguments
 from ..models import ModelArguments
 from ..options import Options
@@ -61,11 +61,10 @@ def report(trainer: RewardTrainerX, metrics: dict[str, Any], data: RewardArgumen
 
 def further(given: Options, data: RewardArguments, model: ModelArguments, args: RewardConfigX) -> dict[str, str]:
     """Return how to run PPO on the same model against what was trained, on the prompts of the same data."""
-    options = {"model": model.model_name_or_path, "dataset_name": data.dataset_name}
-    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
-    flags += ["--columns", *data.columns] if data.columns else []
+    flags = ["--model", model.model_name_or_path] if model.model_name_or_path else []
+    flags += flags_of(data)
     if model.use_peft:
-        flags += ["--use_peft", "--critic", "adapter", *(["--load_in_4bit"] if model.load_in_4bit else [])]
+        flags += ["--use_peft", "--critic", "adapter", *model.bits()]
     out = ["--output_dir", f"{args.output_dir}-ppo"] if data.dataset_name else []
     return {"next": f"{program('ppo')} {shlex.join([*flags, '--reward_model_path', args.output_dir, *out])}"}
 

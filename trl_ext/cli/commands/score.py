@@ -23,7 +23,8 @@ from ... import ImplicitReward
 from ...data import demo
 from ...data.json_values import plain_line
 from ...data.pairs import check_columns
-from ...models.loading import load_tokenizer, require_writer
+from ...models.loading import adapter_config, load_tokenizer
+from ...models.saved_adapter import require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
@@ -59,10 +60,11 @@ def load(data: ScoreArguments) -> Dataset:
 
 
 def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision: str | None) -> Any:
-    model.use_peft = (Path(path) / "adapter_config.json").exists()  # its base gets the dtype of the training
-    kind = AutoPeftModelForCausalLM if model.use_peft else AutoModelForCausalLM
+    is_adapter = adapter_config(path) is not None  # its base gets the dtype of the training
+    kind = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
-    options = model.init_kwargs(data.use_cpu) | {"revision": revision, "quantization_config": model.quantization()}
+    options = model.init_kwargs(data.use_cpu, is_adapter)
+    options |= {"revision": revision, "quantization_config": model.quantization()}
     return kind.from_pretrained(path, device_map={"": device}, **options)
 
 
@@ -75,16 +77,17 @@ def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArg
 
 
 def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | None]:
-    """Return the policy, and the reference if it is another model; `ValueError` unless both are language models."""
+    """
+    Return the policy, and the reference if it is another model, of adapters their folders; `ValueError` unless both
+    are language models.
+    """
     path, ref_path = model.model_name_or_path, data.ref_model
     if path is None:
         if not Path(DEMO_POLICY).exists():
             raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
         path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
-    for given, option, revision in ((path, "--model", model.model_revision), (ref_path, "--ref_model", None)):
-        if given is not None:
-            require_writer(given, option, revision)
-    return path, ref_path
+    path = require_writer(path, "--model", model.model_revision)
+    return path, None if ref_path is None else require_writer(ref_path, "--ref_model")
 
 
 def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:

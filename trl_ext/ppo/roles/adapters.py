@@ -36,8 +36,8 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...models.adapter_copies import base_left_alone, config_of_copy, copy_weights
-from ...models.loading import is_quantized
 from ...models.noise import disable_noise
+from ...models.saved_adapter import in_float32
 from ...models.trainable import lend
 
 
@@ -140,7 +140,7 @@ def critic_adapter(
         config, weights = peft_config, {}
     config = copy.deepcopy(config)
     config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, None
-    model = get_peft_model(classifier_on_base(actor), config, CRITIC, autocast_adapter_dtype=_in_float32(actor))
+    model = get_peft_model(classifier_on_base(actor), config, CRITIC, autocast_adapter_dtype=in_float32(actor))
     set_peft_model_state_dict(model, _weights(model, CRITIC) | weights, CRITIC)
     return model
 
@@ -156,13 +156,8 @@ def _load(actor: PreTrainedModel | PeftModel, folder: str, name: str, is_trainab
         folder,
         adapter_name=name,
         is_trainable=is_trainable,
-        autocast_adapter_dtype=_in_float32(actor),
+        autocast_adapter_dtype=in_float32(actor),
     )
-
-
-def _in_float32(model: Any) -> bool:
-    """Return whether adapters of a 16-bit model are kept in float32: not under ZeRO-3 unless it is quantised."""
-    return not is_deepspeed_zero3_enabled() or is_quantized(model)
 
 
 def stand_on(actor: PeftModel, model: nn.Module, name: str) -> None:

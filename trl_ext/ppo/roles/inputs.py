@@ -19,6 +19,7 @@ from ...models.loading import (
     source_options,
     text_config,
 )
+from ...models.saved_adapter import SavedAdapter, saved_adapter
 from ...models.sharding import check_unquantized, is_stage3
 from ...models.trainable import check_trainable
 from ..config import PPOConfigX
@@ -33,7 +34,10 @@ Model: TypeAlias = PreTrainedModel | PeftModel | str
 
 @dataclass(frozen=True)
 class Given:
-    """The models and their companions as they were passed to `PPOTrainerX`, which describes each."""
+    """
+    The models and their companions as they were passed to `PPOTrainerX`, which describes each. Of an actor that was
+    given as a saved `adapter`, `model` is the base and `peft_config` the adapter's.
+    """
 
     model: Model | None
     ref_model: Model | None = None
@@ -45,6 +49,7 @@ class Given:
     peft_config: PeftConfig | None = None
     tools: list[Callable] | None = None
     environment_factory: Any = None
+    adapter: SavedAdapter | None = None
 
     @property
     def has_other_reward(self) -> bool:
@@ -56,23 +61,34 @@ class Given:
         """Return whether the actor trains an adapter."""
         return self.peft_config is not None or isinstance(self.model, PeftModel)
 
+    @property
+    def has_new_adapter(self) -> bool:
+        """Return whether that adapter is new, so that the actor without it is what training starts from."""
+        return self.peft_config is not None and self.adapter is None
+
 
 def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
-    """Return the options and the `passed` arguments; models that were not passed may be paths in the options."""
+    """
+    Return the options and the `passed` arguments. Models that were not passed may be paths in the options; of an actor
+    that is a saved adapter, the options are those of its base.
+    """
     funcs = passed["reward_funcs"]
     passed["reward_funcs"] = [] if funcs is None else funcs if isinstance(funcs, list) else [funcs]
     given = Given(**passed)
     if args is None:
         model = given.model
         path = model if isinstance(model, str) else "" if model is None else get_config_model_id(model.config)
-        return PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO"), given
+        args = PPOConfigX(f"{path.rstrip('/').split('/')[-1]}-PPO")
     if not isinstance(args, PPOConfigX):
         raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainerX needs a `PPOConfigX`.")
     if given.model is None:
         given = replace(given, model=args.sft_model_path)
     if given.reward_model is None and not given.has_other_reward:
         given = replace(given, reward_model=args.reward_model_path)
-    return args, given
+    saved = saved_adapter(given.model, args, given.peft_config)
+    if saved is None:
+        return args, given
+    return saved.args_of_base(args), replace(given, model=saved.base, peft_config=saved.config, adapter=saved)
 
 
 def check_given(args: PPOConfigX, given: Given) -> None:
@@ -85,9 +101,12 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     _check_models(args, given)
     # A reference that is an adapter of the actor: a copy of the first one, or the one in `ref_adapter_name`
     adapters = given.model.peft_config if isinstance(given.model, PeftModel) else {}
-    others = (given.ref_model, args.ref_adapter_name, given.peft_config)
-    if isinstance(given.model, PeftModel) and args.needs_reference and all(other is None for other in others):
-        check_copyable(adapters.get(args.model_adapter_name or given.model.active_adapter))
+    active = given.model.active_adapter if isinstance(given.model, PeftModel) else "default"
+    if given.adapter is not None:
+        adapters = {active: given.adapter.config}
+    copies_start = given.ref_model is None and args.ref_adapter_name is None and not given.has_new_adapter
+    if adapters and args.needs_reference and copies_start:
+        check_copyable(adapters.get(args.model_adapter_name or active))
     if args.ref_adapter_name is not None and args.ref_adapter_name not in adapters:
         raise ValueError(
             f"`ref_adapter_name={args.ref_adapter_name!r}` must be an adapter of the actor, which has "

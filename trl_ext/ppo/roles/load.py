@@ -79,7 +79,9 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
     init_kwargs = loading.init_kwargs(args)
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
     actor: Any = given.model
-    if isinstance(actor, str):
+    if given.adapter is not None:
+        actor = given.adapter.load(args, given.quantization_config)
+    elif isinstance(actor, str):
         actor = create_model_from_path(actor, **init_kwargs, **quantized)
     reference = None
     if args.needs_reference and not (given.ref_model is None and given.has_adapter):
@@ -100,7 +102,7 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
     # 3. The critic
     critic: Critic
     if args.critic == "adapter":
-        start = None if given.peft_config is not None else args.model_adapter_name or actor.active_adapter
+        start = None if given.has_new_adapter else args.model_adapter_name or actor.active_adapter
         critic = ValueAdapter(critic_adapter(actor, given.value_model, reward_adapter, given.peft_config, start))
     else:
         value_model = given.value_model

@@ -1,0 +1,99 @@
+"""
+Make a whole model of an adapter and its base, for programs that take no adapter, or to train a new adapter on top.
+
+    trl-ext merge out --output_dir out-merged
+    trl-ext merge me/adapter --output_dir merged --dtype float32     # an adapter of the hub
+
+The output folder, which must be empty, gets the model in safetensors of at most 5 GB, tokenizer, generation config and
+a card. The base is loaded on the CPU. An adapter that was trained on a base in 4 bits is merged into these weights,
+taken back to whole ones, because they are what it has learned to correct; `run.json` beside it says so. Of a PPO run
+the actor is merged; the critic stays in `critic/`. A reward model's adapter becomes a whole reward model.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.hf_argparser import string_to_bool
+
+from ...models.loading import adapter_config, require_model, require_weights
+from ...models.merging import FROM_4_BITS, merge_adapter, save_merged
+from ...models.saved_adapter import adapter_folder, require_base
+from ...runs.facts import bits_of
+from ...runs.folder import read_facts
+from ...runs.requirements import require_writable
+from ..errors import usage_errors
+from ..flags import CommandParser
+
+
+def arguments() -> CommandParser:
+    parser = CommandParser("merge", __doc__)
+    parser.add_argument("adapter", help="a folder with an adapter, or a hub name")
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="empty folder for the model")
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="data type of the weights")
+    bits = "merge into the base as 4 bits (NF4) keep it; unset: as the adapter's run.json says"
+    parser.add_argument("--load_in_4bit", nargs="?", const=True, type=string_to_bool, metavar="BOOL", help=bits)
+    parser.add_argument("--revision", metavar="TEXT", help="revision of an adapter of the hub")
+    code = "run the base's own code from the hub"
+    parser.add_argument("--trust_remote_code", action="store_true", default=None, help=code)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = arguments().parse_args(argv)
+    with usage_errors():
+        folder, config = adapter_to_merge(given.adapter, given.revision)
+        require_empty(given.output_dir)
+        bits = in_4_bits(folder, given.load_in_4bit)
+        code = bool(given.trust_remote_code)
+        model = merge_adapter(folder, config, getattr(torch, given.dtype), bits, code)
+        save_merged(model, folder, config, given.output_dir, bits is not None, code)
+    if bits is not None:
+        print(f"{FROM_4_BITS.format(dtype=given.dtype)} `--load_in_4bit False` merges into the base as it was saved.")
+    critic = Path(folder) / "critic"
+    if critic.is_dir():
+        print(of_critic(critic, given.adapter))
+    print(f"Everything is in {given.output_dir}")
+    if config.task_type != "SEQ_CLS":
+        print(f"  chat    trl-ext chat {shlex.quote(str(given.output_dir))}")
+
+
+def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
+    """Return the folder and config of an adapter; `ValueError` for anything that cannot be merged."""
+    folder = adapter_folder(named, revision)
+    require_model(folder or named, "the adapter to merge", revision)
+    config = adapter_config(folder)
+    if folder is None or config is None:
+        raise ValueError(f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge.")
+    if config.is_prompt_learning:
+        raise ValueError(f"{named} learns virtual tokens ({config.peft_type}), which no weight can hold.")
+    require_weights(folder, "the adapter to merge")
+    require_base(folder, config)
+    return folder, config
+
+
+def require_empty(folder: Path) -> None:
+    require_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"`--output_dir {folder}` is not empty. Give a new folder, or empty this one.")
+
+
+def in_4_bits(folder: str, wanted: bool | None) -> dict[str, Any] | None:
+    """Return in which 4 bits to load the base: those of the run, or NF4 where `wanted`; `None` for none."""
+    known = bits_of(read_facts(folder).get("facts", {}).get("quantisation"))
+    if wanted is None:
+        return known
+    return (known or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}) if wanted else None
+
+
+def of_critic(critic: Path, actor: str) -> str:
+    """Return where the critic of a merged actor is, and how it goes on."""
+    if adapter_config(str(critic)) is not None:
+        how = (
+            f"It is an adapter on the same base: go on with `--model {actor}`, or merge it too, for `--critic model`."
+        )
+    else:
+        how = f"Go on with `--value_model {critic}`."
+    return f"What is merged is the actor; the critic stays in {critic}. {how}"

@@ -1,0 +1,93 @@
+"""Make a whole model of a saved adapter and its base."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from .._trl import create_model_from_path
+from ..runs.folder import without_place
+from .loading import is_quantized, load_tokenizer
+from .saved_adapter import SavedAdapter, put_on
+
+
+SHARD = "5GB"
+CARD = """\
+# {name}
+
+The adapter `{adapter}` merged into its base, `{base}`: each weight W that it adapts is now W + ΔW, in {dtype}.{bits}
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
+FROM_4_BITS = (
+    "The adapter was trained on the base in 4 bits, so it was merged into these very weights, taken back to {dtype} "
+    "(peft#2105). What 4 bits have lost of the base stays lost, and the model is again as large as the base."
+)
+
+
+def merge_adapter(
+    folder: str,
+    config: PeftConfig,
+    dtype: torch.dtype,
+    bits: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """
+    Return the base of the adapter in `folder` with the adapter merged into it, in `dtype`, on the CPU. What an adapter
+    adds is added in the wider dtype of `dtype` and the base's own, and rounded once.
+
+    Args:
+        bits: options of bitsandbytes for a base that the adapter was trained on in 4 bits: it is loaded so, and taken
+            back to whole weights before the adapter is added.
+    """
+    base = str(config.base_model_name_or_path)
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if config.revision:
+        source["revision"] = config.revision
+    saved = AutoConfig.from_pretrained(base, **source)
+    is_scoring = config.task_type == "SEQ_CLS"
+    kwargs = source | {"dtype": torch.promote_types(saved.dtype or dtype, dtype), "device_map": {"": "cpu"}}
+    if is_scoring:
+        kwargs |= {"architecture": AutoModelForSequenceClassification, "num_labels": 1}
+    if bits is not None:
+        kwargs["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=kwargs["dtype"])
+    model: Any = create_model_from_path(base, **kwargs)
+    if is_quantized(model):
+        model = model.dequantize(kwargs["dtype"])
+    merged = put_on(model, folder).merge_and_unload(safe_merge=True)
+    return merged.to(dtype).requires_grad_(False).eval()
+
+
+def save_merged(
+    model: Any, folder: str, config: PeftConfig, output: Path, from_4_bits: bool, trust_remote_code: bool = False
+) -> None:
+    """Write the model in safetensors of at most 5 GB each, its generation config, tokenizer or processor, and card."""
+    base, dtype = str(config.base_model_name_or_path), str(model.dtype).removeprefix("torch.")
+    model.save_pretrained(output, max_shard_size=SHARD)
+    own = SavedAdapter(folder, config).processing_class(trust_remote_code=trust_remote_code)
+    (own or load_tokenizer(folder, trust_remote_code=trust_remote_code)).save_pretrained(output)
+    is_scoring = config.task_type == "SEQ_CLS"
+    text = CARD.format(
+        name=without_place(str(output.resolve())),
+        adapter=without_place(folder),
+        base=without_place(base),
+        dtype=dtype,
+        bits=f"\n\n{FROM_4_BITS.format(dtype=dtype)}" if from_4_bits else "",
+        auto="AutoModelForSequenceClassification" if is_scoring else "AutoModelForCausalLM",
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=None if Path(base).exists() else base,
+        base_model_relation="merge",
+        pipeline_tag="text-classification" if is_scoring else "text-generation",
+        tags=["trl-ext", "merged"],
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(output / "README.md")

@@ -1,0 +1,177 @@
+"""A saved adapter as the model that a run starts from: it goes on being trained, on its base."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
+
+from .._trl import create_model_from_path
+from ..runs.folder import is_local
+from .fingerprint import base_fingerprint, weights_fingerprint
+from .loading import (
+    adapter_config,
+    has_tokenizer,
+    init_kwargs,
+    is_quantized,
+    load_tokenizer,
+    read_config,
+    refuse_scoring,
+    require_model,
+    require_weights,
+    source_options,
+)
+
+
+FILE = "adapter_model.safetensors"
+
+
+def adapter_folder(path: str, revision: str | None = None) -> str | None:
+    """
+    Return the folder of the adapter that a path or hub name holds, which is downloaded if need be; `None` for a model.
+    """
+    if Path(path).exists() or is_local(path):
+        return None if adapter_config(path) is None else path
+    try:
+        is_model_here = isinstance(try_to_load_from_cache(path, CONFIG_NAME, revision=revision), str)
+        if is_model_here or find_adapter_config_file(path, revision=revision) is None:
+            return None
+    except (OSError, ValueError):  # no name of a repository: `require_model` says so
+        return None
+    return snapshot_download(path, revision=revision, ignore_patterns=["*/*"])  # no checkpoints, no critic
+
+
+def require_writer(path: str, name: str, revision: str | None = None) -> str:
+    """
+    Return the folder or hub name of a language model, given as `name`, or the folder of an adapter of one; raise
+    `ValueError` for anything else.
+    """
+    folder = adapter_folder(path, revision)
+    require_model(folder or path, name, revision)
+    require_weights(folder or path, name)
+    adapter = adapter_config(folder)
+    if folder is None or adapter is None:
+        refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
+        return path
+    if adapter.task_type == "SEQ_CLS":
+        raise ValueError(f"{path} ({name}) holds a reward model's adapter, which scores text and cannot write it.")
+    if adapter.base_model_name_or_path:
+        require_writer(adapter.base_model_name_or_path, f"the base of the adapter {path}, {name}", adapter.revision)
+    return folder
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder with an adapter that writes text, and its config, which names its base."""
+
+    folder: str
+    config: PeftConfig
+
+    @property
+    def base(self) -> str:
+        return str(self.config.base_model_name_or_path)
+
+    def args_of_base(self, args: Any) -> Any:
+        """Return a copy of training arguments whose `revision` is that of the base, where they name the adapter's."""
+        args = copy.copy(args)
+        kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "revision"}
+        args.model_init_kwargs = kwargs | ({"revision": self.config.revision} if self.config.revision else {})
+        return args
+
+    def processing_class(self, **options: Any) -> Any:
+        """Return the processor or tokenizer beside the adapter; `None` if there is none."""
+        folder = Path(self.folder)
+        if any((folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor")):
+            return AutoProcessor.from_pretrained(folder, **options)
+        return load_tokenizer(self.folder, **options) if has_tokenizer(self.folder) else None
+
+    def load(self, args: Any, quantization_config: Any = None) -> PeftModel:
+        """Load the base as the options of `args_of_base` say, and the adapter onto it, to be trained."""
+        quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+        return put_on(create_model_from_path(self.base, **init_kwargs(args), **quantized), self.folder)
+
+
+def saved_adapter(model: Any, args: Any, peft_config: PeftConfig | None = None) -> SavedAdapter | None:
+    """
+    Return the adapter in the folder, or of the hub name, `model`; `None` if that is a model.
+
+    Raises:
+        ValueError: for a `peft_config` beside it, an adapter of a scoring model, and a base that is not there or has
+            other weights than those that the adapter was trained on.
+    """
+    folder = adapter_folder(model, source_options(args).get("revision")) if isinstance(model, str) else None
+    config = adapter_config(folder)
+    if folder is None or config is None:
+        return None
+    if peft_config is not None:
+        raise ValueError(
+            f"{model} is an adapter, which goes on being trained, and `peft_config` asks for a new one. Leave "
+            f"`peft_config` out; or, for a new adapter on top, merge this one first: `trl-ext merge {model} "
+            "--output_dir MERGED`."
+        )
+    if config.task_type == "SEQ_CLS":
+        raise ValueError(
+            f"{model} (`model`) holds an adapter of task type SEQ_CLS, which scores text and cannot write it. Give "
+            "it as `reward_model` or `value_model`, and a causal language model, or its adapter, here."
+        )
+    require_weights(folder, "model")
+    require_base(folder, config)
+    return SavedAdapter(folder, config)
+
+
+def require_base(folder: str, config: PeftConfig) -> None:
+    """Raise `ValueError` unless an adapter's base is a model, with the weights that the adapter was trained on."""
+    base, revision = config.base_model_name_or_path, config.revision
+    if not base:
+        raise ValueError(
+            f"The adapter in {folder} does not say what it was trained on. Write the base's path or hub name into "
+            "its adapter_config.json, as `base_model_name_or_path`."
+        )
+    if adapter_folder(base, revision) is not None:
+        raise ValueError(
+            f"The base of the adapter {folder} is {base}, an adapter itself. Merge that one first: `trl-ext merge "
+            f"{base} --output_dir MERGED`, and write MERGED into {folder}/adapter_config.json, as "
+            "`base_model_name_or_path`."
+        )
+    require_model(base, f"the base of the adapter {folder}, named in its adapter_config.json", revision)
+    trained_on = base_fingerprint(folder, None)
+    weights = None if trained_on is None else weights_fingerprint(base, revision)
+    if weights is not None and trained_on != weights:
+        raise ValueError(
+            f"The adapter in {folder} was trained on other weights than those in {base}, the base that it names: "
+            f"{str(trained_on)[:12]}… against {weights[:12]}… Write the folder of that base into its "
+            "adapter_config.json, as `base_model_name_or_path`."
+        )
+
+
+def put_on(base: PreTrainedModel, folder: str) -> PeftModel:
+    """Load the adapter in `folder` onto its base, to be trained; no random number is drawn."""
+    _widen_embedding(base, folder)
+    device = next(base.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=in_float32(base))
+
+
+def _widen_embedding(base: PreTrainedModel, folder: str) -> None:
+    """Give the embedding the rows that it had when the adapter was trained, if the adapter was saved with them."""
+    file, embedding = Path(folder) / FILE, base.get_input_embeddings()
+    if not file.is_file():
+        return
+    name = next(name for name, module in base.named_modules() if module is embedding)
+    with safe_open(file, framework="pt") as weights:
+        saved = [key for key in weights.keys() if key.endswith(f"{name}.weight")]
+        rows = max((weights.get_slice(key).get_shape()[0] for key in saved), default=0)
+    if rows > embedding.num_embeddings:
+        base.resize_token_embeddings(rows)
+
+
+def in_float32(base: Any) -> bool:
+    """Return whether adapters of a 16-bit model are kept in float32: not under ZeRO-3 unless it is quantised."""
+    return not is_deepspeed_zero3_enabled() or is_quantized(base)
