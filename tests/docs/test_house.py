@@ -123,7 +123,8 @@ def test_project_metadata_is_what_users_install():
     assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["license"] == "Apache-2.0"
     assert str(declared()["trl"].specifier) in (">=1.16,<1.17", "<1.17,>=1.16")
-    assert set(PROJECT["optional-dependencies"]) == {"deepspeed", "demo", "docs", "qlora", "report", "dev"}
+    extras = {"deepspeed", "demo", "docs", "qlora", "report", "tensorboard", "trackio", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == extras
     assert importlib.metadata.version("trl-ext") == trl_ext.__version__
 
 

@@ -84,7 +84,8 @@ MEASURED = {
 A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm)(?: |$|\w)", re.MULTILINE)
 
 # What cuts a run short, by script.
-BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --report_to none"
+# Other pages have runs in the same folders.
+BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --report_to none --overwrite"
 SHORT = {
     "reward": f"--max_steps 2 {BATCH} --train_size 8 --test_size 4",
     "dpo": f"--max_steps 2 --warmup_steps 0 {BATCH} --train_size 8 --test_size 4",

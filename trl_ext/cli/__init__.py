@@ -12,6 +12,7 @@ The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same
     models        the options of the model
     data          the options of the data, and the rows
     training      runs the commands that train
+    output        refuses to write over another run
     launch        starts several processes
     fit           checks that a run fits
     dry_run       prints what a run would be

@@ -31,6 +31,10 @@ class LaunchArguments:
     force: bool = field(
         default=False, metadata={"help": "Train even if the planner says that the run does not fit the GPU's memory."}
     )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Write over the run that `--output_dir` holds; its checkpoints of other steps stay."},
+    )
     profile: bool = field(
         default=False,
         metadata={"help": "Show where the time of the second update goes: a table, and a trace of torch's profiler."},

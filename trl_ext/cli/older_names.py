@@ -22,6 +22,7 @@ NAMES_BEFORE = {
     "test_size": "max_eval_samples",
     "test_split_size": "val_size",
     "output_dir": "save_path ckpt_path",
+    "overwrite": "overwrite_output_dir",
     "gamma": "gae_gamma discount discount_factor",
     "lam": "gae_lambda gae_lam lambd lambda",
     "kl_coef": "init_kl_coef init_kl_coeff kl_loss_coef kl_coeff",
@@ -129,7 +130,6 @@ _CURES = {
     "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache preprocessing_num_workers",
     "start several processes with `nproc` or `accelerate_config`": "actor_num_nodes actor_num_gpus_per_node num_gpus "
     "num_nodes",
-    "a run writes into its output folder; give another one to keep what is there": "overwrite_output_dir",
     "the command says it: `trl-ext dpo`, `trl-ext ppo` or `trl-ext reward`": "stage",
     "the tokenizer is that of the model": "tokenizer_name tokenizer_name_or_path",
     "DPO has a reference; TRL's CPO trainer has none": "reference_free",

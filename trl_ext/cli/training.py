@@ -20,6 +20,7 @@ from .fit import require_fit
 from .launch import launch, launches, require_all
 from .models import ModelArguments, model_errors, path_of, require_adapted, require_judges
 from .options import Options, read
+from .output import require_free
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainingCommand:
     def run(self, argv: list[str] | None = None) -> None:
         with usage_errors():
             given = self.options(argv)
+            require_free(given)
             if given.dry_run:
                 return dry_run(self.name, given, self.load)
             if launches(given):

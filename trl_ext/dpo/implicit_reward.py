@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, tqdm
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ class ImplicitReward:
         tokenizer: of both models; its chat template renders conversations.
         beta: the β of the training.
         batch_size: sequences in a forward pass.
+        shows_progress: show bars of the batches read by policy and reference.
 
     Raises:
         ValueError: for no reference, one with another vocabulary, a reward model read as a language model, a model
@@ -60,6 +61,7 @@ class ImplicitReward:
         tokenizer: PreTrainedTokenizerBase,
         beta: float = 0.1,
         batch_size: int = 16,
+        shows_progress: bool = False,
     ):
         if not beta > 0:
             raise ValueError(f"`beta` is {beta}; give the β > 0 that the policy was trained with.")
@@ -81,6 +83,7 @@ class ImplicitReward:
         self.tokenizer = tokenizer
         self.beta = beta
         self.batch_size = batch_size
+        self.shows_progress = shows_progress
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Return a reward for each completion; `tools` and `chat_template_kwargs`, by row, are read as in training."""
@@ -108,13 +111,15 @@ class ImplicitReward:
         return sorted(range(len(rewards)), key=lambda i: -rewards[i])
 
     def _rewards(self, sequences: Sequence[Cut]) -> list[float]:
-        logps = completion_logps(self.policy, self.tokenizer, sequences, self.batch_size)
+        how = (self.tokenizer, sequences, self.batch_size)
+        names = ("policy", "reference") if self.shows_progress else (None, None)
+        logps = completion_logps(self.policy, *how, names[0])
         if self.reference is not None:
-            ref_logps = completion_logps(self.reference, self.tokenizer, sequences, self.batch_size)
+            ref_logps = completion_logps(self.reference, *how, names[1])
         else:
             adapters: Any = self.policy.peft_config
             with use_adapter(self.policy, "ref" if "ref" in adapters else None):
-                ref_logps = completion_logps(self.policy, self.tokenizer, sequences, self.batch_size)
+                ref_logps = completion_logps(self.policy, *how, names[1])
         _require_finite("policy", logps, sequences, self.tokenizer)
         _require_finite("reference", ref_logps, sequences, self.tokenizer)
         return implicit_reward(logps, ref_logps, self.beta).tolist()
@@ -134,13 +139,21 @@ def pair_logps(
 
 @torch.no_grad()
 def completion_logps(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Cut], batch_size: int = 16
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[Cut],
+    batch_size: int = 16,
+    shown_as: str | None = None,
 ) -> Tensor:
-    """Return log π(completion | prompt), (N,) on the CPU, in nats, summed over a completion's tokens."""
+    """
+    Return log π(completion | prompt), (N,) on the CPU, in nats, summed over a completion's tokens; show the progress
+    under the name `shown_as`, if given.
+    """
     ids, known = chain.from_iterable(ids for ids, _ in sequences), known_tokens(model, getattr(model, "config", None))
     check_known(ids, known, tokenizer, f"The {type(model).__name__}", "a prompt with its completion")
     parts = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
-    return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in parts)])
+    shown = tqdm(parts, desc=shown_as, unit="batch", disable=shown_as is None)
+    return torch.cat([torch.zeros(0), *(_logps_of_batch(model, part) for part in shown)])
 
 
 def _require_finite(name: str, logps: Tensor, sequences: Sequence[Cut], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,8 +23,8 @@ def arguments() -> CommandParser:
     parser = CommandParser("chat", __doc__)
     parser.add_argument("model", help="a folder, or a hub name")
     parser.add_argument("--system", help="system message before the first message")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum length of an answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum length of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     return parser
 
 

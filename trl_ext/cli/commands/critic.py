@@ -27,7 +27,15 @@ from .ppo import PPOArguments, load
 
 
 # Options that say something else of a critic's pretraining than of PPO, or nothing.
-OF_THE_PRETRAINING = ("output_dir", "total_episodes", "learning_rate", "max_passes", "patience", "rollouts")
+OF_THE_PRETRAINING = (
+    "output_dir",
+    "overwrite",
+    "total_episodes",
+    "learning_rate",
+    "max_passes",
+    "patience",
+    "rollouts",
+)
 
 
 def create(path: str, args: CriticConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> CriticTrainerX:
@@ -64,7 +72,7 @@ def further(given: Options, data: PPOArguments, model: ModelArguments, args: Cri
     start = shlex.join([*same, "--value_model", args.output_dir, "--output_dir", f"{args.output_dir}-ppo"])
     return {
         "next": f"{program('ppo')} {start}",
-        "again": f"{program('critic')} {shlex.join([*without(given.argv, *again), *words])}",
+        "again": f"{program('critic')} {shlex.join([*without(given.argv, *again, 'overwrite'), *words])}",
     }
 
 

@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: the demo needs {', '.join(missing)}: pip install 'trl-ext[demo]'")
     judge = f"{output}/reward-demo"
     print("== demo 1/2: reward model", flush=True)
-    run("reward", "--output_dir", judge)
+    run("reward", "--output_dir", judge, "--overwrite")
     print("== demo 2/2: PPO", flush=True)
-    run("ppo", "--output_dir", f"{output}/ppo-demo", "--reward_model_path", judge)
+    run("ppo", "--output_dir", f"{output}/ppo-demo", "--reward_model_path", judge, "--overwrite")
 
 
 def run(command: str, *flags: str) -> None:

@@ -91,9 +91,8 @@ def in_4_bits(folder: str, wanted: bool | None) -> dict[str, Any] | None:
 def of_critic(critic: Path, actor: str) -> str:
     """Return where the critic of a merged actor is, and how it goes on."""
     if adapter_config(str(critic)) is not None:
-        how = (
-            f"It is an adapter on the same base: go on with `--model {actor}`, or merge it too, for `--critic model`."
-        )
+        how = f"It is an adapter on the same base: go on with `--model {shlex.quote(actor)}`, or merge it too, for "
+        how += "`--critic model`."
     else:
-        how = f"Go on with `--value_model {critic}`."
+        how = f"Go on with `--value_model {shlex.quote(str(critic))}`."
     return f"What is merged is the actor; the critic stays in {critic}. {how}"

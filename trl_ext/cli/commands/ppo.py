@@ -79,7 +79,8 @@ def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_
     rise, half_width, kl = (after.get(f"eval_{key}", float("nan")) for key in keys)
     scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    rose = f"; it rose by {rise:.3f}{interval}" if "before" in columns and math.isfinite(rise) else ""
+    moved = f"; it {'fell' if rise < 0 else 'rose'} by {abs(rise):.3f}{interval}"
+    rose = moved if "before" in columns and math.isfinite(rise) else ""
     print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
 
 
@@ -92,7 +93,7 @@ def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPO
         options["use_peft"] = "False"
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     of_adapter = [each.name for each in fields(model) if each.name.startswith("lora_")] if has_adapter else []
-    same = without(given.argv, *options, *of_adapter, "model_name_or_path", "resume_from_checkpoint")
+    same = without(given.argv, *options, *of_adapter, "model_name_or_path", "overwrite", "resume_from_checkpoint")
     merge = merge_of(args) if has_adapter else {}
     return chat_with(args) | merge | {"next": f"{program('ppo')} {shlex.join([*same, *flags])}"}
 

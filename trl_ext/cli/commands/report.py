@@ -11,6 +11,7 @@ keeps one up to date, with `run.json`, what was trained on what. A run is silent
 as a file.
 """
 
+import shlex
 import time
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         for run in runs:
             silent = f" ({run.state})" if run.is_silent else ""
             print(f"{run.name}: step {run.step} of {run.max_steps}{silent}; {run.verdict}", flush=True)
-        print(f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {page}", flush=True)
+        print(
+            f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {shlex.quote(str(page))}",
+            flush=True,
+        )
         if not arguments.watch or all(run.is_finished or run.is_silent for run in runs):
             return
         time.sleep(arguments.watch)

@@ -44,7 +44,8 @@ class ScoreArguments(DataArguments):
     ref_model: str | None = field(
         default=None,
         metadata={
-            "help": "Model that the policy started from. Unset: the policy without its adapter; SmolLM2 for the demo."
+            "help": "Model or adapter that the policy started from. Unset: the policy without its adapter; of the "
+            "demo's policy, SmolLM2."
         },
     )
     beta: float = field(default=0.1, metadata={"help": "β used in training, above 0."})
@@ -73,7 +74,7 @@ def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArg
     # A revision is the policy's: the reference is another model.
     reference = None if ref_path is None else load_model(ref_path, data, model, None)
     tokenizer = load_tokenizer(path, revision=model.model_revision)
-    return ImplicitReward(policy, reference, tokenizer, data.beta, data.batch_size)
+    return ImplicitReward(policy, reference, tokenizer, data.beta, data.batch_size, shows_progress=True)
 
 
 def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | None]:
