@@ -39,7 +39,8 @@ def planned(run: dict[str, Any], folder: Path) -> Plan:
     options |= {"lora_target_modules": ["all-linear"], "bf16": False, "model_name_or_path": str(folder / "actor")}
     machine = replace(CPU, gpus=run["processes"])
     layout = layout_from_options(run["trainer"], options, machine, prompt=run["prompt"])
-    return plan(ModelNames(str(folder / "actor"), reward=str(folder / "reward")), layout, machine)
+    trained = "reward" if run["trainer"] == "reward" else "actor"
+    return plan(ModelNames(str(folder / trained), reward=str(folder / "reward")), layout, machine)
 
 
 def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[str, int]:

@@ -60,6 +60,8 @@ RUNS = {
     "dpo-precomputed": job("dpo", GROUPED, (2, 2), (128, 128), precompute_ref_log_probs=True),
     "dpo-lora": job("dpo", DEEP, (4, 1), (256, 64), "lora"),
     "dpo-wide": job("dpo", WIDE, (4, 1), (64, 64)),
+    "reward-full": job("reward", DEEP, (4, 1), (256, 64)),
+    "reward-lora": job("reward", DEEP, (4, 2), (256, 64), "lora", gradient_checkpointing=True),
     "tiny": job("ppo", TINY, (2, 1), (8, 4)),
 }
 

@@ -17,8 +17,9 @@ from measure_memory_setup import rows
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from trl_ext import DPOConfigX, DPOTrainerX, PPOConfigX, PPOTrainerX
+from trl_ext import DPOConfigX, DPOTrainerX, PPOConfigX, PPOTrainerX, RewardConfigX, RewardTrainerX
 from trl_ext.planner import GIB
+from trl_ext.runs.profiler import take_peak
 
 
 PHASES = ("generate", "score", "learn")  # those that are planned
@@ -48,6 +49,12 @@ def build(job: dict[str, Any]) -> Any:
         "peft_config": lora if job["use_peft"] else None,
         "quantization_config": packed if job["load_in_4bit"] else None,
     }
+    if job["trainer"] == "reward":
+        args = RewardConfigX(job["folder"], max_steps=2, **QUIET, **job["options"])
+        data = rows(job, 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+        lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
+        del kwargs["quantization_config"]
+        return RewardTrainerX(str(reward), args, train_dataset=data, **kwargs)
     if job["trainer"] == "dpo":
         args = DPOConfigX(job["folder"], max_steps=2, **QUIET, **job["options"])
         data = rows(job, 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps)
@@ -71,8 +78,11 @@ def run(job: dict[str, Any]) -> dict[str, int]:
     for parameter in trainer.model.parameters():
         parameter.data = parameter.data.clone()
     collect()
+    take_peak(trainer.args.device)
     trainer.train()
     peaks: dict[str, int] = {}
+    if job["trainer"] == "reward":  # it logs no peaks
+        return {"learn": take_peak(trainer.args.device) or 0}
     for line in trainer.state.log_history:
         for phase in PHASES:
             peak = round(line.get(f"memory/{phase}", 0) * GIB)

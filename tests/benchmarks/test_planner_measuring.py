@@ -16,7 +16,7 @@ def test_plans_of_the_measured_runs_are_of_different_layouts(tmp_path):
     module.save_models(module.TINY, tmp_path)
     layouts = {name: module.planned(run, tmp_path).layout for name, run in module.RUNS.items()}
     assert len(set(layouts.values())) > 12
-    assert {layout.trainer for layout in layouts.values()} == {"ppo", "dpo"}
+    assert {layout.trainer for layout in layouts.values()} == {"ppo", "dpo", "reward"}
     assert {layout.method for layout in layouts.values()} == {"full", "lora", "qlora"}
     assert {layout.critic for layout in layouts.values()} == {"model", "head", "none"}
     assert layouts["ppo-head-accumulated"].accumulation == 4

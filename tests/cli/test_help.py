@@ -139,7 +139,7 @@ def test_plan_help_shows_the_layout_that_the_command_starts_from(capsys):
         shown = re.search(r"\(default: (.*)\)$", text_of("plan", field.name, capsys)).group(1)
         if field.name == "rollout":
             assert (shown, layout.rollout) == ("micro_batch × accumulation", layout.micro_batch * layout.accumulation)
-        elif field.name in ("compute", "critic", "reward"):
+        elif field.name in ("compute", "critic", "reward", "reference"):
             assert str(getattr(layout, field.name)) in shown
         else:
             assert shown == str(getattr(layout, field.name))

@@ -25,7 +25,7 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model_name_or_path: smollm2-135m-instruct\n")
     said = ended_with("--from_config", recipe)
-    assert said == f"error: {recipe} is in no folder `ppo` or `dpo`: say which it is with `--trainer`."
+    assert said == f"error: {recipe} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
     plan.main(["--from_config", str(recipe), "--trainer", "dpo"])
     assert "GiB" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT wh
 
 GPU = Hardware(memory=80 * GIB)
 FULL = Layout(prompt=256, response=256, rollout=8, accumulation=8)
+DPO = Layout(trainer="dpo", critic="none", reward="none")
 ON_ONE_BASE = FULL.change(method="qlora", compute="bf16", critic="head", reward="adapter", reference="adapter")
 
 
@@ -66,6 +67,23 @@ def test_role_without_weights_holds_none(change, absent):
 
 def test_critic_that_is_a_head_holds_a_head():
     assert phase(plan("0.5b", FULL.change(critic="head"), GPU), "learn").roles["critic"].weights == 4 * (896 + 1)
+
+
+REWARD = Layout(trainer="reward", critic="none", reward="none", reference="none")
+
+
+def test_reward_run_holds_a_scorer_and_no_logits():
+    planned = plan("8b", REWARD.change(method="lora", compute="bf16"), GPU)
+    (learn,) = planned.phases
+    assert learn.roles.keys() == {"actor"}
+    assert learn.roles["actor"].logits == 0
+    assert planned.models.actor.head == 4096
+    assert learn.total < plan("8b", DPO.change(method="lora", compute="bf16", reference="none"), GPU).peak.total
+    text = planner.plan_text(planned)
+    assert text.startswith("REWARD: model (lora) 8b 7.505B")
+    assert "| model " in text
+    assert not re.search("actor|critic|LM head", text)
+    assert {p.layout.method for p in suggest("1.5b", REWARD, GPU)} == {"full", "lora", "qlora"}
 
 
 def test_roles_on_one_base_hold_it_once():
@@ -129,7 +147,6 @@ def test_context_and_fragmentation_are_added_by_name():
     assert planned.needed == 1.5 * planned.peak.total + 3.0
 
 
-DPO = Layout(trainer="dpo", critic="none", reward="none")
 WASTEFUL = FULL.change(gradient_checkpointing=False, micro_batch=8, accumulation=1)
 
 
@@ -274,6 +291,7 @@ def test_scale_table_has_a_row_for_each_number_of_gpus():
     [
         ({"critic": "none"}, "PPO has a critic"),
         ({"trainer": "dpo"}, "DPO has no critic and no reward model"),
+        ({"trainer": "reward"}, "reference='model' were given. Set all three to 'none'"),
         ({"critic": "adapter"}, r"method='full' moves the base, on which \['critic'\] would be adapters"),
         ({"method": "qlora", "zero_stage": 3, "compute": "bf16"}, "4 bits under ZeRO-3 cannot be planned yet"),
         ({"zero_stage": 3, "compute": "bf16", "reward_bits": 8}, "ZeRO-3 cannot partition a quantised reward"),

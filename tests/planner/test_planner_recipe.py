@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 
 import tiny
 from commands import command
-from trl_ext import DPOConfigX, PPOConfigX
+from trl_ext import DPOConfigX, PPOConfigX, RewardConfigX
 from trl_ext.cli import fit, training
 from trl_ext.cli.commands.plan import options_of
 from trl_ext.cli.fit import require_fit
@@ -19,13 +19,14 @@ from trl_ext.cli.launch import LaunchArguments
 from trl_ext.cli.models import ModelArguments
 from trl_ext.cli.parser import OptionParser
 from trl_ext.cli.recipes import find_deepspeed, read_recipe
+from trl_ext.packing.budget import cut_by_tokens
 from trl_ext.planner import CPU, GIB, GPUS, Hardware, layout_from_options, names_from_options, plan, this_machine
 from trl_ext.ppo.config import PPOLoopConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and PEFT when they are imported
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX}
+CONFIGS = {"ppo": PPOConfigX, "dpo": DPOConfigX, "reward": RewardConfigX}
 GPU = Hardware(memory=24 * GIB)
 
 
@@ -80,7 +81,8 @@ def test_batches_are_those_of_the_trainer(tmp_path, per_device, accumulation, mi
 
 def test_defaults_are_those_of_the_configs(tmp_path):
     for name, config in CONFIGS.items():
-        args = config(str(tmp_path), use_cpu=True)
+        # TRL's own config of a reward run asks for bfloat16 on a CPU, too; the command does not.
+        args = config(str(tmp_path), use_cpu=True, **({"bf16": False} if name == "reward" else {}))
         assert layout_from_options(name, vars(args), CPU) == layout_from_options(name, {}, CPU)
 
 
@@ -104,10 +106,10 @@ def test_defaults_are_those_of_the_configs(tmp_path):
         ({"max_completion_length": 98}, {"response": 98}),
         (
             {"micro_batch_tokens": 3000, "response_length": 88, "gradient_accumulation_steps": 2},
-            {"micro_batch": 5, "accumulation": 4},
+            {"micro_batch": 5, "accumulation": 4, "micro_batch_tokens": 3000},
         ),
-        ({"micro_batch_tokens": 10**6}, {"micro_batch": 8, "accumulation": 1}),
-        ({"score_batch_tokens": 6000, "response_length": 88}, {"score_batch": 10}),
+        ({"micro_batch_tokens": 10**6}, {"micro_batch": 8, "accumulation": 1, "micro_batch_tokens": 8 * 565}),
+        ({"score_batch_tokens": 6000, "response_length": 88}, {"score_batch": 10, "score_batch_tokens": 6000}),
         ({"offload_frozen_models": True}, {"offload_frozen": True}),
         (
             {"reward_model_quantization": "8bit", "ref_model_quantization": "4bit"},
@@ -136,6 +138,34 @@ def test_option_of_ppo_reaches_the_layout(options, expected):
 def test_option_of_dpo_reaches_the_layout(options, expected):
     layout = layout_from_options("dpo", options, GPU)
     assert {name: getattr(layout, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"critic": "none", "reward": "none", "reference": "none", "prompt": 512, "response": 512}),
+        ({"use_peft": True}, {"method": "lora", "reference": "none"}),
+        ({"packing": False, "max_length": 64}, {"share_prefixes": False, "response": 32}),
+    ],
+)
+def test_option_of_a_reward_run_reaches_the_layout(options, expected):
+    layout = layout_from_options("reward", options, GPU)
+    assert {name: getattr(layout, name) for name in expected} == expected
+
+
+def test_budget_of_tokens_counts_the_answers_of_short_prompts():
+    """Parts of a budget hold more answers where prompts are short than sequences of the longest prompt."""
+    options = {"micro_batch_tokens": 3000, "response_length": 400, "per_device_train_batch_size": 64}
+    layout = layout_from_options("ppo", options, GPU, prompt=600)
+    for prompts in ([600] * 64, [20] * 64, [20, 600, 300, 60] * 16, [1] * 64):
+        parts = cut_by_tokens(prompts, [400] * 64, 3000, True, [[i] for i in range(64)])
+        assert max(400 * len(part) for part in parts) <= layout.scored_tokens
+        assert max(sum(prompts[i] + 400 for i in part) for part in parts) <= layout.learned_tokens
+    assert layout.scored_tokens == 3000 > layout.micro_batch * layout.response
+    scoring = layout_from_options("ppo", {"score_batch_tokens": 3000, "response_length": 400} | options, GPU, 600)
+    assert scoring.scoring == (3000, 3000)
+    few = layout_from_options("ppo", options | {"per_device_train_batch_size": 2}, GPU, prompt=600)
+    assert (few.learned_tokens, few.scored_tokens) == (2000, 800)
 
 
 def test_prompt_as_long_as_a_pair_is_an_error():

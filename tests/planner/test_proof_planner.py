@@ -7,10 +7,10 @@ import pytest
 from commands import script
 
 
-# Six of the runs of docs/measurements.md; `benchmarks/measure_memory.py` repeats all. The shorter ones prove what CI
+# Eight of the runs of docs/measurements.md; `benchmarks/measure_memory.py` repeats all. The shorter ones prove what CI
 # has time for: each trainer, a critic of its own and a head, full weights, LoRA and NF4.
 SHORTER = ["ppo-model", "ppo-qlora", "dpo-lora"]
-LONGER = ["ppo-head-checkpointing", "ppo-lora", "dpo-full"]
+LONGER = ["ppo-head-checkpointing", "ppo-lora", "dpo-full", "reward-full", "reward-lora"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -115,9 +115,8 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int,
 
 def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:
     """Return the memory plan, or why there is none."""
-    if command in ("reward", "critic"):
-        less = "a reward model needs less than DPO" if command == "reward" else "a critic alone needs less than PPO"
-        return f"Memory: the planner plans PPO and DPO; {less} of the same model."
+    if command == "critic":
+        return "Memory: a critic alone is not planned; it needs less than PPO of the same model."
     if given.gpu is not None:
         machine = planner.hardware(given.gpu, gpus=count)
     elif options["use_cpu"]:

@@ -12,7 +12,7 @@ from ..planner import Hardware, Plan, layout_from_options, names_from_options, p
 
 
 def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, prompt: int | None = None) -> Plan:
-    """Plan a run of "ppo" or "dpo"; `prompt` is the longest, if known. `ValueError` for what cannot be planned."""
+    """Plan a run of "ppo", "dpo" or "reward"; `prompt` is the longest, if known. `ValueError` for what has no plan."""
     named = options.get("model_name_or_path") or options.get("sft_model_path")
     saved = adapter_config(named and adapter_folder(named, options.get("model_revision")))
     if saved is not None:  # planned as a new adapter of its rank on its base
@@ -23,12 +23,12 @@ def plan_run(trainer: str, options: Mapping[str, Any], hardware: Hardware, promp
 
 def require_fit(trainer: str, *arguments: Any, hardware: Hardware | None = None) -> None:
     """
-    Plan the run on `hardware`, or on the GPUs of this launch; without a GPU, and for "reward" and "critic", which need
-    less than DPO and PPO, nothing is checked. If it does not fit, end with the plan and the smallest change, unless
+    Plan the run on `hardware`, or on the GPUs of this launch; without a GPU, and for "critic", which needs less
+    than PPO, nothing is checked. If it does not fit, end with the plan and the smallest change, unless
     `--force` is given.
     """
     options: dict[str, Any] = {name: value for part in arguments for name, value in vars(part).items()}
-    if trainer in ("reward", "critic") or options["force"]:
+    if trainer == "critic" or options["force"]:
         return
     if hardware is None:
         if options["use_cpu"] or not torch.cuda.is_available():

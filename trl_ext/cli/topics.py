@@ -48,7 +48,6 @@ OTHERWISE = {
 }
 # Options that a command does not have, although it shares the class that defines them.
 ABSENT = {
-    "reward": "gpu force",  # the planner plans PPO and DPO
     "critic": "gpu force profile samples",
     "score": "use_peft use_rslora use_dora lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
     "lora_modules_to_save lora_task_type train_size test_split_size",

@@ -9,6 +9,7 @@ from .optimizers import OPTIMIZERS
 
 GIB = 2**30
 BITS = one_of(4, 8, 16)
+WHOLE = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ def says(default: Any, text: str) -> Any:
 class Layout:
     """How a run is laid out. Lengths are tokens, batches are per GPU; each field says what it is."""
 
-    trainer: Annotated[str, one_of("ppo", "dpo")] = says("ppo", '"ppo" or "dpo".')
+    trainer: Annotated[str, one_of("ppo", "dpo", "reward")] = says("ppo", '"ppo", "dpo" or "reward".')
     method: Annotated[str, one_of("full", "lora", "qlora")] = says(
         "full", 'how the actor is trained: "full", "lora", or "qlora" (a base in 4 bits).'
     )
     critic: Annotated[str, one_of("model", "head", "adapter", "none")] = says(
-        "model", '"model", "head" on the actor\'s trunk, "adapter" on its base; "none" in DPO.'
+        "model", '"model", "head" on the actor\'s trunk, "adapter" on its base; "none" in DPO and reward runs.'
     )
     reference: Annotated[str, one_of("model", "adapter", "none")] = says(
         "model",
@@ -90,7 +91,7 @@ class Layout:
         "precomputed.",
     )
     reward: Annotated[str, one_of("model", "adapter", "none")] = says(
-        "model", '"model", "adapter" on the actor\'s base, "none": functions. "none" in DPO.'
+        "model", '"model", "adapter" on the actor\'s base, "none": functions. "none" in DPO and reward runs.'
     )
     compute: Annotated[str, one_of("fp32", "autocast", "bf16")] = says(
         "autocast",
@@ -103,10 +104,16 @@ class Layout:
     )
     offload_optimizer: bool = says(False, "let DeepSpeed offload the optimizer to the host.")
     offload_parameters: bool = says(False, "let DeepSpeed offload the parameters to the host.")
-    micro_batch: Annotated[int, COUNT] = says(1, "sequences (PPO) or pairs (DPO) in one forward and backward pass.")
+    micro_batch: Annotated[int, COUNT] = says(
+        1, "sequences (PPO) or pairs (DPO, reward) in one forward and backward pass."
+    )
     accumulation: Annotated[int, COUNT] = says(1, "micro-batches in one optimizer step.")
     rollout: Annotated[int, COUNT] = says(1, "responses that are sampled at the same time (PPO).")
     score_batch: Annotated[int, COUNT] = says(64, "sequences in one scoring pass (PPO).")
+    micro_batch_tokens: Annotated[int, WHOLE] = says(
+        0, "most tokens in one forward and backward pass, of sequences of any length (PPO). 0: whole sequences."
+    )
+    score_batch_tokens: Annotated[int, WHOLE] = says(0, "the same of one scoring pass (PPO).")
     epochs: Annotated[int, COUNT] = says(1, "passes over a rollout (PPO).")
     prompt: Annotated[int, COUNT] = says(512, "longest prompt.")
     response: Annotated[int, COUNT] = says(512, "longest response, or completion of a pair.")
@@ -123,13 +130,18 @@ class Layout:
     nested_quantisation: bool = says(False, "quantise the scales of 4-bit blocks too.")
     rank: Annotated[int, COUNT] = says(16, "rank of LoRA.")
     targets: str | tuple[str, ...] = says("all-linear", "target modules of LoRA.")
-    share_prefixes: bool = says(True, "a pair's prompt is computed once (DPO).")
+    share_prefixes: bool = says(True, "a pair's prompt is computed once (DPO, reward).")
     padded: bool = says(True, "batches contain padding, so attention gets a mask.")
     reduce_bucket: float = says(5e8, "DeepSpeed's `reduce_bucket_size`, in elements.")
     live_parameters: float = says(1e9, "DeepSpeed's `stage3_max_live_parameters`, in elements.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.trainer == "reward" and {self.critic, self.reward, self.reference} != {"none"}:
+            raise ValueError(
+                f"A reward model is trained without other models; critic={self.critic!r}, reward={self.reward!r}, "
+                f"reference={self.reference!r} were given. Set all three to 'none'."
+            )
         if self.trainer == "dpo" and (self.critic, self.reward) != ("none", "none"):
             raise ValueError(
                 f"DPO has no critic and no reward model; critic={self.critic!r}, reward={self.reward!r} were given. "
@@ -173,11 +185,26 @@ class Layout:
     def learned_tokens(self) -> int:
         """Return the tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice."""
         if self.trainer == "ppo":
-            return self.micro_batch * self.length
+            return max(self.micro_batch_tokens, self.micro_batch * self.length)
         prompts = 1 if self.share_prefixes else 2
         return self.micro_batch * (prompts * self.prompt + 2 * self.response)
 
     @property
     def scored_tokens(self) -> int:
-        """Return the tokens of one micro-batch whose log-probability is read."""
-        return self.micro_batch * self.response * (1 if self.trainer == "ppo" else 2)
+        """
+        Return the most tokens of one micro-batch whose log-probability is read; a reward model reads none. Where a
+        micro-batch is so many tokens, the prompts may be short: then nearly all of them are answers.
+        """
+        if self.trainer == "reward":
+            return 0
+        if self.trainer == "dpo":
+            return 2 * self.micro_batch * self.response
+        at_once = self.micro_batch * self.accumulation * self.response
+        return max(min(self.micro_batch_tokens, at_once), self.micro_batch * self.response)
+
+    @property
+    def scoring(self) -> tuple[int, int]:
+        """Return the tokens of one scoring pass, and those of answers among them; see `scored_tokens`."""
+        sequences = min(self.score_batch, self.rollout)
+        tokens = min(max(self.score_batch_tokens, sequences * self.length), self.rollout * self.length)
+        return tokens, min(max(self.score_batch_tokens, sequences * self.response), self.rollout * self.response)

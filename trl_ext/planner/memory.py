@@ -155,7 +155,7 @@ def layer_activations(shape: ModelShape, layout: Layout, adapter: AdapterShape |
     """
     h, q, f, size = shape.hidden, shape.query, shape.inner, compute_bytes(layout)
     # A mask of (L, L) is turned into numbers in every layer, and with a mask shared keys are repeated for every head.
-    shared = layout.trainer == "dpo" and layout.share_prefixes
+    shared = layout.trainer != "ppo" and layout.share_prefixes
     keys = q if layout.padded or shared else shape.key
     mask = size * layout.length if layout.padded and not shared else 0
     attention: float = size * (2 * q + 2 * keys) + 4 * shape.heads + mask

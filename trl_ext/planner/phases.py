@@ -46,9 +46,12 @@ class Phase:
 
 
 def phases(models: Models, layout: Layout, hardware: Hardware) -> list[Phase]:
-    """Return the phases of one step: PPO generates, scores and learns; DPO learns, with its reference inside."""
+    """
+    Return the phases of one step: PPO generates, scores and learns; the others learn, DPO with its
+    reference inside.
+    """
     run = _Run(models, layout, hardware)
-    if layout.trainer == "dpo":
+    if layout.trainer != "ppo":
         return [run.learn()]
     return [run.generate(), run.score(), run.learn()]
 
@@ -139,18 +142,18 @@ class _Run:
     def score(self) -> Phase:
         """Return the fullest moment: one model at a time reads the rollout."""
         layout, choices = self.layout, []
-        sequences = min(layout.score_batch, layout.rollout)
+        tokens, of_answers = layout.scoring
         for role in ("critic", "reward", "reference"):
             kind = getattr(layout, role)
             if kind == "none":
                 continue
             shape = getattr(self.models, role) if kind == "model" else self.models.actor
-            reading = Usage(activations=memory.forward_activations(shape, sequences * layout.length, layout))
+            reading = Usage(activations=memory.forward_activations(shape, tokens, layout))
             if role == "reference":
-                tile = memory.head_tile(shape, sequences * layout.response, self.hardware.is_cpu)
+                tile = memory.head_tile(shape, of_answers, self.hardware.is_cpu)
                 reading += Usage(logits=tile)
             if role == "reward":
-                reading += Usage(kv_cache=memory.kv_cache(shape, sequences, layout.length, layout))
+                reading += Usage(kv_cache=memory.kv_cache(shape, 1, tokens, layout))
             if role == "critic" or kind == "adapter":
                 reading += Usage(buffers=memory.cast_buffers(shape, layout))
             roles = self.base(active=role)
@@ -219,7 +222,8 @@ class _Run:
         def gradients(role: str) -> float:
             return self.trained[role].gradients if role == "critic" else self._held_gradients(role)
 
-        return self._moment("the backward pass of the LM head ends", actor, Usage(), gradients)
+        head = "score" if layout.trainer == "reward" else "LM"
+        return self._moment(f"the backward pass of the {head} head ends", actor, Usage(), gradients)
 
     def _backward_end(self) -> Phase:
         """Add up the end of the backward pass: every gradient exists; a tied embedding's is added to the head's."""

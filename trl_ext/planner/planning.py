@@ -46,7 +46,7 @@ class Plan:
 
 def models_of(names: ModelNames, layout: Layout) -> Models:
     """Return the sizes of the models that a layout has."""
-    actor = model_shape(names.actor)
+    actor = model_shape(names.actor, with_score=layout.trainer == "reward")
     reward = names.reward or names.actor
 
     return Models(

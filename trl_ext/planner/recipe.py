@@ -21,7 +21,7 @@ DEFAULT_PROMPT, DEFAULT_LENGTH = 512, 1024
 
 
 def names_from_options(options: Mapping[str, Any]) -> ModelNames:
-    """Return the models that `trl-ext ppo` or `trl-ext dpo` would load."""
+    """Return the models that `trl-ext ppo`, `dpo` or `trl-ext reward` would load."""
     actor = options.get("model_name_or_path") or options.get("sft_model_path") or EMBEDDED
     reward = options.get("reward_model_path")
     has_config = reward is not None and (Path(reward) / "config.json").is_file()
@@ -38,7 +38,7 @@ def layout_from_options(
     Args:
         options: option names and values, as in a recipe; what is not there has its default.
         hardware: the device decides the dtype where the options do not.
-        prompt: length of the longest prompt in tokens; unset: 512, and in DPO half of `max_length`.
+        prompt: length of the longest prompt in tokens; unset: 512, and of pairs half of `max_length`.
 
     Raises:
         ValueError: when the options do not go together.
@@ -54,7 +54,7 @@ def layout_from_options(
     common["compute"] = _compute(options, hardware, bool(common.get("zero_stage")))
     if common["method"] == "qlora" and options.get("ref_model_quantization") is None:
         common["reference_bits"] = 4  # a reference of its own is loaded like the actor
-    of_trainer = _ppo(options, prompt) if trainer == "ppo" else _dpo(options, prompt)
+    of_trainer = _ppo(options, prompt) if trainer == "ppo" else _pairs(trainer, options, prompt)
     return Layout(trainer=trainer, **(common | of_trainer))
 
 
@@ -110,10 +110,11 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     prompt = prompt or DEFAULT_PROMPT
     response = options.get("max_completion_length") or options.get("response_length") or 53
     score_batch = options.get("local_rollout_forward_batch_size") or 64
-    if options.get("micro_batch_tokens"):  # as many of the longest sequences as it holds
-        micro_batch = min(max(options["micro_batch_tokens"] // (prompt + response), 1), mini_batch)
-    if options.get("score_batch_tokens"):
-        score_batch = max(options["score_batch_tokens"] // (prompt + response), 1)
+    budget, score_budget = options.get("micro_batch_tokens") or 0, options.get("score_batch_tokens") or 0
+    if budget:  # as many of the longest sequences as it holds
+        micro_batch = min(max(budget // (prompt + response), 1), mini_batch)
+    if score_budget:
+        score_batch = max(score_budget // (prompt + response), 1)
     kl_coef = options.get("beta") if options.get("beta") is not None else options.get("kl_coef")
     has_reference = kl_coef is None or kl_coef != 0
     judge: Any = options.get("reward_model_path")
@@ -129,6 +130,8 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "accumulation": -(-mini_batch // micro_batch),
         "rollout": rollout,
         "score_batch": score_batch,
+        "micro_batch_tokens": min(budget, mini_batch * (prompt + response)),
+        "score_batch_tokens": score_budget,
         "epochs": options.get("num_ppo_epochs") or 4,
         "prompt": prompt,
         "response": response,
@@ -140,13 +143,13 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     }
 
 
-def _dpo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
+def _pairs(trainer: str, options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     length = options.get("max_length") or DEFAULT_LENGTH
     prompt = prompt or length // 2
     if not prompt < length:
         raise ValueError(f"A prompt of {prompt} tokens leaves no room for an answer in `max_length={length}`.")
-    precomputed = options.get("precompute_ref_log_probs")
-    reference = "none" if precomputed else "adapter" if options.get("use_peft") else "model"
+    has_none = trainer == "reward" or options.get("precompute_ref_log_probs")
+    reference = "none" if has_none else "adapter" if options.get("use_peft") else "model"
     return {
         "critic": "none",
         "reward": "none",

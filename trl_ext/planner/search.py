@@ -9,58 +9,56 @@ from .planning import ModelNames, Plan, plan
 from .timing import speed
 
 
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-
-
 def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
     Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
     order. One that offloads the optimizer is taken where no other fits; of those equally fast one that offloads no
-    frozen model, with the largest micro-batch that fits. Trainer, lengths, rollout and optimizer are `start`'s; all
-    else is searched.
+    frozen model, with the largest micro-batch. Trainer, lengths, rollout and optimizer are `start`'s; all else is
+    searched.
     """
     best: dict[tuple[str, str], tuple[tuple[bool, float, bool, int], Plan]] = {}
     for layout in layouts(start, hardware):
-        planned = plan(names, layout, hardware)
-        if not planned.fits:
+        planned = _with_largest_micro_batch(names, layout, hardware)
+        if planned is None:
             continue
-        kind, rate = (layout.method, layout.critic), float(f"{speed(planned).tokens_per_second:.6g}")
+        layout, rate = planned.layout, float(f"{speed(planned).tokens_per_second:.6g}")
+        kind = layout.method, layout.critic
         rank = not layout.offload_optimizer, rate, not layout.offload_frozen, layout.micro_batch
         if kind not in best or rank > best[kind][0]:
             best[kind] = rank, planned
-    return [_with_largest_micro_batch(names, planned, start, hardware) for _, planned in best.values()]
+    return [planned for _, planned in best.values()]
 
 
-def _with_largest_micro_batch(names: ModelNames | str, planned: Plan, start: Layout, hardware: Hardware) -> Plan:
-    """Return the plan with as many more sequences in a micro-batch as fit, found by bisection."""
-    sequences = start.micro_batch * start.accumulation
-    low, high = planned.layout.micro_batch, sequences
-    while low < high:
-        size = (low + high + 1) // 2
-        larger = plan(names, planned.layout.change(micro_batch=size, accumulation=-(-sequences // size)), hardware)
-        if larger.fits:
-            low, planned = size, larger
+def _with_largest_micro_batch(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan | None:
+    """Return the plan with as many sequences in a micro-batch as fit, found by bisection; `None` if not even one."""
+    sequences = layout.micro_batch * layout.accumulation
+    found, low, high = None, 1, sequences
+    size = 1
+    while low <= high:
+        batches = {"micro_batch": size, "accumulation": -(-sequences // size)}
+        if layout.trainer == "ppo":  # a run takes them as `micro_batch_tokens`
+            batches["micro_batch_tokens"] = size * layout.length
+        planned = plan(names, layout.change(**batches), hardware)
+        if planned.fits:
+            found, low = planned, size + 1
         else:
             high = size - 1
-    return planned
+        size = (low + high + 1) // 2
+    return found
 
 
 def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:
     """Yield every layout that `suggest` looks at; those whose parts do not go together are left out."""
-    sequences = start.micro_batch * start.accumulation
-    sizes = [size for size in MICRO_BATCHES if size <= sequences]
-    engines = _engines(hardware)
-    for roles, engine, checkpointing, size, away in itertools.product(
-        _roles(start), engines, (False, True), sizes, (False, True)
+    for roles, engine, checkpointing, away in itertools.product(
+        _roles(start), _engines(hardware), (False, True), (False, True)
     ):
-        batches = {"micro_batch": size, "accumulation": -(-sequences // size)}
-        options = roles | engine | batches | {"gradient_checkpointing": checkpointing, "offload_frozen": away}
-        full_alone = roles["method"] == "full" and engine["zero_stage"] == 0
-        options["compute"] = "fp32" if hardware.is_cpu else "autocast" if full_alone else "bf16"
-        if away and (start.trainer == "dpo" or "model" not in (roles["reward"], roles["reference"])):
+        if away and (start.trainer != "ppo" or "model" not in (roles["reward"], roles["reference"])):
             continue
+        full_alone = roles["method"] == "full" and engine["zero_stage"] == 0
+        compute = "fp32" if hardware.is_cpu else "autocast" if full_alone else "bf16"
+        options = roles | engine | {"gradient_checkpointing": checkpointing, "offload_frozen": away}
         try:
-            yield start.change(**options)
+            yield start.change(**options, compute=compute)
         except ValueError:
             continue
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from .changes import Change, smallest_change
-from .layout import GIB, Hardware
+from .layout import GIB, Hardware, Layout
 from .memory import PARTS
 from .phases import ROLES
 from .planning import Plan, plan
@@ -38,10 +38,15 @@ def sizes(planned: Plan) -> str:
             size += f", {shape.stacked / 1e9:.1f}B of them experts, which stay in 16 bits"
         if role == "actor" and models.adapter is not None:
             size += f", {models.adapter.parameters / 1e6:.1f}M of an adapter"
-        parts.append(f"{role} ({kinds[role]}) {size}")
+        parts.append(f"{called(role, layout)} ({kinds[role]}) {size}")
     zero = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "DDP" if planned.hardware.gpus > 1 else "one process"
     tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}"
     return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{zero}, {layout.compute}, {tokens}."
+
+
+def called(role: str, layout: Layout) -> str:
+    """Return what a role is called: the model that a reward run trains is no actor."""
+    return "model" if layout.trainer == "reward" else role
 
 
 def memory_table(planned: Plan) -> str:
@@ -52,7 +57,7 @@ def memory_table(planned: Plan) -> str:
         for role, usage in phase.roles.items():
             if usage.total:
                 parts = [gib(getattr(usage, part)) for part in PARTS]
-                rows.append([phase.name, role, *parts, gib(usage.total)])
+                rows.append([phase.name, called(role, planned.layout), *parts, gib(usage.total)])
         if phase.other:
             rows.append([phase.name, "vLLM", *[""] * len(PARTS), gib(phase.other)])
         rows.append([f"**{phase.name}**", phase.moment, *[""] * len(PARTS), f"**{gib(phase.total)}**"])

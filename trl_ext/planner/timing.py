@@ -19,7 +19,7 @@ MFU, UNPACKING, BANDWIDTH, NETWORK = 0.4, 0.6, 0.5, 0.7
 
 
 def assumed(trainer: str) -> str:
-    """Return what an estimate for "ppo" or "dpo" assumes, in words."""
+    """Return what an estimate for "ppo", "dpo" or "reward" assumes, in words."""
     generating = f"{BANDWIDTH:.0%} of memory bandwidth while generating, " if trainer == "ppo" else ""
     length = "response" if trainer == "ppo" else "pair"
     return (
@@ -30,7 +30,7 @@ def assumed(trainer: str) -> str:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one rollout and what is learned from it; in DPO, of one optimizer step."""
+    """Seconds of one rollout and what is learned from it; of pairs, of one optimizer step."""
 
     generate: float
     score: float
@@ -56,7 +56,7 @@ def speed(planned: Plan) -> Speed:
     """Return the estimate for a plan."""
     layout, gpus = planned.layout, planned.hardware.gpus
     run = _Run(planned)
-    if layout.trainer == "dpo":
+    if layout.trainer != "ppo":
         pairs = layout.micro_batch * layout.accumulation
         seconds = layout.accumulation * run.learn_micro_batch()
         if layout.reference != "none":

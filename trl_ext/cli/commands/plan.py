@@ -32,8 +32,9 @@ START_TEXTS = {
     "accumulation": str(START_ACCUMULATION),
     "rollout": "micro_batch × accumulation",
     "compute": "fp32 on a CPU; else bf16 with --zero_stage or --method, and autocast without",
-    "critic": "model; of DPO none",
-    "reward": "model; of DPO none",
+    "critic": "model; of pairs none",
+    "reward": "model; of pairs none",
+    "reference": "model; of reward runs none",
 }
 # With what a model's sizes are those of another.
 MODEL_TEXTS = {
@@ -55,7 +56,7 @@ def arguments() -> CommandParser:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(f"--{name}", **options)
 
-    recipe = "A PPO or DPO recipe: a path, or the name of an installed one."
+    recipe = "A recipe of PPO, DPO or a reward run: a path, or the name of an installed one."
     add("models", "from_config", metavar="RECIPE", help=recipe)
     for name, text in MODEL_TEXTS.items():
         add("models", name, metavar="NAME", help=text)
@@ -95,16 +96,19 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     if given.from_config:
         recipe = find_config(given.from_config)
         trainer = flags.get("trainer") or recipe.resolve().parent.name
-        if trainer not in ("ppo", "dpo"):
-            raise ValueError(f"{given.from_config} is in no folder `ppo` or `dpo`: say which it is with `--trainer`.")
+        if trainer not in ("ppo", "dpo", "reward"):
+            raise ValueError(
+                f"{given.from_config} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
+            )
         options = options_of(recipe)
         names = planner.names_from_options(options)
         layout = planner.layout_from_options(trainer, options, machine, given.prompt)
     else:
         compute = "fp32" if machine.is_cpu else "bf16" if flags.get("zero_stage") or "method" in flags else "autocast"
         start: dict[str, Any] = {"compute": compute, "accumulation": START_ACCUMULATION}
-        if flags.get("trainer") == "dpo":
-            start |= {"critic": "none", "reward": "none", "trainer": "dpo"}
+        if (trainer := flags.get("trainer", "ppo")) != "ppo":
+            start |= {"critic": "none", "reward": "none", "trainer": trainer}
+            start |= {"reference": "none"} if trainer == "reward" else {}
         layout = Layout(**start)
         flags.setdefault("rollout", flags.get("micro_batch", 1) * flags.get("accumulation", layout.accumulation))
     roles = {"actor": "model", "reward": "reward_model", "reference": "ref_model", "critic": "value_model"}
