@@ -192,7 +192,7 @@ def test_tokenizers_get_the_revision_of_the_policy_and_remote_code(paths, tmp_pa
     asked.clear()
     body, loaded = command("score"), []
     monkeypatch.setattr(body, "load_model", lambda path, data, model, revision: loaded.append(revision))
-    monkeypatch.setattr(body, "ImplicitReward", lambda *_: None)
+    monkeypatch.setattr(body, "ImplicitReward", lambda *_, **__: None)
     body.build(
         paths["actor"],
         paths["actor"],

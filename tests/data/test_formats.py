@@ -66,6 +66,20 @@ def test_rename_of_a_name_that_is_not_there_suggests_the_nearest():
         rename(dataset(PAIRS), {"prompt": "qestion"})
 
 
+def test_columns_mapped_the_wrong_way_round_are_turned():
+    with pytest.raises(ValueError, match=r"it is new=old, `--columns prompt=question chosen=good`; the dataset has"):
+        rename(dataset(PAIRS), {"question": "prompt", "good": "chosen"})
+    with pytest.raises(ValueError, match="There is no column 'prompt' to become 'question'"):  # one that is right
+        rename(dataset(PAIRS), {"question": "prompt", "chosen": "good"})
+
+
+def test_names_that_do_not_say_which_answer_is_better_ask_for_a_look():
+    for names, asks in (("response_a response_b", True), ("good_answer bad_answer", False)):
+        with pytest.raises(ValueError, match="Map the columns") as error:
+            require(dataset(dict.fromkeys(names.split(), "text")), "preference")
+        assert ("Make sure first that 'response_a' is the better answer" in str(error.value)) == asks
+
+
 def test_rename_to_a_name_that_is_taken_is_refused_with_a_way_out():
     rows = dataset({"prompt": "x", "question": "y"})
     with pytest.raises(ValueError, match=r"already. Give that another name too, `old_prompt=prompt`, or remove it"):
@@ -96,6 +110,9 @@ def test_columns_are_parsed_from_a_command_line():
         ("chosen bad", "preference", {"rejected": "bad"}),
         ("Query Winner loser", "preference", {"prompt": "Query", "chosen": "Winner", "rejected": "loser"}),
         ("promt choosen rejectd", "preference", {"prompt": "promt", "chosen": "choosen", "rejected": "rejectd"}),
+        ("question good_answer bad_answer", "preference",
+         {"prompt": "question", "chosen": "good_answer", "rejected": "bad_answer"}),
+        ("prompt response_a response_b", "preference", {"chosen": "response_a", "rejected": "response_b"}),
         ("question good", "preference", {}),
         ("alpha beta", "preference", {}),
         ("input instruction output", "prompts", {"prompt": "instruction"}),

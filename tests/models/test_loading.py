@@ -13,7 +13,9 @@ import tiny
 from reward_runs import reward_trainer
 from trl_ext import ImplicitReward, _trl
 from trl_ext.dpo import reference as dpo_reference
+from trl_ext.models import loading, saved_adapter
 from trl_ext.models.loading import check_same_tokens
+from trl_ext.ppo.roles import critic
 from trl_ext.ppo.roles import load as ppo_roles
 
 
@@ -198,3 +200,45 @@ def test_padding_without_an_embedding_is_refused(tmp_path, reader):
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
     with pytest.raises(ValueError, match=r"knows 64 tokens, and the pad token has the id 64 \('<padding>'\)"):
         reader(tmp_path, tokenizer, dpo_runs.tiny_pairs())
+
+
+@pytest.mark.parametrize("name", ["my-sfft", "./my-sfft"])
+def test_misspelt_folder_is_named_before_the_hub_is_asked(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    saved(tiny.tiny_actor(), tmp_path / "my-sft")
+    (tmp_path / "my-sffo").mkdir()  # no model
+    for module, asks in ((saved_adapter, "find_adapter_config_file"), (loading.PretrainedConfig, "get_config_dict")):
+        monkeypatch.setattr(module, asks, None)
+    assert saved_adapter.adapter_folder(name) is None
+    with pytest.raises(ValueError, match=r"There is no folder .*my-sfft \(--model\)\. Did you mean my-sft"):
+        loading.require_model(name, "--model")
+
+
+def test_name_of_a_model_in_the_hubs_cache_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tiny.tiny_actor(), tmp_path / "gpt2")
+    assert loading.near_folder("gpt-2") == "gpt2"
+    assert loading.near_folder("gpt2-large") is None
+    assert loading.near_folder("gpt2") is None
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: "cached/config.json")
+    assert loading.near_folder("gpt-2") is None
+
+
+ROLES = {"actor": tiny.tiny_actor, "reference": tiny.tiny_actor, "critic": tiny.tiny_reward_model}
+
+
+def test_revision_is_that_of_the_policy_alone(tmp_path, monkeypatch):
+    asked, load = {}, _trl.create_model_from_path
+
+    def note(path, **kwargs):
+        asked[path.rstrip("/").split("/")[-1]] = kwargs.get("revision")
+        return load(path, **kwargs)
+
+    for module in (ppo_roles, dpo_reference, critic):
+        monkeypatch.setattr(module, "create_model_from_path", note)
+    paths = {name: saved(make(), tmp_path / name) for name, make in ROLES.items()}
+    options = {"model_init_kwargs": {"revision": "v2"}}
+    ppo_runs.ppo_trainer(tmp_path / "ppo", {"model": paths["actor"], "ref_model": paths["reference"]}, **options)
+    ppo_runs.ppo_trainer(tmp_path / "ppo", {"value_model": paths["critic"]}, **options)
+    dpo_runs.dpo_trainer(tmp_path / "dpo", {"ref_model": paths["reference"]}, **options)
+    assert asked == {"actor": "v2", "reference": None, "critic": None}

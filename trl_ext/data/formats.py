@@ -56,11 +56,14 @@ TASKS = {
 SYNONYMS = {
     "prompt": "question instruction query problem user user_input context input prompts",
     "chosen": "chosen_response response_chosen chosen_answer answer_chosen good preferred better winner accepted "
-    "positive chosen_completion",
+    "positive chosen_completion good_answer good_response best_answer preferred_answer preferred_response "
+    "response_a answer_a completion_a response_1 answer_1",
     "rejected": "rejected_response response_rejected rejected_answer answer_rejected bad dispreferred worse loser "
-    "negative rejected_completion",
+    "negative rejected_completion bad_answer bad_response worst_answer dispreferred_answer dispreferred_response "
+    "response_b answer_b completion_b response_2 answer_2",
 }
-
+# What says nothing of which answer is the better one.
+IN_ORDER = re.compile(r".*_[ab12]$", re.IGNORECASE)
 
 LOOKED_AT = 8  # rows of a dataset
 # Columns that are a part of a prompt and no column that a trainer reads.
@@ -149,6 +152,12 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
         return of_each(dataset, lambda each: rename(each, columns))
     dataset, columns = _with_joined(dataset, columns)
     names = column_names(dataset)
+    if columns and not set(columns.values()) & set(names) and set(columns) <= set(names):
+        right = " ".join(f"{old}={new}" for new, old in columns.items())
+        raise ValueError(
+            f"The columns are mapped the wrong way round: it is new=old, `--columns {right}`; the dataset has "
+            f"{sorted(names)}."
+        )
     for new, old in columns.items():
         if old not in names:
             nearest = difflib.get_close_matches(old, names, n=1, cutoff=0)
@@ -314,7 +323,11 @@ def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
     if columns:
         flag = " ".join(f"{new}={old}" for new, old in columns.items())
         names = {old: new for new, old in columns.items()}
-        return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`."
+        chosen = columns.get("chosen", "")
+        order = (
+            f" Make sure first that {chosen!r} is the better answer in every row." if IN_ORDER.match(chosen) else ""
+        )
+        return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`.{order}"
     if found in TASKS[task][1]:
         return f"`trl_ext.data.conversions.to_{task}(dataset)` makes it so."
     if found == "prompt-completion" and "label" in column_names(dataset):

@@ -50,6 +50,8 @@ def load_reference(
 ) -> PreTrainedModel:
     """Load the reference from the path `ref_model`, or else from the policy's path, with the policy's options."""
     kwargs = init_kwargs(args)
+    if ref_model is not None:
+        kwargs.pop("revision", None)  # the policy's
     if not isinstance(model, str):
         kwargs.setdefault("dtype", model.dtype)
         kwargs.setdefault("attn_implementation", model.config._attn_implementation)

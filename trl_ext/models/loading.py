@@ -1,5 +1,6 @@
 """Load models, adapters and tokenizers: by which arguments, and what is checked before any weight is read."""
 
+import difflib
 import json
 from collections.abc import Iterable
 from functools import reduce
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -205,8 +207,15 @@ def require_model(path: str, what: str, revision: str | None = None) -> None:
         return
     if Path(path).is_file():
         raise ValueError(f"{path} ({what}) is a file. Give the folder that a model was saved to.")
+    near = near_folder(path, revision)
     if is_local(path):
-        raise ValueError(f"There is no folder {path} ({what}). Give the folder that a model was saved to.")
+        meant = f" Did you mean {near}?" if near else ""
+        raise ValueError(f"There is no folder {path} ({what}).{meant} Give the folder that a model was saved to.")
+    if near is not None:
+        raise ValueError(
+            f"There is no folder {path} ({what}). Did you mean {near}, which is here? For the hub's model of the name "
+            f"{path}, download it first: `hf download {path}`."
+        )
     try:
         PretrainedConfig.get_config_dict(path, revision=revision)
     except OSError as error:
@@ -215,6 +224,21 @@ def require_model(path: str, what: str, revision: str | None = None) -> None:
             f"{path} ({what}) is no folder here, and no model of that name came from the hub. Give the folder that a "
             f"model was saved to, or a hub name; one that is not in the hub's cache needs a network. The hub: {reason}"
         ) from error
+
+
+def near_folder(path: str, revision: str | None = None) -> str | None:
+    """
+    Return the folder of a model or adapter whose name is nearly the last part of a path that is not there; `None` for
+    the name of a model of the hub that is in its cache.
+    """
+    place, name = Path(path).parent, Path(path).name
+    if not place.is_dir() or Path(path).exists() or not name:
+        return None
+    if not is_local(path) and isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return None
+    names = [each.name for each in place.iterdir() if any((each / file).is_file() for file in CONFIGS)]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=NEAR)
+    return str(place / nearest[0]) if nearest else None
 
 
 def require_weights(path: str, what: str) -> None:
@@ -255,6 +279,8 @@ def _require_no_gguf(path: str, what: str) -> None:
     )
 
 
+CONFIGS = ("config.json", "adapter_config.json")
+NEAR = 0.8  # of difflib: "my-sfft" is "my-sft"; "gpt2" is not "gpt2-ft"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
 

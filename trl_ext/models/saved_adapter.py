@@ -22,6 +22,7 @@ from .loading import (
     init_kwargs,
     is_quantized,
     load_tokenizer,
+    near_folder,
     read_config,
     refuse_scoring,
     require_model,
@@ -40,10 +41,10 @@ def adapter_folder(path: str, revision: str | None = None) -> str | None:
     if Path(path).exists() or is_local(path):
         return None if adapter_config(path) is None else path
     try:
-        is_model_here = isinstance(try_to_load_from_cache(path, CONFIG_NAME, revision=revision), str)
-        if is_model_here or find_adapter_config_file(path, revision=revision) is None:
+        is_known = isinstance(try_to_load_from_cache(path, CONFIG_NAME, revision=revision), str)
+        if is_known or near_folder(path, revision) or find_adapter_config_file(path, revision=revision) is None:
             return None
-    except (OSError, ValueError):  # no name of a repository: `require_model` says so
+    except (OSError, ValueError):  # no name of a repository; of this and of a misspelt folder `require_model` speaks
         return None
     return snapshot_download(path, revision=revision, ignore_patterns=["*/*"])  # no checkpoints, no critic
 

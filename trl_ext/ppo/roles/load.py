@@ -75,8 +75,9 @@ def load_tokenizer(
 
 def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Given) -> Roles:
     """Load the models that were given as paths, and make reference and critic if they were not given."""
-    # 1. Actor and reference
+    # 1. Actor and reference. A revision is the actor's
     init_kwargs = loading.init_kwargs(args)
+    of_others = {name: value for name, value in init_kwargs.items() if name != "revision"}
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config else {}
     actor: Any = given.model
     if given.adapter is not None:
@@ -85,7 +86,8 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
         actor = create_model_from_path(actor, **init_kwargs, **quantized)
     reference = None
     if args.needs_reference and not (given.ref_model is None and given.has_adapter):
-        kwargs = frozen_kwargs(args, init_kwargs | quantized, args.ref_model_quantization)
+        own = init_kwargs if given.ref_model is None else of_others
+        kwargs = frozen_kwargs(args, own | quantized, args.ref_model_quantization)
         reference = _load_reference(given, actor, kwargs)
     on_base = args.critic == "adapter" or adapter_config(given.reward_model) is not None
     if args.use_vllm and on_base and is_quantized(actor):
@@ -98,7 +100,7 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
     reward_adapter = None
     if isinstance(given.reward_model, str) and adapter_config(given.reward_model) is not None:
         reward_adapter = load_reward_adapter(actor, given.reward_model)
-    functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, init_kwargs)
+    functions, shared = _load_rewards(args, tokenizer, given, actor, reward_adapter, of_others)
     # 3. The critic
     critic: Critic
     if args.critic == "adapter":
@@ -109,7 +111,7 @@ def load_roles(args: PPOConfigX, tokenizer: PreTrainedTokenizerBase, given: Give
         of_reward_model = args.critic == "model" and value_model is None and shared is not None
         if of_reward_model and args.reward_model_quantization is not None:
             value_model = given.reward_model  # the critic is trained: the same checkpoint, in full precision
-        critic = build_critic(args.critic, actor, value_model, shared, init_kwargs)
+        critic = build_critic(args.critic, actor, value_model, shared, of_others)
     if isinstance(critic, ValueHead):
         critic.stops_gradient = args.critic_stop_gradient
     freeze(critic, args.freeze_critic)
