@@ -1,6 +1,8 @@
 """`trl-ext plan` ends in one sentence, whatever goes wrong on the way."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,21 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     assert said == f"error: {recipe} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
     plan.main(["--from_config", str(recipe), "--trainer", "dpo"])
     assert "GiB" in capsys.readouterr().out
+
+
+def test_fsdp_is_refused_by_name():
+    assert ended_with("--model", "135m", "--fsdp", "full_shard").startswith("error: FSDP is not planned")
+
+
+def test_plan_of_a_known_model_needs_neither_torch_nor_the_hub():
+    """It answers at once, though torch and transformers take seconds to import."""
+    code = (
+        "from trl_ext.cli.main import main; main(['plan', '--model', '8b', '--gpu', '4090', '--suggest']); import sys"
+    )
+    asked = "print({'torch', 'transformers', 'trl', 'huggingface_hub'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", f"{code}; {asked}"], capture_output=True, text=True, check=True)
+    assert "| lora " in run.stdout
+    assert run.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize("name, said", [("missing/plan.png", "FileNotFoundError"), ("plan.abc", "ValueError")])

@@ -41,3 +41,16 @@ def test_figures_of_the_tables_are_the_planners(trainer, capsys):
 
 def test_loading_33b_takes_what_the_page_says():
     assert f"{model_shape('33b').parameters * 2 / 2**30:.1f} GiB" in PAGE
+
+
+def test_questions_are_answered_as_the_page_says(capsys):
+    """All 25: whether it fits, and every number of the answer."""
+    questions = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE)
+    assert len(questions) == 25
+    for flags, answer in questions:
+        commands.run(f"trl-ext plan {flags}")
+        text = capsys.readouterr().out
+        assert text.count("It fits: ") == answer.startswith("fits"), flags
+        assert text.count("It does not fit: ") == answer.startswith("does not fit"), flags
+        assert all(number in text for number in re.findall(r"\d+\.\d|\d{3,}", answer)), (flags, answer)
+    assert re.match(r"\| lora +\| head / .* 79\.8 ", text.splitlines()[2])

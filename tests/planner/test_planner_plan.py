@@ -334,7 +334,10 @@ def test_hardware_that_does_not_exist_is_an_error():
         ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada-48gb"),
         ("Tesla T4", "t4-16gb"),
         ("b200", "b200-180gb"),
+        ("24GB", "rtx3090-24gb"),
+        ("80 gb", "a100-80gb"),
         ("4091", None),
+        ("25gb", None),
     ],
 )
 def test_cards_are_found_by_what_people_call_them(said, card):

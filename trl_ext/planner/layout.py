@@ -8,6 +8,7 @@ from .optimizers import OPTIMIZERS
 
 
 GIB = 2**30
+NO_FSDP = "FSDP is not planned: no run under it has been measured. ZeRO-3 shards alike; plan it with `zero_stage: 3`."
 BITS = one_of(4, 8, 16)
 WHOLE = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
 

@@ -71,8 +71,12 @@ def _squeezed(name: str) -> str:
 def find_gpu(name: str) -> str | None:
     """
     Return the card of `GPUS` that a name means, with or without its maker and memory: "4090", "RTX 4090", "a100-40",
-    "NVIDIA H100 80GB HBM3". Of cards with several sizes, such as the A100, a name without one means the largest.
+    "NVIDIA H100 80GB HBM3". Of cards with several sizes, such as the A100, a name without one means the largest; a
+    memory alone, "24gb", the first card of the table that has it.
     """
+    if re.fullmatch(r"\d+ ?gi?b", name.lower()):
+        ending = f"-{re.sub('[^0-9]', '', name)}gb"
+        return next((card for card in GPUS if card.endswith(ending)), None)
     wanted = _squeezed(name)
     for card in reversed(GPUS):
         model, _, memory = card.rpartition("-")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..packing.budget import size_of_parts
 from ..runs.folder import is_local
-from .layout import Hardware, Layout
+from .layout import NO_FSDP, Hardware, Layout
 from .machines import CPU, GPUS, find_gpu
 from .planning import ModelNames
 from .shapes import model_shape
@@ -44,7 +44,7 @@ def layout_from_options(
         ValueError: when the options do not go together.
     """
     if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ValueError("FSDP is not planned. ZeRO-3 shards alike: plan it with `zero_stage: 3`.")
+        raise ValueError(NO_FSDP)
     checkpointing, optimizer = options.get("gradient_checkpointing"), options.get("optim") or "adamw_torch_fused"
     common: dict[str, Any] = {
         "optimizer": getattr(optimizer, "value", optimizer),  # a name, or a member of transformers' OptimizerNames

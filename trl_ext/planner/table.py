@@ -151,7 +151,10 @@ def scale_table(planned: Plan, gpus: Iterable[int], sequences: float) -> str:
 def suggestion_table(plans: list[Plan]) -> str:
     """Return the layouts that fit, one a row, the fastest first, those that offload the optimizer last."""
     if not plans:
-        return "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences."
+        return (
+            "No layout fits: take more or larger GPUs, a smaller model, or shorter sequences; for PPO of a model that "
+            "one GPU cannot hold whole, sample with vLLM over several (`--vllm_share`, `--vllm_tensor_parallel`)."
+        )
     is_ppo = plans[0].layout.trainer == "ppo"
     rows = []
     rates = [(planned, speed(planned).tokens_per_second) for planned in plans]
