@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..runs.signals import CAUGHT
 from .options import Options
 from .recipes import find_config, read_yaml
 
@@ -57,6 +59,7 @@ class LaunchArguments:
     main_process_port: int | None = field(default=None, metadata={"help": "Port of the first process."})
 
 
+STOPPED = {128 + number for number in CAUGHT}  # exit codes of a run that a signal has stopped
 # Options that are accelerate's own too.
 OF_ACCELERATE = ("machine_rank", "main_process_ip", "main_process_port")
 
@@ -85,6 +88,11 @@ def launch(command: str, given: Options) -> None:
         launch_command(launch_command_parser().parse_args(words))
     except SignalException as stop:  # which the processes have got, too; they have ended
         raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if codes <= STOPPED:  # by a signal to the processes alone
+            raise SystemExit(max(codes)) from None
+        raise
 
 
 def require_all(args: Any) -> None:

@@ -100,6 +100,8 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 def restore_weights(model: PreTrainedModel, folder: str | Path, but_not: str | None = None) -> None:
     """Load the weights saved to `folder`, also those saved under other names, such as a mixture's experts."""
+    if not (Path(folder) / "config.json").is_file():  # transformers would make a model of the default size
+        raise ValueError(f"{folder} has no config.json, so its weights cannot be read. Give a folder that has one.")
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a model may have several
     saved = type(model).from_pretrained(folder, dtype=widest).state_dict()

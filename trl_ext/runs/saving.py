@@ -93,6 +93,7 @@ class SavesWhole:
                 stop = reached
             self.is_in_train = False
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.accelerator.wait_for_everyone()  # a launcher ends all of them as soon as one has ended
             raise stop from None
 
     @contextmanager
