@@ -158,6 +158,17 @@ def test_log_says_which_checkpoint_was_passed_over_and_why(run, tmp_path, caplog
         checkpoint_of(True, tmp_path / "run")
 
 
+def test_checkpoint_of_an_earlier_run_is_taken_by_its_name_alone(run, tmp_path, caplog):
+    """A run that has written over another one has not come as far."""
+    shutil.copytree(run, tmp_path / "run")
+    for step, at in ((1, 3000), (2, 1000)):
+        os.utime(tmp_path / "run" / f"checkpoint-{step}", (at, at))
+    (tmp_path / "run" / "run.json").write_text('{"begun": 2000.0}')
+    assert checkpoint_of(True, tmp_path / "run").name == "checkpoint-1"
+    assert "checkpoint-2, because it is of an earlier run in this folder" in caplog.text
+    assert checkpoint_of(str(tmp_path / "run" / "checkpoint-2"), tmp_path).name == "checkpoint-2"
+
+
 def test_checkpoint_of_an_earlier_version_is_opened_not_compared(run, tmp_path, caplog):
     checkpoint = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / MANIFEST).unlink()

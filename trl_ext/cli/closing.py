@@ -63,7 +63,7 @@ def resuming(command: str, output: str | Path, argv: Sequence[str]) -> str | Non
 
 def _how_to_go_on(command: str, given: Options, args: Any, stop: StoppedBySignal) -> str:
     if stop.checkpoint is None:
-        return "Nothing was learned yet: start it again."
+        return "Nothing was learned yet: start it again, with `--overwrite`."
     if args.save_only_model:
         return f"The model is in {stop.checkpoint}; with `save_only_model` no run goes on from it."
     return f"To go on from there: {_command_from(stop.checkpoint, command, given.argv)}"

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from .folder import STATE
+from .folder import STATE, is_of_this_run
 
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,8 @@ def _newest(run: Path) -> Path:
     state.wait_for_everyone()
     there = dict(_over_ranks(list(numbered(run).items())))
     for name in sorted(there, key=lambda name: there[name], reverse=True):
-        fault = _agreed_fault(run / name)
+        fault = _agreed(None if is_of_this_run(run / name, run) else "it is of an earlier run in this folder")
+        fault = fault or _agreed_fault(run / name)
         if fault is None:
             if faults and state.is_main_process:
                 logger.warning("Resuming from %s. Passed over: %s.", name, "; ".join(faults))
@@ -245,7 +246,10 @@ def _newest(run: Path) -> Path:
 def _agreed_fault(checkpoint: Path) -> str | None:
     """Return the first fault that any rank sees."""
     state = PartialState()
-    found = fault_of(checkpoint, (state.process_index, state.num_processes))
+    return _agreed(fault_of(checkpoint, (state.process_index, state.num_processes)))
+
+
+def _agreed(found: str | None) -> str | None:
     return next((fault for fault in _over_ranks([found]) if fault is not None), None)
 
 
