@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -36,13 +37,17 @@ def test_fsdp_is_refused_by_name():
     assert ended_with("--model", "135m", "--fsdp", "full_shard").startswith("error: FSDP is not planned")
 
 
-def test_plan_of_a_known_model_needs_neither_torch_nor_the_hub():
-    """It answers at once, though torch and transformers take seconds to import."""
-    code = (
-        "from trl_ext.cli.main import main; main(['plan', '--model', '8b', '--gpu', '4090', '--suggest']); import sys"
-    )
-    asked = "print({'torch', 'transformers', 'trl', 'huggingface_hub'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", f"{code}; {asked}"], capture_output=True, text=True, check=True)
+def test_plan_of_a_known_model_and_help_need_neither_torch_nor_the_hub():
+    """They answer at once, though torch and transformers take seconds to import."""
+    code = """
+        from trl_ext.cli.main import main
+        for name in ("plan", "report", "chat", "demo"):
+            main([name, "--help"])
+        main(["plan", "--model", "8b", "--gpu", "4090", "--suggest"])
+        import sys
+        print({"torch", "transformers", "trl", "huggingface_hub"} & sys.modules.keys())
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert "| lora " in run.stdout
     assert run.stdout.splitlines()[-1] == "set()"
 

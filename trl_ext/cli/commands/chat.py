@@ -10,11 +10,6 @@ forgets what was said.
 
 import copy
 
-from transformers import TextStreamer, pipeline
-
-from ...models.loading import load_tokenizer
-from ...models.precision import computes_in_bf16
-from ...models.saved_adapter import require_writer
 from ..errors import usage_errors
 from ..flags import CommandParser
 
@@ -30,6 +25,12 @@ def arguments() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
+    from transformers import TextStreamer, pipeline  # late, with what follows: `--help` need not wait for them
+
+    from ...models.loading import load_tokenizer
+    from ...models.precision import computes_in_bf16
+    from ...models.saved_adapter import require_writer
+
     with usage_errors():
         path = require_writer(given.model, "the model to talk to")
         tokenizer = load_tokenizer(path)

@@ -15,7 +15,6 @@ import shlex
 import time
 from pathlib import Path
 
-from ...report import read_run, write_report
 from ..errors import usage_errors
 from ..flags import CommandParser
 
@@ -30,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.watch < 0:
         parser.error(f"--watch is {arguments.watch}; it must be 0, for once, or a number of seconds.")
+    from ...report import read_run, write_report  # late: `--help` need not wait for it
+
     while True:
         try:
             with usage_errors():
