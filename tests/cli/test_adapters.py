@@ -183,7 +183,7 @@ def test_merged_folder_is_whole(adapters, tmp_path, monkeypatch):
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert not any("adapter" in name for name in names)
     card = (folder / "README.md").read_text()
-    assert "base_model_relation: merge" in card
+    assert "base_model" not in card  # a folder has no page on the hub
     assert "in bfloat16." in card
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert pipeline("text-generation", model=str(folder))("good", max_new_tokens=2)
@@ -212,6 +212,12 @@ def test_adapter_from_4_bits_is_merged_into_what_it_was_trained_on(tmp_path, nes
     near = (logits(merged) - expected).abs().max()
     assert near < 1e-4
     assert far > 100 * near
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"facts": {"quantisation": "8 bits, bitsandbytes"}}))
+    in_8_bits = merge(adapter, tmp_path / "of 8 bits", "--dtype", "float32")
+    assert "in 8 bits; it is merged into the base as it was saved" in capsys.readouterr().out
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(in_8_bits)), logits(AutoModelForCausalLM.from_pretrained(whole))
+    )
 
 
 def test_adapter_of_a_reward_model_becomes_a_reward_model(adapters, tmp_path):

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from .._trl import create_model_from_path
-from ..runs.folder import without_place
+from ..runs.folder import is_local, without_place
 from .loading import is_quantized, load_tokenizer
 from .saved_adapter import SavedAdapter, put_on
 
@@ -85,8 +85,8 @@ def save_merged(
     )
     data = ModelCardData(
         library_name="transformers",
-        base_model=None if Path(base).exists() else base,
-        base_model_relation="merge",
+        base_model=None if is_local(base) else base,
+        base_model_relation=None if is_local(base) else "finetune",  # "merge" is of several models
         pipeline_tag="text-classification" if is_scoring else "text-generation",
         tags=["trl-ext", "merged"],
     )

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         code = bool(given.trust_remote_code)
         model = merge_adapter(folder, config, getattr(torch, given.dtype), bits, code)
         save_merged(model, folder, config, given.output_dir, bits is not None, code)
+    if str(kept_in(folder)).startswith("8 bits"):
+        print("The adapter was trained on the base in 8 bits; it is merged into the base as it was saved.")
     if bits is not None:
         print(f"{FROM_4_BITS.format(dtype=given.dtype)} `--load_in_4bit False` merges into the base as it was saved.")
     critic = Path(folder) / "critic"
@@ -80,9 +82,14 @@ def require_empty(folder: Path) -> None:
         raise ValueError(f"`--output_dir {folder}` is not empty. Give a new folder, or empty this one.")
 
 
+def kept_in(folder: str) -> str | None:
+    """Return in how many bits the run kept the base, in the words of its `run.json`."""
+    return read_facts(folder).get("facts", {}).get("quantisation")
+
+
 def in_4_bits(folder: str, wanted: bool | None) -> dict[str, Any] | None:
     """Return in which 4 bits to load the base: those of the run, or NF4 where `wanted`; `None` for none."""
-    known = bits_of(read_facts(folder).get("facts", {}).get("quantisation"))
+    known = bits_of(kept_in(folder))
     if wanted is None:
         return known
     return (known or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}) if wanted else None
