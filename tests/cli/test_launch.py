@@ -1,12 +1,16 @@
 """How a command starts itself on several processes, and how it does not."""
 
 import json
+import signal
 from argparse import Namespace
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import two_processes
 from cli_runs import run_of
+from trl_ext.cli import launch
 from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
 from trl_ext.cli.main import main
 from trl_ext.cli.options import read
@@ -57,6 +61,32 @@ def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):
     with pytest.raises(ValueError, match=r"has started 2 processes, and this one sees 1.*add `--use_cpu`"):
         require_all(Namespace(world_size=1))
     require_all(Namespace(world_size=2))
+
+
+def _failures(*codes):
+    of = {rank: ProcessFailure(rank, rank, code, "no file") for rank, code in enumerate(codes)}
+    return ChildFailedError("trl_ext.cli", of)
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (SignalException("", signal.SIGTERM), 143),  # the launcher has got the signal
+        (SignalException("", signal.SIGINT), 130),
+        (_failures(143, 143), 143),  # the processes have
+        (_failures(143, 1), None),
+    ],
+)
+def test_launcher_of_a_run_that_a_signal_has_stopped_exits_as_its_processes_do(monkeypatch, error, code):
+    def launch_command(_):
+        raise error
+
+    monkeypatch.setattr(launch, "launch_command", launch_command)
+    given = asked("--nproc", "2")
+    given.values.use_cpu = True
+    with pytest.raises(type(error) if code is None else SystemExit) as end:
+        launch.launch("dpo", given)
+    assert code is None or end.value.code == code
 
 
 @pytest.mark.proof

@@ -8,6 +8,7 @@ A checkpoint is complete or absent: written beside, synced to disk, listed in a 
 The names begin with "_" because the Trainer does not push such folders, and takes no checkpoint from them.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -46,7 +47,7 @@ def begin(staged: Path) -> None:
     put_back(run)
     for leftover in (SAVING, REPLACED):
         shutil.rmtree(run / leftover, ignore_errors=True)
-    staged.mkdir(parents=True)
+    staged.mkdir(parents=True, exist_ok=True)  # a network disk may keep what is open elsewhere
 
 
 def complete(staged: Path, digest: str) -> Path:
@@ -67,7 +68,7 @@ def complete(staged: Path, digest: str) -> Path:
     staged.rename(final)
     _sync(run)
     shutil.rmtree(old.parent, ignore_errors=True)
-    staged.parent.rmdir()
+    shutil.rmtree(staged.parent, ignore_errors=True)
     return final
 
 
@@ -114,6 +115,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that sync no folders
+            raise
     finally:
         os.close(descriptor)
 
