@@ -41,7 +41,7 @@ def test_plan_of_a_known_model_and_help_need_neither_torch_nor_the_hub():
     """They answer at once, though torch and transformers take seconds to import."""
     code = """
         from trl_ext.cli.main import main
-        for name in ("plan", "report", "chat", "demo"):
+        for name in ("plan", "report", "chat", "demo", "merge"):
             main([name, "--help"])
         main(["plan", "--model", "8b", "--gpu", "4090", "--suggest"])
         import sys

@@ -9,9 +9,10 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from .._trl import create_model_from_path
-from ..runs.folder import is_local, without_place
-from .loading import is_quantized, load_tokenizer
-from .saved_adapter import SavedAdapter, put_on
+from ..runs.facts import bits_of
+from ..runs.folder import is_local, read_facts, without_place
+from .loading import adapter_config, is_quantized, load_tokenizer, require_model, require_weights
+from .saved_adapter import SavedAdapter, adapter_folder, put_on, require_base
 
 
 SHARD = "5GB"
@@ -31,6 +32,33 @@ FROM_4_BITS = (
     "The adapter was trained on the base in 4 bits, so it was merged into these very weights, taken back to {dtype} "
     "(peft#2105). What 4 bits have lost of the base stays lost, and the model is again as large as the base."
 )
+
+
+def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
+    """Return the folder and config of an adapter; `ValueError` for anything that cannot be merged."""
+    folder = adapter_folder(named, revision)
+    require_model(folder or named, "the adapter to merge", revision)
+    config = adapter_config(folder)
+    if folder is None or config is None:
+        raise ValueError(f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge.")
+    if config.is_prompt_learning:
+        raise ValueError(f"{named} learns virtual tokens ({config.peft_type}), which no weight can hold.")
+    require_weights(folder, "the adapter to merge")
+    require_base(folder, config)
+    return folder, config
+
+
+def kept_in(folder: str) -> str | None:
+    """Return in how many bits the run kept the base, in the words of its `run.json`."""
+    return read_facts(folder).get("facts", {}).get("quantisation")
+
+
+def in_4_bits(folder: str, wanted: bool | None) -> dict[str, Any] | None:
+    """Return in which 4 bits to load the base: those of the run, or NF4 where `wanted`; `None` for none."""
+    known = bits_of(kept_in(folder))
+    if wanted is None:
+        return known
+    return (known or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}) if wanted else None
 
 
 def merge_adapter(

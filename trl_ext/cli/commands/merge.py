@@ -12,17 +12,7 @@ the actor is merged; the critic stays in `critic/`. A reward model's adapter bec
 
 import shlex
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers.hf_argparser import string_to_bool
-
-from ...models.loading import adapter_config, require_model, require_weights
-from ...models.merging import FROM_4_BITS, merge_adapter, save_merged
-from ...models.saved_adapter import adapter_folder, require_base
-from ...runs.facts import bits_of
-from ...runs.folder import read_facts
-from ...runs.requirements import require_writable
 from ..errors import usage_errors
 from ..flags import CommandParser
 
@@ -34,7 +24,8 @@ def arguments() -> CommandParser:
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="data type of the weights")
     bits = "merge into the base as 4 bits (NF4) keep it; unset: as the adapter's run.json says"
-    parser.add_argument("--load_in_4bit", nargs="?", const=True, type=string_to_bool, metavar="BOOL", help=bits)
+    values = ("True", "False", "true", "false")
+    parser.add_argument("--load_in_4bit", nargs="?", const="True", choices=values, metavar="BOOL", help=bits)
     parser.add_argument("--revision", metavar="TEXT", help="revision of an adapter of the hub")
     code = "run the base's own code from the hub"
     parser.add_argument("--trust_remote_code", action="store_true", default=None, help=code)
@@ -43,10 +34,15 @@ def arguments() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
+    import torch  # late, with what follows: `--help` need not wait for it
+
+    from ...models.merging import FROM_4_BITS, adapter_to_merge, in_4_bits, kept_in, merge_adapter, save_merged
+
     with usage_errors():
         folder, config = adapter_to_merge(given.adapter, given.revision)
         require_empty(given.output_dir)
-        bits = in_4_bits(folder, given.load_in_4bit)
+        wanted = None if given.load_in_4bit is None else given.load_in_4bit.lower() == "true"
+        bits = in_4_bits(folder, wanted)
         code = bool(given.trust_remote_code)
         model = merge_adapter(folder, config, getattr(torch, given.dtype), bits, code)
         save_merged(model, folder, config, given.output_dir, bits is not None, code)
@@ -62,42 +58,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  chat    trl-ext chat {shlex.quote(str(given.output_dir))}")
 
 
-def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
-    """Return the folder and config of an adapter; `ValueError` for anything that cannot be merged."""
-    folder = adapter_folder(named, revision)
-    require_model(folder or named, "the adapter to merge", revision)
-    config = adapter_config(folder)
-    if folder is None or config is None:
-        raise ValueError(f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge.")
-    if config.is_prompt_learning:
-        raise ValueError(f"{named} learns virtual tokens ({config.peft_type}), which no weight can hold.")
-    require_weights(folder, "the adapter to merge")
-    require_base(folder, config)
-    return folder, config
-
-
 def require_empty(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds something, or cannot be written."""
+    from ...runs.requirements import require_writable
+
     require_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"`--output_dir {folder}` is not empty. Give a new folder, or empty this one.")
 
 
-def kept_in(folder: str) -> str | None:
-    """Return in how many bits the run kept the base, in the words of its `run.json`."""
-    return read_facts(folder).get("facts", {}).get("quantisation")
-
-
-def in_4_bits(folder: str, wanted: bool | None) -> dict[str, Any] | None:
-    """Return in which 4 bits to load the base: those of the run, or NF4 where `wanted`; `None` for none."""
-    known = bits_of(kept_in(folder))
-    if wanted is None:
-        return known
-    return (known or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}) if wanted else None
-
-
 def of_critic(critic: Path, actor: str) -> str:
     """Return where the critic of a merged actor is, and how it goes on."""
-    if adapter_config(str(critic)) is not None:
+    if (critic / "adapter_config.json").is_file():
         how = f"It is an adapter on the same base: go on with `--model {shlex.quote(actor)}`, or merge it too, for "
         how += "`--critic model`."
     else:
