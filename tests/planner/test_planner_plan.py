@@ -11,6 +11,7 @@ from trl_ext.planner import GIB, Hardware, Layout, ModelNames, plan, smallest_ch
 from trl_ext.planner.catalogue import load_config
 from trl_ext.planner.changes import changes
 from trl_ext.planner.machines import find_gpu
+from trl_ext.planner.search import layouts
 from trl_ext.planner.shapes import adapter_shape
 
 
@@ -202,6 +203,39 @@ def test_suggestions_fit_and_are_the_fastest_of_their_kind():
     of_head = next(p for p in found if (p.layout.method, p.layout.critic) == ("qlora", "head"))
     slower = speed(plan("1.5b", of_head.layout.change(gradient_checkpointing=True, micro_batch=1), gpu))
     assert slower.tokens_per_second <= speed(of_head).tokens_per_second
+
+
+@pytest.mark.parametrize("start", [FULL.change(accumulation=4, rollout=4), DPO.change(accumulation=4)])
+def test_no_layout_with_any_micro_batch_is_faster_than_the_suggested_one(start):
+    gpu, best = dataclasses.replace(GPU, memory=16 * GIB, host_memory=64 * GIB), {}
+    for layout in layouts(start, gpu):
+        for size in range(1, 5):
+            if start.trainer == "dpo" and size == 3:
+                continue  # another step
+            batches = {"micro_batch": size, "accumulation": -(-4 // size)}
+            batches |= {"micro_batch_tokens": size * start.length} if start.trainer == "ppo" else {}
+            planned = plan("1.5b", layout.change(**batches), gpu)
+            if planned.fits:
+                rate = not layout.offload_optimizer, speed(planned).tokens_per_second
+                kind = layout.method, layout.critic
+                best[kind] = max(best.get(kind, rate), rate)
+    found = suggest("1.5b", start, gpu)
+    assert {(p.layout.method, p.layout.critic) for p in found} == best.keys()
+    for planned in found:
+        without, rate = best[planned.layout.method, planned.layout.critic]
+        assert planned.layout.offload_optimizer == (not without)
+        assert speed(planned).tokens_per_second == pytest.approx(rate, rel=1e-5)
+
+
+def test_one_micro_batch_for_the_whole_step_is_found_where_two_do_not_fit():
+    """It holds no gradients of an earlier one, so a bisection from smaller ones would miss it."""
+    layout = FULL.change(critic="head", reference="none", reward="none", compute="autocast")
+    sizes = ({"micro_batch": 8, "accumulation": 1}, {"micro_batch": 7, "accumulation": 2})
+    one, two = (plan("0.5b", layout.change(**size), GPU).needed for size in sizes)
+    assert one < two
+    gpu = dataclasses.replace(GPU, memory=(one + two) / 2, host_memory=GIB)
+    found = [p.layout for p in suggest("0.5b", layout, gpu) if p.layout.method == "full"]
+    assert [layout.micro_batch for layout in found] == [8]
 
 
 def test_suggested_budget_of_tokens_fits_and_one_sequence_more_does_not():

@@ -1,6 +1,7 @@
 """Search the layouts that fit given hardware, for the fastest of each kind of training."""
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,19 +33,21 @@ def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[
 def _with_largest_micro_batch(names: ModelNames | str, layout: Layout, hardware: Hardware) -> Plan | None:
     """Return the plan with as many sequences in a micro-batch as fit, found by bisection; `None` if not even one."""
     sequences = layout.micro_batch * layout.accumulation
-    found, low, high = None, 1, sequences
-    size = 1
-    while low <= high:
+    # PPO cuts a step anywhere, by `micro_batch_tokens`; pairs make the same step only in equal parts.
+    sizes = [n for n in range(1, sequences + 1) if layout.trainer == "ppo" or sequences % n == 0]
+
+    def of(size: int) -> Plan:
         batches = {"micro_batch": size, "accumulation": -(-sequences // size)}
-        if layout.trainer == "ppo":  # a run takes them as `micro_batch_tokens`
+        if layout.trainer == "ppo":
             batches["micro_batch_tokens"] = size * layout.length
-        planned = plan(names, layout.change(**batches), hardware)
-        if planned.fits:
-            found, low = planned, size + 1
-        else:
-            high = size - 1
-        size = (low + high + 1) // 2
-    return found
+        return plan(names, layout.change(**batches), hardware)
+
+    # A single micro-batch holds no gradients of earlier ones, so it may fit where a smaller one does not.
+    whole = of(sequences)
+    if whole.fits:
+        return whole
+    fitting = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not of(size).fits)
+    return of(sizes[fitting - 1]) if fitting else None
 
 
 def layouts(start: Layout, hardware: Hardware) -> Iterator[Layout]:

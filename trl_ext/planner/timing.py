@@ -65,7 +65,9 @@ def speed(planned: Plan) -> Speed:
         sequences = pairs * gpus
         return Speed(0.0, 0.0, seconds, sequences * 2 * layout.length, sequences, gpus)
     micro_batches = layout.epochs * layout.rollout / layout.micro_batch
-    learn = micro_batches * run.learn_micro_batch() + micro_batches / layout.accumulation * run.step()
+    # A step whose last micro-batch is smaller is a whole step.
+    steps = layout.epochs * max(round(layout.rollout / (layout.micro_batch * layout.accumulation)), 1)
+    learn = micro_batches * run.learn_micro_batch() + steps * run.step()
     sequences = layout.rollout * gpus
     return Speed(run.generate(), run.score(), learn, sequences * layout.length, sequences, gpus)
 
