@@ -13,18 +13,18 @@ from .timing import speed
 def suggest(names: ModelNames | str, start: Layout, hardware: Hardware) -> list[Plan]:
     """
     Return the fastest plan that fits for each method (full, LoRA, QLoRA) and, in PPO, each kind of critic, in that
-    order. One that offloads the optimizer is taken where no other fits; of those equally fast one that offloads no
-    frozen model, with the largest micro-batch. Trainer, lengths, rollout and optimizer are `start`'s; all else is
-    searched.
+    order; of those equally fast the one with the largest micro-batch. One that offloads frozen models is taken where
+    none without fits, and one that offloads the optimizer where no other does. Trainer, lengths, rollout and optimizer
+    are `start`'s; all else is searched.
     """
-    best: dict[tuple[str, str], tuple[tuple[bool, float, bool, int], Plan]] = {}
+    best: dict[tuple[str, str], tuple[tuple[int, float, int], Plan]] = {}
     for layout in layouts(start, hardware):
         planned = _with_largest_micro_batch(names, layout, hardware)
         if planned is None:
             continue
         layout, rate = planned.layout, float(f"{speed(planned).tokens_per_second:.6g}")
         kind = layout.method, layout.critic
-        rank = not layout.offload_optimizer, rate, not layout.offload_frozen, layout.micro_batch
+        rank = -(2 * layout.offload_optimizer + layout.offload_frozen), rate, layout.micro_batch
         if kind not in best or rank > best[kind][0]:
             best[kind] = rank, planned
     return [planned for _, planned in best.values()]
