@@ -101,7 +101,11 @@ def test_wheel_holds_code_recipes_page_and_type_marker(built):
     assert "trl_ext/report/page.html" in files
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_ext").rglob("*.py")}
     configs = {f"trl_ext/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
-    assert set(files) == code | configs | {"trl_ext/py.typed", "trl_ext/report/page.html"}
+    assert set(files) == code | configs | {
+        "trl_ext/py.typed",
+        "trl_ext/report/page.html",
+        "trl_ext/planner/counts.json",
+    }
     for path in configs:
         assert files[path] == (ROOT / path.removeprefix("trl_ext/")).read_bytes()
 
