@@ -331,7 +331,7 @@ def test_micro_batches_of_tokens_hold_every_sequence_once(packs, n):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "local_rollout_forward_batch_size": 3},
         {"micro_batch_tokens": 90, "score_batch_tokens": 70},
         {"critic": "head", "micro_batch_tokens": 90},
         {"lora": True, "critic": "adapter", "family": "gemma2", "total_episodes": 6, "micro_batch_tokens": 90},

@@ -69,7 +69,10 @@ class PackedForward:
         self._heads: list[attention.Heads] = []
 
     def lay_out(self, ids: Tensor, mask: Tensor, groups: Sequence[Sequence[int]]) -> PackedRows | None:
-        """Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long."""
+        """
+        Return the sequences in rows, as [`pack`] makes them; `None` if one or a group of them is too long, or if the
+        rows save no token, since attention over a padded batch is one call.
+        """
         if not self.shares:
             groups = [[member] for group in groups for member in group]
         # With a mask over the whole row, groups side by side would pay for scores between them: one in a row.
@@ -78,7 +81,8 @@ class PackedForward:
             return None
         if self.row_limit is not None and rows.input_ids.size(1) > self.row_limit:
             return None
-        return rows
+        padded = len(ids) * int(mask.any(dim=0).sum())
+        return rows if rows.input_ids.numel() < padded else None
 
     def fits(self, longest: int) -> bool:
         """Return whether sequences of at most `longest` tokens stand in packed rows."""
