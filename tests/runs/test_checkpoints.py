@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new_one(tmp_p
     assert (output / "checkpoint-2" / "weights.txt").read_text() == "new"
 
 
+def test_checkpoint_that_was_moved_aside_is_found_by_its_name(tmp_path):
+    checkpoint = write(tmp_path, 2, "old")
+    aside = tmp_path / checkpoints.REPLACED
+    aside.mkdir()
+    checkpoint.rename(aside / checkpoint.name)
+    assert checkpoint_of(str(checkpoint), tmp_path) == checkpoint
+    assert (checkpoint / "weights.txt").read_text() == "old"
+
+
 # --- what is broken
 
 
@@ -133,7 +143,7 @@ def test_each_broken_file_is_named_and_the_checkpoint_passed_over(run, tmp_path,
             assert checkpoint_of(True, copy).name == "checkpoint-2"
             continue
         assert checkpoint_of(True, copy).name == "checkpoint-1"
-        with pytest.raises(ValueError, match=rf"checkpoint-2, and it.* {file}.*\. Give a folder") as refused:
+        with pytest.raises(ValueError, match=rf"checkpoint-2, and it.* {file}.*\. Give another folder") as refused:
             checkpoint_of(str(copy / "checkpoint-2"), copy)
         assert "\n" not in str(refused.value)
         shutil.rmtree(copy)
@@ -173,7 +183,8 @@ def test_checkpoint_of_an_earlier_version_is_opened_not_compared(run, tmp_path, 
     checkpoint = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / MANIFEST).unlink()
     assert checkpoint_of(True, tmp_path) == checkpoint
-    assert f"{checkpoint} has no {MANIFEST}, as one of an earlier version" in caplog.text
+    checkpoint_of(str(checkpoint), tmp_path)
+    assert caplog.text.count(f"{checkpoint} has no {MANIFEST}, like those of earlier versions") == 1
     for name in ("optimizer.pt", "ppo_state.pt", "critic/model.safetensors", "tokenizer.json"):
         kept = (checkpoint / name).read_bytes()
         BREAKS["cut"](checkpoint / name)
@@ -213,6 +224,34 @@ def test_digests_are_of_small_files_or_of_all(tmp_path, monkeypatch):
         assert all(files[name]["size"] for name in ("model.safetensors", "scheduler.pt"))
     with pytest.raises(ValueError, match="`checkpoint_digest` is 'none'; it must be one of"):
         RewardConfigX("x", use_cpu=True, bf16=False, checkpoint_digest="none")
+
+
+@pytest.mark.parametrize("digest", [*checkpoints.DIGESTS, "mutant: full is not passed on"])
+def test_full_digest_finds_what_was_altered_in_a_large_file(tmp_path, monkeypatch, digest):
+    monkeypatch.setattr(checkpoints, "SMALL", 2000)
+    if digest.startswith("mutant"):
+        monkeypatch.setattr(saving, "complete", lambda staged, _: complete(staged, "small"))
+        digest, finds = "full", False
+    else:
+        finds = digest == "full"
+    dpo_run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, checkpoint_digest=digest)
+    BREAKS["altered"](tmp_path / "checkpoint-1" / "model.safetensors")
+    fault = fault_of(tmp_path / "checkpoint-1")
+    assert fault == ("its model.safetensors is not what was saved: its sha256 is another" if finds else None)
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["right", "control: shares are by rank, over all machines"])
+def test_each_machine_compares_all_of_its_files(tmp_path, monkeypatch, mistaken):
+    """With `save_on_each_node` each has its own: here the second of two machines with two processes each."""
+    checkpoint, found = write(tmp_path, 2, "as saved"), []
+    (checkpoint / "weights.txt").write_text("as soved")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4" if mistaken else "2")
+    for rank in (2, 3):
+        local = rank if mistaken else rank - 2
+        state = SimpleNamespace(process_index=rank, local_process_index=local, num_processes=1)
+        monkeypatch.setattr(checkpoints, "PartialState", lambda state=state: state)
+        found.append(checkpoints._agreed_fault(checkpoint))
+    assert (found != [None, None]) is not mistaken
 
 
 # --- what is kept

@@ -1,9 +1,13 @@
 """SIGTERM and SIGINT end a step, save and stop; the run that goes on from there is the run that never stopped."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,9 @@ from dpo_runs import dpo_trainer, tiny_pairs
 from ppo_runs import changed, ppo_config, ppo_trainer, snapshot
 from trl_ext import PPOTrainerX, ReportCallback
 from trl_ext.report import read_run
-from trl_ext.runs import signals
+from trl_ext.runs import saving, signals
 from trl_ext.runs.checkpoints import fault_of, numbered
+from trl_ext.runs.saving import SavesWhole
 from trl_ext.runs.signals import SignalWatch, StoppedBySignal
 
 
@@ -172,6 +177,16 @@ def test_signal_during_an_evaluation_saves_after_it(tmp_path):
     assert fault_of(tmp_path / "checkpoint-2") is None
 
 
+def test_evaluation_at_the_end_of_an_epoch_is_not_left_out(tmp_path):
+    """The Trainer makes it after the step's end; without it the resumed run would choose among fewer checkpoints."""
+    counts = Counts()
+    held_out = {"train_dataset": tiny_pairs(8), "eval_dataset": tiny_pairs()}
+    trainer = dpo(tmp_path, Sends(1), counts, eval_strategy="epoch", logging_steps=1, models=held_out)
+    stop(trainer, 2)
+    assert counts.lines == [[False, False], [False, False, True]]
+    assert fault_of(tmp_path / "checkpoint-2") is None
+
+
 def test_signal_at_the_last_step_lets_the_run_end_as_usual(tmp_path, caplog):
     dpo(tmp_path, Sends(3)).train()
     assert "The signal came at the last step: the run is done" in caplog.text
@@ -199,7 +214,57 @@ def test_report_says_where_the_run_was_stopped_until_it_goes_on(tmp_path, undraw
     assert read_run(tmp_path).state == "finished"
 
 
+MUTANTS = {
+    "no rank asks": (SavesWhole, "_signal", lambda self: 0),
+    "nothing is saved": (SavesWhole, "_save_unless_saved", lambda self: None),
+    "the handlers stay": (SignalWatch, "__exit__", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_option_saves_stops_and_puts_the_handlers_back(tmp_path, monkeypatch, mutant):
+    own = {number: signal.getsignal(number) for number in signals.CAUGHT}
+    if mutant is not None:
+        monkeypatch.setattr(*MUTANTS[mutant])
+    try:
+        dpo(tmp_path, Sends(1)).train()
+        code = None
+    except StoppedBySignal as end:
+        code = end.code
+    put_back = {number: signal.getsignal(number) for number in own} == own
+    for number, handler in own.items():
+        signal.signal(number, handler)
+    is_right = (code, fault_of(tmp_path / "checkpoint-2"), put_back) == (143, None, True)
+    assert is_right is (mutant is None)
+
+
 # --- the handlers
+
+
+class SignalsTheGroup(TrainerCallback):
+    """Sends SIGTERM to this process and the workers of its data loader, as another program would."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            workers = multiprocessing.active_children()
+            assert workers
+            for process in (os.getpid(), *(worker.pid for worker in workers)):
+                subprocess.run([sys.executable, "-S", "-c", f"import os; os.kill({process}, 15)"], check=True)
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["right", "control: workers as torch starts them"])
+def test_workers_of_the_data_loader_outlive_a_signal_to_the_group(tmp_path, monkeypatch, mistaken):
+    if mistaken:
+        monkeypatch.setattr(saving, "start_worker", lambda start, worker: start(worker))
+    workers = {"dataloader_num_workers": 1, "models": {"train_dataset": tiny_pairs(64)}}
+    trainer = dpo(tmp_path, SignalsTheGroup(), **workers)
+    if mistaken:
+        with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+            trainer.train()
+    else:
+        stop(trainer, 2)
+        assert fault_of(tmp_path / "checkpoint-2") is None
 
 
 @pytest.fixture
@@ -222,11 +287,41 @@ def test_second_signal_ends_the_process_unless_it_is_the_first_one_passed_on(clo
         assert ended == [130]
 
 
-def test_worker_of_the_data_loader_lives_on(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_forked_process_of_a_reward_function_can_be_ended(number):
+    """It has inherited the handler; Ctrl-C, which all processes get, leaves it to its work."""
     with SignalWatch(speaks=False) as watch:
-        monkeypatch.setattr(signals.os, "getpid", lambda: -1)  # as in a process that was forked
-        signal.raise_signal(signal.SIGTERM)
-        assert watch.received is None
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.5,))
+        child.start()
+        time.sleep(0.1)
+        os.kill(child.pid, number)
+        child.join(5)
+    assert child.exitcode == (-number if number == signal.SIGTERM else 0)
+    assert watch.received is None
+
+
+@pytest.mark.parametrize("reader", ["lives", "has ended"])
+def test_reader_that_the_same_signal_ends_does_not_end_the_run(monkeypatch, reader):
+    """As of `trl-ext ppo ... 2>&1 | tee log`."""
+    monkeypatch.setattr(signals.time, "sleep", lambda _: None)
+    read, write = os.pipe()
+    kept = os.dup(2)
+    os.dup2(write, 2)
+    os.close(write)
+    try:
+        if reader == "has ended":
+            os.close(read)
+        with SignalWatch(speaks=True):
+            signal.raise_signal(signal.SIGINT)
+        os.write(2, b"a line of the log\n")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    if reader == "lives":
+        with open(read, "rb") as pipe:
+            assert pipe.read() == (
+                b"\nSIGINT: the run stops after this step and saves. Once more ends it now.\na line of the log\n"
+            )
 
 
 def test_another_thread_gets_no_signals():

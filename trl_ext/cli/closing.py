@@ -47,7 +47,8 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
     except SystemExit:  # an option is wrong, and no checkpoint would help
         raise
     except BaseException:
-        again = resuming(command, args.output_dir, given.argv) if args.process_index == 0 else None
+        can_go_on = args.process_index == 0 and not args.save_only_model
+        again = resuming(command, args.output_dir, given.argv) if can_go_on else None
         if again:
             print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
         raise

@@ -18,6 +18,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ MANIFEST = "manifest.json"
 SAVING, REPLACED = "_saving", "_replaced"
 DIGESTS = ("small", "full")  # values of `checkpoint_digest`
 SMALL = 2**30  # bytes; larger files have a sha256 with "full" only
+READERS = 8  # files that are read at once; each takes a core, at about 1 GB/s
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -52,10 +54,10 @@ def begin(staged: Path) -> None:
 
 def complete(staged: Path, digest: str) -> Path:
     """Sync a checkpoint that is written, list its files, and move it into the run's folder; return its new place."""
-    files = {
-        path.relative_to(staged).as_posix(): _synced(path, digest == "full" or path.stat().st_size <= SMALL)
-        for path in _files(staged)
-    }
+    paths = _files(staged)
+    with ThreadPoolExecutor(READERS) as readers:
+        entries = list(readers.map(functools.partial(_synced, digest=digest), paths))
+    files = {path.relative_to(staged).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
     manifest = staged / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
     for path in (manifest, *(folder for folder in staged.glob("**/") if folder != staged), staged):
@@ -104,11 +106,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("**/*") if path.is_file())
 
 
-def _synced(path: Path, with_digest: bool) -> dict[str, Any]:
+def _synced(path: Path, digest: str) -> dict[str, Any]:
     """Write a file through to the disk; return its entry in the manifest."""
     _sync(path)
     size = path.stat().st_size
-    return {"size": size, "sha256": _sha256(path)} if with_digest else {"size": size}
+    return {"size": size, "sha256": _sha256(path)} if digest == "full" or size <= SMALL else {"size": size}
 
 
 def _sync(path: Path) -> None:
@@ -202,20 +204,26 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
         return None
     if str(given).lower() != "true":
         folder = Path(str(given))
+        _recover(folder.parent)
         fault = _agreed_fault(folder)
         if fault is not None:
             raise ValueError(
-                f"`resume_from_checkpoint` is {folder}, and {fault}. Give a folder checkpoint-N of an earlier run "
-                "that was saved whole, or True for the last one in the output folder."
+                f"`resume_from_checkpoint` is {folder}, and {fault}. Give another folder checkpoint-N, or True for "
+                "the newest complete one in the output folder."
             )
     else:
         folder = _newest(Path(output_dir))
     if not (folder / MANIFEST).is_file() and PartialState().is_main_process:
-        logger.warning(
-            "%s has no %s, as one of an earlier version: its files were opened, and not compared with what was saved.",
-            *(folder, MANIFEST),
-        )
+        _warn_of_earlier_version(folder)
     return folder
+
+
+@functools.cache  # a command asks for the checkpoint, and then its trainer
+def _warn_of_earlier_version(folder: Path) -> None:
+    logger.warning(
+        "%s has no %s, like those of earlier versions: its files open, but were not compared with what was saved.",
+        *(folder, MANIFEST),
+    )
 
 
 def numbered(run: Path) -> dict[str, int]:
@@ -225,17 +233,15 @@ def numbered(run: Path) -> dict[str, int]:
 
 
 def _newest(run: Path) -> Path:
-    state = PartialState()
     faults: list[str] = []
-    if state.is_local_main_process:
-        put_back(run)
-    state.wait_for_everyone()
+    _recover(run)
     there = dict(_over_ranks(list(numbered(run).items())))
     for name in sorted(there, key=lambda name: there[name], reverse=True):
-        fault = _agreed(None if is_of_this_run(run / name, run) else "it is of an earlier run in this folder")
+        is_older = (run / name).is_dir() and not is_of_this_run(run / name, run)
+        fault = _agreed("it is of an earlier run in this folder" if is_older else None)
         fault = fault or _agreed_fault(run / name)
         if fault is None:
-            if faults and state.is_main_process:
+            if faults and PartialState().is_main_process:
                 logger.warning("Resuming from %s. Passed over: %s.", name, "; ".join(faults))
             return run / name
         faults.append(f"{name}, because {fault}")
@@ -243,14 +249,22 @@ def _newest(run: Path) -> Path:
         raise ValueError(f"There is no checkpoint to resume from in {run}.")
     raise ValueError(
         f"There is no complete checkpoint to resume from in {run}: {'; '.join(faults)}. Start a new run, or give "
-        "another folder."
+        "another checkpoint by its folder."
     )
 
 
-def _agreed_fault(checkpoint: Path) -> str | None:
-    """Return the first fault that any rank sees."""
+def _recover(run: Path) -> None:
+    """Put back, once on each machine, what a killed run had moved aside."""
     state = PartialState()
-    return _agreed(fault_of(checkpoint, (state.process_index, state.num_processes)))
+    if state.is_local_main_process:
+        put_back(run)
+    state.wait_for_everyone()
+
+
+def _agreed_fault(checkpoint: Path) -> str | None:
+    """Return the first fault that any rank sees. The ranks of a machine share the reading; each may have its disk."""
+    readers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _agreed(fault_of(checkpoint, (PartialState().local_process_index % readers, readers)))
 
 
 def _agreed(found: str | None) -> str | None:

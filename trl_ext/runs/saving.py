@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..ranges import SWITCH, one_of
 from .checkpoints import DIGESTS, SAVING, begin, checkpoint_of, complete, rotate, size_of
 from .folder import STATE
-from .signals import SignalWatch, StopAmidStep, StoppedBySignal
+from .signals import SignalWatch, StopAmidStep, StoppedBySignal, start_worker
 
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,14 @@ class SavesWhole:
     _signals: SignalWatch | None = None
     _resumed_from: Path | None = None
     _has_stepped = False  # since it began or was resumed
+    _passed_step = -1  # the last one that came to `_maybe_log_save_evaluate`
 
     # ---- Resume, and stop ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `True` resumes from the newest complete checkpoint in `output_dir`."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
-        self._saved_at, self._resumed_from, self._has_stepped = None, checkpoint, False
+        self._saved_at, self._resumed_from, self._has_stepped, self._passed_step = None, checkpoint, False, -1
         self._warn_of_space(_expected_size(self.model), "A checkpoint")
         train: Any = super().train  # type: ignore[misc]
         with self._watching():
@@ -145,13 +147,23 @@ class SavesWhole:
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        self._has_stepped = True
+        step, self._has_stepped = self.state.global_step, True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
-        is_done = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        if not is_done and self._signal():
+        is_done = step >= self.state.max_steps or self.control.should_training_stop
+        # After the last step of an epoch the Trainer comes here again, and may evaluate.
+        comes_again = self.state.epoch == int(self.state.epoch) and step != self._passed_step
+        self._passed_step = step
+        if not is_done and not comes_again and self._signal():
             raise self._stop()
         if self._signals is not None:
             self._note_step_end()
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self.args, "save_on_signal", False) and loader.num_workers:
+            of_torch = getattr(loader, "base_dataloader", loader)  # accelerate's wraps one
+            of_torch.worker_init_fn = partial(start_worker, of_torch.worker_init_fn)
+        return loader
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # An evaluation may take longer than there is time for; after it there is another save, with its results.

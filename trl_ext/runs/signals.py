@@ -1,9 +1,13 @@
 """Notice SIGTERM and SIGINT during a training, so that the run can end its step, save and stop."""
 
 import os
+import select
 import signal
+import stat
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -64,12 +68,68 @@ class SignalWatch:
             signal.signal(caught, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of the data loader, which has inherited the handler
-            return
+        if os.getpid() != self._process:
+            return _in_forked_child(number)
         if self.received is None:
             self.received, self._at = number, time.monotonic()
             if self.speaks:  # unlike `print`, this may interrupt a `print`
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: the run stops after this step and saves. Once more ends it now.\n".encode())
+                with suppress(OSError):
+                    os.write(
+                        2, f"\n{name}: the run stops after this step and saves. Once more ends it now.\n".encode()
+                    )
+            _leave_broken_pipes()
         elif time.monotonic() - self._at >= AGAIN:
             os._exit(128 + number)  # process 1 of a container would live on with the usual handler
+
+
+def _in_forked_child(number: int) -> None:
+    """Leave Ctrl-C to the trainer, whose step may need the child; end at SIGTERM, as `Process.terminate` expects."""
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+def _leave_broken_pipes() -> None:
+    """Drop what is printed into a program that the same Ctrl-C has ended, such as `tee`: it would end the run."""
+    pipes = [number for number in (1, 2) if _is_pipe(number)]
+    if not pipes:
+        return
+    time.sleep(0.2)  # it ends about now
+    poll = select.poll()
+    for number in pipes:
+        poll.register(number, 0)
+    for number, event in poll.poll(0):
+        if event & select.POLLERR:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def _is_pipe(number: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(number).st_mode)
+    except OSError:  # closed
+        return False
+
+
+def start_worker(start: Callable[[int], Any] | None, worker: int) -> None:
+    """
+    Start a worker of a data loader that a signal to the whole process group, as torchrun and Slurm send it, does not
+    end: the trainer's step needs its rows. SIGTERM of the trainer itself does.
+
+    Args:
+        start: the loader's own `worker_init_fn`.
+    """
+    if start is not None:
+        start(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_end(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
