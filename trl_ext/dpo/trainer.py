@@ -95,8 +95,8 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
     Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
     `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `_evaluate`,
     `evaluation_loop`, `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
-    `_load_best_model`; by `SavesWhole`, `train`, `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and
-    `_push_from_checkpoint`; and, by `WritesCard`, `save_model` and `create_model_card`.
+    `_load_best_model`; by `SavesWhole`, `train`, `_maybe_log_save_evaluate`, `_get_dataloader`, `_save_checkpoint`,
+    `_get_output_dir` and `_push_from_checkpoint`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path. `model` may be the

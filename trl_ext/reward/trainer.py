@@ -65,8 +65,8 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
     `evaluate` and `_evaluate`: of several held-out sets each is logged under its name, and all together under the
     names of a single one; `_finalize_training`, which gives a resumed run the loss of all its steps;
     `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; by `SavesWhole`, `train`,
-    `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and `_push_from_checkpoint`; and, by
-    `WritesCard`, `save_model` and `create_model_card`.
+    `_maybe_log_save_evaluate`, `_get_dataloader`, `_save_checkpoint`, `_get_output_dir` and `_push_from_checkpoint`;
+    and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Raises:
         ValueError: for data that cannot be trained on, an encoder-decoder, or a model without a trainable parameter,
