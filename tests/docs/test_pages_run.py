@@ -59,6 +59,7 @@ MEASURED = {
             "tests/cli/test_critic.py"
         ),
         "python benchmarks/bench_learning.py": "tests/benchmarks/test_bench_learning.py",
+        "python benchmarks/measure_value_heads.py": "tests/benchmarks/test_measure_value_heads.py",
     },
     "docs/kl_estimators.md": {"python experiments/kl_estimators.py": "tests/benchmarks/test_equivalence.py"},
     "docs/measurements.md": {
