@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 IDS = torch.tensor([[5, 9, 12, 30, 7], [11, 8, 40, 3, 22]])
 PAIRS = {"max_steps": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "save_strategy": "no"}
 PPO = {"total_episodes": 4, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "save_strategy": "no"}
-LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "2"]
+LORA = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_adapter_is_scored_and_talked_to_without_a_tokenizer_of_its_own(
 def test_dpo_with_an_adapter_goes_on_to_ppo_and_ppo_to_more_of_it(paths, tmp_path, monkeypatch, capsys):
     """Each command as printed; of what is not printed, how long the run is and where its log goes."""
     monkeypatch.chdir(tmp_path)
-    main(["dpo", *run_of("dpo", paths, output_dir="my run", **PAIRS), *LORA])
+    main(["dpo", *run_of("dpo", paths, output_dir="my run/", **PAIRS), *LORA])
     commands = commands_of(capsys.readouterr().out)
     reward, ppo = commands["next"]
     pairs, short = ([word for k, v in kind.items() for word in (f"--{k}", str(v))] for kind in (PAIRS, PPO))
@@ -126,11 +126,11 @@ def test_dpo_with_an_adapter_goes_on_to_ppo_and_ppo_to_more_of_it(paths, tmp_pat
     assert (tmp_path / "my run-ppo-merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("critic", ["model", "head"])
-def test_next_of_ppo_with_a_new_adapter_trains_it_further(critic, paths, tmp_path, capsys):
-    main(["ppo", *run_of("ppo", paths, output_dir=tmp_path / "1", **PPO), *LORA, "--critic", critic])
+def test_next_of_ppo_with_a_new_adapter_trains_it_further(paths, tmp_path, capsys):
+    words = ["ppo", *run_of("ppo", paths, output_dir=tmp_path / "1", **PPO), *LORA]
+    main([*words, "--critic", "head", "--overwrite"])
     (words,) = commands_of(capsys.readouterr().out)["next"]
-    assert "--lora_r" not in words
+    assert not {"--lora_r", "--overwrite"} & set(words)
     main(words)
     names = load_file(tmp_path / "1-next" / "adapter_model.safetensors").keys()
     assert names == load_file(tmp_path / "1" / "adapter_model.safetensors").keys()
@@ -159,7 +159,7 @@ def exact(adapters):
     return weights
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("dtype", ["float32", None])
 def test_merged_weights_and_logits_are_the_adapters_within_one_rounding(adapters, tmp_path, dtype):
     folder = merge(adapters["start"], tmp_path / "m", *(["--dtype", dtype] if dtype else []))
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -189,12 +189,11 @@ def test_merged_folder_is_whole(adapters, tmp_path, monkeypatch):
     assert pipeline("text-generation", model=str(folder))("good", max_new_tokens=2)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_adapter_from_4_bits_is_merged_into_what_it_was_trained_on(tmp_path, nested, capsys):
+def test_adapter_from_4_bits_is_merged_into_what_it_was_trained_on(tmp_path, capsys):
     tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     tiny.tiny_tokenizer().save_pretrained(tmp_path / "base")
     adapter = four_roles.save_adapter(str(tmp_path / "base"), tmp_path / "adapter", "CAUSAL_LM", 1)
-    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": nested}
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 = BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=torch.float32)
     words = quantisation_words(nf4)
     assert bits_of(words) == options
@@ -220,12 +219,14 @@ def test_adapter_from_4_bits_is_merged_into_what_it_was_trained_on(tmp_path, nes
     )
 
 
-def test_adapter_of_a_reward_model_becomes_a_reward_model(adapters, tmp_path):
-    folder = merge(adapters["reward"], tmp_path / "m", "--dtype", "float32")
-    base = AutoModelForSequenceClassification.from_pretrained(adapters["base"], num_labels=1)
-    expected = logits(PeftModel.from_pretrained(base, adapters["reward"]))
+@pytest.mark.parametrize("labels", [1, 3])
+def test_adapter_of_a_reward_model_becomes_a_reward_model(adapters, tmp_path, labels):
+    base = AutoModelForSequenceClassification.from_pretrained(adapters["base"], num_labels=labels)
+    four_roles.fill(get_peft_model(base, four_roles.lora("SEQ_CLS")), 1).save_pretrained(tmp_path / "adapter")
+    expected = logits(base)
+    folder = merge(tmp_path / "adapter", tmp_path / "m", "--dtype", "float32")
     merged = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert merged.config.num_labels == 1
+    assert merged.config.num_labels == labels
     assert torch.allclose(logits(merged), expected, atol=1e-5)
 
 

@@ -1,7 +1,6 @@
 """A run does not write over another one unasked."""
 
 import json
-import shlex
 
 import pytest
 
@@ -9,6 +8,8 @@ from cli_runs import error_of, run_of
 from trl_ext.cli import training
 from trl_ext.cli.commands.ppo import report
 from trl_ext.cli.main import main
+from trl_ext.cli.output import beside
+from trl_ext.models.loading import adapter_config
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -51,11 +52,33 @@ def test_mutant_that_looks_for_the_folder_alone_is_seen(tmp_path, monkeypatch, p
     assert error_of(["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT)], capsys) != "begins"
 
 
-def test_next_does_not_overwrite(paths, tmp_path, capsys):
-    options = {"total_episodes": 4, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "save_strategy": "no"}
-    main(["ppo", *run_of("ppo", paths, output_dir=tmp_path / "1", **options), "--overwrite"])
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  next "))
-    assert "--overwrite" not in shlex.split(line)
+def test_run_in_the_present_folder_is_refused_with_a_folder_beside_it(paths, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    said = error_of(["dpo", *run_of("dpo", paths, output_dir=".")], capsys)
+    assert f"`--output_dir {tmp_path / 'here-2'}`, or write over it" in said
+    assert beside("out/", "ppo") == "out-ppo"
+
+
+def test_checkpoint_of_another_run_does_not_give_this_folder_away(paths, tmp_path, capsys):
+    for name in ("one/checkpoint-2", "two/checkpoint-2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path / "two"), "--resume_from_checkpoint"]
+    assert "two holds a run already" in error_of([*words, str(tmp_path / "one/checkpoint-2")], capsys)
+    assert "holds a run already" not in error_of([*words, str(tmp_path / "two/checkpoint-2")], capsys)
+
+
+def test_adapter_of_the_run_that_is_written_over_is_not_taken_for_the_new_model(paths, tmp_path):
+    words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path / "out", **SHORT | {"save_strategy": "no"})]
+    main([*words, "--use_peft", "--lora_target_modules", "q_proj"])
+    assert adapter_config(str(tmp_path / "out")) is not None
+    main([*words, "--overwrite"])
+    assert adapter_config(str(tmp_path / "out")) is None
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    main([*words, "--overwrite", "--use_peft", "--lora_target_modules", "q_proj"])
+    assert adapter_config(str(tmp_path / "out")) is not None
 
 
 @pytest.mark.parametrize("rise, words", [(0.05, "it rose by 0.050 ± 0.010"), (-0.05, "it fell by 0.050 ± 0.010")])

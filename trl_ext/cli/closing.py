@@ -22,7 +22,7 @@ from .options import Options
 def program(command: str) -> str:
     """Return how the command was called: `trl-ext dpo`, or `python scripts/dpo.py`."""
     called = Path(sys.argv[0])
-    return f"python {sys.argv[0]}" if called.name == f"{command}.py" else f"trl-ext {command}"
+    return f"python {shlex.quote(sys.argv[0])}" if called.name == f"{command}.py" else f"trl-ext {command}"
 
 
 def closing_lines(command: str, output: str | Path, argv: Sequence[str], **others: str) -> str:
@@ -67,7 +67,10 @@ def _how_to_go_on(command: str, given: Options, args: Any, stop: StoppedBySignal
         return "Nothing was learned yet: start it again, with `--overwrite`."
     if args.save_only_model:
         return f"The model is in {stop.checkpoint}; with `save_only_model` no run goes on from it."
-    return f"To go on from there: {_command_from(stop.checkpoint, command, given.argv)}"
+    # It may lie in another run's folder, from which this one was resumed, while this one has left its log in its own.
+    is_own = stop.checkpoint.resolve().parent == Path(args.output_dir).resolve()
+    argv = given.argv if is_own else [*without(given.argv, "overwrite"), "--overwrite"]
+    return f"To go on from there: {_command_from(stop.checkpoint, command, argv)}"
 
 
 def _command_from(checkpoint: Path, command: str, argv: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import nn
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import demo
-from ..models.loading import require_model, require_weights
+from ..models.loading import merge_line, require_model, require_weights
 from ..models.precision import computes_in_bf16
 from ..models.saved_adapter import adapter_folder
 from .errors import package_of
@@ -153,7 +152,7 @@ def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
     require_weights(folder or named, option)
     if folder is None:
         return named, False
-    merge = f"`trl-ext merge {shlex.quote(named)} --output_dir MERGED`"
+    merge = f"`{merge_line(named)}`"
     if command not in TRAIN_ADAPTERS:
         raise ValueError(
             f"{named} ({option}) is an adapter, and `trl-ext {command}` starts from a whole model. Merge it, {merge}, "

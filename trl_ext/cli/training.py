@@ -1,6 +1,7 @@
 """Run a training command, `trl-ext ppo`, `dpo` or `reward`: parse, check, load, train, evaluate, save, close."""
 
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .fit import require_fit
 from .launch import launch, launches, require_all
 from .models import ModelArguments, model_errors, path_of, require_adapted, require_judges
 from .options import Options, read
-from .output import require_free
+from .output import beside, remove_older_adapters, require_free
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainingCommand:
         return trainer
 
     def run(self, argv: list[str] | None = None) -> None:
+        begun = time.time()
         with usage_errors():
             given = self.options(argv)
             require_free(given)
@@ -85,6 +87,7 @@ class TrainingCommand:
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
+            remove_older_adapters(Path(args.output_dir), begun)
             (Path(args.output_dir) / "metrics.json").write_text(plain_file(metrics), encoding="utf-8")
             self.report(trainer, metrics, data, model)
         trainer.create_model_card(dataset_name=data.dataset_name)
@@ -105,4 +108,6 @@ def chat_with(args: Any) -> dict[str, str]:
 
 
 def merge_of(args: Any) -> dict[str, str]:
-    return {"merge": f"trl-ext merge {shlex.join([args.output_dir, '--output_dir', f'{args.output_dir}-merged'])}"}
+    return {
+        "merge": f"trl-ext merge {shlex.join([args.output_dir, '--output_dir', beside(args.output_dir, 'merged')])}"
+    }

@@ -34,7 +34,7 @@ from ..models.noise import disable_noise
 from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
 from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting, warn_of_rounding
-from ..models.saved_adapter import saved_adapter
+from ..models.saved_adapter import restore_adapters, saved_adapter
 from ..models.sharding import check_unquantized, is_partitioned, is_stage3
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
@@ -534,8 +534,10 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load all weights: the Trainer leaves out those saved under other names, of experts (transformers#48805)."""
-        if is_peft_model(self.model) or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif is_peft_model(self.model):
+            restore_adapters(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
         else:
             loading.restore_weights(self.model, resume_from_checkpoint)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -171,7 +172,13 @@ def adapter_config(path: Any) -> PeftConfig | None:
     """Return the config of the adapter in a folder; `None` without an adapter, and for anything but a folder."""
     if not isinstance(path, str) or not (Path(path) / "adapter_config.json").exists():
         return None
-    return PeftConfig.from_pretrained(path)
+    try:
+        return PeftConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError) as error:  # of JSON, of PEFT
+        raise ValueError(
+            f"{path}/adapter_config.json cannot be read by this version of PEFT ({type(error).__name__}: {error}). "
+            "Save the adapter again with `save_pretrained`, or install the version of PEFT that it was saved with."
+        ) from error
 
 
 def adapter_configs(model: Any, peft_config: PeftConfig | None) -> list[PeftConfig]:
@@ -190,9 +197,14 @@ def check_no_adapter(path: str, name: str) -> None:
             f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text, not writes it. "
             "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
-    merge = f"merge it, `trl-ext merge {path} --output_dir MERGED`, and give MERGED"
+    merge = f"merge it, `{merge_line(path)}`, and give MERGED"
     way_out = f"{WAYS_OUT[name]}, or {merge}" if name in WAYS_OUT else merge.capitalize()
     raise ValueError(f"The folder {path} ({name}) holds an adapter without its base model. {way_out}.")
+
+
+def merge_line(adapter: str) -> str:
+    """Return the command that merges an adapter, to be shown."""
+    return f"trl-ext merge {shlex.quote(adapter)} --output_dir MERGED"
 
 
 def require_model(path: str, what: str, revision: str | None = None) -> None:
@@ -284,6 +296,7 @@ def _require_no_gguf(path: str, what: str) -> None:
 CONFIGS = ("config.json", "adapter_config.json")
 NEAR = 0.8  # of difflib: "my-sfft" is "my-sft"; "gpt2" is not "gpt2-ft"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "special_tokens_map", "added_tokens")
 
 
@@ -293,8 +306,8 @@ def has_tokenizer(folder: str) -> bool:
 
 def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
     """
-    Load the tokenizer of a folder or hub name, of an adapter without one that of its base; raise `ValueError` if there
-    is none that can be read.
+    Load the tokenizer of a folder or hub name, of an adapter without one that of its base, with the chat template
+    beside the adapter, if there is one; raise `ValueError` if there is none that can be read.
     """
     if not path:
         raise ValueError("The model was not loaded from a folder with a tokenizer: give it as `processing_class`.")
@@ -302,7 +315,10 @@ def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
         adapter = adapter_config(path)
         if adapter is not None and adapter.base_model_name_or_path:
             options = options | {"revision": adapter.revision}
-            return load_tokenizer(adapter.base_model_name_or_path, f"the base of the adapter {path}", **options)
+            tokenizer = load_tokenizer(adapter.base_model_name_or_path, f"the base of the adapter {path}", **options)
+            if (Path(path) / TEMPLATE).is_file():
+                tokenizer.chat_template = (Path(path) / TEMPLATE).read_text(encoding="utf-8")
+            return tokenizer
         raise ValueError(
             f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
             "Python give it as `processing_class`."

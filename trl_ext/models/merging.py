@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from .._trl import create_model_from_path
@@ -42,7 +44,9 @@ def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
     if folder is None or config is None:
         raise ValueError(f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge.")
     if config.is_prompt_learning:
-        raise ValueError(f"{named} learns virtual tokens ({config.peft_type}), which no weight can hold.")
+        raise ValueError(f"{named} learns virtual tokens ({config.peft_type.value}), which no weight can hold.")
+    if getattr(config, "layer_replication", None):
+        raise ValueError(f"{named} reads layers of its base several times (`layer_replication`): it cannot be merged.")
     require_weights(folder, "the adapter to merge")
     require_base(folder, config)
     return folder, config
@@ -84,14 +88,30 @@ def merge_adapter(
     is_scoring = config.task_type == "SEQ_CLS"
     kwargs = source | {"dtype": torch.promote_types(saved.dtype or dtype, dtype), "device_map": {"": "cpu"}}
     if is_scoring:
-        kwargs |= {"architecture": AutoModelForSequenceClassification, "num_labels": 1}
+        heads = [w for name, w in load_peft_weights(folder, device="cpu").items() if name.endswith("score.weight")]
+        labels = len(heads[0]) if heads else 1
+        kwargs |= {"architecture": AutoModelForSequenceClassification, "num_labels": labels}
     if bits is not None:
         kwargs["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=kwargs["dtype"])
     model: Any = create_model_from_path(base, **kwargs)
     if is_quantized(model):
         model = model.dequantize(kwargs["dtype"])
-    merged = put_on(model, folder).merge_and_unload(safe_merge=True)
-    return merged.to(dtype).requires_grad_(False).eval()
+    adapted = put_on(model, folder)
+    _untie_adapted(adapted)
+    return adapted.merge_and_unload(safe_merge=True).to(dtype).requires_grad_(False).eval()
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Give the output layer weights of its own if it or the embedding is adapted: PEFT would merge that into both."""
+    base: Any = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if (
+        head is not None
+        and head.weight is embedding.weight
+        and any(isinstance(each, BaseTunerLayer) for each in (embedding, head))
+    ):
+        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
 
 
 def save_merged(

@@ -1,15 +1,15 @@
-"""A saved adapter as the model that a run starts from: it goes on being trained, on its base."""
+"""Load a saved adapter onto its base: to go on training it, to ask it, to merge it."""
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from peft import PeftConfig, PeftModel
-from safetensors import safe_open
-from transformers import AutoProcessor, PreTrainedModel
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
@@ -17,11 +17,13 @@ from .._trl import create_model_from_path
 from ..runs.folder import is_local
 from .fingerprint import base_fingerprint, weights_fingerprint
 from .loading import (
+    TEMPLATE,
     adapter_config,
     has_tokenizer,
     init_kwargs,
     is_quantized,
     load_tokenizer,
+    merge_line,
     near_folder,
     read_config,
     refuse_scoring,
@@ -29,9 +31,6 @@ from .loading import (
     require_weights,
     source_options,
 )
-
-
-FILE = "adapter_model.safetensors"
 
 
 def adapter_folder(path: str, revision: str | None = None) -> str | None:
@@ -63,9 +62,19 @@ def require_writer(path: str, name: str, revision: str | None = None) -> str:
         return path
     if adapter.task_type == "SEQ_CLS":
         raise ValueError(f"{path} ({name}) holds a reward model's adapter, which scores text and cannot write it.")
-    if adapter.base_model_name_or_path:
-        require_writer(adapter.base_model_name_or_path, f"the base of the adapter {path}, {name}", adapter.revision)
+    require_base(folder, adapter)
+    require_writer(str(adapter.base_model_name_or_path), f"the base of the adapter {path}, {name}", adapter.revision)
     return folder
+
+
+def load_writer(path: str, **options: Any) -> Any:
+    """Load a language model, or the adapter in a folder onto its base, by `options` of `from_pretrained`."""
+    adapter = adapter_config(path)
+    if adapter is None:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    options |= {"revision": adapter.revision}  # the one that was given is the adapter's
+    base = AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path, **options)
+    return put_on(base, path, is_trainable=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,8 @@ class SavedAdapter:
         folder = Path(self.folder)
         if any((folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor")):
             return AutoProcessor.from_pretrained(folder, **options)
-        return load_tokenizer(self.folder, **options) if has_tokenizer(self.folder) else None
+        has_own = has_tokenizer(self.folder) or (folder / TEMPLATE).is_file()
+        return load_tokenizer(self.folder, **options) if has_own else None
 
     def load(self, args: Any, quantization_config: Any = None) -> PeftModel:
         """Load the base as the options of `args_of_base` say, and the adapter onto it, to be trained."""
@@ -114,8 +124,12 @@ def saved_adapter(model: Any, args: Any, peft_config: PeftConfig | None = None) 
     if peft_config is not None:
         raise ValueError(
             f"{model} is an adapter, which goes on being trained, and `peft_config` asks for a new one. Leave "
-            f"`peft_config` out; or, for a new adapter on top, merge this one first: `trl-ext merge {model} "
-            "--output_dir MERGED`."
+            f"`peft_config` out; or, for a new adapter on top, merge this one first: `{merge_line(model)}`."
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{model} (`model`) learns virtual tokens ({config.peft_type.value}), which PEFT does not go on training "
+            "once they are saved. Give a model, or an adapter that changes weights, such as LoRA."
         )
     if config.task_type == "SEQ_CLS":
         raise ValueError(
@@ -137,11 +151,17 @@ def require_base(folder: str, config: PeftConfig) -> None:
         )
     if adapter_folder(base, revision) is not None:
         raise ValueError(
-            f"The base of the adapter {folder} is {base}, an adapter itself. Merge that one first: `trl-ext merge "
-            f"{base} --output_dir MERGED`, and write MERGED into {folder}/adapter_config.json, as "
-            "`base_model_name_or_path`."
+            f"The base of the adapter {folder} is {base}, an adapter itself. Merge that one first: "
+            f"`{merge_line(base)}`, and write MERGED into {folder}/adapter_config.json, as `base_model_name_or_path`."
         )
-    require_model(base, f"the base of the adapter {folder}, named in its adapter_config.json", revision)
+    try:
+        require_model(base, f"the base of the adapter {folder}, named in its adapter_config.json", revision)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A relative path is looked for from the folder that the command runs in: run it where the "
+            f"adapter was trained, or write where the base is into {folder}/adapter_config.json, as "
+            "`base_model_name_or_path`."
+        ) from error
     trained_on = base_fingerprint(folder, None)
     weights = None if trained_on is None else weights_fingerprint(base, revision)
     if weights is not None and trained_on != weights:
@@ -152,25 +172,48 @@ def require_base(folder: str, config: PeftConfig) -> None:
         )
 
 
-def put_on(base: PreTrainedModel, folder: str) -> PeftModel:
-    """Load the adapter in `folder` onto its base, to be trained; no random number is drawn."""
-    _widen_embedding(base, folder)
+def put_on(base: PreTrainedModel, folder: str, is_trainable: bool = True) -> PeftModel:
+    """
+    Load the adapter in `folder` onto its base; no random number is drawn. `ValueError` if it does not fit the base.
+    """
     device = next(base.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=in_float32(base))
+        _widen_embedding(base, folder)
+        try:
+            return PeftModel.from_pretrained(
+                base, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32(base)
+            )
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"The adapter in {folder} does not fit {base.config.name_or_path}: {reason:.300} Give the adapter as "
+                "it was saved, and as `base_model_name_or_path` in its adapter_config.json the base that it was "
+                "trained on."
+            ) from error
 
 
 def _widen_embedding(base: PreTrainedModel, folder: str) -> None:
     """Give the embedding the rows that it had when the adapter was trained, if the adapter was saved with them."""
-    file, embedding = Path(folder) / FILE, base.get_input_embeddings()
-    if not file.is_file():
-        return
+    embedding = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embedding)
-    with safe_open(file, framework="pt") as weights:
-        saved = [key for key in weights.keys() if key.endswith(f"{name}.weight")]
-        rows = max((weights.get_slice(key).get_shape()[0] for key in saved), default=0)
+    # Where PEFT adapts the embedding too, its weight lies below a wrapper of the same name.
+    saved = re.compile(rf"\b{re.escape(name)}(\.token_adapter)?(\.base_layer)?\.weight$")
+    weights = load_peft_weights(folder, device="cpu")
+    rows = max((len(weight) for key, weight in weights.items() if saved.search(key)), default=0)
     if rows > embedding.num_embeddings:
-        base.resize_token_embeddings(rows)
+        base.resize_token_embeddings(rows, mean_resizing=False)  # their rows are read from the adapter
+
+
+def restore_adapters(model: PeftModel, folder: str) -> None:
+    """
+    Load the adapters that `save_pretrained` of this model wrote to `folder` into those that it has. PEFT's own
+    `load_adapter` would cast them to float32, also on a quantised base, where TRL trains them in bfloat16.
+    """
+    for name in model.peft_config:
+        place = Path(folder) if name == "default" else Path(folder) / name
+        set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), name)
 
 
 def in_float32(base: Any) -> bool:

@@ -29,14 +29,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from ...models.loading import load_tokenizer
     from ...models.precision import computes_in_bf16
-    from ...models.saved_adapter import require_writer
+    from ...models.saved_adapter import load_writer, require_writer
 
     with usage_errors():
         path = require_writer(given.model, "the model to talk to")
         tokenizer = load_tokenizer(path)
-    # The pipeline looks for the model's files; those of an adapter name its base, which comes with it.
-    dtype = "bfloat16" if computes_in_bf16() else "float32"
-    writer = pipeline("text-generation", model=path, tokenizer=tokenizer, dtype=dtype)
+        model = load_writer(path, dtype="bfloat16" if computes_in_bf16() else "float32")
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature > 0 else {"do_sample": False}
     settings = copy.deepcopy(writer.model.generation_config)
     known = settings.eos_token_id  # one, several or none

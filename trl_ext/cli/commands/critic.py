@@ -22,6 +22,7 @@ from ...report import CRITIC_LINE
 from ..closing import program, without
 from ..models import ModelArguments, reward_functions
 from ..options import Options
+from ..output import beside
 from ..training import TrainingCommand
 from .ppo import PPOArguments, load
 
@@ -67,9 +68,9 @@ def further(given: Options, data: PPOArguments, model: ModelArguments, args: Cri
     """Return how to run PPO with this critic, and how to train another one on the same responses."""
     same = without(given.argv, *OF_THE_PRETRAINING, "value_model")
     kept = args.rollouts or str(Path(args.output_dir) / "rollouts")
-    again = {"rollouts": kept, "output_dir": f"{args.output_dir}-again"}
+    again = {"rollouts": kept, "output_dir": beside(args.output_dir, "again")}
     words = [word for name, value in again.items() for word in (f"--{name}", value)]
-    start = shlex.join([*same, "--value_model", args.output_dir, "--output_dir", f"{args.output_dir}-ppo"])
+    start = shlex.join([*same, "--value_model", args.output_dir, "--output_dir", beside(args.output_dir, "ppo")])
     return {
         "next": f"{program('ppo')} {start}",
         "again": f"{program('critic')} {shlex.join([*without(given.argv, *again, 'overwrite'), *words])}",

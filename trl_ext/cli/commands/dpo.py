@@ -28,6 +28,7 @@ from ..data import PairArguments, flags_of, load_pairs, require_steps
 from ..launch import LaunchArguments
 from ..models import ModelArguments
 from ..options import Options
+from ..output import beside
 from ..training import TrainingCommand, before_and_after, chat_with, merge_of
 
 
@@ -73,12 +74,15 @@ def further(given: Options, data: DPOArguments, model: ModelArguments, args: DPO
     reward += flags_of(data) + (["--use_peft", *model.bits()] if has_adapter else [])
     ppo = ["--model", out, *flags_of(data)]
     if has_adapter:  # both are adapters on the policy's base, and so is the critic
-        reward += ["--lora_target_modules", *model.lora_target_modules] if model.lora_target_modules else []
+        targets = model.lora_target_modules or []
+        targets = [targets] if isinstance(targets, str) else targets
+        reward += ["--lora_target_modules", *targets] if targets else []
         ppo += ["--critic", "adapter", *model.bits()]
         ppo += [] if data.dataset_name else ["--use_peft", "False"]  # which the demo's recipe has
     if data.dataset_name or has_adapter:  # else the folder that PPO's own demo looks in
-        reward += ["--output_dir", f"{out}-reward"]
-        ppo += ["--reward_model_path", f"{out}-reward", "--output_dir", f"{out}-ppo"]
+        judge = beside(out, "reward")
+        reward += ["--output_dir", judge]
+        ppo += ["--reward_model_path", judge, "--output_dir", beside(out, "ppo")]
     commands = chat_with(args) | (merge_of(args) if has_adapter else {})
     if not data.datasets:  # a mixture is in a recipe, not in flags
         commands["next"] = f"{program('reward')} {shlex.join(reward)} && {program('ppo')} {shlex.join(ppo)}"

@@ -30,6 +30,7 @@ from ..data import DataArguments, load_splits
 from ..launch import LaunchArguments
 from ..models import ModelArguments, reward_functions
 from ..options import Options
+from ..output import beside
 from ..training import TrainingCommand, before_and_after, chat_with, merge_of
 
 
@@ -88,7 +89,7 @@ def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPO
     """Return how to talk to the actor, and how to start another run from what this one has left."""
     out = args.output_dir
     has_adapter = (Path(out) / "adapter_config.json").is_file()
-    options = {"model": out, "output_dir": f"{out}-next", "value_model": f"{out}/critic"}
+    options = {"model": out, "output_dir": beside(out, "next"), "value_model": str(Path(out) / "critic")}
     if model.use_peft:  # the adapter goes on being trained
         options["use_peft"] = "False"
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]

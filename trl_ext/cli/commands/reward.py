@@ -27,6 +27,7 @@ from ..data import PairArguments, flags_of, load_pairs, require_steps
 from ..launch import LaunchArguments
 from ..models import ModelArguments
 from ..options import Options
+from ..output import beside
 from ..training import TrainingCommand
 
 
@@ -65,7 +66,7 @@ def further(given: Options, data: RewardArguments, model: ModelArguments, args: 
     flags += flags_of(data)
     if model.use_peft:
         flags += ["--use_peft", "--critic", "adapter", *model.bits()]
-    out = ["--output_dir", f"{args.output_dir}-ppo"] if data.dataset_name else []
+    out = ["--output_dir", beside(args.output_dir, "ppo")] if data.dataset_name else []
     return {"next": f"{program('ppo')} {shlex.join([*flags, '--reward_model_path', args.output_dir, *out])}"}
 
 

@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
 from trl import maybe_extract_prompt
 
 from ... import ImplicitReward
@@ -24,7 +22,7 @@ from ...data import demo
 from ...data.json_values import plain_line
 from ...data.pairs import check_columns
 from ...models.loading import adapter_config, load_tokenizer
-from ...models.saved_adapter import require_writer
+from ...models.saved_adapter import load_writer, require_writer
 from ...runs.requirements import require_writable
 from ...statistics import wilson_interval
 from ..data import DataArguments, load_rows
@@ -62,11 +60,10 @@ def load(data: ScoreArguments) -> Dataset:
 
 def load_model(path: str, data: ScoreArguments, model: ModelArguments, revision: str | None) -> Any:
     is_adapter = adapter_config(path) is not None  # its base gets the dtype of the training
-    kind = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() and not data.use_cpu else "cpu"
     options = model.init_kwargs(data.use_cpu, is_adapter)
     options |= {"revision": revision, "quantization_config": model.quantization()}
-    return kind.from_pretrained(path, device_map={"": device}, **options)
+    return load_writer(path, device_map={"": device}, **options)
 
 
 def build(path: str, ref_path: str | None, data: ScoreArguments, model: ModelArguments) -> ImplicitReward:
