@@ -254,6 +254,11 @@ def test_adapter_that_does_not_fit_its_base_is_said_in_a_line(tmp_path, paths, c
         module.load_writer(copied(paths, tmp_path / "given", **changes))
 
 
+def test_adapter_from_a_folder_has_no_other_name(tmp_path, paths):
+    with pytest.raises(ValueError, match=r"`model_adapter_name` is 'policy'.*is named 'default'"):
+        ppo_runs.ppo_trainer(tmp_path, {"model": paths["start"]}, model_adapter_name="policy")
+
+
 @pytest.mark.parametrize("case", ["an adapter as its base", "another base"])
 def test_writer_stands_on_the_base_that_it_was_trained_on(tmp_path, paths, case):
     make, message = REFUSED[case]

@@ -104,6 +104,11 @@ def check_given(args: PPOConfigX, given: Given) -> None:
     active = given.model.active_adapter if isinstance(given.model, PeftModel) else "default"
     if given.adapter is not None:
         adapters = {active: given.adapter.config}
+        if args.model_adapter_name not in (None, active):
+            raise ValueError(
+                f"`model_adapter_name` is {args.model_adapter_name!r}, and an adapter that is loaded from its folder "
+                f"is named {active!r}. Leave the option out, or pass a `PeftModel`."
+            )
     copies_start = given.ref_model is None and args.ref_adapter_name is None and not given.has_new_adapter
     if adapters and args.needs_reference and copies_start:
         check_copyable(adapters.get(args.model_adapter_name or active))
