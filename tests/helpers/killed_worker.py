@@ -1,5 +1,9 @@
-"""A run that saves after every step, and goes on from its newest complete checkpoint; to be killed at any moment."""
+"""
+Runs that save after every step and go on from their newest complete checkpoint, each in a forked process that may be
+killed at any moment. Each line of the standard input begins one: its kind and its folder.
+"""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ import tiny
 from trl_ext.runs.checkpoints import numbered
 
 
-STEPS = 30
+STEPS = 8  # two rollouts of PPO
 SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": STEPS, "optim": "adamw_torch"}
+WEIGHTS = "weights.pt"  # of a run that has come to its end
 
 
 def trainer_of(kind: str, folder: Path) -> Any:
@@ -27,17 +32,23 @@ def trainer_of(kind: str, folder: Path) -> Any:
 
 class SaysWhere(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        print(f"after step {state.global_step}", flush=True)
+        print(f"\nafter {state.global_step}", flush=True)
 
 
-def run(kind: str, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights at the end."""
+def run(kind: str, folder: Path) -> None:
     trainer = trainer_of(kind, folder)
     trainer.add_callback(SaysWhere())
     trainer.train(resume_from_checkpoint=bool(folder.is_dir() and numbered(folder)))
-    return ppo_runs.snapshot(trainer.model)
+    torch.save(ppo_runs.snapshot(trainer.model), folder / WEIGHTS)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(run(sys.argv[1], Path(sys.argv[2])), Path(sys.argv[2]) / "weights.pt")
+    for line in sys.stdin:
+        child = os.fork()  # TRL is imported once
+        if not child:
+            run(line.split()[0], Path(line.split()[1]))
+            os._exit(0)
+        print(f"\nbegun {child}", flush=True)
+        os.waitpid(child, 0)
+        print("\nended", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,27 +19,45 @@ pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 KILLS = int(os.environ.get("KILLS", "3"))  # of each kind
 
 
+@pytest.fixture(scope="module")
+def begin():
+    """Begins a run; returns the number of its process and an iterator over the steps that it has done."""
+    command = [sys.executable, str(two_processes.ROOT / "tests" / "helpers" / "killed_worker.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=two_processes.environment(), text=True, **pipes) as server:
+
+        def start(kind, folder):
+            print(kind, folder, file=server.stdin, flush=True)
+            words = (line.split() for line in server.stdout)
+            process = next(int(line[1]) for line in words if line[:1] == ["begun"])
+            until_the_end = iter(lambda: next(words), ["ended"])
+            return process, (int(line[1]) for line in until_the_end if line[:1] == ["after"])
+
+        yield start
+        server.stdin.close()
+
+
 @pytest.mark.parametrize("kind", ["ppo", "dpo"])
-def test_killed_run_ends_as_if_it_had_not_been(tmp_path, kind):
+def test_killed_run_ends_as_if_it_had_not_been(begin, tmp_path, kind):
     seed = random.SystemRandom().randrange(10**6)
     print(f"\n{kind}: seed {seed}")
     draw, output = random.Random(seed), tmp_path / "killed"
-    for step in [*sorted(draw.sample(range(1, killed_worker.STEPS), KILLS)), None]:
-        command = [sys.executable, str(two_processes.ROOT / "tests" / "helpers" / "killed_worker.py"), kind, output]
-        with subprocess.Popen(
-            command, env=two_processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            lines = (line.split()[-1] for line in process.stdout if line.startswith("after step"))
-            first = int(next(lines))  # of this process; where there is none, it has failed
-            if step is not None:
-                if first < step:
-                    next(line for line in lines if int(line) == step)
-                time.sleep(draw.uniform(0, 0.2))  # a step and its save take about as long
-                process.kill()
-            process.communicate()
+    for step in sorted(draw.choices(range(1, killed_worker.STEPS - 1), k=KILLS)):
+        process, steps = begin(kind, output)
+        first = next(steps)  # of this process; where there is none, it has failed
+        if first < step:
+            assert step in steps
+        time.sleep(draw.uniform(0, 0.3))  # a step and its save take about as long
+        os.kill(process, signal.SIGKILL)
+        list(steps)
         complete = sorted(number for name, number in numbered(output).items() if fault_of(output / name) is None)
         unfinished = [path.name for path in output.glob("_*/*")]
         print(f"begun after step {first}, killed after {step}; complete: {complete}, unfinished: {unfinished}")
         assert len(complete) == len(numbered(output))
-    expected, found = killed_worker.run(kind, tmp_path / "whole"), torch.load(output / "weights.pt")
+        if (output / killed_worker.WEIGHTS).is_file():  # it was faster than the kill
+            break
+    for folder in (output, tmp_path / "whole"):
+        if not (folder / killed_worker.WEIGHTS).is_file():
+            list(begin(kind, folder)[1])
+    found, expected = (torch.load(path / killed_worker.WEIGHTS) for path in (output, tmp_path / "whole"))
     assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
