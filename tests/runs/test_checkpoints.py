@@ -39,7 +39,7 @@ def copies_between_writes(folder, into):
 
     def watcher(event, arguments):
         writes = event in WRITES or (event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
-        if not writes or not str(arguments[0]).startswith(str(folder)):
+        if not writes or not place_of(event, arguments).startswith(str(folder)):
             return
         _watchers.remove(watcher)  # copying writes, too
         copies.append(shutil.copytree(folder, into / f"{len(copies)}"))
@@ -52,6 +52,14 @@ def copies_between_writes(folder, into):
         yield copies
     finally:
         _watchers.remove(watcher)
+
+
+def place_of(event, arguments):
+    if (
+        event in ("os.remove", "os.rmdir") and arguments[1] >= 0
+    ):  # `shutil.rmtree` names files by their folder's number
+        return os.readlink(f"/proc/self/fd/{arguments[1]}")
+    return str(arguments[0])
 
 
 def write(run, step, text):
@@ -284,6 +292,32 @@ class Looks(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.faults.append(fault_of(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["right", "control: as the Trainer deletes"])
+def test_kill_at_the_end_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, mistaken):
+    """When the best one alone is kept, the newest is deleted last of all."""
+    if mistaken:
+        monkeypatch.setattr(saving, "delete_all_but", lambda *_: None)
+    output = tmp_path / "run"
+    output.mkdir()
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}  # the first
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    held_out = {"eval_dataset": tiny_pairs()}
+    trainer = dpo_trainer(output, save_total_limit=1, models=held_out, report_to="none", **saves, **best)
+    evaluate = trainer._evaluate
+    monkeypatch.setattr(
+        trainer, "_evaluate", lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_constant": 0}
+    )
+    with copies_between_writes(output, tmp_path / "copies") as copies:
+        trainer.train()
+    assert set(numbered(output)) == {"checkpoint-1"}
+    halves = [copy for copy in copies for name in numbered(copy) if is_partial(copy / name)]
+    assert (halves != []) is mistaken
+
+
+def is_partial(checkpoint):
+    return not (checkpoint / MANIFEST).is_file() or fault_of(checkpoint) is not None
 
 
 def test_callbacks_find_the_checkpoint_and_reward_models_have_it_too(tmp_path):

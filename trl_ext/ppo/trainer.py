@@ -138,8 +138,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     `_clip_grad_norm`, `_get_grad_norm`, `_get_dataloader` (a stream is read whole by every process),
     `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
     `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
-    `_load_best_model`; by `SavesWhole`, `_maybe_log_save_evaluate`, `_save_checkpoint` and `_get_output_dir`; and, by
-    `WritesCard`, `save_model` and `create_model_card`.
+    `_load_best_model`; by `SavesWhole`, `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and
+    `_finalize_training`; and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.

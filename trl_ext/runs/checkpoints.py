@@ -90,11 +90,22 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     deletable = [path for path in folders if path not in kept]
     surplus = len(folders) - max(limit, len(kept)) if limit is not None and limit > 0 else 0
     for path in deletable[: max(0, surplus)]:
-        # Half deleted under its own name it could be taken for a checkpoint.
-        doomed = run / SAVING / path.name
-        doomed.parent.mkdir(exist_ok=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed.parent, ignore_errors=True)
+        _delete(path)
+
+
+def delete_all_but(kept: str, run: Path) -> None:
+    """Delete the checkpoints of a run that has ended, except the best."""
+    for path in (run / name for name in numbered(run)):
+        if not path.samefile(kept):
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Half deleted under its own name it could be taken for a checkpoint.
+    doomed = checkpoint.parent / SAVING / checkpoint.name
+    doomed.parent.mkdir(exist_ok=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed.parent, ignore_errors=True)
 
 
 def size_of(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..ranges import SWITCH, one_of
-from .checkpoints import DIGESTS, SAVING, begin, checkpoint_of, complete, rotate, size_of
+from .checkpoints import DIGESTS, SAVING, begin, checkpoint_of, complete, delete_all_but, rotate, size_of
 from .folder import STATE
 from .signals import SignalWatch, StopAmidStep, StoppedBySignal, start_worker
 
@@ -209,6 +209,13 @@ class SavesWhole:
             self.state.best_model_checkpoint = str(run / best)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / STATE))
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
+            # The Trainer is about to delete them where they are, file by file.
+            delete_all_but(best, Path(self._get_output_dir(trial)))
+        return super()._finalize_training(trial, *args, **kwargs)  # type: ignore[misc]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saves_now:  # it is pushed once it is complete
