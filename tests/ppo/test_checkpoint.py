@@ -435,6 +435,7 @@ OF_THE_ROLLOUT = {
     "critic_lam": (None, 1.0),
     "critic_gate": (False, True),
     "advantage_estimator": ("gae", "2_step"),
+    "policy_objective": ("clip", "mask"),
     "mask_truncated_completions": (False, True),
     "cast_lm_head_to_fp32": (False, True),
     "bf16": (False, True),

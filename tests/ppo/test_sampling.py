@@ -278,20 +278,23 @@ def test_control_an_option_that_is_not_stated_shows(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "logprobs_mode, temperature, correction, is_refused",
+    "logprobs_mode, temperature, correction, objective, is_refused",
     [
-        ("raw_logprobs", 1.3, True, True),
-        ("raw_logprobs", 1.0, True, False),
-        ("raw_logprobs", 1.3, False, False),
-        ("processed_logits", 1.0, True, True),
-        ("processed_logprobs", 1.3, True, False),
+        ("raw_logprobs", 1.3, True, "clip", True),
+        ("raw_logprobs", 1.0, True, "clip", False),
+        ("raw_logprobs", 1.3, False, "clip", False),
+        ("raw_logprobs", 1.3, False, "mask", True),
+        ("processed_logits", 1.0, True, "clip", True),
+        ("processed_logprobs", 1.3, True, "clip", False),
+        ("processed_logprobs", 1.3, False, "mask", False),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_server_that_reports_other_log_probabilities_is_refused(
-    tmp_path, logprobs_mode, temperature, correction, is_refused
+    tmp_path, logprobs_mode, temperature, correction, objective, is_refused
 ):
     options = {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_correction": correction}
+    options |= {"policy_objective": objective}
     with vllm(logprobs_mode=logprobs_mode):
         if not is_refused:
             ppo_trainer(tmp_path, temperature=temperature, **options)

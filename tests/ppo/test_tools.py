@@ -22,6 +22,15 @@ def play(prompts, trainer):
     }
 
 
+def test_without_vllm_the_mask_reads_the_policys_own_log_probabilities(tmp_path, monkeypatch):
+    """Not those of the rollout function, -1 at every token here."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    models = {"reward_model": None, "reward_funcs": lambda bonus, **_: bonus, "rollout_func": play}
+    trainer = ppo_run(tmp_path, models, max_steps=1, policy_objective="mask", num_mini_batches=1)
+    assert trainer.run_state.rollout.sampling_logps is None
+    assert log_lines(trainer)[0]["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_tokens_of_the_environment_are_attended_and_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     models = {"reward_model": None, "reward_funcs": lambda bonus, **_: bonus, "rollout_func": play}

@@ -35,7 +35,7 @@ PENDING = (
     *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
     *("mask_truncated_completions", "bf16", "fp16", "cast_lm_head_to_fp32"),
     *("reward_weights", "missing_eos_penalty", "normalize_rewards", "reward_clip", "whiten_rewards"),
-    "policy_objective",
+    *("policy_objective", "positive_nll_coef", "positive_min_score"),
     *("gamma", "lam", "lam_alpha", "critic_lam", "critic_gate", "advantage_estimator", "whiten_advantages"),
     *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
     *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),

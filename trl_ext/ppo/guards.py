@@ -204,15 +204,15 @@ def require_same_policy(
 def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None:
     """
     Raise `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from at
-    `temperature`; the importance sampling correction divides by them.
+    `temperature`; the importance sampling correction and the ratio of `policy_objective="mask"` divide by them.
     """
     mode = vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
     if mode == "processed_logprobs" or (mode == "raw_logprobs" and temperature == 1.0):
         return
     raise ValueError(
         f"The vLLM server runs with `--logprobs-mode {mode}`, and reports other log-probabilities than those that it "
-        f"samples by at `temperature={temperature}`: the importance sampling correction would be wrong. Restart it "
-        "with `--logprobs-mode processed_logprobs`, or set `vllm_importance_sampling_correction=False`."
+        f"samples by at `temperature={temperature}`: ratios to them would be wrong. Restart it with `--logprobs-mode "
+        "processed_logprobs`, or set `vllm_importance_sampling_correction=False` with `policy_objective='clip'`."
     )
 
 

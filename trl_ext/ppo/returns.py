@@ -91,7 +91,7 @@ def _warn_of_short_horizons(lam: Tensor, mask: Tensor, alpha: float, all_reduce:
     _, share, _ = masked_moments((lam == 0).float(), mask.any(dim=1), all_reduce)
     if share >= 0.25:
         logger.warning_once(
-            f"`lam_alpha={alpha}` gives {share:.0%} of the responses of a rollout λ = 0: they have at most "
+            f"`lam_alpha={alpha}` gives a quarter or more of a rollout's responses λ = 0: they have at most "
             f"{math.floor(1 / alpha)} tokens, and their advantages look one token ahead. Raise `lam_alpha` for "
             "responses as short as these."
         )

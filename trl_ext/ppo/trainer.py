@@ -349,8 +349,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self.eos_token_ids = [self._tokenizer.eos_token_id]
         ids = self.eos_token_ids
         if self.use_vllm:
-            reads_logps = self.vllm_mode == "server" and self.vllm_importance_sampling_correction
-            if reads_logps and self.accelerator.is_main_process:
+            reads_logps = self.vllm_importance_sampling_correction or self.args.policy_objective == "mask"
+            if reads_logps and self.vllm_mode == "server" and self.accelerator.is_main_process:
                 require_processed_logprobs(self.vllm_generation, self.temperature)
             stops = {"stop_token_ids": list(ids), "ignore_eos": True}  # vLLM would add those of the model's folder
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
@@ -550,7 +550,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         mark_unmeasured(metrics, self._has_sampling_logps(batch))
         self._responses |= of_sampling(batch)
         rollout = Rollout.from_grpo(batch, self._scores, self.eos_token_ids, self._paid)
-        if self.args.policy_objective == "mask" and "sampling_per_token_logps" in batch:
+        if self.args.policy_objective == "mask" and self.use_vllm:
             rollout.sampling_logps = batch["sampling_per_token_logps"]
             if not self.args.reads_old_policy:
                 rollout.old_logps = rollout.sampling_logps
