@@ -652,6 +652,7 @@ def test_run_whose_reference_followed_is_not_resumed_without_it(tmp_path):
     options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 1}
     dpo_runs.dpo_run(tmp_path, **options)
     shutil.rmtree(tmp_path / "checkpoint-1" / "ref_model")
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()  # as in a run that had no reference of its own to save
     with pytest.raises(ValueError, match=r"checkpoint-1/ref_model is not there.*`sync_ref_model`"):
         dpo_runs.dpo_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

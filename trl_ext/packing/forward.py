@@ -82,7 +82,9 @@ class PackedForward:
         if self.row_limit is not None and rows.input_ids.size(1) > self.row_limit:
             return None
         padded = len(ids) * int(mask.any(dim=0).sum())
-        return rows if rows.input_ids.numel() < padded else None
+        saves = rows.input_ids.numel() < padded
+        # The ranks that share weights read in the same way, whatever their own batches are.
+        return rows if saves or is_partitioned(self.model) else None
 
     def fits(self, longest: int) -> bool:
         """Return whether sequences of at most `longest` tokens stand in packed rows."""
