@@ -71,8 +71,11 @@ def test_rows_are_kept_within_a_limit_and_given_up_beyond_it():
     assert packing.lay_out(*batch(), groups) is None
 
 
-def test_rows_that_save_no_token_are_padded():
-    """Sequences of one length, with columns of padding around all; a shorter one, or a shared prompt, is packed."""
+def test_rows_that_save_no_token_are_padded(monkeypatch):
+    """
+    Sequences of one length, with columns of padding around all; a shorter one, or a shared prompt, is packed, and so
+    is all under ZeRO-3, where another rank's batch may save some.
+    """
     packing, alone = PackedForward(dpo_runs.tiny_model(), plain=None, packed=None), [[0], [1], [2]]
     packing.piecewise = True
     ids, mask = torch.randint(3, 64, (3, 8)), torch.zeros(3, 8, dtype=torch.long)
@@ -82,6 +85,9 @@ def test_rows_that_save_no_token_are_padded():
     assert packing.lay_out(ids, mask, [[0, 1, 2]]).input_ids.numel() == 12
     mask[1, 6] = 0
     assert packing.lay_out(ids, mask, alone).input_ids.numel() == 17
+    mask[1, 6] = 1
+    monkeypatch.setattr("trl_ext.packing.forward.is_partitioned", lambda model: True)
+    assert packing.lay_out(ids, mask, alone).input_ids.numel() == 18
 
 
 KNOWN = [("llama", True), ("gpt2", True), ("gpt_oss", True), ("hy_v4", False), ("falcon", False)]

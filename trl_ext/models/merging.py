@@ -74,7 +74,7 @@ def merge_adapter(
 ) -> Any:
     """
     Return the base of the adapter in `folder` with the adapter merged into it, in `dtype`, on the CPU. What an adapter
-    adds is added in the wider dtype of `dtype` and the base's own, and rounded once.
+    adds is added in the wider dtype of `dtype` and the base's own; between two in 16 bits PEFT rounds it first.
 
     Args:
         bits: options of bitsandbytes for a base that the adapter was trained on in 4 bits: it is loaded so, and taken
