@@ -55,7 +55,7 @@ check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 
 # Files stay whole, since the tests of one share long runs, and begin in the order of tests/conftest.py.
 proof: $(STAMP) ## run the slow numerical proofs and show what they measured
-	$(PYTEST) -m proof -n $(JOBS) --dist loadfile --no-loadscope-reorder -rP $(ARGS)
+	$(PYTEST) -m proof -n $(JOBS) --dist loadfile --no-loadscope-reorder -rfEP $(ARGS)
 
 measure: $(STAMP) ## repeat the longest proofs, by hand before a release: three quarters of an hour
 	$(PYTEST) -m measure -s $(ARGS)
