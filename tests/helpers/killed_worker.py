@@ -39,7 +39,8 @@ def run(kind: str, folder: Path) -> None:
     trainer = trainer_of(kind, folder)
     trainer.add_callback(SaysWhere())
     trainer.train(resume_from_checkpoint=bool(folder.is_dir() and numbered(folder)))
-    torch.save(ppo_runs.snapshot(trainer.model), folder / WEIGHTS)
+    torch.save(ppo_runs.snapshot(trainer.model), folder / f"{WEIGHTS}.part")
+    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)  # the kill may come amid this, too
 
 
 if __name__ == "__main__":
