@@ -116,6 +116,8 @@ def build(job: dict[str, Any], clock: UpdateClock) -> Any:
     size = (job["batch"] // job["num_generations"] * job["updates"], max(prompts))
     ids = torch.randint(config["vocab_size"], size, generator=generator).tolist()
     ids = [row[: prompts[i % len(prompts)]] for i, row in enumerate(ids)]
+    if job["trainer"] in (BASELINE, TORCHTUNE):  # which know no groups: a prompt stands once for each answer
+        ids = [row for row in ids for _ in range(job["num_generations"])]
     if job["trainer"] == TORCHTUNE:
         from bench_ppo_torchtune import build as build_torchtune
 
