@@ -67,7 +67,9 @@ MEASURED = {
         "python benchmarks/bench_ppo.py --shapes varied-answers varied wide-varied-answers": (
             "tests/benchmarks/test_bench_ppo.py"
         ),
-        "python benchmarks/bench_ppo.py --shapes groups groups-varied": "tests/benchmarks/test_bench_ppo.py",
+        "python benchmarks/bench_ppo.py --shapes groups groups-varied varied-groups": (
+            "tests/benchmarks/test_bench_ppo.py"
+        ),
         "python benchmarks/profile_sampling.py": "tests/benchmarks/test_profile_sampling.py",
         "python benchmarks/measure_growth.py": "tests/benchmarks/test_measure_growth.py",
         "python benchmarks/bench_dpo.py": "tests/benchmarks/test_bench_dpo.py",
