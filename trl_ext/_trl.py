@@ -7,6 +7,7 @@ When a new TRL release changes one of them, change this file and its test, `test
 import functools
 import sys
 import types
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 from trl.data_utils import _tokenize
+from trl.generation import vllm_generation
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
 from trl.trainer import grpo_trainer
@@ -42,6 +44,7 @@ __all__ = [
     "add_fused_lm_head",
     "create_model_from_path",
     "disable_gradient_checkpointing",
+    "engines_of_dtype",
     "exclude_from_weight_sync",
     "gathered_for_generation",
     "get_callable_name",
@@ -49,8 +52,10 @@ __all__ = [
     "is_async_callable",
     "pad",
     "prepare_frozen",
+    "require_vllm",
     "reward_ids",
     "scoring_head",
+    "server_info",
     "tokenised_pair",
     "unwrap_model_for_generation",
     "use_adapter",
@@ -159,6 +164,46 @@ def gathered_for_generation(
             else:
                 model.generate = own
             add_hooks(engine)
+
+
+def require_vllm() -> None:
+    """Raise `ImportError` unless a vLLM is installed whose version is in TRL's range, which TRL itself names."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        is_there = vllm_generation.is_vllm_available()
+    if not is_there:
+        raise ImportError(
+            "`use_vllm` needs vLLM, which is not installed here; a run with a vLLM server needs it too, to send "
+            "weights. Install it with `pip install 'trl[vllm]'`, or leave `use_vllm` out."
+        )
+    if warned:
+        raise ImportError(f"`use_vllm`: {warned[0].message} Install one with `pip install 'trl[vllm]'`.")
+
+
+@contextmanager
+def engines_of_dtype(dtype: str) -> Iterator[None]:
+    """
+    Within the context, a colocated engine that TRL starts computes in `dtype`. TRL leaves that to vLLM, which serves a
+    folder of float32 weights in 16 bits.
+    """
+    original = vllm_generation.LLM
+    vllm_generation.LLM = functools.partial(original, dtype=dtype)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = original
+
+
+def server_info(base_url: str, timeout: float) -> dict[str, Any]:
+    """
+    Return the configuration of the vLLM server at an address, for which TRL's client waits `timeout` seconds; raise
+    `ValueError` if there is none, or it does not say.
+    """
+    try:
+        client = vllm_generation.VLLMClient(base_url=base_url, connection_timeout=timeout)
+        return client.get_server_info()
+    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
+        raise ValueError(f"{error} `trl-ext serve RECIPE` starts a server that fits.") from error
 
 
 def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> None:

@@ -10,6 +10,7 @@ from trl import DPOConfig
 
 import tiny
 import trl_ext
+import vllm_rows
 from ppo_runs import ppo_run
 from trl_ext import CriticConfigX, CriticTrainerX, DPOConfigX, DPOTrainerX, RewardConfigX, RewardTrainerX
 from trl_ext.report.policy_panels import POLICY
@@ -146,3 +147,11 @@ def test_every_panel_key_is_documented():
     of_trl = {"kl", "reward", "entropy", "clip_ratio/region_mean", "learning_rate", "grad_norm"}
     keys = {key for panel in POLICY for key in panel.keys if not key.endswith("/")} - of_trl
     assert {key for key in keys if f"| `{key}` |" not in read("metrics.md")} == set()
+
+
+def test_table_of_vllm_has_the_rows_that_are_measured():
+    lines = read("vllm.md").partition(vllm_rows.HEADING)[2].splitlines()
+    cells = [line.split(" | ")[:2] for line in lines if line.startswith("|")]
+    assert [[where.removeprefix("| "), text] for where, text in cells] == [
+        [vllm_rows.WHERE[row.group], row.text] for row in vllm_rows.ROWS
+    ]

@@ -37,8 +37,9 @@ ELSEWHERE = {
     "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
         "tests/cli/test_launch.py starts two processes"
     ),
-    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode '
-    "processed_logprobs": "needs vLLM and a GPU; tests/ppo/test_vllm.py has a server of its own",
+    "trl-ext serve my_ppo.yaml": "needs vLLM; tests/cli/test_serve.py has the command, test_vllm_engine.py the server",
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --port 8000 --dtype bfloat16 --weight-transfer-config "
+    '\'{"backend": "nccl"}\' --logprobs-mode processed_logprobs': "needs vLLM and a GPU; tests/cli/test_serve.py",
 }
 # Pages of measurements, whose commands take minutes to hours: where each of them runs, in full or cut short.
 SHORT_PPO = "--total_episodes 128 --gradient_accumulation_steps 2 --warmup_steps 0 --test_size 96"
@@ -84,7 +85,7 @@ MEASURED = {
         ),
     },
 }
-A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm)(?: |$|\w)", re.MULTILINE)
+A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm serve)(?: |$|\w)", re.MULTILINE)
 
 # What cuts a run short, by script.
 # Other pages have runs in the same folders.

@@ -26,6 +26,7 @@ class Sampler:
         noise: standard deviation of what its log-probabilities are off by, as kernels of their own would have it.
         unavailable: every so many tokens the log-probability is NaN; 0 for never.
         folder: sampling options in the `generation_config.json` of the folder that it was loaded from.
+        server: what a server reports of its model, where it is not what the tiny models have.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class Sampler:
         unavailable: int = 0,
         model: nn.Module | None = None,
         folder: dict[str, Any] | None = None,
-        logprobs_mode: str = "processed_logprobs",
+        server: dict[str, Any] | None = None,
     ):
-        self.folder, self.logprobs_mode = folder or {}, logprobs_mode
+        self.folder, self.server = folder or {}, server or {}
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []  # the sampling options of each generation
         self.errors: list[list[float]] = []  # of each response: reported minus true log-probability, per token
@@ -107,12 +108,12 @@ def processed(
     penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
     logits = logits.index_copy(0, seen, penalised[seen]) / temperature
     probabilities = logits.softmax(0)
-    is_cut = probabilities < min_p * probabilities.max()
-    ranked, order = probabilities.sort(descending=True)
-    is_cut[order] |= ranked.cumsum(0) - ranked >= top_p
+    logits = logits.masked_fill(probabilities < min_p * probabilities.max(), -math.inf)
+    order = logits.argsort(descending=True)
     if top_k > 0:
-        is_cut[order[top_k:]] = True
-    return logits.masked_fill(is_cut, -math.inf)
+        logits = logits.index_fill(0, order[top_k:], -math.inf)
+    ranked = logits[order].softmax(0)  # top_p is a share of what the others have left
+    return logits.index_fill(0, order[ranked.cumsum(0) - ranked >= top_p], -math.inf)
 
 
 class Engine:
@@ -170,7 +171,8 @@ class Client:
         self.sampler.calls.append("join")
 
     def get_server_info(self) -> dict[str, Any]:
-        return {"model_config": {"logprobs_mode": self.sampler.logprobs_mode}}
+        reported = {"model": "/nowhere", "dtype": "torch.float32", "max_model_len": 128}
+        return {"model_config": reported | {"logprobs_mode": "processed_logprobs"} | self.sampler.server}
 
     def update_named_params(self, metadata: list[tuple], named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.sampler.calls.append("load")
@@ -203,6 +205,9 @@ def vllm(**options: Any) -> Iterator[Sampler]:
         "SamplingParams": SimpleNamespace,
         "VLLMClient": lambda **kwargs: Client(sampler, **kwargs),
     }
-    # TRL sets RANK and others for vLLM; outside of the context they are as before.
-    with mock.patch.multiple(vllm_generation, create=True, **names), mock.patch.dict(os.environ):
+    with (
+        mock.patch.multiple(vllm_generation, create=True, **names),
+        mock.patch("trl_ext.ppo.vllm.check_ports"),  # the stand-in listens at none
+        mock.patch.dict(os.environ),  # TRL sets RANK and others for vLLM; outside they are as before
+    ):
         yield sampler

@@ -46,9 +46,9 @@ def save_adapter(base, folder, task_type, seed, fingerprint=True, **options):
     return str(folder)
 
 
-def prepare(folder):
+def prepare(folder, **overrides):
     """{name: path} of a base, a reward adapter of another form than the actor's, an adapter to start from."""
-    base = tiny.save_tiny(folder)["actor"]
+    base = tiny.save_tiny(folder, **overrides)["actor"]
     return {
         "base": base,
         "reward": save_adapter(base, Path(folder) / "reward", "SEQ_CLS", 1, r=3, target_modules=["k_proj", "up_proj"]),

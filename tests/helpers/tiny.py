@@ -111,10 +111,10 @@ def tiny_prompts(size: int = 16, seed: int = 0, conversational: bool = False) ->
     return Dataset.from_dict({"prompt": prompts})
 
 
-def save_tiny(directory: str | Path) -> dict[str, str]:
+def save_tiny(directory: str | Path, **overrides) -> dict[str, str]:
     """Save actor and reward model with the tokenizer, for tests that load models by path; returns both paths."""
     paths = {}
-    for name, model in {"actor": tiny_actor(), "reward_model": tiny_reward_model()}.items():
+    for name, model in {"actor": tiny_actor(**overrides), "reward_model": tiny_reward_model(**overrides)}.items():
         path = str(Path(directory) / name)
         model.save_pretrained(path)
         tiny_tokenizer().save_pretrained(path)

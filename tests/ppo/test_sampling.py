@@ -295,7 +295,7 @@ def test_server_that_reports_other_log_probabilities_is_refused(
 ):
     options = {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_correction": correction}
     options |= {"policy_objective": objective}
-    with vllm(logprobs_mode=logprobs_mode):
+    with vllm(server={"logprobs_mode": logprobs_mode}):
         if not is_refused:
             ppo_trainer(tmp_path, temperature=temperature, **options)
             return

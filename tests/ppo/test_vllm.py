@@ -1,6 +1,10 @@
 """TRL's own code between the trainer and a stand-in for vLLM, which samples from what it is sent and nothing else."""
 
 import math
+import socket
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -21,7 +25,9 @@ from ppo_runs import (
     sequences,
     snapshot,
 )
+from trl_ext import _trl
 from trl_ext.ppo.rollout import MicroBatch
+from trl_ext.ppo.vllm import check_ports, dtype_name, engine_dtype
 
 
 pytestmark = pytest.mark.integration
@@ -103,6 +109,103 @@ def test_of_four_roles_on_one_base_the_actor_is_sent(tmp_path, mode, start):
     assert len(differences) == 3
     assert max(differences) < 1e-4
     assert any(".critic" in name or name.startswith("critic") for name in changed(trainer.model, before))
+
+
+# --- what an engine has to be
+
+
+@pytest.mark.parametrize(
+    "weights, options, dtype",
+    [
+        (torch.float32, {}, "float32"),
+        (torch.bfloat16, {}, "bfloat16"),
+        (torch.float32, {"bf16": True}, "bfloat16"),
+        (torch.float32, {"fp16": True}, "float16"),
+        ("a folder", {}, "float32"),
+        ("a folder", {"model_init_kwargs": {"dtype": "float16"}}, "float16"),
+        ("a folder", {"model_init_kwargs": {"dtype": "auto"}}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_engine_computes_in_the_dtype_of_the_trainer(tmp_path, weights, options, dtype):
+    """Also where it is not loaded yet; the folder's weights are bfloat16, which TRL loads as float32."""
+    args = ppo_config(tmp_path, use_cpu=True, use_vllm=True, **options)
+    model = tiny.tiny_actor().to(torch.bfloat16 if weights == "a folder" else weights)
+    if weights == "a folder":
+        model.save_pretrained(tmp_path / "saved")
+        model = str(tmp_path / "saved")
+    assert dtype_name(engine_dtype(args, model)) == dtype
+
+
+def test_colocated_engine_is_started_in_that_dtype(tmp_path):
+    actor = tiny.tiny_actor().bfloat16()
+    actor.name_or_path = "tiny"
+    with vllm():
+        trainer = ppo_trainer(tmp_path, {"model": actor}, use_vllm=True, use_cpu=True)
+    assert trainer.vllm_generation.llm.options["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "server, options, said",
+    [
+        ({"model": "other"}, {}, "vocab_size is 65 there and 64 here, num_hidden_layers is 3 there and 2 here"),
+        ({"dtype": "torch.bfloat16"}, {}, "computes in bfloat16 and the run in float32.*`--dtype float32`"),
+        ({"max_model_len": 40}, {"response_length": 40}, "takes 40 tokens.*`response_length` is 40"),
+    ],
+    ids=["model", "dtype", "length"],
+)
+def test_server_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, server, options, said):
+    monkeypatch.setattr("trl_ext.ppo.trainer.load_roles", None)
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_config(vocab_size=65, num_hidden_layers=3).save_pretrained("other")
+    with vllm(server=server) as sampler, pytest.raises(ValueError, match=f"{said}.*`trl-ext serve RECIPE`"):
+        ppo_trainer(tmp_path, use_vllm=True, vllm_mode="server", **options)
+    assert sampler.calls == ["connect"]
+
+
+def test_server_that_is_not_there_is_an_error_with_the_way_out(monkeypatch):
+    """By TRL's own client."""
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
+    with pytest.raises(ValueError, match=r"can't be reached at http://127.0.0.1:9 .*`trl-ext serve RECIPE`"):
+        _trl.server_info("http://127.0.0.1:9", timeout=0)
+
+
+def test_port_of_another_program_is_refused():
+    """For the weights, or in the server's place, where TRL would ask for ever; a port that nobody has is free."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"`vllm_group_port={port}` .*cannot be taken.* such as {port + 1}"):
+            check_ports("http://127.0.0.1:9", port)
+    check_ports("http://127.0.0.1:9", port)
+    other = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # which answers with HTTP 501
+    Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ValueError, match=r"is no vLLM server.*HTTP 501.*`vllm_server_port`"):
+            check_ports(f"http://127.0.0.1:{other.server_port}", port)
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllm_that_is_not_installed_or_of_another_version_is_refused_first(tmp_path, monkeypatch, mode):
+    def is_another(*_):
+        warnings.warn("TRL currently supports vLLM versions from 0.22.0 to 0.31.0. You have 0.99.", stacklevel=2)
+        return True
+
+    monkeypatch.setattr("trl_ext.ppo.trainer.load_roles", None)
+    with pytest.raises(ImportError, match=r"`use_vllm` needs vLLM.*pip install"):
+        ppo_trainer(tmp_path, use_vllm=True, vllm_mode=mode)
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", is_another)
+    with pytest.raises(ImportError, match=r"from 0.22.0 to 0.31.0. You have 0.99.*pip install"):
+        ppo_trainer(tmp_path, use_vllm=True, vllm_mode=mode)
+
+
+def test_actor_of_no_folder_cannot_be_loaded_by_a_colocated_engine(tmp_path):
+    with vllm(), pytest.raises(ValueError, match=r"loads the model itself.*Save it"):
+        ppo_trainer(tmp_path, {"model": tiny.tiny_actor()}, use_vllm=True)
 
 
 # --- sleep

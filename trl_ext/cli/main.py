@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "train a reward model, then PPO against it, on a small real model and real human ratings",
     "dpo": "teach a model what people prefer, from pairs of answers",
     "ppo": "reinforcement learning with actor, critic, reward model and reference",
+    "serve": "start the vLLM server that a recipe of PPO samples with",
     "critic": "pretrain the critic of PPO on answers of the policy that PPO will start from",
     "reward": "train a reward model on pairs of answers",
     "plan": "does it fit, how fast is it, and what would make it fit",

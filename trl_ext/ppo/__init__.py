@@ -8,6 +8,7 @@ PPO with a critic, in the order of the data.
     roles/          the four models: checked, loaded, joined, asked
     run_state       everything that a run changes beside weights, optimizer and random numbers
     data            prompts, and their checks before a model is loaded
+    vllm            the precision of the run's vLLM, and whether its server fits the run
     rollout         the tensors of one rollout, with their shapes
     rewards         from the reward sources to one reward per token
     returns         from scores to advantages and returns, and their log

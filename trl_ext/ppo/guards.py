@@ -1,7 +1,6 @@
 """
-Checks that stop a run: a sequence beyond a budget of tokens, rewards, losses and gradients that are not finite, a
-reference that differs from the actor at the start, and a vLLM server that reports other log-probabilities than those
-that it samples by.
+Checks that stop a run: a sequence beyond a budget of tokens, rewards, losses and gradients that are not finite, and a
+reference that differs from the actor at the start.
 """
 
 from collections.abc import Iterable, Iterator
@@ -199,21 +198,6 @@ def require_same_policy(
             f"KL(actor ‖ reference) must be 0 before the first step, but log-probabilities differ by {difference:.3g} "
             f"nats. {_why_they_differ(adapters)} Pass the starting policy as `ref_model`."
         )
-
-
-def require_processed_logprobs(vllm_generation: Any, temperature: float) -> None:
-    """
-    Raise `ValueError` for a vLLM server whose log-probabilities are not of the distribution that it samples from at
-    `temperature`; the importance sampling correction and the ratio of `policy_objective="mask"` divide by them.
-    """
-    mode = vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-    if mode == "processed_logprobs" or (mode == "raw_logprobs" and temperature == 1.0):
-        return
-    raise ValueError(
-        f"The vLLM server runs with `--logprobs-mode {mode}`, and reports other log-probabilities than those that it "
-        f"samples by at `temperature={temperature}`: ratios to them would be wrong. Restart it with `--logprobs-mode "
-        "processed_logprobs`, or set `vllm_importance_sampling_correction=False` with `policy_objective='clip'`."
-    )
 
 
 def _why_they_differ(adapters: Any) -> str:

@@ -83,7 +83,6 @@ from .guards import (
     require_finite_rewards,
     require_finite_scores,
     require_finite_terms,
-    require_processed_logprobs,
     require_room,
     require_same_policy,
 )
@@ -118,6 +117,7 @@ from .roles.reward_models import TokenScorer, check_readable, model_of_text, tok
 from .roles.turn_rewards import TURN_REWARDS, turn_sources
 from .rollout import MicroBatch, Rollout
 from .run_state import CriticWarmup, EarlyStop, RunState
+from .vllm import check_vllm, colocated_engines
 
 
 logger = logging.get_logger(__name__)
@@ -247,6 +247,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._tool_mask: list[list[int]] | None = None  # of this rank's last responses
         environments, turn_rewards = turn_sources(environment_factory, lambda: self._tool_mask)
         refuse_clip(args.reward_clip, [source.__name__ for source in turn_rewards])
+        if args.use_vllm:
+            check_vllm(args, given.model, actor_config)
         make_folder(args.output_dir)
         name_run(args)
 
@@ -259,23 +261,25 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         loop_args.model_init_kwargs = None  # every model is loaded
         if loop_args.reward_weights is not None:  # which are those of the sources that were passed
             loop_args.reward_weights = [*loop_args.reward_weights, *[1.0] * len(turn_rewards)]
-        super().__init__(
-            model=roles.actor,
-            reward_funcs=[*(model_of_text(source) or source for source in roles.reward_funcs), *turn_rewards],
-            args=loop_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            reward_processing_classes=[
-                scorer and scorer.form.tokenizer for scorer in map(token_scorer, [*roles.reward_funcs, *turn_rewards])
-            ],
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=given.peft_config if given.has_new_adapter else None,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environments,
-        )
+        with colocated_engines(args, roles.actor):
+            super().__init__(
+                model=roles.actor,
+                reward_funcs=[*(model_of_text(source) or source for source in roles.reward_funcs), *turn_rewards],
+                args=loop_args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                reward_processing_classes=[
+                    scorer and scorer.form.tokenizer
+                    for scorer in map(token_scorer, [*roles.reward_funcs, *turn_rewards])
+                ],
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=given.peft_config if given.has_new_adapter else None,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environments,
+            )
         self.num_generations_eval = 1  # GRPO would need whole groups in every batch
         self.prompt_collator, self._pad_of_prompts = data_collator, pad_of_prompts
         self._set_up_rewards(roles.reward_funcs)
@@ -349,9 +353,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self.eos_token_ids = [self._tokenizer.eos_token_id]
         ids = self.eos_token_ids
         if self.use_vllm:
-            reads_logps = self.vllm_importance_sampling_correction or self.args.policy_objective == "mask"
-            if reads_logps and self.vllm_mode == "server" and self.accelerator.is_main_process:
-                require_processed_logprobs(self.vllm_generation, self.temperature)
             stops = {"stop_token_ids": list(ids), "ignore_eos": True}  # vLLM would add those of the model's folder
             self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
         else:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import four_roles
 import tiny
+from fake_vllm import vllm
 from ppo_runs import ppo_config, ppo_trainer
 from trl_ext.ppo.roles.adapter_checks import check_adapters
 
@@ -205,5 +206,6 @@ def test_fsdp_is_refused_where_roles_share_weights(tmp_path, paths, monkeypatch)
 
 
 def test_vllm_on_a_shared_4_bit_base_is_refused_before_it_starts(tmp_path, paths):
-    with pytest.raises(ValueError, match=r"on a quantised base PEFT makes new weights .* Switch `use_vllm` off"):
+    said = r"on a quantised base PEFT makes new weights .* Switch `use_vllm` off"
+    with vllm(), pytest.raises(ValueError, match=said):
         ppo_trainer(tmp_path, four_roles.models(paths), critic="adapter", use_vllm=True)
