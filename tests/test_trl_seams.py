@@ -69,7 +69,10 @@ TOUCHED = {
         *("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_current_train_step_time"),
         *("_env_tools", "_multi_environment", "_sync_tool_dicts", "_async_tool_dicts"),
     },
-    "DPOTrainerX": {"_metrics", "_tokenizer", "_signature_columns", "_is_vision_dataset", "_initial_global_step"},
+    "DPOTrainerX": {
+        *("_metrics", "_tokenizer", "_signature_columns", "_is_vision_dataset", "_initial_global_step"),
+        "_total_train_tokens",
+    },
     "RewardTrainerX": {"_metrics", "_initial_global_step"},
 }
 

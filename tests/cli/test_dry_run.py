@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import json
 import re
 import shutil
 
@@ -122,6 +123,24 @@ def test_prompt_of_a_dry_run_is_what_the_actor_reads(row, chats, tmp_path, capsy
     trainer = build("ppo", run_of("ppo", there, **options))
     (ids,), *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
     assert sample_of(text, "prompt") == list(ids)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_json_of_a_dry_run_says_what_its_text_says(name, paths, tmp_path, capsys):
+    options = {"output_dir": tmp_path / "out", "per_device_train_batch_size": 4, "gpu": "a100"}
+    text = dry(name, paths, capsys, **options)
+    found = json.loads(dry(name, paths, capsys, "--json", **options))
+    assert found["batches"] == plan_line(text)
+    assert f"; {found['optimizer_steps']} optimizer steps" in text
+    assert found["rows"] == {"train": 36, "test": 4}
+    memory = found["memory"]
+    assert f"It fits: {memory['needed_gib']:.1f} of {memory['of_gib']:.1f} GiB on each GPU" in text
+    assert (memory["fits"], memory["planned"]) == (True, True)
+    assert f"most when {memory['most_when']} " in text
+    for part, sample in found["sample"]["parts"].items():
+        assert sample["ids"] == sample_of(text, part)
+        assert repr(sample["text"]) in text
+    assert set(found["sample"]["parts"]) == ({"prompt", "chosen", "rejected"} if name == "dpo" else {"prompt"})
 
 
 def test_pair_that_is_too_long_is_named_in_a_dry_run(paths, tmp_path, capsys):

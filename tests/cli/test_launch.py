@@ -14,6 +14,7 @@ from trl_ext.cli import launch
 from trl_ext.cli.launch import LaunchArguments, accelerate_flags, launches, require_all
 from trl_ext.cli.main import main
 from trl_ext.cli.options import read
+from trl_ext.cli.parser import OptionParser
 from trl_ext.cli.recipes import INSTALLED
 
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 
 def asked(*words):
-    return read("", (LaunchArguments,), "", list(words))
+    return read(OptionParser("", (LaunchArguments,)), list(words))
 
 
 def test_flags_of_accelerate_are_those_that_were_asked_for(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from commands import ROOT, command
 from trl_ext import __version__
 from trl_ext.cli import closing
 from trl_ext.cli.commands import demo
-from trl_ext.cli.errors import usage_errors
+from trl_ext.cli.errors import DEBUG, take_debug, usage_errors
 from trl_ext.cli.main import COMMANDS, leave_out_noise, main
 from trl_ext.data import demo as embedded
 
@@ -64,6 +64,14 @@ def test_error_of_this_package_ends_a_run_in_one_sentence_and_another_keeps_its_
         main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="invalid literal"), usage_errors():
         int("x")
+
+
+def test_debug_shows_where_an_error_was_raised(tmp_path, monkeypatch):
+    monkeypatch.setenv(DEBUG, "")  # so that it is put back
+    with pytest.raises(ValueError, match="`beta` is -1"):
+        main(["dpo", "--output_dir", str(tmp_path), "--debug", "--beta", "-1"])
+    assert take_debug(["--debug", "underflow_overflow", "--beta", "1"])[0] == "--debug"  # transformers' own option
+    assert take_debug(["--beta", "1", "--debug"]) == ["--beta", "1"]
 
 
 def test_without_the_extra_a_run_goes_on_and_says_that_there_is_no_report(paths, tmp_path, monkeypatch, capsys):

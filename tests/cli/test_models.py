@@ -13,7 +13,7 @@ from trl_ext.cli.models import ModelArguments, model_errors, require_adapted
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 LORA = "--use_peft"
 OF_THE_MODEL = {
-    f"{LORA} --lora_target_modules nothing": "Change `--lora_target_modules`; all-linear adapts every",
+    f"{LORA} --lora_target_modules nothing": "The model has no modules that `--lora_target_modules` names (nothing).",
     f"{LORA} --lora_target_modules q_proj nothing": "`--lora_target_modules` has nothing, and no module",
     f"{LORA} --lora_modules_to_save nothing": "`--lora_modules_to_save` has nothing, and no module",
     f"{LORA} --lora_target_modules [": "`lora_target_modules` is '[', which is no regular expression",
@@ -25,7 +25,7 @@ OF_THE_MODEL = {
     f"{LORA} --load_in_4bit --bnb_4bit_quant_type x": "invalid choice: 'x'",
     "--load_in_4bit": "`--load_in_4bit` without an adapter: such weights are not trained. Add `--use_peft`.",
     "--attn_implementation flash_attention_9": "Leave out `--attn_implementation flash_attention_9`, or give sdpa",
-    "--attn_implementation flash_attention_2": "Leave out `--attn_implementation flash_attention_2`, or give sdpa or",
+    "--attn_implementation flash_attention_2": "needs flash_attn or kernels: `pip install flash-attn`, or leave",
     "--attn_implementation none/of-the-hub": "Leave out `--attn_implementation none/of-the-hub`, or give sdpa",
     "--dtype foo": "invalid choice: 'foo'",
     "--pad_token nothing": "The specified `pad_token` ('nothing') is not found in the vocabulary",

@@ -101,6 +101,7 @@ SHORT = {
     "equivalence": "--steps 20",
     "plan": "",
     "merge": "",
+    "recipes": "",
 }
 TWO_STEPS = 'max_steps=2, logging_steps=1, per_device_train_batch_size=4, save_strategy="no", report_to="none"'
 SHORTER = {
@@ -192,6 +193,10 @@ def workplace(tmp_path_factory):
         four_roles.save_adapter("my-sft", "my-reward-adapter", "SEQ_CLS", 1)
         rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
         write_lines("prompts.jsonl", rows)
+        (rewards,) = re.findall(
+            r"^```python\n# my_rewards.py\n(.*?)^```", (ROOT / "docs/ppo.md").read_text(), re.M | re.S
+        )
+        Path("my_rewards.py").write_text(rewards)
         write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
         patch.setattr(demo, "smollm2", lambda: actor)
         patch.setattr(demo, "movie_reviews", made_up_ratings)

@@ -643,7 +643,14 @@ def test_interrupted_run_resumes_and_gives_the_same_losses(tmp_path, kind):
     output = resumed.train(resume_from_checkpoint=True)
     of_all = sum(line["loss"] for line in dpo_runs.lines(whole)) / 6
     assert output.training_loss == output.metrics["train_loss"] == pytest.approx(of_all, rel=1e-5)
-    for key in ("loss", "rewards/margins", "preference/gradient_weight", "logps/chosen_drift", "grad_norm"):
+    for key in (
+        "loss",
+        "rewards/margins",
+        "preference/gradient_weight",
+        "logps/chosen_drift",
+        "grad_norm",
+        "num_tokens",
+    ):
         expected = [line[key] for line in dpo_runs.lines(whole)]
         assert [line[key] for line in dpo_runs.lines(resumed)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 

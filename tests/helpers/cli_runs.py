@@ -11,6 +11,7 @@ from trl_ext.cli.data import DataArguments
 from trl_ext.cli.main import main
 from trl_ext.cli.models import ModelArguments
 from trl_ext.cli.options import read
+from trl_ext.cli.parser import OptionParser
 
 
 RECIPES = [path for name in ("reward", "ppo", "dpo") for path in sorted((ROOT / "configs" / name).glob("*.yaml"))]
@@ -52,4 +53,6 @@ class Toy:
 
 def toy_run(argv, demo, defaults=None):
     """A toy's arguments, those of data and model, and TRL's of a reward run."""
-    return read("", (Toy, DataArguments, ModelArguments, RewardConfig), "A toy.", argv, demo, defaults).make()
+    parser = OptionParser("", (Toy, DataArguments, ModelArguments, RewardConfig), description="A toy.")
+    parser.set_defaults_with_config(**(defaults or {}))
+    return read(parser, argv, demo).make()

@@ -1,20 +1,23 @@
 """
 The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same. A command's body is in `commands/`.
 
-    main          finds the command
-    options       reads defaults, recipe and flags
-    parser        the options of commands that train or score, by topic
-    flags         the flags of the other commands; hints at what a misspelt one was to be
-    errors        one sentence instead of a traceback
-    topics        groups options for `--help`
-    older_names   what options were called earlier and elsewhere
-    recipes       finds the files of `configs/`
-    models        the options of the model
-    data          the options of the data, and the rows
-    training      runs the commands that train
-    output        refuses to write over another run
-    launch        starts several processes
-    fit           checks that a run fits
-    dry_run       prints what a run would be
-    closing       prints what a run has left
+    main              finds the command
+    options           reads defaults, recipe and flags
+    parser            the options of commands that train or score, by topic
+    flags             the flags of the other commands; hints at what a misspelt one was to be
+    errors            one sentence instead of a traceback
+    kept_help         the cache of help texts
+    topics            groups options for `--help`
+    older_names       what options were called earlier and elsewhere
+    recipes           finds the files of `configs/`
+    models            the options of the model
+    reward_functions  finds the functions of `--reward_funcs` and tries them
+    data              the options of the data, and the rows
+    training          runs the commands that train
+    output            refuses to write over another run
+    launch            starts several processes
+    fit               checks that a run fits
+    dry_run           prints what a run would be
+    schema            the JSON schema of a command's recipes
+    closing           prints what a run has left
 """

@@ -1,5 +1,6 @@
 """Print what a run would be: its batches, its memory, and the first sample as the model reads it."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from .._trl import tokenised_pair
 from ..data.pairs import check_columns
 from ..models.context import context_limit
 from ..models.loading import load_tokenizer, text_config
+from ..planner import Plan
 from ..ppo.config import PPOLoopConfig
 from ..ppo.data import check_datasets, prompt_ids
 from ..ppo.display import batch_plan, planned_steps, pretraining_plan
@@ -29,8 +31,9 @@ from ..runs.steps_left import require_steps_left
 from .data import require_steps
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
-from .models import path_of, require_judges, reward_functions
+from .models import path_of, require_judge, require_judges
 from .options import Options
+from .reward_functions import reward_functions, try_on
 
 
 PAIR_TRAINERS = {"dpo": DPOTrainer, "reward": RewardTrainer}
@@ -48,26 +51,32 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     adapter = model.adapter("SEQ_CLS" if command == "reward" else "CAUSAL_LM", is_adapter=is_adapter)
     splits, count = load(data), processes(given)
     rows = splits["train"]
+    size, held_out = (len(each) if isinstance(each, Dataset) else None for each in (rows, splits["test"]))
     tokenizer = load_tokenizer(path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     with as_if_of(count):
         if command in ("ppo", "critic"):
             check_ppo(data, path, adapter, args, splits, tokenizer)
-            longest, sample = prompts(rows, tokenizer, args)
+            longest, heading, parts = prompts(rows, tokenizer, args)
         else:
             require_steps(rows, args.max_steps)
             check_columns(rows, splits["test"], lambda: tokenizer)
-            longest, sample = None, pair(command, next(iter(rows)), tokenizer, args)
-        size = len(rows) if isinstance(rows, Dataset) else None
+            longest, (heading, parts) = None, pair(command, next(iter(rows)), tokenizer, args)
         if command == "critic":
-            held_out = len(splits["test"]) * args.num_generations_eval
-            text = pretraining_plan(args, responses_to_sample(args, size), held_out)
+            responses = responses_to_sample(args, size), (held_out or 0) * args.num_generations_eval
+            steps, text = None, pretraining_plan(args, *responses)
         else:
             steps, text = batches(command, args, size, count)
             require_steps_left(checkpoint, steps)
-        print(text, end="\n\n")
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
-    print(memory(command, options, given, count, longest), end="\n\n")
-    print(f"{sample}\n\nThis was a dry run: leave out --dry_run to train.")
+    plan_text, of_memory = memory(command, options, given, count, longest)
+    if not given.json:
+        print(text, plan_text, "\n".join([heading, *token_lines(parts, tokenizer)]), sep="\n\n", end="\n\n")
+        print("This was a dry run: leave out --dry_run to train.")
+        return
+    found = {"command": command, "model": path, "output_dir": args.output_dir, "processes": count}
+    found |= {"rows": {"train": size, "test": held_out}, "optimizer_steps": steps, "batches": text}
+    found |= {"memory": of_memory, "sample": {"heading": heading, "parts": token_facts(parts, tokenizer)}}
+    print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -86,15 +95,17 @@ def check_ppo(data: Any, path: str, adapter: Any, args: Any, splits: DatasetDict
     judge = args.reward_model_path
     functions = reward_functions(data.reward_funcs)
     roles = {"value_model": data.value_model, "reward_model": judge, "reward_funcs": functions}
-    args, given = resolve(args, model=path, peft_config=adapter, **roles)
     if judge is not None and is_local(judge) and not Path(judge).is_dir():
-        require_judges(None, data.value_model)
-        print(f"The reward model {judge} is not there yet.\n")
+        require_judge("--value_model", data.value_model)
+        print(f"The reward model {judge} is not there yet.\n", file=sys.stderr)
+        args, given = resolve(args, model=path, peft_config=adapter, **roles)
     else:
-        require_judges(judge, data.value_model)
+        require_judges(args, data)
+        args, given = resolve(args, model=path, peft_config=adapter, **roles)
         check_given(args, given)
     context = context_limit(text_config(given.model, args), generates=True)
     check_datasets(splits["train"], splits["test"], None, tokenizer, context, args, tokenizer.pad_token_id)
+    try_on(functions, next(iter(splits["train"])), tokenizer, args)
 
 
 def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int, str]:
@@ -113,10 +124,13 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int,
     )
 
 
-def memory(command: str, options: dict[str, Any], given: Options, count: int, longest: int | None) -> str:
-    """Return the memory plan, or why there is none."""
+def memory(
+    command: str, options: dict[str, Any], given: Options, count: int, longest: int | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the memory plan, or why there is none, in words and as facts."""
     if command == "critic":
-        return "Memory: a critic alone is not planned; it needs less than PPO of the same model."
+        why = "a critic alone is not planned; it needs less than PPO of the same model."
+        return f"Memory: {why}", {"planned": False, "why": why}
     if given.gpu is not None:
         machine = planner.hardware(given.gpu, gpus=count)
     elif options["use_cpu"]:
@@ -124,34 +138,47 @@ def memory(command: str, options: dict[str, Any], given: Options, count: int, lo
     else:
         machine = replace(planner.this_machine(), gpus=count)
     try:
-        return planner.plan_text(plan_run(command, options, machine, longest))
+        planned = plan_run(command, options, machine, longest)
+        return planner.plan_text(planned), memory_facts(planned)
     except Exception as reason:  # what cannot be planned may still be trained
-        return f"Memory: not planned: {reason}"
+        return f"Memory: not planned: {reason}", {"planned": False, "why": str(reason)}
 
 
-def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str]:
-    """Return the tokens of the longest of the first prompts, and the first of them in words."""
+def memory_facts(planned: Plan) -> dict[str, Any]:
+    """Return whether a plan fits, and what it needs, in GiB."""
+    on = planned.hardware
+    sizes = {"needed": planned.needed, "of": on.memory, "host_needed": planned.host, "host_of": on.host_memory}
+    rounded = {f"{name}_gib": round(size / planner.GIB, 2) for name, size in sizes.items()}
+    return {"planned": True, "fits": planned.fits, "gpu": on.name, "most_when": planned.peak.moment} | rounded
+
+
+def prompts(rows: Any, tokenizer: Any, args: Any) -> tuple[int, str, dict[str, list[int]]]:
+    """Return the tokens of the longest of the first prompts, and the first of them: a heading, and its tokens."""
     first = [row for row, _ in zip(rows, range(LOOKED_AT), strict=False)]
     ids = [prompt_ids(row, tokenizer, args.chat_template_kwargs or {}, tokenizer.pad_token_id) for row in first]
     longest = max(map(len, ids))
     heading = f"The first prompt, as the actor reads it ({longest} tokens in the longest of {len(ids)} looked at):"
-    return longest, f"{heading}\n{token_lines({'prompt': ids[0]}, tokenizer)}"
+    return longest, heading, {"prompt": ids[0]}
 
 
-def pair(command: str, row: dict[str, Any], tokenizer: Any, args: Any) -> str:
-    """Return the first pair in words."""
+def pair(command: str, row: dict[str, Any], tokenizer: Any, args: Any) -> tuple[str, dict[str, list[int]]]:
+    """Return the first pair: a heading, and the tokens of each part, none where it is left out."""
     if getattr(args, "chat_template_path", None):
         print("`chat_template_path` is not applied in a dry run.", file=sys.stderr)
     columns = tokenised_pair(PAIR_TRAINERS[command], row, tokenizer, args)
     if not columns:
-        return f"The first pair is left out: it is longer than `max_length={args.max_length}`."
+        return f"The first pair is left out: it is longer than `max_length={args.max_length}`.", {}
     heading = f"The first pair, as the model reads it (cut to {args.max_length} tokens where it is longer):"
-    return f"{heading}\n{token_lines({name.removesuffix('_ids'): ids for name, ids in columns.items()}, tokenizer)}"
+    return heading, {name.removesuffix("_ids"): list(ids) for name, ids in columns.items()}
 
 
-def token_lines(parts: dict[str, list[int]], tokenizer: Any) -> str:
-    """Return the length of each part, its text with special tokens, and its ids."""
-    return "\n".join(
-        f"  {name:9}{len(ids):5} tokens  {tokenizer.decode(ids)!r}\n{'':24}{' '.join(map(str, ids))}"
-        for name, ids in parts.items()
-    )
+def token_facts(parts: dict[str, list[int]], tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Return of each part its length, its text with special tokens, and its ids."""
+    return {name: {"tokens": len(ids), "text": tokenizer.decode(ids), "ids": ids} for name, ids in parts.items()}
+
+
+def token_lines(parts: dict[str, list[int]], tokenizer: Any) -> Iterator[str]:
+    """Give the same in lines for people."""
+    for name, fact in token_facts(parts, tokenizer).items():
+        yield f"  {name:9}{fact['tokens']:5} tokens  {fact['text']!r}"
+        yield f"{'':24}{' '.join(map(str, fact['ids']))}"

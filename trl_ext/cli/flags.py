@@ -4,12 +4,37 @@ import argparse
 import difflib
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from .older_names import what_it_is_today
 
 
 WIDTH = 119  # columns of a help text
+MOST_CHOICES = 16  # that an error lists
+
+
+def end_in_one_line(message: str) -> NoReturn:
+    """Exit with argparse's message in one line, without the usage."""
+    message = re.sub(r"^argument ([\w-]+)(/[\w/-]+)?: ", r"`\1`: ", message)
+    message = message.replace("expected one argument", "it needs a value.")
+    message = message.replace("expected at least one argument", "it needs one value or more.")
+    print(f"error: {re.sub(r'invalid (int|float) value: (.*)', _no_number, message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require_choice(action: argparse.Action, value: Any) -> None:
+    """Raise argparse's error for a value that is none of the choices, with the nearest; many are not listed."""
+    if action.choices is None or value in action.choices:
+        return
+    choices = [str(choice) for choice in action.choices]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    listed = ", ".join(choices) if len(choices) <= MOST_CHOICES else f"{len(choices)}, which `--help_all` lists"
+    meant = f" Did you mean {near[0]}?" if near else ""
+    raise argparse.ArgumentError(action, f"invalid choice: {value!r}.{meant} It may be one of {listed}.")
+
+
+def _no_number(match: re.Match) -> str:
+    return f"{match[2]} is no {'whole ' if match[1] == 'int' else ''}number."
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -19,6 +44,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             f"trl-ext {command}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
         )
+
+    def error(self, message: str) -> NoReturn:
+        end_in_one_line(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        require_choice(action, value)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]

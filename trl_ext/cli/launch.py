@@ -26,6 +26,7 @@ class LaunchArguments:
             "Only the tokenizer is loaded."
         },
     )
+    json: bool = field(default=False, metadata={"help": "With --dry_run: print it all as one JSON object."})
     gpu: str | None = field(
         default=None,
         metadata={"help": "With --dry_run: the GPU to plan for, such as 4090 or a100-40. Unset: this machine's."},

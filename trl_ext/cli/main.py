@@ -8,6 +8,8 @@ import warnings
 from importlib import import_module
 
 from .. import __version__
+from .errors import take_debug
+from .kept_help import FLAGS, print_help
 
 
 COMMANDS = {
@@ -22,6 +24,8 @@ COMMANDS = {
     "score": "score pairs of answers by what a DPO policy has learnt",
     "report": "a page and a picture about one run or several, also while they run",
     "chat": "talk to a model that was trained",
+    "recipes": "list the recipes that come with the package, or write schemas for editors",
+    "completion": "print a script that completes commands, options and values in the shell",
 }
 
 
@@ -32,8 +36,12 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
     elif command == "--version":
         print(f"trl-ext {__version__}")
+    elif command in COMMANDS and len(rest) == 1 and rest[0] in FLAGS:
+        leave_out_noise()
+        print_help(command, rest[0], lambda words: import_module(f".commands.{command}", __package__).main(words))
     elif command in COMMANDS:
         leave_out_noise()
+        rest = take_debug(rest)
         run = import_module(f".commands.{command}", __package__).main
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of several processes, torchrun names the one that failed first
             from torch.distributed.elastic.multiprocessing.errors import record
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""
-        print(f"trl-ext: error: there is no command {command!r}.{meant}\n\n{usage()}", file=sys.stderr)
+        print(f"{usage()}\n\nerror: there is no command {command!r}.{meant}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -61,9 +69,9 @@ def leave_out_noise() -> None:
 
 def usage() -> str:
     """Return every command with what it does."""
-    lines = "\n".join(f"  trl-ext {name:8}{text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  trl-ext {name:12}{text}" for name, text in COMMANDS.items())
     return (
         f"PPO with a critic, and DPO, on Hugging Face TRL.\n\n{lines}\n\n"
-        "`trl-ext COMMAND --help` shows a command's options, those that matter first. In a checkout,\n"
-        "`python scripts/COMMAND.py` is the same command."
+        "`trl-ext COMMAND --help` shows a command's options, those that matter first; `--debug` shows where an error\n"
+        "was raised. In a checkout, `python scripts/COMMAND.py` is the same command."
     )

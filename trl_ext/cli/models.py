@@ -1,12 +1,11 @@
 """Read the options of the model to start from, and check the models that options name."""
 
-import importlib.util
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -18,6 +17,7 @@ from ..models.loading import merge_line, require_model, require_weights
 from ..models.precision import computes_in_bf16
 from ..models.saved_adapter import adapter_folder
 from .errors import package_of
+from .output import beside
 
 
 TRAIN_ADAPTERS = ("ppo", "dpo")  # the commands that go on training an adapter
@@ -112,6 +112,11 @@ def model_errors(model: ModelArguments) -> Iterator[None]:
             raise
         if isinstance(error, TypeError):
             cure = "Correct `--model_init_kwargs`, or leave it out."
+        elif package == "peft" and re.search("not found in the base model|No modules were targeted", said):
+            raise ValueError(
+                f"The model has no modules that `--lora_target_modules` names ({model.lora_target_modules}). Give "
+                "names that it has; all-linear adapts every linear layer."
+            ) from error
         elif package == "peft" and model.use_peft:
             cure = "Change `--lora_target_modules`; all-linear adapts every linear layer."
         elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
@@ -150,6 +155,12 @@ def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
     folder = adapter_folder(named, model.model_revision)
     require_model(folder or named, option, model.model_revision)
     require_weights(folder or named, option)
+    if Path(args.output_dir).resolve() == Path(folder or named).resolve():
+        raise ValueError(
+            f"`--output_dir` is {args.output_dir}, the folder of the model to start from ({option}), whose files "
+            "would be written over. Give another folder, such as "
+            f"`--output_dir {shlex.quote(beside(args.output_dir, command))}`."
+        )
     if folder is None:
         return named, False
     merge = f"`{merge_line(named)}`"
@@ -167,38 +178,23 @@ def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
     return folder, True
 
 
-def reward_functions(names: Sequence[str]) -> list[Callable]:
+def require_judges(args: Any, data: Any) -> None:
     """
-    Return reward functions by their dotted path, such as `my_rewards.right` of `my_rewards.py` in this folder, or by
-    their name in `trl.rewards`.
-
-    Raises:
-        ValueError: for a name that leads to no function.
+    Raise `ValueError` for a PPO run or a critic's without a reward, and for a reward or value model that is no model,
+    as `require_model` does; of the other commands nothing is asked.
     """
-    found = []
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            found.append(getattr(importlib.import_module(module or "trl.rewards"), attribute))
-        except Exception as error:  # whatever the user's module does when it is imported
-            raise ValueError(
-                f"`--reward_funcs {name}` leads to no function: {type(error).__name__}: {error}. Give "
-                "`module.function` of a module that Python finds from this folder, or a name in `trl.rewards`, such "
-                "as `accuracy_reward`."
-            ) from error
-        if not callable(found[-1]) or isinstance(found[-1], type):
-            raise ValueError(f"`--reward_funcs {name}` is no function, but of type {type(found[-1]).__name__}.")
-        needs_parser = found[-1].__module__ == "trl.rewards.accuracy_rewards"
-        if needs_parser and importlib.util.find_spec("math_verify") is None:
-            raise ValueError(f"`--reward_funcs {name}` needs math_verify: `pip install math-verify`.")
-    return found
+    if not hasattr(data, "reward_funcs"):
+        return
+    if args.reward_model_path is None and not data.reward_funcs:
+        raise ValueError(
+            "There is no reward at all: give `--reward_model_path`, the output folder of `trl-ext reward` or a hub "
+            "name, or `--reward_funcs`, such as `my_rewards.py:right`, or both."
+        )
+    require_judge("--reward_model_path", args.reward_model_path)
+    require_judge("--value_model", data.value_model)
 
 
-def require_judges(reward_model: str | None, value_model: str | None) -> None:
-    """Raise `ValueError` for a reward or value model that is given and is no model, as `require_model` does."""
-    for what, path in {"--reward_model_path": reward_model, "--value_model": value_model}.items():
-        if path is not None:
-            require_model(path, what)
-            require_weights(path, what)
+def require_judge(option: str, path: str | None) -> None:
+    if path is not None:
+        require_model(path, option)
+        require_weights(path, option)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,16 +46,9 @@ class Options:
         return made
 
 
-def read(
-    command: str,
-    dataclasses: Iterable[type],
-    description: str | None,
-    argv: list[str] | None = None,
-    demo: str | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> Options:
+def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None = None) -> Options:
     """
-    Read the options; of the classes' own defaults, `defaults`, the YAML recipe and the flags, the later wins. The
+    Read the options; of the parser's defaults, the YAML recipe and the flags, the later wins. The
     recipe is the file given with `--config`; without one, and without a dataset of the user's own, it is the installed
     recipe `demo`, whose settings fit the embedded data. Its `env` is put into the environment, as TRL does.
 
@@ -65,8 +57,6 @@ def read(
         SystemExit: after `--help`, or for a flag without a value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OptionParser(command, dataclasses, description=description)
-    parser.set_defaults_with_config(**(defaults or {}))
     if "--help_all" in argv or "--help-all" in argv:
         parser.show_all()
         argv.append("--help")
@@ -76,9 +66,10 @@ def read(
     # The defaults that `--help` shows are those of a run on data of one's own.
     recipe = known.config or (None if own_data or flags != argv else demo)
     if recipe is not None:
-        _apply_recipe(parser, find_config(recipe, command))
-    known, _ = parser.parse_known_args(flags)
-    _follow_the_device(parser, known)
+        _apply_recipe(parser, find_config(recipe, parser.command))
+    if flags == argv:  # what `--help` shows holds on every device
+        known, _ = parser.parse_known_args(flags)
+        _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{misspelt(unknown, parser)} `--help_all` lists every option.")

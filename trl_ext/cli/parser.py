@@ -5,12 +5,18 @@ import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import Field, fields
-from typing import Any, get_type_hints
+from importlib import import_module
+from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from .flags import WIDTH, HelpFormatter, is_negation
+from .flags import WIDTH, HelpFormatter, end_in_one_line, is_negation, require_choice
 from .topics import ABSENT, first_of, heading_of, order, text_of, topic_of
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command."""
+    return import_module(f".commands.{command}", __package__).arguments()
 
 
 class OptionParser(TrlParser):
@@ -18,6 +24,7 @@ class OptionParser(TrlParser):
 
     def __init__(self, command: str, dataclasses: Iterable[type], **kwargs: Any):
         self.command = command
+        self.hints: dict[str, Any] = {}  # the annotation of each option
         self._hidden: dict[argparse.Action, str | None] = {}
         self._headings: dict[str, Any] = {}
         usage = "%(prog)s [options]"
@@ -38,9 +45,19 @@ class OptionParser(TrlParser):
             first._group_actions.sort(key=lambda action: names.index(action.dest))
         self._action_groups.sort(key=lambda group: order(command, group.title or ""))
 
+    def error(self, message: str) -> NoReturn:
+        end_in_one_line(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        require_choice(action, value)
+
     def show_all(self) -> None:
         for action, text in self._hidden.items():
             action.help = text
+
+    def help_of(self, action: argparse.Action) -> str:
+        """Return the text of an option, whether it is shown or not."""
+        return (self._hidden.get(action, action.help) or "").replace("%%", "%")
 
     def _group(self, heading: str) -> Any:
         if heading not in self._headings:
@@ -51,6 +68,7 @@ class OptionParser(TrlParser):
         """Add options as the parent does, by topic; as a dataclass, a topic has the fields of its last base first."""
         absent = ABSENT.get(self.command, "").split()
         hints = get_type_hints(dtype)
+        self.hints |= hints
         options = [option for option in fields(dtype) if option.init and option.name not in absent]
         owners = {o.name: next(c for c in dtype.__mro__ if o.name in inspect.get_annotations(c)) for o in options}
         for owner in reversed(dtype.__mro__):

@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,52 @@ import yaml
 
 
 INSTALLED = Path(__file__).resolve().parents[1] / "configs"
+
+
+RECIPES = ("ppo", "critic", "dpo", "reward")  # the folders of recipes, and the commands that take them
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An installed recipe, as the comment at its head describes it; `expected` is what it brings, in what time."""
+
+    name: str  # "ppo/demo"
+    purpose: str
+    hardware: str
+    memory: str | None
+    expected: str
+    launch: str
+    path: str
+
+
+def installed_recipes(*folders: str) -> list[Recipe]:
+    """Return the recipes of these folders, or of all."""
+    return [recipe_of(path) for folder in folders or RECIPES for path in sorted((INSTALLED / folder).glob("*.yaml"))]
+
+
+def recipe_of(path: Path) -> Recipe:
+    """Read the head of a recipe: its purpose, then `Name: text` lines, whose text may go on in indented lines."""
+    head = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    lines = [line.removeprefix("#").removeprefix(" ") for line in (head[0] if head else "").splitlines()]
+    purpose = " ".join(lines[: lines.index("")])
+    said: dict[str, list[str]] = {}
+    for line in lines[lines.index("") :]:
+        if match := re.match(r"([A-Z][a-z]+): +(.*)", line):
+            said[match[1]] = [match[2]]
+        elif said and line.startswith(" "):
+            said[[*said][-1]].append(line.strip())
+        elif line:
+            said[line] = []  # a paragraph ends what was said before
+    texts = {name: " ".join(parts) for name, parts in said.items()}
+    return Recipe(
+        name=f"{path.parent.name}/{path.stem}",
+        purpose=purpose,
+        hardware=texts["Hardware"],
+        memory=texts["Memory"].split(", planned by")[0] if "Memory" in texts else None,
+        expected=texts.get("Expected") or texts["Measured"],
+        launch="\n".join(said["Launch"]),
+        path=str(path),
+    )
 
 
 def find_config(name: str | Path, folder: str = "") -> Path:
@@ -55,5 +103,9 @@ def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file, `{}` if it is empty; raise `ValueError`, which calls it `what`."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark
+        where = "" if at is None else f" (line {at.line + 1}, column {at.column + 1})"
+        raise ValueError(f"The {what} {path} is no YAML: {error.problem}{where}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The {what} {path} is no YAML: {' '.join(str(error).split())}") from error

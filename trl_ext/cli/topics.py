@@ -56,6 +56,7 @@ ABSENT = {
 TEXTS = {
     "": {
         "output_dir": "Folder of the run. Unset: trainer_output.",
+        "bf16": "Compute in bfloat16. Unset: on a GPU that has it, unless `fp16` is set.",
         "resume_from_checkpoint": "Folder checkpoint-N of the run to continue, or True for the last one in "
         "`--output_dir`. To train longer, raise the number of epochs, steps or episodes.",
     },

@@ -22,6 +22,7 @@ from .launch import launch, launches, require_all
 from .models import ModelArguments, model_errors, path_of, require_adapted, require_judges
 from .options import Options, read
 from .output import beside, remove_older_adapters, require_free
+from .parser import OptionParser
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,18 @@ class TrainingCommand:
     further: Callable[[Options, Any, ModelArguments, Any], dict[str, str]]
     adapter: tuple[Any, ...] = ()  # arguments of `ModelArguments.adapter`
 
+    def arguments(self) -> OptionParser:
+        parser = OptionParser(self.name, self.classes, description=self.description)
+        parser.set_defaults_with_config(**self.defaults)
+        return parser
+
     def options(self, argv: list[str] | None = None) -> Options:
-        return read(self.name, self.classes, self.description, argv, f"{self.name}/demo", dict(self.defaults))
+        return read(self.arguments(), argv, f"{self.name}/demo")
 
     def build(self, data: Any, model: ModelArguments, args: Any) -> Any:
         """Return the trainer of these options; models are checked before any row is read."""
         path, is_adapter = path_of(model, args, self.name)
-        require_judges(getattr(args, "reward_model_path", None), getattr(data, "value_model", None))
+        require_judges(args, data)
         args.model_init_kwargs = model.init_kwargs(args.use_cpu, is_adapter) | (args.model_init_kwargs or {})
         new_adapter = model.adapter(*self.adapter, is_adapter=is_adapter)
         loading = {"peft_config": new_adapter, "quantization_config": model.quantization()}

@@ -15,7 +15,6 @@ The results stay in `$TRL_EXT_CACHE` (default `~/.cache/trl_ext`).
 
 import hashlib
 import io
-import os
 import random
 import shutil
 import subprocess
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
+
+from ..cache import cache_dir
 
 
 CUE = "A movie review in one sentence. "
@@ -63,12 +64,6 @@ SPECIAL_TOKENS = {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>
 
 
 # ---------------------------------------------------------------------------------------------- files, once per cache
-
-
-def cache_dir() -> Path:
-    """Return the folder of downloads and of the converted model: `$TRL_EXT_CACHE`, else trl_ext in the XDG cache."""
-    xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TRL_EXT_CACHE") or Path(xdg) / "trl_ext").expanduser()
 
 
 def _made_once(name: str, build: Callable[[Path], None]) -> Path:

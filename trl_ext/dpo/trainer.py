@@ -110,6 +110,7 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
     data_collator: Any
     control: Any
     aux_loss_enabled: bool  # TRL's, of a mixture of experts
+    _total_train_tokens: int  # TRL's
 
     def __init__(
         self,
@@ -283,7 +284,13 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.phases.enter("learn")
-        return super().training_step(*args, **kwargs)
+        is_free = self.args.include_num_input_tokens_seen == "no"  # else the Trainer counts there
+        if is_free and self.state.num_input_tokens_seen > self._total_train_tokens:  # the run is resumed
+            self._total_train_tokens = self._tokens_logged = self.state.num_input_tokens_seen
+        loss = super().training_step(*args, **kwargs)
+        if is_free:  # TRL begins with 0 again when a run is resumed, and checkpoints keep the state
+            self.state.num_input_tokens_seen = self._total_train_tokens
+        return loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         sources = inputs.get(SOURCE)

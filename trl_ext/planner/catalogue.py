@@ -11,6 +11,7 @@ AI-Hypercomputer/maxtext (hf_model_configs.py) keep, and in transformers' own de
 Mistral Small 3.1.
 """
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -206,9 +207,11 @@ def find(name: str) -> str | None:
     return next((_NAMES[key] for each in (word, _TUNED.sub("", word)) if (key := _squeezed(each)) in _NAMES), None)
 
 
-def listed() -> str:
-    """Return every name that is known, for errors."""
-    return ", ".join(sorted([*SHAPES, *(word for words in ALIASES.values() for word in words.split())]))
+def nearest(name: str) -> str:
+    """Return the known names that are most like one that is not, for errors; a few examples if none is."""
+    word = _squeezed(name.lower().rstrip("/").split("/")[-1])
+    near = dict.fromkeys(_NAMES[key] for key in difflib.get_close_matches(word, _NAMES, n=3))
+    return f"The nearest are {', '.join(near)}" if near else "There are 8b, qwen3-14b, gemma-3-4b and more"
 
 
 def load_config(name: str) -> "PretrainedConfig":
@@ -236,7 +239,7 @@ def read_config(name: str, changed: int) -> "PretrainedConfig":
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # a family's own checks raise what they like
+        known = "" if Path(name).is_dir() else f", and no built-in shape. {nearest(name)}"
         raise ValueError(
-            f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}), and no "
-            f"built-in shape. Built-in shapes: {listed()}."
+            f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}){known}."
         ) from error

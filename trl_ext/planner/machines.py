@@ -93,10 +93,10 @@ def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
     card = find_gpu(gpu)
     if card is None:
         near = difflib.get_close_matches(gpu.lower(), GPUS, n=3, cutoff=0.4)
-        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        meant = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(GPUS)}."
         raise ValueError(
-            f"The planner does not know the GPU {gpu!r}.{meant} It knows {', '.join(GPUS)}; for another one give the "
-            "memory, in place of a similar one's."
+            f"The planner does not know the GPU {gpu!r}. {meant} For another one name a similar one, and give the "
+            "memory with `--gpu_memory` of `trl-ext plan`."
         )
     machine = Hardware(**(GPUS[card] | {"name": card} | options))  # type: ignore[arg-type]
     return replace(machine, host_for_each=0.0) if "host_memory" in options else machine.with_gpus(machine.gpus)

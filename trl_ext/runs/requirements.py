@@ -150,6 +150,8 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
             needed.append((f"`{name}`", ("bitsandbytes",), "'trl-ext[qlora]'"))
     if getattr(options, "deepspeed", None):
         needed.append(("`deepspeed`", ("deepspeed",), "'trl-ext[deepspeed]'"))
+    if getattr(options, "attn_implementation", None) == "flash_attention_2":
+        needed.append(("`attn_implementation=flash_attention_2`", ("flash_attn", "kernels"), "flash-attn"))
     if getattr(options, "use_liger_kernel", False):
         needed.append(("`use_liger_kernel`", ("liger_kernel",), "liger-kernel"))
     return needed
@@ -184,7 +186,8 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
     folder = Path(path)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"`{what}` is {folder}, and {there} is a file. Give a folder, or one that is yet to be made.")
+        named = "that" if there == folder.absolute() else there
+        raise ValueError(f"`{what}` is {folder}, and {named} is a file. Give a folder, or one that is yet to be made.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"`{what}` is {folder}, and nothing can be written into {there}. Give another folder.")
 

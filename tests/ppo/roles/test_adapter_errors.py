@@ -49,7 +49,10 @@ def adapter(**options):
 
 # Arguments of the trainer and what the error says; a value is a folder of `paths`, where it has that name.
 BEFORE_LOADING = {
-    "head adapted": (adapter(target_modules=["q_proj", "lm_head"]), "changes `lm_head`.*Remove 'lm_head' from"),
+    "head adapted": (
+        adapter(target_modules=["q_proj", "lm_head"]),
+        "changes `lm_head`.*Leave it out of `--lora_target_modules`.*trl-ext merge",
+    ),
     "head by a pattern": (adapter(target_modules=r".*(q_proj|lm_head)"), "changes `lm_head`"),
     "head trained in full": (adapter(modules_to_save=["lm_head"]), "changes `lm_head`"),
     "task of the actor": (adapter(task_type="SEQ_CLS"), "actor's adapter has task type SEQ_CLS; .* CAUSAL_LM"),

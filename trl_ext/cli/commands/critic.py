@@ -20,11 +20,11 @@ from datasets import DatasetDict
 from ... import CriticConfigX, CriticTrainerX
 from ...report import CRITIC_LINE
 from ..closing import program, without
-from ..models import ModelArguments, reward_functions
+from ..models import ModelArguments
 from ..options import Options
 from ..output import beside
 from ..training import TrainingCommand
-from .ppo import PPOArguments, load
+from .ppo import PPOArguments, load, rewards
 
 
 # Options that say something else of a critic's pretraining than of PPO, or nothing.
@@ -41,11 +41,8 @@ OF_THE_PRETRAINING = (
 
 def create(path: str, args: CriticConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> CriticTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    rewards: dict[str, Any] = {
-        "reward_model": args.reward_model_path,
-        "reward_funcs": reward_functions(data.reward_funcs),
-    }
-    return CriticTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
+    given = rewards(path, args, data, splits) | datasets
+    return CriticTrainerX(args, model=path, value_model=data.value_model, **given, **loading)
 
 
 def evaluate(trainer: CriticTrainerX) -> dict[str, Any]:
@@ -89,4 +86,4 @@ COMMAND = TrainingCommand(
     report=report,
     further=further,
 )
-main = COMMAND.run
+main, arguments = COMMAND.run, COMMAND.arguments

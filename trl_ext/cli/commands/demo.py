@@ -20,10 +20,14 @@ from ..flags import CommandParser
 NEEDED = {"gguf": "demo", "matplotlib": "report", "jinja2": "report"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> CommandParser:
     parser = CommandParser("demo", __doc__)
     parser.add_argument("--output_dir", default="outputs", help="folder of both runs")
-    output = parser.parse_args(argv).output_dir
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    output = arguments().parse_args(argv).output_dir
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"error: the demo needs {', '.join(missing)}: pip install 'trl-ext[demo]'")

@@ -101,4 +101,4 @@ COMMAND = TrainingCommand(
     report=report,
     further=further,
 )
-main = COMMAND.run
+main, arguments = COMMAND.run, COMMAND.arguments

@@ -19,7 +19,7 @@ from typing import Any
 from ... import planner
 from ...planner import CPU, GIB, Hardware, Layout, ModelNames
 from ...planner.layout import NO_FSDP
-from ..errors import usage_errors
+from ..errors import is_debugging, usage_errors
 from ..flags import CommandParser
 from ..recipes import find_config, find_deepspeed, read_recipe
 
@@ -150,5 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         with usage_errors():
             answer(given)
     except Exception as error:  # a config may be anybody's, and reading it may raise anything
+        if is_debugging():
+            raise
         text = " ".join(str(error).split())
         raise SystemExit(f"error: {type(error).__name__}: {text}") from error

@@ -24,13 +24,15 @@ from datasets import DatasetDict
 from ... import PPOConfigX, PPOTrainerX
 from ...data import demo
 from ...data.conversions import to_prompts
+from ...models.loading import load_tokenizer, source_options
 from ...report import PPO_LINE, pair_samples, print_samples, samples_markdown
 from ..closing import program, without
 from ..data import DataArguments, load_splits
 from ..launch import LaunchArguments
-from ..models import ModelArguments, reward_functions
+from ..models import ModelArguments
 from ..options import Options
 from ..output import beside
+from ..reward_functions import reward_functions, try_on
 from ..training import TrainingCommand, before_and_after, chat_with, merge_of
 
 
@@ -49,7 +51,8 @@ class PPOArguments(LaunchArguments, DataArguments):
         default_factory=list,
         metadata={
             "help": "Reward functions, with or in place of a reward model: `my_rewards.right` of my_rewards.py in "
-            "this folder, or a name in `trl.rewards`, such as accuracy_reward. They get the columns of the dataset."
+            "this folder, `other/file.py:right`, or a name in `trl.rewards`, such as accuracy_reward. They get the "
+            "columns of the dataset, and are weighed by `reward_weights`."
         },
     )
     prompt_words: int = field(default=4, metadata={"help": "Words of an embedded review to put in the prompt."})
@@ -57,16 +60,22 @@ class PPOArguments(LaunchArguments, DataArguments):
 
 
 def load(data: PPOArguments) -> DatasetDict:
+    reward_functions(data.reward_funcs)  # a wrong name is found before any row is read
     return load_splits(data, partial(demo.prompts, data.prompt_words), to_prompts)
+
+
+def rewards(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict) -> dict[str, Any]:
+    """Return the reward model, and the reward functions, which are tried on the first prompt."""
+    functions = reward_functions(data.reward_funcs)
+    if functions:
+        try_on(functions, next(iter(splits["train"])), load_tokenizer(path, **source_options(args)), args)
+    return {"reward_model": args.reward_model_path, "reward_funcs": functions}
 
 
 def create(path: str, args: PPOConfigX, data: PPOArguments, splits: DatasetDict, **loading: Any) -> PPOTrainerX:
     datasets = {"train_dataset": splits["train"], "eval_dataset": splits["test"]}
-    rewards: dict[str, Any] = {
-        "reward_model": args.reward_model_path,
-        "reward_funcs": reward_functions(data.reward_funcs),
-    }
-    return PPOTrainerX(args, model=path, value_model=data.value_model, **rewards, **datasets, **loading)
+    given = rewards(path, args, data, splits) | datasets
+    return PPOTrainerX(args, model=path, value_model=data.value_model, **given, **loading)
 
 
 def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_: Any) -> None:
@@ -119,4 +128,4 @@ COMMAND = TrainingCommand(
     report=report,
     further=further,
 )
-main = COMMAND.run
+main, arguments = COMMAND.run, COMMAND.arguments

@@ -19,23 +19,28 @@ from ..errors import usage_errors
 from ..flags import CommandParser
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> CommandParser:
     parser = CommandParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     output = "file for the page; the PNG is written beside it"
     parser.add_argument("--output", type=Path, metavar="FILE.html", help=output)
     watch = "write the page again this often, until every run is done or silent"
     parser.add_argument("--watch", type=int, default=0, metavar="SECONDS", help=watch)
-    arguments = parser.parse_args(argv)
-    if arguments.watch < 0:
-        parser.error(f"--watch is {arguments.watch}; it must be 0, for once, or a number of seconds.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments()
+    given = parser.parse_args(argv)
+    if given.watch < 0:
+        parser.error(f"`--watch` is {given.watch}; it must be 0, for once, or a number of seconds.")
     from ...report import read_run, write_report  # late: `--help` need not wait for it
 
     while True:
         try:
             with usage_errors():
-                page = write_report(arguments.runs, arguments.output, refresh=arguments.watch)
-            runs = [read_run(folder) for folder in arguments.runs]
+                page = write_report(given.runs, given.output, refresh=given.watch)
+            runs = [read_run(folder) for folder in given.runs]
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
         for run in runs:
@@ -45,6 +50,6 @@ def main(argv: list[str] | None = None) -> None:
             f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {shlex.quote(str(page))}",
             flush=True,
         )
-        if not arguments.watch or all(run.is_finished or run.is_silent for run in runs):
+        if not given.watch or all(run.is_finished or run.is_silent for run in runs):
             return
-        time.sleep(arguments.watch)
+        time.sleep(given.watch)

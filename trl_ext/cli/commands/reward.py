@@ -83,4 +83,4 @@ COMMAND = TrainingCommand(
     further=further,
     adapter=("SEQ_CLS", ["score"]),  # the new head is trained in full
 )
-main = COMMAND.run
+main, arguments = COMMAND.run, COMMAND.arguments

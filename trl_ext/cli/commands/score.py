@@ -29,6 +29,7 @@ from ..data import DataArguments, load_rows
 from ..errors import usage_errors
 from ..models import ModelArguments
 from ..options import read
+from ..parser import OptionParser
 
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -99,9 +100,13 @@ def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
     ]
 
 
+def arguments() -> OptionParser:
+    return OptionParser("score", (ScoreArguments, ModelArguments), description=__doc__)
+
+
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
-        data, model = read("score", (ScoreArguments, ModelArguments), __doc__, argv).make()
+        data, model = read(arguments(), argv).make()
         require_writable(Path(data.output_file).parent, "output_file")
         paths = paths_of(data, model)  # before any row is read
         scored = score(load(data), build(*paths, data, model))

@@ -67,8 +67,9 @@ def _check_actors_adapter(config: PeftConfig, head: str) -> None:
     if _adapts(config, head):
         raise ValueError(
             f"The actor's adapter changes `{head}` (`target_modules` or `modules_to_save`). Log-probabilities are "
-            f"computed from the weight of `{head}` itself, so the change would be neither seen nor trained. Remove "
-            f"{head!r} from the `peft_config`."
+            f"computed from the weight of `{head}` itself, so the change would be neither seen nor trained. Leave it "
+            "out of `--lora_target_modules` and `--lora_modules_to_save`, in Python of the `peft_config`; if a saved "
+            "adapter has it, merge that, `trl-ext merge ADAPTER --output_dir MERGED`, and start from MERGED."
         )
 
 

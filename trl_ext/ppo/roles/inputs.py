@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..._trl import get_config_model_id
+from ..._trl import get_callable_name, get_config_model_id
 from ...models.adapter_copies import check_copyable
 from ...models.loading import (
     adapter_config,
@@ -94,6 +94,7 @@ def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
 def check_given(args: PPOConfigX, given: Given) -> None:
     """Raise `ValueError` for models that cannot make a run, without loading weights."""
     _check_kinds(given)
+    _check_weights(args.reward_weights, given)
     _check_identity(given, args.critic)
     if isinstance(given.model, nn.Module) and given.peft_config is None and args.model_adapter_name is None:
         check_trainable(given.model, "actor")
@@ -153,6 +154,17 @@ def _check_kinds(given: Given) -> None:
                 f"`reward_funcs` has a {type(source).__name__} ({source!r:.60}); give a function, a reward model or "
                 "its path, or a list of them."
             )
+
+
+def _check_weights(weights: list[float] | None, given: Given) -> None:
+    """Check that there is a weight for each reward source that was given, if there are any."""
+    names = ["the reward model"] if given.reward_model is not None else []
+    names += [source if isinstance(source, str) else get_callable_name(source) for source in given.reward_funcs]
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} numbers for {len(names)} rewards. Give one for each, in this order: "
+            f"{', '.join(names)}."
+        )
 
 
 def _check_identity(given: Given, critic: str) -> None:

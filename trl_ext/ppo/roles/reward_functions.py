@@ -1,5 +1,6 @@
 """Checks of reward functions, when they are given and when they answer."""
 
+import difflib
 import functools
 import inspect
 import logging
@@ -65,6 +66,8 @@ def check_signature(function: Callable, name: str, inputs: dict[str, Any], compl
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a function written in C may have no signature
         return
+    if complete:
+        _require_columns(name, signature, inputs)
     try:
         (signature.bind if complete else signature.bind_partial)(**inputs)
     except TypeError as error:
@@ -73,6 +76,25 @@ def check_signature(function: Callable, name: str, inputs: dict[str, Any], compl
             f"one gets {', '.join(inputs)}{'' if complete else ' and the columns of the dataset'} by name: take "
             f"those that you need and `**kwargs`, as in `def {name.strip('<>')}(completions, **kwargs)`."
         ) from error
+
+
+def _require_columns(name: str, signature: inspect.Signature, inputs: dict[str, Any]) -> None:
+    """Raise `ValueError` for an argument that is neither given nor has a default: it is to be a column."""
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        argument
+        for argument, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty and parameter.kind not in open_ended and argument not in inputs
+    ]
+    if missing:
+        columns = [column for column in inputs if column not in GIVEN]
+        near = difflib.get_close_matches(missing[0], columns, n=1)
+        raise ValueError(
+            f"The reward function {name!r} cannot be called: it needs {missing[0]!r}, and the dataset has no such "
+            f"column; it has {', '.join(columns) or 'none beside the prompt'}. Rename one (`--columns "
+            f"{missing[0]}={near[0] if near else 'NAME'}`, in Python `dataset.rename_column`), or give the argument a "
+            "default."
+        )
 
 
 def check_rewards(answer: Any, name: str, inputs: dict[str, Any]) -> list[float | list[float] | None]:
@@ -89,7 +111,8 @@ def check_rewards(answer: Any, name: str, inputs: dict[str, Any]) -> list[float 
     given = as_list(answer)
     if not isinstance(given, list):
         shape = getattr(answer, "shape", None)
-        what = f"a {type(answer).__name__}" + (
+        kind = type(answer).__name__
+        what = f"a{'n' if kind[0] in 'aeiou' else ''} {kind}" + (
             f" of shape {tuple(shape)}" if shape is not None else f" ({answer!r:.60})"
         )
         raise ValueError(f"The reward function {name!r} returned {'None' if answer is None else what}. {NEEDED}")

@@ -1,0 +1,128 @@
+"""Find the functions of `--reward_funcs`, and try them on a sample, before a model is loaded."""
+
+import asyncio
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import TrainerState
+from trl import is_conversational
+
+from .._trl import get_callable_name
+from ..ppo.data import READ, prompt_ids
+from ..ppo.roles.reward_functions import check_rewards, check_signature
+
+
+# Two answers, so that a function that gives one number for all of them is seen.
+ANSWERS = ("The answer is 4.", "I do not know.")
+WAYS = (
+    "Give `file.py:function`, `module.function` of a module that Python finds from this folder, or a name in "
+    "`trl.rewards`, such as `accuracy_reward`."
+)
+
+
+def reward_functions(names: Sequence[str]) -> list[Callable]:
+    """
+    Return reward functions by their names: `my_rewards.right` of `my_rewards.py` in this folder or of an installed
+    module, `path/to/file.py:right`, or a name in `trl.rewards`.
+
+    Raises:
+        ValueError: for a name that leads to no function, or to one of TRL's that makes reward functions.
+    """
+    found = []
+    for name in names:
+        place, _, attribute = name.rpartition(":" if ":" in name else ".")
+        try:
+            function = getattr(_module(place or "trl.rewards"), attribute)
+        except Exception as error:  # whatever the user's module does when it is imported
+            raise ValueError(
+                f"`--reward_funcs {name}` leads to no function: {type(error).__name__}: {error}. {WAYS}"
+            ) from error
+        home = getattr(function, "__module__", "")
+        if home.startswith("trl.rewards") and attribute.startswith("get_"):
+            raise ValueError(
+                f"`--reward_funcs {name}` makes a reward function and is none. Call it in a file of your own, "
+                f"`mine = {attribute}(...)` in my_rewards.py, and give `my_rewards.mine`."
+            )
+        if not callable(function) or isinstance(function, type):
+            raise ValueError(f"`--reward_funcs {name}` is no function, but of type {type(function).__name__}.")
+        if home == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
+            raise ValueError(f"`--reward_funcs {name}` needs math_verify: `pip install math-verify`.")
+        found.append(function)
+    return found
+
+
+def _module(place: str) -> ModuleType:
+    """Import a module by its dotted name, the current folder's first, or by its file, once."""
+    if not place.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {place}")
+    name = str(path)  # under its own name it could hide an installed module
+    if name not in sys.modules:
+        if str(path.parent) not in sys.path:  # for what it imports from beside it
+            sys.path.append(str(path.parent))
+        spec: Any = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, args: Any) -> None:
+    """
+    Ask each function about two made-up answers to the prompt of a row, with its other columns, as a run would.
+
+    Raises:
+        ValueError: for a function that needs a column that there is not, raises an error, or returns anything but
+            rewards.
+    """
+    try:
+        ids = prompt_ids(row, tokenizer, args.chat_template_kwargs or {}, tokenizer.pad_token_id)
+    except Exception:  # what is wrong with such a prompt, the trainer says for all of them
+        ids = []
+    if not ids:
+        return
+    prompt = row["prompt"] if "prompt" in row else tokenizer.decode(ids, skip_special_tokens=True)
+    is_chat = is_conversational({"prompt": prompt})
+    others = {name: [value] * len(ANSWERS) for name, value in row.items() if name not in ("prompt", *READ)}
+    inputs = others | {
+        "prompts": [prompt] * len(ANSWERS),
+        "completions": [[{"role": "assistant", "content": text}] if is_chat else text for text in ANSWERS],
+        "completion_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ANSWERS],
+        "prompt_ids": [ids] * len(ANSWERS),
+        "trainer_state": TrainerState(max_steps=1),
+        "log_extra": lambda *_: None,
+        "log_metric": lambda *_: None,
+    }
+    for function in functions:
+        name = get_callable_name(function)
+        check_signature(function, name, inputs)
+        try:
+            answer = function(**inputs)
+            answer = asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        except Exception as error:  # whatever the user's function does
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            file = os.path.relpath(last.filename)
+            file = last.filename if file.startswith("..") else file
+            raise ValueError(
+                f"The reward function {name!r} fails on an answer to the first prompt, {ANSWERS[0]!r}: "
+                f"{type(error).__name__}: {error} ({file}, line {last.lineno}). A model may answer anything: "
+                "return a reward, or `None` where it does not apply."
+            ) from error
+        try:
+            check_rewards(answer, name, inputs)
+        except FloatingPointError as error:  # which ends a run; here nothing has begun
+            raise ValueError(str(error)) from error
