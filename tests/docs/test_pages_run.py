@@ -85,7 +85,9 @@ MEASURED = {
         ),
     },
 }
-A_COMMAND = re.compile(rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm serve)(?: |$|\w)", re.MULTILINE)
+A_COMMAND = re.compile(
+    rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm serve)(?: |$|\w)", re.MULTILINE
+)
 
 # What cuts a run short, by script.
 # Other pages have runs in the same folders.
