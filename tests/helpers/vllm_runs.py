@@ -189,6 +189,16 @@ class Runs:
         with mock.patch("trl_ext.ppo.trainer.colocated_engines", return_value=nullcontext()):
             return self.rollouts(whole(self.paths), critic="head")
 
+    def with_critic(self) -> Result:
+        """What the engine says of a critic that is sent with the actor."""
+        with mock.patch("trl_ext._trl.exclude_from_weight_sync"):
+            trainer = self.trainer(whole(self.paths))
+        try:
+            trainer.train()
+        except Exception as error:  # of vLLM, which does not know the name
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": ""}
+
     def refused(self) -> Result:
         """What is said of a server that does not fit, before a model is loaded."""
         wide = {"model": str(Path(self.paths["base"]).parents[1] / "wide" / "actor")}
@@ -278,6 +288,7 @@ def colocated(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], A
     in_bf16 = {"model_init_kwargs": {"dtype": "bfloat16"}}
     yield "bfloat16", lambda: runs.rollouts(whole(paths), critic="head", **in_bf16)
     yield "in 16 bits", runs.in_16_bits
+    yield "with the critic", runs.with_critic
 
 
 def server(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

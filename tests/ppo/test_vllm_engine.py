@@ -124,6 +124,10 @@ def test_control_weights_that_are_sent_once_are_right_in_the_first_rollout_only(
 # --- the rest
 
 
+def test_control_critic_that_is_sent_is_an_error(results):
+    assert "critic" in results["colocated"]["with the critic"]["error"]
+
+
 @pytest.mark.parametrize("group", ["colocated", "server"])
 def test_several_responses_to_a_prompt_in_training_and_evaluation(results, group):
     said = results[group]["several"]
