@@ -47,7 +47,7 @@ def documented(title=None):
 def logged(*trainers):
     """The keys of all lines but the Trainer's own, with the names of sources left open."""
     keys = {key for trainer in trainers for line in trainer.state.log_history for key in line}
-    keys = {re.sub(r"(preference/accuracy)/\w+", r"\1/<source>", key) for key in keys - FROM_THE_TRAINER}
+    keys = {re.sub(r"(preference/(?:accuracy|pairs))/\w+", r"\1/<source>", key) for key in keys - FROM_THE_TRAINER}
     return {re.sub(r"rewards/\w+/", "rewards/<source>/", key) for key in keys}
 
 

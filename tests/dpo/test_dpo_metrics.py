@@ -71,6 +71,7 @@ def test_accuracy_of_each_source():
     for name in ("a", "b b", "c"):
         own = [good > bad for (good, bad, *_), source in zip(pairs, names, strict=True) if source == name]
         assert got[f"preference/accuracy/{name}"] == pytest.approx(sum(own) / len(own))
+        assert got[f"preference/pairs/{name}"] == len(own) == 10
 
 
 @pytest.mark.parametrize("size", [1, 13, 1000])

@@ -1,10 +1,13 @@
 """The page of a report: what stands on it, from logs alone; that it is self-contained and well-formed."""
 
+import base64
+import hashlib
 import html.parser
 import json
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,12 +15,14 @@ from datasets import Dataset
 from commands import command
 from run_logs import DPO_LOG, PPO_LOG, png_size, run_folder, write_completions
 from trl_ext.report import Run, read_run, write_report
+from trl_ext.report.chart import Curve, running_mean
 from trl_ext.report.credit import Credit
-from trl_ext.report.drawing import COLOURS, running_mean, thin
+from trl_ext.report.drawing import COLOURS
 from trl_ext.report.page import render
-from trl_ext.report.pictures import draw, panels_of
+from trl_ext.report.pictures import OF_KIND, OTHER, charts_of, panels_of
 from trl_ext.report.policy_panels import POLICY
 from trl_ext.report.preference_panels import PREFERENCE
+from trl_ext.report.run import told_apart
 from trl_ext.runs.folder import is_of_this_run
 from trl_ext.runs.tables import write_rows
 
@@ -26,19 +31,31 @@ DONE = {"step": 2, "train_runtime": 1.0}
 
 
 def text_of(page):
-    """What a reader sees, without markup and pictures."""
-    body = re.sub(r"<(style|svg|title).*?</\1>", " ", page, flags=re.DOTALL)
+    """What a reader sees, without markup and curves."""
+    body = re.sub(r"<(style|script|title).*?</\1>", " ", page, flags=re.DOTALL)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
 
 
 def headings(page):
-    return re.findall(r"<h3>([^<]*)</h3>\s*<div role=\"img\"", page)
+    return re.findall(r"<figure[^>]*>\s*<h3>([^<]*) <button", page)
+
+
+def curves_of(page):
+    """The curves that the page carries, by panel."""
+    text = re.search(r'<script type="application/json" id="curves">(.*?)</script>', page, flags=re.DOTALL)[1]
+    data = json.loads(text)
+    for panel in data["panels"]:
+        for curve in (curve for chart in panel["charts"] for curve in chart["curves"]):
+            curve |= {
+                name: data["arrays"][curve[name]] for name in ("steps", "y", "x", "low", "high") if name in curve
+            }
+    return data
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pages without their panels, for tests of what else stands on them: drawing takes a second or two."""
-    monkeypatch.setattr("trl_ext.report.page.draw", lambda runs: [])
+    """Pages without their panels, for tests of what else stands on them: the PNG takes a second or two."""
+    monkeypatch.setattr("trl_ext.report.page.charts_of", lambda runs: [])
 
 
 class Balanced(html.parser.HTMLParser):
@@ -99,8 +116,10 @@ def test_runs_lie_over_each_other_and_tell_apart(tmp_path):
     assert headings(page).count("Reward") == 1
     assert "What each term adds to the loss: a/out" in headings(page)
     assert "What each term adds to the loss: b/out" in headings(page)
-    arrow = "+0.000 → +1.000"
-    assert f"first → last a/out b/out score on held-out prompts {arrow} {arrow}" in text_of(page)
+    cell = "+1.000 from +0.000"
+    assert f"score on held-out prompts {cell} {cell}" in text_of(page)
+    (reward,) = (panel for panel in curves_of(page)["panels"] if panel["title"] == "Reward")
+    assert [curve["colour"] for chart in reward["charts"] for curve in chart["curves"]] == ["blue"] * 2 + ["red"] * 2
     assert png_size(tmp_path / "both.png")[0] > 1000
 
 
@@ -126,7 +145,8 @@ def test_what_models_write_does_not_become_markup(tmp_path, undrawn):
     for step, score in ((0, 0.5), (2, 1.5)):
         write_completions(folder / "completions", step, [("a <i>", f"{evil}{step}", score, 0.0)])
     page = write_report([folder]).read_text(encoding="utf-8")
-    assert "<script" not in page
+    assert page.count("<script") == 3  # the curves, the library, the page's own
+    assert evil not in page
     assert f"a <i> {evil}0 +0.50 {evil}2 +1.50" in text_of(page)
 
 
@@ -169,7 +189,7 @@ def test_page_of_a_running_run_loads_itself_again(tmp_path, undrawn):
     assert '<meta http-equiv="refresh" content="30">' in page
     assert "running" in text_of(page)
     done = write_report([run_folder(tmp_path, PPO_LOG, max_steps=2)], refresh=30).read_text(encoding="utf-8")
-    assert "http-equiv" not in done
+    assert 'http-equiv="refresh"' not in done
 
 
 def test_what_was_trained_comes_from_the_run_or_its_models_config(tmp_path, undrawn):
@@ -263,7 +283,7 @@ def test_run_that_is_not_heard_of_is_silent(tmp_path, age, every, is_silent, und
     run = read_run(tmp_path)
     assert (run.is_silent, run.is_finished) == (is_silent, False)
     page = write_report([tmp_path], refresh=30).read_text(encoding="utf-8")
-    assert ("http-equiv" in page) is not is_silent
+    assert ('http-equiv="refresh"' in page) is not is_silent
     assert (f"has not logged for {age / 60:.0f} minutes" in text_of(page)) is is_silent
     assert time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(heard)) in text_of(page)
 
@@ -277,7 +297,7 @@ def test_run_that_was_killed_shows_as_stopped_within_a_minute(tmp_path, undrawn,
     assert read_run(tmp_path).state == state
     page = write_report([tmp_path], refresh=30).read_text(encoding="utf-8")
     assert state in text_of(page)
-    assert ("http-equiv" in page) is (state == "running")
+    assert ('http-equiv="refresh"' in page) is (state == "running")
 
 
 def test_silence_is_measured_by_what_is_usual(tmp_path):
@@ -324,37 +344,113 @@ def test_page_is_well_formed_and_loads_nothing(log):
     pieces = [{"text": "<b>", "special": False, "advantage": [0.5]}]
     answers = [{"prompt": "p", "kind": "response", "score": None, "pieces": pieces}]
     runs = [Run("a <run>", log, credit=Credit(2, answers))]
-    page = render(runs, "a <run>", draw(runs))
+    page = render(runs, "a <run>", charts_of(runs))
     parser = Balanced()
     parser.feed(page)
     assert parser.open == []
     assert [link for link in parser.links if not link.startswith("#")] == []
-    assert not re.search(r"@import|url\((?!#)|<script|<link|<img", page)
-    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
-        ids = set(re.findall(r'id="([^"]+)"', svg))
-        assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)) <= ids
+    assert not re.search(r"@import|url\(|<link|<img", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
 
 
-def test_every_colour_of_a_picture_follows_dark_mode():
-    """No colour of the light page is left in an SVG, and dark mode gives each variable another value."""
-    runs = [Run("a", PPO_LOG), Run("b", PPO_LOG)]
-    page = render(runs, "t", draw(runs))
-    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
-    assert re.findall(r"#[0-9a-f]{6}\b(?!\))", pictures) == []
+def test_policy_of_the_page_runs_its_own_scripts_and_loads_nothing():
+    page = render([Run("a", PPO_LOG)], "a", charts_of([Run("a", PPO_LOG)]))
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    texts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    assert policy == "; ".join(
+        ("default-src 'none'", "style-src 'unsafe-inline'", f"script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'")
+    )
+    assert "Permission is hereby granted" in texts[0]  # the library's licence
+
+
+def test_names_in_the_curves_close_no_script():
+    evil = "</script><script>alert(1)</script>&amp;"
+    log = [PPO_LOG[1] | {f"rewards/{name}/{kind}": 1.0 for name in (evil, "b") for kind in ("mean", "std")}]
+    runs = [Run(evil, log)]
+    page = render(runs, evil, charts_of(runs))
+    assert page.count("<script") == page.count("</script") == 3
+    data = curves_of(page)
+    assert data["runs"][0]["name"] == evil
+    (sources,) = (panel for panel in data["panels"] if panel["title"] == "Rewards by source")
+    assert sources["charts"][0]["curves"][0]["label"] == evil
+
+
+def test_every_colour_of_a_curve_follows_dark_mode():
+    """Curves name their colours; dark mode gives each name another value."""
+    runs = told_apart([Run("a", PPO_LOG), Run("b", PPO_LOG)], [Path("a"), Path("b")])
+    page = render(runs, "t", charts_of(runs))
+    curves = [curve for panel in curves_of(page)["panels"] for chart in panel["charts"] for curve in chart["curves"]]
+    assert {curve["colour"] for curve in curves} <= COLOURS.keys()
     dark = page[page.index("prefers-color-scheme: dark") :]
     for name, colour in COLOURS.items():
         assert f"--{name}: {colour}" in page
         assert re.search(rf"--{name}: (?!{colour})#", dark), name
 
 
-def test_long_runs_are_thinned_to_means():
+def test_captions_say_what_is_healthy():
+    panels = {panel for of_kind in (*OF_KIND.values(), OTHER) for panel in of_kind}
+    assert [panel.caption for panel in panels if not re.match(r"Healthy: [^A-Z].*\.$", panel.caption)] == []
+
+
+def test_long_curves_are_thinned_to_means_and_extremes():
     steps, values = list(range(1, 1001)), [float(i % 2) for i in range(1000)]
-    thinned = thin((steps, values), most=100)
-    assert len(thinned[0]) == 100
-    assert thinned[0][0] == 10  # the last step of each group
-    assert set(thinned[1]) == {0.5}
-    assert thin((steps[:5], values[:5]), most=100) == (steps[:5], values[:5])
+    values[123] = 7.0
+    thinned = Curve("", (steps, values), "blue").thinned(100)
+    assert thinned.points[0] == list(range(10, 1001, 10))  # the last step of each part
+    assert [mean for mean in thinned.points[1] if mean != 0.5] == [pytest.approx(1.1)]
+    assert max(thinned.high) == 7.0
+    assert set(thinned.low) == {0.0}
+    short = Curve("", (steps[:5], values[:5]), "blue")
+    assert short.thinned(100) is short
     assert running_mean([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
+
+
+@pytest.mark.parametrize("lines, most", [(1_000, 600_000), (20_000, 2_000_000)])
+def test_page_of_a_long_run_is_small_and_keeps_its_extremes(lines, most):
+    """With all panels; every value has as many digits as a computed one."""
+    keys = {key for panel in POLICY for key in panel.keys if not key.endswith("/")} | PPO_LOG[1].keys()
+    keys |= {f"{key}/{name}" for key in ("memory", "time") for name in ("generate", "score", "learn", "elapsed")}
+    keys |= {f"rewards/{name}/{kind}" for name in "ab" for kind in ("mean", "std")} | {"num_tokens"}
+    keys |= {f"completions/{end}_length" for end in ("min", "max")}
+    log = [{key: (len(key) + i) ** 0.5 / 7 for key in keys} | {"step": i} for i in range(lines)]
+    log[lines // 3]["grad_norm"], log[lines // 2]["grad_norm"] = 4321.0, -54.0
+    runs = [Run("a", log)]
+    page = render(runs, "a", charts_of(runs))
+    assert headings(page) == [panel.title for panel in POLICY]
+    assert len(page.encode()) < most
+    (learning,) = (panel for panel in curves_of(page)["panels"] if panel["title"] == "Learning rate and gradient")
+    norm = learning["charts"][1]["curves"][0]
+    assert (max(norm["high"]), min(norm["low"]), len(norm["y"]) <= 400) == (4321.0, -54.0, True)
+    assert "a/trainer_state.json" in text_of(page)
+
+
+def test_curves_know_tokens_and_hours_of_a_step():
+    log = [line | {"num_tokens": 100.0 * line["step"], "time/elapsed": 1800.0 * line["step"]} for line in PPO_LOG[1:3]]
+    runs = told_apart([Run("a", log), Run("b", PPO_LOG)], [Path("a"), Path("b")])
+    data = curves_of(render(runs, "t", charts_of(runs)))
+    arrays = data["arrays"]
+    assert [[arrays[i] for i in data["runs"][0][axis]] for axis in ("tokens", "hours")] == [
+        [[1, 2], [100.0, 200.0]],
+        [[1, 2], [0.5, 1.0]],
+    ]
+    assert (data["runs"][1]["tokens"], data["runs"][1]["hours"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "scores, said",
+    [
+        ((1.0, 0.5, -0.5), "a, +1.000 (95%: +0.600 to +1.400). The intervals of b overlap with it"),
+        ((0.0, 2.0, 0.5), "b, +2.000 (95%: +1.600 to +2.400). No other interval reaches it."),
+    ],
+)
+def test_page_of_several_runs_says_which_is_best_and_what_differs(scores, said):
+    logs = [[{"step": 2, "eval_reward/score": s, "eval_reward/score_ci95": 0.4, "reward/score": s}] for s in scores]
+    options = [{"seed": 1, "kl_coef": coefficient} for coefficient in (0.1, 0.2, 0.2)]
+    runs = [Run(name, log, options=o) for name, log, o in zip("abc", logs, options, strict=True)]
+    runs = told_apart(runs, [Path(run.name) for run in runs])
+    text = text_of(render(runs, "t", charts_of(runs)))
+    assert f"Highest held-out score in the last evaluation: {said}" in text
+    assert "What differs a b c kl_coef 0.1 0.2 0.2 What all runs share algorithm PPO seed 1" in text
 
 
 def test_script_writes_page_and_picture(tmp_path, capsys):

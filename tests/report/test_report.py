@@ -16,7 +16,8 @@ from trl_ext.report import (
     print_samples,
     samples_markdown,
 )
-from trl_ext.report.pictures import WIDTH, draw, write_picture
+from trl_ext.report.machine_panels import stacked
+from trl_ext.report.pictures import HEIGHTS, WIDTH, charts_of, write_picture
 from trl_ext.report.policy_panels import contributions
 from trl_ext.report.progress import brief_line
 from trl_ext.runs.log import is_tie, series
@@ -35,20 +36,33 @@ def test_series_skips_lines_without_the_key_and_takes_the_last_of_a_step():
 
 
 @pytest.mark.parametrize("log", [PPO_LOG, DPO_LOG, [{"step": 1, "loss": 0.7, "accuracy": 0.5}]])
-def test_picture_shows_the_panels_of_a_log_three_beside_each_other(tmp_path, log):
-    run = Run("a", log)
-    drawn = draw([run])
-    write_picture(drawn, [run], tmp_path / "report.png", "a")
+def test_picture_shows_the_panels_of_a_log_in_three_columns_without_gaps(tmp_path, log):
+    runs = [Run("a", log)]
+    panels = charts_of(runs)
+    write_picture(panels, runs, tmp_path / "report.png", "a")
     width, height = png_size(tmp_path / "report.png")
-    columns = min(3, len(drawn))
-    tallest = [max(d.panel.height for d in drawn[i : i + columns]) for i in range(0, len(drawn), columns)]
-    assert width == columns * round(WIDTH * 120)
-    assert height == pytest.approx(120 * (0.4 + sum(tallest) + 0.35 * len(tallest)), abs=len(tallest) * 2 + 2)
+    columns = [0.0] * min(3, len(panels))
+    for shown in panels:
+        columns[columns.index(min(columns))] += HEIGHTS[len(shown.charts)] + 0.35
+    assert width == len(columns) * round(WIDTH * 120)
+    assert height == pytest.approx(120 * (0.4 + max(columns)), abs=2 * len(panels) + 2)
 
 
 def test_picture_of_an_empty_log_is_a_picture(tmp_path):
-    write_picture(draw([Run("a", [])]), [Run("a", [])], tmp_path / "report.png")
+    write_picture([], [Run("a", [])], tmp_path / "report.png")
     assert png_size(tmp_path / "report.png")[0] == 528
+
+
+def test_stack_adds_up_upwards_and_downwards():
+    """By hand: what is above 0 lies on what is above 0, what is below hangs from what is below."""
+    steps = [1, 2]
+    curves = stacked({"a": (steps, [1.0, -1.0]), "b": (steps, [2.0, -3.0])}, {"a": "blue", "b": "red"}, "run")
+    assert [(curve.label, curve.low, curve.high) for curve in curves] == [
+        ("a", [0.0, 0.0], [1.0, 0.0]),
+        ("b", [1.0, 0.0], [3.0, 0.0]),
+        ("a", [0.0, -1.0], [0.0, 0.0]),
+        ("b", [0.0, -4.0], [0.0, -1.0]),
+    ]
 
 
 def test_ties_are_lines_whose_margins_are_all_zero():
@@ -77,10 +91,10 @@ def test_preference_table_shows_each_evaluation_in_a_column():
     assert accuracy_text(DPO_LOG[2]) == accuracy_text(DPO_LOG[3])  # with `eval_` and without
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'trl-ext\[report\]'"):
-        draw([Run("a", PPO_LOG)])
+        write_picture([], [Run("a", PPO_LOG)], tmp_path / "report.png")
 
 
 def test_samples_pair_the_prompts_of_both_steps(tmp_path):

@@ -126,3 +126,34 @@ def test_grpos_keys_are_watched():
     log = [{"step": i, "reward": 1.0, "frac_reward_zero_std": 0.95, "kl": 0.5} for i in range(5)]
     log = [line | {"completions/mean_length": 10.0} for line in log]
     assert set(keys(log)) == {"kl/ref", "frac_reward_zero_std"}
+
+
+@pytest.mark.parametrize(
+    "changes, sounds",
+    [
+        ({}, None),
+        ({"eval_preference/accuracy_high": 0.49, "eval_preference/accuracy": 0.45}, "eval_preference/accuracy"),
+        ({"eval_preference/accuracy/web": 0.4, "eval_preference/pairs/web": 200.0}, "eval_preference/accuracy/web"),
+        ({"eval_preference/accuracy/web": 0.4, "eval_preference/pairs/web": 10.0}, None),
+        ({"eval_preference/accuracy/web": 0.6, "eval_preference/pairs/web": 200.0}, None),
+    ],
+    ids=["all right", "all pairs", "a source", "a source of few pairs", "a good source"],
+)
+def test_pairs_below_chance_sound_beyond_their_interval(changes, sounds):
+    """Of 200 pairs 40% lie below one half by 2.8 standard errors; of 10 by 0.6."""
+    line = {"step": 12, "eval_preference/accuracy": 0.8, "eval_preference/accuracy_high": 0.9} | changes
+    assert keys([*log_of(HEALTHY_DPO), line]) == ([sounds] if sounds else [])
+
+
+def test_of_held_out_pairs_and_those_of_training_the_correlation_held_out_counts():
+    line = {"step": 12, "eval_preference/length_correlation": 0.7}
+    assert keys([*log_of(HEALTHY_DPO), line]) == ["eval_preference/length_correlation"]
+    assert (
+        keys(
+            [
+                *log_of(HEALTHY_DPO, preference__length_correlation=0.7),
+                line | {"eval_preference/length_correlation": 0.1},
+            ]
+        )
+        == []
+    )

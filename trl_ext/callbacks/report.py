@@ -20,6 +20,7 @@ from ..report.credit import FOLDER as CREDIT
 from ..report.drawing import matplotlib
 from ..runs.facts import changed_options, hardware, model_facts, rows_of
 from ..runs.folder import BEAT, FACTS, STATE, begun_at, write_whole
+from ..runs.log import series
 from .tables import Row, write_credit
 
 
@@ -31,7 +32,8 @@ class ReportCallback(TrainerCallback):
     Writes `report.html` into the run's folder, at the end and, while it runs, at most every `seconds` seconds; the
     page reloads itself until the run is done. Also writes `report.png` at the end, `run.json`, what is trained on
     what, and `trainer_state.json`, the log so far, from which `trl-ext report` makes the same page, or one of several
-    runs. A page that cannot be written is a warning, not the end of the run.
+    runs. Every line of that log gets `time/elapsed`, the seconds that the run has taken so far. A page that cannot be
+    written is a warning, not the end of the run.
 
     Args:
         seconds: at least this long between two pages, each at a log line. 0: at the end only.
@@ -59,12 +61,15 @@ class ReportCallback(TrainerCallback):
         self._last = 0.0
         self._has_ended = False
         self._begun = time.time()  # before other callbacks write their first tables
+        self._started = time.monotonic()
         self._ends_beat = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._has_ended:
             self._begun = time.time()
         self._has_ended = False
+        before = series(state.log_history, "time/elapsed")[1]  # of a resumed run
+        self._started = time.monotonic() - (before[-1] if before else 0.0)
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
@@ -85,6 +90,8 @@ class ReportCallback(TrainerCallback):
         self._last = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._known and state.log_history:
+            state.log_history[-1]["time/elapsed"] = round(time.monotonic() - self._started, 3)
         if not self._has_ended and self.seconds and time.monotonic() - self._last >= self.seconds:
             self._write(args, state, finished=False)
 

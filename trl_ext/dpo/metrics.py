@@ -42,7 +42,7 @@ class PreferenceLedger:
 
 
 def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) -> dict[str, float]:
-    """Return what pairs say, a tensor (N,) for each of `COLUMNS`; with N sources, also the accuracy of each."""
+    """Return what pairs say, a tensor (N,) for each of `COLUMNS`; with N sources, also accuracy and pairs of each."""
     chosen, rejected = pairs["chosen_rewards"], pairs["rejected_rewards"]
     margins = chosen - rejected
     right = margins > 0
@@ -69,7 +69,9 @@ def preference_metrics(pairs: dict[str, Tensor], sources: Sequence[str] = ()) ->
     of_source: dict[str, list[float]] = {}  # in one pass: there may be as many sources as pairs
     for source, is_right in zip(sources, right.tolist() if sources else [], strict=True):
         of_source.setdefault(source, []).append(float(is_right))
-    return metrics | {f"preference/accuracy/{name}": sum(of) / len(of) for name, of in sorted(of_source.items())}
+    for name, of in sorted(of_source.items()):
+        metrics |= {f"preference/accuracy/{name}": sum(of) / len(of), f"preference/pairs/{name}": float(len(of))}
+    return metrics
 
 
 def pooled(sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -5,12 +5,15 @@ Pages, pictures and tables of a run, made from what the Trainer has logged. Impo
     tables              samples before and after, implicit rewards of pairs
     credit              answers whose tokens have the colour of their credit
     progress            a progress bar with one short line per log
-    drawing             colours, lines and figures
+    chart               curves with their axes, as data
+    drawing             colours; charts drawn with matplotlib
     panel               what the page shows of some log keys
     policy_panels       the panels of PPO, GRPO and RLOO
     preference_panels   the panels of DPO and reward models
     machine_panels      the panels of time and memory
-    pictures            the panels of a run, drawn; a PNG of them
+    pictures            the panels of a run; a PNG of them
+    results             first and last values; which of several runs did best
+    embedded            what the page carries to draw its curves: data, uPlot, page.js
     page                the HTML page
 """
 

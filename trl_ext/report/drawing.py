@@ -1,19 +1,17 @@
 """
-Draw a panel with matplotlib: colours, lines, legends, thinning; and a figure as inline SVG for the page.
+Draw charts with matplotlib, for the PNG; and the colours of the page.
 
 matplotlib is an extra: `pip install 'trl-ext[report]'`. Figures are made without pyplot, which would change settings
 of the process that trains.
 """
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..runs.log import Series
+from .chart import Chart, Curve, running_mean
 
 
-# Name -> colour on a light page. In SVG each becomes a CSS variable of that name, which dark mode redefines.
+# Name -> colour on a light page, where it is a CSS variable of that name, which dark mode redefines.
 COLOURS = {
     "blue": "#0069b4",
     "red": "#c8402a",
@@ -28,7 +26,6 @@ COLOURS = {
     "page": "#fefefe",
 }
 OF_RUNS = ("blue", "red", "green", "purple", "amber", "teal")
-MOST_POINTS = 400  # more than a panel has pixels for
 STYLE = {
     "font.size": 10,
     "axes.labelsize": 10,
@@ -48,7 +45,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
@@ -71,76 +67,101 @@ def figure(width: float, height: float) -> Any:
     return matplotlib().figure.Figure(figsize=(width, height))
 
 
-def thin(points: Series, most: int = MOST_POINTS) -> Series:
-    """Return at most `most` points, means of neighbours."""
-    steps, values = points
-    share = -(-len(values) // most)
-    if share <= 1:
-        return points
-    groups = [slice(i, i + share) for i in range(0, len(values), share)]
-    return [steps[g][-1] for g in groups], [sum(values[g]) / len(values[g]) for g in groups]
+def draw_charts(canvas: Any, charts: Sequence[Chart]) -> None:
+    """Draw one chart on a figure, or two, one above the other."""
+    parts = [canvas] if len(charts) == 1 else canvas.subfigures(len(charts), 1)
+    for part, chart in zip(parts, charts, strict=True):
+        draw_chart(part, chart)
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and up to `window` − 1 before it."""
-    parts = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+def draw_chart(canvas: Any, chart: Chart) -> None:
+    """Draw a chart on a figure."""
+    axis = canvas.subplots()
+    if chart.band is not None:
+        span = axis.axvspan if chart.band.along_x else axis.axhspan
+        span(chart.band.low, chart.band.high, color=COLOURS["band"], zorder=0, linewidth=0, label=chart.band.label)
+    for curve in chart.curves:
+        if curve.points[1]:
+            DRAWN_AS[curve.kind](axis, curve.thinned())
+    if chart.level is not None:
+        axis.axhline(chart.level[0], color=COLOURS["muted"], linewidth=1, linestyle="--", label=chart.level[1])
+    axis.set_ylim(bottom=chart.bottom, top=chart.top)
+    finish(axis, chart.ylabel, chart.xlabel)
 
 
-def curve(axis: Any, points: Series, colour: str, label: str = "", dashed: bool = False, smooth: bool = True) -> None:
-    """Draw a metric of the training as a line; of many points the running mean, with the points faint behind it."""
-    steps, values = thin(points)
-    if not values:
-        return
-    style = "--" if dashed else "-"
-    if len(values) <= 30 or not smooth:
+def line(axis: Any, curve: Curve) -> None:
+    """Draw a metric of the training; of many points the running mean, with the points faint behind it."""
+    (steps, values), colour = curve.points, COLOURS[curve.colour]
+    style = "--" if curve.dashed else "-"
+    if curve.low is not None:
+        axis.fill_between(steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    if len(values) <= 30 or not curve.smooth:
         marker = "." if len(values) <= 60 else None
-        axis.plot(steps, values, style, color=COLOURS[colour], marker=marker, label=label)
+        axis.plot(steps, values, style, color=colour, marker=marker, label=curve.label)
         return
-    axis.plot(steps, values, style, color=COLOURS[colour], alpha=0.3, linewidth=1)
-    axis.plot(steps, running_mean(values, len(values) // 15), style, color=COLOURS[colour], label=label)
+    axis.plot(steps, values, style, color=colour, alpha=0.3, linewidth=1)
+    axis.plot(steps, running_mean(values, len(values) // 15), style, color=colour, label=curve.label)
 
 
-def held_out(
-    axis: Any, points: Series, colour: str, label: str = "", ends: tuple[Series, Series] | None = None
-) -> None:
-    """Draw a metric of the evaluations as diamonds, with intervals if their `ends`, lower and upper, are known."""
-    steps, values = points
-    if not values:
+def steps(axis: Any, curve: Curve) -> None:
+    """Draw a metric that changes at once."""
+    axis.plot(*curve.points, color=COLOURS[curve.colour], drawstyle="steps-post", label=curve.label)
+
+
+def held_out(axis: Any, curve: Curve) -> None:
+    """Draw a metric of the evaluations as diamonds, with intervals if their ends are known."""
+    places, values = curve.points
+    edge = {"markeredgecolor": COLOURS["ink"], "markersize": 6, "linestyle": ":", "zorder": 3, "label": curve.label}
+    if curve.low is None or curve.high is None:
+        axis.plot(places, values, "D", color=COLOURS[curve.colour], **edge)
         return
-    edge = {"markeredgecolor": COLOURS["ink"], "markersize": 6, "linestyle": ":", "zorder": 3}
-    if ends is None:
-        axis.plot(steps, values, "D", color=COLOURS[colour], label=label, **edge)
-        return
-    low, high = (dict(zip(*end, strict=True)) for end in ends)
-    below = [value - low.get(step, value) for step, value in zip(steps, values, strict=True)]
-    above = [high.get(step, value) - value for step, value in zip(steps, values, strict=True)]
-    errors = [[max(0.0, e) for e in side] for side in (below, above)]
-    axis.errorbar(steps, values, yerr=errors, fmt="D", color=COLOURS[colour], capsize=4, label=label, **edge)
+    ends = zip(values, curve.low, curve.high, strict=True)
+    errors = list(zip(*((max(0.0, value - low), max(0.0, high - value)) for value, low, high in ends), strict=True))
+    axis.errorbar(places, values, yerr=errors, fmt="D", color=COLOURS[curve.colour], capsize=4, **edge)
 
 
-def level(axis: Any, value: float, label: str = "") -> None:
-    """Draw a line to compare with, such as chance."""
-    axis.axhline(value, color=COLOURS["muted"], linewidth=1, linestyle="--", label=label)
+def area(axis: Any, curve: Curve) -> None:
+    """Draw what lies between two ends."""
+    alpha = 0.5 if curve.kind == "area" else 0.15
+    style = {"color": COLOURS[curve.colour], "alpha": alpha, "linewidth": 0, "label": curve.label}
+    axis.fill_between(curve.points[0], curve.low, curve.high, **style)
 
 
-def finish(axis: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
-    """Write the labels and, below the axes, a legend if anything has a name; give the axes the rest of the room."""
-    axis.set_ylabel(ylabel)
-    axis.set_xlabel(xlabel)
-    if xlabel == "optimizer step":
+def dots(axis: Any, curve: Curve) -> None:
+    """Draw points, later ones stronger."""
+    places, values = curve.points
+    colour = matplotlib().colors.to_rgb(COLOURS[curve.colour])
+    colours = [(*colour, 0.25 + 0.75 * (i + 1) / len(values)) for i in range(len(values))]
+    axis.scatter(places, values, s=14, c=colours, linewidths=0)
+    axis.plot([], [], ".", color=colour, label=curve.label)
+
+
+DRAWN_AS = {"line": line, "steps": steps, "held out": held_out, "area": area, "spread": area, "dots": dots}
+
+
+def finish(axis: Any, ylabel: str, xlabel: str = "") -> None:
+    """
+    Write the labels, the vertical one above the axes, where it is read whole, and, below them, a legend if anything
+    has a name; give the axes the rest of the room.
+    """
+    axis.set_title(ylabel, loc="left", fontsize=9, color=COLOURS["muted"])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no exponent above the axes, which hides the label
+    axis.set_xlabel(xlabel or "optimizer step")
+    if not xlabel:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axis.get_legend_handles_labels()
+    named: dict[str, Any] = {}
+    for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+        named.setdefault(label, handle)  # several runs have the same names
     rows = 0
-    if labels:
-        columns = max(1, min(len(labels), 58 // (max(map(len, labels)) + 8)))  # letters in a panel's width
-        rows = -(-len(labels) // columns)
+    if named:
+        columns = max(1, min(len(named), 58 // (max(map(len, named)) + 8)))  # letters in a panel's width
+        rows = -(-len(named) // columns)
         style = {"columnspacing": 1.2, "borderpad": 0.1, "borderaxespad": 0.2}
-        axis.figure.legend(handles, labels, loc="lower left", ncols=columns, **style)
+        axis.figure.legend(named.values(), named.keys(), loc="lower left", ncols=columns, **style)
     # Margins in inches, as the texts have one size; a layout engine would draw everything several times.
     room = axis.figure
     width, height = room.bbox.width / room.dpi, room.bbox.height / room.dpi
-    left, right, top, bottom = 0.84, 0.1, 0.22, 0.5 + 0.19 * rows
+    left, right, top, bottom = 0.7, 0.1, 0.3, 0.5 + 0.19 * rows
     axis.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 
@@ -160,19 +181,3 @@ def text_line(text: str, width: float, height: float, size: float = 11, colour: 
     strip = figure(width, height)
     strip.text(0.09 / width, 0.5, text, fontsize=size, fontweight="bold", color=COLOURS[colour], va="center")
     return pixels(strip)
-
-
-def inline_svg(drawn: Any, name: str) -> str:
-    """Return a figure as an `<svg>`: colours as CSS variables, text in the page's font, nothing from outside."""
-    buffer = io.StringIO()
-    with matplotlib().rc_context({"svg.hashsalt": name}):  # ids of two figures on a page differ
-        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", text)
-    for name_of, colour in COLOURS.items():
-        text = text.replace(colour, f"var(--{name_of})")
-    return text.strip()

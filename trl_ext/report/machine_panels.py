@@ -1,70 +1,81 @@
-"""Draw the panels of what a run costs: seconds and memory by phase, tokens per second."""
+"""The panels of what a run costs: seconds and memory by phase, tokens per second."""
 
-from typing import Any
+from collections.abc import Mapping
 
-from ..runs.log import memory as most_held
-from ..runs.log import series
-from .drawing import COLOURS, curve, finish, held_out, thin
-from .panel import Panel, Runs, lines, two_rows
+from ..runs.log import Series, series
+from .chart import Chart, Curve
+from .panel import Panel, Runs, lines
 
 
 PHASES = {"generate": "blue", "score": "red", "learn": "green", "reference": "purple", "evaluate": "amber"}
 
 
-def seconds(figure: Any, runs: Runs) -> None:
-    """Draw the seconds of a rollout by phase, stacked."""
-    (run,) = runs
-    axis = figure.subplots()
-    phases = [phase for phase in PHASES if series(run.log, f"time/{phase}")[1]]
-    known = [dict(zip(*series(run.log, f"time/{phase}"), strict=True)) for phase in phases]
-    steps = [step for step in known[0] if all(step in column for column in known)]
-    columns = [thin((steps, [column[step] for step in steps])) for column in known]
-    style = {"colors": [COLOURS[PHASES[phase]] for phase in phases], "labels": phases}
-    axis.stackplot(columns[0][0], *(values for _, values in columns), alpha=0.6, linewidth=0, **style)
-    finish(axis, "seconds per rollout")
+def stacked(curves: Mapping[str, Series], colours: Mapping[str, str], run: str) -> list[Curve]:
+    """
+    Return the areas of series that have the same steps, each on top of those before; what is below 0 goes downwards
+    from 0, as an area of its own with the same label.
+    """
+    found = []
+    for sign in (1, -1):
+        floor: list[float] = []
+        for label, (steps, values) in curves.items():
+            floor = floor or [0.0] * len(values)
+            end = [base + sign * max(0.0, sign * value) for base, value in zip(floor, values, strict=True)]
+            low, high = (floor, end) if sign > 0 else (end, floor)
+            if low != high:
+                own = [sign * max(0.0, sign * value) for value in values]
+                found.append(Curve(label, (steps, own), colours[label], run, "area", low, high))
+            floor = end
+    return found
 
 
-def memory(figure: Any, runs: Runs) -> None:
-    """Draw the peaks of one run, from 0 upwards, so that a height is a share of the whole."""
+def seconds(runs: Runs) -> Chart:
+    """Stack the seconds of a rollout by phase."""
     (run,) = runs
-    axis = figure.subplots()
+    logged = {phase: series(run.log, f"time/{phase}") for phase in PHASES}
+    known = {phase: dict(zip(*points, strict=True)) for phase, points in logged.items() if points[1]}
+    steps = [step for step in next(iter(known.values())) if all(step in column for column in known.values())]
+    points = {phase: (steps, [column[step] for step in steps]) for phase, column in known.items()}
+    return Chart("seconds per rollout", stacked(points, PHASES, run.name), bottom=0)
+
+
+def memory(runs: Runs) -> Chart:
+    """Show the peaks of one run, from 0 upwards, so that a height is a share of the whole."""
+    (run,) = runs
+    curves = []
     for phase, colour in PHASES.items():
-        points = series(run.log, f"memory/{phase}")
-        if phase == "evaluate":
-            held_out(axis, points, colour, phase)
-        else:
-            curve(axis, points, colour, phase, smooth=False)  # a mean of peaks is no peak
-    axis.set_ylim(0, 1.15 * max(most_held(run.log)[1]))
-    finish(axis, "GiB at most")
+        kind = {"kind": "held out"} if phase == "evaluate" else {"smooth": False}  # a mean of peaks is no peak
+        curves.append(Curve(phase, series(run.log, f"memory/{phase}"), colour, run.name, **kind))
+    return Chart("GiB at most", curves, bottom=0)
 
 
 TIME = Panel(
     "Time by phase",
-    seconds,
+    (seconds,),
     ("time/generate",),
-    "Learning took longest in the runs that were measured, on a CPU.",
+    "Healthy: shares that stay the same. Generating grows with the length of the responses.",
     per_run=True,
 )
 THROUGHPUT = Panel(
     "Throughput",
-    lines(("tokens_per_second", ""), ylabel="response tokens per second", evaluations=False),
+    (lines(("tokens_per_second", ""), ylabel="response tokens per second", evaluations=False),),
     ("tokens_per_second",),
-    "Steady. Of whole cycles: a rollout is sampled, scored and learnt from.",
+    "Healthy: steady. Of whole cycles: a rollout is sampled, scored and learnt from.",
 )
 PAIR_THROUGHPUT = Panel(
     "Throughput",
-    two_rows(
+    (
         lines(("tokens_per_second", ""), ylabel="tokens per second", evaluations=False),
         lines(("time/learn", ""), ylabel="seconds per step", evaluations=False),
     ),
     ("tokens_per_second",),
-    "Of learning, without evaluations; it moves with the lengths of the pairs.",
-    height=4.4,
+    "Healthy: steady, but for the lengths of the pairs. Of learning, without evaluations.",
 )
 MEMORY = Panel(
     "Memory by phase",
-    memory,
+    (memory,),
     ("memory/",),
-    "Steady after the first step: growth is a leak. Of the process that needs most; on a CPU with all it has loaded.",
+    "Healthy: steady after the first step; growth is a leak. Of the process that needs most; on a CPU with all it has "
+    "loaded.",
     per_run=True,
 )

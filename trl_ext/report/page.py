@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page about one run or several: it loads nothing and runs no script."""
+"""Write one self-contained HTML page about one run or several: it loads nothing, and runs its own script only."""
 
 import json
 import time
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.folder import write_whole
-from ..runs.log import Series, held_out_accuracy, memory, reference_kl, scores, series
+from .chart import MOST_POINTS
 from .credit import ABOVE_0, BELOW_0, NUMBERS, STRONGEST, prompt_text, tokens
-from .drawing import COLOURS, OF_RUNS, STYLE, inline_svg, matplotlib
-from .pictures import Drawn, draw, write_picture
-from .run import Run, name_apart, read_run
-from .tables import preference_rows, score_text
+from .drawing import COLOURS
+from .embedded import curves_json, policy, scripts, style
+from .pictures import Shown, charts_of, write_picture
+from .results import choice, result_rows, rows_of, side_by_side
+from .run import Run, read_run, told_apart
+from .tables import score_text
 
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -51,34 +53,37 @@ def write_report(
     if path is not None and Path(path).suffix != ".html":
         raise ValueError(f"{path} is no name of a page; give one that ends in .html, and the picture lies beside it.")
     places = [Path(folder) for folder in folders]
-    runs = name_apart([read_run(place) for place in places], places)
+    runs = told_apart([read_run(place) for place in places], places)
     page = Path(path) if path is not None else (places[0] if len(places) == 1 else Path()) / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     title = " · ".join(run.name for run in runs)
-    drawn = draw(runs)
+    panels = charts_of(runs)
     if picture:
-        write_picture(drawn, runs, page.with_suffix(".png"), title)
-    text = render(runs, title, drawn, refresh)
+        write_picture(panels, runs, page.with_suffix(".png"), title)
+    text = render(runs, title, panels, refresh)
     write_whole(page, lambda part: part.write_text(text, encoding="utf-8"))  # a browser may be reading it
     return page
 
 
-def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int = 0) -> str:
-    """Return the text of the page, with its drawn panels."""
+def render(runs: Sequence[Run], title: str, panels: Sequence[Shown], refresh: int = 0) -> str:
+    """Return the text of the page, with its panels."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     running = any(not run.is_finished and not run.is_silent for run in runs)
-    with matplotlib().rc_context(STYLE):
-        figures = [
-            {"title": d.heading, "caption": d.panel.caption, "svg": inline_svg(d.figure, f"panel-{i}")}
-            for i, d in enumerate(drawn)
-        ]
+    texts = scripts()
+    names = [run.name for run in runs]
+    facts = _rows([_facts(run) for run in runs])
+    options = _rows([{k: _text(v) for k, v in sorted(run.options.items())} for run in runs])
+    if len(runs) > 1:
+        shared = [row for row in (*facts, *options) if _is_shared(row)]
+        facts = [row for row in facts if not _is_shared(row)]
+        told = {row[0] for row in facts}
+        facts += [row for row in options if not _is_shared(row) and row[0] not in told]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         runs=runs,
         kinds=NAMES,
-        colours=OF_RUNS,
         light=COLOURS,
         above=" ".join(map(str, ABOVE_0)),
         below=" ".join(map(str, BELOW_0)),
@@ -87,61 +92,20 @@ def render(runs: Sequence[Run], title: str, drawn: Sequence[Drawn], refresh: int
         tokens=tokens,
         prompt_text=prompt_text,
         refresh=refresh if running else 0,
-        facts=_rows({run.name: _facts(run) for run in runs}),
-        figures=figures,
-        results=_results(runs),
-        options=_rows({run.name: {k: _text(v) for k, v in sorted(run.options.items())} for run in runs}),
+        facts=facts,
+        options=options if len(runs) == 1 else [[row[0], row[1]] for row in {row[0]: row for row in shared}.values()],
+        panels=panels,
+        results=result_rows(runs[0]) if len(runs) == 1 else side_by_side(runs),
+        choice=choice(runs),
+        number_of={name: i for i, name in enumerate(names)},
+        most=MOST_POINTS,
+        policy=policy(texts),
+        library_style=style(),
+        curves=curves_json(panels, runs),
+        scripts=texts,
         score_text=score_text,
         time_text=lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
     )
-
-
-def _results(runs: Sequence[Run]) -> list[list[str]]:
-    """Return the rows with their heading: first and last value of one run, or a column for each of several."""
-    if len(runs) == 1:
-        return [["", "first", "last"], *result_rows(runs[0])]
-    columns = {
-        run.name: {name: f"{first} → {last}" if first else last for name, first, last in result_rows(run)}
-        for run in runs
-    }
-    return [["first → last", *columns], *_rows(columns)]
-
-
-def result_rows(run: Run) -> list[list[str]]:
-    """Return name, value at the first and at the last evaluation; of training, at the first and the last line."""
-    rows = []
-    accuracy = held_out_accuracy(run.log)
-    evaluations = [line for line in run.log if accuracy in line]
-    if run.kind == "dpo" and evaluations and "eval_preference/accuracy_low" in evaluations[0]:
-        rows = preference_rows([evaluations[0], evaluations[-1]])
-    else:
-        for label, points, form in (
-            ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
-            ("95% half-width of the score", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
-            ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
-            ("95% half-width of the rise", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
-            ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
-            ("score in training", scores(run.log), "{:+.3f}"),
-            ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
-            ("held-out accuracy", series(run.log, accuracy or ""), "{:.1%}"),
-            ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
-            ("loss", series(run.log, "loss"), "{:.4f}"),
-            ("tokens per response", series(run.log, "completions/mean_length"), "{:.1f}"),
-            ("entropy, nats per token", series(run.log, "terms/entropy"), "{:.3f}"),
-        ):
-            rows += _first_and_last(label, points, form)
-    rows += _first_and_last("tokens per second", series(run.log, "tokens_per_second"), "{:,.0f}")
-    steps, peaks = memory(run.log)
-    rows += _first_and_last("GiB at most held, of one process", (steps[-1:], [max(peaks)] if peaks else []), "{:.2f}")
-    return rows + _first_and_last("seconds of training", series(run.log, "train_runtime"), "{:.0f}")
-
-
-def _first_and_last(label: str, points: Series, form: str) -> list[list[str]]:
-    """Return a row of the first and the last value; a single value is the last; no row without a value."""
-    values = points[1]
-    if not values:
-        return []
-    return [[label, form.format(values[0]) if len(values) > 1 else "", form.format(values[-1])]]
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -151,10 +115,14 @@ def _facts(run: Run) -> dict[str, str]:
     return shown | {name: _text(run.options[name]) for name in SHOWN_OPTIONS if name in run.options}
 
 
-def _rows(columns: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+def _rows(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Return one row for each name that any column has, with the value of every column."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    return [[name, *(column.get(name, "") for column in columns)] for name in rows_of(columns)]
+
+
+def _is_shared(row: Sequence[str]) -> bool:
+    """Return whether all runs have the same value in a row."""
+    return len(set(row[1:])) == 1
 
 
 def _text(value: Any) -> str:

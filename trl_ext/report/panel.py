@@ -1,44 +1,33 @@
-"""`Panel`: what the page shows of some log keys, and who draws it; several runs share a plot, each in its colour."""
+"""`Panel`: what the page shows of some log keys, and who makes it; several runs share a chart, each in its colour."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..runs.log import series
-from .drawing import COLOURS, OF_RUNS, curve, finish, held_out, level, thin
+from .chart import Chart, Curve
+from .drawing import OF_RUNS
 from .run import Run
 
 
 Runs = Sequence[Run]
+ChartOf = Callable[[Runs], Chart]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What the page shows of some log keys."""
+    """What the page shows of some log keys: one chart, or two that belong together."""
 
     title: str
-    draw: Callable[[Any, Runs], None]  # the runs on a figure
+    charts: tuple[ChartOf, ...]
     # It is shown if a run has logged one of them, in training or held out; one that ends in "/" is a prefix.
     keys: tuple[str, ...]
-    caption: str  # what healthy looks like, in a sentence
-    height: float = 3.4  # in inches; the width is that of a phone
+    caption: str  # what healthy looks like: "Healthy: …", then how to read it
     per_run: bool = False  # whether every run gets a panel of its own, because runs cannot share it
     at_least: int = 1  # how many of the keys a run must have logged
 
     def applies_to(self, run: Run) -> bool:
-        names = {key.removeprefix("eval_") for line in run.log for key in line if line[key] is not None}
-        fits = [n for n in names for key in self.keys if (n.startswith(key) if key.endswith("/") else n == key)]
+        fits = [n for n in run.keys for key in self.keys if (n.startswith(key) if key.endswith("/") else n == key)]
         return len(fits) >= self.at_least
-
-
-def colour(runs: Runs, run: Run, alone: str = "blue") -> str:
-    """Return the run's colour among several; that of the curve if there is one run."""
-    return alone if len(runs) == 1 else OF_RUNS[next(i for i, r in enumerate(runs) if r is run) % len(OF_RUNS)]
-
-
-def name(runs: Runs, run: Run, label: str) -> str:
-    """Return the label of a curve; of several runs, only the first has one."""
-    return label if run is runs[0] else ""
 
 
 def lines(
@@ -46,90 +35,72 @@ def lines(
     ylabel: str,
     evaluations: bool = True,
     smooth: bool = True,
-    at: float | None = None,
-    at_label: str = "",
-) -> Callable[[Any, Runs], None]:
-    """Make a panel with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
+    level: tuple[float, str] | None = None,
+) -> ChartOf:
+    """Make a chart with a curve for each (key, label), its held-out twin as diamonds, and a level to compare with."""
 
-    def draw(figure: Any, runs: Runs) -> None:
-        axis = figure.subplots()
+    def chart(runs: Runs) -> Chart:
+        curves = []
         for run in runs:
             for i, (key, label) in enumerate(keys):
-                shade, dashed = colour(runs, run, OF_RUNS[i]), i > 0 and len(runs) > 1
-                curve(axis, series(run.log, key), shade, name(runs, run, label), dashed, smooth)
+                shade, dashed = run.colour or OF_RUNS[i], i > 0 and bool(run.colour)
+                curves.append(Curve(label, series(run.log, key), shade, run.name, smooth=smooth, dashed=dashed))
                 if evaluations:
                     twin = "held out" if label == "training" else f"{label}, held out"
-                    held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, twin))
-        if at is not None:
-            level(axis, at, at_label)
-        finish(axis, ylabel)
+                    curves.append(Curve(twin, series(run.log, f"eval_{key}"), shade, run.name, "held out"))
+        return Chart(ylabel, curves, level=level)
 
-    return draw
+    return chart
 
 
 def spread(
-    keys: Sequence[str], ends: tuple[str, str], ylabel: str, label: str, alone: str = "blue", at: float | None = None
-) -> Callable[[Any, Runs], None]:
+    keys: Sequence[str],
+    ends: tuple[str, str],
+    ylabel: str,
+    label: str,
+    alone: str = "blue",
+    bottom: float | None = None,
+) -> ChartOf:
     """
-    Make a panel with a mean, of the first of `keys` that a run has logged, its held-out twin as diamonds and, of one
-    run, the area, called `label`, between the two keys `ends`, in which "{}" stands for that of the mean. Without a
-    level `at` to compare with, the axis begins at 0.
+    Make a chart with a mean, of the first of `keys` that a run has logged, its held-out twin as diamonds and, of one
+    run, the area, called `label`, between the two keys `ends`, in which "{}" stands for that of the mean. It begins at
+    `bottom`; without one, 0 is a level to compare with.
     """
 
-    def draw(figure: Any, runs: Runs) -> None:
-        axis = figure.subplots()
+    def chart(runs: Runs) -> Chart:
+        curves = []
         for run in runs:
-            shade = colour(runs, run, alone)
+            shade = run.colour or alone
             key = next((key for key in keys if any(key in line for line in run.log)), keys[-1])
-            low, high = (thin(series(run.log, end.format(key))) for end in ends)
+            low, high = (series(run.log, end.format(key)) for end in ends)
             if len(runs) == 1 and low[1] and low[0] == high[0]:
-                style = {"color": COLOURS[shade], "alpha": 0.15, "linewidth": 0, "label": label}
-                axis.fill_between(low[0], low[1], high[1], **style)
-            curve(axis, series(run.log, key), shade, name(runs, run, "mean"))
-            held_out(axis, series(run.log, f"eval_{key}"), shade, name(runs, run, "mean, held out"))
-        if at is None:
-            axis.set_ylim(bottom=0)
-        else:
-            level(axis, at)
-        finish(axis, ylabel)
+                curves.append(Curve(label, low, shade, run.name, "spread", low[1], high[1]))
+            curves.append(Curve("mean", series(run.log, key), shade, run.name))
+            curves.append(Curve("mean, held out", series(run.log, f"eval_{key}"), shade, run.name, "held out"))
+        return Chart(ylabel, curves, bottom=bottom, level=(0.0, "") if bottom is None else None)
 
-    return draw
+    return chart
 
 
-def two_rows(upper: Callable[[Any, Runs], None], lower: Callable[[Any, Runs], None]) -> Callable[[Any, Runs], None]:
-    """Make a panel of two, one above the other."""
+def by_name(prefix: str, ylabel: str, suffix: str = "") -> ChartOf:
+    """Make a chart with a curve for every key of one run that begins with `prefix` and ends with `suffix`."""
 
-    def draw(figure: Any, runs: Runs) -> None:
-        above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-        upper(above, runs)
-        above.axes[0].set_xlabel("")
-        lower(below, runs)
-
-    return draw
-
-
-def by_name(prefix: str, ylabel: str, suffix: str = "") -> Callable[[Any, Runs], None]:
-    """Make a panel with a curve for every key of one run that begins with `prefix` and ends with `suffix`."""
-
-    def draw(figure: Any, runs: Runs) -> None:
+    def chart(runs: Runs) -> Chart:
         (run,) = runs
-        axis = figure.subplots()
-        found = {key: None for line in run.log for key in line if key.startswith(prefix) and key.endswith(suffix)}
-        for i, key in enumerate(list(found)[: len(OF_RUNS)]):
-            label = key.removeprefix(prefix).removesuffix(suffix)
-            curve(axis, series(run.log, key), OF_RUNS[i], label)
-        finish(axis, ylabel)
+        found = [key for key in run.keys if key.startswith(prefix) and key.endswith(suffix)]
+        named = [(key.removeprefix(prefix).removesuffix(suffix), series(run.log, key)) for key in found]
+        of_runs = zip(OF_RUNS, named, strict=False)
+        return Chart(ylabel, [Curve(label, points, shade, run.name) for shade, (label, points) in of_runs])
 
-    return draw
+    return chart
 
 
 LEARNING = Panel(
     "Learning rate and gradient",
-    two_rows(
+    (
         lines(("learning_rate", ""), ylabel="learning rate", evaluations=False, smooth=False),
-        lines(("grad_norm", ""), ylabel="gradient norm", evaluations=False),
+        lines(("grad_norm", ""), ylabel="gradient norm before clipping", evaluations=False),
     ),
     ("learning_rate", "grad_norm"),
-    "The norm is that before clipping; spikes ask for a lower rate or a longer warm-up.",
-    height=4.4,
+    "Healthy: a norm without spikes; where there are some, lower the rate or warm up for longer.",
 )

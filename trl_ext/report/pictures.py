@@ -1,4 +1,4 @@
-"""Draw the panels that a run has, and write a PNG of them."""
+"""The panels of a run with their charts, and a PNG of them."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .drawing import OF_RUNS, STYLE, figure, matplotlib, pixels, text_line
+from .chart import Chart
+from .drawing import OF_RUNS, STYLE, draw_charts, figure, matplotlib, pixels, text_line
 from .panel import LEARNING, Panel, Runs, lines
 from .policy_panels import POLICY
 from .preference_panels import PREFERENCE
@@ -14,29 +15,45 @@ from .run import Run
 
 
 WIDTH = 4.4  # inches of a panel
+HEIGHTS = {1: 3.4, 2: 5.6}  # by the number of its charts
 CRITIC = (
     Panel(
         "Explained variance of held-out returns",
-        lines(("value/explained_variance_mc", "training"), ylabel="1 − Var(G − V) / Var(G)", at=0),
+        (
+            lines(
+                ("value/explained_variance_mc", "training"),
+                ylabel="1 − Var(G − V) / Var(G)",
+                level=(0.0, "a constant"),
+            ),
+        ),
         ("value/explained_variance_mc",),
-        "Rising, then flat or falling: the critic of the best pass is kept. At most 0 a constant explains as much.",
+        "Healthy: rising, then flat or falling; the critic of the best pass is kept. At 0 a constant is as good.",
     ),
 )
 OTHER = (
-    Panel("Loss", lines(("loss", "training"), ylabel="loss"), ("loss",), "Falling."),
+    Panel("Loss", (lines(("loss", "training"), ylabel="loss"),), ("loss",), "Healthy: falling."),
     Panel(
         "Token accuracy",
-        lines(("mean_token_accuracy", "training"), ylabel="share"),
+        (lines(("mean_token_accuracy", "training"), ylabel="share of tokens that the model puts first"),),
         ("mean_token_accuracy",),
-        "The share of tokens that the model puts first; rising.",
+        "Healthy: rising.",
     ),
     LEARNING,
 )
 OF_KIND = {"ppo": POLICY, "grpo": POLICY, "dpo": PREFERENCE, "reward": PREFERENCE, "critic": (*CRITIC, *OTHER)}
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A panel with its heading and its charts, of all runs that it applies to."""
+
+    heading: str
+    panel: Panel
+    charts: Sequence[Chart]
+
+
 def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:
-    """Return the panels to draw, each with its runs, in order; those of two algorithms one after the other."""
+    """Return the panels to show, each with its runs, in order; those of two algorithms one after the other."""
     chosen: dict[Panel, list[Run]] = {}
     for run in runs:
         for panel in OF_KIND.get(run.kind or "", OTHER):
@@ -48,41 +65,43 @@ def panels_of(runs: Runs) -> list[tuple[Panel, list[Run]]]:
     return found
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A panel on a figure of its own, with its heading."""
-
-    heading: str
-    panel: Panel
-    figure: Any
-
-
-def draw(runs: Runs) -> list[Drawn]:
-    """Draw the panels that the runs have logged something for."""
+def charts_of(runs: Runs) -> list[Shown]:
+    """Return the panels that the runs have logged something for, with their charts."""
     found = []
-    with matplotlib().rc_context(STYLE):
-        for panel, of_panel in panels_of(runs):
-            canvas = figure(WIDTH, panel.height)
-            panel.draw(canvas, of_panel)
-            suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
-            found.append(Drawn(panel.title + suffix, panel, canvas))
-    return found
+    for panel, of_panel in panels_of(runs):
+        suffix = f": {of_panel[0].name}" if panel.per_run and len(runs) > 1 else ""
+        charts = [chart_of(of_panel) for chart_of in panel.charts]
+        found.append(Shown(panel.title + suffix, panel, [chart for chart in charts if has_points(chart)]))
+    return [shown for shown in found if shown.charts]
 
 
-def write_picture(drawn: Sequence[Drawn], runs: Runs, path: Path, title: str = "") -> None:
-    """Write a PNG of drawn panels, up to three in a row; several runs are named in their colours."""
+def has_points(chart: Chart) -> bool:
+    return any(curve.points[1] for curve in chart.curves)
+
+
+def write_picture(panels: Sequence[Shown], runs: Runs, path: Path, title: str = "") -> None:
+    """Draw panels and write a PNG of them in up to three columns; several runs are named in their colours."""
+    library = matplotlib()
     import numpy
 
-    columns = min(3, max(len(drawn), 1))
-    with matplotlib().rc_context(STYLE):
+    columns = min(3, max(len(panels), 1))
+    with library.rc_context(STYLE):
         strips = [text_line(title, WIDTH * columns, 0.4, size=13)] if title else []
         if len(runs) > 1:
             names = zip(runs, itertools.cycle(OF_RUNS), strict=False)
             strips += [text_line(f"● {run.name}", WIDTH * columns, 0.25, size=10, colour=c) for run, c in names]
-        cells = [[text_line(d.heading, WIDTH, 0.35), pixels(d.figure)] for d in drawn]
-        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] or [[[text_line("", WIDTH, 1.0)]]]
-        picture = _join(strips + [_join([_join(cell, 0) for cell in row], 1) for row in rows], 0)
-        matplotlib().image.imsave(path, numpy.ascontiguousarray(picture))
+        filled: list[list[Any]] = [[] for _ in range(columns)]
+        for shown in panels:  # each into the column that is shortest so far, so that no gaps are left
+            min(filled, key=lambda column: sum(image.shape[0] for image in column)).extend(_cell(shown))
+        below = _join([_join(column, 0) for column in filled], 1) if panels else text_line("", WIDTH, 1.0)
+        picture = _join([*strips, below], 0)
+        library.image.imsave(path, numpy.ascontiguousarray(picture))
+
+
+def _cell(shown: Shown) -> list[Any]:
+    canvas = figure(WIDTH, HEIGHTS[len(shown.charts)])
+    draw_charts(canvas, shown.charts)
+    return [text_line(shown.heading, WIDTH, 0.35), pixels(canvas)]
 
 
 def _join(images: Sequence[Any], axis: int) -> Any:

@@ -1,66 +1,56 @@
-"""Draw the panels of a policy that samples: PPO, GRPO, RLOO."""
+"""The panels of a policy that samples: PPO, GRPO, RLOO."""
 
 import math
-from typing import Any
 
 from ..ppo.terms import TERMS
 from ..runs.log import Log, Series, reference_kl, scores, series
-from .drawing import COLOURS, OF_RUNS, curve, finish, held_out, level, thin
-from .machine_panels import MEMORY, THROUGHPUT, TIME
-from .panel import LEARNING, Panel, Runs, by_name, colour, lines, name, spread, two_rows
+from .chart import Band, Chart, Curve
+from .drawing import OF_RUNS
+from .machine_panels import MEMORY, THROUGHPUT, TIME, stacked
+from .panel import LEARNING, Panel, Runs, by_name, lines, spread
 from .run import Run
 
 
-def reward(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
+def reward(runs: Runs) -> Chart:
+    curves = []
     for run in runs:
-        curve(axis, scores(run.log), colour(runs, run), name(runs, run, "rollouts"))
-        evaluations = _held_out_scores(run)
+        shade = run.colour or "blue"
+        curves.append(Curve("rollouts", scores(run.log), shade, run.name))
+        points = held_out_scores(run)
         widths = dict(zip(*series(run.log, "eval_reward/score_ci95"), strict=True))
-        low, high = (
-            (evaluations[0], [v + sign * widths.get(s, 0.0) for s, v in zip(*evaluations, strict=True)])
-            for sign in (-1, 1)
-        )
+        ends = [[v + sign * widths.get(s, 0.0) for s, v in zip(*points, strict=True)] for sign in (-1, 1)]
         label = "held-out prompts, 95% interval" if widths else "held-out prompts"
-        held_out(axis, evaluations, colour(runs, run), name(runs, run, label), (low, high))
-    finish(axis, "score")
+        curves.append(Curve(label, points, shade, run.name, "held out", *(ends if widths else ())))
+    return Chart("score", curves)
 
 
-def frontier(figure: Any, runs: Runs) -> None:
-    """Draw the score over the KL: a point for each rollout, later ones stronger; diamonds for evaluations."""
-    axis = figure.subplots()
+def frontier(runs: Runs) -> Chart:
+    """Show the score over the KL: a dot for each rollout, a diamond for each evaluation."""
+    curves = []
     for run in runs:
-        shade = COLOURS[colour(runs, run)]
-        points = _paired(thin(reference_kl(run.log)), scores(run.log))
-        for i, (kl, score) in enumerate(points):
-            axis.plot([kl], [score], ".", color=shade, alpha=0.25 + 0.75 * (i + 1) / len(points), markersize=7)
-        evaluations = _paired(series(run.log, "eval_kl/ref"), _held_out_scores(run))
-        if evaluations:
-            style = {"markeredgecolor": COLOURS["ink"], "markersize": 6, "label": name(runs, run, "held-out prompts")}
-            axis.plot(*zip(*evaluations, strict=True), "D:", color=shade, **style)
+        shade = run.colour or "blue"
+        steps, points = _paired(reference_kl(run.log), scores(run.log))
+        curves.append(Curve("rollouts, later ones stronger", points, shade, run.name, "dots", steps=steps))
+        steps, points = _paired(series(run.log, "eval_kl/ref"), held_out_scores(run))
+        curves.append(Curve("held-out prompts", points, shade, run.name, "held out", steps=steps))
     low, high = runs[0].kl_band
-    axis.axvspan(low, high, color=COLOURS["band"], zorder=0, linewidth=0, label=f"KL {low:g} to {high:g}")
-    finish(axis, "score", "KL to the reference, nats per sequence")
+    band = Band(low, high, f"KL {low:g} to {high:g}", along_x=True)
+    return Chart("score", curves, "KL to the reference, nats per sequence", band=band)
 
 
-def kl(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
+def kl(runs: Runs) -> Chart:
+    curves = []
+    for run in runs:
+        shade = run.colour or "red"
+        curves.append(Curve("rollouts", reference_kl(run.log), shade, run.name))
+        curves.append(Curve("held-out prompts", series(run.log, "eval_kl/ref"), shade, run.name, "held out"))
     low, high = runs[0].kl_band
-    axis.axhspan(low, high, color=COLOURS["band"], zorder=0, linewidth=0, label=f"band {low:g} to {high:g}")
-    for run in runs:
-        curve(axis, reference_kl(run.log), colour(runs, run, "red"), name(runs, run, "rollouts"))
-        held_out(axis, series(run.log, "eval_kl/ref"), colour(runs, run, "red"), name(runs, run, "held-out prompts"))
-    finish(axis, "nats per sequence")
+    return Chart("KL, nats per sequence", curves, band=Band(low, high, f"band {low:g} to {high:g}"))
 
 
-def kl_coefficient(figure: Any, runs: Runs) -> None:
-    axis = figure.subplots()
-    for run in runs:
-        steps, values = thin(series(run.log, "coef/kl"))
-        shade = COLOURS[colour(runs, run, "amber")]
-        axis.plot(steps, values, color=shade, drawstyle="steps-post", label=name(runs, run, "kl_coef"))
-    axis.set_ylim(bottom=0)
-    finish(axis, "coefficient")
+def kl_coefficient(runs: Runs) -> Chart:
+    curves = [Curve("", series(run.log, "coef/kl"), run.colour or "amber", run.name, "steps") for run in runs]
+    return Chart("coefficient of the KL", curves, bottom=0)
 
 
 def contributions(log: Log) -> dict[str, Series]:
@@ -75,105 +65,96 @@ def contributions(log: Log) -> dict[str, Series]:
     return curves
 
 
-def loss_terms(figure: Any, runs: Runs) -> None:
+COLOURS_OF_TERMS = {term.contribution: OF_RUNS[i % len(OF_RUNS)] for i, term in enumerate(TERMS)}
+
+
+def loss_terms(runs: Runs) -> Chart:
     """Stack the signed contributions of one run: those above 0 add to the loss, those below subtract."""
     (run,) = runs
-    axis = figure.subplots()
-    curves = {term: thin(points) for term, points in contributions(run.log).items()}
-    for sign in (1, -1):
-        floor: list[float] = []
-        for i, term in enumerate(term.contribution for term in TERMS):
-            if term not in curves:
-                continue
-            steps, values = curves[term]
-            floor = floor or [0.0] * len(values)
-            top = [base + sign * max(0.0, sign * value) for base, value in zip(floor, values, strict=True)]
-            style = {"color": COLOURS[OF_RUNS[i % len(OF_RUNS)]], "alpha": 0.55, "linewidth": 0}
-            axis.fill_between(steps, floor, top, label=term if sign == 1 else "", **style)
-            floor = top
-    axis.plot(*thin(series(run.log, "loss")), color=COLOURS["ink"], label="loss, their sum")
-    axis.axhline(0, color=COLOURS["muted"], linewidth=0.8)
-    finish(axis, "adds to the loss")
+    curves = stacked(contributions(run.log), COLOURS_OF_TERMS, run.name)
+    total = Curve("loss, their sum", series(run.log, "loss"), "ink", run.name, smooth=False)
+    return Chart("adds to the loss", [*curves, total], level=(0.0, ""))
 
 
-def policy_terms(figure: Any, runs: Runs) -> None:
-    """Draw the same without the value loss, which dwarfs them: what the actor learns from."""
+def policy_terms(runs: Runs) -> Chart:
+    """Show the same without the value loss, which dwarfs them: what the actor learns from."""
     (run,) = runs
-    axis = figure.subplots()
-    curves = contributions(run.log)
-    for i, term in enumerate(TERMS):
-        if term.name != "value_loss" and term.contribution in curves:
-            curve(axis, curves[term.contribution], OF_RUNS[i % len(OF_RUNS)])
-    level(axis, 0)
-    finish(axis, "those of the actor")
+    critic = next(term.contribution for term in TERMS if term.name == "value_loss")
+    shown = {term: points for term, points in contributions(run.log).items() if term != critic}
+    curves = [Curve(term, points, COLOURS_OF_TERMS[term], run.name) for term, points in shown.items()]
+    return Chart("adds to the loss, without the critic", curves, level=(0.0, ""))
 
 
-def _held_out_scores(run: Run) -> Series:
+def held_out_scores(run: Run) -> Series:
+    """Return the scores of evaluations, of PPO, GRPO or RLOO."""
     points = series(run.log, "eval_reward/score")
     return points if points[1] else series(run.log, "eval_reward")
 
 
-def _paired(first: Series, second: Series) -> list[tuple[float, float]]:
-    """Return the values of two series at the steps that both have."""
+def _paired(first: Series, second: Series) -> tuple[list[int], tuple[list[float], list[float]]]:
+    """Return the steps that two series share, and the values of both there."""
     known = dict(zip(*second, strict=True))
-    return [(value, known[step]) for step, value in zip(*first, strict=True) if step in known]
+    shared = [(step, value, known[step]) for step, value in zip(*first, strict=True) if step in known]
+    return [step for step, _, _ in shared], ([x for _, x, _ in shared], [y for _, _, y in shared])
 
 
 POLICY = (
     Panel(
         "Reward",
-        reward,
+        (reward,),
         ("reward/score", "reward"),
-        "Rising, then flat. When the held-out score stops and the training goes on rising, stop.",
+        "Healthy: rising, then flat. Where the held-out score stops and the training goes on rising, stop.",
     ),
     Panel(
         "Reward against KL",
-        frontier,
+        (frontier,),
         ("kl/ref", "kl"),
-        "What the reward has cost: right is further from the reference. Later rollouts are stronger in colour.",
+        "Healthy: upwards within the band. It shows what the reward has cost: right is further from the reference.",
     ),
     Panel(
         "KL to the reference and its coefficient",
-        two_rows(kl, kl_coefficient),
+        (kl, kl_coefficient),
         ("kl/ref", "kl"),
-        "0 at first, then within the band. A controller that keeps raising the coefficient cannot hold the KL.",
-        height=5.6,
+        "Healthy: 0 at first, then within the band. A controller that keeps raising the coefficient cannot hold the "
+        "KL.",
     ),
     Panel(
         "What each term adds to the loss",
-        two_rows(loss_terms, policy_terms),
+        (loss_terms, policy_terms),
         ("terms/clip_objective",),
-        "Weighted and signed, the terms add up to the loss; below, those of the actor alone. The clip objective "
-        "starts near 0 in every rollout.",
-        height=5.6,
+        "Healthy: no term of the actor dwarfs the others. Weighted and signed, the terms add up to the loss; the clip "
+        "objective starts near 0 in every rollout.",
         per_run=True,
     ),
     Panel(
         "Lengths of responses",
-        spread(
-            ("completions/mean_length",),
-            ("completions/min_length", "completions/max_length"),
-            "tokens per response",
-            "shortest to longest",
+        (
+            spread(
+                ("completions/mean_length",),
+                ("completions/min_length", "completions/max_length"),
+                "tokens per response",
+                "shortest to longest",
+                bottom=0,
+            ),
         ),
         ("completions/mean_length",),
-        "Steady. A drift to the limit or to a few tokens says that length is rewarded.",
+        "Healthy: steady. A drift to the limit or to a few tokens says that length is rewarded.",
     ),
     Panel(
         "Responses cut off",
-        lines(("completions/clipped_ratio", "training"), ylabel="share without an end token"),
+        (lines(("completions/clipped_ratio", "training"), ylabel="share without an end token"),),
         ("completions/clipped_ratio",),
-        "Falling. Near 1: allow longer responses, or penalise a missing end.",
+        "Healthy: falling. Near 1, allow longer responses, or penalise a missing end.",
     ),
     Panel(
         "Entropy",
-        lines(("terms/entropy", ""), ("entropy", ""), ylabel="nats per token", evaluations=False),
+        (lines(("terms/entropy", ""), ("entropy", ""), ylabel="nats per token", evaluations=False),),
         ("terms/entropy", "entropy"),
-        "Falls slowly. A fall to a tenth within a few rollouts is collapse.",
+        "Healthy: falling slowly. A fall to a tenth within a few rollouts is collapse.",
     ),
     Panel(
         "Clipping, and how far an update goes",
-        two_rows(
+        (
             lines(
                 ("policy/clip_fraction", "policy"),
                 ("value/clip_fraction", "value"),
@@ -181,23 +162,30 @@ POLICY = (
                 ylabel="share of tokens clipped",
                 evaluations=False,
             ),
-            lines(("policy/approx_kl", ""), ylabel="KL of the update, nats", evaluations=False),
+            lines(("policy/approx_kl", ""), ylabel="KL of the update, nats per token", evaluations=False),
         ),
         ("policy/clip_fraction", "clip_ratio/region_mean"),
-        "0 in the first step of a rollout, 0.02 to 0.2 later; above 0.3 lower the learning rate or the epochs.",
-        height=5.2,
+        "Healthy: 0 in the first step of a rollout, 0.02 to 0.2 later. Above 0.3, lower the learning rate or the "
+        "epochs.",
     ),
     Panel(
         "Explained variance of the critic",
-        lines(("value/explained_variance", ""), ylabel="1 − Var(R − V) / Var(R)", evaluations=False, at=0),
+        (
+            lines(
+                ("value/explained_variance", ""),
+                ylabel="1 − Var(R − V) / Var(R)",
+                evaluations=False,
+                level=(0.0, "a constant"),
+            ),
+        ),
         ("value/explained_variance",),
-        "From about 0 up to 0.3 to 0.9. Below 0 for long: the critic is worse than a constant.",
+        "Healthy: from about 0 up to 0.3 to 0.9. Below 0 for long, the critic is worse than a constant.",
     ),
     Panel(
         "Rewards by source",
-        by_name("rewards/", "mean of the source", "/mean"),
+        (by_name("rewards/", "mean of the source", "/mean"),),
         ("rewards/",),
-        "Rising, or at least not falling while another rises.",
+        "Healthy: rising, or at least not falling while another rises.",
         per_run=True,
         at_least=4,  # the mean and the std of two sources
     ),

@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..runs.convergence import KL_BAND, Verdict, verdict
 from ..runs.folder import BEAT, FACTS, STATE, begun_at, is_of_this_run, newest, read_facts, without_place
 from ..runs.log import algorithm
 from .credit import Credit, read_credit
+from .drawing import OF_RUNS
 from .tables import Pair, Sample, read_pairs, read_samples
 
 
@@ -24,7 +26,8 @@ class Run:
     """
     One run: its log, and what is known of it. `facts` and `options` are for people to read. `heard` is when its log
     was last written, in seconds since the epoch; after `silent_after` more seconds without a log line, it is silent.
-    `stopped` says that a signal has ended it, or that its process no longer lives.
+    `stopped` says that a signal has ended it, or that its process no longer lives. `colour` is its own among several
+    runs, a name of `COLOURS`; `source` is the file that its log is from, below the folder.
     """
 
     name: str
@@ -39,6 +42,14 @@ class Run:
     heard: float | None = None
     silent_after: float = math.inf
     stopped: bool = False
+    colour: str = ""
+    source: str = STATE
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Return what it has logged, in training or in evaluations, without `eval_`."""
+        names = {key: None for line in self.log for key, value in line.items() if value is not None}
+        return list(dict.fromkeys(key.removeprefix("eval_") for key in names))
 
     @property
     def kind(self) -> str | None:
@@ -70,11 +81,11 @@ class Run:
             return f"has not logged for {_duration(time.time() - (self.heard or 0.0))}"
         return "finished" if self.is_finished else "running"
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         return verdict(self.log, self.kl_band)
 
-    @property
+    @cached_property
     def alarms(self) -> list[Alarm]:
         return alarms(self.log, self.kl_band[1])
 
@@ -90,10 +101,10 @@ def read_run(folder: str | Path) -> Run:
         ValueError: when none can be read, such as one that is half-written.
     """
     folder = Path(folder)
-    paths, errors, state = _states(folder), [], None
+    paths, errors, state, source = _states(folder), [], None, folder
     for path in paths:  # the first that is whole: the Trainer may be writing the others
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state, source = json.loads(path.read_text(encoding="utf-8")), path
             break
         except ValueError as error:
             errors.append(f"{path} ({error})")
@@ -117,17 +128,20 @@ def read_run(folder: str | Path) -> Run:
         heard=max(written),
         silent_after=_silent_after(written, len(log), begun_at(folder), known.get("every") or 0.0),
         stopped="stopped" in known or (bool(known.get("beats")) and not _lives(folder / FACTS)),
+        source=source.relative_to(folder).as_posix(),
     )
 
 
-def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
-    """Give runs whose folders have the same name as much of their paths as tells them apart."""
-    names = [run.name for run in runs]
-    if len(set(names)) == len(names):
-        return runs
+def told_apart(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
+    """Give each of several runs its colour and, where folders share a name, as much of their paths as it takes."""
+    if len(runs) == 1:
+        return list(runs)
     parts = [folder.resolve().parts for folder in folders]
-    depth = next((n for n in range(2, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts)), 1)
-    return [Run(**{**vars(run), "name": "/".join(p[-depth:])}) for run, p in zip(runs, parts, strict=True)]
+    depth = next((n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts)), 1)
+    return [
+        replace(run, name="/".join(p[-depth:]), colour=OF_RUNS[i % len(OF_RUNS)])
+        for i, (run, p) in enumerate(zip(runs, parts, strict=True))
+    ]
 
 
 def _states(folder: Path) -> list[Path]:

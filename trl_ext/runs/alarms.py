@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..statistics import wilson_interval
 from .convergence import first_not_finite, mean
-from .log import Log, algorithm, is_tie, reference_kl, series
+from .log import Log, algorithm, held_out_accuracy, is_tie, reference_kl, series
 
 
 LATELY = 5  # values of a key that are averaged
@@ -84,7 +85,7 @@ def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
     if kind in ("ppo", "grpo"):
         checks += [lambda log: _far_from_the_reference(log, kl_high), _collapsed, _lengths_drift, _past_its_best]
     if kind in ("dpo", "reward"):
-        checks += [_overfitted, _learns_length]
+        checks += [_overfitted, _worse_than_chance, _learns_length]
     checks += [*RULES.get(kind or "", ()), *FOR_ALL]
     if kind == "dpo":  # before the first step all pairs are ties, which say nothing
         lines = [dict(line) for line in log if not is_tie(line)]
@@ -152,9 +153,33 @@ def _overfitted(log: Log) -> Alarm | None:
     return Alarm("eval_loss", text, "the pairs are learnt by heart; train for fewer steps, or raise β")
 
 
+def _worse_than_chance(log: Log) -> Alarm | None:
+    """Alarm if more held-out pairs, of all or of a source, are in the wrong order than chance explains at 95%."""
+    key = held_out_accuracy(log)
+    if key is None:
+        return None
+    line = next(line for line in reversed(log) if line.get(key) is not None)
+    if line.get(f"{key}_high", 1.0) < 0.5:
+        advice = "look whether chosen and rejected are swapped in the data"
+        return Alarm(key, f"is {line[key]:.1%}, below chance beyond its interval", advice)
+    worst: tuple[float, str] | None = None
+    for name in (name.removeprefix(f"{key}/") for name in line if name.startswith(f"{key}/")):
+        pairs, share = line.get(f"eval_preference/pairs/{name}"), line[f"{key}/{name}"]
+        if pairs and wilson_interval(share * pairs, int(pairs))[1] < 0.5:
+            worst = min(worst or (share, name), (share, name))
+    if worst is None:
+        return None
+    text = f"is {worst[0]:.1%}, below chance beyond its interval"
+    advice = "look whether this source has chosen and rejected swapped, or contradicts the others"
+    return Alarm(f"{key}/{worst[1]}", text, advice)
+
+
 def _learns_length(log: Log) -> Alarm | None:
-    values = series(log, "preference/length_correlation")[1][-LATELY:]
+    """Alarm if margins follow lengths on held-out pairs, else on those that are trained on."""
+    held_out, training = (f"{prefix}preference/length_correlation" for prefix in ("eval_", ""))
+    key = held_out if series(log, held_out)[1] else training
+    values = series(log, key)[1][-LATELY:]
     if not values or abs(mean(values)) <= 0.5:
         return None
     text = f"is {mean(values):+.2f} lately, beyond ±0.5"
-    return Alarm("preference/length_correlation", text, "the margin follows the length; balance the pairs' lengths")
+    return Alarm(key, text, "the margin follows the length; balance the pairs' lengths")

@@ -70,3 +70,14 @@ def is_tie(metrics: Mapping[str, Any]) -> bool:
     ends = [metrics.get(f"{prefix}rewards/margins_{end}") for prefix in ("", "eval_") for end in ("p10", "p90")]
     known = [abs(margin) for margin in ends if margin is not None]
     return bool(known) and max(known) < TIE
+
+
+def tokens(log: Log) -> Series:
+    """Return how many tokens had been processed by a step, since the run began, over all ranks."""
+    return series(log, "num_tokens")
+
+
+def hours(log: Log) -> Series:
+    """Return how many hours had passed by a step, of runs with `ReportCallback`; between stop and resume none does."""
+    steps, seconds = series(log, "time/elapsed")
+    return steps, [value / 3600 for value in seconds]
