@@ -34,6 +34,8 @@ autodoc_default_options = {"members": True}
 html_theme = "furo"
 html_title = "trl_ext"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # below: browsers show it by themselves, so that the site also reads offline
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 import commands
 import dpo_runs
@@ -33,6 +35,8 @@ ELSEWHERE = {
     "make demo": "tests/scripts/test_proof_demo.py runs what it runs, in full",
     "make test": "runs this test",
     "pip install .": "the tests run on an installed package",
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "the tests run on an installed torch",
+    "trl-ext chat outputs/dpo-demo": "tests/cli/test_chat.py chats",
     'pip install ".[demo]"': "tests/scripts/test_wheel.py installs the wheel in an empty environment",
     "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
         "tests/cli/test_launch.py starts two processes"
@@ -86,7 +90,7 @@ MEASURED = {
     },
 }
 A_COMMAND = re.compile(
-    rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl-ext|{commands.A_SCRIPT}|pip|make|vllm serve)(?: |$|\w)", re.MULTILINE
+    rf"^(?:\$ )?(?:\w+=\S+ )*(?:trl(?:-ext)?|{commands.A_SCRIPT}|pip|make|vllm serve)(?: |$|\w)", re.MULTILINE
 )
 
 # What cuts a run short, by script.
@@ -99,6 +103,7 @@ SHORT = {
     "--test_size 4",
     "critic": f"--total_episodes 4 --gradient_accumulation_steps 1 --max_passes 1 {BATCH} --response_length 3 "
     "--test_size 4",
+    "sft": "--max_steps 2 --per_device_train_batch_size 4 --report_to none --bf16 false",
     "score": "--test_size 4",
     "equivalence": "--steps 20",
     "plan": "",
@@ -188,9 +193,10 @@ def workplace(tmp_path_factory):
         Path("docs/images").mkdir(parents=True)
         actor = tiny.save_tiny(folder)["actor"]
         # NF4 on CPU needs such widths.
-        tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained("my-sft")
+        for name in ("my-base", "my-sft"):  # the quick start makes the second of the first, other pages come before
+            tiny.tiny_actor(hidden_size=64, intermediate_size=128).save_pretrained(name)
         tiny.tiny_reward_model().save_pretrained("my-reward")
-        for name in ("my-sft", "my-reward"):
+        for name in ("my-base", "my-sft", "my-reward"):
             tiny.tiny_tokenizer().save_pretrained(name)
         four_roles.save_adapter("my-sft", "my-reward-adapter", "SEQ_CLS", 1)
         rows = [{"prompt": text} for text in tiny.tiny_prompts(40)["prompt"]]
@@ -199,6 +205,9 @@ def workplace(tmp_path_factory):
             r"^```python\n# my_rewards.py\n(.*?)^```", (ROOT / "docs/ppo.md").read_text(), re.M | re.S
         )
         Path("my_rewards.py").write_text(rewards)
+        Path("chats").mkdir()
+        talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a good film"}]
+        write_lines("chats/train.jsonl", [{"messages": talk}] * 8)
         write_lines("pairs.jsonl", [row | {"chosen": " good film", "rejected": " bad film"} for row in rows])
         patch.setattr(demo, "smollm2", lambda: actor)
         patch.setattr(demo, "movie_reviews", made_up_ratings)
@@ -242,6 +251,8 @@ def quick_start(folder, **_):
     folders = ("outputs/dpo-demo", "outputs/reward-demo", "outputs/ppo-demo", "outputs/ppo-head", "out/dpo", "out/ppo")
     for name in folders:
         assert (folder / name / "metrics.json").is_file(), name
+    base, sft = (load_file(folder / name / "model.safetensors") for name in ("my-base", "my-sft"))
+    assert any(not torch.equal(base[name], sft[name]) for name in base)
     assert (folder / "outputs/ppo-head/critic").is_dir()
     assert len((folder / "out/scores.jsonl").read_text().splitlines()) == 4
 

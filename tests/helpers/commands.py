@@ -15,7 +15,7 @@ from trl_ext.cli.main import COMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("scripts", "benchmarks", "experiments")
 A_SCRIPT = rf"python (?:{'|'.join(FOLDERS)})/"
-LINE = re.compile(rf"(?:trl-ext (?P<command>\w+)|{A_SCRIPT}(?P<script>\w+)\.py)(?: .*)?")
+LINE = re.compile(rf"(?:trl(?:-ext)? (?P<command>\w+)|{A_SCRIPT}(?P<script>\w+)\.py)(?: .*)?")
 
 
 def command(name: str) -> ModuleType:
@@ -51,5 +51,9 @@ def name_in(line: str) -> str:
 def run(line: str, *more: str) -> None:
     """The line by its own `main`, with the words `more` behind it."""
     name = name_in(line)
+    if line.startswith("trl "):  # TRL's own; its command would start accelerate, which starts this
+        own = importlib.import_module(f"trl.scripts.{name}")
+        own.main(*own.make_parser().parse_args_and_config([*shlex.split(line)[2:], *more]))
+        return
     module = command(name) if name in COMMANDS else script(name)
     module.main([*shlex.split(line)[2:], *more])
