@@ -487,7 +487,7 @@ def test_script_says_what_is_wrong(tmp_path, capsys):
             report(*words)
     with pytest.raises(SystemExit):
         report(tmp_path, "--watch", -1)
-    assert "--watch is -1" in capsys.readouterr().err
+    assert "`--watch` is -1" in capsys.readouterr().err
 
 
 def test_parquet_of_other_prompts_is_not_shown_as_before_and_after(tmp_path):
