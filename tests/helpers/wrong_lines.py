@@ -115,12 +115,12 @@ LINES = {
     """,
     "Reward functions": """
         ppo … --reward_funcs my_reward
-        ppo … --reward_funcs my_rewards.lenght
-        ppo … --reward_funcs my_rewards.py:solved
-        ppo … --reward_funcs my_rewards.py:total
-        ppo … --reward_funcs my_rewards.py:first_word
+        ppo … --reward_funcs my_functions.lenght
+        ppo … --reward_funcs my_functions.py:solved
+        ppo … --reward_funcs my_functions.py:total
+        ppo … --reward_funcs my_functions.py:first_word
         ppo … --reward_funcs get_soft_overlong_punishment
-        ppo … --reward_funcs my_rewards.py:short --reward_weights 1 2 3
+        ppo … --reward_funcs my_functions.py:short --reward_weights 1 2 3
     """,
     "Packages and hardware": """
         dpo … --attn_implementation flash_attention_2
@@ -160,7 +160,7 @@ FILES = {
     "ab.csv": "prompt,response_a,response_b\n" + "good film,good,bad\n" * 12,
     "questions.csv": "question,answer\n" + "good film,good\n" * 12,
     "done/run.json": "{}",
-    "my_rewards.py": (
+    "my_functions.py": (
         "def solved(completions, solution, **kwargs):\n    return [float(s == '4') for s in solution]\n\n"
         "def short(completions, **kwargs):\n    return [-len(text) for text in completions]\n\n"
         "def total(completions, **kwargs):\n    return sum(len(text) for text in completions)\n\n"
