@@ -66,7 +66,7 @@ def derive(logps: Tensor, ref_logps: Tensor) -> dict[str, float]:
         "log-ratio of y_l": logps[1] - ref_logps[1],
         "implicit reward r_w": rewards[0],
         "implicit reward r_l": rewards[1],
-        "margin, the documents' diff": rewards[0] - rewards[1],
+        "margin": rewards[0] - rewards[1],
         "P(y_w ≻ y_l), Bradley-Terry": preference_probability(*rewards),
         "loss": dpo_loss(*rewards),
         "gradient weight σ(r_l − r_w)": gradient_weight(*rewards),

@@ -10,7 +10,7 @@ from ..runs.convergence import CONVERGED, DIVERGING, KL_BAND, MIN_ACCURACY, WIND
 
 class ConvergenceCallback(TrainerCallback):
     """
-    Applies the documents' criteria (S1 §6.2), [`trl_ext.runs.convergence.verdict`], to every log line, as the report
+    Applies the criteria of Zhang 2025 §6.2, [`trl_ext.runs.convergence.verdict`], to every log line, as the report
     does: for PPO, GRPO and RLOO a KL to the reference within its band and a reward that has risen and is flat; for DPO
     and reward models the share of held-out pairs in the right order. Prints the verdict when its status changes.
 

@@ -1,6 +1,6 @@
 """
 The options of PPO by topic, one class each: name, range, default, and a help with the unit and the value that a source
-document gives (S1 §6.2). `TOPIC` is the heading of a class's options in `--help`.
+document gives (Zhang 2025 §6.2). `TOPIC` is the heading of a class's options in `--help`.
 
 `config_checks.py` checks whether options go together; `PPOConfigX` in `config.py` joins the topics.
 """
@@ -217,7 +217,7 @@ class KLOptions:
     kl_placement: Annotated[str, one_of(*KL_PLACEMENTS)] = field(
         default="loss",
         metadata={
-            "help": "'loss': −αL^KL as in the documents, applied per state. 'reward': subtracted from the per-token "
+            "help": "'loss': −αL^KL, applied per state. 'reward': subtracted from the per-token "
             "rewards as in TRL 1.12, so that it also reaches earlier tokens through the returns.",
             "choices": list(KL_PLACEMENTS),
         },
@@ -247,7 +247,9 @@ class KLOptions:
     )
     kl_band: Annotated[list[float], BAND] = field(
         default_factory=lambda: [0.5, 2.0],
-        metadata={"help": "Lower and upper limit of the band controller, in nats per sequence. S1 §6.2: 0.5 to 2."},
+        metadata={
+            "help": "Lower and upper limit of the band controller, in nats per sequence. Zhang 2025 §6.2: 0.5 to 2."
+        },
     )
 
 
@@ -265,7 +267,8 @@ class LossOptions:
         },
     )
     cliprange: Annotated[float, POSITIVE] = field(
-        default=0.2, metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. S1 §6.2: 0.2."}
+        default=0.2,
+        metadata={"help": "ε of L^CLIP: the ratio counts within 1 ± ε. Ratio space. Zhang 2025 §6.2: 0.2."},
     )
     cliprange_high: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
@@ -282,18 +285,22 @@ class LossOptions:
         },
     )
     vf_coef: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.5, metadata={"help": f"Coefficient of the value loss, {WEIGHED_BY['vf_coef']}. S1 §6.2: 0.5."}
+        default=0.5,
+        metadata={"help": f"Coefficient of the value loss, {WEIGHED_BY['vf_coef']}. Zhang 2025 §6.2: 0.5."},
     )
     cliprange_value: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=0.2,
         metadata={"help": "Clip the value to V_old ± this, in reward units. null: no clipping."},
     )
     ent_coef: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.01, metadata={"help": f"Coefficient of the entropy bonus, {WEIGHED_BY['ent_coef']}. S1 §6.2: 0.01."}
+        default=0.01,
+        metadata={"help": f"Coefficient of the entropy bonus, {WEIGHED_BY['ent_coef']}. Zhang 2025 §6.2: 0.01."},
     )
     old_kl_coef: Annotated[float, NOT_NEGATIVE] = field(
         default=0.0,
-        metadata={"help": f"Coefficient of {WEIGHED_BY['old_kl_coef']} (S1 §4.2.3; Schulman 2017 §4). 0: off."},
+        metadata={
+            "help": f"Coefficient of {WEIGHED_BY['old_kl_coef']} (Zhang 2025 §4.2.3; Schulman 2017 §4). 0: off."
+        },
     )
     old_kl_target: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
@@ -323,9 +330,11 @@ class AdvantageOptions:
     TOPIC: ClassVar[str] = "Advantages and returns"
 
     gamma: Annotated[float, FRACTION] = field(
-        default=1.0, metadata={"help": "Discount factor, 0 to 1. S1 §6.2: 0.99."}
+        default=1.0, metadata={"help": "Discount factor, 0 to 1. Zhang 2025 §6.2: 0.99."}
     )
-    lam: Annotated[float, FRACTION] = field(default=0.95, metadata={"help": "λ of GAE, 0 to 1. S1 §6.2: 0.95."})
+    lam: Annotated[float, FRACTION] = field(
+        default=0.95, metadata={"help": "λ of GAE, 0 to 1. Zhang 2025 §6.2: 0.95."}
+    )
     lam_alpha: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
         metadata={
@@ -350,7 +359,7 @@ class AdvantageOptions:
     advantage_estimator: str = field(
         default="gae",
         metadata={
-            "help": "'gae'; '1_step', '2_step', … (S1 §2.9); 'reinforce' (rewards-to-go); 'reinforce_baseline' "
+            "help": "'gae'; '1_step', '2_step', …; 'reinforce' (rewards-to-go); 'reinforce_baseline' "
             "(rewards-to-go minus the value)."
         },
     )

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def kl_band(self) -> tuple[float, float]:
-        """Return the run's own band, else the documents', in nats per sequence."""
+        """Return the run's own band, else the usual one, in nats per sequence."""
         low, high = self.options.get("kl_band") or KL_BAND
         return float(low), float(high)
 

@@ -1,9 +1,10 @@
 """
 Tell whether a run has converged, is diverging, or neither yet: a pure function of what it has logged.
 
-The criteria are the documents' (S1 §6.2): for PPO a KL to the reference of 0.5 to 2 nats per sequence, with a reward
-that no longer rises; for DPO more than 75% of held-out pairs in the right order. Added here: a curve is rising or
-falling if the slope of a straight line through the last `window` points differs from 0 at 95%, and flat if not.
+The criteria are those of Zhang 2025 §6.2 (docs/theory.md): for PPO a KL to the reference of 0.5 to 2 nats per
+sequence, with a reward that no longer rises; for DPO more than 75% of held-out pairs in the right order. Added here: a
+curve is rising or falling if the slope of a straight line through the last `window` points differs from 0 at 95%, and
+flat if not.
 """
 
 import math
