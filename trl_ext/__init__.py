@@ -5,6 +5,8 @@ trl_ext: PPO with a critic and faster DPO for Hugging Face TRL, with every loss 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .noise import leave_out_noise
+
 
 if TYPE_CHECKING:
     from .callbacks import (
@@ -69,6 +71,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    leave_out_noise()  # before what is imported next
     return getattr(import_module(_HOMES.get(name, ".callbacks"), __name__), name)
 
 

@@ -67,7 +67,7 @@ def test_run_that_stopped_early_is_resumed_to_its_end_and_no_further(name, paths
     stop_after(1)
     main([name, *run_of(name, paths, output_dir=output, **SHORT[name])])
     place, lines = last_lines(capsys.readouterr().out)
-    assert (place, steps_taken(output)) == (str(output), 1)
+    assert (shlex.split(place), steps_taken(output)) == ([str(output)], 1)
     resume = shlex.split(lines["resume"])
     assert resume[:2] == ["trl-ext", name]
     assert resume[-2:] == ["--resume_from_checkpoint", str(output / "checkpoint-1")]

@@ -7,7 +7,8 @@ import pytest
 from trl import RewardConfig
 
 from cli_runs import TRAINING, error_of
-from trl_ext.cli import topics
+from commands import command
+from trl_ext.cli import kept_help, topics
 from trl_ext.cli.commands import plan
 from trl_ext.cli.main import main
 from trl_ext.cli.models import ModelArguments
@@ -59,6 +60,35 @@ def test_help_shows_the_defaults_of_own_data(capsys):
     assert re.search(r"--response_length INT .*\(default: 53\)", text)
     main(["ppo", "--help", "--config", "ppo/demo"])
     assert re.search(r"--response_length INT .*\(default: 12\)", capsys.readouterr().out)
+
+
+def test_help_is_kept_until_code_or_packages_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path / "cache"))
+    first = help_of("score", capsys)
+    (kept,) = (tmp_path / "cache/help").iterdir()
+    assert kept.read_text() == first
+    monkeypatch.setattr(command("score"), "main", lambda words: pytest.fail("is made again"))
+    assert help_of("score", capsys) == first
+    monkeypatch.setattr(kept_help, "stamp", lambda: "later")  # as of another version
+    monkeypatch.setattr(command("score"), "main", lambda words: print("another"))
+    assert help_of("score", capsys) == "another\n"
+    assert [path.read_text() for path in (tmp_path / "cache/help").iterdir()] == ["another\n"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    assert help_of("score", capsys) == "another\n"
+
+
+def test_stamp_follows_the_sources_and_the_packages(tmp_path, monkeypatch):
+    assert kept_help.stamp() == (before := kept_help.stamp())
+    monkeypatch.setattr(kept_help, "version", lambda name: "9.9")
+    assert kept_help.stamp() != before
+    monkeypatch.undo()
+    (tmp_path / "cli").mkdir()
+    monkeypatch.setattr(kept_help, "__file__", str(tmp_path / "cli/kept_help.py"))
+    (tmp_path / "a.py").write_text("1")
+    one = kept_help.stamp()
+    (tmp_path / "a.py").write_text("12")
+    assert kept_help.stamp() != one
 
 
 @pytest.mark.parametrize(

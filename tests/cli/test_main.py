@@ -6,13 +6,14 @@ from argparse import Namespace
 
 import pytest
 
+import trl_ext
 from cli_runs import error_of, run_of
 from commands import ROOT, command
 from trl_ext import __version__
 from trl_ext.cli import closing
 from trl_ext.cli.commands import demo
-from trl_ext.cli.errors import DEBUG, take_debug, usage_errors
-from trl_ext.cli.main import COMMANDS, leave_out_noise, main
+from trl_ext.cli.errors import DEBUG, KNOWN, take_debug, usage_errors
+from trl_ext.cli.main import COMMANDS, main
 from trl_ext.data import demo as embedded
 
 
@@ -53,7 +54,8 @@ def test_script_of_the_checkout_is_the_command(name, monkeypatch):
 
 
 def test_noise_of_other_packages_is_left_out_and_nothing_else(recwarn):
-    leave_out_noise()
+    """In Python as soon as the first trainer or config is taken from the package."""
+    assert trl_ext.PPOConfigX
     warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
     warnings.warn("the other one is deprecated", FutureWarning, stacklevel=1)
     assert [str(warning.message) for warning in recwarn] == ["the other one is deprecated"]
@@ -64,6 +66,19 @@ def test_error_of_this_package_ends_a_run_in_one_sentence_and_another_keeps_its_
         main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="invalid literal"), usage_errors():
         int("x")
+
+
+@pytest.mark.parametrize("said", KNOWN)
+def test_error_of_another_package_whose_cure_is_known_is_that_cure(said, monkeypatch):
+    def fail():
+        exec(compile(f"raise ValueError({said!r})", "<upstream>", "exec"), {"__name__": "upstream"})
+
+    with pytest.raises(SystemExit) as end, usage_errors():
+        fail()
+    assert end.value.code == f"error: {KNOWN[said]}"
+    monkeypatch.setenv(DEBUG, "1")
+    with pytest.raises(ValueError), usage_errors():  # noqa: PT011
+        fail()
 
 
 def test_debug_shows_where_an_error_was_raised(tmp_path, monkeypatch):

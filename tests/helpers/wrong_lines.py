@@ -49,6 +49,9 @@ LINES = {
         ppo … --critic heads
         plan --gpuss 4
         chat my-sft --temprature 1
+        chat my-sft --temperature -1
+        recipes sft
+        completion fish
     """,
     "Values": """
         dpo … --beta 0
@@ -58,6 +61,9 @@ LINES = {
         dpo … --save_steps 0
         dpo … --eval_strategy steps --eval_steps -1
         dpo … --seed -1
+        dpo … --model_init_kwargs {dtype
+        dpo … --save_strategy best
+        score --model my-sft --ref_model my-sft --dataset_name pairs.jsonl --batch_size 0
         ppo … --kl_estimator k4
         ppo … --gamma 1.5
         ppo … --cliprange -0.2
@@ -73,6 +79,8 @@ LINES = {
         dpo … --config broken.yaml
         dpo … --config list.yaml
         dpo … --config twice.yaml
+        dpo … --config env.yaml
+        plan --from_config nothing
     """,
     "Models and adapters": """
         dpo … --model my-sfft
@@ -99,6 +107,7 @@ LINES = {
     "Data": """
         dpo … --dataset_name pair.jsonl
         dpo … --dataset_name pairs.txt
+        dpo … --dataset_name my-sft
         dpo … --dataset_name empty.jsonl
         dpo … --dataset_name broken.jsonl
         dpo … --dataset_name one.jsonl
@@ -115,6 +124,7 @@ LINES = {
     """,
     "Reward functions": """
         ppo … --reward_funcs my_reward
+        ppo … --reward_funcs my_functions.py
         ppo … --reward_funcs my_functions.lenght
         ppo … --reward_funcs my_functions.py:solved
         ppo … --reward_funcs my_functions.py:total
@@ -159,6 +169,7 @@ FILES = {
     "good.csv": "question,good_answer,bad_answer\n" + "good film,good,bad\n" * 12,
     "ab.csv": "prompt,response_a,response_b\n" + "good film,good,bad\n" * 12,
     "questions.csv": "question,answer\n" + "good film,good\n" * 12,
+    "env.yaml": "env: [HF_HOME]\n",
     "done/run.json": "{}",
     "my_functions.py": (
         "def solved(completions, solution, **kwargs):\n    return [float(s == '4') for s in solution]\n\n"

@@ -31,7 +31,7 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str], **other
     lines = {"look": f"open {shlex.quote(str(page))}" if page.is_file() else f"trl-ext report {quoted}"}
     again = resuming(command, output, argv) if has_steps_left(output) else None
     lines |= ({"resume": again} if again else {}) | others
-    return "\n".join([f"Everything is in {output}", *(f"  {name:7} {text}" for name, text in lines.items())])
+    return "\n".join([f"Everything is in {quoted}", *(f"  {name:7} {text}" for name, text in lines.items())])
 
 
 @contextmanager

@@ -158,6 +158,8 @@ def _read(args: DataArguments) -> DatasetDict:
     if path.is_file() or path.suffix.lower() in DATA_FILES:
         _check_file(path)
         return load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
+    if any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{name} is the folder of a model. Give a file with rows, or the folder of a dataset.")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)

@@ -1,13 +1,12 @@
 """`trl-ext`: one command with a subcommand for each thing to do."""
 
 import difflib
-import logging
 import os
 import sys
-import warnings
 from importlib import import_module
 
 from .. import __version__
+from ..noise import leave_out_noise
 from .errors import take_debug
 from .kept_help import FLAGS, print_help
 
@@ -57,14 +56,6 @@ def main(argv: list[str] | None = None) -> None:
         meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""
         print(f"{usage()}\n\nerror: there is no command {command!r}.{meant}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def leave_out_noise() -> None:
-    """Silence warnings of other packages that a user can do nothing about."""
-    # TRL 1.16 uses the old name of activation checkpointing.
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-    # On import, about a kernel for 4 bits on CPUs that it can do without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def usage() -> str:

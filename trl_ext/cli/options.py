@@ -1,6 +1,7 @@
 """Read the options of a command from defaults, recipe and flags, and make its config objects of them."""
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import fields
@@ -38,6 +39,9 @@ class Options:
         except OSError as error:
             names = [f"`{name}`" for name, value in values.items() if error.filename and value == error.filename]
             raise ValueError(f"{' and '.join(names) or 'A file'} cannot be read: {error}. Give another.") from error
+        except json.JSONDecodeError as error:  # of an option that is a mapping
+            names = [f"`{name}`" for name, value in values.items() if value == error.doc]
+            raise ValueError(f"{' and '.join(names) or 'A mapping'} is no JSON: {error}.") from error
         except (ValueError, TypeError) as error:  # of the keys of a mapping, too
             raise ValueError(" ".join(str(error).split())) from error
         for each in made:
@@ -81,7 +85,10 @@ def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None =
 def _apply_recipe(parser: OptionParser, path: Path) -> None:
     """Set the parser's defaults from a YAML mapping; a key is any name of a flag, `model` or `model_name_or_path`."""
     recipe = read_recipe(path)
-    os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
+    environment = recipe.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"In the recipe {path}, `env` is {environment!r}; it must hold `NAME: value` lines.")
+    os.environ.update({name: str(value) for name, value in environment.items()})
     options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
     unknown = [key for key in recipe if f"--{key}" not in options or key in ("config", "help", "help_all")]
     if unknown:

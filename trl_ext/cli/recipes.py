@@ -73,9 +73,11 @@ def find_config(name: str | Path, folder: str = "") -> Path:
             file = candidate.with_name(candidate.name + ending)
             if not path.is_absolute() and file.is_file():
                 return file
-    names = [str(file.relative_to(INSTALLED)) for file in sorted((INSTALLED / folder).rglob("*.*"))]
-    near = difflib.get_close_matches(str(installed), names, n=3, cutoff=0.4) or names
-    raise ValueError(f"There is no file {name}, here or among the installed ones, such as {', '.join(near)}.")
+    files = [file for room in ([folder] if folder else RECIPES) for file in sorted((INSTALLED / room).glob("*.*"))]
+    names = [str(file.relative_to(INSTALLED)) for file in files]
+    near = difflib.get_close_matches(str(installed), names, n=3, cutoff=0.4) or names[:3]
+    listed = " `trl-ext recipes` lists the recipes." if folder in ("", *RECIPES) else ""
+    raise ValueError(f"There is no file {name}, here or among the installed ones, such as {', '.join(near)}.{listed}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -87,9 +89,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def find_deepspeed(given: Any) -> Any:
-    """Return the path of a DeepSpeed file, which may be an installed one, or what else is given; `ValueError` if it is
-    broken."""
-    if not (isinstance(given, str) and given.endswith(".json")):
+    """
+    Return the path of a DeepSpeed file, which may be an installed one such as zero3, or what else is given;
+    `ValueError` if it is broken.
+    """
+    is_name = isinstance(given, str) and re.fullmatch(r"[\w./-]+", given) is not None
+    if not is_name or not (given.endswith(".json") or (INSTALLED / "deepspeed" / f"{given}.json").is_file()):
         return given
     path = find_config(given, "deepspeed")
     try:

@@ -37,6 +37,8 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
     """
     found = []
     for name in names:
+        if name.endswith(".py"):
+            raise ValueError(f"`--reward_funcs {name}` names no function of the file: give `{name}:FUNCTION`.")
         place, _, attribute = name.rpartition(":" if ":" in name else ".")
         try:
             function = getattr(_module(place or "trl.rewards"), attribute)

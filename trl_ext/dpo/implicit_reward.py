@@ -65,6 +65,8 @@ class ImplicitReward:
     ):
         if not beta > 0:
             raise ValueError(f"`beta` is {beta}; give the β > 0 that the policy was trained with.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if reference is None and not is_peft_model(policy):
             raise ValueError(
                 "`reference` is None and the policy has no adapter to switch off: give the model that DPO started "

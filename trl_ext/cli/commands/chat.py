@@ -24,7 +24,12 @@ def arguments() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = arguments().parse_args(argv)
+    parser = arguments()
+    given = parser.parse_args(argv)
+    if given.max_new_tokens < 1:
+        parser.error(f"`--max_new_tokens` is {given.max_new_tokens}; it must be at least 1.")
+    if given.temperature < 0:
+        parser.error(f"`--temperature` is {given.temperature}; it must be 0, for the likeliest token, or above.")
     from transformers import TextStreamer, pipeline  # late, with what follows: `--help` need not wait for them
 
     from ...models.loading import load_tokenizer

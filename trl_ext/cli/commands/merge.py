@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     critic = Path(folder) / "critic"
     if critic.is_dir():
         print(of_critic(critic, given.adapter))
-    print(f"Everything is in {given.output_dir}")
+    print(f"Everything is in {shlex.quote(str(given.output_dir))}")
     if config.task_type != "SEQ_CLS":
         print(f"  chat    trl-ext chat {shlex.quote(str(given.output_dir))}")
 

@@ -46,10 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         for run in runs:
             silent = f" ({run.state})" if run.is_silent else ""
             print(f"{run.name}: step {run.step} of {run.max_steps}{silent}; {run.verdict}", flush=True)
-        print(
-            f"Everything is in {page} and {page.with_suffix('.png').name}; look: open {shlex.quote(str(page))}",
-            flush=True,
-        )
+        quoted = shlex.quote(str(page))
+        print(f"Everything is in {quoted} and {page.with_suffix('.png').name}; look: open {quoted}", flush=True)
         if not given.watch or all(run.is_finished or run.is_silent for run in runs):
             return
         time.sleep(given.watch)
