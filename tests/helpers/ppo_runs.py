@@ -38,7 +38,8 @@ def ppo_trainer(output_dir: str | Path, models: dict[str, Any] | None = None, **
         "reward_model": tiny.tiny_reward_model(),
         "train_dataset": tiny.tiny_prompts(16),
     }
-    arguments["model"].name_or_path = "tiny"  # by which a colocated vLLM would load it
+    if options.get("use_vllm"):
+        arguments["model"].name_or_path = "tiny"  # by which a colocated vLLM would load it
     return PPOTrainerX(ppo_config(output_dir, **options), **(arguments | (models or {})))
 
 
