@@ -36,13 +36,40 @@ VARIANTS = {
     "exact KL": {"kl_estimator": "full", "learning_rate": 1e-2},
     "k3": {"kl_estimator": "k3", "learning_rate": 1e-2},
     "KL in the reward": {"kl_placement": "reward", "learning_rate": 1e-2},
-    "no KL": {"kl_coef": 0.0},
-    "value head, mini-batches": {"critic": "head", "num_mini_batches": 2},
+    "steps and clipping of the critic's own, masked objective, good responses, λ by length": {
+        "critic_steps": 2,
+        "critic_max_grad_norm": 0.01,
+        "policy_objective": "mask",
+        "cliprange": 0.02,
+        "positive_nll_coef": 0.3,
+        "positive_min_score": 0.1,
+        "lam_alpha": 0.5,
+        "learning_rate": 1e-2,
+        "logging_steps": 3,
+    },
+    "dual clip and clip-higher, gate, λ of the critic's own": {
+        "cliprange": 0.02,
+        "cliprange_high": 0.04,
+        "dual_clip": 1.05,
+        "critic_gate": True,
+        "critic_lam": 1.0,
+        "learning_rate": 1e-2,
+    },
+    "value head outside the trunk, mini-batches": {
+        "critic": "head",
+        "critic_stop_gradient": True,
+        "critic_steps": 3,
+        "num_mini_batches": 2,
+    },
     "warm-up": {"critic_warmup_steps": 2, "learning_rate": 1e-2},
     "early stop": {"target_kl": 1e-4, "num_ppo_epochs": 4, "learning_rate": 1e-2, "logging_steps": 3},
-    "no value clipping": {"cliprange_value": None, "vf_coef": 2.0, "ent_coef": 0.0},
+    "no KL, no value clipping": {"kl_coef": 0.0, "cliprange_value": None, "vf_coef": 2.0, "ent_coef": 0.0},
     "large scores": {"models": lambda: {"reward_model": None, "reward_funcs": thousand}},
-    "experts": {"models": lambda: {"model": tiny.tiny_mixture()}},
+    "experts, good responses": {
+        "models": lambda: {"model": tiny.tiny_mixture()},
+        "positive_nll_coef": 0.3,
+        "positive_min_score": 0.0,
+    },
 }
 
 
@@ -55,8 +82,9 @@ def run_with_losses(tmp_path, variant):
 
     def keep(model, inputs):
         loss = compute(model, inputs)
-        step = trainer.state.global_step
-        losses[step] = losses.get(step, 0.0) + loss.item()
+        if not inputs.critic_alone:
+            step = trainer.state.global_step
+            losses[step] = losses.get(step, 0.0) + loss.item()
         return loss
 
     trainer._compute_loss = keep
@@ -79,9 +107,10 @@ def test_every_line_holds_and_its_loss_is_the_one_that_was_optimised(tmp_path, v
 
 
 def test_control_a_line_with_a_missing_term_does_not_hold(tmp_path):
-    trainer, _ = run_with_losses(tmp_path, "experts")
+    trainer, _ = run_with_losses(tmp_path, "experts, good responses")
     for line in log_lines(trainer):
-        assert abs(sum_of_terms(line | {"coef/aux": 0.0}) - line["loss"]) > 1e-2
+        for term in ("aux", "positive_nll"):
+            assert abs(sum_of_terms(line | {f"coef/{term}": 0.0}) - line["loss"]) > 1e-2
         assert abs(sum_of_terms(line | {"coef/entropy": -line["coef/entropy"]}) - line["loss"]) > 1e-2
 
 
