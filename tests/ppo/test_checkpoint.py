@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import shutil
@@ -24,7 +25,7 @@ from trl_ext.ppo.evaluation import HeldOut
 from trl_ext.ppo.metrics import LossLedger
 from trl_ext.ppo.rewards import RunningMoments
 from trl_ext.ppo.roles.critic import ValueModel
-from trl_ext.ppo.run_state import RunState
+from trl_ext.ppo.run_state import CriticWarmup, EarlyStop, RunState
 
 
 # Two passes over 8 prompts in rollouts of 4, each learned from in 4 steps: 16 steps. Checkpoints lie within a learning
@@ -41,6 +42,8 @@ OPTIONS = {
     "kl_band": (1e-4, 2e-4),
     "old_kl_coef": 0.5,
     "old_kl_target": 1e-3,
+    "positive_nll_coef": 0.3,
+    "positive_min_score": 0.0,
     "eval_strategy": "steps",
     "eval_steps": 6,
     "eval_on_start": True,
@@ -83,11 +86,14 @@ def by_token(completion_ids, **kwargs):
 # Name -> models and options.
 KINDS = {
     "critic of its own": (dict, {}),
-    "value head, KL in the reward, rewards at tokens": (
+    "value head, KL in the reward, rewards at tokens, gate": (
         lambda: {"reward_funcs": by_token},
-        {"critic": "head", "kl_placement": "reward", "whiten_rewards": True},
+        {"critic": "head", "kl_placement": "reward", "whiten_rewards": True, "critic_gate": True},
     ),
-    "adapter, early stop": (new_adapter, {"target_kl": 1e-4, "learning_rate": 1e-2}),
+    "adapter, early stop, both upper clips": (
+        new_adapter,
+        {"target_kl": 1e-4, "learning_rate": 1e-2, "cliprange_high": 0.3, "dual_clip": 1.5},
+    ),
     "two adapters": (new_adapter, {"critic": "adapter"}),
     "adapter to start from": (lambda: {"model": start_adapter("default")}, {"critic": "adapter"}),
     "adapter of another name": (lambda: {"model": start_adapter("mine")}, {}),
@@ -95,9 +101,12 @@ KINDS = {
         dict,
         {"kl_estimator": "full", "num_mini_batches": 1, "num_ppo_epochs": 4},
     ),
-    "mixture of experts": (lambda: {"model": tiny.tiny_mixture()}, {}),
+    "mixture of experts, two λ": (lambda: {"model": tiny.tiny_mixture()}, {"lam_alpha": 0.5, "critic_lam": 1.0}),
     "critic of two dtypes": (lambda: {"value_model": bfloat16_trunk()}, {}),
-    "rate and warm-up of the critic": (dict, {"critic_learning_rate": 1e-4, "critic_warmup_steps": 4}),
+    "rate, decay and warm-up of the critic": (
+        dict,
+        {"critic_learning_rate": 1e-4, "critic_weight_decay": 0.1, "critic_warmup_steps": 4},
+    ),
     # Reached at the second rollout
     "warm-up until the critic explains enough": (
         lambda: {"value_model": tiny.tiny_reward_model(11)},
@@ -113,12 +122,17 @@ KINDS = {
             "policy_objective": "mask",
         },
     ),
-    "stream": (lambda: {"train_dataset": stream()}, {}),
+    "stream, value head with steps of its own": (
+        lambda: {"train_dataset": stream()},
+        {"critic": "head", "critic_stop_gradient": True, "critic_steps": 2},
+    ),
 }
 
 
 CASES = [("critic of its own", step) for step in STEPS if step != 5]
 CASES += [(kind, 6) for kind in list(KINDS)[1:]]
+STOPPED = ("adapter, early stop, both upper clips", 7)  # its last step is left out
+CASES += [STOPPED]
 
 
 class SaveAt(TrainerCallback):
@@ -178,7 +192,7 @@ def whole(tmp_path_factory):
     @functools.cache
     def of(kind="critic of its own"):
         folder = tmp_path_factory.mktemp("whole")
-        trainer = trainer_of(folder, kind, STEPS if kind == "critic of its own" else (5, 6))
+        trainer = trainer_of(folder, kind, STEPS if kind == "critic of its own" else (5, 6, 7))
         trainer.train()
         return folder, lines(trainer), snapshot(trainer.model)
 
@@ -227,8 +241,8 @@ def test_completions_and_columns_of_a_reward_function_survive_resuming(tmp_path)
 
 def test_interrupted_run_is_resumed_by_the_same_trainer(whole, tmp_path):
     """As in a notebook; nothing that came after the checkpoint may be left."""
-    folder, expected, weights = whole("rate and warm-up of the critic")
-    trainer = trainer_of(tmp_path, "rate and warm-up of the critic")
+    folder, expected, weights = whole("rate, decay and warm-up of the critic")
+    trainer = trainer_of(tmp_path, "rate, decay and warm-up of the critic")
     stop = StopAt(7)
     trainer.add_callback(stop)
     with pytest.raises(KeyboardInterrupt):
@@ -265,20 +279,32 @@ def nothing(*args):
     """Stands in for a part of the state that is forgotten."""
 
 
+def without_positive_counts(self, state, load=RunState.load_state_dict):
+    load(self, state)
+    for micro_batch in itertools.chain.from_iterable(self.micro_batches):
+        micro_batch.num_positive = 0.0
+
+
 @pytest.mark.parametrize(
-    "part, name, instead, step",
+    "part, name, instead, kind, step",
     [
-        *((part, "load_state_dict", nothing, 5) for part in (Coefficients, RunningMoments, HeldOut, LossLedger)),
-        (ValueModel, "restore", nothing, 8),
-        (PPOTrainerX, "_get_train_sampler", GRPOTrainer._get_train_sampler, 8),
-        (PPOTrainerX, "_load_rng_state", nothing, 8),
+        *(
+            (part, "load_state_dict", nothing, "critic of its own", 5)
+            for part in (Coefficients, RunningMoments, HeldOut, LossLedger)
+        ),
+        (EarlyStop, "load_state_dict", nothing, *STOPPED),
+        (CriticWarmup, "load_state_dict", nothing, "warm-up until the critic explains enough", 6),
+        (RunState, "load_state_dict", without_positive_counts, "critic of its own", 5),
+        (ValueModel, "restore", nothing, "critic of its own", 8),
+        (PPOTrainerX, "_get_train_sampler", GRPOTrainer._get_train_sampler, "critic of its own", 8),
+        (PPOTrainerX, "_load_rng_state", nothing, "critic of its own", 8),
     ],
 )
-def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, name, instead, step):
+def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, name, instead, kind, step):
     """Without it, the resumed run differs."""
-    folder, expected, _ = whole()
+    folder, expected, _ = whole(kind)
     monkeypatch.setattr(part, name, instead)
-    trainer = trainer_of(tmp_path)
+    trainer = trainer_of(tmp_path, kind)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     with pytest.raises(AssertionError):
         require_equal(lines(trainer, after=step), {key: line for key, line in expected.items() if key[0] > step})
@@ -286,13 +312,14 @@ def test_every_part_of_the_state_is_needed(whole, tmp_path, monkeypatch, part, n
 
 def test_stream_that_has_begun_again_says_that_its_place_is_lost(tmp_path, caplog):
     options = {"max_steps": 13, "eval_strategy": "no", "eval_on_start": False}
-    trainer_of(tmp_path, "stream", saves=(13,), **options).train()
-    trainer_of(tmp_path, "stream", **options | {"max_steps": 14}).train(resume_from_checkpoint=True)
+    kind = "stream, value head with steps of its own"
+    trainer_of(tmp_path, kind, saves=(13,), **options).train()
+    trainer_of(tmp_path, kind, **options | {"max_steps": 14}).train(resume_from_checkpoint=True)
     assert "The prompts are a stream, which the run had begun to read again" in caplog.text
 
 
 def test_best_model_of_a_mixture_has_its_experts(tmp_path):
-    trainer = trainer_of(tmp_path, "mixture of experts")
+    trainer = trainer_of(tmp_path, "mixture of experts, two λ")
     best = snapshot(trainer.model)
     trainer.save_model(str(tmp_path / "checkpoint-1"))
     for parameter in trainer.model.parameters():
@@ -436,6 +463,8 @@ OF_THE_ROLLOUT = {
     "critic_gate": (False, True),
     "advantage_estimator": ("gae", "2_step"),
     "policy_objective": ("clip", "mask"),
+    "positive_nll_coef": (0.3, 0.1),
+    "positive_min_score": (0.0, 0.5),
     "mask_truncated_completions": (False, True),
     "cast_lm_head_to_fp32": (False, True),
     "bf16": (False, True),
