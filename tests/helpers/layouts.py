@@ -45,17 +45,45 @@ def by_token(completion_ids, **kwargs):
 
 # What is measured on two processes, against one: the losses, and all that is computed over all ranks.
 CASES = {
-    "loss": {"kl_estimator": "k2"},
-    "loss-full-head": {"kl_estimator": "full", "critic": "head"},
+    "loss": {"kl_estimator": "k2", "positive_nll_coef": 0.3, "positive_min_score": 0.0},
+    "loss-full-head": {
+        "kl_estimator": "full",
+        "critic": "head",
+        "cliprange": 0.02,
+        "cliprange_high": 0.04,
+        "dual_clip": 1.05,
+        "lam_alpha": 0.5,
+    },
     "reward-scaled": {
+        "critic_gate": True,
+        "critic_lam": 0.5,
         "kl_placement": "reward",
         "normalize_rewards": True,
         "whiten_rewards": True,
         "reward_funcs": [by_token],
         "reward_weights": [1.0, 0.5],
     },
-    "warmup-stop": {"critic_warmup_steps": 1, "target_kl": 1e-4, "num_ppo_epochs": 4, "kl_controller": "band"},
-    "critic-steps": {"critic_steps": 2, "policy_objective": "mask", "cliprange": 0.02},
+    "warmup-stop": {
+        "critic": "head",
+        "critic_stop_gradient": True,
+        "critic_steps": 2,
+        "critic_warmup_steps": 1,
+        "target_kl": 1e-4,
+        "num_ppo_epochs": 4,
+        "kl_controller": "band",
+    },
+    "critic-steps": {
+        "critic_steps": 2,
+        "critic_learning_rate": 0.2,
+        "critic_weight_decay": 0.1,
+        "critic_lr_scheduler_type": "cosine",
+        "critic_max_grad_norm": 0.1,
+        "critic_warmup_until": 0.1,  # reached at the second rollout
+        "freeze_critic": ["*self_attn*"],
+        "policy_objective": "mask",
+        "cliprange": 0.3,
+        "cliprange_high": 0.6,
+    },
 }
 
 BUDGETS = CASES["loss"] | {"micro_batch_tokens": 24, "score_batch_tokens": 32}
