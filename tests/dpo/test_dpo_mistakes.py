@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mistakes import assert_noticed, doubled, given, instead, negated, swapped
-
-
-def to(value):
-    return lambda _: value
+from mistakes import assert_noticed, doubled, given, instead, negated, swapped, to
 
 
 def of_pairs(change, *names):

@@ -49,6 +49,11 @@ def given(**changes: Function) -> Mistake:
     return mistake
 
 
+def to(value: Any) -> Function:
+    """The change of an argument, whatever it was, to this one."""
+    return lambda _: value
+
+
 def instead(mistaken: Function) -> Mistake:
     """The mistake of another function, whatever the right one does."""
     return lambda function: mistaken
@@ -82,10 +87,13 @@ def stand_in(target: str, mistake: Mistake, monkeypatch: pytest.MonkeyPatch, *us
 
 
 def assert_noticed(
-    path: Path, beginning: str, parameters: dict[str, Any], target: str, mistake: Mistake, monkeypatch
+    path: Path, beginning: str, parameters: dict[str, Any], target: str, mistake: Mistake, monkeypatch, **fixtures: Any
 ) -> None:
-    """The test passes, and fails while the mistake stands in."""
+    """The test passes, and fails while the mistake stands in; of the fixtures it gets those that it names."""
     test, tests = find_test(path, beginning)
+    fixtures["monkeypatch"] = monkeypatch
+    named = inspect.signature(test).parameters.keys() & fixtures.keys()
+    parameters = parameters | {name: fixtures[name] for name in named}
     test(**parameters)
     stand_in(target, mistake, monkeypatch, tests)
     with pytest.raises((AssertionError, pytest.fail.Exception, IndexError, RuntimeError, ValueError)):

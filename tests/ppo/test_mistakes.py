@@ -1,6 +1,7 @@
 """The tests of the mathematics can fail: each entry is a mistake that one of them notices."""
 
 import dataclasses
+import itertools
 import math
 import operator
 from pathlib import Path
@@ -9,13 +10,9 @@ import pytest
 import torch
 
 import oracles
-from mistakes import assert_noticed, doubled, given, instead, negated, swapped
+from mistakes import assert_noticed, doubled, given, instead, negated, swapped, to
 from trl_ext.masked import identity
 from trl_ext.ppo.advantages import _gae
-
-
-def to(value):
-    return lambda _: value
 
 
 def on_one_rank(function):
@@ -68,6 +65,28 @@ def with_kl_for_value(of):
     return lambda self, term: of(dataclasses.replace(self, kl=self.vf, vf=self.kl), term)
 
 
+def exchanged(measure):
+    """Two measurements under each other's names."""
+    return lambda *args: dict(zip(measured := measure(*args), reversed(measured.values()), strict=True))
+
+
+def by_its_own_responses(draw):
+    """Each micro-batch knows the tokens of its own good responses alone."""
+
+    def drawn(rollout, args, *others, **kwargs):
+        steps = draw(rollout, args, *others, **kwargs)
+        for part in itertools.chain.from_iterable(steps):
+            own = part.rows[rollout.at_least(args.positive_min_score)[part.rows]]
+            part.num_positive = rollout.mask[own].sum().item()
+        return steps
+
+    return drawn
+
+
+def at_first_tokens(place):
+    return lambda turns, mask, *names: place(turns[::-1], mask[::-1], *names)[::-1]
+
+
 def over_its_own_tokens(terms):
     return lambda **given: terms(**(given | {"num_tokens": given["mask"].sum()}))
 
@@ -81,6 +100,8 @@ DISCOUNTED = {"gamma": 0.9, "lam": 0.7}
 CHUNKS = {"chunk_size": 3}
 REINFORCE = {"estimator": "reinforce", "oracle": lambda rewards, values: oracles.rewards_to_go(rewards, 0.9)}
 CUT = {"cut": 1}
+TOO_SHORT = {"alpha": 0.2, "warns": True}
+LONG_ENOUGH = {"alpha": 0.6, "warns": False}
 TOO_LARGE = {"measured": 6.6, "factor": 1.01}
 FAR_TOO_LARGE = {"measured": 60.0, "factor": 1.02}
 
@@ -185,6 +206,19 @@ MISTAKES = [
     ("ppo.returns:rewards_to_go", given(gamma=to(0.5)), "closed_gate", {"estimator": "gae"}),
     ("ppo.returns:masked_moments", on_one_rank, "gate_of_two_ranks", {"noise": 5.0}),
     ("ppo.returns:explained_variance", on_one_rank, "gate_of_two_ranks", {"noise": 5.0}),
+    ("ppo.returns:_errors_by_place", exchanged, "errors_of_the_value", {}),
+    ("ppo.returns:_errors_by_place", given(mask=torch.ones_like), "errors_of_the_value", {}),
+    ("ppo.returns:_errors_by_place", given(to_go=torch.zeros_like), "errors_of_the_value", {}),
+    ("ppo.returns:_errors_by_place", given(all_reduce=to(identity)), "gate_of_two_ranks", {"noise": 0.1}),
+    ("ppo.returns:_warn_of_short_horizons", instead(lambda *args: None), "lam_by_length", TOO_SHORT),
+    ("ppo.returns:_warn_of_short_horizons", given(lam=torch.zeros_like), "lam_by_length", LONG_ENOUGH),
+    ("ppo.micro_batches:draw_micro_batches", given(all_reduce=to(identity)), "counts_are", {}),
+    ("ppo.micro_batches:draw_micro_batches", by_its_own_responses, "counts_are", {}),
+    ("ppo.micro_batches:Rollout.at_least", instead(lambda made, score: made.scores > score), "counts_are", {}),
+    ("ppo.micro_batches:Rollout.at_least", instead(lambda made, score: made.scored), "counts_are", {}),
+    ("ppo.roles.turn_rewards:_at_turn_ends", at_first_tokens, "turns_are_paid", {"tools_wrote": True}),
+    ("ppo.roles.turn_rewards:_at_turn_ends", given(rewards=lambda t: t[::-1]), "turns_are", {"tools_wrote": True}),
+    ("ppo.roles.turn_rewards:_turn_source", given(tool_mask=to(lambda: None)), "turns_are", {"tools_wrote": True}),
     ("ppo.rewards:token_rewards", given(kl_coef=operator.neg), "token_rewards_pay", {}),
     ("ppo.rewards:last_token", instead(lambda mask: mask & (mask.cumsum(1) == 1)), "last_token", {}),
     ("ppo.rewards:last_token", instead(lambda mask: mask.flip(1).cumsum(1).flip(1) == 1), "last_token", {}),
@@ -205,7 +239,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("target, mistake, beginning, parameters", MISTAKES)
-def test_mistake_is_noticed(monkeypatch, target, mistake, beginning, parameters):
+def test_mistake_is_noticed(monkeypatch, caplog, target, mistake, beginning, parameters):
     *room, file = target.partition(":")[0].split(".")
     path = Path(__file__).parents[1].joinpath(*room, f"test_{file}.py")
-    assert_noticed(path, beginning, parameters, f"trl_ext.{target}", mistake, monkeypatch)
+    assert_noticed(path, beginning, parameters, f"trl_ext.{target}", mistake, monkeypatch, caplog=caplog)

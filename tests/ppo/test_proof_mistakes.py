@@ -1,4 +1,4 @@
-"""The tests of the critic's own optimisation can fail: each entry is a mistake in a run that one of them notices."""
+"""The tests of whole runs can fail: each entry is a mistake in a run that one of them notices."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 
-from mistakes import assert_noticed, given, instead
+from mistakes import assert_noticed, given, instead, to
 
 
 pytestmark = pytest.mark.proof
@@ -24,24 +24,61 @@ def by_one_norm(self, model):
     return Trainer._clip_grad_norm(self, model)
 
 
-# (function, the mistake, test of test_optimizer.py that must notice, its parameters)
+def into_the_trunk(self, positions, states, groups, **inputs):
+    return self(states)
+
+
+def without_what_was_sampled_by(generate):
+    def forgetful(self, rows):
+        rollout = generate(self, rows)
+        rollout.sampling_logps = None
+        return rollout
+
+    return forgetful
+
+
+OPTIMIZER, VLLM, TOOLS = "test_optimizer.py", "test_vllm.py", "test_tools.py"
+# (function, the mistake, file and test that must notice, its parameters)
 MISTAKES = [
-    ("trainer:PPOTrainerX._critic_loss", instead(with_the_actor), "extra_steps_move", {"models": {}, "options": {}}),
-    ("micro_batches:critic_loss", given(rollout=towards_itself), "extra_steps_are_adams", {"options": {}}),
+    (
+        "trainer:PPOTrainerX._critic_loss",
+        instead(with_the_actor),
+        OPTIMIZER,
+        "extra_steps_move",
+        {"models": {}, "options": {}},
+    ),
+    ("micro_batches:critic_loss", given(rollout=towards_itself), OPTIMIZER, "extra_steps_are_adams", {"options": {}}),
     (
         "trainer:PPOTrainerX._clip_grad_norm",
         instead(by_one_norm),
+        OPTIMIZER,
         "actor_and_critic_are",
         {"options": {}, "models": {}},
     ),
-    ("optimizer:give_own_groups", given(decayed=lambda _: []), "weight_decay", {}),
-    ("optimizer:give_own_schedule", instead(lambda *args: None), "rates", {"mine": "linear", "of_critic": "constant"}),
-    ("roles.critic:freeze", instead(lambda *args: None), "frozen_parameters", {}),
+    ("optimizer:give_own_groups", given(decayed=lambda _: []), OPTIMIZER, "weight_decay", {}),
+    (
+        "optimizer:give_own_schedule",
+        instead(lambda *args: None),
+        OPTIMIZER,
+        "rates",
+        {"mine": "linear", "of_critic": "constant"},
+    ),
+    ("roles.critic:freeze", instead(lambda *args: None), OPTIMIZER, "frozen_parameters", {}),
+    ("roles.critic:ValueHead.values_at", instead(into_the_trunk), OPTIMIZER, "value_loss_stays", {}),
+    (
+        "trainer:PPOTrainerX._generate_and_score_completions",
+        without_what_was_sampled_by,
+        VLLM,
+        "mask_takes",
+        {"more": {"old_kl_coef": 0.1}},
+    ),
+    ("micro_batches:ppo_terms", given(sampling_logps=to(None)), VLLM, "mask_takes", {"more": {"old_kl_coef": 0.1}}),
+    ("config:PPOConfigX.reads_old_policy", instead(property(to(True))), VLLM, "mask_takes", {"more": {}}),
+    ("trainer:turn_sources", given(tool_mask=to(lambda: None)), TOOLS, "environment_pays", {}),
 ]
 
 
-@pytest.mark.parametrize("target, mistake, beginning, parameters", MISTAKES)
-def test_mistake_in_a_run_is_noticed(tmp_path, monkeypatch, target, mistake, beginning, parameters):
-    path = Path(__file__).with_name("test_optimizer.py")
-    parameters = parameters | {"tmp_path": tmp_path}
-    assert_noticed(path, beginning, parameters, f"trl_ext.ppo.{target}", mistake, monkeypatch)
+@pytest.mark.parametrize("target, mistake, file, beginning, parameters", MISTAKES)
+def test_mistake_in_a_run_is_noticed(tmp_path, monkeypatch, target, mistake, file, beginning, parameters):
+    path = Path(__file__).with_name(file)
+    assert_noticed(path, beginning, parameters, f"trl_ext.ppo.{target}", mistake, monkeypatch, tmp_path=tmp_path)

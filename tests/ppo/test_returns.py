@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers.utils import logging
 
 import oracles
 from trl_ext import PPOConfigX
@@ -102,6 +103,8 @@ def test_gate_of_two_ranks_is_that_of_all_responses(noise):
 @pytest.mark.parametrize("alpha, warns", [(0.2, True), (0.6, False)])
 def test_lam_by_length_warns_where_a_quarter_of_the_responses_are_too_short(alpha, warns, caplog):
     """With α = 0.2 all responses have λ = 0, and TD errors for advantages; with 0.6 one of six."""
+    logging.warning_once.cache_clear()
+    caplog.clear()
     made, _ = rollout(noise=1.0)
     advantages, _, _ = estimated(made, lam_alpha=alpha)
     lams = [max(0.0, 1 - 1 / (alpha * length)) for length in LENGTHS]
