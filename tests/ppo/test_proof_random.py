@@ -64,7 +64,10 @@ def recipe_of(choose, options):
     of_advantages = choose(lams) if options["advantage_estimator"] == "gae" else {}
     imitation = choose([{}, {"positive_nll_coef": 0.3, "positive_min_score": 0.0}])
     mask = choose([{}, {"policy_objective": "mask"}]) if "dual_clip" not in clipping else {}
-    return options | clipping | of_advantages | imitation | mask
+    of_critic = choose([{}, {"critic_gate": True}]) if options["advantage_estimator"] != "reinforce" else {}
+    if options["critic"] == "head" and options["advantage_estimator"] != "reinforce":
+        of_critic |= choose([{}, {"critic_stop_gradient": True}])
+    return options | clipping | of_advantages | imitation | mask | of_critic
 
 
 def family(name):
@@ -184,7 +187,9 @@ class Oracle:
     def values(self, prompt, response):
         ids, model = torch.tensor([prompt + response]), self.value_model
         if self.args.critic == "head":
-            return self.head(self.actor.base_model(input_ids=ids).last_hidden_state)[0, len(prompt) - 1 : -1, 0]
+            states = self.actor.base_model(input_ids=ids).last_hidden_state
+            states = states.detach() if self.args.critic_stop_gradient else states
+            return self.head(states)[0, len(prompt) - 1 : -1, 0]
         return model.score(model.base_model(input_ids=ids).last_hidden_state)[0, len(prompt) - 1 : -1, 0]
 
     def score(self, prompt, response, functions, weights):
@@ -242,6 +247,12 @@ def experience(oracle, sequences, scores):
         advantage, target = estimate(args, own, values)
         advantages.append(advantage)
         each[2] = torch.tensor(target)
+    if args.critic_gate and known:
+        to_go = [oracles.rewards_to_go(own, args.gamma) for own in rewards]
+        numbers, guesses = ([x for row in rows for x in row] for rows in (to_go, [each[1].tolist() for each in known]))
+        if len({*numbers}) == 1 or oracles.explained_variance(guesses, numbers) <= 0:
+            mean = sum(numbers) / len(numbers)
+            advantages = [[number - mean for number in row] for row in to_go]
     if args.whiten_advantages and known:
         advantages = whitened(advantages, keep_mean=False)
     for each, own in zip(known, advantages, strict=True):
@@ -484,6 +495,10 @@ WRONG_OPTIONS = [
     {"critic_lam": 0.1},
     {"cliprange_high": 0.001},
     {"dual_clip": 1.06},
+    {"lam_alpha": 0.7},
+    {"policy_objective": "mask"},
+    {"positive_nll_coef": 0.3, "positive_min_score": 0.0},
+    {"critic_gate": True},
 ]
 
 
