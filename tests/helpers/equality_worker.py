@@ -21,11 +21,37 @@ SETTINGS = {
 PPO = {"response_length": 9, "kl_coef": 0.2, "old_kl_coef": 0.1, "total_episodes": 40, "num_ppo_epochs": 2}
 DPO = {"max_steps": 10, "train_sampling_strategy": "sequential"}
 CASES = {
-    "ppo, model": PPO | {"critic_learning_rate": 3e-3},
-    "ppo, model, stop": PPO | {"target_kl": 1e-3, "num_ppo_epochs": 5, "total_episodes": 16},
-    "ppo, head": PPO | {"critic": "head"},
+    "ppo, model": PPO
+    | {
+        "critic_learning_rate": 3e-3,
+        "critic_weight_decay": 0.1,
+        "critic_lr_scheduler_type": "cosine",
+        "positive_nll_coef": 0.3,
+        "positive_min_score": 0.0,
+    },
+    "ppo, model, stop": PPO
+    | {
+        "target_kl": 1e-3,
+        "num_ppo_epochs": 5,
+        "total_episodes": 16,
+        "cliprange": 0.02,
+        "cliprange_high": 0.04,
+        "dual_clip": 1.05,
+        "lam_alpha": 0.5,
+        "critic_lam": 1.0,
+    },
+    "ppo, head": PPO | {"critic": "head", "critic_stop_gradient": True, "critic_steps": 2, "critic_gate": True},
     "ppo, head, full": PPO | {"critic": "head", "kl_estimator": "full"},
-    "ppo, model, tokens": PPO | {"num_generations": 2, "micro_batch_tokens": 24, "score_batch_tokens": 32},
+    "ppo, model, tokens": PPO
+    | {
+        "num_generations": 2,
+        "micro_batch_tokens": 24,
+        "score_batch_tokens": 32,
+        "critic_steps": 2,
+        "freeze_critic": ["*self_attn*"],
+        "policy_objective": "mask",
+        "cliprange": 0.02,
+    },
     "dpo": DPO,
 }
 PADDED = {"packing": False, "micro_batch_tokens": None, "score_batch_tokens": None}

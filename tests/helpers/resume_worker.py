@@ -18,6 +18,11 @@ OPTIONS = {
     "save_strategy": "steps",
     "save_steps": 3,
     "normalize_rewards": True,
+    "positive_nll_coef": 0.3,
+    "positive_min_score": 0.0,
+    "lam_alpha": 0.5,
+    "critic_lam": 1.0,
+    "critic_gate": True,
     "optim": "adamw_torch",
 }
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -33,6 +38,7 @@ def results(trainer: Any) -> dict[str, Any]:
     """What the last three steps logged, and the weights after them."""
     lines = [line for line in trainer.state.log_history if "loss" in line and line["step"] > 3]
     keys = ("loss", "grad_norm", "reward/score", "kl/ref", "policy/ratio_mean", "learning_rate", "epoch")
+    keys += ("terms/positive_nll", "value/gate", "grad_norm/actor", "grad_norm/critic")
     return {
         "lines": [{key: line[key] for key in keys if key in line} for line in lines],
         "weights": zero_runs.full_weights(trainer.model),
