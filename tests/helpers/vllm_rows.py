@@ -122,10 +122,15 @@ ROWS = [
         of_rollouts,
     ),
     Row("critic a model, every weight trained, tied head", "server", "model, full"),
-    Row("critic a head, LoRA, tied head", "server", "head, LoRA"),
-    Row("adapters on one base, from a saved adapter, tied head", "server", "adapter, from an adapter"),
+    Row("critic a head, LoRA, tied head", "server", "head, LoRA", "sent once, LoRA"),
+    Row(
+        "adapters on one base, from a saved adapter, tied head",
+        "server",
+        "adapter, from an adapter",
+        "sent once, LoRA",
+    ),
     Row("second `train()`, then the best checkpoint", "server", "again"),
-    Row("resumed from a checkpoint", "server", "resumed"),
+    Row("resumed from a checkpoint", "server", "resumed", "sent once, LoRA"),
     Row("2 responses to a prompt, 3 in evaluations, temperature 1.3", "server", "several"),
     Row("declared and chosen end tokens, temperature 2", "server", "ends", None),
     *(

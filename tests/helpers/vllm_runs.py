@@ -299,6 +299,7 @@ def server(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], Any]
     yield "head, LoRA", lambda: runs.rollouts(with_lora(paths), critic="head")
     yield "adapter, from an adapter", lambda: runs.rollouts(on_base(paths, start=True), critic="adapter")
     yield "sent once", lambda: runs.rollouts(whole(paths), once=True)
+    yield "sent once, LoRA", lambda: runs.rollouts(with_lora(paths), critic="head", once=True)
     yield "again", runs.again
     yield "resumed", runs.resumed
     yield "several", runs.several
