@@ -14,6 +14,7 @@ from trl_ext.cli import training
 from trl_ext.cli.closing import report_callbacks, resuming, without
 from trl_ext.cli.main import main
 from trl_ext.report import read_run
+from trl_ext.runs.failures import RunError
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -112,13 +113,18 @@ def test_run_that_ctrl_c_has_stopped_ends_as_if_it_had_not_been(name, paths, tmp
         assert (tmp_path / "a run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys):
+@pytest.mark.parametrize("error, ends_by", [(KeyboardInterrupt(), KeyboardInterrupt), (RunError("Full."), SystemExit)])
+def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys, error, ends_by):
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"])]
-    stop_after(1, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+    stop_after(1, error)
+    with pytest.raises(ends_by) as end:
         main(words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("To go on from the last chec")]
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("To go on from the last chec")]
     assert lines[0].endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
+    if ends_by is SystemExit:
+        assert end.value.code == 1
+        assert said[-3:-1] == ["error: Full.", error.__notes__[0]]
 
 
 def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+import dpo_runs
 import zero_runs
 
 
@@ -55,6 +56,20 @@ def run(folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
             measured[part] = results(trainer) | {"wrapper": type(trainer.model_wrapped).__name__}
             del trainer
     return measured
+
+
+BY_TWO = {"per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+BY_ONE = BY_TWO | {"gradient_accumulation_steps": 2}  # as many pairs in an optimizer step
+
+
+def by_two(folder: Path, checkpoint: str) -> dict[str, Any]:
+    """The weights of DPO in two processes: of a whole run, and resumed from what one process has saved."""
+    weights = {}
+    for part, from_where in (("whole", None), ("resumed", checkpoint)):
+        trainer = dpo_runs.dpo_trainer(folder / f"two {part}", **BY_TWO)
+        trainer.train(resume_from_checkpoint=from_where)
+        weights[part] = zero_runs.full_weights(trainer.model)
+    return weights
 
 
 def measure(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:

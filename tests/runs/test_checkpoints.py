@@ -238,7 +238,7 @@ def test_digests_are_of_small_files_or_of_all(tmp_path, monkeypatch):
 def test_full_digest_finds_what_was_altered_in_a_large_file(tmp_path, monkeypatch, digest):
     monkeypatch.setattr(checkpoints, "SMALL", 2000)
     if digest.startswith("mutant"):
-        monkeypatch.setattr(saving, "complete", lambda staged, _: complete(staged, "small"))
+        monkeypatch.setattr(saving, "complete", lambda staged, _, by: complete(staged, "small", by))
         digest, finds = "full", False
     else:
         finds = digest == "full"

@@ -3,7 +3,10 @@
 import math
 
 import pytest
+import safetensors.torch
+import torch
 
+import dpo_runs
 import resume_worker
 import two_processes
 import zero_runs
@@ -55,3 +58,19 @@ def test_resumed_run_is_the_run_that_never_stopped(measured, name):
     largest = max((weight - resumed["weights"][key]).abs().max().item() for key, weight in whole["weights"].items())
     print(f"{name}: largest difference {max(differences):.1e} in the log, {largest:.1e} in the weights")
     assert max(differences) == largest == 0.0
+
+
+def test_pairs_go_on_in_the_same_order_on_another_number_of_processes(tmp_path):
+    """From one process to two and back, within a pass over the data."""
+    whole = dpo_runs.dpo_trainer(tmp_path / "one", **resume_worker.BY_ONE)
+    whole.train()
+    saved = str(tmp_path / "one" / "checkpoint-1")
+    weights = two_processes.measured(resume_worker.by_two, tmp_path, saved)
+    back = dpo_runs.dpo_trainer(tmp_path / "back", **resume_worker.BY_ONE)
+    back.train(resume_from_checkpoint=str(tmp_path / "two whole" / "checkpoint-1"))
+    weights["back"] = dict(back.model.state_dict())
+    first = safetensors.torch.load_file(tmp_path / "one" / "checkpoint-1" / "model.safetensors")
+    for name, weight in whole.model.state_dict().items():
+        for part in weights.values():
+            torch.testing.assert_close(part[name], weight, rtol=0, atol=1e-6)
+    assert any((weight - whole.model.state_dict()[name]).abs().max() > 1e-3 for name, weight in first.items())

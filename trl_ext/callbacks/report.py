@@ -5,8 +5,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..report import write_report
 from ..report.credit import FOLDER as CREDIT
 from ..report.drawing import matplotlib
 from ..runs.facts import changed_options, hardware, model_facts, rows_of
+from ..runs.failures import in_spite_of_errors
 from ..runs.folder import BEAT, FACTS, STATE, begun_at, write_whole
 from ..runs.log import series
 from .tables import Row, write_credit
@@ -79,7 +80,7 @@ class ReportCallback(TrainerCallback):
         if data is not None and "training data" not in self.facts:
             facts["training data"] = ", ".join(filter(None, (data, facts.get("training data"))))
         if state.global_step:  # a resumed run began when it was first started
-            with _in_spite_of_errors():
+            with in_spite_of_errors("The report"):
                 self._begun = begun_at(folder) or self._begun
         self._known = {"begun": self._begun, "every": self.seconds, "data": data, "facts": facts, "beats": True}
         self._known["options"] = changed_options(args)
@@ -122,13 +123,13 @@ class ReportCallback(TrainerCallback):
 
     def _write_facts(self, folder: Path) -> None:
         text = plain_file(self._known, not_finite=str)
-        with _in_spite_of_errors():
+        with in_spite_of_errors("The report"):
             write_whole(folder / FACTS, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _write(self, args: Any, state: Any, finished: bool) -> None:
         if not state.is_world_process_zero:
             return
-        with _in_spite_of_errors():
+        with in_spite_of_errors("The report"):
             write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
             if self.read_credit is not None:
                 path = Path(args.output_dir) / CREDIT / "last.jsonl"  # only one: a long run writes many pages
@@ -142,15 +143,6 @@ def _beat(path: Path, end: threading.Event) -> None:
     while not end.wait(BEAT):
         with suppress(OSError):
             os.utime(path)
-
-
-@contextmanager
-def _in_spite_of_errors() -> Iterator[None]:
-    """Within the context, an error is a warning: a full disk or an odd log line must not end a run of days."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning("The report was not written, and training goes on: %s: %s", type(error).__name__, error)
 
 
 def facts_of(args: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..runs.failures import in_spite_of_errors
 from ..runs.tables import read_rows, show_table, write_rows
 
 
@@ -71,7 +72,9 @@ class ModelTable:
         if not state.is_world_process_zero:
             return []
         rows = self.rows(args, answers, self._of_reference)
-        write_rows(table_path(args.output_dir, self.folder, state.global_step), rows)
+        path = table_path(args.output_dir, self.folder, state.global_step)
+        with in_spite_of_errors(str(path), OSError):
+            write_rows(path, rows)
         return rows
 
 

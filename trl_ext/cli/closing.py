@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from .. import ReportCallback
 from ..runs.checkpoints import fault_of, numbered
+from ..runs.failures import RunError
 from ..runs.folder import is_of_this_run
 from ..runs.signals import StoppedBySignal
 from ..runs.steps_left import has_steps_left
@@ -36,7 +37,10 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str], **other
 
 @contextmanager
 def running(command: str, given: Options, args: Any) -> Iterator[None]:
-    """Within the context, a wrong option ends the training in one sentence; a run cut short says how to go on."""
+    """
+    Within the context, a wrong option or a failure from outside ends the training in a few sentences; a run cut short
+    says how to go on.
+    """
     try:
         with usage_errors():
             yield
@@ -46,11 +50,15 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
         raise
     except SystemExit:  # an option is wrong, and no checkpoint would help
         raise
-    except BaseException:
+    except BaseException as error:
         can_go_on = args.process_index == 0 and not args.save_only_model
         again = resuming(command, args.output_dir, given.argv) if can_go_on else None
+        if isinstance(error, RunError):
+            print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         if again:
             print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
+        if isinstance(error, RunError):
+            raise SystemExit(1) from error
         raise
 
 

@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
 from ..report import first_and_last_evaluation, use_brief_progress
-from ..runs.checkpoints import checkpoint_of
+from ..runs.checkpoints import checkpoint_of, require_processes
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
 from .dry_run import dry_run
@@ -78,6 +78,8 @@ class TrainingCommand:
             require_all(args)
             checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
             require_steps_left(checkpoint, args.max_steps)
+            if checkpoint is not None:
+                require_processes(checkpoint, args)
             args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         require_fit(self.name, data, model, args)
         with usage_errors():
@@ -89,8 +91,8 @@ class TrainingCommand:
             trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        metrics = self.evaluate(trainer)
-        trainer.save_model()
+            metrics = self.evaluate(trainer)
+            trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             remove_older_adapters(Path(args.output_dir), begun)

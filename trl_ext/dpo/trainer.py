@@ -43,6 +43,7 @@ from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.checkpoints import require_optimizer
 from ..runs.credit import CreditOffer
+from ..runs.failures import in_spite_of_errors
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder, require_full_batches
@@ -508,7 +509,8 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
             label = f"{name}_step_{self.state.global_step:05d}"
             show_table(f"{label}: held-out prompts, actor and reference", columns, rows)
             path = Path(self.args.output_dir) / "completions" / f"{label.replace('/', '_')}.jsonl"
-            write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows])
+            with in_spite_of_errors(str(path), OSError):
+                write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows])
 
     def _complete(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():

@@ -6,7 +6,7 @@ The config holds what the user wrote and nothing derived from it, so that a copy
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
@@ -27,6 +27,7 @@ from .options import (
     LossOptions,
     ModelOptions,
     ResponseOptions,
+    RewardCallOptions,
     RewardOptions,
 )
 
@@ -50,6 +51,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     AdvantageOptions,
     LossOptions,
     KLOptions,
+    RewardCallOptions,
     RewardOptions,
     ResponseOptions,
     FrozenModelOptions,
@@ -72,6 +74,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         ValueError: for an option outside its range, two names of one option set differently, or an option of GRPO set
             that means nothing in PPO. "Set" means different from the default.
     """
+
+    STATE_BY_PROCESS: ClassVar[bool] = True
 
     def __post_init__(self):
         check_startable(self)

@@ -38,6 +38,29 @@ def require_room(
             )
 
 
+def needing_less(phase: str | None, args: PPOConfigX) -> str:
+    """Return the options that lower the memory of a phase, as the end of a sentence; a resumed run may change most."""
+    offload = [] if args.offload_frozen_models else ["set `offload_frozen_models=True`"]
+    checkpointing = [] if args.gradient_checkpointing else ["set `gradient_checkpointing=True`"]
+    budget = "lower `score_batch_tokens`, {}, " if args.score_batch_tokens else "set `score_batch_tokens`, "
+    scoring = [f"{budget.format(args.score_batch_tokens)}the tokens of a pass"]
+    if phase == "generate":
+        smaller = "in a new run, lower `gradient_accumulation_steps`: a rollout is generated at once"
+        return "; ".join([*offload, "lower `response_length`", "let vLLM generate (`use_vllm`)", smaller])
+    if phase == "score":
+        return "; ".join([*scoring, *offload])
+    if phase == "evaluate":
+        return "; ".join(["lower `per_device_eval_batch_size`", *scoring, *offload])
+    if args.micro_batch_tokens:
+        learning = [f"lower `micro_batch_tokens`, {args.micro_batch_tokens}, the tokens of a pass"]
+    else:
+        learning = [
+            "in a new run, set `micro_batch_tokens`, or halve `per_device_train_batch_size` and double "
+            "`gradient_accumulation_steps`"
+        ]
+    return "; ".join([*checkpointing, *offload, *learning])
+
+
 def refuse_clip(reward_clip: float | None, sources: list[str]) -> None:
     """Raise `ValueError` for `reward_clip` with reward `sources` that pay at single tokens."""
     if reward_clip is not None and sources:

@@ -34,6 +34,7 @@ POLICY_OBJECTIVES = ("clip", "mask")
 KL_CONTROLLERS = ("fixed", "proportional", "band")
 LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
 REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
+COUNT_FROM_0 = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
 TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
 BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
 PATTERNS = Range(
@@ -200,6 +201,33 @@ class RewardOptions:
     )
     whiten_rewards: Annotated[bool, SWITCH] = field(
         default=False, metadata={"help": "Scale the per-token rewards of a rollout to unit variance; keep the mean."}
+    )
+
+
+@dataclass
+class RewardCallOptions:
+    TOPIC: ClassVar[str] = "Asking reward functions"
+
+    reward_timeout: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take; then it has failed. A sync function runs in a "
+            "thread, which is left to itself. Unset: any time."
+        },
+    )
+    reward_max_retries: Annotated[int, COUNT_FROM_0] = field(
+        default=0,
+        metadata={
+            "help": "How often a reward function that raises or is too late is asked again, after 1, 2, 4, … and at "
+            "most 60 seconds, before the run ends. Integer >= 0."
+        },
+    )
+    reward_max_concurrency: Annotated[int | None, COUNT_OR_UNSET] = field(
+        default=None,
+        metadata={
+            "help": "Ask reward functions for one response at a time, each for so many at once, per process. Unset: "
+            "one call for all responses of a process."
+        },
     )
 
 

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -53,6 +53,7 @@ from ..packing.exactness import why_not_run
 from ..runs.best_metric import check_metric_of_sets, evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.credit import CreditOffer
+from ..runs.failures import in_spite_of_errors
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
 from ..runs.requirements import make_folder, require_full_batch
@@ -77,6 +78,7 @@ from .display import batch_plan, print_samples
 from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
 from .guards import (
     naming_the_actor,
+    needing_less,
     refuse_clip,
     require_finite_gradient,
     require_finite_loss,
@@ -1059,6 +1061,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
 
     # ---- Log ----
 
+    def _needing_less(self, phase: str | None) -> str:
+        return needing_less(phase, self.args)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         run = self.run_state
         if "train_loss" in logs and run.ledger.mean_loss is not None:
@@ -1073,7 +1078,23 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             elif not self.model.training:
                 logs.update(self.phases.pop_memory(self.accelerator.gather, "evaluate"))
             drop_unmeasured(self._metrics["train" if self.model.training else "eval"])
-            super().log(logs, start_time)
+            with self._in_spite_of_completions():
+                super().log(logs, start_time)
+
+    @contextmanager
+    def _in_spite_of_completions(self) -> Iterator[None]:
+        """Within the context, completions that cannot be written down, with `log_completions`, are a warning."""
+        if not self.log_completions:
+            yield
+            return
+        path = Path(self.args.output_dir) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
+        with in_spite_of_errors(str(path), OSError):
+            try:
+                yield
+            except OSError:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)  # half written
+                raise
 
     def credit(self, most: int) -> list[dict[str, Any]]:
         """Return the tokens of this rank's first responses with their credit; none before the first rollout."""

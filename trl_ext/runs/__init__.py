@@ -3,6 +3,7 @@ Runs: their requirements, log, folder and card.
 
     requirements   numbers, packages and folders, checked before a model is loaded
     checkpoints    complete or absent: written beside, synced, listed, renamed; checked before a run is resumed
+    failures       what ends a run from outside, in words
     signals        SIGTERM and Ctrl-C during a training
     saving         how every trainer saves and stops, with its options
     steps_left     refuse a checkpoint that has no step left

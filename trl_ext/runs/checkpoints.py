@@ -6,6 +6,9 @@ A checkpoint is complete or absent: written beside, synced to disk, listed in a 
     output_dir/_replaced/checkpoint-N    moved aside for a new one of the same step, for the moment between two renames
 
 The names begin with "_" because the Trainer does not push such folders, and takes no checkpoint from them.
+
+Where folders cannot be renamed, as on file systems over buckets, files are copied instead, trainer_state.json last:
+without it a folder is taken for no checkpoint.
 """
 
 import errno
@@ -19,6 +22,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ SAVING, REPLACED = "_saving", "_replaced"
 DIGESTS = ("small", "full")  # values of `checkpoint_digest`
 SMALL = 2**30  # bytes; larger files have a sha256 with "full" only
 READERS = 8  # files that are read at once; each takes a core, at about 1 GB/s
+# Errors of renaming that copying would meet, too.
+NO_COPY_EITHER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EIO)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -47,38 +53,81 @@ def begin(staged: Path) -> None:
     """Remove what earlier saves have left unfinished in the run's folder, and make the folder of a new one."""
     run = staged.parents[1]
     put_back(run)
-    for leftover in (SAVING, REPLACED):
-        shutil.rmtree(run / leftover, ignore_errors=True)
+    for leftover in (staged, run / SAVING, run / REPLACED):  # `_saving` may be a link to another disk
+        shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir(parents=True, exist_ok=True)  # a network disk may keep what is open elsewhere
 
 
-def complete(staged: Path, digest: str) -> Path:
-    """Sync a checkpoint that is written, list its files, and move it into the run's folder; return its new place."""
-    paths = _files(staged)
+def complete(staged: Path, digest: str, by: dict[str, int] | None = None) -> Path:
+    """
+    Sync a checkpoint that is written, list its files, and move it into the run's folder; return its new place.
+
+    Args:
+        by: of the run, what `written_by` says.
+    """
+    paths = [path for path in _files(staged) if path != staged / MANIFEST]
     with ThreadPoolExecutor(READERS) as readers:
         entries = list(readers.map(functools.partial(_synced, digest=digest), paths))
     files = {path.relative_to(staged).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
+    manifest.write_text(json.dumps({"version": 1, **(by or {}), "files": files}, indent=1), encoding="utf-8")
     for path in (manifest, *(folder for folder in staged.glob("**/") if folder != staged), staged):
         _sync(path)
     run = staged.parents[1]
     final, old = run / staged.name, run / REPLACED / staged.name
     if final.exists():  # of an earlier run, or of a resumed one that has come here before
         old.parent.mkdir(exist_ok=True)
-        final.rename(old)
-    staged.rename(final)
+        if not _renamed(final, old):
+            _remove(final)
+    if not _renamed(staged, final):
+        _copy(staged, final)
     _sync(run)
-    shutil.rmtree(old.parent, ignore_errors=True)
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    for leftover in (old.parent, staged, staged.parent):
+        shutil.rmtree(leftover, ignore_errors=True)
     return final
 
 
 def put_back(run: Path) -> None:
     """Move back the checkpoint that a run was about to replace when it was killed."""
     for old in (run / REPLACED).glob("checkpoint-*"):
-        if not (run / old.name).exists():
-            old.rename(run / old.name)
+        new = run / old.name
+        if (old / STATE).is_file() and not (new / STATE).is_file():
+            shutil.rmtree(new, ignore_errors=True)  # half copied
+            old.rename(new)
+
+
+def leave_unfinished(staged: Path) -> None:
+    """Remove what was written of a checkpoint that could not be finished; it may be what has filled the disk."""
+    shutil.rmtree(staged.parent, ignore_errors=True)
+    with suppress(OSError):
+        put_back(staged.parents[1])
+
+
+def _renamed(folder: Path, place: Path) -> bool:
+    """Rename a folder; return whether this file system can."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno in NO_COPY_EITHER:
+            raise
+        return False
+    return True
+
+
+def _copy(checkpoint: Path, place: Path) -> None:
+    """Copy a checkpoint to a place where there is none; what says that it is one comes last."""
+    last = checkpoint / STATE
+    for path in [*(path for path in _files(checkpoint) if path != last), last]:
+        copy = place / path.relative_to(checkpoint)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        _sync(copy)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint where it is; first what says that it is one."""
+    (checkpoint / STATE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -103,9 +152,15 @@ def delete_all_but(kept: str, run: Path) -> None:
 def _delete(checkpoint: Path) -> None:
     # Half deleted under its own name it could be taken for a checkpoint.
     doomed = checkpoint.parent / SAVING / checkpoint.name
-    doomed.parent.mkdir(exist_ok=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed.parent, ignore_errors=True)
+    try:
+        doomed.parent.mkdir(exist_ok=True)
+        is_moved = _renamed(checkpoint, doomed)
+    except OSError:  # a full disk has no room for a folder
+        is_moved = False
+    if is_moved:
+        shutil.rmtree(doomed.parent, ignore_errors=True)
+    else:
+        _remove(checkpoint)
 
 
 def size_of(checkpoint: Path) -> int:
@@ -198,6 +253,53 @@ def _faults_to_be_seen(checkpoint: Path) -> Iterator[str]:
                 zipfile.ZipFile(path).close()
         except Exception as error:  # each format has its own
             yield f"its {path.relative_to(checkpoint).as_posix()} cannot be read ({type(error).__name__})"
+
+
+# ---- The processes ----
+
+
+def written_by(args: Any) -> dict[str, int]:
+    """Return what a manifest says of a run: its processes, and the rows of an optimizer step over all of them."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"processes": args.world_size, "rows_per_step": rows}
+
+
+def processes_of(checkpoint: Path) -> int | None:
+    """Return how many processes have written a checkpoint; `None` for one of an earlier version."""
+    return _manifest(checkpoint).get("processes")
+
+
+def require_processes(checkpoint: Path, args: Any) -> None:
+    """
+    Raise `ValueError` if a run of other processes than these cannot go on from a checkpoint with the same rows: where
+    each has a state or a share of the weights of its own, or an optimizer step would have more rows, or fewer.
+    """
+    saved, now = _manifest(checkpoint), written_by(args)
+    if saved.get("processes") in (None, args.world_size):
+        return
+    said = f"{checkpoint} was saved by a run of {saved['processes']} processes, and this one has {args.world_size}."
+    if getattr(args, "STATE_BY_PROCESS", False):
+        raise ValueError(
+            f"{said} PPO keeps rollout and random numbers by process. Launch it with {saved['processes']}, or start a "
+            "new run from the checkpoint's actor (`model`) and `critic/` (`value_model`)."
+        )
+    if args.deepspeed_plugin is not None or args.fsdp:
+        raise ValueError(
+            f"{said} DeepSpeed and FSDP save the optimizer in as many parts. Launch it with {saved['processes']}, or "
+            "start a new run from the checkpoint's model."
+        )
+    if saved["rows_per_step"] != now["rows_per_step"]:
+        raise ValueError(
+            f"{said} An optimizer step had {saved['rows_per_step']} rows and would have {now['rows_per_step']}, so "
+            "that the run would go on at another place in the data. Keep per_device_train_batch_size × "
+            f"gradient_accumulation_steps × processes at {saved['rows_per_step']}, or launch it with "
+            f"{saved['processes']}."
+        )
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # ---- Choose ----

@@ -30,6 +30,7 @@ class Phases(TrainerCallback):
     Attributes:
         highest: peak in bytes, in any phase and between them, up to the last change of phase.
         parts: while an update is profiled, its finer phases.
+        failed: the innermost phase that an error has left, of this training.
     """
 
     def __init__(self, device: torch.device, counts_memory: bool = True):
@@ -37,6 +38,7 @@ class Phases(TrainerCallback):
         self.counts_memory = counts_memory
         self.highest = 0
         self.parts: Phases | None = None
+        self.failed: str | None = None
         self._phase: str | None = None
         self._since = time.perf_counter()
         self.forget()
@@ -68,8 +70,16 @@ class Phases(TrainerCallback):
             self.enter(phase)
             try:
                 yield
+            except Exception:
+                self.failed = self.failed or phase
+                raise
             finally:
                 self.enter(outer)
+
+    @property
+    def failed_in(self) -> str | None:
+        """Return the phase in which an error has come; `None` between phases."""
+        return self.failed or self._phase
 
     def part(self, name: str | None) -> AbstractContextManager[None]:
         """Name what the context does, which is measured while an update is profiled; an evaluation has no parts."""
@@ -78,7 +88,7 @@ class Phases(TrainerCallback):
         return self.parts.during(name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._phase = None  # a run that ended with an error has left its phase open
+        self._phase = self.failed = None  # a run that ended with an error has left its phase open
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.enter(None)

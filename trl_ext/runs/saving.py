@@ -1,4 +1,7 @@
-"""How a trainer saves: checkpoints that are complete or absent, and one more when a signal stops the run."""
+"""
+How a trainer saves: checkpoints that are complete or absent, and one more when a signal stops the run. What ends a run
+from outside says what is saved.
+"""
 
 import logging
 import shutil
@@ -14,17 +17,38 @@ from accelerate.utils import is_peft_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..ranges import SWITCH, one_of
-from .checkpoints import DIGESTS, SAVING, begin, checkpoint_of, complete, delete_all_but, rotate, size_of
+from .checkpoints import (
+    DIGESTS,
+    SAVING,
+    begin,
+    checkpoint_of,
+    complete,
+    delete_all_but,
+    leave_unfinished,
+    processes_of,
+    require_processes,
+    rotate,
+    size_of,
+    written_by,
+)
+from .failures import RunError, about_memory, about_the_disk, is_of_the_disk, is_out_of_memory
 from .folder import STATE
 from .signals import SignalWatch, StopAmidStep, StoppedBySignal, start_worker
 
 
 logger = logging.getLogger(__name__)
 
+OTHER_PROCESSES = (
+    "%s was saved by %d processes, and this run has %d, with as many rows in an optimizer step: it goes on with the "
+    "same rows in the same order, but sums are rounded otherwise, dropout draws other numbers where it is on, and the "
+    "last step of an epoch may differ where its rows are no multiple of a step's."
+)
+
 
 @dataclass
 class SavingOptions:
     TOPIC: ClassVar[str] = "Checkpoints"
+    STATE_BY_PROCESS: ClassVar[bool] = False  # whether each process saves a state that no other can go on from
 
     checkpoint_digest: Annotated[str, one_of(*DIGESTS)] = field(
         default="small",
@@ -71,6 +95,7 @@ class SavesWhole:
     _saved_at: tuple[int, int] | None = None  # step and log lines of the last checkpoint
     _signals: SignalWatch | None = None
     _resumed_from: Path | None = None
+    _last_complete: Path | None = None  # of this run, or the one that it was resumed from
     _has_stepped = False  # since it began or was resumed
     _passed_step = -1  # the last one that came to `_maybe_log_save_evaluate`
 
@@ -80,9 +105,14 @@ class SavesWhole:
         """Train; `True` resumes from the newest complete checkpoint in `output_dir`."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
         self._saved_at, self._resumed_from, self._has_stepped, self._passed_step = None, checkpoint, False, -1
-        self._warn_of_space(_expected_size(self.model), "A checkpoint")
+        self._last_complete = checkpoint
+        if checkpoint is not None:
+            require_processes(checkpoint, self.args)
+            if self.args.process_index == 0 and processes_of(checkpoint) not in (None, self.args.world_size):
+                logger.warning(OTHER_PROCESSES, checkpoint, processes_of(checkpoint), self.args.world_size)
+        self._warn_of_space(self._size_of_one(), "A checkpoint")
         train: Any = super().train  # type: ignore[misc]
-        with self._watching():
+        with self._watching(), self._saying_what_is_saved():
             try:
                 output = train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
                 if self._signals is not None and self._signals.received:
@@ -171,7 +201,70 @@ class SavesWhole:
             self._save_unless_saved()
         return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
 
+    # ---- Fail ----
+
+    @contextmanager
+    def _saying_what_is_saved(self) -> Iterator[None]:
+        """Within the context, an error has a note of what is saved, and one of memory the phase and what lowers it."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                error.add_note(self._what_is_saved())
+                raise
+            phases = getattr(self, "phases", None)
+            phase = phases.failed_in if phases is not None else "learn" if self.model.training else "evaluate"
+            told = RunError(about_memory(error, phase, self.state.global_step, self._needing_less(phase)))
+            told.add_note(self._what_is_saved())
+            raise told from error
+
+    def _needing_less(self, phase: str | None) -> str:
+        """Return the options that lower the memory of a phase, as the end of a sentence; here of pairs."""
+        if phase == "evaluate":
+            return "lower `per_device_eval_batch_size`"
+        if phase == "reference":
+            return "lower `precompute_ref_batch_size`"
+        ways = ["halve `per_device_train_batch_size` and double `gradient_accumulation_steps`"]
+        ways += [] if self.args.gradient_checkpointing else ["set `gradient_checkpointing=True`"]
+        ways += [] if getattr(self.args, "precompute_ref_log_probs", True) else ["set `precompute_ref_log_probs=True`"]
+        return "; ".join([*ways, "lower `max_length`"])
+
+    def _what_is_saved(self) -> str:
+        last = self._last_complete
+        if last is None or not last.is_dir():
+            return "No checkpoint of this run is saved: it has to start again."
+        if self.args.save_only_model:
+            return f"The model of {last.name} is saved in {last}; with `save_only_model` no run goes on from it."
+        return f"{last.name} is complete: `resume_from_checkpoint={str(last)!r}` goes on from there."
+
+    @contextmanager
+    def _writing(self, what: str, folder: Path) -> Iterator[None]:
+        """Within the context, an error of the disk says what was not saved, why, and what to do."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, RunError) or not is_of_the_disk(error):
+                raise
+            is_checkpoint = folder.parent.name == SAVING
+            needed = max(0, self._size_of_one() - size_of(folder)) if is_checkpoint else 0
+            said = about_the_disk(error, folder.parents[1] if is_checkpoint else folder, needed)
+            if is_checkpoint and self.args.should_save:
+                leave_unfinished(folder)
+            raise RunError(f"{what} was not saved: {said}") from error
+
+    def _size_of_one(self) -> int:
+        """Return about how many bytes a checkpoint has: those of the last, or what is known before."""
+        last = self._last_complete
+        return _expected_size(self.model) if last is None or not last.is_dir() else size_of(last)
+
     # ---- Save ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._saves_now:  # a checkpoint
+            return super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        folder = Path(output_dir or self.args.output_dir)
+        with self._saying_what_is_saved(), self._writing("The model", folder):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the run's folder; while a checkpoint is written, the one beside in which it is."""
@@ -182,20 +275,23 @@ class SavesWhole:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
         staged, final = run / SAVING / name, run / name
-        if self.args.should_save:
-            begin(staged)
+        if self.args.should_save and self._last_complete is not None and not run.is_dir():
+            logger.warning("The folder %s is gone, with all that was in it; %s is saved into a new one.", run, name)
+        with self._writing(name, staged):
+            if self.args.should_save:
+                begin(staged)
+            self.accelerator.wait_for_everyone()
+            self._saves_now = True
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._saves_now = False
+            self.accelerator.wait_for_everyone()
+            self._name_best(run, staged)
+            if self.args.should_save:
+                complete(staged, getattr(self.args, "checkpoint_digest", "small"), written_by(self.args))
         self.accelerator.wait_for_everyone()
-        self._saves_now = True
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self._saves_now = False
-        self.accelerator.wait_for_everyone()
-        self._name_best(run, staged)
-        if self.args.should_save:
-            complete(staged, getattr(self.args, "checkpoint_digest", "small"))
-        self.accelerator.wait_for_everyone()
-        self._saved_at = self._now()
+        self._saved_at, self._last_complete = self._now(), final
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:

@@ -19,6 +19,7 @@ from .adapters import critic_adapter, load_reward_adapter
 from .critic import Critic, ValueAdapter, ValueHead, build_critic, freeze
 from .inputs import Given, Model
 from .offload import frozen_kwargs
+from .reward_calls import patient
 from .reward_forms import RewardForm
 from .reward_functions import checked
 from .reward_models import (
@@ -178,9 +179,11 @@ def _reward_source(
     if isinstance(source, str):
         source = load_reward_model(source, init_kwargs)
     if is_function(source):  # GRPO would take a module for a model
-        return checked(partial(source), type(source).__name__)
+        name = type(source).__name__
+        return checked(patient(partial(source), name, args), name)
     if not isinstance(source, nn.Module):
-        return checked(source, get_callable_name(source))
+        name = get_callable_name(source)
+        return checked(patient(source, name, args), name)
     check_reward_model(source)
     disable_noise(source.eval())
     config: Any = source.config
