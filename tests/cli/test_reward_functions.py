@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,8 @@ def test_name_that_leads_to_no_function_is_refused(folder, name, words):
 
 ROW = {"prompt": "good film", "grades": 3, "answer": "4"}
 CHAT = {"prompt": [{"role": "user", "content": "good film"}]}
-ARGS = SimpleNamespace(chat_template_kwargs=None)
+UNLIMITED = {"reward_timeout": None, "reward_max_retries": 0, "reward_max_concurrency": None}
+ARGS = SimpleNamespace(chat_template_kwargs=None, **UNLIMITED)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,13 @@ def test_function_is_tried_on_two_answers_to_a_prompt(folder, row, name, words):
     else:
         with pytest.raises(ValueError, match=words):
             try_on(functions, row, tokenizer, ARGS)
+
+
+def test_trial_waits_no_longer_than_the_run_would(folder):
+    Path("late.py").write_text("import time\n\ndef late(**kwargs):\n    time.sleep(0.5)\n", encoding="utf-8")
+    args = SimpleNamespace(chat_template_kwargs=None, **UNLIMITED | {"reward_timeout": 0.05})
+    with pytest.raises(ValueError, match=r"'late' fails on an answer .* no answer within 0\.05 s"):
+        try_on(reward_functions(["late.py:late"]), ROW, tiny.tiny_tokenizer(), args)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ..runs.failures import RunError
 from ..runs.folder import is_of_this_run
 from ..runs.signals import StoppedBySignal
 from ..runs.steps_left import has_steps_left
-from .errors import usage_errors
+from .errors import is_debugging, usage_errors
 from .options import Options
 
 
@@ -53,11 +53,12 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
     except BaseException as error:
         can_go_on = args.process_index == 0 and not args.save_only_model
         again = resuming(command, args.output_dir, given.argv) if can_go_on else None
-        if isinstance(error, RunError):
+        in_words = isinstance(error, RunError) and not is_debugging()
+        if in_words:
             print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         if again:
             print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
-        if isinstance(error, RunError):
+        if in_words:
             raise SystemExit(1) from error
         raise
 

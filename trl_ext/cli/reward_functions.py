@@ -16,7 +16,9 @@ from trl import is_conversational
 
 from .._trl import get_callable_name
 from ..ppo.data import READ, prompt_ids
+from ..ppo.roles.reward_calls import patient
 from ..ppo.roles.reward_functions import check_rewards, check_signature
+from ..runs.failures import RunError
 
 
 # Two answers, so that a function that gives one number for all of them is seen.
@@ -113,10 +115,11 @@ def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, a
         name = get_callable_name(function)
         check_signature(function, name, inputs)
         try:
-            answer = function(**inputs)
+            answer = patient(function, name, args)(**inputs)
             answer = asyncio.run(answer) if inspect.iscoroutine(answer) else answer
         except Exception as error:  # whatever the user's function does
-            last = traceback.extract_tb(error.__traceback__)[-1]
+            cause = (error.__cause__ or error) if isinstance(error, RunError) else error  # its own line
+            last = traceback.extract_tb(cause.__traceback__)[-1]
             file = os.path.relpath(last.filename)
             file = last.filename if file.startswith("..") else file
             raise ValueError(
