@@ -107,7 +107,7 @@ def about_memory(error: BaseException, phase: str | None, step: int, cure: str) 
         cure: what needs less memory in this phase, as the end of a sentence.
     """
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    where = WHILE[phase] if phase is not None else "between two phases"
+    where = WHILE.get(phase or "", "between two phases")
     return f"The run was out of memory {where}, at step {step}: {said:.300}. To need less there: {cure}."
 
 
