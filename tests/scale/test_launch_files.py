@@ -205,6 +205,28 @@ def test_optimizer_of_the_file_would_lose_the_critics_learning_rate(tmp_path, de
         ppo_runs.ppo_config(tmp_path, deepspeed=path, critic_learning_rate=1e-3)
 
 
+# What launches, options of the critic, and what is said of them.
+ENGINES = [
+    ("zero2", {"critic_max_grad_norm": 1.0}, "`critic_max_grad_norm=1.0` with DeepSpeed, which clips"),
+    ("zero3", {"critic_max_grad_norm": 1.0}, "`critic_max_grad_norm=1.0` with DeepSpeed, which clips"),
+    ("zero2", {"critic_steps": 2}, None),
+    ("fsdp", {"critic_max_grad_norm": 1.0}, "`critic_max_grad_norm=1.0` with FSDP, which clips"),
+    ("fsdp", {"critic_steps": 2}, "`critic_steps=2` with FSDP, where the critic has no steps"),
+    ("fsdp", {"critic_warmup_steps": 1}, None),
+    ("one process", {"critic_max_grad_norm": 1.0, "critic_steps": 2}, None),
+]
+
+
+@pytest.mark.parametrize("engine, options, said", ENGINES)
+def test_options_of_the_critic_that_an_engine_cannot_follow_are_refused(tmp_path, monkeypatch, engine, options, said):
+    if engine == "fsdp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate's launcher does
+    elif engine.startswith("zero"):
+        options = options | {"deepspeed": str(DEEPSPEED / f"{engine}.json")}
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        ppo_runs.ppo_config(tmp_path, **options)
+
+
 @pytest.mark.parametrize("role", ["model", "value_model"])
 def test_quantized_model_is_refused_under_zero3_before_it_is_loaded(tmp_path, role):
     quantized = tmp_path / "quantized"
