@@ -1,6 +1,7 @@
 """Which of default, recipe and flag holds, and what a value or an option that cannot be is told."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,22 @@ def test_flag_beats_recipe_beats_default(recipe, demo):
     path = recipe("size: 2\n")
     for words in (["--size", "3", f"--config={path}"], [f"--config={path}", "--size", "3"]):
         assert toy_run(words, demo)[0] == Toy(size=3)
+
+
+@pytest.mark.parametrize(
+    "text, words, refused",
+    [
+        ("lam: 0.95\nlam_alpha: 0.5\n", [], True),
+        ("lam_alpha: 0.5\n", ["--lam", "0.95"], True),
+        ("lam: 0.95\n", ["--lam_alpha", "0.5"], True),
+        ("lam_alpha: 0.5\n", [], False),
+        ("lam: 0.95\n", [], False),
+    ],
+)
+def test_lam_of_the_default_is_noticed_where_it_is_written(recipe, tmp_path, text, words, refused):
+    given = command("ppo").COMMAND.options(["--config", recipe(text), "--output_dir", str(tmp_path), *words])
+    with pytest.raises(ValueError, match=r"`lam=0\.95` and `lam_alpha=0\.5` both") if refused else nullcontext():
+        given.make()
 
 
 def test_demo_recipe_is_read_for_the_embedded_data_only(recipe, demo):

@@ -127,6 +127,17 @@ def test_default_is_the_documented_one(name, value):
     assert getattr(config(), name) == value
 
 
+def test_lam_that_nobody_has_written_gives_way_to_the_length():
+    """A copy is the same config, and another one may follow the length."""
+    args = config()
+    for follows in (config(lam_alpha=0.5), dataclasses.replace(args, lam_alpha=0.5)):
+        assert follows.lam == args.lam == 0.95
+        of_file = json.loads(json.dumps(follows.to_dict()))
+        assert dataclasses.replace(follows) == PPOConfigX(**of_file) == follows
+    with pytest.raises(ValueError, match="both set the λ"):
+        dataclasses.replace(config(lam=0.95), lam_alpha=0.5)
+
+
 @pytest.mark.parametrize("placement, estimator", [("loss", "k2"), ("reward", "k1")])
 def test_kl_estimator_default_follows_the_placement(placement, estimator):
     args = config(kl_placement=placement)
@@ -397,6 +408,7 @@ def test_value_of_another_type_is_refused_by_name(name):
         ({"critic_warmup_until": 0.5, "vf_coef": 0.0}, "waits for a critic that does not learn with `vf_coef=0`"),
         ({"lam_alpha": 0.0}, "`lam_alpha` is 0.0; it must be above 0, or unset"),
         ({"lam_alpha": 0.05, "lam": 0.9}, "`lam=0.9` and `lam_alpha=0.05` both set the λ"),
+        ({"lam_alpha": 0.05, "lam": 0.95}, "`lam=0.95` and `lam_alpha=0.05` both set the λ"),
         (
             {"critic_lam": 1.0, "advantage_estimator": "2_step"},
             "`critic_lam=1.0` is read by `advantage_estimator='gae'`",

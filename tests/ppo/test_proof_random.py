@@ -19,6 +19,7 @@ import ppo_runs
 import tiny
 from families.configs import family_config, family_model
 from plain import chosen, plain_distribution
+from trl_ext.ppo.options import LAM
 
 
 pytestmark = pytest.mark.integration
@@ -59,7 +60,7 @@ def some(choose):
 
 def recipe_of(choose, options):
     """Options that later papers add to those."""
-    lams = [{}, {"lam": 0.95, "lam_alpha": 0.7}, {"critic_lam": 1.0}]
+    lams = [{}, {"lam": LAM, "lam_alpha": 0.7}, {"critic_lam": 1.0}]
     clipping = choose([{}, {"cliprange_high": 0.4}, {"dual_clip": 1.5}])
     of_advantages = choose(lams) if options["advantage_estimator"] == "gae" else {}
     imitation = choose([{}, {"positive_nll_coef": 0.3, "positive_min_score": 0.0}])

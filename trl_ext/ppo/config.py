@@ -149,6 +149,8 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         hidden = super().to_dict()
         # The parent hides every field whose name ends in "_token", set or not; `stop_token` is no secret.
         unset = {name: None for name in hidden if name.endswith("_token") and getattr(self, name) is None}
+        if self.lam_alpha is not None:
+            del hidden["lam"]  # nobody has written it; read from a file, it would count as written
         return hidden | unset | {"stop_token": self.stop_token}
 
     # ---- TRL 1.12's computed fields ----

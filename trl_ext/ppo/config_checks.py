@@ -6,7 +6,7 @@ from typing import Any
 from ..models.quantization import is_fsdp
 from ..ranges import default_of, require
 from .advantages import find_estimator
-from .options import LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOptions
+from .options import LAM, LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOptions
 
 
 # The metric of the best checkpoint, unless another is named.
@@ -215,9 +215,10 @@ def check_advantages(args: Any) -> None:
             f"`critic_warmup_until={args.critic_warmup_until}` waits for a critic that does not learn with "
             "`vf_coef=0`. Remove one of them."
         )
-    if args.lam_alpha is not None and args.lam != default_of(type(args), "lam"):
+    if args.lam_alpha is not None and args.lam is not LAM:
         raise ValueError(
-            f"`lam={args.lam}` and `lam_alpha={args.lam_alpha}` both set the λ of the advantages. Keep one of them."
+            f"`lam={args.lam}` and `lam_alpha={args.lam_alpha}` both set the λ of the advantages. Keep one of them, "
+            "in a recipe too."
         )
 
 

@@ -32,6 +32,8 @@ CRITICS = ("model", "head", "adapter")
 KL_PLACEMENTS = ("loss", "reward")
 POLICY_OBJECTIVES = ("clip", "mask")
 KL_CONTROLLERS = ("fixed", "proportional", "band")
+# An object of its own, by which a `lam` that nobody has written is told from one of the same value that somebody has.
+LAM = float("0.95")
 LOSS_KL_ESTIMATORS = (*IN_THE_LOSS, "full")
 REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 COUNT_FROM_0 = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
@@ -361,13 +363,13 @@ class AdvantageOptions:
         default=1.0, metadata={"help": "Discount factor, 0 to 1. Zhang 2025 §6.2: 0.99."}
     )
     lam: Annotated[float, FRACTION] = field(
-        default=0.95, metadata={"help": "λ of GAE, 0 to 1. Zhang 2025 §6.2: 0.95."}
+        default=LAM, metadata={"help": "λ of GAE, 0 to 1, where `lam_alpha` is unset. Zhang 2025 §6.2: 0.95."}
     )
     lam_alpha: Annotated[float | None, POSITIVE_OR_UNSET] = field(
         default=None,
         metadata={
             "help": "α of a λ that follows the length l of a response, 1 − 1/(α·l), in place of `lam`: α·l is the "
-            "horizon in tokens. VAPO (arXiv:2504.05118): 0.05. Unset: `lam`."
+            "horizon in tokens. VAPO (arXiv:2504.05118): 0.05. Not beside a `lam`. Unset: `lam`."
         },
     )
     critic_lam: Annotated[float | None, FRACTION_OR_UNSET] = field(
