@@ -46,7 +46,7 @@ def test_run_leaves_critic_tokenizer_responses_and_what_it_explains(ran):
     folder, printed = ran
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.json"} <= names
-    assert {"rollouts/train.parquet", "rollouts/held_out.parquet", "rollouts/facts.json", "base_model.json"} <= names
+    assert {"rollouts/train.parquet", "rollouts/held_out.parquet", "rollouts/facts.json", "policy.json"} <= names
     assert not [name for name in names if name.startswith("checkpoint")]
     metrics = json.loads((folder / "metrics.json").read_text())
     key = "eval_value/explained_variance_mc"

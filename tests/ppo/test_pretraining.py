@@ -3,19 +3,23 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import four_roles
 import layouts
 import tiny
 from ppo_runs import logged, ppo_config, ppo_trainer, returned_by, sequences, snapshot
 from trl_ext import CriticConfigX, CriticTrainerX
 from trl_ext.ppo import pretraining, saved_rollouts
+from trl_ext.ppo.roles.inputs import Given, check_given, resolve
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -65,6 +69,26 @@ def pretrained(paths, tmp_path_factory):
         return made[critic]
 
     return of
+
+
+def look_up(word: str) -> str:
+    """
+    Look a word up.
+
+    Args:
+        word: the word.
+    """
+    return word
+
+
+class Room:
+    """An environment."""
+
+    def reset(self, **_):
+        return None
+
+    def get_reward(self):
+        return 0.5
 
 
 def adapter(critic):
@@ -292,19 +316,103 @@ def test_ppo_of_the_same_seed_samples_other_responses_than_those_learned_from(pa
     assert (sequences(rollouts[0]) != kept) == seeded
 
 
-def test_a_head_on_another_trunk_is_refused_before_loading_and_a_model_of_another_policy_is_a_warning(
-    pretrained, paths, tmp_path, caplog, monkeypatch
+@pytest.fixture(scope="module")
+def policies(paths, tmp_path_factory):
+    """Folders of adapters on the actor, beside `paths`."""
+    folder = tmp_path_factory.mktemp("policies")
+    adapter = four_roles.save_adapter(paths["actor"], folder / "adapter", "CAUSAL_LM", 2)
+    moved, scaled = (shutil.copytree(adapter, folder / name) for name in ("moved", "scaled"))
+    options = json.loads((scaled / "adapter_config.json").read_text())
+    (scaled / "adapter_config.json").write_text(json.dumps(options | {"lora_alpha": 99}))
+    trained = four_roles.save_adapter(paths["actor"], folder / "trained", "CAUSAL_LM", 3)
+    return paths | {"adapter": adapter, "moved": str(moved), "scaled": str(scaled), "trained": trained}
+
+
+def policy(policies, name):
+    """A folder, or a model in memory: new on every call, as it may be changed."""
+    if name in policies:
+        return policies[name]
+    if not name.startswith("PeftModel"):
+        return tiny.tiny_actor(5 if name == "another object" else 0)
+    base = AutoModelForCausalLM.from_pretrained(policies["actor"])
+    return PeftModel.from_pretrained(base, policies[name.removeprefix("PeftModel of ")], is_trainable=True)
+
+
+@pytest.fixture(scope="module")
+def critics_of(policies, tmp_path_factory):
+    """The folder of a critic of a policy, saved before it has learned; each is made once."""
+    made = {}
+
+    def of(name, critic):
+        if (name, critic) not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+                made[name, critic] = str(tmp_path_factory.mktemp("critic"))
+                models = {"model": policy(policies, name), "processing_class": tiny.tiny_tokenizer()}
+                critic_trainer(made[name, critic], policies, models, critic=critic).save_model()
+        return made[name, critic]
+
+    return of
+
+
+# The policy of the critic, that of PPO's run, and whether they are the same; None: it cannot be known.
+PAIRS = [
+    ("actor", "actor", True),
+    ("actor", "other", False),
+    ("actor", "adapter", False),
+    ("adapter", "actor", False),
+    ("adapter", "moved", True),
+    ("adapter", "trained", False),
+    ("adapter", "scaled", False),
+    ("adapter", "PeftModel of adapter", None),
+    ("object", "object", True),
+    ("object", "another object", False),
+    ("object", "actor", None),
+    ("PeftModel of adapter", "PeftModel of moved", True),
+    ("PeftModel of adapter", "PeftModel of trained", False),
+    ("PeftModel of adapter", "object", None),
+]
+
+
+def check_critic(policies, actor, folder, tmp_path, critic="head", **models):
+    """PPO's checks of models, before any is loaded."""
+    given = {"model": policy(policies, actor), "value_model": folder, "reward_model": policies["reward_model"]}
+    check_given(*resolve(ppo_config(tmp_path, critic=critic, use_cpu=True), reward_funcs=None, **given, **models))
+
+
+@pytest.mark.parametrize("pretrained_on, actor, same", PAIRS)
+def test_a_head_of_another_policy_is_refused_before_loading(
+    policies, critics_of, tmp_path, caplog, pretrained_on, actor, same
 ):
-    head = {"model": paths["other"], "value_model": str(pretrained("head").folder), "processing_class": None}
-    monkeypatch.setattr(pretraining.GRPOTrainer, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(
-        ValueError, match=r"was pretrained on .*actor, whose weights are not those of the actor .*other"
-    ):
-        ppo_trainer(tmp_path, head, critic="head")
-    monkeypatch.undo()
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    ppo_trainer(tmp_path, head | {"value_model": str(pretrained().folder)})
-    assert "Responses of another policy have other values" in caplog.text
+    """Each trunk is of the same width."""
+    folder = critics_of(pretrained_on, "head")
+    said = r"`value_model`\) was pretrained on .* whose weights are not those of the actor .* of another trunk says"
+    with nullcontext() if same is not False else pytest.raises(ValueError, match=said):
+        check_critic(policies, actor, folder, tmp_path)
+    assert ("was pretrained on this run's actor is unknown: " in caplog.text) == (same is None)
+
+
+@pytest.mark.parametrize("critic, actor", [("model", "other"), ("model", "adapter"), ("adapter", "adapter")])
+def test_a_critic_of_another_policy_is_refused_unless_its_policy_is_forgotten(
+    policies, critics_of, pretrained, tmp_path, critic, actor
+):
+    folder = shutil.copytree(pretrained(critic).folder, tmp_path / "critic")
+    said = rf"another policy's responses have other values. .* remove {folder / 'policy.json'}"
+    with pytest.raises(ValueError, match=said):
+        check_critic(policies, actor, str(folder), tmp_path, critic)
+    (folder / "policy.json").unlink()
+    check_critic(policies, actor, str(folder), tmp_path, critic)
+
+
+def test_a_larger_critic_of_the_same_policy_is_taken(policies, tmp_path):
+    """As is one that `trl-ext critic` has not pretrained."""
+    larger = str(tmp_path / "larger")
+    tiny.tiny_reward_model(hidden_size=32).save_pretrained(larger)
+    tiny.tiny_tokenizer().save_pretrained(larger)
+    folder = tmp_path / "critic"
+    critic_trainer(folder, policies, {"value_model": larger}).save_model()
+    for value_model in (str(folder), larger):
+        check_critic(policies, "actor", value_model, tmp_path, "model")
 
 
 @pytest.mark.parametrize("critic", ["model", "head", "adapter"])
@@ -364,12 +472,88 @@ def test_responses_that_are_read_again_give_the_same_critic_to_the_last_bit(pret
         ({"reward_model": "other"}, {}, "scored by .*reward_model, and this run has .*other"),
         ({}, {"response_length": 8}, "sampled with response_length=9, and this run has response_length=8"),
         ({}, {"temperature": 0.5}, "sampled with temperature=1.0, and this run has temperature=0.5"),
+        ({}, {"reward_model_quantization": "8bit"}, "reward_model_quantization=None, and this run has .*=8bit"),
+        ({}, {"max_tool_calling_iterations": 2}, "max_tool_calling_iterations=None, and this run has .*=2"),
+        ({"tools": [look_up]}, {}, "sampled with the tools none, and this run has look_up"),
+        ({"environment_factory": Room}, {}, "sampled in the environments none, and this run has Room"),
+        ({"rollout_func": None}, {}, "sampled by `rollout_func` answer, and this run has none"),
+        ({"reward_processing_classes": tiny.tiny_tokenizer()}, {}, "with `reward_processing_classes` none, and this"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, {}, "quantization_config=None, and this run"),
     ],
 )
 def test_responses_of_another_run_are_refused_by_name(pretrained, paths, tmp_path, models, options, said):
-    named = {role: paths[name] for role, name in models.items()}
+    named = {role: paths.get(name, name) if isinstance(name, str) else name for role, name in models.items()}
     with pytest.raises(ValueError, match=said):
         critic_trainer(tmp_path, paths, named, rollouts=str(pretrained().folder / "rollouts"), **options)
+
+
+def one_judge():
+    def judge(completions, **_):
+        return [0.5] * len(completions)
+
+    return judge
+
+
+def the_same_judge():
+    def judge(completions, **_):
+        # That of `one_judge`, with a comment
+
+        return [0.5] * len(completions)
+
+    return judge
+
+
+def another_judge():
+    def judge(completions, **_):
+        return [1.5] * len(completions)
+
+    return judge
+
+
+@pytest.mark.parametrize("role", ["reward_funcs", "tools", "environment_factory", "rollout_func"])
+def test_responses_of_other_code_of_the_same_name_are_refused(pretrained, paths, tmp_path, role, caplog):
+    run, tokenizer = pretrained(), tiny.tiny_tokenizer()
+
+    def facts(function):
+        given = {role: [function] if role in ("reward_funcs", "tools") else function}
+        rollout_func = given.pop("rollout_func", None)
+        return saved_rollouts.facts_of(run.trainer.args, Given(paths["actor"], **given), tokenizer, rollout_func)
+
+    saved_rollouts.write(tmp_path, run.trainer.kept, facts(one_judge()))
+    saved_rollouts.require_same(tmp_path, facts(the_same_judge()))
+    assert not caplog.text
+    with pytest.raises(ValueError, match="judge, and this run has judge, or other weights or code of that name"):
+        saved_rollouts.require_same(tmp_path, facts(another_judge()))
+    saved_rollouts.write(tmp_path, run.trainer.kept, facts(sum))
+    saved_rollouts.require_same(tmp_path, facts(sum))
+    assert "those that this run would sample is unknown: what sum is cannot be read from its code" in caplog.text
+
+
+@pytest.mark.parametrize("pretrained_on, actor, same", [pair for pair in PAIRS if "adapter" in pair[0]])
+def test_responses_of_another_adapter_are_refused(policies, pretrained, tmp_path, caplog, pretrained_on, actor, same):
+    run, tokenizer = pretrained(), tiny.tiny_tokenizer()
+
+    def facts(name):
+        args, given = resolve(run.trainer.args, model=policy(policies, name), reward_funcs=None)
+        return saved_rollouts.facts_of(args, given, tokenizer)
+
+    then, now = facts(pretrained_on), facts(actor)
+    now["policy"]["name"] = then["policy"]["name"]  # an adapter that was trained further, in the same folder
+    saved_rollouts.write(tmp_path, run.trainer.kept, then)
+    with nullcontext() if same is not False else pytest.raises(ValueError, match="weights are not those of this"):
+        saved_rollouts.require_same(tmp_path, now)
+    assert ("would sample is unknown: " in caplog.text) == (same is None)
+
+
+def test_a_saved_adapter_samples_and_its_responses_are_read_again(policies, tmp_path):
+    models = {"model": policies["adapter"], "processing_class": None}
+    trainer = critic_trainer(tmp_path / "1", policies, models, max_passes=1)
+    trainer.train()
+    rollouts = str(tmp_path / "1" / "rollouts")
+    again = critic_trainer(tmp_path / "2", policies, models | {"model": policies["moved"]}, rollouts=rollouts)
+    assert len(again.prompts) == 8
+    with pytest.raises(ValueError, match=r"of the policy .*adapter, whose weights are not those of this run's"):
+        critic_trainer(tmp_path / "3", policies, models | {"model": policies["trained"]}, rollouts=rollouts)
 
 
 def test_responses_of_another_tokenizer_are_refused(pretrained, paths, tmp_path):
@@ -390,14 +574,30 @@ def test_folder_without_responses_is_refused(pretrained, paths, tmp_path):
         critic_trainer(tmp_path, paths, rollouts=str(tmp_path / "rollouts"))
 
 
-@pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_kept_score_that_is_not_finite_is_refused(pretrained, paths, tmp_path, score):
+@pytest.mark.parametrize(
+    "column, value, said",
+    [
+        ("score", math.nan, "has the score nan; a score must be finite"),
+        ("score", -math.inf, "has the score -inf; a score must be finite"),
+        ("paid", [0.5, math.nan], "is paid nan at token 1; a reward must be finite"),
+        ("paid", [math.inf, 0.5], "is paid inf at token 0; a reward must be finite"),
+        ("paid", [0.5], "has 1 values in `paid` for 2 tokens of the response"),
+        ("counts", [True, True, True], "has 3 values in `counts` for 2 tokens of the response"),
+    ],
+)
+def test_kept_row_that_was_not_written_so_is_refused(pretrained, paths, tmp_path, column, value, said):
+    """Row 3 has two tokens; the row before it is paid at them, and the first has no score."""
     rollouts = tmp_path / "rollouts"
     shutil.copytree(pretrained().folder / "rollouts", rollouts)
     rows = Dataset.from_parquet(str(rollouts / "train.parquet")).to_list()
-    rows[3]["score"] = score
+    rows[0]["score"] = None
+    rows[2]["paid"] = [0.25] * len(rows[2]["response_ids"])
+    rows[3] |= {"response_ids": [8, 9], "counts": [True, True]}
     Dataset.from_list(rows).to_parquet(str(rollouts / "train.parquet"))
-    with pytest.raises(ValueError, match=rf"Row 3 of .*train.parquet has the score {score}; a score must be finite"):
+    critic_trainer(tmp_path / "out", paths, rollouts=str(rollouts))
+    rows[3][column] = value
+    Dataset.from_list(rows).to_parquet(str(rollouts / "train.parquet"))
+    with pytest.raises(ValueError, match=rf"Row 3 of .*train.parquet {said}"):
         critic_trainer(tmp_path, paths, rollouts=str(rollouts))
 
 

@@ -8,7 +8,8 @@ from ..runs.folder import FACTS, STATE
 from .options import Options
 
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "base_model.json")
+# Of an adapter, and of a critic that was pretrained on a policy.
+OF_ONE_RUN = ("adapter_config.json", "adapter_model.safetensors", "base_model.json", "policy.json")
 
 
 def require_free(given: Options) -> None:
@@ -44,9 +45,9 @@ def beside(folder: str | Path, suffix: str) -> str:
 
 def remove_older_adapters(folder: Path, begun: float) -> None:
     """
-    Remove adapters of an earlier run, of actor and critic, from the folder of a run that began at `begun`: whoever
-    loads the folder would take them for this run's.
+    Remove adapters of an earlier run, of actor and critic, and the policy of an earlier critic, from the folder of a
+    run that began at `begun`: whoever loads the folder would take them for this run's.
     """
-    for file in (place / name for place in (folder, folder / "critic") for name in ADAPTER):
+    for file in (place / name for place in (folder, folder / "critic") for name in OF_ONE_RUN):
         if file.is_file() and file.stat().st_mtime < begun:
             file.unlink()

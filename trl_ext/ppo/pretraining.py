@@ -11,7 +11,7 @@ responses can be held out, which say when to stop, and kept, for another critic.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -26,7 +26,7 @@ from trl import GRPOTrainer
 
 from .._trl import get_config_model_id
 from ..masked import explained_variance, identity, masked_moments
-from ..models.fingerprint import FILE, save_base_fingerprint
+from ..models.fingerprint import save_base_fingerprint
 from ..models.loading import adapter_config
 from ..models.quantization import is_fsdp
 from ..models.sharding import is_stage3
@@ -41,8 +41,9 @@ from .guards import require_finite_gradient, require_finite_scores, require_room
 from .losses import value_loss
 from .returns import estimate_returns
 from .rewards import RunningMoments
-from .roles.critic import split_state_dict
-from .roles.load import load_tokenizer
+from .roles.critic import POLICY, split_state_dict
+from .roles.inputs import Given, resolve
+from .roles.load import load_tokenizer, own_tokenizer
 from .rollout import MicroBatch, Rollout
 from .saved_rollouts import COLUMNS, FOLDER, facts_of, read, require_same, rollout_of, rows_of, write
 from .trainer import PPOTrainerX
@@ -151,14 +152,13 @@ class CriticTrainerX(PPOTrainerX):
                 "The critic is not pretrained under ZeRO-3 or FSDP, which partition the weights that it keeps of its "
                 "best pass. Use ZeRO-2 or DDP, or PPO's `critic_warmup_until`."
             )
-        model = given["model"] = given.get("model") or args.sft_model_path
-        rewards = [] if given.get("reward_funcs") is None else given["reward_funcs"]
-        rewards = rewards if isinstance(rewards, list) else [rewards]
-        judge = given.get("reward_model") or (None if rewards else args.reward_model_path)
-        take_back(model)
-        if model is not None:  # else PPO says so
-            tokenizer = load_tokenizer(given.get("processing_class"), model, args)
-            self._facts = facts_of(args, model, tokenizer, judge, rewards)
+        named = {field.name for field in fields(Given)}
+        of_base, known = resolve(args, **{"reward_funcs": None} | {k: v for k, v in given.items() if k in named})
+        take_back(known.model)
+        if known.model is not None:  # else PPO says so
+            own = own_tokenizer(given.get("processing_class"), known, of_base)
+            tokenizer = load_tokenizer(own, known.model, of_base)
+            self._facts = facts_of(of_base, known, tokenizer, given.get("rollout_func"))
             if args.rollouts is not None:
                 require_same(args.rollouts, self._facts)
         if args.rollouts is not None:
@@ -344,19 +344,17 @@ class CriticTrainerX(PPOTrainerX):
     # ---- Say and save ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the critic, with the tokenizer and a fingerprint of the policy, for `value_model`."""
+        """Save the critic, with the tokenizer and what the policy is known by, for `value_model`."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:
             return
         of_all = self.model.state_dict() if state_dict is None else state_dict
         self.critic.save_pretrained(folder, split_state_dict(self.model, self.critic, of_all)[1])
         self._tokenizer.save_pretrained(folder)
-        policy = self._facts["policy"]
+        (folder / POLICY).write_text(json.dumps(self._facts["policy"], indent=2) + "\n", encoding="utf-8")
         if adapter_config(str(folder)) is not None:
             base: Any = self.model.config
             save_base_fingerprint([folder], get_config_model_id(base), getattr(base, "_commit_hash", None))
-        elif policy["weights"] is not None:
-            (folder / FILE).write_text(json.dumps(policy, indent=2) + "\n", encoding="utf-8")
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -1,12 +1,17 @@
 """
-Responses with their scores, kept as Parquet beside `facts.json`, which says whose they are: of which policy, tokenizer
-and rewards, sampled with which options. They are read again only by a run that would sample the same.
+Responses with their scores, kept as Parquet beside `facts.json`, which says whose they are: of which policy,
+tokenizer, rewards, tools and environments, sampled with which options. They are read again only by a run that would
+sample and score the same.
 """
 
+import ast
+import functools
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,18 @@ from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .._trl import get_callable_name, get_config_model_id
-from ..models.fingerprint import model_fingerprint
-from ..models.loading import source_options
+from ..models.fingerprint import identity_of, is_same, why_unknown
+from ..models.loading import adapter_config
 from .config import PPOConfigX
 from .rewards import token_rewards
+from .roles.inputs import Given, policy_of
 from .rollout import Rollout
 
+
+logger = logging.get_logger(__name__)
 
 # A response, without padding; `score` is None where no reward source applied, `paid` where the last token gets it all.
 COLUMNS = Features(
@@ -40,22 +49,38 @@ SPLITS = ("train", "held_out")
 # Options that decide which responses are sampled and what they score.
 OPTIONS = (
     *("response_length", "temperature", "stop_token", "stop_token_id", "chat_template_kwargs"),
-    *("num_generations", "num_generations_eval", "mask_truncated_completions", "reward_weights"),
+    *("num_generations", "num_generations_eval", "mask_truncated_completions", "max_tool_calling_iterations"),
+    *("reward_weights", "reward_model_quantization"),
 )
+# What samples and scores beside policy and tokenizer -> how the responses are said to be of it.
+SOURCES = {
+    "rewards": "scored by",
+    "reward_tokenizers": "scored with `reward_processing_classes`",
+    "tools": "sampled with the tools",
+    "environments": "sampled in the environments",
+    "rollout_func": "sampled by `rollout_func`",
+}
 
 
 def facts_of(
-    args: PPOConfigX, model: Any, tokenizer: PreTrainedTokenizerBase, reward_model: Any, reward_funcs: list[Any]
+    args: PPOConfigX, given: Given, tokenizer: PreTrainedTokenizerBase, rollout_func: Callable | None = None
 ) -> dict[str, Any]:
     """Return what decides which responses a run samples and how it scores them, before any model is loaded."""
-    options = source_options(args)
-    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    sources = [source for source in (reward_model, *reward_funcs) if source is not None]
+    rewards = [source for source in (given.reward_model, *given.reward_funcs) if source is not None]
+    own = given.reward_processing_classes
+    readers = own if isinstance(own, list) else [] if own is None else [own]
+    made = given.environment_factory
+    environments = [made[key] for key in sorted(made)] if isinstance(made, dict) else [] if made is None else [made]
+    quantization = given.quantization_config and str(given.quantization_config.to_diff_dict())
     return {
-        "policy": {"name": _name(model), "weights": model_fingerprint(model, options.get("revision"))},
-        "tokenizer": hashlib.sha256(json.dumps(vocabulary, default=str).encode()).hexdigest(),
-        "rewards": [{"name": _name(source), "weights": _weights(source)} for source in sources],
-        "options": {name: getattr(args, name) for name in OPTIONS},
+        "policy": policy_of(args, given),
+        "tokenizer": _vocabulary(tokenizer),
+        "rewards": [_source(source) for source in rewards],
+        "reward_tokenizers": [_source(reader) for reader in readers if reader is not None],
+        "tools": [_source(tool) for tool in given.tools or []],
+        "environments": [_source(environment) for environment in environments],
+        "rollout_func": [] if rollout_func is None else [_source(rollout_func)],
+        "options": {name: getattr(args, name) for name in OPTIONS} | {"quantization_config": quantization},
     }
 
 
@@ -67,15 +92,46 @@ def _name(source: Any) -> str:
     return get_callable_name(source)
 
 
-def _weights(source: Any) -> str | None:
-    adapter = Path(source) / "adapter_model.safetensors" if isinstance(source, str) else None
-    if adapter is not None and adapter.is_file():
-        return hashlib.sha256(adapter.read_bytes()).hexdigest()
-    return model_fingerprint(source) if isinstance(source, str | nn.Module) else None
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+
+def _source(source: Any) -> dict[str, str | None]:
+    """Return the identity of a reward, a tokenizer of one, a tool, an environment or a rollout function."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        return {"name": source.name_or_path, "weights": _vocabulary(source), "read": "from a tokenizer"}
+    if isinstance(source, nn.Module):
+        return identity_of(source, _name(source))
+    if not isinstance(source, str):
+        return {"name": _name(source), "weights": _code(source), "read": "from its code"}
+    adapter = adapter_config(source)
+    if adapter is None:
+        return identity_of(source, source)
+    return identity_of(str(adapter.base_model_name_or_path), source, adapter.revision, source)
+
+
+def _code(function: Callable) -> str | None:
+    """Return the SHA-256 of a function's or a class's code, without comments; `None` where there is none to read."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    is_named = inspect.isroutine(function) or inspect.isclass(function)
+    try:
+        source = textwrap.dedent(inspect.getsource(function if is_named else type(function)))
+    except (OSError, TypeError):  # typed at a prompt, or written in C
+        return None
+    try:
+        source = ast.unparse(ast.parse(source))
+    except SyntaxError:  # the line of a lambda is not a statement
+        pass
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def require_same(folder: str | Path, now: dict[str, Any]) -> None:
-    """Raise `ValueError`, naming what differs, unless the responses kept in a folder are those of `now`."""
+    """
+    Raise `ValueError`, naming what differs, unless the responses kept in a folder are those of `now`; warn of what
+    cannot be compared.
+    """
     file = Path(folder) / FACTS
     files = [file, *(_file(folder, split) for split in SPLITS)]
     missing = [path.name for path in files if not path.is_file()]
@@ -86,15 +142,17 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
         )
     then = json.loads(file.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file
-    differing = []
-    if _identity([then["policy"]]) != _identity([now["policy"]]):
+    differing: list[str] = []
+    unknown: list[str] = []
+    if _differ([then["policy"]], [now["policy"]], unknown):
         differing.append(f"of the policy {then['policy']['name']}, whose weights are not those of this run's")
     if then["tokenizer"] != now["tokenizer"]:
         differing.append("of another tokenizer, or another chat template")
-    if _identity(then["rewards"]) != _identity(now["rewards"]):
-        before, here = (", ".join(source["name"] for source in facts["rewards"]) or "none" for facts in (then, now))
-        differing.append(f"scored by {before}, and this run has {here}, or other weights of that name")
-    options = [name for name in OPTIONS if then["options"].get(name) != now["options"][name]]
+    for kind, how in SOURCES.items():
+        if _differ(then[kind], now[kind], unknown):
+            before, here = (", ".join(source["name"] for source in facts[kind]) or "none" for facts in (then, now))
+            differing.append(f"{how} {before}, and this run has {here}, or other weights or code of that name")
+    options = [name for name, value in now["options"].items() if then["options"].get(name) != value]
     if options:
         before, here = (", ".join(f"{n}={f['options'].get(n)}" for n in options) for f in (then, now))
         differing.append(f"sampled with {before}, and this run has {here}")
@@ -103,11 +161,26 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
             f"The responses in {folder} are {'; and '.join(differing)}. Their returns would teach the critic of "
             "another run: make these the same, or leave out `rollouts` to sample."
         )
+    if unknown:
+        logger.warning(
+            f"Whether the responses in {folder} are those that this run would sample is unknown: {'; '.join(unknown)}."
+        )
 
 
-def _identity(sources: list[dict[str, Any]]) -> list[str]:
-    """Return what policy and rewards are known by: the weights, wherever they lie, else the name."""
-    return [source["weights"] or source["name"] for source in sources]
+def _differ(then: list[dict[str, Any]], now: list[dict[str, Any]], unknown: list[str]) -> bool:
+    """
+    Return whether identities differ. Those that cannot be compared do if their names do; for equal names, why is added
+    to `unknown`.
+    """
+    if len(then) != len(now):
+        return True
+    for before, here in zip(then, now, strict=True):
+        same = is_same(before, here)
+        if same is None and before["name"] == here["name"]:
+            unknown.append(why_unknown(before, here))
+        elif not same:
+            return True
+    return False
 
 
 def _file(folder: str | Path, split: str) -> Path:
@@ -124,20 +197,34 @@ def write(folder: str | Path, splits: Mapping[str, Dataset], facts: dict[str, An
 
 
 def read(folder: str | Path) -> dict[str, Dataset]:
-    """Return the responses of every split; `ValueError` for none at all, or a score that is not finite."""
+    """
+    Return the responses of every split; `ValueError` for none at all, for a score or a reward at a token that is not
+    finite, and for columns of different lengths.
+    """
     splits = {}
     for split in SPLITS:
         file = _file(folder, split)
         rows = splits[split] = Dataset.from_parquet(str(file))
         if len(rows) == 0:
             raise ValueError(f"{file} holds no responses. Sample again: leave out `rollouts`.")
-        bad = [i for i, score in enumerate(rows["score"]) if score is not None and not math.isfinite(score)]
-        if bad:
-            raise ValueError(
-                f"Row {bad[0]} of {file} has the score {rows[bad[0]]['score']}; a score must be finite. Sample again: "
-                "leave out `rollouts`."
-            )
+        for i, row in enumerate(rows.remove_columns("prompt_ids")):
+            _check(row, f"Row {i} of {file}")
     return splits
+
+
+def _check(row: dict[str, Any], which: str) -> None:
+    """Raise `ValueError` for a row that `rows_of` has not written so."""
+    wrong, tokens, paid = None, len(row["response_ids"]), row["paid"] or []
+    for name in ("counts", "paid"):
+        if row[name] is not None and len(row[name]) != tokens:
+            wrong = f"has {len(row[name])} values in `{name}` for {tokens} tokens of the response"
+    if row["score"] is not None and not math.isfinite(row["score"]):
+        wrong = f"has the score {row['score']}; a score must be finite"
+    if not all(map(math.isfinite, paid)):
+        at = next(i for i, reward in enumerate(paid) if not math.isfinite(reward))
+        wrong = f"is paid {paid[at]} at token {at}; a reward must be finite"
+    if wrong is not None:
+        raise ValueError(f"{which} {wrong}. Sample again: leave out `rollouts`.")
 
 
 def rows_of(rollout: Rollout) -> list[dict[str, Any]]:

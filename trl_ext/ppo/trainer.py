@@ -112,7 +112,7 @@ from .roles.join import (
     place_reference,
     place_reward_models,
 )
-from .roles.load import Roles, load_roles, load_tokenizer
+from .roles.load import Roles, load_roles, load_tokenizer, own_tokenizer
 from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
 from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
@@ -232,9 +232,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         check_own(optimizers, args)
         check_given(args, given)
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
-        if processing_class is None and given.adapter is not None:
-            options = {"trust_remote_code": args.trust_remote_code, "truncation_side": "left"}
-            processing_class = given.adapter.processing_class(**options)
+        processing_class = own_tokenizer(processing_class, given, args)
         tokenizer = load_tokenizer(processing_class, given.model, args)
         pad_of_prompts = (tokenizer if processing_class is None else processing_class).pad_token_id
         adapters = adapter_configs(given.model, given.peft_config)

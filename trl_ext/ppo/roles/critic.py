@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..._trl import create_model_from_path
-from ...models.fingerprint import FILE, weights_fingerprint
+from ...models.fingerprint import is_same, why_unknown
 from ...models.loading import base_of, is_quantized, read_config, restore_weights
 from ...models.noise import disable_noise
 from ...models.precision import keep_4_bit_differentiable
@@ -41,6 +41,7 @@ Groups = Sequence[Sequence[int]]
 
 ATTRIBUTE = CRITIC
 FOLDER = "critic"
+POLICY = "policy.json"  # the policy that a critic was pretrained on, beside it
 
 
 class ValueHead(nn.Module):
@@ -236,26 +237,35 @@ def is_value_head(folder: Any) -> bool:
     return isinstance(config, dict) and config.keys() == {"hidden_size"}
 
 
-def check_pretrained(folder: str, kind: str, model: Any, revision: str | None) -> None:
+def check_pretrained(folder: str, kind: str, policy: Callable[[], dict[str, str | None]]) -> None:
     """
-    Compare the policy that a critic was pretrained on, by the fingerprint beside it, with the actor, if both are
-    folders. Another policy's responses have other values, which is a warning; and a head reads the states of the
-    trunk that it was trained on, so that another trunk is a `ValueError`.
+    Raise `ValueError` for a critic that `trl-ext critic` has pretrained on another `policy` than the run's: a head
+    reads the states of its trunk, and every critic has learned what that policy's responses are worth. Where the two
+    cannot be compared, warn. A critic without `policy.json` was not pretrained on one.
     """
-    file = Path(folder) / FILE
-    base = weights_fingerprint(model, revision) if isinstance(model, str) and file.is_file() else None
-    if base is None:
+    file = Path(folder) / POLICY
+    if not file.is_file():
         return
-    known = json.loads(file.read_text())
-    if known["weights"] == base:
+    then, now = json.loads(file.read_text(encoding="utf-8")), policy()
+    same = is_same(then, now)
+    if same:
         return
-    said = (
-        f"The critic in {folder} (`value_model`) was pretrained on {known['name']}, whose weights are not those of "
-        f"the actor {model}: {known['weights'][:12]}… against {base[:12]}…"
+    of_another = (
+        "a value head that reads the states of another trunk says nothing" if kind == "head" else
+        "another policy's responses have other values"
+    )  # fmt: skip
+    if same is None:
+        logger.warning(
+            f"Whether the critic in {folder} (`value_model`) was pretrained on this run's actor is unknown: "
+            f"{why_unknown(then, now)}. If it was not, {of_another}; `value/explained_variance_mc` shows it."
+        )
+        return
+    way_out = "" if kind == "head" else f"; or, to let this one learn the difference in PPO, remove {file}"
+    raise ValueError(
+        f"The critic in {folder} (`value_model`) was pretrained on {then['name']}, whose weights are not those of the "
+        f"actor {now['name']}: {str(then['weights'])[:12]}… against {str(now['weights'])[:12]}… It would mislead the "
+        f"actor: {of_another}. Pretrain one on this actor with `trl-ext critic`{way_out}."
     )
-    if kind == "head":
-        raise ValueError(f"{said} A value head reads the states of its own trunk: pretrain one on the actor's.")
-    logger.warning(f"{said} Responses of another policy have other values; `value/explained_variance_mc` shows it.")
 
 
 def check_value_checkpoint(path: str, trust_remote_code: bool = False) -> None:

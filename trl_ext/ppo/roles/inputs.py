@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from peft import PeftConfig, PeftModel
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..._trl import get_callable_name, get_config_model_id
 from ...models.adapter_copies import check_copyable
+from ...models.fingerprint import identity_of
 from ...models.loading import (
     adapter_config,
     check_no_adapter,
@@ -89,6 +91,18 @@ def resolve(args: PPOConfigX | None, **passed: Any) -> tuple[PPOConfigX, Given]:
     if saved is None:
         return args, given
     return saved.args_of_base(args), replace(given, model=saved.base, peft_config=saved.config, adapter=saved)
+
+
+def policy_of(args: PPOConfigX, given: Given) -> dict[str, str | None]:
+    """Return the identity of the actor that a run starts from; options and actor are those that `resolve` returns."""
+    model: Any = given.model
+    saved, revision = given.adapter, source_options(args).get("revision")
+    if saved is not None:
+        return identity_of(saved.base, saved.folder, revision, saved.folder)
+    if isinstance(model, str):
+        return identity_of(model, model, revision)
+    name = get_config_model_id(model.config) or type(model).__name__
+    return identity_of(model, name, adapter=args.model_adapter_name)
 
 
 def check_given(args: PPOConfigX, given: Given) -> None:
@@ -206,7 +220,7 @@ def _check_models(args: PPOConfigX, given: Given) -> None:
     elif isinstance(given.value_model, str):
         if args.critic == "model":
             check_value_checkpoint(given.value_model, args.trust_remote_code)
-        check_pretrained(given.value_model, args.critic, given.model, source_options(args).get("revision"))
+        check_pretrained(given.value_model, args.critic, partial(policy_of, args, given))
     for source in [*([] if adapter_config(given.reward_model) else [given.reward_model]), *given.reward_funcs]:
         if isinstance(source, nn.Module):
             check_reward_model(source)

@@ -52,6 +52,13 @@ class Roles:
     reward_adapter: PeftModel | None
 
 
+def own_tokenizer(processing_class: Any, given: Given, args: PPOConfigX) -> Any:
+    """Return the tokenizer that was passed, else the one beside a saved adapter; `None` without either."""
+    if processing_class is not None or given.adapter is None:
+        return processing_class
+    return given.adapter.processing_class(trust_remote_code=args.trust_remote_code, truncation_side="left")
+
+
 def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | None, model: Model, args: PPOConfigX
 ) -> PreTrainedTokenizerBase:
