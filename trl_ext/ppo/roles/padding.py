@@ -26,7 +26,7 @@ class LeftPadding:
     def __init__(self, trunk: nn.Module, name: str):
         self.trunk = trunk
         self.name = name
-        self._takes_positions: bool | None = None  # until the first batch
+        self._takes_positions: bool | None = None  # before `settle`
         self._difference = 0.0
 
     def inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +37,7 @@ class LeftPadding:
         Raises:
             ValueError: for a padded batch, when the model cannot read one.
         """
-        if self._takes_positions is None:
-            self._find_out()
+        self.settle()
         mask = kwargs.get("attention_mask")
         if mask is not None:
             self._check_selection(mask)
@@ -71,8 +70,10 @@ class LeftPadding:
             )
 
     @torch.no_grad()
-    def _find_out(self) -> None:
-        """Try random rows, padded and alone, with positions as the signature has them, else the other way."""
+    def settle(self) -> None:
+        """Try, once, random rows, padded and alone, with positions as the signature has them, else the other way."""
+        if self._takes_positions is not None:
+            return
         takes = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
         self._takes_positions = takes
         rows = probe_rows(self.trunk)

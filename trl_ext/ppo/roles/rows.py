@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...models.sharding import is_partitioned
 from ...packing.forward import PackedForward
 from .padding import LeftPadding
 
@@ -37,6 +38,8 @@ def reading(
         What to call the model with, and the function from the trunk's last states to those N that are read, (N, H).
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if is_partitioned(trunk):  # the passes of the trial: another rank may pad this batch already
+        padding.settle()
     rows = packing.lay_out(ids, mask, groups) if packing.on or trial else None
     if rows is not None:
         places = rows.packed_index[:, :-1][positions]
