@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import fsdp2_prepare_model
 from datasets import IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
 from packaging.version import Version
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.data_utils import _tokenize
 from trl.generation import vllm_generation
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
@@ -117,13 +118,20 @@ def prepare_frozen(model: nn.Module, accelerator: Any, is_quantized: bool = Fals
     """
     Freeze a model and place it: ZeRO-3 or FSDP partitions it, everything else puts it on the device. A quantised model
     stays as bitsandbytes has made it: DeepSpeed would cast what is not quantised in it.
+
+    FSDP shards layer by layer, as the actor; TRL's `prepare_fsdp` would gather the whole model at once.
     """
     model.requires_grad_(False)
     model.eval()
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None and not is_quantized:
         return prepare_deepspeed(model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None and not is_quantized:
-        return prepare_fsdp(model, accelerator)
+        plugin = accelerator.state.fsdp_plugin
+        policy = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+        try:
+            return fsdp2_prepare_model(accelerator, model)
+        finally:  # which holds the names of this model's layers, and the next may be of another family
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy
     return accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 

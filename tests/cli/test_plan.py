@@ -33,8 +33,9 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     assert "GiB" in capsys.readouterr().out
 
 
-def test_fsdp_is_refused_by_name():
-    assert ended_with("--model", "135m", "--fsdp", "full_shard").startswith("error: FSDP is not planned")
+def test_fsdp_is_planned(capsys):
+    plan.main(["--model", "0.5b", "--gpus", "4", "--fsdp"])
+    assert "FSDP2, autocast" in capsys.readouterr().out
 
 
 def test_plan_of_a_known_model_and_help_need_neither_torch_nor_the_hub():

@@ -1,4 +1,4 @@
-"""What a rollout gathers under ZeRO-3 while it generates, counted at the collectives of two processes."""
+"""What a rollout gathers under ZeRO-3 and FSDP2 while it generates, counted at the collectives of two processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,8 +8,10 @@ from unittest import mock
 
 import torch
 from deepspeed.comm.torch import TorchBackend
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 import zero_runs
+from accelerate_files import ACCELERATE, launch
 from trl_ext import PPOTrainerX
 
 
@@ -17,7 +19,10 @@ GATHERS = ("all_gather", "all_gather_into_tensor")
 
 
 class Counts:
-    """What DeepSpeed and torch.distributed are asked for: gathers, elements given to them, and reductions."""
+    """
+    What DeepSpeed, FSDP2 and torch.distributed are asked for: gathers, of FSDP2 one for all weights that it shards
+    together, elements given to DeepSpeed's, and reductions.
+    """
 
     def __init__(self) -> None:
         self.gathers = self.elements = self.reductions = 0
@@ -26,6 +31,13 @@ class Counts:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.gathers += 1
             self.elements += (args[2] if len(args) > 2 else kwargs.get("input_tensor", kwargs.get("tensor"))).numel()
+            return gather(*args, **kwargs)
+
+        return counted
+
+    def counting_units(self, gather: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.gathers += 1
             return gather(*args, **kwargs)
 
         return counted
@@ -45,12 +57,14 @@ def counted() -> Iterator[Counts]:
         for name in GATHERS:
             counting = counts.counting(getattr(TorchBackend, name))
             stack.enter_context(mock.patch.object(TorchBackend, name, counting))
+        units = counts.counting_units(_fsdp_param_group.foreach_all_gather)
+        stack.enter_context(mock.patch.object(_fsdp_param_group, "foreach_all_gather", units))
         reductions = counts.counting_reductions(torch.distributed.all_reduce)
         stack.enter_context(mock.patch("torch.distributed.all_reduce", reductions))
         yield counts
 
 
-def run(folder: Path, models: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def run(folder: Path, by_fsdp: bool = False, **options: Any) -> dict[str, Any]:
     """Two rollouts; for each, the gathers, elements and reductions of its generation, and its longest response."""
     rollouts, generate = [], PPOTrainerX._generate
 
@@ -61,10 +75,14 @@ def run(folder: Path, models: dict[str, Any] | None = None, **options: Any) -> d
         rollouts.append([counts.gathers, counts.elements, counts.reductions, longest])
         return output
 
-    zero3 = {"deepspeed": "configs/deepspeed/zero3.json", "max_steps": 2, "num_ppo_epochs": 1, "response_length": 12}
-    launched = zero_runs.launched({"ACCELERATE_USE_DEEPSPEED": "true"})
-    with launched, mock.patch.object(PPOTrainerX, "_generate", watched):
-        trainer = zero_runs.ppo(folder, folder / "output", models or {}, **(zero3 | options))
+    options = {"max_steps": 2, "num_ppo_epochs": 1, "response_length": 12} | options
+    if by_fsdp:
+        environment = launch(ACCELERATE / "fsdp2.yaml", "--num_processes", "2").environment
+    else:
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true"}
+        options["deepspeed"] = "configs/deepspeed/zero3.json"
+    with zero_runs.launched(environment), mock.patch.object(PPOTrainerX, "_generate", watched):
+        trainer = zero_runs.ppo(folder, folder / "output", {}, **options)
         trainer.train()
     return {"rollouts": rollouts, "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
 
@@ -93,4 +111,8 @@ def measure(folder: Path) -> dict[str, Any]:
     measured["per token"] = run(folder, ds3_gather_for_generation=False)
     with turns_of_rank():
         measured["turns"] = run(folder)
+        measured["FSDP2, turns"] = run(folder, by_fsdp=True)
+    measured["FSDP2, once"] = run(folder, by_fsdp=True)
+    with as_trl():
+        measured["FSDP2, as TRL"] = run(folder, by_fsdp=True)
     return measured

@@ -56,6 +56,7 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
             measured["reference wrapper"] = type(trainer.ref_model).__name__
         if algorithm == "ppo":
             reward = trainer.reward_funcs[0].model
+            measured["log-probabilities"] = str(trainer.run_state.rollout.old_logps.dtype)
             measured["reward wrapper"] = type(reward).__name__
             measured["elements"]["reward"] = zero_runs.local_and_whole(reward)
             measured["elements"]["critic"] = zero_runs.local_and_whole(trainer.critic)

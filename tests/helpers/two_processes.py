@@ -1,8 +1,9 @@
 """
-Two processes on this machine, without a GPU: how the tests of DDP and DeepSpeed start them.
+Two processes on this machine, without a GPU: how the tests of DDP, DeepSpeed and FSDP2 start them.
 
 Run as a script under torchrun, this file calls a function of a helper, or runs another script, where accelerate counts
-processes on CPUs under DeepSpeed too; as it is, it would count one where DeepSpeed counts two.
+processes on CPUs under DeepSpeed too, and shards by FSDP2; as it is, it would count one where DeepSpeed counts two,
+and run DDP in place of FSDP2.
 """
 
 import importlib
@@ -79,6 +80,24 @@ def count_processes_on_cpu() -> None:
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+        shard_on_cpu()
+
+
+def shard_on_cpu() -> None:
+    """Lets accelerate take FSDP on CPUs as it takes it on GPUs, where it would silently run DDP."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    start = AcceleratorState.__init__
+
+    def started(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = started
 
 
 if __name__ == "__main__":

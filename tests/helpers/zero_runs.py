@@ -1,4 +1,4 @@
-"""Short runs of PPO and DPO in two processes, from saved models: under ZeRO-3 each process loads its share alone."""
+"""Short runs of PPO, DPO and reward models in two processes, from saved models: under ZeRO-3 each loads its share."""
 
 import gc
 import os
@@ -12,11 +12,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import load_from_disk
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import dpo_runs
 import ppo_runs
+import reward_runs
 import tiny
 
 
@@ -79,7 +82,15 @@ def only_stage(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, **dict.fromkeys(sizes, "auto")}
 
 
-BUILD = {"ppo": ppo, "dpo": dpo}
+def reward(folder: Path, output: Path, models: dict[str, Any], **options: Any) -> Any:
+    """A trainer of the reward model in `folder`, untrained."""
+    pairs, tokenizer = load_from_disk(str(folder / "pairs")), tiny.tiny_tokenizer()
+    defaults = {"use_cpu": False, "optim": "adamw_torch", "learning_rate": 1e-3, "logging_steps": 1}
+    model = str(folder / "reward_model")
+    return reward_runs.reward_trainer(output, pairs, None, model, tokenizer, models, **(defaults | options))
+
+
+BUILD = {"ppo": ppo, "dpo": dpo, "reward": reward}
 
 
 class KeepStart(TrainerCallback):
@@ -92,11 +103,11 @@ class KeepStart(TrainerCallback):
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all parameters by name, whole: ZeRO-3's shares are gathered, which all processes do together."""
+    """A copy of all parameters by name, whole: what is shared out is gathered, which all processes do together."""
     weights = {}
     for name, parameter in model.named_parameters():
         with gathered(parameter):
-            weights[name] = parameter.detach().clone()
+            weights[name] = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
     return weights
 
 
@@ -114,9 +125,13 @@ def gathered(parameter: nn.Parameter) -> Iterator[None]:
 def local_and_whole(model: nn.Module) -> list[int]:
     """Elements of the parameters: those that this process keeps, and all."""
     local = whole = 0
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # which keeps head and norm gathered after a pass
+            module.reshard()
     for parameter in model.parameters():
         partitioned = hasattr(parameter, "ds_tensor")
-        local += parameter.ds_tensor.numel() if partitioned else parameter.numel()
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local += parameter.ds_tensor.numel() if partitioned else own.numel()
         whole += parameter.ds_numel if partitioned else parameter.numel()
     return [local, whole]
 

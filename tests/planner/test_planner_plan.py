@@ -118,6 +118,31 @@ def test_zero_3_divides_every_model_and_gathers_the_actor_to_generate():
     assert gathered == 2 * number * 3 / 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "critic": "head", "reference": "adapter"}])
+def test_shares_of_fsdp_add_up_to_what_one_process_holds(changes):
+    """In float32, where FSDP2 changes no dtype: the weights and states of what learns, without what is gathered."""
+    alone = FULL.change(compute="fp32", accumulation=1, **changes)
+    whole = phase(plan("0.5b", alone, GPU), "learn").roles
+    share = phase(plan("0.5b", alone.change(fsdp=True), dataclasses.replace(GPU, gpus=4)), "learn").roles
+    assert share.keys() == whole.keys()
+    for role in ("actor", "critic"):
+        usage = whole[role]
+        assert 4 * share[role].weights == pytest.approx(usage.weights)
+        assert 4 * share[role].optimizer == pytest.approx(usage.optimizer)
+
+
+def test_fsdp_gathers_the_actor_to_generate_and_holds_whole_gradients_between_micro_batches():
+    layout, machine = FULL.change(fsdp=True), dataclasses.replace(GPU, gpus=4)
+    planned = plan("0.5b", layout, machine)
+    number = planned.models.actor.parameters
+    generate = phase(planned, "generate").roles["actor"]
+    assert generate.buffers > 2 * number
+    assert generate.weights == 4 * number / 4, "float32 shares, gathered in 16 bits"
+    learn = phase(planned, "learn").roles["actor"]
+    at_once = phase(plan("0.5b", layout.change(accumulation=1), machine), "learn").roles["actor"]
+    assert learn.gradients - at_once.gradients > number, "2 bytes each, until the last micro-batch"
+
+
 def test_vllm_takes_its_share_and_sleeps():
     awake = plan("0.5b", FULL.change(vllm_share=0.3), GPU)
     asleep = plan("0.5b", FULL.change(vllm_share=0.3, vllm_sleeps=True), GPU)
@@ -335,6 +360,10 @@ def test_scale_table_has_a_row_for_each_number_of_gpus():
         ({"offload_frozen": True, "zero_stage": 3, "compute": "bf16"}, "ZeRO-3 partitions frozen models"),
         ({"offload_frozen": True, "reward_bits": 8}, "8-bit layers cannot be moved"),
         ({"zero_stage": 2}, "computes in the dtype of its weights"),
+        ({"fsdp": True, "zero_stage": 3, "compute": "bf16"}, "`fsdp` and `zero_stage=3` are two engines"),
+        ({"fsdp": True, "method": "lora", "critic": "adapter"}, r"cannot shard the base that \['critic'\] share"),
+        ({"fsdp": True, "reward_bits": 8}, "has not been tried with quantised weights"),
+        ({"fsdp": True, "offload_frozen": True}, "FSDP shards frozen models"),
         ({"vllm_share": 1.0}, "from 0 to below 1"),
         ({"method": "dora"}, "must be one of"),
         ({"micro_batch": 0}, "at least 1"),

@@ -192,12 +192,12 @@ def test_deepspeed_of_accelerate_launch_reaches_the_layout():
     assert (layout.zero_stage, layout.compute) == (3, "bf16")
 
 
-def test_fsdp_is_not_planned(monkeypatch, tmp_path):
+def test_fsdp_of_options_and_launcher_reaches_the_layout(monkeypatch):
+    assert not layout_from_options("ppo", {}, GPU).fsdp
+    assert layout_from_options("ppo", {"fsdp": True}, GPU).fsdp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP is not planned"):
-        layout_from_options("ppo", {}, GPU)
-    model, asked, config = arguments(tmp_path)
-    require_fit("ppo", model, asked, config, hardware=GPU)  # nor refused
+    layout = layout_from_options("ppo", {}, GPU)
+    assert (layout.fsdp, layout.zero_stage, layout.compute) == (True, 0, "autocast")
 
 
 def test_reward_adapter_shares_the_base(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 import dpo_runs
 import ppo_runs
@@ -15,7 +15,7 @@ import tiny
 from accelerate_files import ACCELERATE, launch
 from trl_ext.models import sharding
 from two_processes import ROOT
-from zero_runs import launched
+from zero_runs import BUILD, launched, save
 
 
 DEEPSPEED = ROOT / "configs" / "deepspeed"
@@ -100,17 +100,38 @@ def test_single_starts_one_process():
     assert (config["distributed_type"], config["num_processes"], config["num_machines"]) == ("NO", 1, 1)
 
 
-def test_fsdp_is_marked_as_not_verified():
-    for path in (ACCELERATE / "fsdp2.yaml", ROOT / "docs" / "launch.md"):
-        assert "not verified" in path.read_text().lower()
-    assert yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2
-
-
 def test_33b_files_keep_room_for_a_layer_of_llama_33b():
     """What ZeRO-3 may hold gathered at a time is more than one layer: 4 H² of attention, 3 H·I of the MLP."""
     layer = 4 * 6656**2 + 3 * 6656 * 17920
     for name in ("ppo_33b_4x80g", "dpo_33b_2x80g"):
         assert layer < read(name)["zero_optimization"]["stage3_max_live_parameters"] < 2 * layer
+
+
+# --- what FSDP cannot do
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REFUSED = {
+    "FSDP of version 1 is not supported": ({"FSDP_VERSION": "1"}, {}),
+    "`state_dict_type` SHARDED_STATE_DICT the run would end": ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}),
+    "`quantization_config` asks for .* FSDP has not been tried": ({}, {"quantization_config": BitsAndBytesConfig()}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("algorithm", BUILD)
+def test_what_fsdp_cannot_do_is_refused_before_a_model_loads(saved, tmp_path, monkeypatch, algorithm, message):
+    environment, models = REFUSED[message]
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda *args, **kwargs: pytest.fail("loaded")))
+    with launched(FSDP | environment), pytest.raises(ValueError, match=message):
+        BUILD[algorithm](saved, tmp_path, models, max_steps=1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save(folder)
+    return folder
 
 
 # --- what contradicts the options

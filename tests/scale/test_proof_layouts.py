@@ -1,11 +1,12 @@
 """
 Every DeepSpeed file, and what accelerate makes of its own files, trains PPO and DPO in two processes on the CPU.
 
-Left out are FSDP2 (on CPUs accelerate silently runs DDP instead), the files of several machines, whose processes are
-those of zero3.yaml (test_launch_files.py), and zero2.yaml, which the default tests run.
+Left out are the files of several machines, whose processes are those of zero3.yaml (test_launch_files.py), and
+zero2.yaml, which the default tests run.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 DEEPSPEED = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "ppo_33b_4x80g": 3, "dpo_33b_2x80g": 3}
 OFFLOADS = {"zero3_offload": (True, True), "ppo_33b_4x80g": (True, True), "dpo_33b_2x80g": (True, False)}
 # File in configs/accelerate: the stage that it must give, 0 for none.
-LAUNCHED = {"ddp": 0, "zero3": 3, "zero3_offload": 3}
+LAUNCHED = {"ddp": 0, "zero3": 3, "zero3_offload": 3, "fsdp2": 0}
 STEPS = layout_worker.OPTIONS["max_steps"]
 
 
@@ -67,6 +68,7 @@ def layouts() -> dict[str, dict]:
         "metric_for_best_model": "eval_reward/score",
     }
     made["zero3.json, best"] = zero3 | {"options": zero3["options"] | best, "only": "ppo"}
+    made["fsdp2.yaml, best"] = made["fsdp2.yaml"] | {"options": best | {"bf16": True}, "only": "ppo"}
     return made
 
 
@@ -98,6 +100,11 @@ def share(sizes: list[int]) -> int:
     return sum(math.ceil(size / 2) for size in sizes)
 
 
+def rows_of_half(model: Any) -> int:
+    """Elements on the first of two processes: FSDP2 cuts between rows, of which a score head has one."""
+    return sum(math.ceil(len(parameter) / 2) * parameter[0].numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name, algorithm", RUNS)
 def test_layout_trains(measured, name, algorithm):
     run = measured[f"{name}, {algorithm}"]
@@ -112,11 +119,19 @@ def test_layout_trains(measured, name, algorithm):
 def test_layout_is_the_one_that_the_file_names(measured, name, algorithm):
     """The wrapper, the stage, and the elements that one of two processes keeps of each model and of the optimizer."""
     run, stage = measured[f"{name}, {algorithm}"], STAGES[name]
-    assert run["wrapper"] == ("DeepSpeedEngine" if stage else "DistributedDataParallel")
+    if name == "fsdp2.yaml":
+        assert run["wrapper"] == "FSDPLlamaForCausalLM"
+    else:
+        assert run["wrapper"] == ("DeepSpeedEngine" if stage else "DistributedDataParallel")
     trained = ACTOR + CRITIC if algorithm == "ppo" else ACTOR
     models = {"trained": trained, "reference": ACTOR}
     models |= {"critic": CRITIC, "reward": CRITIC} if algorithm == "ppo" else {}
     expected = {role: [share(sizes) if stage == 3 else sum(sizes), sum(sizes)] for role, sizes in models.items()}
+    if name == "fsdp2.yaml":
+        actor, critic = rows_of_half(tiny.tiny_actor()), rows_of_half(tiny.tiny_reward_model())
+        halves = {"trained": actor + critic * (algorithm == "ppo"), "reference": actor}
+        halves |= {"critic": critic, "reward": critic}
+        expected = {role: [halves[role], whole] for role, (_, whole) in expected.items()}
     assert run["elements"] == expected
     if stage:
         assert (run["stage"], run["reference wrapper"]) == (stage, "DeepSpeedEngine")
@@ -173,9 +188,10 @@ def test_reference_is_not_loaded_without_a_kl(measured, name):
     assert measured[f"{name}, ppo"]["without kl"] == ["actor", "reward_model", "critic"]
 
 
-def test_best_model_of_zero3_is_actor_and_critic_of_that_step(measured, folder):
+@pytest.mark.parametrize("name", ["zero3.json, best", "fsdp2.yaml, best"])
+def test_best_model_of_shares_is_actor_and_critic_of_that_step(measured, folder, name):
     """Saved after two of three steps: what is loaded back, in both, is what was saved then."""
-    run, output = measured["zero3.json, best, ppo"], folder / "zero3.json, best" / "ppo"
+    run, output = measured[f"{name}, ppo"], folder / name / "ppo"
     assert run["best"] == "checkpoint-2"
     of_critic = {key.removeprefix("critic.model."): w for key, w in run["weights"].items() if "critic." in key}
     same_weights(AutoModelForSequenceClassification.from_pretrained(output / run["best"] / "critic"), of_critic)
@@ -229,6 +245,13 @@ def test_zero3_trains_in_bfloat16(measured, name, algorithm):
     assert all(map(math.isfinite, run["loss"]))
     assert {weight.dtype for weight in run["weights"].values()} == {torch.bfloat16}
     assert run["moved though frozen"] == []
+
+
+def test_fsdp_does_not_round_log_probabilities_to_bfloat16(measured):
+    """As accelerate would have it round whatever a model returns."""
+    run = measured["fsdp2.yaml, best, ppo"]
+    assert run["log-probabilities"] == "torch.float32"
+    assert {weight.dtype for weight in run["weights"].values()} == {torch.float32}, "of what learns"
 
 
 def test_reference_of_dpo_is_gone_once_it_is_precomputed(measured):

@@ -1,4 +1,4 @@
-"""PPO resumed in two processes on the CPU is the run that never stopped: DDP and real DeepSpeed, whole and LoRA."""
+"""PPO resumed in two processes on the CPU is the run that never stopped: DDP, FSDP2, DeepSpeed, whole and LoRA."""
 
 import math
 
@@ -10,6 +10,7 @@ import dpo_runs
 import resume_worker
 import two_processes
 import zero_runs
+from accelerate_files import ACCELERATE, launch
 
 
 # accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.
@@ -28,6 +29,7 @@ PLAIN = {"environment": {}, "options": {}}
 # resuming. Of these the two are equal in float32; of the usual ones the last digits differ.
 BETAS = {"adam_beta1": 0.5, "adam_beta2": 0.75}
 STEPS = BETAS | {"critic_steps": 2, "critic_weight_decay": 0.1, "critic_lr_scheduler_type": "cosine"}
+FSDP2 = {"environment": launch(ACCELERATE / "fsdp2.yaml", "--num_processes", "2").environment, "options": {}}
 TWO_ADAPTERS = {"adapter": True, "options": {"critic": "adapter"}}
 LAYOUTS = {
     "DDP": PLAIN,
@@ -35,6 +37,7 @@ LAYOUTS = {
     "DDP, two adapters": PLAIN | TWO_ADAPTERS,
     "DDP, value head": PLAIN | {"options": {"critic": "head", "critic_stop_gradient": True, "critic_steps": 2}},
     **{name: layout | {"options": layout["options"] | STEPS} for name, layout in BY_JSON.items()},
+    "FSDP2": FSDP2,
     "zero2.json, LoRA": BY_JSON["zero2.json"] | {"adapter": True},
     "zero3.json, LoRA": BY_JSON["zero3.json"] | {"adapter": True},
 }
@@ -50,7 +53,8 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resumed_run_is_the_run_that_never_stopped(measured, name):
     whole, resumed = measured[name]["whole"], measured[name]["resumed"]
-    assert whole["wrapper"] == ("DeepSpeedEngine" if "json" in name else "DistributedDataParallel")
+    wrapper = "DeepSpeedEngine" if "json" in name else "FSDP" if "FSDP2" in name else "DistributedDataParallel"
+    assert whole["wrapper"].startswith(wrapper)
     assert len(whole["lines"]) == 3
     assert all(math.isfinite(value) for line in whole["lines"] for value in line.values())
     pairs = zip(whole["lines"], resumed["lines"], strict=True)

@@ -1,4 +1,4 @@
-"""Generation under ZeRO-3 gathers the actor's weights once per rollout: counted in two processes."""
+"""Generation under ZeRO-3 and FSDP2 gathers the actor's weights once per rollout: counted in two processes."""
 
 import pytest
 
@@ -65,3 +65,17 @@ def test_processes_may_take_different_numbers_of_turns(measured):
 def test_what_is_gathered_changes_no_loss(measured):
     for run in ("as TRL", "per token"):
         assert measured[run]["loss"] == pytest.approx(measured["once, model"]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("run", ["FSDP2, once", "FSDP2, turns"])
+def test_fsdp_gathers_what_it_shards_once_and_waits_at_no_token(measured, run):
+    """The embedding, each layer, norm and head together, and what of the critic is in no layer; not its layers."""
+    units = 1 + tiny.tiny_config().num_hidden_layers + 1 + 1
+    assert [rollout[:3] for rollout in measured[run]["rollouts"]] == [[units, 0, 0]] * 2
+
+
+def test_control_trl_gathers_every_layer_for_every_token_of_fsdp(measured):
+    for gathers, _, reductions, longest in measured["FSDP2, as TRL"]["rollouts"]:
+        assert gathers >= tiny.tiny_config().num_hidden_layers * longest
+        assert reductions >= longest
+    assert measured["FSDP2, as TRL"]["loss"] == pytest.approx(measured["FSDP2, once"]["loss"], abs=1e-6)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..models.sharding import is_fsdp
 from ..runs.failures import in_spite_of_errors
 from ..runs.tables import read_rows, show_table, write_rows
 
@@ -80,7 +81,7 @@ class ModelTable:
 
 def takes_part(args: Any, state: Any) -> bool:
     """Return whether this process computes: all do if weights are spread over them, else only the main one."""
-    return state.is_world_process_zero or is_deepspeed_zero3_enabled() or bool(args.fsdp)
+    return state.is_world_process_zero or is_deepspeed_zero3_enabled() or is_fsdp(args.fsdp)
 
 
 def tokenizer_of(processing_class: Any) -> Any:

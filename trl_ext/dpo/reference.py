@@ -15,8 +15,8 @@ from .._trl import create_model_from_path, get_config_model_id, use_adapter
 from ..models.adapter_copies import check_copyable
 from ..models.loading import init_kwargs, is_quantized
 from ..models.probe import ROUNDINGS, apart_in_float32, arithmetic, plain_logps, probe_rows, rounded_once
-from ..models.quantization import check_quantizable, is_fsdp, quantization
-from ..models.sharding import copy_of, is_partitioned
+from ..models.quantization import check_quantizable, quantization
+from ..models.sharding import copy_of, is_fsdp, is_partitioned
 from .config import DPOConfigX
 
 

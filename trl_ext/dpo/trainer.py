@@ -32,10 +32,17 @@ from ..models.context import context_limit
 from ..models.generation import complete
 from ..models.noise import disable_noise
 from ..models.precision import below_autocast, drop_checkpointing, keep_4_bit_differentiable
-from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting, warn_of_rounding
 from ..models.saved_adapter import restore_adapters, saved_adapter
-from ..models.sharding import check_unquantized, is_partitioned, is_stage3
+from ..models.sharding import (
+    check_fsdp,
+    check_unquantized,
+    is_fsdp,
+    is_partitioned,
+    is_stage3,
+    leave_outputs,
+    unsharded,
+)
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
@@ -93,11 +100,12 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
       column `source` in the data, the accuracy of each source.
     - Pairs whose completions are equal are dropped, with a warning.
 
-    Overridden: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_precompute_ref_logps`,
-    `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`, `_evaluate`,
-    `evaluation_loop`, `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`,
-    `_load_best_model`; by `SavesWhole`, `train`, `_maybe_log_save_evaluate`, `_get_dataloader`, `_save_checkpoint`,
-    `_get_output_dir` and `_push_from_checkpoint`; and, by `WritesCard`, `save_model` and `create_model_card`.
+    Overridden: `create_accelerator_and_postprocess`, `_prepare_dataset`, `_set_signature_columns_if_needed`,
+    `_precompute_ref_logps`, `compute_ref_log_probs`, `training_step`, `_compute_loss`, `_finalize_training`, `log`,
+    `_evaluate`, `evaluation_loop`, `evaluate`, `_save_rng_state`, `_load_optimizer_and_scheduler`,
+    `_load_from_checkpoint`, `_load_best_model`; by `SavesWhole`, `train`, `_maybe_log_save_evaluate`,
+    `_get_dataloader`, `_save_checkpoint`, `_get_output_dir` and `_push_from_checkpoint`; and, by `WritesCard`,
+    `save_model` and `create_model_card`.
 
     Args:
         args: a [`DPOConfigX`]; all others as for `trl.DPOTrainer`. `ref_model` may be a path. `model` may be the
@@ -154,6 +162,8 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
         has_adapters |= saved is not None
         if is_stage3(args.deepspeed_plugin):
             check_unquantized(args, kwargs.get("quantization_config"), {} if has_adapters else {"model": model})
+        if is_fsdp(args.fsdp):
+            check_fsdp(args, kwargs.get("quantization_config"), {"model": model, "ref_model": ref_model})
         if isinstance(model, nn.Module) and kwargs.get("peft_config") is None:
             check_trainable(model, "policy")
         if args.generate_during_eval and args.precompute_ref_log_probs and ref_model is None and not has_adapters:
@@ -211,6 +221,10 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
         self._score_pairs()
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = SourceCollator(self.data_collator)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        leave_outputs(self.accelerator)
 
     # ---- 1. The data ----
 
@@ -513,7 +527,11 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
                 write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows])
 
     def _complete(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
-        with unwrap_model_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
+        with (
+            unwrap_model_for_generation(model, self.accelerator) as unwrapped,
+            unsharded(unwrapped, self.accelerator),
+            self.accelerator.autocast(),
+        ):
             longest, device = self.args.eval_max_new_tokens, self.accelerator.device
             return complete(unwrapped, self._tokenizer, prompts, longest, device)
 

@@ -47,7 +47,7 @@ def source_options(args: Any) -> dict[str, Any]:
 def init_kwargs(args: Any) -> dict[str, Any]:
     """Return the keyword arguments of `from_pretrained` for every model of a run, as TRL chooses them."""
     kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
         kwargs["device_map"] = None
     return kwargs
 

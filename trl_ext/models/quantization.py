@@ -1,7 +1,6 @@
 """Frozen models in 8 or 4 bits, and the checks whether they can be moved or quantised."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from .loading import is_quantized, source_options
-from .sharding import is_stage3
+from .sharding import is_fsdp, is_stage3
 
 
 QUANTIZATIONS = (None, "8bit", "4bit")
@@ -36,11 +35,6 @@ def spread_by(args: Any) -> str | None:
     if is_stage3(args.deepspeed_plugin):
         return "DeepSpeed ZeRO-3"
     return "FSDP" if is_fsdp(args.fsdp) else None
-
-
-def is_fsdp(fsdp: Any) -> bool:
-    """Return whether training arguments, by their option `fsdp`, or accelerate's launcher ask for FSDP."""
-    return bool(fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
 def check_quantizable(option: str, model: str | nn.Module, argument: str, args: Any) -> None:

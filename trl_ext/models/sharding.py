@@ -1,19 +1,26 @@
-"""DeepSpeed's ZeRO: checks of its file against the options, and copies of models that stage 3 has partitioned."""
+"""
+Weights that are spread over the ranks. DeepSpeed's ZeRO: checks of its file against the options, and copies of models
+that stage 3 has partitioned. FSDP2: what it cannot do here, and whole weights while a model generates.
+"""
 
 import copy
 import functools
 import inspect
+import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from .loading import is_quantized
+from .loading import base_of, is_quantized
 
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -119,8 +126,12 @@ def check_unquantized(args: Any, quantization_config: Any, trained_in_full: dict
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Return whether ZeRO-3 has partitioned the parameters, so that nothing can run before a gather."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """
+    Return whether ZeRO-3 or FSDP2 has partitioned the parameters: nothing can run before a gather, and each pass waits
+    for one of the other ranks.
+    """
+    by_zero = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return by_zero or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def copy_of(model: AnyModule) -> AnyModule:
@@ -200,3 +211,99 @@ def declare_head(model: PreTrainedModel) -> None:
 
     for parameter in model.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model, parameter)
+
+
+# ---- FSDP ----
+
+
+def is_fsdp(fsdp: Any) -> bool:
+    """Return whether training arguments, by their option `fsdp`, or accelerate's launcher ask for FSDP."""
+    return bool(fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+
+
+def check_fsdp(args: Any, quantization_config: Any, models: dict[str, Any]) -> None:
+    """
+    Raise `ValueError`, under FSDP and before loading, for what it cannot do here or nobody has tried: its first
+    version, checkpoints in shards, and quantized weights. `models` has, by argument, models, paths or `None`.
+    """
+    written = args.fsdp_plugin_args or {}
+    chosen = int(written.get("fsdp_version", os.environ.get("FSDP_VERSION", 1)))
+    if chosen != 2:
+        raise ValueError(
+            f"FSDP of version {chosen} is not supported. Set `fsdp_version: 2` in the accelerate file, as "
+            "configs/accelerate/fsdp2.yaml does, or `version` in `fsdp_config`."
+        )
+    kind = str(written.get("state_dict_type", os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")))
+    if "FULL" not in kind.upper():
+        raise ValueError(
+            f"With FSDP's `state_dict_type` {kind} the run would end without a model that can be loaded. Set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate file, or `state_dict_type` in `fsdp_config`."
+        )
+    quantized = [
+        name
+        for name, model in models.items()
+        if model is not None and is_quantized(model, trust_remote_code=args.trust_remote_code)
+    ]
+    if quantization_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is not None:
+        quantized.append("quantization_config")
+    if quantized:
+        raise ValueError(
+            f"`{quantized[0]}` asks for a quantized model, and FSDP has not been tried with one. Use DDP, ZeRO-2 or "
+            "ZeRO-3, or load it without quantization: a share of FSDP is small as it is."
+        )
+
+
+def leave_outputs(accelerator: Any) -> None:
+    """
+    Have FSDP2 return what a model computes in its own dtype. Accelerate has it cast to that of the run, and a
+    log-probability in bfloat16 has three digits.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def unsharded(model: Any, accelerator: Any, *but_not: nn.Module) -> Iterator[None]:
+    """
+    Within the context the weights of a model that FSDP2 has sharded are whole: gathered once, here, so that ranks may
+    call it, and have it generate, differently often. Without FSDP2 nothing happens.
+
+    Args:
+        but_not: submodules whose layers stay sharded.
+    """
+    left_out = {module for each in but_not for module in each.modules()}
+    shards: list[Any] = [m for m in model.modules() if m not in left_out and isinstance(m, FSDPModule)]
+    if not shards:
+        yield
+        return
+    freed = []
+    if accelerator.state.fsdp_plugin.reshard_after_forward:
+        # Accelerate keeps the root and what comes after the layers gathered from the forward to the backward pass.
+        base: Any = base_of(model)
+        kept = {_shared_state(module) for module in (model, base.get_output_embeddings())} if len(shards) > 1 else {}
+        freed = [module for module in shards if _shared_state(module) not in kept]
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # adapters generate by their base, whose layers would each become a root
+    for module in freed:
+        module.set_reshard_after_forward(False, recurse=False)
+    for module in shards:
+        module.unshard()
+    # As registered by transformers, `generate` frees the root at its end, and waits for other ranks at each token.
+    registered = vars(model).get("generate")
+    model.generate = functools.partial(types.MethodType(type(model).generate, model), synced_gpus=False)
+    try:
+        yield
+    finally:
+        del model.generate
+        if registered is not None:
+            model.generate = registered
+        for module in freed:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in shards:
+            module.reshard()
+
+
+def _shared_state(module: Any) -> Any:
+    """Return what modules have in common that FSDP2 gathers together."""
+    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None

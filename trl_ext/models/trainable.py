@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .quantization import is_fsdp
+from .sharding import is_fsdp
 
 
 logger = logging.getLogger(__name__)

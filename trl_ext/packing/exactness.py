@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.noise import draws_noise, has_noise
-from ..models.quantization import is_fsdp
-from ..models.sharding import is_partitioned
+from ..models.sharding import is_fsdp, is_partitioned
 
 
 # Layers that read every token before them in the row, whatever a mask says; the names of `config.layer_types`.

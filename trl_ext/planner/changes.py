@@ -68,8 +68,9 @@ def _of_ppo(layout: Layout) -> Iterator[Proposal]:
 
 
 def _engines(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
-    compute = {"compute": "bf16"} if layout.compute == "autocast" else {}
-    stage = layout.zero_stage
+    compute: dict[str, Any] = {"compute": "bf16"} if layout.compute == "autocast" else {}
+    compute |= {"fsdp": False}
+    stage = 3 if layout.fsdp else layout.zero_stage
     if hardware.gpus > 1 and stage < 2:
         yield "ZeRO-2", "none beside DDP; weights in bfloat16, with float32 masters", {"zero_stage": 2} | compute
     if hardware.gpus > 1 and stage < 3:
@@ -89,6 +90,7 @@ def _less_training(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
     if layout.method == "full":
         yield "LoRA", "an adapter learns; the reference is the actor without it", adapter
     plain = {"zero_stage": min(layout.zero_stage, 2), "offload_parameters": False, "offload_optimizer": False}
+    plain |= {"fsdp": False}
     packed = adapter | plain | {"method": "qlora"}
     if layout.method != "qlora":
         yield "QLoRA", "4-bit weights are unpacked in every pass", packed

@@ -43,6 +43,7 @@ def methods(layout: Layout) -> dict[str, Layout]:
     if layout.reference == "model":
         on_base["reference"] = "adapter"
     plain = {"zero_stage": min(layout.zero_stage, 2), "offload_parameters": False, "offload_optimizer": False}
+    plain |= {"fsdp": False}
     head = {"critic": "head"} if layout.trainer == "ppo" else {}
     reward = {"reward": "adapter"} if layout.reward == "model" else {}
     return {

@@ -8,7 +8,6 @@ from .optimizers import OPTIMIZERS
 
 
 GIB = 2**30
-NO_FSDP = "FSDP is not planned: no run under it has been measured. ZeRO-3 shards alike; plan it with `zero_stage: 3`."
 BITS = one_of(4, 8, 16)
 WHOLE = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
 
@@ -103,6 +102,7 @@ class Layout:
     zero_stage: Annotated[int, one_of(0, 1, 2, 3)] = says(
         0, "DeepSpeed's ZeRO stage. 0: no DeepSpeed, but DDP if there are several GPUs."
     )
+    fsdp: bool = says(False, "let FSDP2 shard weights, gradients and optimizer states of all models.")
     offload_optimizer: bool = says(False, "let DeepSpeed offload the optimizer to the host.")
     offload_parameters: bool = says(False, "let DeepSpeed offload the parameters to the host.")
     micro_batch: Annotated[int, COUNT] = says(
@@ -167,12 +167,35 @@ class Layout:
             raise ValueError("ZeRO-3 partitions frozen models; `offload_frozen` is for the other stages.")
         if self.offload_frozen and 8 in (self.reward_bits, self.reference_bits):
             raise ValueError("bitsandbytes' 8-bit layers cannot be moved: with `offload_frozen` take 4 or 16 bits.")
+        if self.fsdp:
+            self._check_fsdp(adapters)
         if (self.offload_optimizer or self.offload_parameters) and self.zero_stage == 0:
             raise ValueError("Offloading the optimizer or parameters is DeepSpeed's: set `zero_stage` to 1, 2 or 3.")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"Parameters are offloaded by ZeRO-3 alone; `zero_stage` is {self.zero_stage}.")
         if self.zero_stage and self.compute == "autocast":
             raise ValueError("DeepSpeed computes in the dtype of its weights: set `compute` to 'bf16' (or 'fp32').")
+
+    def _check_fsdp(self, adapters: list[str]) -> None:
+        if self.zero_stage:
+            raise ValueError(f"`fsdp` and `zero_stage={self.zero_stage}` are two engines: leave one of them out.")
+        roles = [role for role in adapters if role != "reference"]
+        if roles:
+            raise ValueError(
+                f"FSDP cannot shard the base that {roles} share with the actor as adapters: give them models of their "
+                "own, or `critic` a head, or set `zero_stage`."
+            )
+        bits = [name for name in ("reward_bits", "reference_bits") if getattr(self, name) < 16]
+        if self.method == "qlora" or bits:
+            what = "method='qlora'" if self.method == "qlora" else bits[0]
+            raise ValueError(f"FSDP has not been tried with quantised weights ({what}): set `zero_stage`, or 16 bits.")
+        if self.offload_frozen:
+            raise ValueError("FSDP shards frozen models; `offload_frozen` is for runs without it.")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Return whether each GPU keeps a share of every model's weights."""
+        return self.fsdp or self.zero_stage == 3
 
     def change(self, **changes: object) -> "Layout":
         """Return the layout with `changes`; raise `ValueError` where they do not go together."""

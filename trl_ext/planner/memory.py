@@ -83,6 +83,8 @@ def trained_states(frozen: float, trained: Learned, size: int, layout: Layout, h
     """
     if layout.zero_stage:
         return _zero_states(frozen, trained.parameters, layout, hardware)
+    if layout.fsdp:
+        return _fsdp_states(frozen, trained, layout, hardware)
     whole = size * trained.parameters
     buckets = whole if hardware.gpus > 1 else 0  # DDP copies gradients into its buckets
     return Usage(frozen + whole, whole, state_bytes(layout.optimizer, trained, size), buffers=buckets)
@@ -110,6 +112,39 @@ def _zero_states(frozen: float, trained: int, layout: Layout, hardware: Hardware
     return Usage(weights, gradients, optimizer)
 
 
+def _fsdp_states(frozen: float, trained: Learned, layout: Layout, hardware: Hardware) -> Usage:
+    """Count the shares of FSDP2: accelerate makes what learns float32, and its gradients and states with it."""
+    share, whole = 1 / hardware.gpus, 4.0 * trained.parameters
+    optimizer = state_bytes(layout.optimizer, trained, 4) * share
+    return Usage((frozen + whole) * share, whole * share, optimizer)
+
+
+def accumulated_gradients(trained: int, layout: Layout) -> float:
+    """
+    Return the bytes of the gradients that FSDP2 holds whole until the last micro-batch of a step, where accelerate has
+    them exchanged, unless `sync_each_batch` is on.
+    """
+    return compute_bytes(layout) * float(trained) if layout.fsdp and layout.accumulation > 1 else 0.0
+
+
+def fsdp_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -> float:
+    """
+    Return FSDP2's working space: two layers gathered, one of which is read while the other arrives, the gradient of
+    one, and what stays gathered.
+    """
+    if not layout.fsdp or hardware.gpus == 1 or not shapes:
+        return 0.0
+    layer = max((shape.linear + shape.stacked) / shape.layers for shape in shapes)
+    return compute_bytes(layout) * 3 * layer + sum(kept_gathered(shape, layout, hardware) for shape in shapes)
+
+
+def kept_gathered(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Return the bytes that FSDP2 keeps whole between passes: embedding and head, and of frozen models too."""
+    if not layout.fsdp or hardware.gpus == 1:
+        return 0.0
+    return compute_bytes(layout) * float(shape.parameters - shape.linear - shape.stacked)
+
+
 def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -> float:
     """
     Return DeepSpeed's working space: the reduce bucket and, in stages 1 and 2, the all-gather bucket of the same size;
@@ -128,7 +163,7 @@ def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -
 
 def cast_buffers(shape: ModelShape, layout: Layout) -> float:
     """Return the bytes of copied weights: autocast's of a whole model that trains, or those of one 4-bit layer."""
-    if layout.compute == "autocast" and layout.method == "full":
+    if layout.compute == "autocast" and layout.method == "full" and not layout.fsdp:  # which gathers 16 bits
         return 2.0 * (shape.linear + shape.head)
     return compute_bytes(layout) * shape.largest_linear if layout.method == "qlora" else 0.0
 

@@ -64,9 +64,10 @@ class _Run:
         self.adapter: Any = models.adapter  # wherever the layout has one
         self.vllm = memory.vllm(models.actor, layout, hardware)
         self.vllm_beside = 0.0 if layout.vllm_sleeps else self.vllm  # while the others score and learn
+        self.learned: dict[str, int] = {}  # parameters, by role
         self.trained = self._trained()
         shapes = [models.actor, *([models.critic] if layout.critic == "model" and models.critic else [])]
-        self.engine = memory.zero_buffers(shapes, layout, hardware)
+        self.engine = memory.zero_buffers(shapes, layout, hardware) + memory.fsdp_buffers(shapes, layout, hardware)
         self.tile = memory.head_tile(models.actor, layout.scored_tokens, hardware.is_cpu)
         self.kept_logits = memory.kept_logits(models.actor, layout.scored_tokens, layout, hardware.is_cpu)
 
@@ -79,21 +80,22 @@ class _Run:
         of_head = models.actor.hidden + 1  # a row and a bias
         head = Learned(of_head, of_head, of_head)
 
-        def states(frozen: float, trained: Learned, size: int = whole) -> Usage:
+        def states(role: str, frozen: float, trained: Learned, size: int = whole) -> Usage:
+            self.learned[role] = trained.parameters
             return memory.trained_states(frozen, trained, size, layout, self.hardware)
 
         if layout.method == "full":
-            roles = {"actor": states(0, models.actor.learned)}
+            roles = {"actor": states("actor", 0, models.actor.learned)}
         else:
             base = memory.weight_bytes(models.actor, layout, 4 if layout.method == "qlora" else 16)
-            roles = {"actor": states(base, self.adapter.learned, memory.adapter_element(layout, "actor"))}
+            roles = {"actor": states("actor", base, self.adapter.learned, memory.adapter_element(layout, "actor"))}
         if layout.critic == "model" and models.critic is not None:
-            roles["critic"] = states(0, models.critic.learned)
+            roles["critic"] = states("critic", 0, models.critic.learned)
         elif layout.critic == "adapter":
             trained = self.adapter.learned + head
-            roles["critic"] = states(0, trained, memory.adapter_element(layout, "critic"))
+            roles["critic"] = states("critic", 0, trained, memory.adapter_element(layout, "critic"))
         elif layout.critic == "head":
-            roles["critic"] = states(0, head)
+            roles["critic"] = states("critic", 0, head)
         return roles
 
     def frozen(self, role: str) -> float:
@@ -106,9 +108,10 @@ class _Run:
             return 0.0
         bits = getattr(self.layout, f"{role}_bits")
         size = memory.weight_bytes(shape, self.layout, bits)
-        if self.layout.zero_stage < 3 or bits < 16:
+        if not self.layout.shards_weights or bits < 16:
             return size
-        return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus
+        kept = memory.kept_gathered(shape, self.layout, self.hardware)
+        return 0.0 if self.layout.offload_parameters else size / self.hardware.gpus + kept
 
     def base(self, active: str | None = None) -> dict[str, Usage]:
         """Return the roles at rest, without gradients; an offloaded one is there only while it is `active`."""
@@ -131,6 +134,8 @@ class _Run:
         if layout.zero_stage == 3 and layout.gather_for_generation:
             whole = memory.weight_bytes(shape, layout)
             gathered = whole if layout.offload_parameters else whole * (1 - 1 / self.hardware.gpus)
+        elif layout.fsdp and self.hardware.gpus > 1:  # its share stays beside the whole
+            gathered = memory.compute_bytes(layout) * float(shape.parameters)
         roles["actor"] += Usage(
             activations=memory.forward_activations(shape, layout.rollout * layout.prompt, layout),
             kv_cache=memory.kv_cache(shape, layout.rollout, layout.length, layout),
@@ -156,6 +161,8 @@ class _Run:
                 reading += Usage(kv_cache=memory.kv_cache(shape, 1, tokens, layout))
             if role == "critic" or kind == "adapter":
                 reading += Usage(buffers=memory.cast_buffers(shape, layout))
+            else:
+                reading += Usage(buffers=memory.fsdp_buffers([shape], layout, self.hardware))
             roles = self.base(active=role)
             roles[role] = roles.get(role, Usage()) + reading
             choices.append(Phase("score", f"the {role} reads the rollout", roles, self.vllm_beside))
@@ -182,6 +189,8 @@ class _Run:
 
     def _held_gradients(self, role: str) -> float:
         """Return the gradients of earlier micro-batches; none if a step has one micro-batch."""
+        if self.layout.fsdp:
+            return memory.accumulated_gradients(self.learned[role], self.layout)
         held = self.layout.accumulation > 1 or self.layout.zero_stage > 0
         return self.trained[role].gradients if held else 0.0
 
@@ -196,6 +205,8 @@ class _Run:
         layout, reads = self.layout, 0.0
         if layout.trainer == "dpo" and layout.reference != "none":
             reads = memory.forward_activations(self.models.actor, layout.learned_tokens, layout) + self.tile
+            if layout.fsdp and self.models.reference is not None and self.hardware.gpus > 1:  # TRL gathers it at once
+                reads += memory.compute_bytes(layout) * self.models.reference.parameters
         shape, adapter = self._learner("actor")
         trunk = memory.trunk_activations(shape, layout, adapter)
         actor = Usage(activations=trunk + reads, logits=self.kept_logits, buffers=memory.cast_buffers(shape, layout))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..packing.budget import size_of_parts
 from ..runs.folder import is_local
-from .layout import NO_FSDP, Hardware, Layout
+from .layout import Hardware, Layout
 from .machines import CPU, GPUS, find_gpu
 from .planning import ModelNames
 from .shapes import model_shape
@@ -43,14 +43,14 @@ def layout_from_options(
     Raises:
         ValueError: when the options do not go together.
     """
-    if options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ValueError(NO_FSDP)
     checkpointing, optimizer = options.get("gradient_checkpointing"), options.get("optim") or "adamw_torch_fused"
     common: dict[str, Any] = {
         "optimizer": getattr(optimizer, "value", optimizer),  # a name, or a member of transformers' OptimizerNames
         "gradient_checkpointing": True if checkpointing is None else checkpointing,
     }
     common |= _adapters(options) | _deepspeed(options)
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    common["fsdp"] = bool(options.get("fsdp")) or by_launcher
     common["compute"] = _compute(options, hardware, bool(common.get("zero_stage")))
     if common["method"] == "qlora" and options.get("ref_model_quantization") is None:
         common["reference_bits"] = 4  # a reference of its own is loaded like the actor

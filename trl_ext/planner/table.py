@@ -39,9 +39,10 @@ def sizes(planned: Plan) -> str:
         if role == "actor" and models.adapter is not None:
             size += f", {models.adapter.parameters / 1e6:.1f}M of an adapter"
         parts.append(f"{called(role, layout)} ({kinds[role]}) {size}")
-    zero = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "DDP" if planned.hardware.gpus > 1 else "one process"
+    alone = "DDP" if planned.hardware.gpus > 1 else "one process"
+    engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "FSDP2" if layout.fsdp else alone
     tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}"
-    return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{zero}, {layout.compute}, {tokens}."
+    return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{engine}, {layout.compute}, {tokens}."
 
 
 def called(role: str, layout: Layout) -> str:

@@ -137,7 +137,7 @@ class _Run:
         if layout.offload_optimizer:
             on_host = 28 * (self.trained / hardware.nodes) / (hardware.host_bandwidth * BANDWIDTH)
             return on_host + 4 * self.trained / hardware.gpus / hardware.pcie
-        part = self.trained / hardware.gpus if layout.zero_stage else self.trained
+        part = self.trained / hardware.gpus if layout.zero_stage or layout.fsdp else self.trained
         return 28 * part / (hardware.bandwidth * BANDWIDTH)
 
     def over_pcie(self) -> float:
@@ -150,8 +150,8 @@ class _Run:
 
     def sent(self) -> float:
         """
-        Return the bytes that one GPU sends in one micro-batch: gradients twice (all-reduce); ZeRO-3 the weights twice
-        and the gradients once (Rajbhandari et al. 2020, §7).
+        Return the bytes that one GPU sends in one micro-batch: gradients twice (all-reduce); ZeRO-3 and FSDP2 the
+        weights twice and the gradients once (Rajbhandari et al. 2020, §7), FSDP2 these in the last one alone.
         """
         if self.hardware.gpus == 1:
             return 0.0
@@ -159,4 +159,8 @@ class _Run:
         if self.layout.zero_stage == 3:
             gathers = 3 if self.layout.gradient_checkpointing else 2
             return size * (gathers * sum(shape.parameters for shape in self.shapes) + self.trained)
+        if self.layout.fsdp:
+            gathers = 3 if self.layout.gradient_checkpointing else 2
+            weights = gathers * sum(shape.parameters for shape in self.shapes)
+            return memory.compute_bytes(self.layout) * (weights + self.trained / self.layout.accumulation)
         return 2.0 * size * self.trained / self.layout.accumulation

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from ..models.quantization import is_fsdp
+from ..models.sharding import is_fsdp
 from ..ranges import default_of, require
 from .advantages import find_estimator
 from .options import LAM, LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOptions

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
@@ -89,8 +90,10 @@ def norms_by_role(model: nn.Module, critic: nn.Module, loss_scale: float = 1.0) 
     for parameter in model.parameters():
         if parameter.grad is not None:
             gradients[CRITIC if id(parameter) in of_critic else ACTOR].append(parameter.grad)
-    norms = {role: nn.utils.get_total_norm(of_role).item() for role, of_role in gradients.items() if of_role}
-    return {role: norm / loss_scale for role, norm in norms.items()}
+    norms = {role: nn.utils.get_total_norm(of_role) for role, of_role in gradients.items() if of_role}
+    # Of shares of FSDP2 it is a share, too.
+    whole = {role: norm.full_tensor() if isinstance(norm, DTensor) else norm for role, norm in norms.items()}
+    return {role: norm.item() / loss_scale for role, norm in whole.items()}
 
 
 @contextmanager

@@ -28,8 +28,7 @@ from .._trl import get_config_model_id
 from ..masked import explained_variance, identity, masked_moments
 from ..models.fingerprint import save_base_fingerprint
 from ..models.loading import adapter_config
-from ..models.quantization import is_fsdp
-from ..models.sharding import is_stage3
+from ..models.sharding import is_fsdp, is_stage3
 from ..models.trainable import take_back
 from ..ranges import COUNT, default_of
 from ..runs.card import card_name

@@ -44,10 +44,9 @@ from ..models.generation import generating_by
 from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
 from ..models.precision import compile_nothing
 from ..models.probe import apart_in_float32
-from ..models.quantization import is_fsdp
 from ..models.rounding import warn_of_casting
 from ..models.sampling import sampling_what_counts, why_not_from_cache
-from ..models.sharding import forget_gradients, is_partitioned, is_stage3
+from ..models.sharding import forget_gradients, is_fsdp, is_partitioned, is_stage3, leave_outputs, unsharded
 from ..models.trainable import take_back
 from ..packing.exactness import why_not_run
 from ..runs.best_metric import check_metric_of_sets, evaluated
@@ -323,6 +322,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        leave_outputs(self.accelerator)
         compile_nothing(self.accelerator, "every forward pass asks for other outputs, of rows of another length")
 
     def _set_up_rewards(self, sources: list[Any]) -> None:
@@ -612,8 +612,10 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         return sampling_what_counts(actor, self._trunk_of_samples, self.generation_config, self.accelerator.autocast)
 
     def _weights_for_generation(self) -> AbstractContextManager[None]:
-        """Gather the actor's weights, once per rollout, under ZeRO-3 with `ds3_gather_for_generation`."""
+        """Gather the actor's weights, once per rollout, under FSDP, and ZeRO-3 with `ds3_gather_for_generation`."""
         by_transformers = not self.use_vllm and self.rollout_func is None
+        if by_transformers and self.is_fsdp_enabled:
+            return unsharded(self.model, self.accelerator, *self._attached)
         if not (by_transformers and is_stage3(self.args.deepspeed_plugin) and self.args.ds3_gather_for_generation):
             return nullcontext()
         return _trl.gathered_for_generation(
@@ -826,12 +828,14 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
 
     def _accumulate(self, model: nn.Module, micro_batches: list[MicroBatch]) -> None:
         """Add up the gradients of all micro-batches of a step but the last, which every rank then waits for."""
-        by_engine = self.is_deepspeed_enabled  # it has a boundary of its own, which follows `sync_gradients`
+        state = self.accelerator.gradient_state
+        # DeepSpeed has a boundary of its own, which follows `sync_gradients`.
+        exchanges = self.is_deepspeed_enabled or state.plugin_kwargs.get("sync_each_batch", False)
         for micro_batch in micro_batches:
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            with nullcontext() if by_engine else self.accelerator.no_sync(model):
+            state._set_sync_gradients(False)
+            with nullcontext() if exchanges else self.accelerator.no_sync(model):
                 Trainer.training_step(self, model, micro_batch)
-            self.accelerator.gradient_state._set_sync_gradients(True)
+            state._set_sync_gradients(True)
 
     def _step_critic(self, model: nn.Module) -> None:
         """At the beginning of a mini-batch, take the steps in which the critic learns alone."""
@@ -928,7 +932,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self._measure_kl(run.rollout)
         if self._warms_up:
             self._drop_actor_gradients()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these keep gradients elsewhere
+        if not self.is_deepspeed_enabled:  # which keeps gradients elsewhere
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
             run.ledger.add_norms(norms_by_role(self.model, self.critic, scale))

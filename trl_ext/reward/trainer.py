@@ -26,6 +26,7 @@ from ..models.loading import (
 from ..models.noise import has_noise
 from ..models.precision import drop_checkpointing, keep_4_bit_differentiable
 from ..models.rounding import warn_of_rounding
+from ..models.sharding import check_fsdp, is_fsdp, leave_outputs
 from ..models.trainable import RequireGradients, check_optimizer, check_trainable, take_back
 from ..packing.exactness import why_not_run
 from ..packing.forward import warn_of_padding
@@ -64,7 +65,8 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
     and `log`, which read packed rows and count pairs;
     `evaluate` and `_evaluate`: of several held-out sets each is logged under its name, and all together under the
     names of a single one; `_finalize_training`, which gives a resumed run the loss of all its steps;
-    `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer; by `SavesWhole`, `train`,
+    `_load_optimizer_and_scheduler`, which refuses a checkpoint without the optimizer;
+    `create_accelerator_and_postprocess`, which leaves FSDP2's outputs in float32; by `SavesWhole`, `train`,
     `_maybe_log_save_evaluate`, `_get_dataloader`, `_save_checkpoint`, `_get_output_dir` and `_push_from_checkpoint`;
     and, by `WritesCard`, `save_model` and `create_model_card`.
 
@@ -90,6 +92,8 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
             args = RewardConfigX(f"{name.rstrip('/').split('/')[-1]}-Reward")
         take_back(model)
         text_config(model, args, scores=True)
+        if is_fsdp(args.fsdp):
+            check_fsdp(args, kwargs.get("quantization_config"), {"model": model})
         if processing_class is None:
             path = model if isinstance(model, str) else model.config._name_or_path
             processing_class = load_tokenizer(path, **source_options(args))
@@ -120,6 +124,10 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
         self.add_callback(LastLine())
         refuse_finished_checkpoints(self)
         warn_of_rounding(self.model.parameters(), self.args.learning_rate, self.is_deepspeed_enabled, "reward model")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        leave_outputs(self.accelerator)
 
     def _keep_computable(self) -> None:
         """Let gradients through 4-bit weights, and give the score head the dtype of the states that it reads."""

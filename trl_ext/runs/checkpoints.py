@@ -395,7 +395,8 @@ def absent_optimizer(checkpoint: Path, deepspeed_plugin: Any) -> list[str]:
     """Return the files with the state of optimizer and schedule that a checkpoint lacks."""
     if deepspeed_plugin is not None:  # DeepSpeed saves its engine
         return []
-    files = [SCHEDULER_NAME] if list(checkpoint.glob("optimizer_*")) else [SCHEDULER_NAME, OPTIMIZER_NAME]  # FSDP's
+    by_fsdp = (checkpoint / "optimizer.bin").is_file() or list(checkpoint.glob("optimizer_*"))
+    files = [SCHEDULER_NAME] if by_fsdp else [SCHEDULER_NAME, OPTIMIZER_NAME]
     return [name for name in files if not (checkpoint / name).is_file()]
 
 

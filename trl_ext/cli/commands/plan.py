@@ -18,7 +18,6 @@ from typing import Any
 
 from ... import planner
 from ...planner import CPU, GIB, Hardware, Layout, ModelNames
-from ...planner.layout import NO_FSDP
 from ..errors import is_debugging, usage_errors
 from ..flags import CommandParser
 from ..recipes import find_config, find_deepspeed, read_recipe
@@ -71,7 +70,6 @@ def arguments() -> CommandParser:
     add("answers", "scale", type=int, nargs="+", metavar="GPUS", help="Show the layout on these numbers of GPUs.")
     add("answers", "episodes", type=float, default=1e5, help="Number of responses or pairs to compute GPU-hours for.")
     add("answers", "picture", type=Path, metavar="FILE.png", help="Draw how cost grows with size and length.")
-    add("layout", "fsdp", nargs="*", help=NO_FSDP)
     for field in fields(Layout):
         default: Any = field.default if field.default is not MISSING else None
         text = f"{field.metadata['help']} (default: {START_TEXTS.get(field.name, default)})"
@@ -93,8 +91,6 @@ def machine_of(given: argparse.Namespace) -> Hardware:
 
 def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, Layout]:
     """Return the models and the layout: the recipe's, overridden by the flags'."""
-    if given.fsdp is not None:
-        raise ValueError(NO_FSDP)
     flags = {f.name: getattr(given, f.name) for f in fields(Layout) if getattr(given, f.name) is not None}
     names = ModelNames(given.model or START_MODEL)
     if given.from_config:

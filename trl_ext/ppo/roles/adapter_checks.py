@@ -14,7 +14,7 @@ from ..._trl import get_config_model_id
 from ...models.adapter_copies import CHANGE_THE_BASE
 from ...models.fingerprint import FILE, base_fingerprint, weights_fingerprint
 from ...models.loading import adapter_config, adapter_configs, base_of, check_no_adapter, source_options
-from ...models.quantization import is_fsdp
+from ...models.sharding import is_fsdp
 from ..config import PPOConfigX
 from .adapters import CRITIC, REWARD
 

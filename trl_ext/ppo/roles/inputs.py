@@ -22,7 +22,7 @@ from ...models.loading import (
     text_config,
 )
 from ...models.saved_adapter import SavedAdapter, saved_adapter
-from ...models.sharding import check_unquantized, is_stage3
+from ...models.sharding import check_fsdp, check_unquantized, is_fsdp, is_stage3
 from ...models.trainable import check_trainable
 from ..config import PPOConfigX
 from .adapter_checks import check_adapters
@@ -140,6 +140,9 @@ def check_given(args: PPOConfigX, given: Given) -> None:
         trained_in_full["value_model"] = given.value_model
     if is_stage3(args.deepspeed_plugin):
         check_unquantized(args, given.quantization_config, trained_in_full)
+    if is_fsdp(args.fsdp):
+        frozen = {"ref_model": given.ref_model, "reward_model": given.reward_model}
+        check_fsdp(args, given.quantization_config, {"model": given.model} | trained_in_full | frozen)
     # Ranks would wait for each other in turns of a conversation that some of them do not take
     has_turns = bool(given.tools) or given.environment_factory is not None
     if has_turns and is_stage3(args.deepspeed_plugin) and not args.use_vllm and not args.ds3_gather_for_generation:

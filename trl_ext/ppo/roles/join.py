@@ -13,9 +13,8 @@ from ... import _trl
 from ...models.loading import base_of, is_quantized
 from ...models.noise import disable_noise
 from ...models.precision import drop_checkpointing, keep_4_bit_differentiable
-from ...models.quantization import is_fsdp
 from ...models.rounding import warn_of_rounding
-from ...models.sharding import declare_head, is_partitioned, is_stage3
+from ...models.sharding import declare_head, is_fsdp, is_partitioned, is_stage3
 from ...models.trainable import RequireGradients, check_optimizer, check_trainable
 from ..config import PPOConfigX
 from .adapters import REWARD, stand_on
