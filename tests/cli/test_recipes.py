@@ -10,7 +10,7 @@ import yaml
 
 from cli_runs import RECIPES
 from commands import ROOT, command
-from trl_ext.cli.recipes import INSTALLED, find_config
+from trl_ext.cli.recipes import INSTALLED, find_config, find_deepspeed
 from zero_runs import launched
 
 
@@ -56,6 +56,14 @@ def test_recipe_outside_a_checkout_finds_its_deepspeed_file(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     given = command("ppo").COMMAND.options(["--config", "ppo/33b_full_offload"])
     assert given.deepspeed == str(INSTALLED / "deepspeed" / "ppo_33b_4x80g.json")
+
+
+def test_deepspeed_file_goes_by_its_name_and_what_is_none_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero3", "zero3.json", "configs/deepspeed/zero3.json"):
+        assert find_deepspeed(name) == str(INSTALLED / "deepspeed" / "zero3.json")
+    for other in (None, {"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}', "zero9"):
+        assert find_deepspeed(other) == other
 
 
 def name_of(path):
