@@ -43,7 +43,6 @@ CONTROLLERS = {
     "band": {"kl_band": [1e-6, 1e-5]},
 }
 PLACES = {"within": {}, "between": {"save_steps": 4}}
-WEIGHTS = "weights.pt"  # of a run that has come to its end
 
 
 def trainer_of(name: str, folder: Path) -> Any:
@@ -71,8 +70,6 @@ def run(name: str, folder: Path) -> None:
     trainer = trainer_of(name, folder)
     trainer.add_callback(SaysWhere())
     trainer.train(resume_from_checkpoint=bool(folder.is_dir() and numbered(folder)))
-    torch.save(ppo_runs.snapshot(trainer.model), folder / f"{WEIGHTS}.part")
-    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)  # the kill may come amid this, too
 
 
 if __name__ == "__main__":
