@@ -108,6 +108,39 @@ def test_control_plain_head_gives_other_logits(name):
         assert (plain - model(ids).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name, soft_cap, scale", [("gemma2", 3.0, 1.0), ("cohere", None, 0.5), ("llama", None, 1.0)])
+def test_fused_head_is_seen_with_what_it_was_given(name, soft_cap, scale):
+    model = member(name, 0)
+    seen = []
+    model.base_model.register_forward_pre_hook(lambda *_: seen.append(1))
+    _trl.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "is_top1"))
+    head = _trl.FusedHead(model)
+    assert (head.temperature, head.outputs) == (0.7, ("log_probs", "is_top1"))
+    assert (head.soft_cap, head.scale) == (soft_cap, scale)
+    assert not seen
+    assert model.base_model is model.model
+
+
+def renamed(ctx, hidden, weight, bias, targets, inv_t, chunk_size, final_logit_softcapping, logit_scale, outputs):
+    """The kernel's `forward` with another parameter in place of the temperature."""
+
+
+def test_fused_head_of_another_trl_is_an_error(monkeypatch):
+    model = tiny.tiny_actor()
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM has no fused head of TRL's"):
+        _trl.FusedHead(model)
+    assert model.base_model is model.model
+    _trl.add_fused_lm_head(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(_trl.trl_utils._ChunkedLogProbFunction, "forward", staticmethod(renamed))
+        with pytest.raises(RuntimeError, match=r"'inv_t'.* is what trl_ext knows\. Install a supported TRL"):
+            _trl.FusedHead(model)
+    model.forward = lambda **_: None  # a head with a kernel of another name
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM has no fused head of TRL's, or one that no longer"):
+        _trl.FusedHead(model)
+    assert model.base_model is model.model
+
+
 # --- vLLM's weight sync
 
 

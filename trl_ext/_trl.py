@@ -5,11 +5,11 @@ When a new TRL release changes one of them, change this file and its test, `test
 """
 
 import functools
+import inspect
 import sys
-import types
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from datasets.iterable_dataset import ExamplesIterable
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from trl.data_utils import _tokenize
 from trl.generation import vllm_generation
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
@@ -63,55 +64,136 @@ __all__ = [
 ]
 
 SUPPORTED = (Version("1.16"), Version("1.17"))
+_INSTALL = f"Install a supported TRL with `pip install 'trl>={SUPPORTED[0]},<{SUPPORTED[1]}'`."
 
 if not SUPPORTED[0] <= Version(Version(trl.__version__).base_version) < SUPPORTED[1]:
     raise ImportError(
-        f"trl_ext works with trl>={SUPPORTED[0]},<{SUPPORTED[1]}; version {trl.__version__} is installed. "
-        f"Install a supported one with `pip install 'trl>={SUPPORTED[0]},<{SUPPORTED[1]}'`."
+        f"trl_ext works with trl>={SUPPORTED[0]},<{SUPPORTED[1]}; version {trl.__version__} is installed. {_INSTALL}"
     )
 
 
 class FusedHead:
     """
-    TRL's fused head of a causal LM that `add_fused_lm_head` has patched; its `temperature`, which divides the logits,
-    and the requested `outputs`. TRL finds the soft cap and the scale of the logits in the config under the names that
-    most architectures use; those of other architectures are set here.
+    TRL's fused head of a causal LM that `add_fused_lm_head` has patched: what it hands to its kernel, seen in a call
+    that ends there. TRL finds the soft cap and the scale of the logits in the config under the names that most
+    architectures use; those of other architectures are put in.
+
+    Attributes:
+        temperature: what divides the logits.
+        outputs: names of the requested statistics.
+        soft_cap: c of c·tanh(logit / c), or `None`.
+        scale: factor of the logits before the cap.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        function = _fused_forward_of(model)
-        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-        self.temperature: float = self._cells["temperature"].cell_contents
-        self.outputs: tuple[str, ...] = self._cells["outputs"].cell_contents
+        given = _handed_to_kernel(model)
+        self.temperature: float = given["temperature"]
+        self.outputs: tuple[str, ...] = given["outputs"]
+        self.soft_cap: float | None = given["final_logit_softcapping"]
+        self.scale: float = given["logit_scale"]
         config = model.config.get_text_config()
         if (soft_cap := getattr(config, "logits_soft_cap", None)) is not None:
-            self._cells["final_logit_softcapping"].cell_contents = soft_cap
+            self.soft_cap = soft_cap
         if (divisor := getattr(config, "logits_mup_width_multiplier", None)) is not None:
-            self._cells["logit_scale"].cell_contents = 1 / divisor
+            self.scale = 1 / divisor
+        self._is_trls = (self.soft_cap, self.scale) == (given["final_logit_softcapping"], given["logit_scale"])
+
+    def kernel(self) -> AbstractContextManager[None]:
+        """Within the context, the kernel gets this head's soft cap and scale."""
+        if self._is_trls:
+            return nullcontext()
+        return _kernel(_corrected(trl_utils._ChunkedLogProbFunction, self.soft_cap, self.scale))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, V) of trunk states (n, H), float32 and divided by the temperature."""
         head = self.model.get_output_embeddings()
-        softcap = self._cells["final_logit_softcapping"].cell_contents
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            scaled = head(states).float() * self._cells["logit_scale"].cell_contents
-        if softcap is not None:
-            scaled = softcap * torch.tanh(scaled / softcap)
+            scaled = head(states).float() * self.scale
+        if self.soft_cap is not None:
+            scaled = self.soft_cap * torch.tanh(scaled / self.soft_cap)
         return scaled / self.temperature
 
 
-def _fused_forward_of(model: PreTrainedModel) -> Any:
-    """Return `add_fused_lm_head`'s function, which later wrappers of the model's forward may enclose."""
-    around = [model.forward, vars(model).get("_original_forward")]  # the second under accelerate's autocast
-    while around:
-        function = around.pop()
-        function = getattr(function, "__func__", function)
-        if isinstance(function, types.FunctionType):
-            if {"logit_scale", "final_logit_softcapping"} <= set(function.__code__.co_freevars):
-                return function
-            around += [cell.cell_contents for cell in function.__closure__ or ()]
-    raise RuntimeError(f"{type(model).__name__} has no fused head of TRL's.")
+# The kernel's parameters, in the order in which TRL's fused head gives them.
+KERNEL = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
+
+
+class _Handed(Exception):
+    """Ends a call of the fused head at its kernel, with what that was given."""
+
+
+class _Unread:
+    """A trunk that is not run: the hooks of one that is spread over ranks must not be called here."""
+
+    def __init__(self, trunk: nn.Module):
+        self._trunk = trunk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=torch.zeros(1, 2, 1))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+
+def _handed_to_kernel(model: PreTrainedModel) -> dict[str, Any]:
+    """
+    Return what TRL's fused head of a model gives its kernel, by name, from a call without the trunk.
+
+    Raises:
+        RuntimeError: when the model has none, or TRL has changed it or its kernel.
+    """
+    found = list(inspect.signature(trl_utils._ChunkedLogProbFunction.forward).parameters)[1:]
+    if found != KERNEL:
+        raise RuntimeError(f"The kernel of TRL's fused head takes {found}; {KERNEL} is what trl_ext knows. {_INSTALL}")
+
+    class Kernel:
+        @staticmethod
+        def apply(*given: Any) -> None:
+            raise _Handed(given)
+
+    ids = torch.zeros((1, 2), dtype=torch.long)
+    its_class: Any = type(model)
+    own = vars(its_class).get("base_model")
+    its_class.base_model = _Unread(model.base_model)
+    try:
+        with _kernel(Kernel), torch.no_grad():
+            model.forward(input_ids=ids, labels=ids, fused_lm_head=True)
+    except _Handed as handed:
+        (given,) = handed.args
+        if len(given) == len(KERNEL):
+            return dict(zip(KERNEL, given, strict=True))
+    finally:
+        if own is None:
+            del its_class.base_model
+        else:
+            its_class.base_model = own
+    raise RuntimeError(
+        f"{type(model).__name__} has no fused head of TRL's, or one that no longer calls its kernel with {KERNEL}. "
+        f"{_INSTALL}"
+    )
+
+
+@contextmanager
+def _kernel(function: Any) -> Iterator[None]:
+    """Within the context, TRL's fused heads call `function.apply`."""
+    original = trl_utils._ChunkedLogProbFunction
+    trl_utils._ChunkedLogProbFunction = function
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = original
+
+
+@functools.cache  # one class, not one for every call: torch.compile would compile for each of them
+def _corrected(inner: Any, soft_cap: float | None, scale: float) -> type:
+    class Corrected:
+        @staticmethod
+        def apply(*given: Any) -> tuple[torch.Tensor | None, ...]:
+            before, (_, _, outputs) = given[:-3], given[-3:]
+            return inner.apply(*before, soft_cap, scale, outputs)
+
+    return Corrected
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any, is_quantized: bool = False) -> nn.Module:
@@ -240,12 +322,8 @@ def exclude_from_weight_sync(vllm_generation: Any, *submodules: nn.Module) -> No
 @contextmanager
 def scoring_head(cpu_head: type[torch.autograd.Function]) -> Iterator[None]:
     """Within the context, `cpu_head` scores plain float32 heads on CPU; every other head is scored by TRL's."""
-    original = trl_utils._ChunkedLogProbFunction
-    trl_utils._ChunkedLogProbFunction = _chosen_head(original, cpu_head)
-    try:
+    with _kernel(_chosen_head(trl_utils._ChunkedLogProbFunction, cpu_head)):
         yield
-    finally:
-        trl_utils._ChunkedLogProbFunction = original
 
 
 @functools.cache  # one class, not one for every call: torch.compile would compile for each of them

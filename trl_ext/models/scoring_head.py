@@ -54,7 +54,10 @@ class ScoringHead:
         def forward(_: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return patched(*args, **kwargs)
-            return self._score(*args, **kwargs) if self.uses_own else patched(*args, fused_lm_head=True, **kwargs)
+            if self.uses_own:
+                return self._score(*args, **kwargs)
+            with self._trl.kernel():
+                return patched(*args, fused_lm_head=True, **kwargs)
 
         model.forward = self._forward = types.MethodType(forward, model)
 
