@@ -24,7 +24,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell echo $(VLLM) | cat - pyproject.tom
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test test-vllm check proof measure families gpu docs format wheel clean
+.PHONY: help setup demo test test-vllm check proof measure parity families gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -64,7 +64,7 @@ $(VLLM_STAMP):
 demo: $(STAMP) ## train a reward model, then PPO against it, on a small real model
 	$(RUN) -m trl_ext.cli demo
 
-test: $(STAMP) ## run the tests, all but the tiers proof, measure, vllm and gpu; ARGS="-k gae" goes to pytest
+test: $(STAMP) ## run the tests, all but the tiers proof, measure, parity, vllm and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## sample with a real vLLM on the CPU, write the table of docs/vllm.md; by hand
@@ -84,6 +84,9 @@ proof: $(STAMP) ## run the slow numerical proofs and show what they measured
 
 measure: $(STAMP) ## repeat the longest proofs, by hand before a release: three quarters of an hour
 	$(PYTEST) -m measure -s $(ARGS)
+
+parity: $(STAMP) ## compare PPO with TRL 1.12's trainer, by hand
+	$(PYTEST) -m parity tests/ppo/test_parity.py $(ARGS)
 
 families: $(STAMP) ## prove every model family of transformers, write docs/families.md; ARGS="llama opt" proves those
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/helpers $(RUN) -m families.prove $(ARGS)

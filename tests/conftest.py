@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 # accelerate asks whether PEFT is installed wherever it looks at a model, and parses the answer anew each time.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
-TIERS = {"unit", "integration", "distributed", "gpu", "proof", "measure", "vllm"}
+TIERS = {"unit", "integration", "distributed", "gpu", "proof", "measure", "parity", "vllm"}
 # The proofs that take longest, which begin first: else one worker would end long after the other.
 LONGEST = [
     *("test_proof_layouts", "test_proof_demo", "test_proof_planner", "test_wheel", "test_proof_resuming"),
