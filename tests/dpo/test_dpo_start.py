@@ -53,7 +53,12 @@ def injected(folder):
     model = load(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model.add_adapter(lora())
+        try:
+            model.add_adapter(lora())
+        except ValueError as error:  # transformers 5.24 wants a PEFT that was not there when it came out
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
     return model
 
 

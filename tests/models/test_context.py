@@ -11,6 +11,7 @@ import ppo_runs
 import tiny
 from families.configs import family_config
 from trl_ext.models.context import context_limit
+from trl_ext.models.sampling import CACHE
 
 
 # Families with a table of positions: what their config says the length in.
@@ -141,7 +142,7 @@ def test_embedding_that_adapts_to_the_length_scores_other_than_it_generates():
         ids = torch.arange(5, 5 + length)[None]
         whole, cache, by_token = model(input_ids=ids).logits, None, []
         for t in range(length):
-            step = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(input_ids=ids[:, t : t + 1], use_cache=True, **{CACHE: cache})
+            cache = getattr(step, CACHE)
             by_token.append(step.logits)
         assert torch.allclose(torch.cat(by_token, dim=1), whole, atol=1e-5) == same
