@@ -139,5 +139,5 @@ def test_demo_is_a_reward_model_and_then_ppo_against_it(monkeypatch, capsys, tmp
 
 def test_demo_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"needs gguf, matplotlib, jinja2: pip install 'trl-ext\[demo\]'"):
+    with pytest.raises(SystemExit, match=r"needs gguf, matplotlib, jinja2, uplot: pip install 'trl-ext\[demo\]'"):
         demo.main([])

@@ -105,7 +105,6 @@ def test_wheel_holds_code_recipes_page_and_type_marker(built):
         "trl_ext/py.typed",
         "trl_ext/report/page.html",
         "trl_ext/report/page.js",
-        *(f"trl_ext/report/uplot/{name}" for name in ("LICENSE", "uPlot.iife.min.js", "uPlot.min.css")),
         "trl_ext/planner/counts.json",
     }
     for path in configs:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -14,20 +15,24 @@ from .pictures import Shown
 from .run import Run
 
 
-HERE = Path(__file__).parent
-LIBRARY = HERE / "uplot"  # https://github.com/leeoniya/uPlot as its package has it, with its licence
+def library(name: str) -> str:
+    """Return a file of uPlot as the package uplot-python has it, without importing that package."""
+    if (found := importlib.util.find_spec("uplot")) is None:
+        raise ImportError(
+            "Reports need uplot-python, which is not installed. Install it with `pip install 'trl-ext[report]'`."
+        )
+    (folder,) = found.submodule_search_locations or ()
+    return (Path(folder) / "static" / name).read_text(encoding="utf-8")
 
 
 def scripts() -> list[str]:
-    """Return the texts of the library, after its licence, and of the page's own script."""
-    licence = (LIBRARY / "LICENSE").read_text(encoding="utf-8")
-    library = (LIBRARY / "uPlot.iife.min.js").read_text(encoding="utf-8")
-    return [f"/*\n{licence}*/\n{library}", (HERE / "page.js").read_text(encoding="utf-8")]
+    """Return the texts of the library and of the page's own script."""
+    return [library("uPlot.iife.js"), Path(__file__).with_name("page.js").read_text(encoding="utf-8")]
 
 
 def style() -> str:
     """Return the library's style sheet."""
-    return (LIBRARY / "uPlot.min.css").read_text(encoding="utf-8")
+    return library("uPlot.min.css")
 
 
 def policy(texts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from ..flags import CommandParser
 
 
 # What the demo needs besides the package's own dependencies, by the extra that brings it.
-NEEDED = {"gguf": "demo", "matplotlib": "report", "jinja2": "report"}
+NEEDED = {"gguf": "demo", "matplotlib": "report", "jinja2": "report", "uplot": "report"}
 
 
 def arguments() -> CommandParser:
