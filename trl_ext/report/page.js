@@ -220,9 +220,10 @@
         const elsewhere = curve.x[i] === x && ofStep ? "" : ` at step ${curve.steps[i]}`;
         make(row, "span", { textContent: `${who}${who ? ": " : ""}${said}${elsewhere}` });
       }
-      const toLeft = u.cursor.left > u.over.clientWidth / 2;
-      tip.style.left = toLeft ? "auto" : `${u.cursor.left + 12}px`;
-      tip.style.right = toLeft ? `${u.over.clientWidth - u.cursor.left + 12}px` : "auto";
+      // Beside the pointer on the side of the middle, and whole within the window.
+      const { left, width } = u.over.getBoundingClientRect(), room = document.documentElement.clientWidth - tip.offsetWidth - 4;
+      const wanted = left + u.cursor.left + (u.cursor.left > width / 2 ? -tip.offsetWidth - 12 : 12);
+      tip.style.left = `${Math.max(4, Math.min(wanted, room)) - left}px`;
     }
 
     element.replaceChildren();
