@@ -138,9 +138,7 @@ def copy_of(model: AnyModule) -> AnyModule:
     """Copy a model. Under ZeRO-3, where `copy.deepcopy` would copy no weights, a new one is filled one by one."""
     if not is_partitioned(model):
         twin = copy.deepcopy(model)
-        for (
-            module
-        ) in twin.modules():  # a function that a trainer has put there may compute with the original's weights
+        for module in twin.modules():  # what a trainer has put there may compute with the original's weights
             for name in ("forward", "_old_forward"):  # the second: behind accelerate's hooks
                 if _leads_away(vars(module).get(name), module):
                     setattr(module, name, types.MethodType(type(module).forward, module))

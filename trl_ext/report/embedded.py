@@ -21,7 +21,7 @@ def library(name: str) -> str:
         raise ImportError(
             "Reports need uplot-python, which is not installed. Install it with `pip install 'trl-ext[report]'`."
         )
-    (folder,) = found.submodule_search_locations or ()
+    (folder,) = found.submodule_search_locations or []
     return (Path(folder) / "static" / name).read_text(encoding="utf-8")
 
 
