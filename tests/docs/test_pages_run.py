@@ -35,7 +35,6 @@ ELSEWHERE = {
     "make demo": "tests/scripts/test_proof_demo.py runs what it runs, in full",
     "make test": "runs this test",
     "pip install .": "the tests run on an installed package",
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "the tests run on an installed torch",
     "trl-ext chat outputs/dpo-demo": "tests/cli/test_chat.py chats",
     'pip install ".[demo]"': "tests/scripts/test_wheel.py installs the wheel in an empty environment",
     "trl-ext dpo --nproc 2 --model my-sft --dataset_name pairs.jsonl --output_dir out/two": (
