@@ -72,7 +72,7 @@ def test_option_that_a_user_adds_to_the_config_has_its_range_too():
 def test_every_topic_of_options_has_a_title():
     """The command line's help groups the options by topic."""
     topics = [part for part in PPOConfigX.__mro__ if part.__module__ == options.__name__]
-    assert len(topics) == 10
+    assert len(topics) == 11
     for topic in topics:
         assert 5 < len(vars(topic)["TOPIC"]) < 50
         assert not topic.TOPIC.endswith(".")

@@ -92,7 +92,7 @@ PRECISIONS = [
 @pytest.mark.parametrize("weights, autocast", PRECISIONS)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt2", "stablelm"])
 def test_probe_passes_what_is_exact_in_every_precision(name, weights, autocast):
-    model = both(name)[1].to(weights)
+    model = both(name)[0].to(weights)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert PairForward(model).pack() is None
 
@@ -114,11 +114,12 @@ def test_probe_finds_a_fault_of_less_than_a_tenth_of_a_nat(name, weights, autoca
     assert not pairs.packing.piecewise  # with a mask instead
 
 
-@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.parametrize("seed", [0, 3, 8])
 def test_limit_of_a_learnt_mask_is_found_whatever_the_weights(seed):
-    """With these weights one pair beyond the limit comes out right by chance."""
-    model = family_model(family_config("doge"), seed)
+    """Each pair beyond the limit may come out right by chance; which do depends on the weights and the processor."""
+    kind, options, _ = FAMILIES["a learnt mask"]
+    model = family_model(family_config(kind, **options), seed)
     add_fused_lm_head(model)
     pairs = PairForward(model)
     assert pairs.pack() is None
-    assert pairs.packing.limit == model.config.keep_window_size == 6
+    assert pairs.packing.limit == model.config.keep_window_size == 16

@@ -17,7 +17,16 @@ from transformers.utils import ModelOutput
 
 from ..models.sharding import is_partitioned
 from . import attention, flex, probe
-from .exactness import KINDS_OF_LAYERS, attends_by_itself, is_harmless, length_limit, lengths, shrunk, why_not_model
+from .exactness import (
+    CHOOSES_KEYS,
+    KINDS_OF_LAYERS,
+    attends_by_itself,
+    is_harmless,
+    length_limit,
+    lengths,
+    shrunk,
+    why_not_model,
+)
 from .segments import PackedRows, attention_mask_of, pack
 
 
@@ -225,6 +234,8 @@ class PackedForward:
 
     def _beyond(self, name: str, value: int) -> bool | None:
         """Return whether, for this length, sequences have to be shorter, or rows (`False`), or neither (`None`)."""
+        if name in CHOOSES_KEYS:  # by a last digit where keys are about as good: a trial may miss it
+            return True
         if is_partitioned(self.model):
             return name in KINDS_OF_LAYERS
         if value > SHRUNK and self._reads(name, value):
