@@ -66,12 +66,21 @@ def test_mask_objective_is_the_ratio_within_the_range_and_nothing_outside(ranges
     ratio.requires_grad_()
     low, high = 1 - ranges[0], 1 + ranges[-1]
     inside = torch.tensor([low <= r <= high for r in ratio.flatten().tolist()]).view_as(ratio)
-    objective = losses.mask_objective(ratio, advantages, *ranges)
+    old_logps = torch.full_like(ratio, -0.5)
+    objective = losses.mask_objective(ratio.log() + old_logps, old_logps, advantages, *ranges)
     objective.sum().backward()
     expected = elementwise(lambda r, a: r * a if low <= r <= high else 0.0, ratio, advantages).double()
     torch.testing.assert_close(objective, expected, **oracles.FLOAT32)
     torch.testing.assert_close(ratio.grad, advantages * inside, **oracles.FLOAT64)
     assert torch.equal(losses.masked_tokens(ratio, *ranges), ~inside)
+
+
+def test_ratio_that_overflows_is_masked_without_harm():
+    logps = torch.tensor([-0.1, -0.1], requires_grad=True)
+    sampled_by, advantages = torch.tensor([-95.0, -0.1]), torch.tensor([1.0, 2.0])
+    assert losses.policy_ratio(logps, sampled_by)[0] == torch.inf
+    losses.mask_objective(logps, sampled_by, advantages, 0.8, 3.0).sum().backward()
+    assert logps.grad.tolist() == [0.0, 2.0]
 
 
 def test_gradient_at_ratio_1_is_the_policy_gradient():

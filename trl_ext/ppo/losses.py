@@ -53,13 +53,18 @@ def clipped_tokens(
     return clipped if dual_clip is None else clipped | ((advantages < 0) & (ratio > dual_clip))
 
 
-def mask_objective(ratio: Tensor, advantages: Tensor, cliprange: float, cliprange_high: float | None = None) -> Tensor:
+def mask_objective(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float, cliprange_high: float | None = None
+) -> Tensor:
     """The double-sided mask of SAO (arXiv:2607.07508, eq. 3), to be maximised: no bound, but a trusted range.
 
     ratio · A where 1 − cliprange ≤ ratio ≤ 1 + cliprange_high, else 0 and without gradient, for either sign of A;
-    (B, T), in the unit of the advantages. `cliprange_high` unset is `cliprange`.
+    (B, T), in the unit of the advantages. ratio is `policy_ratio`. `cliprange_high` unset is `cliprange`.
     """
-    return (ratio * advantages).masked_fill(masked_tokens(ratio, cliprange, cliprange_high), 0)
+    outside = masked_tokens(policy_ratio(logps, old_logps).detach(), cliprange, cliprange_high)
+    # Before the exponential: one that overflows gives a nan gradient even if it is masked afterwards.
+    ratio = (logps - old_logps).masked_fill(outside, 0).exp()
+    return (ratio * advantages).masked_fill(outside, 0)
 
 
 def masked_tokens(ratio: Tensor, cliprange: float, cliprange_high: float | None = None) -> Tensor:

@@ -194,9 +194,10 @@ def ppo_terms(
     logps, old_logps, advantages, values, old_values, returns = (
         zero_masked(tensor, mask) for tensor in (logps, old_logps, advantages, values, old_values, returns)
     )
-    ratio = policy_ratio(logps, old_logps if sampling_logps is None else zero_masked(sampling_logps, mask))
+    sampled_by = old_logps if sampling_logps is None else zero_masked(sampling_logps, mask)
+    ratio = policy_ratio(logps, sampled_by)
     if policy_objective == "mask":
-        objective = mask_objective(ratio, advantages, cliprange, cliprange_high)
+        objective = mask_objective(logps, sampled_by, advantages, cliprange, cliprange_high)
         without_gradient = masked_tokens(ratio, cliprange, cliprange_high)
     elif policy_objective == "clip":
         objective = clip_objective(ratio, advantages, cliprange, cliprange_high, dual_clip)
