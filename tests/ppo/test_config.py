@@ -1,8 +1,10 @@
 """`PPOConfigX`: TRL 1.12's names, what the Trainer's loop derives from them, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 from typing import get_type_hints
 
@@ -130,12 +132,14 @@ def test_default_is_the_documented_one(name, value):
 def test_lam_that_nobody_has_written_gives_way_to_the_length():
     """A copy is the same config, and another one may follow the length."""
     args = config()
-    for follows in (config(lam_alpha=0.5), dataclasses.replace(args, lam_alpha=0.5)):
+    written = config(lam_alpha=0.5)
+    sent = pickle.loads(pickle.dumps(written))
+    for follows in (written, dataclasses.replace(args, lam_alpha=0.5), sent, copy.deepcopy(written)):
         assert follows.lam == args.lam == 0.95
         of_file = json.loads(json.dumps(follows.to_dict()))
         assert dataclasses.replace(follows) == PPOConfigX(**of_file) == follows
     with pytest.raises(ValueError, match="both set the λ"):
-        dataclasses.replace(config(lam=0.95), lam_alpha=0.5)
+        dataclasses.replace(pickle.loads(pickle.dumps(config(lam=0.95))), lam_alpha=0.5)
 
 
 @pytest.mark.parametrize("placement, estimator", [("loss", "k2"), ("reward", "k1")])
@@ -406,7 +410,8 @@ def test_value_of_another_type_is_refused_by_name(name):
         ({"critic_warmup_until": 0.0}, "`critic_warmup_until` is 0.0; it must be above 0 and at most 1, or unset"),
         ({"critic_warmup_until": 1.1}, "`critic_warmup_until` is 1.1; it must be above 0 and at most 1, or unset"),
         ({"critic_warmup_until": 0.5, "vf_coef": 0.0}, "waits for a critic that does not learn with `vf_coef=0`"),
-        ({"lam_alpha": 0.0}, "`lam_alpha` is 0.0; it must be above 0, or unset"),
+        ({"lam_alpha": 0.0}, "`lam_alpha` is 0.0; it must be above 0 and finite, or unset"),
+        ({"lam_alpha": math.inf}, "`lam_alpha` is inf; it must be above 0 and finite, or unset"),
         ({"lam_alpha": 0.05, "lam": 0.9}, "`lam=0.9` and `lam_alpha=0.05` both set the λ"),
         ({"lam_alpha": 0.05, "lam": 0.95}, "`lam=0.95` and `lam_alpha=0.05` both set the λ"),
         (

@@ -342,6 +342,8 @@ def test_mask_objective_learns_from_tokens_within_the_range_only(tmp_path):
         ({"critic_steps": 2, "critic": "adapter"}, "`critic_steps=2` .*`critic='adapter'` shares .*'model'"),
         ({"critic_steps": 2, "critic": "head"}, "`critic_steps=2` .*`critic='head'` shares .*`critic_stop_gradient`"),
         ({"critic_steps": 2, "vf_coef": 0.0}, "`critic_steps=2` is an option of the critic, .* with `vf_coef=0`"),
+        ({"critic_lam": 1.0, "vf_coef": 0.0}, "`critic_lam=1.0` is an option of the critic, .* with `vf_coef=0`"),
+        ({"critic_warmup_steps": 1.5}, "`critic_warmup_steps` is 1.5; it must be an integer of at least 0"),
         *(
             (
                 {"advantage_estimator": "reinforce", name: value},
@@ -367,6 +369,7 @@ def test_mask_objective_learns_from_tokens_within_the_range_only(tmp_path):
             "`critic_lr_scheduler_type='linear'` beside `lr_scheduler_type='greedy'`",
         ),
         ({"policy_objective": "mask", "dual_clip": 3.0}, "`dual_clip=3.0` .*'clip'"),
+        ({"policy_objective": "mask", "cliprange": 1.0, "cliprange_high": 3.0}, "`cliprange=1.0`.*below 1"),
         ({"policy_objective": "mask", "use_vllm": True}, "`vllm_importance_sampling_correction` .*False"),
         ({"policy_objective": "both"}, "`policy_objective` is 'both'"),
     ],

@@ -113,6 +113,12 @@ def check_options(args: Any) -> None:
             f"`dual_clip={args.dual_clip}` bounds the objective of `policy_objective='clip'`; 'mask' leaves out every "
             "token whose ratio is above 1 + `cliprange_high`. Remove one of them."
         )
+    if args.policy_objective == "mask" and args.cliprange >= 1:
+        raise ValueError(
+            f"`policy_objective='mask'` with `cliprange={args.cliprange}`: no ratio is below 1 − {args.cliprange}, so "
+            "no token that has become unlikelier would be left out. Set `cliprange` below 1; `cliprange_high` is the "
+            "upper side."
+        )
     if args.policy_objective == "mask" and args.use_vllm and args.vllm_importance_sampling_correction:
         raise ValueError(
             "`policy_objective='mask'` takes the ratio to the probabilities that vLLM sampled by, for which "
@@ -223,7 +229,7 @@ def check_advantages(args: Any) -> None:
 
 
 def check_critic(args: Any) -> None:
-    options = inspect.get_annotations(CriticOptions).keys() - {"TOPIC", "critic"}
+    options = (inspect.get_annotations(CriticOptions).keys() | {"critic_lam"}) - {"TOPIC", "critic"}
     given = sorted(name for name in options if getattr(args, name) != default_of(type(args), name))
     idle = {
         "which `advantage_estimator='reinforce'` does not ask": args.advantage_estimator == "reinforce",

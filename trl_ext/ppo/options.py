@@ -6,7 +6,7 @@ document gives (Zhang 2025 §6.2). `TOPIC` is the heading of a class's options i
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ..models.quantization import QUANTIZATIONS
 from ..ranges import (
@@ -39,6 +39,7 @@ REWARD_KL_ESTIMATORS = (*IN_THE_REWARD,)
 COUNT_FROM_0 = Range("an integer of at least 0", lambda value: type(value) is int and value >= 0)
 TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
 BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
+FINITE_OR_UNSET = Range("above 0 and finite, or unset", lambda value: value is None or 0 < value < float("inf"))
 PATTERNS = Range(
     "a list of patterns", lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names)
 )
@@ -365,7 +366,7 @@ class AdvantageOptions:
     lam: Annotated[float, FRACTION] = field(
         default=LAM, metadata={"help": "λ of GAE, 0 to 1, where `lam_alpha` is unset. Zhang 2025 §6.2: 0.95."}
     )
-    lam_alpha: Annotated[float | None, POSITIVE_OR_UNSET] = field(
+    lam_alpha: Annotated[float | None, FINITE_OR_UNSET] = field(
         default=None,
         metadata={
             "help": "α of a λ that follows the length l of a response, 1 − 1/(α·l), in place of `lam`: α·l is the "
@@ -399,6 +400,13 @@ class AdvantageOptions:
             "help": "Scale a rollout's advantages to mean 0 and variance 1 over all ranks. Returns are not scaled."
         },
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: without a `lam` that nobody has written, which would come back as another object."""
+        return {name: value for name, value in vars(self).items() if value is not LAM}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"lam": LAM} | state)
 
 
 @dataclass
@@ -454,7 +462,7 @@ class CriticOptions:
             "(SAO, arXiv:2607.07508, freezes the attention)."
         },
     )
-    critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
+    critic_warmup_steps: Annotated[int, COUNT_FROM_0] = field(
         default=0, metadata={"help": "Number of optimizer steps at the start in which only the critic learns."}
     )
     critic_warmup_until: Annotated[float | None, SHARE_OR_UNSET] = field(
