@@ -483,6 +483,28 @@ def test_options_of_a_rollout_may_not_change_in_the_middle_of_it(plain, tmp_path
     assert checkpoint.find_checkpoint(str(plain / "checkpoint-4"), args, prompts)
 
 
+@pytest.mark.parametrize(
+    "name, before, now",
+    [
+        ("learning_rate", 0.001, 0.01),
+        ("weight_decay", 0.0, 0.1),
+        ("optim", "adamw_torch", "sgd"),
+        ("adam_beta2", 0.999, 0.9),
+        ("critic_learning_rate", None, 0.01),
+        ("critic_weight_decay", None, 0.1),
+        ("critic_lr_scheduler_type", None, "cosine"),
+        ("freeze_critic", [], ["*self_attn*"]),
+    ],
+)
+def test_options_of_the_optimizer_may_not_change(plain, tmp_path, name, before, now):
+    """Its groups come from the checkpoint, also between two rollouts."""
+    args, prompts = ppo_config(tmp_path, use_cpu=True, **(OPTIONS | {name: now})), tiny.tiny_prompts(8)
+    message = rf"had {name}={re.escape(str(before))}; this one has {name}={re.escape(str(now))}\. The optimizer in"
+    for step in (4, 6):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.find_checkpoint(str(plain / f"checkpoint-{step}"), args, prompts)
+
+
 @pytest.mark.parametrize("name, before, now", [("kl_coef", 0.05, 0.1), ("kl_estimator", "k1", "k3")])
 def test_kl_in_the_reward_of_a_rollout_is_kept(tmp_path, name, before, now):
     options = OPTIONS | {"kl_placement": "reward", "kl_controller": "fixed", "kl_band": [0.5, 2.0], "max_steps": 6}
@@ -495,7 +517,8 @@ def test_kl_in_the_reward_of_a_rollout_is_kept(tmp_path, name, before, now):
 
 
 def test_options_of_learning_may_change_amid_a_rollout(plain, tmp_path):
-    others = {"learning_rate": 1e-4, "cliprange": 0.1, "vf_coef": 0.1, "ent_coef": 0.0, "logging_steps": 1}
+    others = {"lr_scheduler_type": "constant", "cliprange": 0.1, "vf_coef": 0.1, "ent_coef": 0.0, "logging_steps": 1}
     trainer = trainer_of(tmp_path, max_steps=8, **others)
     trainer.train(resume_from_checkpoint=str(plain / "checkpoint-6"))
     assert trainer.state.global_step == 8
+    assert set(trainer.lr_scheduler.get_last_lr()) == {trainer.args.learning_rate}  # a linear one would end at 0

@@ -30,6 +30,11 @@ SHARED = (
     *("batch_size", "num_generations", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
+# Options that the optimizer's saved groups hold, or that decide which groups it has.
+OF_THE_OPTIMIZER = (
+    *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("critic_learning_rate", "critic_weight_decay", "critic_lr_scheduler_type", "freeze_critic"),
+)
 # Options that have shaped a rollout's tensors: a run that is resumed within a rollout must have the same.
 PENDING = (
     *("temperature", "response_length", "stop_token", "stop_token_id", "chat_template_kwargs"),
@@ -57,7 +62,8 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
 
     Raises:
         ValueError: when the checkpoint does not exist or lacks a file, has taken all steps of this run already, or is
-            of a run that differs in `SHARED`, in its prompts or, if it stopped within a rollout, in `PENDING`.
+            of a run that differs in `SHARED` or `OF_THE_OPTIMIZER`, in its prompts or, if it stopped within a
+            rollout, in `PENDING`.
     """
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
@@ -72,6 +78,11 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
         )
     state = torch.load(path_of_state(folder, args), weights_only=True, mmap=True)
     _require_same(folder, state["shared"], shared(args, prompts), "It must be the same.")
+    advice = (
+        "The optimizer in the checkpoint holds it: keep it, or start a new run from the checkpoint's actor (`model`) "
+        "and `critic/` (`value_model`)."
+    )
+    _require_same(folder, state.get("optimizer", {}), of_the_optimizer(args), advice)
     advice = "A rollout is being learned from that was made with it: keep it, or resume between two rollouts."
     _require_same(folder, state["pending"], pending(args), advice)
     steps = args.max_steps  # 0 or less if epochs decide
@@ -133,6 +144,11 @@ def checksum(prompts: Any) -> int | None:
     return functools.reduce(lambda found, batch: crc32(repr(batch.to_pydict()).encode(), found), batches, 0)
 
 
+def of_the_optimizer(args: PPOConfigX) -> dict[str, Any]:
+    """Return by name the options that the optimizer's saved groups hold."""
+    return {name: plain(getattr(args, name)) for name in OF_THE_OPTIMIZER}
+
+
 def pending(args: PPOConfigX) -> dict[str, Any]:
     """Return by name the options that have shaped a rollout."""
     options = {name: getattr(args, name) for name in PENDING}
@@ -147,6 +163,7 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
     is_learning = trainer.is_amid_rollout
     state = {
         "shared": shared(trainer.args, trainer.train_dataset),
+        "optimizer": of_the_optimizer(trainer.args),
         "pending": pending(trainer.args) if is_learning else {},
         "global_step": trainer.state.global_step,
         "step": trainer._step,
