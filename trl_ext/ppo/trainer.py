@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import extract_model_from_parallel, is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from ..models.context import context_limit
 from ..models.fingerprint import save_base_fingerprint
 from ..models.generation import generating_by
 from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
-from ..models.precision import compile_nothing
+from ..models.precision import below_autocast, compile_nothing
 from ..models.probe import apart_in_float32
 from ..models.rounding import warn_of_casting
 from ..models.sampling import sampling_what_counts, why_not_from_cache
@@ -420,10 +420,11 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         place_reward_models(self.reward_funcs, roles.reward_adapter, self._ask_reward_adapter, self.accelerator)
         scorers = [*map(token_scorer, self.reward_funcs), *self._text_scorers.values()]
         for scorer in filter(None, scorers):
-            if not is_fsdp(args.fsdp):  # FSDP has partitioned its weights
-                scorer.try_padding()
-            if args.packing:
-                scorer.pack(args.shares_prompts, self.accelerator.autocast, by_fsdp=is_fsdp(args.fsdp))
+            with below_autocast(extract_model_from_parallel(scorer.model), self.accelerator):
+                if not is_fsdp(args.fsdp):  # FSDP has partitioned its weights
+                    scorer.try_padding()
+                if args.packing:
+                    scorer.pack(args.shares_prompts, self.accelerator.autocast, by_fsdp=is_fsdp(args.fsdp))
         self._reference_weights, self._reward_weights = send_to_host(
             args, self.model, self.ref_model, self.reward_funcs, self.accelerator
         )
