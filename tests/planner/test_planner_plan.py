@@ -275,11 +275,46 @@ def test_suggested_budget_of_tokens_fits_and_one_sequence_more_does_not():
         for budget in (tokens, tokens + start.length):
             options = {"per_device_train_batch_size": 32, "response_length": 1024, "micro_batch_tokens": budget}
             run = planner.layout_from_options("ppo", options, gpu, prompt=512)
-            layout = planned.layout.change(micro_batch=run.micro_batch, accumulation=run.accumulation)
+            batches = ("micro_batch", "accumulation", "micro_batch_tokens")
+            layout = planned.layout.change(**{name: getattr(run, name) for name in batches})
             fits.append(plan("1.5b", layout, gpu).fits)
         assert fits == [True, tokens == 32 * start.length]
         below_the_rollout += tokens < 32 * start.length
     assert below_the_rollout > 2
+
+
+BUDGETED = Layout(method="lora", critic="head", compute="bf16", rollout=32, micro_batch=8, accumulation=4)
+
+
+def test_budget_of_tokens_plans_the_micro_batches_that_it_holds():
+    """As many sequences of 512 + 512 tokens as fit, over the same step, computed as often as by number."""
+    for tokens, batch in ((2048, 2), (3000, 2), (8192, 8), (10**6, 32)):
+        one, other = (
+            plan("7b", BUDGETED.change(**change), GPU)
+            for change in (
+                {"micro_batch_tokens": tokens},
+                {"micro_batch": batch, "accumulation": 32 // batch},
+            )
+        )
+        assert (one.layout.micro_batch, one.layout.accumulation) == (batch, 32 // batch)
+        assert speed(one) == speed(other)
+        assert one.needed >= other.needed  # there is room for more of short prompts' answers
+        assert f"micro-batch {batch} ({min(tokens, 32 * 1024)} tokens)" in planner.plan_text(one)
+
+
+def test_budget_of_scoring_takes_the_place_of_the_scoring_batch():
+    layout = BUDGETED.change(score_batch_tokens=2048)
+    assert layout.scoring == (2048, 2048)
+    of_score = [plan("7b", each, GPU).phases[1].total for each in (layout, BUDGETED)]
+    assert of_score[0] < of_score[1]
+
+
+def test_a_smaller_budget_is_proposed_where_budgets_are_set():
+    layout = BUDGETED.change(micro_batch_tokens=8192, score_batch_tokens=8192)
+    proposed = {change.setting: change.layout for change in changes(layout, GPU)}
+    assert proposed["micro_batch_tokens: 1024"].learned_tokens == 1024
+    assert proposed["score_batch_tokens: 1024"].scoring[0] == 1024
+    assert not any("micro-batch of 1" in setting or "local_rollout" in setting for setting in proposed)
 
 
 # ---- Speed
@@ -367,6 +402,7 @@ def test_scale_table_has_a_row_for_each_number_of_gpus():
         ({"vllm_share": 1.0}, "from 0 to below 1"),
         ({"method": "dora"}, "must be one of"),
         ({"micro_batch": 0}, "at least 1"),
+        ({"micro_batch_tokens": 1000, "score_batch_tokens": 500}, r"=1000 and score_batch_tokens=500 .* least 1024"),
     ],
 )
 def test_parts_that_do_not_go_together_are_errors(options, message):

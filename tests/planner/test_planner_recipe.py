@@ -109,6 +109,7 @@ def test_defaults_are_those_of_the_configs(tmp_path):
         ),
         ({"micro_batch_tokens": 10**6}, {"micro_batch": 8, "accumulation": 1, "micro_batch_tokens": 8 * 565}),
         ({"score_batch_tokens": 6000, "response_length": 88}, {"score_batch": 10, "score_batch_tokens": 6000}),
+        ({"score_batch_tokens": 400}, {"prompt": 347}),
         ({"offload_frozen_models": True}, {"offload_frozen": True}),
         (
             {"reward_model_quantization": "8bit", "ref_model_quantization": "4bit"},

@@ -37,7 +37,10 @@ def changes(layout: Layout, hardware: Hardware, keeping_training: bool = False) 
 
 def _same_training(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
     yield "gradient_checkpointing: true", "a third more learning time", {"gradient_checkpointing": True}
-    if layout.micro_batch > 1:
+    if layout.micro_batch_tokens > layout.length:
+        one = {"micro_batch_tokens": layout.length}
+        yield f"micro_batch_tokens: {layout.length}", "smaller matrix products", one
+    elif layout.micro_batch > 1:
         smaller = {"micro_batch": 1, "accumulation": layout.accumulation * layout.micro_batch}
         yield "a micro-batch of 1, accumulated", "smaller matrix products", smaller
     if layout.trainer == "ppo":
@@ -51,7 +54,10 @@ def _same_training(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
 
 
 def _of_ppo(layout: Layout) -> Iterator[Proposal]:
-    if layout.score_batch > layout.micro_batch:
+    if layout.score_batch_tokens > layout.length:
+        one = {"score_batch_tokens": layout.length}
+        yield f"score_batch_tokens: {layout.length}", "smaller matrix products while scoring", one
+    elif layout.score_batch > layout.micro_batch:
         setting = f"local_rollout_forward_batch_size: {layout.micro_batch}"
         yield setting, "smaller matrix products while scoring", {"score_batch": layout.micro_batch}
     if layout.rollout > layout.micro_batch * layout.accumulation:

@@ -76,7 +76,12 @@ def says(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out. Lengths are tokens, batches are per GPU; each field says what it is."""
+    """
+    How a run is laid out. Lengths are tokens, batches are per GPU; each field says what it is.
+
+    In PPO a budget of tokens takes the place of the batch: `micro_batch` and `accumulation` of the same step, or
+    `score_batch`, become what it holds of the longest sequences.
+    """
 
     trainer: Annotated[str, one_of("ppo", "dpo", "reward")] = says("ppo", '"ppo", "dpo" or "reward".')
     method: Annotated[str, one_of("full", "lora", "qlora")] = says(
@@ -112,7 +117,7 @@ class Layout:
     rollout: Annotated[int, COUNT] = says(1, "responses that are sampled at the same time (PPO).")
     score_batch: Annotated[int, COUNT] = says(64, "sequences in one scoring pass (PPO).")
     micro_batch_tokens: Annotated[int, WHOLE] = says(
-        0, "most tokens in one forward and backward pass, of sequences of any length (PPO). 0: whole sequences."
+        0, "most tokens in one forward and backward pass, in place of `micro_batch` (PPO). 0: none."
     )
     score_batch_tokens: Annotated[int, WHOLE] = says(0, "the same of one scoring pass (PPO).")
     epochs: Annotated[int, COUNT] = says(1, "passes over a rollout (PPO).")
@@ -138,6 +143,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.trainer == "ppo":
+            self._fill_budgets()
         if self.trainer == "reward" and {self.critic, self.reward, self.reference} != {"none"}:
             raise ValueError(
                 f"A reward model is trained without other models; critic={self.critic!r}, reward={self.reward!r}, "
@@ -176,6 +183,25 @@ class Layout:
         if self.zero_stage and self.compute == "autocast":
             raise ValueError("DeepSpeed computes in the dtype of its weights: set `compute` to 'bf16' (or 'fp32').")
 
+    def _fill_budgets(self) -> None:
+        given = {name: getattr(self, name) for name in ("micro_batch_tokens", "score_batch_tokens")}
+        small = [f"{name}={budget}" for name, budget in given.items() if 0 < budget < self.length]
+        if small:
+            raise ValueError(
+                f"A sequence has {self.length} tokens, prompt={self.prompt} and response={self.response}, for which "
+                f"{' and '.join(small)} is too small. Set at least {self.length}, or plan shorter sequences."
+            )
+        filled: dict[str, int] = {}
+        if self.micro_batch_tokens:
+            step = self.micro_batch * self.accumulation
+            tokens = min(self.micro_batch_tokens, step * self.length)
+            size = tokens // self.length
+            filled |= {"micro_batch_tokens": tokens, "micro_batch": size, "accumulation": -(-step // size)}
+        if self.score_batch_tokens:
+            filled |= {"score_batch": self.score_batch_tokens // self.length}
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
     def _check_fsdp(self, adapters: list[str]) -> None:
         if self.zero_stage:
             raise ValueError(f"`fsdp` and `zero_stage={self.zero_stage}` are two engines: leave one of them out.")
@@ -207,9 +233,11 @@ class Layout:
 
     @property
     def learned_tokens(self) -> int:
-        """Return the tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice."""
+        """
+        Return the most tokens that one micro-batch puts through the trunk. A pair has its prompt once, or twice.
+        """
         if self.trainer == "ppo":
-            return max(self.micro_batch_tokens, self.micro_batch * self.length)
+            return self.micro_batch_tokens or self.micro_batch * self.length
         prompts = 1 if self.share_prefixes else 2
         return self.micro_batch * (prompts * self.prompt + 2 * self.response)
 
@@ -230,5 +258,5 @@ class Layout:
     def scoring(self) -> tuple[int, int]:
         """Return the tokens of one scoring pass, and those of answers among them; see `scored_tokens`."""
         sequences = min(self.score_batch, self.rollout)
-        tokens = min(max(self.score_batch_tokens, sequences * self.length), self.rollout * self.length)
-        return tokens, min(max(self.score_batch_tokens, sequences * self.response), self.rollout * self.response)
+        tokens, of_answers = (self.score_batch_tokens or sequences * each for each in (self.length, self.response))
+        return min(tokens, self.rollout * self.length), min(of_answers, self.rollout * self.response)

@@ -107,14 +107,12 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
     rollout = per_device * (options.get("gradient_accumulation_steps") or 1)
     mini_batch = max(rollout // (options.get("num_mini_batches") or 1), 1)
     micro_batch = size_of_parts(per_device, mini_batch, options.get("num_generations") or 1)
-    prompt = prompt or DEFAULT_PROMPT
     response = options.get("max_completion_length") or options.get("response_length") or 53
     score_batch = options.get("local_rollout_forward_batch_size") or 64
     budget, score_budget = options.get("micro_batch_tokens") or 0, options.get("score_batch_tokens") or 0
-    if budget:  # as many of the longest sequences as it holds
-        micro_batch = min(max(budget // (prompt + response), 1), mini_batch)
-    if score_budget:
-        score_batch = max(score_budget // (prompt + response), 1)
+    # Prompts of unknown length are not longer than the budgets leave room for.
+    rooms = [each - response for each in (budget, score_budget) if each > response]
+    prompt = prompt or min([DEFAULT_PROMPT, *rooms])
     kl_coef = options.get("beta") if options.get("beta") is not None else options.get("kl_coef")
     has_reference = kl_coef is None or kl_coef != 0
     judge: Any = options.get("reward_model_path")
@@ -130,7 +128,7 @@ def _ppo(options: Mapping[str, Any], prompt: int | None) -> dict[str, Any]:
         "accumulation": -(-mini_batch // micro_batch),
         "rollout": rollout,
         "score_batch": score_batch,
-        "micro_batch_tokens": min(budget, mini_batch * (prompt + response)),
+        "micro_batch_tokens": budget,
         "score_batch_tokens": score_budget,
         "epochs": options.get("num_ppo_epochs") or 4,
         "prompt": prompt,

@@ -41,7 +41,8 @@ def sizes(planned: Plan) -> str:
         parts.append(f"{called(role, layout)} ({kinds[role]}) {size}")
     alone = "DDP" if planned.hardware.gpus > 1 else "one process"
     engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "FSDP2" if layout.fsdp else alone
-    tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}"
+    budget = f" ({layout.micro_batch_tokens} tokens)" if layout.trainer == "ppo" and layout.micro_batch_tokens else ""
+    tokens = f"{layout.prompt} + {layout.response} tokens, micro-batch {layout.micro_batch}{budget}"
     return f"{layout.trainer.upper()}: " + "; ".join(parts) + f".\n{engine}, {layout.compute}, {tokens}."
 
 

@@ -125,7 +125,9 @@ class _Run:
             learners.append((models.actor, False))
         # Backward: as much as forward for the gradients of activations, and again for those of weights that learn.
         passes = [(shape, 1 + (2 if full else 1) + layout.gradient_checkpointing) for shape, full in learners]
-        compute = sum(n * self.read(shape, layout.learned_tokens) for shape, n in passes)
+        # A budget of tokens may leave room for a part of a sequence, which is not computed.
+        tokens = layout.micro_batch * layout.length if layout.trainer == "ppo" else layout.learned_tokens
+        compute = sum(n * self.read(shape, tokens) for shape, n in passes)
         return max(compute, self.sent() / self.wire, self.over_pcie())
 
     def step(self) -> float:
