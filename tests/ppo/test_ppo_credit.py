@@ -1,6 +1,7 @@
 """The credit of responses: the numbers of the rollout at their tokens, for the callbacks that show them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,11 @@ def test_control_wrong_numbers_are_noticed(change, monkeypatch):
 def test_report_and_samples_show_the_credit_of_a_run(tmp_path, undrawn, capsys):
     trainer = ppo_runs.ppo_trainer(tmp_path, {"eval_dataset": None}, kl_placement="reward", kl_coef=0.5)
     trainer.add_callback(ReportCallback(seconds=0, credit=3))
-    trainer.add_callback(SampleCallback(["the cat"], every=2, max_new_tokens=3, credit=1))
+    for number in (None, "value", "log_ratio", "reward", "implicit_reward"):
+        trainer.add_callback(SampleCallback(["the cat"], every=2, max_new_tokens=3, credit=1, credit_by=number))
     trainer.train()
-    assert "Step 2: tokens by advantage" in capsys.readouterr().out
+    shown = re.findall(r"Step 2: tokens by ([\w-]+)", capsys.readouterr().out)
+    assert shown == ["advantage", "value", "log-ratio", "reward", "advantage"]  # PPO has no implicit reward
     names = sorted(path.stem for path in (tmp_path / "credit").iterdir())
     assert names == ["last", "step_00002", "step_00004"]
     rollout = trainer.run_state.rollout
@@ -98,8 +101,10 @@ def test_run_without_these_callbacks_offers_credit_to_nobody(tmp_path):
     assert not (tmp_path / "credit").exists()
 
 
-def test_counts_below_0_are_refused():
+def test_counts_below_0_and_unknown_numbers_are_refused():
     with pytest.raises(ValueError, match="`credit` is -1"):
         ReportCallback(credit=-1)
     with pytest.raises(ValueError, match="`credit` is -1"):
         SampleCallback(["a"], credit=-1)
+    with pytest.raises(ValueError, match=r"`credit_by` is 'ratio'; it must be one of .*'log_ratio'"):
+        SampleCallback(["a"], credit_by="ratio")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, logging
 
 from ..models.generation import complete
 from ..report.credit import FOLDER, NUMBERS, Credit, prompt_text, terminal_text
@@ -11,6 +11,8 @@ from ..report.tables import score_text
 from ..runs.tables import show_table
 from .tables import ModelTable, Row, table_path, text_of, tokenizer_of, write_credit
 
+
+logger = logging.get_logger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 
@@ -23,8 +25,8 @@ class SampleCallback(TrainerCallback):
     starts, so no second model is held in memory. For any trainer of a causal language model; those here also show
     completions of held-out prompts (`generate_during_eval`, `log_completions`).
 
-    With `PPOTrainerX` and `DPOTrainerX` it also shows a few answers of the last batch by token, coloured by advantage
-    or by implicit reward, and writes them to `credit/step_<step>.jsonl`.
+    With `PPOTrainerX` and `DPOTrainerX` it also shows a few answers of the last batch by token, coloured by a number
+    of theirs, `credit_by`, and writes them to `credit/step_<step>.jsonl`.
 
     Args:
         prompts: texts, or conversations, which the tokenizer's chat template renders.
@@ -32,9 +34,11 @@ class SampleCallback(TrainerCallback):
         max_new_tokens: length of a completion, at most.
         reference: another model to compare with.
         credit: answers, or pairs, that are shown by token. 0: none.
+        credit_by: the number that colours the tokens on the terminal: "advantage", "value", "log_ratio" (to the
+            reference) or "reward" of PPO, "implicit_reward" of DPO. Unset: advantage or implicit reward.
 
     Raises:
-        ValueError: for no prompts, `every` below 1, or `credit` below 0.
+        ValueError: for no prompts, `every` below 1, `credit` below 0, or an unknown `credit_by`.
     """
 
     read_credit: Callable[[], list[Row]] | None = None  # a trainer's, who has one
@@ -46,6 +50,7 @@ class SampleCallback(TrainerCallback):
         max_new_tokens: int = 64,
         reference: Any = None,
         credit: int = 2,
+        credit_by: str | None = None,
     ):
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"`prompts` is {prompts!r}; give a list of at least one text or conversation.")
@@ -55,7 +60,9 @@ class SampleCallback(TrainerCallback):
         if credit < 0:
             raise ValueError(f"`credit` is {credit}; it must be 0, for no answers by token, or more.")
         self.prompts, self.every, self.max_new_tokens = list(prompts), every, max_new_tokens
-        self.credit = credit
+        if credit_by is not None and credit_by not in NUMBERS:
+            raise ValueError(f"`credit_by` is {credit_by!r}; it must be one of {tuple(NUMBERS)}, or unset.")
+        self.credit, self.credit_by = credit, credit_by
         self._table = ModelTable(
             folder="samples",
             title="fixed prompts, actor and reference",
@@ -85,7 +92,10 @@ class SampleCallback(TrainerCallback):
     def _show_credit(self, credit: Credit) -> None:
         if not credit.numbers:
             return
-        name = credit.numbers[0]
+        name = self.credit_by or credit.numbers[0]
+        if name not in credit.numbers:
+            logger.warning_once(f"`credit_by={name!r}` is not known in this run, which has {credit.numbers}.")
+            name = credit.numbers[0]
         end = credit.end_of_scale(name)
         title = f"Step {credit.step}: tokens by {NUMBERS[name][0]}, −{end:.3g} orange, +{end:.3g} blue"
         columns = ("prompt", "", "score", "answer")
