@@ -186,7 +186,7 @@ class Client:
         repeated = [prompt for prompt in prompts for _ in range(n)]
         assert options.pop("structured_outputs_regex", None) is None
         # An option that a request does not state is the folder's.
-        answers = self.sampler.sample(repeated, **(self.sampler.folder | options | generation_kwargs))
+        answers = self.sampler.sample(repeated, n=n, **(self.sampler.folder | options | generation_kwargs))
         return {
             "prompt_ids": prompts,
             "completion_ids": [ids for ids, _ in answers],

@@ -388,7 +388,14 @@ def test_checkpoint_without_its_last_file(plain, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gradient_accumulation_steps": 4}, "had batch_size=4; this one has batch_size=8"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "had batch_size=4; .* batch_size=8.* is `per_device_train_batch_size` × ",
+        ),
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            "had micro_batch_size=2; this one has micro_batch_size=1.* is `per_device_train_batch_size` × processes",
+        ),
         ({"num_ppo_epochs": 1, "seed": 7}, "had num_ppo_epochs=2, seed=42; this one has num_ppo_epochs=1, seed=7"),
     ],
 )

@@ -75,13 +75,33 @@ BEFORE_LOADING = {
     "ids of padding": ({"train_dataset": prompts(input_ids=[[7], [0, 0], [7], [7]])}, "Row 1 of `train_dataset`"),
     "long prompt": (
         {"train_dataset": prompts(prompt=["cat", "cat", "cat", LONG])},
-        "row 3 of `train_dataset` has 123 tokens; with response_length=6 it does not fit .* 128",
+        "prompt of `train_dataset`, in row 3, has 123 tokens; .*_length=6 it needs 129 and does not fit .* 128",
     ),
     "prompt beyond a budget of tokens": (
-        {"train_dataset": prompts(prompt=["cat", "cat cat cat", "cat", "cat"]), "micro_batch_tokens": 8},
-        "row 1 .* does not fit `micro_batch_tokens` of 8. .* needs 9",
+        {"train_dataset": prompts(prompt=["cat", "cat cat", "cat cat cat", "cat"]), "micro_batch_tokens": 7},
+        "in row 2, has 3 tokens; .* fit `micro_batch_tokens` of 7. Set `micro_batch_tokens` to at least 9; or shorten",
     ),
-    "long held-out prompt": ({"eval_dataset": prompts(prompt=[LONG])}, "row 0 of `eval_dataset` has 123 tokens"),
+    "prompt beyond both budgets": (
+        {"train_dataset": prompts(prompt=["cat"] * 4), "micro_batch_tokens": 6, "score_batch_tokens": 4},
+        "fit `micro_batch_tokens` of 6 and `score_batch_tokens` of 4. Set .* and `score_batch_tokens` to at least 7;",
+    ),
+    "prompt beyond a budget and the context": (
+        {"train_dataset": prompts(prompt=["cat", LONG, "cat", "cat"]), "micro_batch_tokens": 40},
+        r"the model's context of 128 and `micro_batch_tokens` of 40\. Shorten or remove it",
+    ),
+    "budget without room for a stream's responses": (
+        {"train_dataset": prompts(prompt=["cat"] * 4).to_iterable_dataset(), "score_batch_tokens": 6},
+        "`score_batch_tokens=6` tokens has no room .* Set at least 6 and the tokens of your longest prompt",
+    ),
+    "long held-out prompt": ({"eval_dataset": prompts(prompt=[LONG])}, "`eval_dataset`, in row 0, has 123 tokens"),
+    "held-out prompt beyond a budget": (
+        {
+            "train_dataset": prompts(prompt=["cat"] * 4),
+            "eval_dataset": prompts(prompt=["cat cat cat"]),
+            "score_batch_tokens": 8,
+        },
+        "`eval_dataset`, in row 0, .* to at least 9",
+    ),
     "empty held-out prompt": ({"eval_dataset": {"b": prompts(prompt=[""])}}, r"Row 0 of `eval_dataset\['b'\]`"),
     "no rows": ({"train_dataset": prompts(prompt=[])}, "`train_dataset` has no rows"),
     "no held-out rows": ({"eval_dataset": prompts(prompt=[])}, "`eval_dataset` has no rows"),
@@ -116,7 +136,7 @@ BEFORE_LOADING = {
 def test_sequence_of_a_stream_beyond_a_budget_stops_the_run(tmp_path):
     stream = {"train_dataset": prompts(prompt=["cat", "cat cat cat"] * 8).to_iterable_dataset()}
     trainer = ppo_trainer(tmp_path, stream, micro_batch_tokens=8, max_steps=1, num_sample_generations=0)
-    with pytest.raises(ValueError, match=r"`micro_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
+    with pytest.raises(ValueError, match=r"`micro_batch_tokens=8` tokens has no room for .* 'cat cat cat'"):
         trainer.train()
 
 
@@ -124,7 +144,7 @@ def test_held_out_sequence_of_a_stream_beyond_a_budget_stops_the_evaluation(tmp_
     stream = {"eval_dataset": prompts(prompt=["cat", "cat cat cat"]).to_iterable_dataset()}
     stream["train_dataset"] = prompts(prompt=["cat"] * 8)
     trainer = ppo_trainer(tmp_path, stream, score_batch_tokens=8, per_device_eval_batch_size=2)
-    with pytest.raises(ValueError, match=r"`score_batch_tokens=8` has no room for a sequence of .* 'cat cat cat'"):
+    with pytest.raises(ValueError, match=r"`score_batch_tokens=8` tokens has no room for .* 'cat cat cat'"):
         trainer.evaluate()
 
 
@@ -213,7 +233,12 @@ def test_models_that_cannot_make_a_run_are_refused_by_name(tmp_path, case):
 def test_conversation_with_an_image_part_is_refused_by_name():
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
     with pytest.raises(ValueError, match="part of type 'image'; PPO reads text only"):
-        check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), 128, 8)
+        check_prompts(Dataset.from_list([{"prompt": prompt}]), "train_dataset", tiny.tiny_tokenizer(), {}, 8)
+
+
+def test_held_out_prompt_that_no_scoring_pass_reads_may_exceed_its_budget(tmp_path):
+    data = {"train_dataset": prompts(prompt=["cat"] * 4), "eval_dataset": prompts(prompt=["cat cat cat"])}
+    ppo_trainer(tmp_path, data, score_batch_tokens=8, kl_coef=0.0, critic="head", per_device_eval_batch_size=1)
 
 
 def test_longest_prompt_that_fits_is_accepted(tmp_path):

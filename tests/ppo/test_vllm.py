@@ -284,7 +284,10 @@ def correction(mode, bounds):
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_several_responses_to_a_prompt_stand_side_by_side(tmp_path, mode):
-    """Two to each prompt in training, three in an evaluation, from one request for each prompt to a server."""
+    """
+    Two to each prompt in training, three in an evaluation. A server is sent a prompt of training once, and one of an
+    evaluation, whose batches may end within a group, once for each response.
+    """
     held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
     evaluation = {
         "num_generations_eval": 3,
@@ -295,6 +298,7 @@ def test_several_responses_to_a_prompt_stand_side_by_side(tmp_path, mode):
     with vllm() as sampler:
         trainer = ppo_run(tmp_path, held_out, use_vllm=True, vllm_mode=mode, num_generations=2, **evaluation)
     assert trainer.run_state.rollout.groups() == [[0, 1], [2, 3]]
+    assert {request.get("n") for request in sampler.requests} == ({1, 2} if mode == "server" else {1})
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
     best, mean = (logged(trainer, f"eval_reward/{name}") for name in ("best_of_n", "score"))
     assert all(high > low for high, low in zip(best, mean, strict=True))

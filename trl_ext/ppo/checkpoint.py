@@ -30,6 +30,15 @@ SHARED = (
     *("batch_size", "num_generations", "micro_batch_size", "num_mini_batches", "num_ppo_epochs", "world_size", "seed"),
     *("critic", "kl_placement", "needs_reference"),
 )
+# What is made of options by other names, in words.
+MADE_OF = {
+    "batch_size": "`per_device_train_batch_size` × `gradient_accumulation_steps` × processes",
+    "micro_batch_size": (
+        "`per_device_train_batch_size` × processes, or less where it does not divide a mini-batch; with "
+        "`micro_batch_tokens` the whole mini-batch, so that this may be changed, but not set or unset"
+    ),
+    "needs_reference": "whether `kl_coef` is above 0",
+}
 # Options that the optimizer's saved groups hold, or that decide which groups it has.
 OF_THE_OPTIMIZER = (
     *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -101,7 +110,8 @@ def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], advi
         )
     if others:
         before, here = (", ".join(f"{name}={options[name]}" for name in others) for options in (saved, now))
-        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}")
+        made = "".join(f" `{name}` is {MADE_OF[name]}." for name in others if name in MADE_OF)
+        raise ValueError(f"The run saved in {folder} had {before}; this one has {here}. {advice}{made}")
 
 
 def _absent(folder: Path, args: PPOConfigX) -> list[str]:

@@ -90,13 +90,6 @@ def check_options(args: Any) -> None:
             f"`max_steps={args.max_steps}`. Keep one of them."
         )
     check_best_metric(args)
-    for name in ("micro_batch_tokens", "score_batch_tokens"):
-        budget, smallest = getattr(args, name), 1 + args.response_length
-        if budget is not None and budget < smallest:
-            raise ValueError(
-                f"`{name}={budget}` has no room for a prompt with a response of `response_length="
-                f"{args.response_length}` tokens. Set at least {smallest}, or lower `response_length`."
-            )
     if args.stop_token is not None and args.stop_token_id is not None:
         raise ValueError("Both `stop_token` and `stop_token_id` are set; keep the one you mean.")
     check_kl(args)

@@ -181,6 +181,8 @@ def check_datasets(
     """
     if train_dataset is None:
         raise ValueError("There are no prompts: pass `train_dataset` with a column `prompt` or `input_ids`.")
+    if not isinstance(train_dataset, Dataset):
+        check_budgets(args)
     for name, dataset in named(train_dataset, eval_dataset).items():
         if isinstance(dataset, Dataset | IterableDataset):
             if next(iter(dataset), None) is None:
@@ -199,12 +201,12 @@ def check_datasets(
         if collator is not None and "input_ids" not in dataset.column_names:
             raise ValueError(NO_IDS_TO_COLLATE.format(name=f"`{name}`", columns=dataset.column_names))
         options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-        limits = {"the model's context": context, "`score_batch_tokens`": args.score_batch_tokens}
+        limits = {"the model's context": context}
         if name == "train_dataset":
             limits["`micro_batch_tokens`"] = args.micro_batch_tokens
-        set_limits = [(value, limit) for limit, value in limits.items() if value is not None]
-        longest, limit = min(set_limits, default=(None, ""))
-        check_prompts(dataset, name, tokenizer, longest, *options, limit, pad_id=pad_id, known=known)
+        if name == "train_dataset" or args.needs_reference:  # no other pass reads held-out responses
+            limits["`score_batch_tokens`"] = args.score_batch_tokens
+        check_prompts(dataset, name, tokenizer, limits, *options, pad_id=pad_id, known=known)
     if isinstance(train_dataset, Dataset) and len(train_dataset) < args.num_prompts:
         raise ValueError(
             f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.num_prompts} "
@@ -220,26 +222,38 @@ def named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return datasets | {f"eval_dataset{f'[{key!r}]' if key else ''}": dataset for key, dataset in held_out.items()}
 
 
+def check_budgets(args: PPOConfigX) -> None:
+    """Raise `ValueError` for budgets of tokens that no prompt fits with its response; for prompts not known yet."""
+    budgets = {name: getattr(args, name) for name in ("micro_batch_tokens", "score_batch_tokens")}
+    small = [name for name, budget in budgets.items() if budget is not None and budget <= args.response_length]
+    if small:
+        given = " and ".join(f"`{name}={budgets[name]}`" for name in small)
+        raise ValueError(
+            f"A pass of {given} tokens has no room for a prompt and a response of `response_length="
+            f"{args.response_length}`. Set at least {args.response_length} and the tokens of your longest prompt, or "
+            "lower `response_length`."
+        )
+
+
 def check_prompts(
     dataset: Dataset,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
-    longest: int | None,
+    limits: Mapping[str, int | None],
     response_length: int,
     num_proc: int | None = None,
     template_kwargs: dict[str, Any] | None = None,
-    limit: str = "the model's context",
     pad_id: int | None = None,
     known: int | None = None,
 ) -> None:
     """
-    Raise `ValueError` unless every prompt is of tokens that the actor knows and fits the context with its response.
+    Raise `ValueError` unless every prompt is of tokens that the actor knows and fits the limits with its response.
 
     Args:
         dataset: a map-style dataset with `prompt` (text or conversation) or `input_ids` (a list of token ids).
         name: of the dataset, for the error.
-        longest: tokens that a prompt and its response may have; `None` for no limit.
-        limit: what sets it, for the error.
+        limits: tokens that a prompt and its response may have, by what sets them: a model's context, or an option
+            for a budget of tokens, in backticks. `None` for no limit.
         pad_id: the pad token of prompts in `input_ids`.
         known: number of tokens that the actor has an embedding of.
     """
@@ -249,20 +263,24 @@ def check_prompts(
         check_known(ids, known, tokenizer, "The actor", f"a prompt of `{name}`")
         return {"length": len(ids)}
 
-    lengths = dataset.map(
+    lengths: list[int] = dataset.map(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
-    )["length"]
-    for row, tokens in enumerate(lengths):
-        if tokens == 0:
-            raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
-        if longest is not None and tokens + response_length > longest:
-            needed = max(lengths) + response_length
-            cure = f", or raise {limit}" if "_tokens" in limit else ""
-            raise ValueError(
-                f"The prompt in row {row} of `{name}` has {tokens} tokens; with response_length={response_length} it "
-                f"does not fit {limit} of {longest}. Shorten or remove it, or lower `response_length`"
-                f"{cure}; the longest prompt of `{name}` needs {needed}."
-            )
+    )["length"][:]
+    if 0 in lengths:
+        row = lengths.index(0)
+        raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
+    needed = max(lengths, default=0) + response_length
+    small = {limit: most for limit, most in limits.items() if most is not None and needed > most}
+    if small:
+        tokens = needed - response_length
+        fits = " and ".join(f"{limit} of {most}" for limit, most in small.items())
+        cure = "Shorten or remove it, and all that are too long, or lower `response_length`"
+        if all("_tokens" in limit for limit in small):
+            cure = f"Set {' and '.join(small)} to at least {needed}; or s{cure[1:]}"
+        raise ValueError(
+            f"The longest prompt of `{name}`, in row {lengths.index(tokens)}, has {tokens} tokens; with "
+            f"response_length={response_length} it needs {needed} and does not fit {fits}. {cure}."
+        )
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> None:

@@ -27,15 +27,15 @@ def require_room(
     prompts, answers = rollout.lengths()
     longest = int((prompts + answers).argmax())
     size = int(prompts[longest] + answers[longest])
-    for name in budgets:
-        budget = getattr(args, name)
-        if budget is not None and size > budget:
-            prompt = tokenizer.decode(rollout.prompt_ids[longest][rollout.prompt_mask[longest]])
-            raise ValueError(
-                f"`{name}={budget}` has no room for a sequence of {size} tokens, a response of "
-                f"{int(answers[longest])} to {prompt!r:.200}. Set at least {size} for this one, or leave longer "
-                "prompts out."
-            )
+    given = {name: getattr(args, name) for name in budgets}
+    small = [f"`{name}={budget}`" for name, budget in given.items() if budget is not None and size > budget]
+    if small:
+        prompt = tokenizer.decode(rollout.prompt_ids[longest][rollout.prompt_mask[longest]])
+        raise ValueError(
+            f"A pass of {' and '.join(small)} tokens has no room for a sequence of {size}, a response of "
+            f"{int(answers[longest])} to {prompt!r:.200}. Set at least {size} for this one, or leave longer prompts "
+            "out."
+        )
 
 
 def needing_less(phase: str | None, args: PPOConfigX) -> str:

@@ -68,6 +68,7 @@ from .data import (
     NO_IDS_TO_COLLATE,
     TokenisedPrompt,
     WholeStream,
+    check_budgets,
     check_datasets,
     is_tokenised,
     rows_of,
@@ -243,6 +244,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             of_actor = (tokenizer, context, args, pad_of_prompts, self._known)
             reads_columns = given.has_other_reward or rollout_func is not None
             check_datasets(train_dataset, eval_dataset, data_collator, *of_actor, reads_columns=reads_columns)
+        else:
+            check_budgets(args)
         self._tool_mask: list[list[int]] | None = None  # of this rank's last responses
         environments, turn_rewards = turn_sources(environment_factory, lambda: self._tool_mask)
         refuse_clip(args.reward_clip, [source.__name__ for source in turn_rewards])

@@ -270,7 +270,8 @@ def check_readable(
                 kinds = (True, False) if "input_ids" in dataset.column_names else (is_chat,)
                 longest = scorer.longest - max(map(form.behind, kinds))
                 options = (args.response_length, args.dataset_num_proc, args.chat_template_kwargs)
-                check_prompts(dataset, name, form.tokenizer, longest, *options, f"{model}'s context", pad_id=pad_id)
+                limits = {f"{model}'s context": longest}
+                check_prompts(dataset, name, form.tokenizer, limits, *options, pad_id=pad_id)
 
 
 def _check_function_gets_chats(dataset: Any, name: str, actors: RewardForm, source: str, pad_id: int | None) -> None:
