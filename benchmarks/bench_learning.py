@@ -7,11 +7,12 @@ with the options of several papers, on four tasks.
     python benchmarks/bench_learning.py --tasks sorting --trainers plain grpo-4
     python benchmarks/bench_learning.py --report                # the tables and the picture of what has run
 
-Every run begins with the same small Llama, which imitates noisy answers to the task's prompts, reads the same prompts
-as the others of its seed, and samples equally many answers; GRPO's groups count as samples. The held-out score is the
-mean of one sampled answer to each of 128 other prompts. A trainer's learning rate on a task is the one of three with
-the best mean area under the held-out score on two tuning seeds; only then do the five reported seeds run, which are
-others. `recommended` is one set of options for all tasks; rows with another α run on the tuning seeds only.
+Every run begins with the same small Llama, which imitates noisy answers to the task's prompts, has the same prompts as
+the others of its seed, and samples equally many answers. GRPO's groups count as samples, so that trainers with groups
+of 8 read 320 of the 2,560 prompts. The held-out score is the mean of one sampled answer to each of 128 other prompts.
+A trainer's learning rate on a task is the one of three with the best mean area under the held-out score on two tuning
+seeds; only then do the five reported seeds run, which are others. `recommended` is one set of options for all tasks;
+rows with another α run on the tuning seeds only.
 
 A finished run is a line of the JSONL file, and is not run again. TRL 1.12 gets an environment of its own at first use.
 docs/critic.md says what was measured.
