@@ -157,7 +157,8 @@ def _handed_to_kernel(model: PreTrainedModel) -> dict[str, Any]:
     own = vars(its_class).get("base_model")
     its_class.base_model = _Unread(model.base_model)
     try:
-        with _kernel(Kernel), torch.no_grad():
+        # Nothing is read of the head: it may be quantized or not be partitioned yet, and then cannot be gathered.
+        with _kernel(Kernel), _ungathered(), torch.no_grad():
             model.forward(input_ids=ids, labels=ids, fused_lm_head=True)
     except _Handed as handed:
         (given,) = handed.args
@@ -172,6 +173,17 @@ def _handed_to_kernel(model: PreTrainedModel) -> dict[str, Any]:
         f"{type(model).__name__} has no fused head of TRL's, or one that no longer calls its kernel with {KERNEL}. "
         f"{_INSTALL}"
     )
+
+
+@contextmanager
+def _ungathered() -> Iterator[None]:
+    """Within the context, TRL's fused heads are not gathered under ZeRO-3."""
+    original = trl_utils.maybe_gather_lm_head_ctx
+    trl_utils.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()
+    try:
+        yield
+    finally:
+        trl_utils.maybe_gather_lm_head_ctx = original
 
 
 @contextmanager
