@@ -57,6 +57,12 @@ def inverse(factor):
     return lambda *args: 1 / factor(*args)
 
 
+def masked_late(logps, old_logps, advantages, cliprange, cliprange_high):
+    """The mask of SAO after the exponential, which has overflowed by then."""
+    ratio = (logps - old_logps).exp()
+    return (ratio * advantages).masked_fill((ratio < 1 - cliprange) | (ratio > 1 + cliprange_high), 0)
+
+
 def always_clipped(ratio, advantages, cliprange, *_):
     return ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
 
@@ -181,6 +187,7 @@ MISTAKES = [
     ("ppo.losses:clipped_tokens", given(dual_clip=to(None)), "clipped_tokens_are", {"ranges": (0.2, None, 1.3)}),
     ("ppo.losses:masked_tokens", given(cliprange_high=to(None)), "mask_objective_is", {"ranges": (0.2, 0.5)}),
     ("ppo.losses:mask_objective", given(advantages=torch.abs), "mask_objective_is", {"ranges": (0.2,)}),
+    ("ppo.losses:mask_objective", instead(masked_late), "ratio_that_overflows", {}),
     ("ppo.terms:ppo_terms", given(sampling_logps=to(None)), "mask_takes", {}),
     ("ppo.terms:ppo_terms", given(policy_objective=to("clip")), "mask_takes", {}),
     ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
