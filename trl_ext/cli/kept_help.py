@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from ..cache import cache_dir
+from ..data.cache import cache_dir
 
 
 FLAGS = ("-h", "--help", "--help_all", "--help-all")

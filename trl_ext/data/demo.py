@@ -29,7 +29,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from ..cache import cache_dir
+from .cache import cache_dir
 
 
 CUE = "A movie review in one sentence. "
