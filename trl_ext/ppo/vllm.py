@@ -1,4 +1,4 @@
-"""What a run asks of its vLLM: its precision, and whether it fits the run, before models are loaded."""
+"""Give a run's vLLM the trainer's precision, and check that it fits the run before models are loaded."""
 
 import socket
 import urllib.error

@@ -1,4 +1,4 @@
-"""What the page carries to draw its curves without a network: the thinned curves, a plotting library, a script."""
+"""Embed in the page all that draws its curves without a network: thinned curves, a plotting library, a script."""
 
 import base64
 import hashlib

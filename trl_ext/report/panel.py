@@ -15,7 +15,7 @@ ChartOf = Callable[[Runs], Chart]
 
 @dataclass(frozen=True)
 class Panel:
-    """What the page shows of some log keys: one chart, or two that belong together."""
+    """A part of the page about some log keys: one chart, or two that belong together."""
 
     title: str
     charts: tuple[ChartOf, ...]

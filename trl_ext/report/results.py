@@ -1,4 +1,4 @@
-"""What runs have reached: a table of first and last values, and which of several did best."""
+"""Make the table of the first and last values of runs, and say which of several did best."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,6 +1,4 @@
-"""
-What ends a run from outside, in words: a disk that takes no more, memory that is out, a reward function that fails.
-"""
+"""Say why a run ended from outside: a disk that takes no more, memory that is out, a reward function that fails."""
 
 import errno
 import logging
