@@ -6,7 +6,8 @@ two answers by Bradley-Terry on these rewards. Trained are
 - PPO on the rewards, with β KL(π_θ ‖ π_ref) in the loss;
 - RLHF: a reward model from the preferences, then PPO on what it says;
 - DPO on the preferences;
-- S2's model of preferences, which knows neither π_ref nor β: it is not DPO, and ends elsewhere.
+- the model of preferences of S2 (docs/theory.md, sources), which knows neither π_ref nor β: it is not DPO, and ends
+  elsewhere.
 
     python experiments/equivalence.py    # under a minute on one CPU core; needs matplotlib
 """

@@ -1,12 +1,12 @@
 """
-The documents' worked sample of DPO (S0: "请介绍一下长城", steps one to three), with numbers: they give none.
+The worked sample of DPO, about the Great Wall: the loss of one pair in three steps, with numbers.
 
     python experiments/worked_sample.py    # half a minute on one CPU core
 
-x, y_w and y_l are the documents'. The reference is SmolLM2-135M-Instruct in float32, the policy the same model: at the
-start, where both are equal, and after one AdamW step on this pair at the documents' learning rate (S1 §6.2). The
-answer's tokens are those of the text and of the end token, its log-probability is their sum in nats. The table is that
-of docs/dpo.md; everything in it follows from its first four rows.
+x, y_w and y_l are those of an article of docs/theory.md. The reference is SmolLM2-135M-Instruct in float32, the policy
+the same model: at the start, where both are equal, and after one AdamW step on this pair at Zhang 2025's learning rate
+(§6.2). The answer's tokens are those of the text and of the end token, its log-probability is their sum in nats. The
+table is that of docs/dpo.md; everything in it follows from its first four rows.
 """
 
 import torch
@@ -20,12 +20,12 @@ from trl_ext.dpo.losses import dpo_loss, gradient_weight, implicit_reward, prefe
 PROMPT = "请介绍一下长城"
 CHOSEN = "长城是古代中国为抵御侵略而修筑的军事工程。"
 REJECTED = "长城是个墙，在中国。"
-BETA = 0.1  # S1 §6.2: 0.1 to 0.5; S0: usually 0.1
-LEARNING_RATE = 1e-6  # S1 §6.2
+BETA = 0.1  # Zhang 2025 §6.2: 0.1 to 0.5
+LEARNING_RATE = 1e-6  # Zhang 2025 §6.2
 
 
 class Pair:
-    """The documents' pair under one model."""
+    """The pair under one model."""
 
     def __init__(self, path: str):
         self.tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,5 +1,5 @@
 """
-trl_ext: PPO with a critic and faster DPO for Hugging Face TRL, with every loss term of the source documents named.
+trl_ext: PPO with a critic and faster DPO for Hugging Face TRL, with every term of the loss named and logged.
 """
 
 from importlib import import_module

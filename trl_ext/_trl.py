@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from accelerate.utils import fsdp2_prepare_model
 from datasets import IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
@@ -365,6 +366,7 @@ def _chosen_head(original: Any, cpu_head: type[torch.autograd.Function]) -> type
 
 def tokenised_pair(trainer: Any, row: dict[str, Any], tokenizer: Any, args: Any) -> dict[str, list[int]]:
     """Return token ids by column, as `trainer`, TRL's DPOTrainer or RewardTrainer, prepares a row, without a model."""
+    PartialState()  # accelerate's logger, by which TRL warns of a row, asks for it where no trainer has been built
     preparer: Any = object.__new__(trainer)
     preparer._tokenizer = tokenizer
     only = IterableDataset(ExamplesIterable(lambda: iter([(0, dict(row))]), {}))  # Python's objects, as they are

@@ -72,7 +72,7 @@ def name_of(path):
 
 SIZED = "33b_full_offload 33b_lora 33b_qlora 8b_qlora_24gb 1b5_12gb 0b5_cpu".split()
 PAPERS = "vc_ppo vapo sao open_reasoner_zero".split()
-EMBEDDED = ("demo", "documents", "0b5_cpu")
+EMBEDDED = ("demo", "zhang2025", "0b5_cpu")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -103,7 +103,7 @@ def test_there_is_a_recipe_for_every_size():
 
 
 @pytest.mark.parametrize("room, deepspeed, gpus", [("ppo", "ppo_33b_4x80g", 4), ("dpo", "dpo_33b_2x80g", 2)])
-def test_recipes_of_33b_are_the_documents_layout(room, deepspeed, gpus):
+def test_recipes_of_33b_have_the_layout_of_zhang2025(room, deepspeed, gpus):
     """In full with a DeepSpeed file; a quantised base is small enough to be whole on every GPU."""
     text = (ROOT / "configs" / room / "33b_full_offload.yaml").read_text()
     recipe = yaml.safe_load(text)
@@ -119,13 +119,13 @@ def options_of(room, name):
     return command(room).COMMAND.options(["--config", f"{room}/{name}"])
 
 
-@pytest.mark.parametrize("name", [*SIZED, "documents"])
-def test_recipes_of_ppo_take_the_documents_numbers(name):
-    """S1 §6.2; the KL to the reference is kept within 0.5 to 2 nats per sequence."""
+@pytest.mark.parametrize("name", [*SIZED, "zhang2025"])
+def test_recipes_of_ppo_take_the_numbers_of_zhang2025(name):
+    """Zhang 2025 §6.2; the KL to the reference is kept within 0.5 to 2 nats per sequence."""
     given = options_of("ppo", name)
     numbers = ("cliprange", "gamma", "lam", "vf_coef", "ent_coef", "kl_band")
     assert [getattr(given, number) for number in numbers] == [0.2, 0.99, 0.95, 0.5, 0.01, [0.5, 2.0]]
-    if name == "documents":
+    if name == "zhang2025":
         assert (given.kl_placement, given.kl_estimator) == ("loss", "k2")
         assert (given.whiten_advantages, given.cliprange_value) == (False, None)
 
@@ -150,9 +150,9 @@ def test_recipes_of_papers_have_their_numbers_and_no_kl(name):
     assert (given.critic_warmup_steps, given.freeze_critic) == ((10, ["*self_attn*"]) if name == "sao" else (0, []))
 
 
-@pytest.mark.parametrize("name", ["33b_full_offload", "documents"])
-def test_recipes_of_dpo_take_the_documents_numbers(name):
-    """S1 §6.2: beta 0.1 to 0.5, learning rate 1e-6, 16 pairs per device."""
+@pytest.mark.parametrize("name", ["33b_full_offload", "zhang2025"])
+def test_recipes_of_dpo_take_the_numbers_of_zhang2025(name):
+    """Zhang 2025 §6.2: beta 0.1 to 0.5, learning rate 1e-6, 16 pairs per device."""
     given = options_of("dpo", name)
     assert (given.beta, given.learning_rate, given.loss_type, given.label_smoothing) == (0.1, 1e-6, ["sigmoid"], 0.0)
     assert given.per_device_train_batch_size * given.gradient_accumulation_steps == 16
@@ -167,7 +167,7 @@ PLANNED = {path: HEADER.search(path.read_text()) for path in RECIPES if path.par
 def test_recipes_for_hardware_name_their_memory():
     without = {path.stem for path, header in PLANNED.items() if header is None}
     # Those that have been run, and those that are for no hardware in particular
-    assert without == {"demo", "documents", *PAPERS}
+    assert without == {"demo", "zhang2025", *PAPERS}
 
 
 @pytest.mark.parametrize("path", [path for path in PLANNED if PLANNED[path]], ids=name_of)

@@ -139,7 +139,7 @@ def script(tmp_path_factory):
         ("trl-ext re", {"reward", "report", "recipes"}),
         ("trl-ext ppo --critic_lea", {"--critic_learning_rate"}),
         ("trl-ext ppo --critic ", {"model", "head", "adapter"}),
-        ("trl-ext dpo --config dpo/d", {"dpo/demo", "dpo/documents"}),
+        ("trl-ext dpo --config dpo/d", {"dpo/demo"}),
         ("trl-ext plan --from_config ppo/8", {"ppo/8b_qlora_24gb"}),
         ("trl-ext dpo --dtype int", set()),
         ("trl-ext dpo --dtype b", {"bfloat16"}),

@@ -79,6 +79,20 @@ def test_control_a_name_that_does_not_exist_is_noticed():
     assert "no_such_term" not in names
 
 
+# --- sources
+
+
+OWN_WORDS = r"\bS[0-4](?:'s)?(?: §|[,;:)]| writes| says| computes)|[Ss]ource documents?|[Tt]he documents'"
+PUBLIC = ("trl_ext", "docs", "configs", "scripts", "experiments", "benchmarks")
+
+
+def test_sources_have_names_that_a_reader_can_look_up():
+    """Only the theory page calls its articles S0 to S4."""
+    files = [path for room in PUBLIC for path in (ROOT / room).rglob("*") if path.suffix in {".py", ".md", ".yaml"}]
+    found = {relative(path) for path in [*files, ROOT / "README.md"] if re.search(OWN_WORDS, read(path))}
+    assert found == {"docs/theory.md"}
+
+
 # --- links and navigation
 
 

@@ -90,7 +90,7 @@ def test_each_step_to_the_advantage_lowers_the_variance():
 
 
 def test_control_weights_that_change_the_expected_gradient():
-    """One t for all tokens (S1 §2.5, read literally); a baseline that sees the action; λ < 1 and a wrong critic."""
+    """One t for all tokens (docs/theory.md §3); a baseline that sees the action; λ < 1 and a wrong critic."""
     theta, rewards = problem()
     to_go, wrong = rewards_to_go(rewards, MASK), values(theta, rewards) + torch.randn(1 + TOKENS).double()[STATES]
     of_the_last = to_go[:, 1:].expand(-1, 2)

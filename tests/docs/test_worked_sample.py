@@ -1,4 +1,4 @@
-"""The documents' worked sample of DPO (S0): the numbers of docs/dpo.md, by hand from its four log-probabilities."""
+"""The worked sample of DPO: the numbers of docs/dpo.md, by hand from its four log-probabilities."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def documented():
 
 
 def by_hand(policy_w, policy_l, reference_w, reference_l, **_):
-    """S0's steps two and three, in the words of the document."""
+    """Steps two and three of the sample."""
     reward_w, reward_l = BETA * (policy_w - reference_w), BETA * (policy_l - reference_l)
     margin = reward_w - reward_l
     probability = 1 / (1 + math.exp(-margin))

@@ -1,7 +1,11 @@
 """`ImplicitReward` is β (log π_θ(y|x) − log π_ref(y|x)): against the slow oracle, and against DPO's own rewards."""
 
+import math
+
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.logging import MultiProcessAdapter
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -66,6 +70,14 @@ def test_reward_needs_no_pad_token():
     without = tiny.tiny_tokenizer()
     without.pad_token = None
     assert ImplicitReward(policy, reference, without, BETA)(*texts()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_reward_is_computed_before_there_is_a_trainer(monkeypatch):
+    """TRL warns of a completion whose beginning is one token with the prompt's end, by accelerate's logger."""
+    MultiProcessAdapter.warning_once.cache_clear()
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    score = ImplicitReward(dpo_runs.tiny_model(), dpo_runs.tiny_model(seed=1), tiny.tiny_tokenizer())
+    assert math.isfinite(*score(["the ca"], ["t is happy"]))
 
 
 class Narrow(nn.Module):

@@ -89,7 +89,7 @@ def rewards_to_go(rewards, gamma):
 
 
 def n_step(rewards, values, gamma, n):
-    """S1 §2.9, line n: up to n rewards, then the value of where they lead (0 past the end), minus the value here."""
+    """Up to n rewards, then the value of where they lead (0 past the end), minus the value here."""
     advantages = []
     for t in range(len(rewards)):
         end = min(t + n, len(rewards))

@@ -195,7 +195,7 @@ def test_smallest_change_is_the_cheapest_that_will_do():
 
 
 def test_changes_together_keep_the_training_and_are_all_needed():
-    """S1's 4 × 80 GB with 2 TB of host memory: no single change makes four 33B models fit in full."""
+    """4 × 80 GB (docs/scale.md) with 2 TB of host memory: no single change makes four 33B models fit in full."""
     layout = FULL.change(zero_stage=3, compute="bf16", prompt=512, response=512, rollout=16, accumulation=16)
     failed = plan("33b", layout, dataclasses.replace(GPU, gpus=4, host_memory=2048 * GIB))
     found = smallest_change(failed)

@@ -102,7 +102,7 @@ def test_gae_with_lam_1_is_return_minus_value():
 
 
 def test_gae_telescopes_only_for_lam_1():
-    """S1 §3.2 writes Σ (gamma lam)^l r − V for every lam; this is the difference it overlooks."""
+    """Σ (gamma lam)^l r − V is GAE for lam = 1 only (docs/theory.md §4); this is the difference for others."""
     b = oracles.batch()
     claimed = (advantages.rewards_to_go(b.rewards, b.mask, GAMMA * LAM) - b.values).masked_fill(~b.mask, 0)
     assert (advantages.gae(b.rewards, b.values, b.mask, GAMMA, LAM) - claimed).abs().max() > 0.1

@@ -32,7 +32,7 @@ AS_IT_IS = SimpleNamespace(max_length=None, truncation_mode="keep_start", datase
 
 class ImplicitReward:
     """
-    r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), in nats times β (Rafailov et al. 2023 eq. 5; S0, S3): what DPO has learnt
+    r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), in nats times β (Rafailov et al. 2023 eq. 5): what DPO has learnt
     of people's preferences, up to a constant per prompt. Takes and gives what a TRL reward function does, so that
     `PPOTrainerX(reward_funcs=ImplicitReward(...))` works; also ranks answers and scores pairs. Prompts and completions
     are read whole: a run whose `max_length` cuts them logs the rewards of what is left.

@@ -1,6 +1,6 @@
 """
-The mathematics of DPO: implicit reward, Bradley-Terry, the loss and how strongly a pair pulls (Rafailov et al. 2023;
-S0, S3, S4 of the source documents). Pure: torch only. Per pair; means are the caller's.
+The mathematics of DPO: implicit reward, Bradley-Terry, the loss and how strongly a pair pulls (Rafailov et al. 2023,
+arXiv:2305.18290). Pure: torch only. Per pair; means are the caller's.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """
-    r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), up to β log Z(x), which cancels in a pair (Rafailov 2023 eq. 5; S0, S4).
+    r(x, y) = β log(π_θ(y|x) / π_ref(y|x)), up to β log Z(x), which cancels in a pair (Rafailov 2023 eq. 5).
 
     Args:
         logps, ref_logps (B,): log-probabilities of whole completions, sums over their tokens, nats.
@@ -22,13 +22,13 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def preference_probability(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Bradley-Terry: P(y_w ≻ y_l) = σ(r_w − r_l), per pair (Bradley & Terry 1952; S4)."""
+    """Bradley-Terry: P(y_w ≻ y_l) = σ(r_w − r_l), per pair (Bradley & Terry 1952)."""
     return torch.sigmoid(chosen_rewards - rejected_rewards)
 
 
 def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """
-    −(1 − ε) log σ(m) − ε log σ(−m) with the margin m = r̂_w − r̂_l, per pair (Rafailov 2023 eq. 7; S0, S4; with ε > 0
+    −(1 − ε) log σ(m) − ε log σ(−m) with the margin m = r̂_w − r̂_l, per pair (Rafailov 2023 eq. 7; with ε > 0
     conservative DPO, Mitchell 2023: a share ε of the labels is taken to be flipped).
 
     Args:
@@ -46,7 +46,7 @@ def smoothing_term(margins: Tensor, label_smoothing: float) -> Tensor:
 
 def gradient_weight(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """
-    σ(r̂_l − r̂_w) − ε = −∂loss/∂m, per pair: how wrong the pair still is (Rafailov 2023 §4; S4). Times β it scales
+    σ(r̂_l − r̂_w) − ε = −∂loss/∂m, per pair: how wrong the pair still is (Rafailov 2023 §4). Times β it scales
     ∇log π(y_w) − ∇log π(y_l). 1/2 − ε where the policy is the reference.
     """
     return torch.sigmoid(rejected_rewards - chosen_rewards) - label_smoothing

@@ -23,7 +23,7 @@ Estimator = Callable[[Tensor, Tensor, Tensor, float, float | Tensor], tuple[Tens
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """Discounted sum of the rewards from here to the end of the episode (S1 §2.5, with the index inside its sum).
+    """Discounted sum of the rewards from here to the end of the episode (docs/theory.md §3).
 
     G_t = r_t + gamma · G_{t+1}: the generalised advantage of a critic that says 0 everywhere, with lam = 1.
     """
@@ -31,7 +31,7 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 
 def td_error(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """One-step surprise of the critic (S1 §2.9).
+    """One-step surprise of the critic (Schulman 2015, arXiv:1506.02438, §3).
 
     δ_t = r_t + gamma · V_{t+1} − V_t
     """
@@ -40,12 +40,11 @@ def td_error(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Ten
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    """Generalised advantage estimation (S1 §2.9 and §3.1; Schulman 2015, arXiv:1506.02438, eq. 16).
+    """Generalised advantage estimation (Schulman 2015, arXiv:1506.02438, eq. 16).
 
     Â_t = δ_t + gamma · lam · Â_{t+1}, with one `lam` or one per sequence (B,)
 
-    lam = 0 is the TD error, lam = 1 is rewards-to-go minus value. S1 §3.2 gives the latter for every lam: it holds for
-    1.
+    lam = 0 is the TD error, lam = 1, and no other, is rewards-to-go minus value.
     """
     deltas = td_error(rewards, values, mask, gamma)
     return _without_holes(lambda delta: _discounted_sums(delta, gamma * lam), mask, deltas)
@@ -60,7 +59,7 @@ def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
 
 
 def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
-    """n rewards, then the critic (S1 §2.9, the three lines before GAE).
+    """n rewards, then the critic (Schulman 2015, arXiv:1506.02438, eq. 14).
 
     Â_t = r_t + … + gamma^(n−1) · r_{t+n−1} + gamma^n · V_{t+n} − V_t = Σ_{k<n} gamma^k · δ_{t+k}
 
@@ -76,7 +75,7 @@ def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
 
 
 def value_targets(advantages: Tensor, old_values: Tensor) -> Tensor:
-    """Return the targets that the critic is trained to predict (S1 §4.2.2).
+    """Return the targets that the critic is trained to predict (docs/theory.md §5).
 
     V_target = Â + V_old, per token
     """
@@ -146,8 +145,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce_baseline": _reinforce_baseline,
 }
 """
-By name. `gae`: generalised advantages. `reinforce`: rewards-to-go, not centred by a critic (S1 §2.5).
-`reinforce_baseline`: rewards-to-go minus value (S1 §2.6), which is `gae` with lam = 1. Beside them, `<n>_step`: n
+By name. `gae`: generalised advantages. `reinforce`: rewards-to-go, not centred by a critic.
+`reinforce_baseline`: rewards-to-go minus value, which is `gae` with lam = 1. Beside them, `<n>_step`: n
 rewards, then the critic. Only `gae` reads `lam`.
 """
 

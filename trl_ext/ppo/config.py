@@ -64,10 +64,10 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
     Configuration of [`PPOTrainerX`]: the option names of TRL 1.12's `PPOConfig`, and every option of `GRPOConfig` and
     `TrainingArguments` that means something in PPO.
 
-    Every field's help states its unit and, where a source document gives one, the document's value (S1 §6.2). Batch
-    arithmetic, as in TRL 1.12: the rollout holds `per_device_train_batch_size × gradient_accumulation_steps × world
-    size` responses, to 1 / `num_generations` as many prompts. A mini-batch is rollout / `num_mini_batches`, and a
-    rollout is learned from in `num_ppo_epochs × num_mini_batches` optimizer steps. `logging_steps`, `eval_steps`,
+    Every field's help states its unit and, where Zhang 2025 §6.2 (docs/theory.md) recommends a value, that value.
+    Batch arithmetic, as in TRL 1.12: the rollout holds `per_device_train_batch_size × gradient_accumulation_steps ×
+    world size` responses, to 1 / `num_generations` as many prompts. A mini-batch is rollout / `num_mini_batches`, and
+    a rollout is learned from in `num_ppo_epochs × num_mini_batches` optimizer steps. `logging_steps`, `eval_steps`,
     `save_steps` and `max_steps` count those.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The controllers of a KL coefficient: fixed, proportional (Ziegler 2019), band (S1 §6.2) and Schulman's. Pure."""
+"""The controllers of a KL coefficient: fixed, proportional (Ziegler 2019), band and Schulman's. Pure."""
 
 import math
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class ProportionalController:
 
 @dataclass
 class BandController:
-    """Keep the KL inside a band: halve the coefficient below it, double it above (S1 §6.2: 0.5 to 2).
+    """Keep the KL inside a band: halve the coefficient below it, double it above (docs/theory.md §6: 0.5 to 2).
 
     coef ← coef / 2 if kl < low;  coef · 2 if kl > high;  else unchanged. KL(π_θ ‖ π_ref) in nats per sequence.
     """
@@ -85,7 +85,7 @@ class BandController:
 
 @dataclass
 class SchulmanController:
-    """The adaptive β of PPO's penalty form (S1 §4.2.3; Schulman 2017, arXiv:1707.06347, §4).
+    """The adaptive β of PPO's penalty form (Schulman 2017, arXiv:1707.06347, eq. 8).
 
     coef ← coef / 2 if kl < target / 1.5;  coef · 2 if kl > target · 1.5;  else unchanged. KL[π_old ‖ π_θ] in nats per
     token.

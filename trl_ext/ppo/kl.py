@@ -72,7 +72,7 @@ def estimate_kl(estimator: str, logps: Tensor, ref_logps: Tensor, mask: Tensor |
 
 
 def old_policy_kl(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """KL[π_old ‖ π_θ], how far an update has moved the policy (S1 §4.2.3; Schulman 2017, arXiv:1707.06347, §4).
+    """KL[π_old ‖ π_θ], how far an update has moved the policy (Schulman 2017, arXiv:1707.06347, §4).
 
     (ratio − 1) − log ratio, with ratio = exp(logps − old_logps), (B, T), nats per token. Tokens come from π_old, so
     this is unbiased, and so is its gradient. It is k3 with the roles of the two policies exchanged.

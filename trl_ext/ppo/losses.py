@@ -1,4 +1,4 @@
-"""The mathematics of the PPO loss: ratio, clipped objective, value loss, each per token and without a mean.
+"""The mathematics of the PPO loss (Schulman 2017, arXiv:1707.06347): ratio, clipped objective, value loss, per token.
 
 Symbols: B sequences, T response tokens. `ppo/terms.py` reduces and adds them; the entropy comes with the
 log-probabilities, from the scoring head.
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def policy_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """Factor by which a token has become likelier since it was sampled (S0, "PPO 的目标函数"; S1 §2.10).
+    """Factor by which a token has become likelier since it was sampled (Schulman 2017, §3).
 
     ratio = π_θ / π_old = exp(logps − old_logps), (B, T), no unit
     """
@@ -23,7 +23,7 @@ def clip_objective(
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's pessimistic bound on the improvement of the policy, to be maximised (S0; Schulman 2017, eq. 7).
+    """PPO's pessimistic bound on the improvement of the policy, to be maximised (Schulman 2017, eq. 7).
 
     min(ratio · A, clip(ratio, 1 − cliprange, 1 + cliprange) · A), (B, T), in the unit of the advantages
 
@@ -74,7 +74,7 @@ def masked_tokens(ratio: Tensor, cliprange: float, cliprange_high: float | None 
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Squared error of the critic, to be minimised (S1 §2.10 and §4.2.2).
+    """Squared error of the critic, to be minimised (L^VF of Schulman 2017, eq. 9, halved).
 
     ½ (V − R)², (B, T), in squared units of the score
     """

@@ -1,6 +1,6 @@
 """
-The options of PPO by topic, one class each: name, range, default, and a help with the unit and the value that a source
-document gives (Zhang 2025 §6.2). `TOPIC` is the heading of a class's options in `--help`.
+The options of PPO by topic, one class each: name, range, default, and a help with the unit and the value that Zhang
+2025 §6.2 recommends (docs/theory.md has the article's title). `TOPIC` is the heading of a class's options in `--help`.
 
 `config_checks.py` checks whether options go together; `PPOConfigX` in `config.py` joins the topics.
 """

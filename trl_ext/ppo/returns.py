@@ -22,7 +22,7 @@ def estimate_returns(
     rollout: Rollout, args: PPOConfigX, kl_coef: float, moments: RunningMoments, all_reduce: AllReduce
 ) -> tuple[Tensor, dict[str, float]]:
     """
-    Fill in `rewards`, `advantages` and `returns` (S1 §2.9, §4.2.2). Returns use the advantages before whitening.
+    Fill in `rewards`, `advantages` and `returns` (docs/theory.md §4, §5). Returns use the advantages before whitening.
 
     Args:
         rollout: with `old_values`, and with `old_logps` and `ref_logps` if the KL is in the reward.

@@ -4,8 +4,8 @@ Symbols: B sequences, T response tokens; `mask` is (B, T) bool, True = counts. A
 reduction: the sum over the tokens that count, divided by `num_tokens`, the count of the whole optimizer batch (all
 micro-batches, all ranks). Neither the loss nor its gradient then depends on how that batch is cut.
 
-Signs: what is maximised (`clip_objective`, `entropy`) is subtracted from the total, what is minimised is added. S0
-writes L^CLIP − αL^KL + βL^VF and S1 L_POLICY + c1·L_VF + c2·L_ENTROPY; both mix the two.
+Signs: what is maximised (`clip_objective`, `entropy`) is subtracted from the total, what is minimised is added.
+Schulman 2017 (arXiv:1707.06347, eq. 9) writes the negative of this total: L^CLIP − c1·L^VF + c2·S.
 
 A new term is a function of `ppo/losses.py`, a line in `TERMS`, a field of `PPOCoefficients`, one of `PPOTerms`, and a
 line in `ppo_terms`. The total, the log, the model card, the report and the option's help follow.
@@ -39,7 +39,7 @@ class Term:
 
     Args:
         name: its field of `PPOTerms`; logged as `terms/<name>`.
-        formula: in the documents' notation.
+        formula: in the notation of docs/ppo.md.
         unit: of its mean.
         coefficient: its field of `PPOCoefficients`, logged as `coef/<coefficient>`; empty for the one of weight 1.
         option: of `PPOConfigX`, or of the model's config, that sets the coefficient.
@@ -101,7 +101,8 @@ def total_in_words(terms: Sequence[Term] = TERMS) -> str:
 class PPOCoefficients:
     """The weights of the terms, none of them negative; the clipped objective has weight 1.
 
-    `kl` is α and `vf` β in S0 (c1 in S1), `entropy` c2 and `old_kl` the β of S1 §4.2.3; `aux` weighs the model's own
+    `vf` is c1 and `entropy` c2 of Schulman 2017 eq. 9, `old_kl` the β of its eq. 8 (arXiv:1707.06347); `kl` weighs the
+    distance to π_ref; `aux` weighs the model's own
     auxiliary loss, such as load balancing of experts, and `positive_nll` is VAPO's μ.
     """
 

@@ -4,7 +4,7 @@
 Where it differs from TRL 1.12's `PPOTrainer`:
 
 1. It takes `num_ppo_epochs × num_mini_batches` optimizer steps per rollout, as the options say (trl#5645).
-2. The loss is the documents': the KL to the reference is in the loss by default, with its own coefficient, beside the
+2. The KL to the reference is in the loss by default, with its own coefficient, beside the
    clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
 3. Every term is a mean over the tokens of the whole optimizer batch, so micro-batches and ranks do not change it.
 4. Whitening and every logged metric are over all ranks and real tokens.

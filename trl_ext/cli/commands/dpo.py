@@ -2,7 +2,7 @@
 DPO: teach a model what people prefer, from pairs of answers.
 
     trl-ext dpo                                       # the embedded demo
-    trl-ext dpo --config configs/dpo/documents.yaml   # the documents' numbers
+    trl-ext dpo --config configs/dpo/zhang2025.yaml   # the numbers of docs/theory.md's articles
     trl-ext dpo --model my-sft --dataset_name pairs.jsonl --output_dir out
 
 The pairs have the columns `chosen` and `rejected`, text or conversation, with or without `prompt`; with a column

@@ -2,7 +2,7 @@
 Say whether a run fits, how fast it is, and what would make it fit, from configs alone. No model is loaded.
 
     trl-ext plan --model 33b --gpus 4 --zero_stage 3 --offload_optimizer --offload_parameters
-    trl-ext plan --from-config configs/ppo/documents.yaml --gpu 3090
+    trl-ext plan --from-config configs/ppo/zhang2025.yaml --gpu 3090
     trl-ext plan --model 8b --gpu 4090 --suggest
     trl-ext plan --trainer dpo --model 33b --gpus 2 --reference model
     trl-ext plan --model 7b --scale 1 8 64 1024 --episodes 100000

@@ -3,7 +3,7 @@ PPO with four models: actor, critic, frozen reward model, frozen reference.
 
     trl-ext reward && trl-ext ppo                     # the embedded demo
     trl-ext ppo --critic head                         # a value head on the actor's trunk
-    trl-ext ppo --config configs/ppo/documents.yaml   # exactly the documents' loss
+    trl-ext ppo --config configs/ppo/zhang2025.yaml   # the loss of docs/theory.md
     trl-ext ppo --model my-sft --reward_model_path my-reward --dataset_name prompts.jsonl --output_dir out
     trl-ext ppo … --use_peft --load_in_4bit --critic adapter   # four roles on one base in 4 bits
 

@@ -48,7 +48,7 @@ class ValueHead(nn.Module):
     """
     A linear map from the actor's trunk states (N, H) to state values (N,), in float32 and 0 at the start.
 
-    S0 "Critic Model": "在最后一层增加 Value Head". Sharing the trunk is S1 §7.3.
+    Actor and critic share the trunk, as in Schulman 2017 (arXiv:1707.06347, §5, eq. 9).
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32):
@@ -296,7 +296,7 @@ def build_critic(
 
     Args:
         kind: "head", new or saved in the folder `value_model`; or "model": `value_model`, else a copy of the reward
-            model (S0), else a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
+            model, else a copy of the actor's trunk with a new head. For "adapter" see `critic_adapter`.
         actor: the causal language model, before PEFT wraps it, or a `PeftModel`.
         reward_model: the reward model, if it reads the actor's token ids, else `None`.
         init_kwargs: keyword arguments of `from_pretrained` for a `value_model` that is a path.
