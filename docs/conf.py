@@ -10,6 +10,8 @@ from typing import Any
 
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
+from pygments.lexers.shell import BashLexer
+from pygments.token import Name
 from transformers import TrainingArguments
 
 import trl_ext
@@ -19,7 +21,8 @@ project = "trl_ext"
 author = "The trl_ext authors"
 release = version = trl_ext.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+nb_execution_mode = "off"  # notebooks show the outputs that `make notebooks` has stored
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 default_role = "code"
@@ -39,9 +42,15 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # below: browsers show it by themselves, so that the site also reads offline
 
 
+class CommandLexer(BashLexer):
+    """Bash in which an option is one token: `site.css` keeps it in one piece where a long command wraps."""
+
+    tokens = {**BashLexer.tokens, "root": [(r"(?<=\s)--?[\w-]+", Name.Attribute), *BashLexer.tokens["root"]]}
+
+
 def describe_options(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Adds to a config class the options that it and the topics it joins declare, with their help and default."""
-    lines[:] = [re.sub(r"\[(`\w+`)\]", r"\1", line) for line in lines]  # links in the style of Hugging Face
+    lines[:] = [re.sub(r"\[(`[\w.]+`)\]", r"\1", line) for line in lines]  # links in the style of Hugging Face
     if not is_config(value):
         return
     fields = {field.name: field for field in dataclasses.fields(value)}
@@ -81,6 +90,7 @@ def write_formula(writer: Any, node: Any) -> None:
 
 
 def setup(app: Any) -> None:
+    app.add_lexer("bash", CommandLexer)
     app.add_html_math_renderer("mathml", (write_inline_formula, None), (write_formula, None))
     app.connect("autodoc-process-docstring", describe_options)
     app.connect("autodoc-process-signature", drop_signature)

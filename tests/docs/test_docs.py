@@ -133,10 +133,13 @@ def test_control_a_dead_link_is_noticed(tmp_path):
 def test_every_page_is_in_the_navigation_once_and_linked_from_the_index():
     index = read(ROOT / "docs" / "index.md")
     trees = re.findall(r"^```\{toctree\}\n(.*?)^```", index, flags=re.MULTILINE | re.DOTALL)
-    entries = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    lines = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    entries = [re.sub(r".*<(.*)>", r"\1", line) for line in lines]
     pages = {path.stem for path in PAGES} - {"index"}
-    assert sorted(entries) == sorted(pages)
-    assert {link.removesuffix(".md") for link in re.findall(r"\]\((\w+\.md)\)", index)} == pages
+    notebooks = {f"notebooks/{path.stem}" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert sorted(entries) == sorted(pages | notebooks)
+    linked = re.findall(r"\]\(([\w/]+)\.(?:md|ipynb)(?:#[\w-]+)?\)", index)
+    assert pages | notebooks <= set(linked)
 
 
 # --- the API
@@ -171,6 +174,10 @@ def test_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs")]
     build = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
+    # The buttons that copy a command work without a network.
+    landing = read(tmp_path / "index.html")
+    assert re.findall(r'<script src="([^"]*copybutton[^"]*|[^"]*clipboard[^"]*)"', landing)
+    assert not re.findall(r'<(?:script|link)[^>]* (?:src|href)="https?://', landing)
     names = {"trainers": "PPOTrainerX", "ppo": "ppo.terms.ppo_terms", "dpo": "dpo.losses.dpo_loss"}
     for page, name in names.items():
         assert f'id="trl_ext.{name}"' in read(tmp_path / "api" / f"{page}.html")

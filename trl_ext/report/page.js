@@ -207,16 +207,19 @@
       const x = places[u.cursor.idx];
       const ofStep = !chart.xlabel && state.axis === "steps";
       make(tip, "div", { className: "at", textContent: ofStep ? `step ${x}` : `${number(x)} ${AXES[state.axis]}` });
-      if (chart.xlabel) tip.firstChild.textContent = chart.xlabel;
+      if (chart.xlabel) tip.firstChild.textContent = `${chart.xlabel}; ${chart.ylabel}`;
+      const near = (places[places.length - 1] - places[0]) / 30;
       for (const curve of curves) {
         const i = nearest(curve.x, x);
+        if (chart.xlabel && Math.abs(curve.x[i] - x) > near) continue;  // a run that never came there
         const row = make(tip, "div");
         make(row, "span", { className: "chip" }).style.background = colourOf(curve.colour);
-        const who = [data.runs.length > 1 ? data.runs[curve.run].name : "", curve.label].filter(Boolean).join(", ");
+        const what = curve.label && curve.label.replace(/, (95% interval|later ones stronger)$/, "");  // of the legend
+        const who = [data.runs.length > 1 ? data.runs[curve.run].name : "", what].filter(Boolean).join(", ");
         const ends = curve.low ? `${number(curve.low[i])} to ${number(curve.high[i])}` : "";
         let said = curve.kind === "spread" ? ends : number(curve.y[i]);
         if (ends && !["area", "spread"].includes(curve.kind)) said += ` (${ends})`;
-        if (chart.xlabel) said = `${number(curve.x[i])}, ${said}`;
+        if (chart.xlabel) said = `${number(curve.x[i])}; ${said}`;
         const elsewhere = curve.x[i] === x && ofStep ? "" : ` at step ${curve.steps[i]}`;
         make(row, "span", { textContent: `${who}${who ? ": " : ""}${said}${elsewhere}` });
       }
