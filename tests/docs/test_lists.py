@@ -27,6 +27,7 @@ FROM_THE_TRAINER = {
 ONLY_WITH_VLLM = {
     *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
     *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "mean", "max")),
+    *("sampling/rollout_lag", "time/server_wait", "time/server_idle", "time/reward_wait"),
 }
 ONLY_WITH_TOOLS = {"tools/call_frequency", "tools/failure_frequency"}
 

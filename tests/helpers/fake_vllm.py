@@ -5,7 +5,7 @@ their own, made of nothing but the weights that they are sent, and note every ca
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,12 @@ class Sampler:
         unavailable: every so many tokens the log-probability is NaN; 0 for never.
         folder: sampling options in the `generation_config.json` of the folder that it was loaded from.
         server: what a server reports of its model, where it is not what the tiny models have.
+        begun: generations before these, of a run that is resumed, so that random numbers go on.
+
+    Attributes:
+        versions: of each generation, how often weights were sent before, from 0.
+        asked: the prompts of each generation.
+        delay: called by a server before it answers.
     """
 
     def __init__(
@@ -36,7 +42,11 @@ class Sampler:
         model: nn.Module | None = None,
         folder: dict[str, Any] | None = None,
         server: dict[str, Any] | None = None,
+        begun: int = 0,
     ):
+        self.begun, self.versions, self.asked = begun, [], []
+        self.delay: Callable[[], None] = lambda: None
+        self.is_generating = False
         self.folder, self.server = folder or {}, server or {}
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []  # the sampling options of each generation
@@ -62,7 +72,9 @@ class Sampler:
         """A response to each prompt, and its log-probabilities after temperature."""
         assert not any(parameter.isnan().any() for parameter in self.model.parameters()), "weights are missing"
         self.requests.append(options)
-        generator = torch.Generator().manual_seed(len(self.requests))
+        self.versions.append(self.calls.count("load") - 1)
+        self.asked.append(prompts)
+        generator = torch.Generator().manual_seed(self.begun + len(self.requests))
         return [self._respond(prompt, generator, **options) for prompt in prompts]
 
     def _respond(
@@ -175,6 +187,7 @@ class Client:
         return {"model_config": reported | {"logprobs_mode": "processed_logprobs"} | self.sampler.server}
 
     def update_named_params(self, metadata: list[tuple], named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
+        assert not self.sampler.is_generating, "weights are sent to a server while it generates"
         self.sampler.calls.append("load")
         assert self.sampler.load(named_params) == [name for name, _, _ in metadata]
 
@@ -186,7 +199,13 @@ class Client:
         repeated = [prompt for prompt in prompts for _ in range(n)]
         assert options.pop("structured_outputs_regex", None) is None
         # An option that a request does not state is the folder's.
-        answers = self.sampler.sample(repeated, n=n, **(self.sampler.folder | options | generation_kwargs))
+        assert not self.sampler.is_generating, "requests of a trainer come one after the other"
+        self.sampler.is_generating = True
+        try:
+            answers = self.sampler.sample(repeated, n=n, **(self.sampler.folder | options | generation_kwargs))
+            self.sampler.delay()
+        finally:
+            self.sampler.is_generating = False
         return {
             "prompt_ids": prompts,
             "completion_ids": [ids for ids, _ in answers],

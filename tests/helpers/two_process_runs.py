@@ -6,6 +6,8 @@ from typing import Any
 import dpo_layouts
 import layout_worker
 import layouts
+import tiny
+import vllm_layouts
 import zero_runs
 from accelerate_files import ACCELERATE, launch
 
@@ -25,6 +27,7 @@ def measure(folder: Path, layouts_of_zero: dict[str, Any]) -> dict[str, Any]:
     measured = {"dpo": dpo_layouts.measure(folder)}  # first, since it measures a peak of memory
     measured["ppo"] = layouts.measure()
     measured["held out"] = {f"{shards} shards": layouts.held_out(2, shards) for shards in layouts.SHARDS}
+    measured["ahead"] = vllm_layouts.ahead(tiny.tiny_prompts(10))
     with layout_worker.step_in_every_pass():
         mistaken = layout_worker.measure(folder, {"mistake": layouts_of_zero["zero2"]})
     return measured | mistaken | layout_worker.measure(folder, layouts_of_zero)

@@ -2,7 +2,7 @@
 
 import tempfile
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import LoraConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -76,3 +76,46 @@ def measure(folder, engine):
         options["deepspeed"], cases = zero_runs.only_stage(3), list(CASES)
     inside = {case: tiny.tiny_actor() for case in cases}
     return {"/".join(case): run(paths, inside[case], **CASES[case], **options) for case in cases}
+
+
+def ahead(prompts):
+    """
+    What two processes ask a server for and log, with functions and a model as rewards: without learning with lags of 0
+    and 1, from a dataset and a stream of several shards; and learning with a lag of 1, whole and resumed.
+    """
+    sources = {"dataset": prompts, "stream": prompts.to_iterable_dataset(num_shards=2)}
+    measured = {}
+    for name, source in sources.items():
+        for lag in (0, 1):
+            measured[name, lag] = asked_and_logged(source, 0, rollout_lag=lag, learning_rate=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = broadcast_object_list([folder])[0]
+        options = {"rollout_lag": 1, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+        measured["whole"] = asked_and_logged(prompts, 0, folder, **options)
+        measured["resumed"] = asked_and_logged(prompts, 2, folder, **options)
+    return measured
+
+
+def asked_and_logged(prompts, begun, folder=None, **options):
+    """The prompts of each request, of a main process, and the log; of a run that goes on once there were `begun`."""
+    with tempfile.TemporaryDirectory() as own, vllm(begun=begun) as sampler:
+        trainer = ppo_runs.ppo_trainer(
+            folder or own,
+            {"reward_funcs": ppo_runs.response_lengths, "reward_model": tiny.tiny_reward_model()}
+            | {"train_dataset": prompts},
+            use_vllm=True,
+            vllm_mode="server",
+            use_cpu=True,
+            per_device_train_batch_size=1,
+            total_episodes=12,
+            num_sample_generations=0,
+            **options,
+        )
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if begun else None)
+        trainer.accelerator.wait_for_everyone()
+    measured_by_clocks = ("time", "_per_second", "memory/", "rollout_lag")
+    log = [
+        {key: value for key, value in line.items() if not any(part in key for part in measured_by_clocks)}
+        for line in trainer.state.log_history[:-1]
+    ]
+    return {"asked": sampler.asked, "log": log, "lags": ppo_runs.logged(trainer, "sampling/rollout_lag")}

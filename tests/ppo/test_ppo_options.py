@@ -90,6 +90,8 @@ SEEN_ELSEWHERE = {
     # In tests/runs
     "checkpoint_digest": "test_digests_are_of_small_files_or_of_all",
     "save_on_signal": "test_signal_ends_the_step_and_saves",
+    # In test_ahead.py
+    "rollout_lag": "test_rollouts_are_sampled_with_the_weights_of_so_many_rollouts_ago",
     # In roles/test_reward_calls.py
     "reward_timeout": "test_run_goes_on_as_with_a_server_that_answers_at_once",
     "reward_max_retries": "test_run_goes_on_as_with_a_server_that_answers_at_once",

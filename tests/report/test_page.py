@@ -84,12 +84,14 @@ def test_page_of_a_ppo_run_shows_all_that_its_log_has(tmp_path):
     extra = dict.fromkeys(
         "policy/clip_fraction policy/approx_kl value/explained_variance completions/mean_length "
         "completions/clipped_ratio time/generate time/learn tokens_per_second learning_rate rewards/a/mean "
-        "rewards/a/std rewards/b/mean rewards/b/std memory/learn".split(),
+        "rewards/a/std rewards/b/mean rewards/b/std memory/learn time/server_idle time/server_wait".split(),
         0.05,
     )
     log = [line | extra if "reward/score" in line else line for line in PPO_LOG]
     page = write_report([run_folder(tmp_path / "my-run", log)]).read_text(encoding="utf-8")
     assert headings(page) == [panel.title for panel in POLICY]
+    (idle,) = (panel for panel in curves_of(page)["panels"] if panel["title"] == "Idle time")
+    assert [curve["label"] for curve in idle["charts"][0]["curves"]] == ["server idle", "waits for server"]
     text = text_of(page)
     assert "my-run" in text
     assert "Not yet : 1 rollouts are logged" in text

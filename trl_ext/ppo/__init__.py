@@ -9,6 +9,7 @@ PPO with a critic, in the order of the data.
     run_state       everything that a run changes beside weights, optimizer and random numbers
     data            prompts, and their checks before a model is loaded
     vllm            the precision of the run's vLLM, and whether its server fits the run
+    ahead           rollouts that a vLLM server is asked for before they are due
     rollout         the tensors of one rollout, with their shapes
     rewards         from the reward sources to one reward per token
     returns         from scores to advantages and returns, and their log

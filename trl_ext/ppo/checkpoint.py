@@ -181,6 +181,8 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "metrics": {name: list(map(float, values)) for name, values in trainer._metrics["train"].items()},
         "shown": json.dumps(plain(_shown(trainer), not_finite=float)),
     }
+    if trainer._ahead is not None:
+        state["ahead"] = trainer._ahead.state_dict()
     write_whole(path_of_state(checkpoint, trainer.args), functools.partial(torch.save, state))
 
 
@@ -193,6 +195,12 @@ def load_run(trainer: Any, checkpoint: Path) -> None:
         logger.warning(
             "The prompts are a stream, which the run had begun to read again: it goes on from the stream's beginning, "
             "not from its old position."
+        )
+    if trainer._ahead is not None:
+        trainer._ahead.load_state_dict(state.get("ahead", "[]"))
+    elif "ahead" in state:
+        logger.warning(
+            "What was asked of vLLM ahead, with `rollout_lag`, is dropped, and sampled again when it is due."
         )
     trainer._step = state["step"]
     trainer._reference_is_start = False  # the actor has moved

@@ -101,6 +101,7 @@ def check_options(args: Any) -> None:
             "term imitates responses that reach a score, so set both, or neither."
         )
     check_critic(args)
+    check_lag(args)
     if args.policy_objective == "mask" and args.dual_clip is not None:
         raise ValueError(
             f"`dual_clip={args.dual_clip}` bounds the objective of `policy_objective='clip'`; 'mask' leaves out every "
@@ -264,6 +265,25 @@ def check_critic(args: Any) -> None:
                 f"`critic_lr_scheduler_type={args.critic_lr_scheduler_type!r}` beside `lr_scheduler_type="
                 f"{schedule!r}`, which follows a metric and sets all learning rates. Remove one of them."
             )
+
+
+def check_lag(args: Any) -> None:
+    """Raise `ValueError` for a `rollout_lag` without a server, or whose age nothing accounts for."""
+    if not args.rollout_lag:
+        return
+    if not (args.use_vllm and args.vllm_mode == "server"):
+        engine = f"`vllm_mode={args.vllm_mode!r}`" if args.use_vllm else "`use_vllm=False`"
+        raise ValueError(
+            f"`rollout_lag={args.rollout_lag}` needs a vLLM server, which generates while this program learns, and "
+            f"the run has {engine}. Set `use_vllm=True` and `vllm_mode='server'` (`trl-ext serve RECIPE` starts one), "
+            "or leave `rollout_lag` at 0."
+        )
+    if args.policy_objective == "clip" and not args.vllm_importance_sampling_correction:
+        raise ValueError(
+            f"`rollout_lag={args.rollout_lag}` with `vllm_importance_sampling_correction=False`: the clipped "
+            "objective would take samples of an older policy for the current one's. Leave the correction on, or set "
+            "`policy_objective='mask'`, whose ratio is to the policy that sampled."
+        )
 
 
 def check_engine(args: Any) -> None:

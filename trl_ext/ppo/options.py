@@ -182,6 +182,13 @@ class ResponseOptions:
         default=10,
         metadata={"help": "How many times per run to print sample completions of `eval_dataset`. 0: never."},
     )
+    rollout_lag: Annotated[int, COUNT_FROM_0] = field(
+        default=0,
+        metadata={
+            "help": "With a vLLM server: learn from responses that were sampled with the weights of so many rollouts "
+            "ago, while the server generates the next. 1 overlaps as much as a larger number. 0: generate, then learn."
+        },
+    )
 
 
 @dataclass

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -59,6 +60,7 @@ from ..runs.requirements import make_folder, require_full_batch
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import go_on_logging, name_run
+from .ahead import RolloutsAhead, check_asked_ahead, next_rows, rows_ahead
 from .card import ppo_training
 from .checkpoint import find_checkpoint, known_length, load_run, save_run
 from .coefficients import Coefficients
@@ -116,6 +118,7 @@ from .roles.load import Roles, load_roles, load_tokenizer, own_tokenizer
 from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
 from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
+from .roles.rewards_beside import RewardsBeside
 from .roles.turn_rewards import TURN_REWARDS, turn_sources
 from .rollout import MicroBatch, Rollout
 from .run_state import CriticWarmup, EarlyStop, RunState
@@ -231,6 +234,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_own(optimizers, args)
         check_given(args, given)
+        check_asked_ahead(
+            args.rollout_lag, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
+        )
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
         processing_class = own_tokenizer(processing_class, given, args)
         tokenizer = load_tokenizer(processing_class, given.model, args)
@@ -291,12 +297,16 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         # 3. Set up what one call hands to the next, and the state of a run
         self._scores: Tensor | None = None  # of this rank's last batch, one per response
         self._paid: Tensor | None = None  # of the same, one per token, if a source pays at tokens
+        self._logps_of_correction: Tensor | None = None  # of the same, if GRPO's correction reads them
+        self._scored_beside: Rollout | None = None  # the same as critic and reference have scored it
         self._responses: dict[str, Tensor] = {}  # of the same, the columns of `held_out_responses`
         self._leaves_out = False  # nothing is learned in this micro-batch
         self._steps_by_role = StepsByRole()
         self._steps_alone = 0  # that the critic has taken on this mini-batch
         self._step_end = ""  # a folder with this rank's files of a checkpoint, before a rollout
         self._tokens_at_step_end = 0
+        self._ahead = RolloutsAhead(self.vllm_generation) if args.rollout_lag else None
+        self._rows_ahead: Iterator[list[dict[str, Any]]] | None = None  # of rollouts that are not asked for yet
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -311,6 +321,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._step = 0
         self._has_left_step = False  # a signal has ended the rollout after a step
         self._last_loaded_step = -1  # vLLM has the weights of another run
+        if self._ahead is not None:
+            self._ahead.forget()
+            self._rows_ahead = None
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
             HeldOut(self.args.num_generations_eval),
@@ -499,6 +512,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             return rows
         if not self.model.training:
             return self._collect_held_out(rows)
+        if self._ahead is not None and self._rows_ahead is None:
+            self._rows_ahead = self._read_ahead(len(self._ahead))
         run, step_of_pass = self.run_state, self._step % self.args.steps_per_generation
         if not self.is_amid_rollout:
             run.rollout = self._collect_rollout(rows)
@@ -511,7 +526,12 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     @property
     def is_amid_rollout(self) -> bool:
         """Return whether the next micro-batch is of a rollout that has been learned from before."""
-        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return self._step % self._batches_of_rollout != 0
+
+    @property
+    def _batches_of_rollout(self) -> int:
+        """Return in how many micro-batches a rollout is learned from, over all passes."""
+        return self.args.steps_per_generation * self.num_iterations
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         # 1. Move the KL coefficients by the last rollout
@@ -525,8 +545,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             require_room(rollout, self.args, self._tokenizer)
             self.stop_between_phases()
             # 3. Score them with critic and reference
-            self._score_with_models(rollout)
-            self.stop_between_phases()
+            if rollout.old_values is None:  # else that was done while reward functions were asked
+                self._score_with_models(rollout)
+                self.stop_between_phases()
             self._check_reference(rollout)
             # 4. Estimate per-token rewards, advantages and returns
             total, of_critic = estimate_returns(
@@ -542,11 +563,49 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._log_speed(rollout)
         return rollout
 
-    def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
+    def _read_ahead(self, num_asked: int) -> Iterator[list[dict[str, Any]]]:
+        """Return an iterator over the rows of the rollouts to come, without the first `num_asked`."""
+        with torch.random.fork_rng(devices=[]):
+            loader, step = self.get_train_dataloader(), self.state.global_step
+        of_epoch = self.state.max_steps
+        if has_length(loader):
+            of_epoch = max(1, math.ceil(len(loader) / self.args.gradient_accumulation_steps))
+        skipped = 0 if self.args.ignore_data_skip else step % of_epoch * self.args.gradient_accumulation_steps
+        begun = self._step % self._batches_of_rollout
+        rows = rows_ahead(loader, step // of_epoch, skipped, begun, self._batches_of_rollout)
+        return islice(rows, num_asked, None)
+
+    def _ask_ahead(self, ahead: RolloutsAhead) -> int:
+        """
+        Send the server its weights, once it generates nothing, and ask for the rollouts up to the one that is due in
+        `rollout_lag` rollouts. Return how many rollouts there were before this one.
+        """
+        due = self._step // self._batches_of_rollout
+        left = math.ceil(self.state.max_steps / (self.args.optimizer_steps_per_rollout)) - due
+        ahead.wait()
+        if self._last_loaded_step != self.state.global_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        while len(ahead) < min(self.args.rollout_lag + 1, left):
+            assert self._rows_ahead is not None
+            rows = next_rows(self._rows_ahead)
+            if rows is None:
+                break
+            ids, *_ = self._tokenize_prompts([row["prompt"] for row in self._with_prompts(rows)])
+            ask = partial(self.vllm_generation.generate, ids, images=None, num_generations=self.num_generations)
+            ahead.ask(due, ask)
+        return due
+
+    def _with_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows with their prompts in the column `prompt`."""
         if is_tokenised(rows[0]):
-            rows = with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator, self._pad_of_prompts)
-        elif self.prompt_collator is not None:
+            return with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator, self._pad_of_prompts)
+        if self.prompt_collator is not None:
             raise ValueError(NO_IDS_TO_COLLATE.format(name="the stream", columns=list(rows[0])))
+        return rows
+
+    def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
+        rows = self._with_prompts(rows)
         batch = super()._generate_and_score_completions(rows)
         # GRPO's statistics over groups of one mean nothing.
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -559,6 +618,12 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             rollout.sampling_logps = batch["sampling_per_token_logps"]
             if not self.args.reads_old_policy:
                 rollout.old_logps = rollout.sampling_logps
+        scored, self._scored_beside = self._scored_beside, None
+        if scored is not None:
+            rollout.old_values, rollout.ref_logps = scored.old_values, scored.ref_logps
+            rollout.ref_states = scored.ref_states
+            if rollout.old_logps is None:
+                rollout.old_logps = scored.old_logps
         return rollout
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
@@ -590,9 +655,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self._only_what_counts(),
             naming_the_actor(self.state.global_step),
         ):
-            prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = super()._generate(
-                prompts
-            )
+            generated = self._take(partial(super()._generate, prompts))
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = generated
         if self.model.training:
             self.stop_between_phases()
         self._tool_mask = tool_mask
@@ -601,6 +665,22 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         # Extra fields are passed to the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
+
+    def _take(self, generate: Callable[[], tuple]) -> tuple:
+        """Return what `generate` returns, of a rollout that the server was asked for before, if it has been."""
+        ahead = self._ahead if self.model.training else None
+        if ahead is None:
+            return generate()
+        due = self._ask_ahead(ahead)
+        if not len(ahead):  # rows without an end of their own, which a second reading does not have
+            return generate()
+        generated, lag = ahead.take(due, generate)
+        metrics = self._metrics["train"]
+        metrics["sampling/rollout_lag"].append(float(lag))
+        if self.accelerator.is_main_process:
+            for name, seconds in ahead.pop_seconds().items():
+                metrics[f"time/{name}"].append(seconds)
+        return generated
 
     def _own_distribution(self) -> AbstractContextManager[None]:
         """Sample from the distribution that is scored, whatever options came with the actor; vLLM gets every one."""
@@ -634,14 +714,27 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     ) -> Tensor:
         """Return GRPO's rewards (all samples, sources); keep this rank's weighted sums, NaN if no source applies."""
         sources = list(self.reward_funcs)
-        self.reward_funcs[:] = [self._text_scorers.get(id(source), source) for source in sources]
+        is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in sources]
+        functions = {i: source for i, source in enumerate(sources) if not is_model[i]}
+        calculate = partial(super()._calculate_rewards, inputs, prompts, completions, completion_ids_list)
+        asked = [self._text_scorers.get(id(source), source) for source in sources]
+        beside = None
         try:
+            if functions and self._ahead is not None and self.model.training:
+                beside = RewardsBeside(functions, getattr(self, "async_loop", None))
+                self.reward_funcs[:] = beside.asking(sources)
+                calculate()
+                beside.start()
+                self._score_beside([row["prompt_ids"] for row in inputs], completion_ids_list)
+                asked = beside.answering(asked)
+            self.reward_funcs[:] = asked
             with self.phases.part("score: reward"), self._reward_weights.on_device():
-                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+                rewards = calculate()
         finally:
             self.reward_funcs[:] = sources
+        if beside is not None and self.accelerator.is_main_process:
+            self._metrics["train"]["time/reward_wait"].append(beside.waited)
         start = self.accelerator.process_index * len(prompts)
-        is_model = [isinstance(source, nn.Module) or token_scorer(source) is not None for source in self.reward_funcs]
         samples = list(zip(prompts, completions, strict=True))
         require_finite_rewards(rewards, is_model, self.reward_func_names, samples, start, self.state.global_step)
         own = slice(start, start + len(prompts))
@@ -650,6 +743,29 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         for name, column in zip(self.reward_func_names, rewards.unbind(1), strict=True):
             self._responses[f"rewards/{name}"] = column[own]
         return rewards
+
+    def _score_beside(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+        """Score a rollout with critic and reference while its rewards are on their way, in GRPO's tensors."""
+        batch: dict[str, Tensor] = {}
+        for name, rows, side in (("prompt", prompt_ids, "left"), ("completion", completion_ids, "right")):
+            ids = [torch.tensor(row) for row in rows]
+            how: dict[str, Any] = {"padding_side": side, "pad_to_multiple_of": self.pad_to_multiple_of}
+            padded = _trl.pad(ids, padding_value=self._tokenizer.pad_token_id, **how)
+            mask = _trl.pad([torch.ones_like(row) for row in ids], padding_value=0, **how)
+            batch |= {f"{name}_ids": padded, f"{name}_mask": mask}
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        if self.mask_truncated_completions:
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            kept = torch.tensor([row[-1] in ends for row in completion_ids], device=self.accelerator.device)
+            batch["completion_mask"] = batch["completion_mask"] * kept.unsqueeze(1).int()
+        no_scores = torch.zeros(len(completion_ids), device=self.accelerator.device)
+        rollout = Rollout.from_grpo(batch, no_scores, self.eos_token_ids)
+        rollout.old_logps = self._logps_of_correction
+        if self.args.policy_objective == "mask" and not self.args.reads_old_policy:
+            rollout.old_logps = torch.zeros(rollout.mask.shape, device=rollout.mask.device)  # what vLLM gave stands in
+        require_room(rollout, self.args, self._tokenizer)
+        self._score_with_models(rollout)
+        self._scored_beside = rollout
 
     def _pay_tokens(self, rewards: Tensor, completion_ids: list[Any]) -> Tensor | None:
         """Return this rank's rewards by token, `None` if every source gave scores alone."""
@@ -677,7 +793,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             return None, None, None
         ids, attended = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:].bool()
         rollout = Rollout.from_ids(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep], ids, attended)
-        return self._read(model, rollout, ("log_probs",)).log_probs, None, None
+        self._logps_of_correction = self._read(model, rollout, ("log_probs",)).log_probs
+        return self._logps_of_correction, None, None
 
     # ---- 2. Score it ----
 

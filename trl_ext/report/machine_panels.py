@@ -49,11 +49,33 @@ def memory(runs: Runs) -> Chart:
     return Chart("GiB at most", curves, bottom=0)
 
 
+IDLE = {
+    "server idle": "time/server_idle",
+    "waits for server": "time/server_wait",
+    "waits for rewards": "time/reward_wait",
+}
+
+
+def idle(runs: Runs) -> Chart:
+    """Show the seconds of a rollout in which one of its machines has nothing to do, with `rollout_lag`."""
+    (run,) = runs
+    curves = zip(IDLE.items(), PHASES.values(), strict=False)
+    found = [Curve(label, series(run.log, key), colour, run.name) for (label, key), colour in curves]
+    return Chart("seconds idle per rollout", [curve for curve in found if curve.points[1]], bottom=0)
+
+
 TIME = Panel(
     "Time by phase",
     (seconds,),
     ("time/generate",),
     "Healthy: shares that stay the same. Generating grows with the length of the responses.",
+    per_run=True,
+)
+IDLE_TIME = Panel(
+    "Idle time",
+    (idle,),
+    ("time/server_idle",),
+    "Healthy: one of server and trainer is hardly ever idle: it is the slower one, and sets the pace.",
     per_run=True,
 )
 THROUGHPUT = Panel(

@@ -6,7 +6,7 @@ from ..ppo.terms import TERMS
 from ..runs.log import Log, Series, reference_kl, scores, series
 from .chart import Band, Chart, Curve
 from .drawing import OF_RUNS
-from .machine_panels import MEMORY, THROUGHPUT, TIME, stacked
+from .machine_panels import IDLE_TIME, MEMORY, THROUGHPUT, TIME, stacked
 from .panel import LEARNING, Panel, Runs, by_name, lines, spread
 from .run import Run
 
@@ -190,6 +190,7 @@ POLICY = (
         at_least=4,  # the mean and the std of two sources
     ),
     TIME,
+    IDLE_TIME,
     THROUGHPUT,
     MEMORY,
     LEARNING,

@@ -82,7 +82,7 @@ async def _tried(
     pause = FIRST_PAUSE
     for number in range(1, retries + 2):
         logged: list[tuple[Callable, tuple, dict]] = []
-        watched = {key: functools.partial(_note, logged, inputs[key]) for key in CALLED if key in inputs}
+        watched = {key: functools.partial(noted, logged, inputs[key]) for key in CALLED if key in inputs}
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
@@ -104,7 +104,8 @@ async def _tried(
     raise AssertionError  # the last try has returned or raised
 
 
-def _note(logged: list[tuple[Callable, tuple, dict]], function: Callable, *args: Any, **kwargs: Any) -> None:
+def noted(logged: list[tuple[Callable, tuple, dict]], function: Callable, *args: Any, **kwargs: Any) -> None:
+    """Note a call of `log_extra` or `log_metric`, to be made later."""
     logged.append((function, args, kwargs))
 
 

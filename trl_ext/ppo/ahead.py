@@ -1,0 +1,252 @@
+"""
+Ask a vLLM server for rollouts before they are due, with `rollout_lag`: it generates while the ones before are scored
+and learned from. The rows of a rollout are known before the Trainer hands them out by a second reading of the data.
+
+Only the request itself runs in another thread, on the main process. All else, and every collective, stays where TRL
+has it: the prompts are gathered and the answers are broadcast by its own code, around `vllm_client.generate`.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, count, islice
+from typing import Any
+
+import torch
+from transformers.trainer_utils import has_length
+
+
+logger = logging.getLogger(__name__)
+
+Rows = list[dict[str, Any]]
+KEPT = ("version", "request", "answer")  # of a rollout in a checkpoint
+NOTHING: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+
+
+class Asked:
+    """
+    A rollout that the server has been asked for.
+
+    Attributes:
+        version: the rollout before which the weights were sent that it is sampled with, counted from 0.
+        request, answer: the arguments of TRL's `vllm_client.generate` and what it returned, on the main process.
+        error: what it raised.
+        done: set once there is an answer or an error.
+        is_restored: whether it comes from a checkpoint.
+    """
+
+    def __init__(self, version: int, is_restored: bool = False):
+        self.version, self.is_restored = version, is_restored
+        self.request: dict[str, Any] = {}
+        self.answer: dict[str, Any] | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+
+class RolloutsAhead:
+    """
+    The rollouts that a server has been asked for and that are not learned from yet, in order. Every process counts
+    them; the main one has the requests and the answers.
+
+    Args:
+        vllm_generation: TRL's, whose client is asked through this, and whose weights are sent while the server
+            generates nothing.
+    """
+
+    def __init__(self, vllm_generation: Any):
+        self._queue: deque[Asked] = deque()
+        self._adds: Asked | None = None  # the request that TRL is about to make is for this rollout
+        self._due: int | None = None  # it is for the rollout that is due, the server's weights being of this version
+        self._last: Asked | None = None  # the one sent last
+        self._waited = self._busy = 0.0
+        self._since = time.perf_counter()
+        client = getattr(vllm_generation, "vllm_client", None)  # the main process has one
+        if client is not None:
+            self._generate, client.generate = client.generate, self._answer
+        send = vllm_generation.sync_weights
+
+        def send_when_idle() -> None:
+            self.wait()
+            send()
+
+        vllm_generation.sync_weights = send_when_idle
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    # ---- Ask ----
+
+    def ask(self, version: int, generate: Callable[[], Any]) -> None:
+        """Ask for the next rollout, by what `generate` asks; `version` is that of the server's weights."""
+        self._adds = Asked(version)
+        try:
+            generate()
+            self._queue.append(self._adds)
+        finally:
+            self._adds = None
+
+    def take(self, version: int, generate: Callable[[], Any]) -> tuple[Any, int]:
+        """
+        Return what `generate` makes of the first rollout of the queue, which is due, and by how many versions its
+        weights are older than the server's, of this `version`.
+        """
+        due, self._due = self._queue[0], version
+        try:
+            return generate(), version - due.version
+        finally:
+            self._due = None
+            self._queue.popleft()
+
+    def wait(self) -> None:
+        """Wait until the server generates nothing; raise what it has answered with."""
+        if self._last is not None:
+            self._finish(self._last)
+
+    def forget(self) -> None:
+        """Wait until the server generates nothing, and drop what it has been asked for."""
+        if self._last is not None:
+            self._last.done.wait()
+        self._queue.clear()
+        self._last = None
+        self.pop_seconds()
+
+    def pop_seconds(self) -> dict[str, float]:
+        """
+        Return the seconds since the last call in which the main process waited for the server, and those in which the
+        server generated nothing of a training rollout.
+        """
+        now = time.perf_counter()
+        seconds = {"server_wait": self._waited, "server_idle": max(0.0, now - self._since - self._busy)}
+        self._waited, self._busy, self._since = 0.0, 0.0, now
+        return seconds
+
+    def _finish(self, asked: Asked) -> None:
+        start = time.perf_counter()
+        asked.done.wait()
+        self._waited += time.perf_counter() - start
+        if asked.error is not None:
+            raise asked.error
+
+    def _answer(self, **request: Any) -> dict[str, Any]:
+        """Stand in for TRL's `vllm_client.generate`, on the main process."""
+        if self._adds is not None:
+            self._send(self._adds, request)
+            return NOTHING
+        if self._due is not None:
+            due = self._queue[0]
+            if due.request == request:
+                self._finish(due)
+                if due.answer is not None:
+                    return due.answer
+            self._say_why(due, request)
+            due.version = self._due
+        self.wait()
+        return self._generate(**request)
+
+    def _send(self, asked: Asked, request: dict[str, Any]) -> None:
+        before, self._last, asked.request = self._last, asked, request
+
+        def run() -> None:
+            if before is not None:
+                before.done.wait()
+            start = time.perf_counter()
+            try:
+                asked.answer = self._generate(**request)
+            except BaseException as error:
+                asked.error = error
+            self._busy += time.perf_counter() - start
+            asked.done.set()
+
+        threading.Thread(target=run, daemon=True).start()  # it may not hold up the end of the program
+
+    @staticmethod
+    def _say_why(due: Asked, request: dict[str, Any]) -> None:
+        """Raise `ValueError` if the rows of a rollout were others when they were read ahead; else warn."""
+        others = sorted(name for name in request if due.request.get(name) != request[name])
+        if others == ["prompts"] and not due.is_restored:
+            raise ValueError(
+                "The prompts of a rollout are not those that vLLM was asked for before: the dataset gives other rows "
+                "when it is read a second time, as `rollout_lag` does. Make it give the same ones in the same order, "
+                "or set `rollout_lag=0`."
+            )
+        why = f"it was asked for with other {', '.join(others)}" if others else "the server had not answered"
+        logger.warning("A rollout that was asked for ahead is sampled again, with the current weights: %s.", why)
+
+    # ---- Save ----
+
+    def state_dict(self) -> str:
+        """Return the queue as JSON, once the server has answered; what it has failed at is asked for again."""
+        if self._last is not None:
+            self._last.done.wait()
+        return json.dumps([{name: getattr(each, name) for name in KEPT} for each in self._queue])
+
+    def load_state_dict(self, state: str) -> None:
+        """Go on from a checkpoint."""
+        for kept in json.loads(state):
+            asked = Asked(kept["version"], is_restored=True)
+            asked.request, asked.answer = kept["request"], kept["answer"]
+            asked.done.set()
+            self._queue.append(asked)
+
+
+def check_asked_ahead(lag: int, **given: Any) -> None:
+    """Raise `ValueError` for a `rollout_lag` beside what samples in a dialogue, by the trainer's arguments."""
+    refused = [name for name, value in given.items() if value]
+    if lag and refused:
+        raise ValueError(
+            f"`rollout_lag={lag}` asks the server for whole rollouts ahead, and `{refused[0]}` takes part while one "
+            "is sampled. Leave `rollout_lag` at 0."
+        )
+
+
+def rows_ahead(loader: Any, epoch: int, skipped: int, begun: int, every: int) -> Iterator[Rows]:
+    """
+    Yield this process's rows of each rollout that the Trainer has not begun, over all epochs to come.
+
+    Args:
+        loader: a data loader for this reading alone. It is not iterated itself: an iterator of accelerate's tells the
+            Trainer where the data ends, and one of torch's draws a random number.
+        epoch: the Trainer's, from 0.
+        skipped: batches of this epoch that it has passed over.
+        begun: batches that it has had of the rollout that is being learned from; 0 between two rollouts.
+        every: batches in which it hands out the rows of a rollout, each with all of them.
+    """
+    first = islice(_batches(loader, epoch), skipped, None)
+    batches = chain(first, chain.from_iterable(_later_epochs(loader, epoch + 1)))
+    for read in islice(batches, -begun % every, None, every):
+        yield read()
+
+
+def _later_epochs(loader: Any, first: int) -> Iterator[Iterator[Callable[[], Rows]]]:
+    for epoch in count(first):
+        batches = _batches(loader, epoch)
+        one = next(batches, None)
+        if one is None:
+            return
+        yield chain([one], batches)
+
+
+def _batches(loader: Any, epoch: int) -> Iterator[Callable[[], Rows]]:
+    """Yield, for each batch of an epoch, what reads its rows."""
+    loader.set_epoch(epoch)
+    if has_length(loader.dataset):
+        for indices in loader.batch_sampler:
+            yield partial(_read, loader, indices)
+        return
+    stream = iter(loader.dataset)
+    while len(rows := list(islice(stream, loader.batch_size))) == loader.batch_size:
+        yield partial(loader.collate_fn, rows)
+
+
+def _read(loader: Any, indices: list[int]) -> Rows:
+    return loader.collate_fn([loader.dataset[index] for index in indices])
+
+
+def next_rows(rows: Iterator[Rows]) -> Rows | None:
+    """Return the rows of the next rollout, `None` after the last; what a dataset draws changes no random number."""
+    with torch.random.fork_rng(devices=[]):
+        return next(rows, None)
