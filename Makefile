@@ -25,7 +25,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell echo $(VLLM) | cat - pyproject.tom
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test test-newest test-vllm check proof measure parity families gpu docs format wheel clean
+.PHONY: help setup demo test test-newest test-vllm check proof measure parity families gpu notebooks docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -98,6 +98,9 @@ families: $(STAMP) ## prove every model family of transformers, write docs/famil
 
 gpu: $(STAMP) ## run the tests that need a CUDA device
 	TRL_EXT_GPU=1 $(PYTEST) -m gpu $(ARGS)
+
+notebooks: $(STAMP) ## run the notebooks of docs/notebooks and store what they show; a quarter of an hour, by hand
+	$(RUN) tests/helpers/record_notebooks.py
 
 docs: $(STAMP) ## build the documentation site into build/docs; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -b html docs build/docs

@@ -174,6 +174,10 @@ def test_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs")]
     build = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
+    for notebook in ("dpo", "ppo"):
+        shown = read(tmp_path / "notebooks" / f"{notebook}.html")
+        assert shown.count('class="cell_output') >= 3
+        assert re.search(r'<img [^>]*src="\.\./_images/', shown)
     # The buttons that copy a command work without a network.
     landing = read(tmp_path / "index.html")
     assert re.findall(r'<script src="([^"]*copybutton[^"]*|[^"]*clipboard[^"]*)"', landing)

@@ -3,6 +3,8 @@ Every fenced command, Python block and notebook of the documentation runs, page 
 folder, on narrow models and made-up ratings, each run cut short by flags behind its own or by `SHORTER`.
 """
 
+import ast
+import base64
 import json
 import math
 import random
@@ -20,6 +22,7 @@ import commands
 import dpo_runs
 import four_roles
 import tiny
+from page_steps import ROOT, digest, steps
 from ppo_runs import ppo_config
 from run_logs import PPO_LOG, png_size, run_folder
 from trl_ext.data import demo
@@ -28,7 +31,6 @@ from trl_ext.ppo.config import PPOLoopConfig
 
 # Of TRL, transformers and torch themselves, on the way through whole scripts.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
-ROOT = Path(__file__).parents[2]
 
 # What is not run here, and why not.
 ELSEWHERE = {
@@ -116,14 +118,13 @@ SHORTER = {
     "path/to/reward-adapter": "my-reward-adapter",
     "total_episodes=128": "total_episodes=4",
     "total_episodes=10_000": "total_episodes=4",
-    "total_episodes=896": "total_episodes=8",
+    "total_episodes=192": "total_episodes=8",
     "per_device_train_batch_size=16": "per_device_train_batch_size=4",
-    "gradient_accumulation_steps=4": "gradient_accumulation_steps=1",
     "response_length=12": "response_length=3",
     "train_size=64, test_size=32": "train_size=8, test_size=4",
-    "train_size=640, test_size=256": "train_size=8, test_size=4",
-    "train_size=192, test_size=128": "train_size=8, test_size=4",
-    "test_size=192": "test_size=4",
+    "train_size=192, test_size=96": "train_size=8, test_size=4",
+    "train_size=96, test_size=48": "train_size=8, test_size=4",
+    "test_size=48)": "test_size=4)",
     'DPOConfig("outputs/trl-dpo", ': f'DPOConfig("outputs/trl-dpo", bf16=False, {TWO_STEPS}, ',
     'GRPOConfig("outputs/grpo", beta=0.04': 'GRPOConfig("outputs/grpo", beta=0.04, num_generations=2, bf16=False, '
     f"max_completion_length=4, {TWO_STEPS}",
@@ -145,20 +146,6 @@ GIVEN = {
 
 def pages():
     return ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-
-
-def steps(page):
-    """(language, text) of every fenced command and Python block, or of every cell, in order."""
-    text = (ROOT / page).read_text()
-    if page.endswith(".ipynb"):
-        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-        yield from (("python", "".join(cell["source"])) for cell in cells)
-    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        if language == "python":
-            yield language, block
-        else:
-            lines = (line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines())
-            yield from (("bash", line) for line in lines if line)
 
 
 NOTEBOOKS = ["docs/notebooks/dpo.ipynb", "docs/notebooks/ppo.ipynb"]
@@ -221,8 +208,11 @@ def done():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs_from_top_to_bottom(workplace, done, page, request, monkeypatch, capsys):
-    shown = []  # in a notebook
-    display = SimpleNamespace(Image=lambda path: shown.append(Path(path).stat().st_size), Markdown=shown.append)
+    shown = []  # in a notebook, by cell
+    display = SimpleNamespace(
+        Image=lambda path: {"image/png": base64.b64encode(Path(path).read_bytes()).decode()},
+        Markdown=lambda text: {"text/markdown": text},
+    )
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     if page not in {"docs/report.md", *NOTEBOOKS}:  # which show the picture
         request.getfixturevalue("undrawn")
@@ -231,7 +221,8 @@ def test_page_runs_from_top_to_bottom(workplace, done, page, request, monkeypatc
         if language == "python":
             for long, short in SHORTER.items():
                 text = text.replace(long, short)
-            exec(compile(text, page, "exec"), names)
+            value = run_cell(text, page, names)
+            shown += [value if isinstance(value, dict) and {*value} & {*KINDS} else {"text/plain": repr(value)}]
             if "trainer.train()" in text:
                 assert names["trainer"].state.global_step > 0
         elif text not in done | ELSEWHERE.keys() and page != "docs/report.md":  # whose commands follow below
@@ -240,7 +231,7 @@ def test_page_runs_from_top_to_bottom(workplace, done, page, request, monkeypatc
     printed = capsys.readouterr().out
     check = CHECKS.get(page)
     if check:
-        check(names=names, folder=workplace, shown=shown, printed=printed)
+        check(page=page, names=names, folder=workplace, shown=shown, printed=printed)
 
 
 # What a page has left, beyond a run without an error
@@ -273,10 +264,47 @@ def tutorial(names, folder, **_):
     assert "| accuracy, gap above 2 |" in (folder / "outputs/dpo/table.md").read_text()
 
 
-def notebook(names, shown, **_):
-    table, picture = shown
-    assert picture > 10_000
-    assert len(table.splitlines()) > 4
+def run_cell(text, page, names):
+    """The value of its last expression, or `None`."""
+    *first, last = ast.parse(text).body
+    if not isinstance(last, ast.Expr):
+        first, last = [*first, last], None
+    exec(compile(ast.Module(first, []), page, "exec"), names)
+    return last and eval(compile(ast.Expression(last.value), page, "eval"), names)
+
+
+def form(value):
+    """Of a value its types, keys and lengths, without what it says."""
+    if isinstance(value, dict):
+        return {key: form(one) for key, one in value.items()}
+    return [form(one) for one in value] if isinstance(value, list | tuple) else type(value)
+
+
+def columns(table):
+    """The head of a Markdown table; and its first column, unless prompts stand there."""
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    return head, [] if head[0] == "prompt" else [row[0] for row in rows]
+
+
+KINDS = {  # how what a cell shows is compared: what it says depends on the model
+    "image/png": lambda picture: base64.b64decode(picture)[:8],
+    "text/markdown": columns,
+    "text/plain": lambda text: form(ast.literal_eval(text)),
+}
+
+
+def kinds(output):
+    return {kind: read(output[kind]) for kind, read in KINDS.items() if kind in output}
+
+
+def stored_outputs(page):
+    cells = [cell for cell in json.loads((ROOT / page).read_text())["cells"] if cell["cell_type"] == "code"]
+    return [{kind: "".join(text) for each in cell["outputs"] for kind, text in each["data"].items()} for cell in cells]
+
+
+def notebook(page, names, shown, **_):
+    """What the cells show here is of the kind that is stored with them."""
+    assert list(map(kinds, shown)) == [kinds(output or {"text/plain": "None"}) for output in stored_outputs(page)]
     after = names["after"]
     assert after["eval_preference/pairs"] == 4 if "eval_preference/pairs" in after else "eval_reward/rise" in after
     assert all(math.isfinite(value) for value in after.values())
@@ -374,12 +402,24 @@ def test_commands_of_a_page_of_measurements_run_elsewhere(page):
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
-def test_notebook_is_stored_without_outputs(page):
-    """Measured figures are on the demo's page."""
-    stored = json.loads((ROOT / page).read_text())
+def test_notebook_is_stored_with_the_outputs_of_its_cells(page):
+    """`make notebooks` has run these very cells, and has left out paths and times."""
+    text = (ROOT / page).read_text()
+    stored = json.loads(text)
     assert (stored["nbformat"], stored["nbformat_minor"]) == (4, 5)
-    assert all(re.fullmatch(r"[\w-]+", cell["id"]) for cell in stored["cells"])
-    assert not any(cell.get("outputs") for cell in stored["cells"])
+    assert stored["metadata"]["sources"] == digest([source for _, source in steps(page)]), "run `make notebooks`"
+    assert len(text) < 600_000
+    shown = [kind for output in stored_outputs(page) for kind in output]
+    assert {"image/png", "text/markdown", "text/plain"} <= set(shown)
+    assert not re.search(r"/(?:home|root|tmp|usr|work)/", re.sub(r'"image/png": ".*?"', "", text))
+
+
+def test_control_another_output_is_noticed():
+    table = "| held-out pairs | before |\n|---|---|\n| pairs | 4 |"
+    assert kinds({"text/markdown": table}) == kinds({"text/markdown": table.replace("4", "128")})
+    assert kinds({"text/markdown": table}) != kinds({"text/markdown": table.replace("| pairs |", "| triples |")})
+    assert kinds({"text/plain": "(0.1, 0.2)"}) == kinds({"text/plain": "(0.3,\n 4.0)"}) != kinds({"text/plain": "0.1"})
+    assert kinds({"text/plain": "{'a': 'x'}"}) != kinds({"text/plain": "{'b': 'x'}"})
 
 
 def test_every_shortening_and_every_exception_is_used():
