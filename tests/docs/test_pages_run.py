@@ -123,7 +123,6 @@ SHORTER = {
     "response_length=12": "response_length=3",
     "train_size=64, test_size=32": "train_size=8, test_size=4",
     "train_size=192, test_size=96": "train_size=8, test_size=4",
-    "train_size=96, test_size=48": "train_size=8, test_size=4",
     "test_size=48)": "test_size=4)",
     'DPOConfig("outputs/trl-dpo", ': f'DPOConfig("outputs/trl-dpo", bf16=False, {TWO_STEPS}, ',
     'GRPOConfig("outputs/grpo", beta=0.04': 'GRPOConfig("outputs/grpo", beta=0.04, num_generations=2, bf16=False, '
