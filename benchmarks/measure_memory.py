@@ -23,6 +23,9 @@ from measure_memory_setup import RUNS, TINY, save_models
 from trl_ext.planner import CPU, ModelNames, Plan, layout_from_options, plan
 
 
+ROOT = Path(__file__).resolve().parents[1]
+# Under it accelerate shards on CPUs too, where it would run DDP.
+ON_CPU = ROOT / "tests" / "helpers" / "two_processes.py"
 WORKER = Path(__file__).with_name("measure_memory_worker.py")
 GB = 1e9
 # glibc is to give every freed tensor back at once.
@@ -54,6 +57,7 @@ def measured(run: dict[str, Any], folder: Path, as_it_is: bool = False) -> dict[
     run["tiny"] = small
     environment = os.environ | ({} if as_it_is else PROMPT_ALLOCATOR) | {"PYTHONWARNINGS": "ignore"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run["processes"])]
+    launcher += [str(ON_CPU)] if "fsdp" in run["options"] else []
     command = [sys.executable, *(launcher if run["processes"] > 1 else []), str(WORKER), json.dumps(run)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads(Path(run["result"]).read_text())["phases"]

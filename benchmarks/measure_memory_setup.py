@@ -42,6 +42,13 @@ def job(
     return run | {"use_peft": bool(peft), "load_in_4bit": peft == "qlora", "rank": 16, "processes": processes}
 
 
+# configs/accelerate/fsdp2.yaml, as options.
+FSDP = {
+    "processes": 2,
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"},
+}
+
 RUNS = {
     "ppo-model": job("ppo", DEEP, (4, 1), (64, 64)),
     "ppo-model-long": job("ppo", DEEP, (8, 1), (192, 128)),
@@ -62,6 +69,8 @@ RUNS = {
     "dpo-wide": job("dpo", WIDE, (4, 1), (64, 64)),
     "reward-full": job("reward", DEEP, (4, 1), (256, 64)),
     "reward-lora": job("reward", DEEP, (4, 2), (256, 64), "lora", gradient_checkpointing=True),
+    "fsdp-ppo-model": job("ppo", DEEP, (4, 1), (64, 64), **FSDP),
+    "fsdp-dpo-lora": job("dpo", DEEP, (2, 1), (128, 64), "lora", **FSDP),
     "tiny": job("ppo", TINY, (2, 1), (8, 4)),
 }
 

@@ -2,7 +2,8 @@
 Three steps of PPO and of DPO under each of several layouts, in two processes, and what they measure.
 
 A layout is {"environment": what its launcher sets, "options": of the trainers' configs, "adapter": LoRA or not,
-"only": "ppo" or "dpo" or null}. The models are read from, and the trained ones saved to, the folder.
+"only": "ppo" or "dpo" or null, "ppo" and "dpo": more options of one of them}. The models are read from, and the
+trained ones saved to, the folder.
 """
 
 from pathlib import Path
@@ -14,11 +15,13 @@ from accelerate.state import GradientState
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+import dpo_runs
 import ppo_runs
 import tiny
 import zero_runs
 
 
+HELD_OUT = {"ppo": lambda: tiny.tiny_prompts(4, seed=1), "dpo": lambda: dpo_runs.tiny_pairs(4, seed=1)}
 OPTIONS = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 WITHOUT_KL = ("ddp.yaml", "zero2.json", "zero3.yaml")  # the layouts that are also built without a reference
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -27,21 +30,26 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type"
 def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Trains, saves to `folder / name / algorithm`, and measures."""
     start, output = zero_runs.KeepStart(), folder / name / algorithm
+    held = zero_runs.KeepHeld(start)
     models: dict[str, Any] = {"callbacks": [start]}
-    if "eval_strategy" in layout["options"]:
-        models["eval_dataset"] = tiny.tiny_prompts(4, seed=1)
+    options = OPTIONS | layout["options"] | layout.get(algorithm, {})
+    if "eval_strategy" in options:
+        models["eval_dataset"] = HELD_OUT[algorithm]()
     if layout.get("adapter"):
         models["peft_config"] = LoraConfig(**LORA)
     if layout.get("quantized"):  # NF4 on a CPU needs such widths
         models |= {"model": str(folder / "wide"), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     with zero_runs.launched(layout["environment"]):
-        trainer = zero_runs.BUILD[algorithm](folder, output, models, **(OPTIONS | layout["options"]))
+        trainer = zero_runs.BUILD[algorithm](folder, output, models, **options)
         measured = {"reference": trainer.ref_model is not None}
+        if trainer.is_fsdp_enabled:
+            watch_memory(trainer, held)
         passes = ppo_runs.returned_by(trainer, "_compute_loss")
-        if layout["options"].keys() >= {"critic_steps", "deepspeed"}:
+        if options.keys() >= {"critic_steps", "deepspeed"}:
             measured["moved by the critic's steps"] = watch_critic_steps(trainer)
         trainer.train()
         engine = trainer.model_wrapped
+        measured["held"] = held.moments
         measured["passes"] = len(passes)
         measured |= {"wrapper": type(engine).__name__, "steps": trainer.state.global_step}
         measured["loss"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -76,6 +84,22 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         if algorithm == "ppo" and name in WITHOUT_KL:
             measured["without kl"] = without_reference(folder, output, layout)
     return measured
+
+
+def watch_memory(trainer: Any, held: zero_runs.KeepHeld) -> None:
+    """Has `held` look on while the trainer learns, and while a rollout is sampled."""
+    trainer.add_callback(held)
+    rewards = [source.model for source in getattr(trainer, "reward_funcs", [])]
+    held.frozen = rewards + ([] if trainer.ref_model is None else [trainer.ref_model])
+    if not hasattr(trainer, "_generate_single_turn"):
+        return
+    generate = trainer._generate_single_turn
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        held.moments["generate"] = held.held(trainer.model, trainer.optimizer)
+        return generate(*args, **kwargs)
+
+    trainer._generate_single_turn = watched
 
 
 def step_in_every_pass() -> Any:

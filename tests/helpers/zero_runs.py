@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,64 @@ class KeepStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.weights = full_weights(model)
+
+
+class KeepHeld(TrainerCallback):
+    """
+    The bytes that this process holds of what learns under FSDP2, at each optimizer step and after each micro-batch
+    before it, by what they are, and of the optimizer. "other" are all tensors beside these and the frozen models.
+    """
+
+    def __init__(self, start: KeepStart):
+        self.start = start  # whose copies are not the run's
+        gc.collect()
+        self.before = [each for each in gc.get_objects() if type(each) in TENSORS]  # results of other runs
+        self.moments: dict[str, dict[str, int]] = {}
+        self.frozen: list[nn.Module] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.moments["step"] = self.held(kwargs["model"], kwargs["optimizer"])
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.moments["between"] = self.held(kwargs["model"], kwargs["optimizer"])
+
+    def held(self, model: nn.Module, optimizer: Any = None) -> dict[str, int]:
+        parts: dict[str, list[Any]] = {name: [] for name in ("weights", "gradients", "gathered", "optimizer")}
+        for each in sharded(model):
+            parts["weights"].append(each.sharded_param)
+            parts["gradients"] += [each.sharded_param.grad, each.unsharded_accumulated_grad]
+            if hasattr(each, "_unsharded_param"):
+                parts["gradients"].append(each._unsharded_param.grad)
+            parts["gathered"] += each.all_gather_outputs
+        states = () if optimizer is None else optimizer.state.values()
+        parts["optimizer"] = [tensor for state in states for tensor in state.values() if tensor.dim()]  # not its step
+        known: set[int] = set()
+        held = {name: self._bytes(tensors, known) for name, tensors in parts.items()}
+        self._bytes([*self.start.weights.values(), *self.before], known)
+        for each in (each for model in self.frozen for each in sharded(model)):
+            self._bytes([each.sharded_param, *each.all_gather_outputs], known)
+        gc.collect()
+        return held | {"other": self._bytes([each for each in gc.get_objects() if type(each) in TENSORS], known)}
+
+    def _bytes(self, tensors: Iterable[Any], known: set[int]) -> int:
+        """The bytes of storages that are not `known`; they are from then on."""
+        total = 0
+        for tensor in tensors:
+            if torch.is_tensor(tensor):
+                storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in known:
+                    known.add(storage.data_ptr())
+                    total += storage.nbytes()
+        return total
+
+
+TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def sharded(model: nn.Module) -> list[Any]:
+    """FSDP2's parameters of a model."""
+    groups = {id(m): m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)}
+    return [each for group in groups.values() if group is not None for each in group.fsdp_params]
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -328,12 +328,17 @@ def test_callbacks_find_the_checkpoint_and_reward_models_have_it_too(tmp_path):
     assert looks.faults == [None, None]
 
 
-def test_too_little_space_is_said_before_it_is_needed(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("only_model", [False, True])
+def test_too_little_space_is_said_before_it_is_needed(tmp_path, monkeypatch, caplog, only_model):
+    """Before the first, and after each that another follows; the model alone needs a third of it with AdamW."""
+    trainer = dpo_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2, save_only_model=only_model)
+    weights = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert trainer._size_of_one() == (weights if only_model else 3 * weights)
     space = shutil.disk_usage(tmp_path)._replace(free=1000)
-    trainer = dpo_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: space)
     trainer.train()
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.split(" needs about")[0] for line in said if "needs about" in line] == [
-        *("A checkpoint", "The next checkpoint", "The next checkpoint")
+        "A checkpoint",
+        "The next checkpoint",
     ]

@@ -5,6 +5,7 @@ Left out are the files of several machines, whose processes are those of zero3.y
 zero2.yaml, which the default tests run.
 """
 
+import json
 import math
 from typing import Any
 
@@ -18,6 +19,8 @@ import tiny
 import two_processes
 import zero_runs
 from accelerate_files import ACCELERATE, launch
+from trl_ext.planner import Hardware, Layout, memory, model_shape
+from trl_ext.planner.shapes import adapter_shape
 
 
 # accelerate and DeepSpeed import half of their optional dependencies; torch warns of saved adapters' base models.
@@ -28,6 +31,15 @@ OFFLOADS = {"zero3_offload": (True, True), "ppo_33b_4x80g": (True, True), "dpo_3
 # File in configs/accelerate: the stage that it must give, 0 for none.
 LAUNCHED = {"ddp": 0, "zero3": 3, "zero3_offload": 3, "fsdp2": 0}
 STEPS = layout_worker.OPTIONS["max_steps"]
+# DPO completes held-out prompts after its last step, by weights that differ visibly from the reference's.
+COMPLETES = {
+    "eval_strategy": "steps",
+    "eval_steps": STEPS,
+    "generate_during_eval": True,
+    "num_eval_samples": 3,
+    "eval_max_new_tokens": 5,
+    "learning_rate": 0.1,
+}
 
 
 def layouts() -> dict[str, dict]:
@@ -40,6 +52,8 @@ def layouts() -> dict[str, dict]:
     for name in LAUNCHED:
         environment = launch(ACCELERATE / f"{name}.yaml", "--num_processes", "2").environment
         made[f"{name}.yaml"] = {"environment": environment, "options": {}}
+    made["fsdp2.yaml"] |= {"dpo": COMPLETES}
+    made["fsdp2.yaml, LoRA"] = made["fsdp2.yaml"] | {"adapter": True, "ppo": {"critic": "head"}}
     for name in ("zero2", "zero3"):
         made[f"{name}.json, LoRA"] = made[f"{name}.json"] | {"adapter": True}
     zero3 = made["zero3.json"]
@@ -252,6 +266,67 @@ def test_fsdp_does_not_round_log_probabilities_to_bfloat16(measured):
     run = measured["fsdp2.yaml, best, ppo"]
     assert run["log-probabilities"] == "torch.float32"
     assert {weight.dtype for weight in run["weights"].values()} == {torch.float32}, "of what learns"
+
+
+def planned_of_fsdp(name: str, algorithm: str) -> dict[str, dict[str, float]]:
+    """What `memory` says that a process of two holds of what learns, at the moments that the runs measure."""
+    adapted, config = "LoRA" in name, tiny.tiny_config()
+    actor = model_shape(config)
+    critic = model_shape(config, with_score=True) if algorithm == "ppo" and not adapted else None
+    adapter = adapter_shape(config, 2, layout_worker.LORA["target_modules"]) if adapted else None
+    layout = Layout("ppo", compute="fp32", fsdp=True, accumulation=2, method="lora" if adapted else "full")
+    two = Hardware(gpus=2)
+    learned = [adapter.learned if adapter else actor.learned, *([critic.learned] if critic else [])]
+    bases = [4 * actor.parameters if adapter else 0, 0]
+    states = [memory.trained_states(base, each, 4, layout, two) for base, each in zip(bases, learned, strict=False)]
+    step = {part: sum(getattr(each, part) for each in states) for part in ("weights", "gradients", "optimizer")}
+    whole = sum(memory.accumulated_gradients(each.parameters, layout) for each in learned)
+    planned = {"step": step, "between": step | {"gradients": whole}}
+    if algorithm == "ppo":
+        gathered = memory.gathered_to_generate(actor, adapter, critic, layout)
+        planned["generate"] = step | {"gradients": 0, "gathered": gathered}
+    return planned
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", ["fsdp2.yaml", "fsdp2.yaml, LoRA"])
+def test_process_of_fsdp_holds_what_is_planned(measured, name, algorithm):
+    """Of weights, gradients and states, at a step, between micro-batches and while a rollout is sampled."""
+    held, planned = measured[f"{name}, {algorithm}"]["held"], planned_of_fsdp(name, algorithm)
+    assert held.keys() == planned.keys()
+    row = 4 * (tiny.tiny_config().hidden_size + 1)  # of a value head, of which the first process has all; and a bias
+    for moment, parts in planned.items():
+        for part, expected in parts.items():
+            count = 2 if part == "optimizer" else 1
+            assert held[moment][part] == pytest.approx(expected, rel=0.02, abs=count * row), (moment, part)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
+def test_no_whole_copy_of_what_fsdp_shards_stays(measured, algorithm):
+    """Nothing keeps the weights with which the run was built."""
+    whole = 4 * sum(ACTOR + (CRITIC if algorithm == "ppo" else []))
+    for held in measured[f"fsdp2.yaml, {algorithm}"]["held"].values():
+        assert held["other"] < whole / 4
+
+
+@pytest.mark.parametrize("name", ["fsdp2.yaml", "fsdp2.yaml, LoRA"])
+def test_prompts_that_dpo_completes_under_fsdp_are_completed_by_its_weights(measured, folder, name):
+    """As one process does with the actor that is saved, and with the one from which the run began."""
+    output, tokenizer = folder / name / "dpo", tiny.tiny_tokenizer()
+    models = {role: AutoModelForCausalLM.from_pretrained(folder / "actor") for role in ("actor", "reference")}
+    if "LoRA" in name:
+        models["actor"] = PeftModel.from_pretrained(models["actor"], output)
+    else:
+        models["actor"] = AutoModelForCausalLM.from_pretrained(output)
+    (written,) = (output / "completions").glob("*.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(rows) == COMPLETES["num_eval_samples"]
+    for row in rows:
+        batch = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+        for role, model in models.items():
+            ids = model.generate(**batch, do_sample=False, max_new_tokens=COMPLETES["eval_max_new_tokens"])
+            assert row[role] == tokenizer.decode(ids[0, batch["input_ids"].size(1) :], skip_special_tokens=True)
+    assert any(row["actor"] != row["reference"] for row in rows)
 
 
 def test_reference_of_dpo_is_gone_once_it_is_precomputed(measured):

@@ -91,6 +91,11 @@ class RequireGradients(TrainerCallback):
     ):
         self.role, self.parameters, self.others, self.rests = role, parameters, list(others), rests
         self.has_begun = False
+        self._number = len(parameters)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_fsdp(args.fsdp):  # which has shards in their place: held here they would stay whole in host memory
+            self.parameters, self.others = [], []
 
     def check_graph(self, loss: torch.Tensor) -> None:
         """Raise `ValueError` for a training loss that depends on no trained parameter."""
@@ -108,7 +113,7 @@ class RequireGradients(TrainerCallback):
 
     def _unreached(self) -> str:
         return (
-            f"The loss depends on none of the {self.role}'s {len(self.parameters)} trained parameters, so it would "
+            f"The loss depends on none of the {self.role}'s {self._number} trained parameters, so it would "
             "never learn. Unfreeze what its forward pass reads (`requires_grad_(True)`), or activate the adapter that "
             "is to be trained (`set_adapter`)."
         )

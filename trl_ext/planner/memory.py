@@ -139,10 +139,26 @@ def fsdp_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -
 
 
 def kept_gathered(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Return the bytes that FSDP2 keeps whole between passes: embedding and head, and of frozen models too."""
+    """
+    Return the most bytes that FSDP2 keeps whole beside layers: embedding, head and norms. Between passes a frozen
+    model keeps the head alone.
+    """
     if not layout.fsdp or hardware.gpus == 1:
         return 0.0
-    return compute_bytes(layout) * float(shape.parameters - shape.linear - shape.stacked)
+    return compute_bytes(layout) * float(outside_layers(shape))
+
+
+def outside_layers(shape: ModelShape) -> int:
+    """Return the parameters of a model's embedding, head and norms."""
+    return shape.parameters - shape.linear - shape.stacked
+
+
+def gathered_to_generate(
+    actor: ModelShape, adapter: AdapterShape | None, critic: ModelShape | None, layout: Layout
+) -> float:
+    """Return the bytes that FSDP2 gathers for a rollout: all of the actor, and what of a critic is in no layer."""
+    elements = actor.parameters + (adapter.parameters if adapter else 0) + (outside_layers(critic) if critic else 0)
+    return compute_bytes(layout) * float(elements)
 
 
 def zero_buffers(shapes: list[ModelShape], layout: Layout, hardware: Hardware) -> float:

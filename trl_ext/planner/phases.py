@@ -135,7 +135,8 @@ class _Run:
             whole = memory.weight_bytes(shape, layout)
             gathered = whole if layout.offload_parameters else whole * (1 - 1 / self.hardware.gpus)
         elif layout.fsdp and self.hardware.gpus > 1:  # its share stays beside the whole
-            gathered = memory.compute_bytes(layout) * float(shape.parameters)
+            of_critic = self.models.critic if layout.critic == "model" else None
+            gathered = memory.gathered_to_generate(shape, self.adapter, of_critic, layout) - self.engine
         roles["actor"] += Usage(
             activations=memory.forward_activations(shape, layout.rollout * layout.prompt, layout),
             kv_cache=memory.kv_cache(shape, layout.rollout, layout.length, layout),

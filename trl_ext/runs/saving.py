@@ -255,7 +255,9 @@ class SavesWhole:
     def _size_of_one(self) -> int:
         """Return about how many bytes a checkpoint has: those of the last, or what is known before."""
         last = self._last_complete
-        return _expected_size(self.model) if last is None or not last.is_dir() else size_of(last)
+        if last is None or not last.is_dir():
+            return _expected_size(self.model, self.args.save_only_model)
+        return size_of(last)
 
     # ---- Save ----
 
@@ -296,7 +298,8 @@ class SavesWhole:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
             rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
-            self._warn_of_space(size_of(final), "The next checkpoint")
+            if self.state.global_step < self.state.max_steps:
+                self._warn_of_space(size_of(final), "The next checkpoint")
 
     def _name_best(self, run: Path, staged: Path) -> None:
         """Name the best checkpoint by its place in the run's folder, where the Trainer, just now, did not look."""
@@ -332,9 +335,9 @@ class SavesWhole:
             )
 
 
-def _expected_size(model: Any) -> int:
-    """Return the bytes of a checkpoint as far as they are known before: the weights that are here, and AdamW's two."""
-    parameters = list(model.parameters())
-    saved = [each for each in parameters if each.requires_grad] if is_peft_model(model) else parameters
-    weights = sum(each.numel() * each.element_size() for each in saved)
-    return weights + sum(8 * each.numel() for each in parameters if each.requires_grad)
+def _expected_size(model: Any, only_model: bool) -> int:
+    """Return the bytes of a checkpoint as far as they are known before: weights, and, if it has them, AdamW's two."""
+    sizes = {each: getattr(each, "ds_numel", each.numel()) for each in model.parameters()}  # of ZeRO-3, the whole
+    saved = [each for each in sizes if each.requires_grad] if is_peft_model(model) else sizes
+    weights = sum(sizes[each] * each.element_size() for each in saved)
+    return weights + (0 if only_model else sum(8 * size for each, size in sizes.items() if each.requires_grad))
