@@ -135,6 +135,16 @@ ROWS = [
     Row("declared and chosen end tokens, temperature 2", "server", "ends", None),
     *(
         Row(
+            f"`rollout_lag={lag}`, to the version that sampled; control: to the one that learns",
+            "server",
+            f"rollout_lag={lag}",
+            f"rollout_lag={lag}",
+            reads_control=lambda result: min(result["to the learner"][1:]),
+        )
+        for lag in (1, 2)
+    ),
+    *(
+        Row(
             f"`{name}` of the model's folder; control: left out of the request",
             "server",
             "model, full",

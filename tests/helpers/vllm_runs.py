@@ -121,6 +121,29 @@ class Runs:
         ]
         return {"differences": differences}
 
+    @torch.no_grad()
+    def ahead(self, lag: int) -> Result:
+        """How far rollouts asked ahead are from the policy that sampled them, and from the one that learns."""
+        asks = {"rollout_lag": lag, "policy_objective": "mask", "vllm_importance_sampling_correction": False}
+        trainer = self.trainer(whole(self.paths), **asks, total_episodes=16)
+        result: Result = {"differences": [], "to the learner": []}
+        versions: list[dict[str, torch.Tensor]] = []
+        score = trainer._score_with_models
+
+        def compare(rollout: Any) -> None:
+            versions.append(ppo_runs.snapshot(trainer.model))
+            for name, age in (("differences", lag), ("to the learner", 0)):
+                write(trainer.model, versions[max(0, len(versions) - 1 - age)])
+                logps = trainer._read(trainer.model, rollout, ("log_probs",)).log_probs
+                difference = (logps - rollout.sampling_logps)[rollout.mask].abs().max().item()
+                result[name].append(difference)
+            score(rollout)  # the version that is written last is the one that learns
+
+        trainer._score_with_models = compare
+        with torch.enable_grad():
+            trainer.train()
+        return result | {"lags": ppo_runs.logged(trainer, "sampling/rollout_lag")}
+
     def several(self) -> Result:
         """Two responses to each prompt, three in each of two evaluations."""
         held_out = {"eval_dataset": tiny.tiny_prompts(3, seed=3)}
@@ -253,6 +276,12 @@ class Runs:
         return result
 
 
+@torch.no_grad()
+def write(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
 def leaving_out(name: str, post: Callable[..., Any]) -> Callable[..., Any]:
     """`post` of TRL's client, without one option of the request."""
 
@@ -304,6 +333,8 @@ def server(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], Any]
     yield "resumed", runs.resumed
     yield "several", runs.several
     yield "ends", runs.ends
+    for lag in (1, 2):
+        yield f"rollout_lag={lag}", functools.partial(runs.ahead, lag)
     for name in ("temperature", "top_p", "repetition_penalty"):
         yield f"unstated {name}", functools.partial(runs.unstated, name)
     yield "refused", runs.refused

@@ -112,6 +112,8 @@ def test_ratio_is_to_the_policy_that_sampled(tmp_path, objective):
         trainer._score_with_models = keep
         trainer.train()
 
+    assert logged(trainer, LAG) == [0.0, 1.0, 1.0]
+
     def logps(actor, rollout):
         inputs = rollout.model_inputs()
         inputs.pop("labels")

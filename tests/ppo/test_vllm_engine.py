@@ -143,6 +143,11 @@ def test_runs_go_on_with_their_own_weights(results, group):
     assert len(results[group]["resumed"]["differences"]) == 2
 
 
+def test_rollouts_asked_ahead_are_as_old_as_the_option_says(results):
+    assert results["server"]["rollout_lag=1"]["lags"] == [0, 1, 1, 1]
+    assert results["server"]["rollout_lag=2"]["lags"] == [0, 1, 2, 2]
+
+
 @pytest.mark.parametrize("group", ["colocated", "server"])
 def test_responses_end_where_they_end_without_vllm(results, group):
     for name in ("declared", "chosen"):

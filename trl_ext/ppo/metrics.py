@@ -115,6 +115,7 @@ _MEASURED_UNLESS = {
     "completions/max_terminated_length": ("completions/clipped_ratio", 1.0),
     "tools/failure_frequency": ("tools/call_frequency", 0.0),
 }
+_OF_SAMPLING_LOGPS = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 
 
 def mark_unmeasured(metrics: dict[str, list[float]], has_sampling_logps: bool) -> None:
@@ -127,7 +128,7 @@ def mark_unmeasured(metrics: dict[str, list[float]], has_sampling_logps: bool) -
         if name in metrics and metrics[other][-1] == value:
             metrics[name][-1] = math.nan
     for name in metrics:
-        if name.startswith("sampling/") and not has_sampling_logps:
+        if name.startswith(_OF_SAMPLING_LOGPS) and not has_sampling_logps:
             metrics[name][-1] = math.nan
 
 
