@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 PAD, END, ASK = "<pad>", "<eos>", "="
@@ -26,6 +27,8 @@ VOCABULARY = [PAD, END, ASK, *DIGITS, *KEYS, *IDLE, "get", "[", "]"]
 ID = {word: i for i, word in enumerate(VOCABULARY)}
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODEL |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64}
+# As in trl_ext/models/sampling.py, which is not there in the environment of TRL 1.12.
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 
 Words = list[str]
 Job = dict[str, Any]
@@ -234,9 +237,9 @@ def play(model: Any, task: Task, prompts: Sequence[Words]) -> dict[str, list[lis
     for _ in range(task.limit):
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -read.size(1) :]
         output = model(
-            input_ids=read, attention_mask=real, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=read, attention_mask=real, position_ids=positions, use_cache=True, **{CACHE: cache}
         )
-        cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
+        cache, log_probs = output[CACHE], output.logits[:, -1].float().log_softmax(-1)
         drawn = torch.multinomial(log_probs.exp(), 1).squeeze(1).tolist()
         for i, answer in enumerate(answers):
             if answer and answer[-1] == ID[END]:
