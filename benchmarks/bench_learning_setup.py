@@ -236,9 +236,7 @@ def play(model: Any, task: Task, prompts: Sequence[Words]) -> dict[str, list[lis
     cache = None
     for _ in range(task.limit):
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -read.size(1) :]
-        output = model(
-            input_ids=read, attention_mask=real, position_ids=positions, use_cache=True, **{CACHE: cache}
-        )
+        output = model(input_ids=read, attention_mask=real, position_ids=positions, use_cache=True, **{CACHE: cache})
         cache, log_probs = output[CACHE], output.logits[:, -1].float().log_softmax(-1)
         drawn = torch.multinomial(log_probs.exp(), 1).squeeze(1).tolist()
         for i, answer in enumerate(answers):
