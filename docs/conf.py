@@ -23,6 +23,7 @@ release = version = trl_ext.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 nb_execution_mode = "off"  # notebooks show the outputs that `make notebooks` has stored
+nb_render_markdown_format = "myst"  # with tables
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 default_role = "code"

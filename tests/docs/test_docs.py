@@ -177,6 +177,7 @@ def test_site_builds_without_a_warning(tmp_path):
     for notebook in ("dpo", "ppo"):
         shown = read(tmp_path / "notebooks" / f"{notebook}.html")
         assert shown.count('class="cell_output') >= 3
+        assert "<table" in shown
         assert re.search(r'<img [^>]*src="\.\./_images/', shown)
     # The buttons that copy a command work without a network.
     landing = read(tmp_path / "index.html")
