@@ -115,7 +115,10 @@ def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my_own_rewards.long", "`--reward_funcs my_own_rewards.long` leads to no function: AttributeError: .*'long'"),
+        (
+            "my_own_rewards.long",
+            "`--reward_funcs my_own_rewards.long` leads to no function: my_own_rewards has no 'long'",
+        ),
         (
             "nowhere.short",
             "`--reward_funcs nowhere.short` leads to no function: ModuleNotFoundError: No module named 'nowhere'",
@@ -123,9 +126,12 @@ def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
         ("short", "`--reward_funcs short` leads to no function: .*`trl.rewards`, such as `accuracy_reward`"),
         ("my_own_rewards.limit", "`--reward_funcs my_own_rewards.limit` is no function, but of type int"),
         ("my_own_rewards.Kind", "`--reward_funcs my_own_rewards.Kind` is no function, but of type type"),
-        ("broken.short", "`--reward_funcs broken.short` leads to no function: SyntaxError"),
-        ("broken.py:short", "`--reward_funcs broken.py:short` leads to no function: SyntaxError"),
-        ("none.py:short", "FileNotFoundError: there is no file none.py. Give `file.py:function`"),
+        (
+            "broken.short",
+            "`--reward_funcs broken.short` leads to no function: importing broken fails with SyntaxError",
+        ),
+        ("broken.py:short", "leads to no function: importing broken.py fails with SyntaxError: "),
+        ("none.py:short", "leads to no function: there is no file none.py. Give `file.py:function`"),
         ("..short", "`--reward_funcs ..short` leads to no function: TypeError"),
         ("accuracy_reward", "`--reward_funcs accuracy_reward` needs math_verify: `pip install math-verify`"),
         ("get_soft_overlong_punishment", r"is none. Call it in a file of your own, `mine = get_soft_overlong_pun"),

@@ -54,7 +54,7 @@ def test_every_unpaired_completion_is_in_a_pair(caplog):
 
 def test_unpaired_preferences_that_cannot_be_paired_say_why():
     row = {"prompt": "p", "completion": "c", "label": True}
-    with pytest.raises(ValueError, match="None of the 1 prompts has a completion of each label"):
+    with pytest.raises(ValueError, match="All completions of each prompt have the same label \\(1 prompts\\)"):
         to_preference(dataset(row))
     with pytest.raises(ValueError, match=r"Row 1 has the label 3; .* true or false, or 1 or 0"):
         to_preference(dataset(row | {"label": 1}, row | {"label": 3}))
@@ -86,7 +86,7 @@ def test_text_prompt_beside_answers_becomes_a_turn():
 
 @pytest.mark.parametrize("row", [{"prompt": "p", "completion": "c"}, {"text": "t"}, {"messages": USER + ANSWER}])
 def test_what_has_no_pairs_is_refused(row):
-    with pytest.raises(ValueError, match="`dataset` has no column 'chosen' and 'rejected'"):
+    with pytest.raises(ValueError, match="`dataset` has no columns 'chosen' and 'rejected'"):
         to_preference(dataset(row))
 
 

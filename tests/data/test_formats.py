@@ -134,7 +134,7 @@ def test_columns_that_hold_no_text_are_not_suggested():
 def test_error_leads_to_a_dataset_that_can_be_used(make):
     """Its flag and its Python are followed to the letter."""
     rows = make(PAIRS)
-    with pytest.raises(ValueError, match="`mine` has no column 'chosen' and 'rejected'") as error:
+    with pytest.raises(ValueError, match="`mine` has no columns 'chosen' and 'rejected'") as error:
         require(rows, "preference", "mine")
     text = str(error.value)
     assert "its columns are 'question' (text), 'good' (text), 'bad' (text). " in text

@@ -133,7 +133,7 @@ def pairs_with(rows=None, **columns):
     "data, message",
     [
         (pairs_with(rejected=None, bad="cat"), r"no column 'rejected'; its columns .*`--columns rejected=bad`, in P"),
-        (pairs_with(rejected=None, chosen=None, text="cat"), r"has no column 'chosen' and 'rejected'"),
+        (pairs_with(rejected=None, chosen=None, text="cat"), r"has no columns 'chosen' and 'rejected'"),
         (pairs_with(chosen=3), r"The column 'chosen' of .* holds int \(3\); it must hold text, or a conversation"),
         (pairs_with(prompt=["the", "cat"]), r"The column 'prompt' of .* holds list \(\['the', 'cat'\]\)"),
         (

@@ -8,6 +8,7 @@ writes. `…` stands for a command's usual flags, `USUAL`, of which those that a
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import shutil
@@ -27,6 +28,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 USUAL = {
     "dpo": {"model": "my-sft", "dataset_name": "pairs.jsonl", "output_dir": "out"},
     "reward": {"model": "my-sft", "dataset_name": "pairs.jsonl", "output_dir": "out"},
+    "critic": {"model": "my-sft", "dataset_name": "prompts.jsonl", "reward_model_path": "my-reward"},
     "ppo": {
         "model": "my-sft",
         "dataset_name": "prompts.jsonl",
@@ -39,15 +41,30 @@ USUAL = {
 LINES = {
     "Commands and flags": """
         rewrad
+        convert my-sft
+        --config ppo/demo
         dpo … --lerning_rate 1e-5
         dpo … --learning_rate fast
         dpo … --learning_rate
+        dpo … --learning_rate -1e-5
+        ppo … --learning_rate 1,5e-6
+        dpo … --bf16 maybe
+        dpo … --bf16
+        dpo … --bf16 --fp16 --use_cpu
+        dpo … -lora_r 8
+        dpo model=my-sft
+        ppo ppo/demo
+        dpo … some words
         dpo … --optim adamw_8bits
         dpo … --lr_scheduler_type cosin
         ppo … --kl-coeff 0.1
         ppo … --max_prompt_length 512
         ppo … --critic heads
         plan --gpuss 4
+        plan my-sft
+        plan --method qlor
+        chat
+        merge my-adapter
         chat my-sft --temprature 1
         chat my-sft --temperature -1
         recipes sft
@@ -62,7 +79,12 @@ LINES = {
         dpo … --eval_strategy steps --eval_steps -1
         dpo … --seed -1
         dpo … --model_init_kwargs {dtype
+        dpo … --lr_scheduler_kwargs min_lr_rate=0.1
+        dpo … --lr_scheduler_type cosine_with_min_lr
+        dpo … --optim_args momentum
         dpo … --save_strategy best
+        dpo … --load_best_model_at_end
+        dpo … --load_in_4bit --load_in_8bit --use_peft
         score --model my-sft --ref_model my-sft --dataset_name pairs.jsonl --batch_size 0
         ppo … --kl_estimator k4
         ppo … --gamma 1.5
@@ -74,11 +96,17 @@ LINES = {
     """,
     "Recipes": """
         ppo … --config ppo/dmeo
+        dpo … --config ppo/demo
         dpo … --config misspelt.yaml
         dpo … --config words.yaml
+        dpo … --config maybe.yaml
+        dpo … --config sections.yaml
         dpo … --config broken.yaml
+        dpo … --config tab.yaml
         dpo … --config list.yaml
+        dpo … --config name.yaml
         dpo … --config twice.yaml
+        dpo … --config again.yaml
         dpo … --config env.yaml
         plan --from_config nothing
     """,
@@ -88,6 +116,8 @@ LINES = {
         dpo … --model pairs.jsonl
         dpo … --model empty
         dpo … --model cut-off
+        dpo … --model no-tokenizer
+        dpo … --model nobody/nothing
         ppo … --model my-reward
         ppo … --reward_model_path my-sft
         ppo … --reward_model_path my-rewrad
@@ -98,20 +128,31 @@ LINES = {
         dpo … --use_peft --lora_r 0
         dpo … --use_peft --output_dir my-sft
         dpo … --load_in_4bit
+        reward … --model labels
         chat my-rewrad
         chat my-reward
         merge my-sft --output_dir merged
         merge my-adapter --output_dir my-sft
         score --dataset_name pairs.jsonl
+        score --model my-sft --dataset_name pairs.jsonl
+        score --model my-sft --ref_model my-sft --dataset_name pairs.jsonl --beta 0
     """,
     "Data": """
         dpo … --dataset_name pair.jsonl
         dpo … --dataset_name pairs.txt
         dpo … --dataset_name my-sft
+        dpo … --dataset_name nobody/nothing
+        dpo … --dataset_name empty
         dpo … --dataset_name empty.jsonl
         dpo … --dataset_name broken.jsonl
         dpo … --dataset_name one.jsonl
         dpo … --dataset_name prompts.jsonl
+        dpo … --dataset_name one_answer.jsonl
+        dpo … --dataset_name semicolons.csv
+        dpo … --dataset_name latin.csv
+        dpo … --dataset_name holes.jsonl
+        dpo … --dataset_name numbers.jsonl
+        ppo … --dataset_name holes.jsonl
         dpo … --dataset_name good.csv
         dpo … --dataset_name ab.csv
         dpo … --dataset_name good.csv --columns chosen
@@ -126,6 +167,8 @@ LINES = {
         ppo … --reward_funcs my_reward
         ppo … --reward_funcs my_functions.py
         ppo … --reward_funcs my_functions.lenght
+        ppo … --reward_funcs my_functoins.py:short
+        ppo … --reward_funcs needs_numpyy.py:short
         ppo … --reward_funcs my_functions.py:solved
         ppo … --reward_funcs my_functions.py:total
         ppo … --reward_funcs my_functions.py:first_word
@@ -144,9 +187,13 @@ LINES = {
         dpo … --accelerate_config zero5 --nproc 2
         dpo … --machine_rank 1
         dpo … --nproc 0
+        dpo … --gpu 4090
+        dpo … --attn_implementation flash
         dpo … --dry_run --gpu gtx
         plan --model llama-8
         plan --gpu gtx
+        plan --gpu_memory -3
+        plan --picture costs.txt
     """,
     "Folders": """
         dpo … --output_dir done
@@ -154,23 +201,39 @@ LINES = {
         dpo … --resume_from_checkpoint True
         dpo … --resume_from_checkpoint out/checkpoint-5
         report nothing
+        report my-sft
+        report done --output page.pdf
+        critic … --rollouts nothing
     """,
 }
 FILES = {
     "misspelt.yaml": "learning_rat: 1e-5\n",
     "words.yaml": "learning_rate: fast\n",
     "broken.yaml": "learning_rate: [1e-5\n",
+    "tab.yaml": "model: my-sft\n\tlearning_rate: 1e-5\n",
     "list.yaml": "- learning_rate\n",
+    "name.yaml": "learning_rate 1e-5\n",
+    "maybe.yaml": "use_peft: maybe\n",
+    "sections.yaml": "model: my-sft\ntraining:\n  learning_rate: 1e-5\n",
+    "again.yaml": "learning_rate: 1e-5\nbeta: 0.1\nlearning_rate: 1e-6\n",
     "twice.yaml": "model: my-sft\nmodel_name_or_path: my-sft\n",
     "pairs.txt": "good\tbad\n",
     "empty.jsonl": "",
     "broken.jsonl": '{"prompt": "good film"\n',
     "one.jsonl": '{"prompt": "good film", "chosen": "good", "rejected": "bad"}\n',
+    "one_answer.jsonl": '{"instruction": "good film", "output": "good"}\n' * 12,
+    "semicolons.csv": "prompt;chosen;rejected\n" + "good film;good;bad\n" * 12,
+    "holes.jsonl": "".join(
+        json.dumps({"prompt": f"film {i}" * (i != 3), "chosen": "good", "rejected": "bad" if i != 5 else None}) + "\n"
+        for i in range(12)
+    ),
+    "numbers.jsonl": '{"prompt": "good film", "chosen": 8, "rejected": 2}\n' * 12,
     "good.csv": "question,good_answer,bad_answer\n" + "good film,good,bad\n" * 12,
     "ab.csv": "prompt,response_a,response_b\n" + "good film,good,bad\n" * 12,
     "questions.csv": "question,answer\n" + "good film,good\n" * 12,
     "env.yaml": "env: [HF_HOME]\n",
     "done/run.json": "{}",
+    "needs_numpyy.py": "import numpyy\n",
     "my_functions.py": (
         "def solved(completions, solution, **kwargs):\n    return [float(s == '4') for s in solution]\n\n"
         "def short(completions, **kwargs):\n    return [-len(text) for text in completions]\n\n"
@@ -191,7 +254,13 @@ def workplace(folder: Path) -> None:
     shutil.copytree(folder / "my-sft", folder / "cut-off")
     weights = folder / "cut-off" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
+    shutil.copytree(folder / "my-sft", folder / "no-tokenizer", ignore=shutil.ignore_patterns("*token*"))
+    shutil.copytree(folder / "my-reward", folder / "labels")
+    config = json.loads((folder / "labels" / "config.json").read_text(encoding="utf-8"))
+    config |= {"id2label": {i: f"LABEL_{i}" for i in range(3)}, "label2id": {f"LABEL_{i}": i for i in range(3)}}
+    (folder / "labels" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "empty").mkdir()
+    (folder / "latin.csv").write_bytes("prompt,chosen,rejected\ncafé,good,bad\n".encode("cp1252") * 12)
     texts = tiny.tiny_prompts(40)["prompt"]
     Dataset.from_dict({"prompt": texts}).to_json(str(folder / "prompts.jsonl"))
     pairs = [{"prompt": text, "chosen": " good film", "rejected": " bad film"} for text in texts]

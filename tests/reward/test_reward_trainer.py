@@ -90,7 +90,7 @@ def chat(chosen="good", rejected="bad"):
 PAIR = {"prompt": "why ? ", "chosen": "good", "rejected": "bad"}
 PARTS = [{"type": "text", "text": "good"}]
 REFUSED = {  # name -> tokenizer, row, what the error says; `tests/data/test_rendering.py` has all of them
-    "no pairs": (tiny.tiny_tokenizer, {"prompt": "why ?", "completion": "good"}, "no column 'chosen' and 'rejected'"),
+    "no pairs": (tiny.tiny_tokenizer, {"prompt": "why ?", "completion": "good"}, "no columns 'chosen' and 'rejected'"),
     "an empty cell": (tiny.tiny_tokenizer, PAIR | {"rejected": None}, "'rejected' of .* is empty in 1 of 5 rows"),
     "no template": (without_template, chat(), "no chat template"),
     "content in parts": (tiny.tiny_tokenizer, chat(PARTS, PARTS), "joins parts of text"),

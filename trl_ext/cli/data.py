@@ -1,6 +1,8 @@
 """Load the rows that a command trains on, evaluates on or scores."""
 
 import difflib
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -139,11 +141,17 @@ def _load(args: DataArguments) -> DatasetDict:
             raise
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a heading alone
             raise ValueError(f"{args.source} holds no rows.") from error
+        _refuse_broken_file(Path(str(args.dataset_name)))
         raise ValueError(f"{args.source} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
     """Return what went wrong at the bottom, in one line: `datasets` says no more than that something did."""
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return f"it is a folder without a file of {', '.join(DATA_FILES)}, and not one that `save_to_disk` wrote."
+    if type(error).__name__ in ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled"):
+        asked = "which was not reached" if "not" not in type(error).__name__.lower() else "which has none of that name"
+        return f"it is no file or folder here, and did not come from the hub, {asked}. Correct the name."
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -157,7 +165,9 @@ def _read(args: DataArguments) -> DatasetDict:
     path = Path(name)
     if path.is_file() or path.suffix.lower() in DATA_FILES:
         _check_file(path)
-        return load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
+        rows = load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
+        _require_commas(path, rows)
+        return rows
     if any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is the folder of a model. Give a file with rows, or the folder of a dataset.")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
@@ -178,6 +188,47 @@ def _check_file(path: Path) -> None:
     with path.open("rb") as file:
         if not file.read(4096).strip():
             raise ValueError(f"The file {path} is empty.")
+
+
+def _refuse_broken_file(path: Path) -> None:
+    """Raise `ValueError` with the place in a file of text that is not in UTF-8, or no JSON; others are let pass."""
+    if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl", ".csv"):
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        better = path.with_stem(f"{path.stem}-utf8")
+        raise ValueError(
+            f"{path} is not in UTF-8: line {line} has the byte {error.object[error.start]:#x}. A file from Excel may "
+            f"be in cp1252: `iconv -f cp1252 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(better))}`."
+        ) from error
+    if path.suffix.lower() == ".csv":
+        return
+    is_whole = text.lstrip().startswith("[")  # a list, or else a value in each line
+    for number, part in enumerate([text] if is_whole else text.splitlines(), 1):
+        try:
+            json.loads(part or "{}")
+        except json.JSONDecodeError as error:
+            at: int = error.lineno if is_whole else number
+            shown = text.splitlines()[at - 1].strip() if at <= len(text.splitlines()) else ""
+            raise ValueError(
+                f"{path} is no JSON in line {at}, `{shown:.60}`: {error.msg}. Each line must be one whole object, "
+                '`{"prompt": "…"}`, or the file one list of them.'
+            ) from error
+
+
+def _require_commas(path: Path, rows: Any) -> None:
+    """Raise `ValueError` for a CSV file whose columns something else than commas separates."""
+    names = next((list(split.column_names or ()) for split in rows.values()), []) if path.suffix == ".csv" else []
+    sign = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    if sign is not None:
+        better = path.with_stem(f"{path.stem}-commas")
+        code = f"import pandas; pandas.read_csv({str(path)!r}, sep={sign!r}).to_csv({str(better)!r}, index=False)"
+        raise ValueError(
+            f"{path} has one column, {names[0]!r}: what separates its columns is {sign!r} and no comma. Write it with "
+            f'commas, `python -c "{code}"`, and give `--dataset_name {better}`.'
+        )
 
 
 def _require_rows(rows: Any, name: str) -> None:

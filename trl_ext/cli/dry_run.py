@@ -79,6 +79,15 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
+def require_dry_run(given: Options) -> None:
+    """Raise `ValueError` for options of a dry run in a run that trains."""
+    for name in ("json", "gpu"):
+        if getattr(given, name, None):
+            raise ValueError(
+                f"`--{name}` says how `--dry_run` answers, and this run would train. Add `--dry_run`, or leave it out."
+            )
+
+
 @contextmanager
 def as_if_of(count: int) -> Iterator[None]:
     """Within the context, options count `count` processes, which are not started."""

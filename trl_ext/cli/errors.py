@@ -11,6 +11,17 @@ DEBUG = "TRL_EXT_DEBUG"  # set by `--debug`, also for the processes that a comma
 
 # What other packages say of options that a user has given -> what to do.
 KNOWN = {
+    "--tf32 requires": "`tf32` needs an NVIDIA GPU of the Ampere generation or a later one, and none is seen here. "
+    "Leave `--tf32` out.",
+    "8 bit and 4 bit precision at the same time": "`--load_in_4bit` and `--load_in_8bit` exclude each other. Leave "
+    "one out.",
+    "support bf16/gpu": "`bf16` needs a GPU that computes in bfloat16, or `--use_cpu` beside it. Leave `--bf16` out: "
+    "it is on by itself where the GPU can.",
+    "At most one of fp16 and bf16": "`--bf16` and `--fp16` exclude each other. Leave one out.",
+    "Unknown `fsdp` option": "`fsdp` is none that transformers knows: write `--fsdp full_shard`, and what else is to "
+    "be set into `--fsdp_config`.",
+    "requires the save and eval strategy to match": "`load_best_model_at_end` needs an evaluation with every "
+    "checkpoint: give both the same value, such as `--eval_strategy epoch --save_strategy epoch`.",
     "No module named 'mpi4py'": "`deepspeed` needs processes that a launcher has started: add `--nproc`, the number "
     "of GPUs, also for one.",
     "only works in distributed training": "`fsdp` needs several processes: add `--nproc`, the number of GPUs.",
@@ -28,12 +39,17 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError) as error:  # an extra that is not installed is one, too
-        cure = next((cure for said, cure in KNOWN.items() if said in str(error)), None)
+        cure = known_cure(error)
         if package_of(error) == PACKAGE:
             cure = str(error)
         if cure is None or is_debugging():
             raise
         raise SystemExit(f"error: {cure}") from error
+
+
+def known_cure(error: BaseException) -> str | None:
+    """Return what to do about an error of another package; `None` where that is not known."""
+    return next((cure for said, cure in KNOWN.items() if said in str(error)), None)
 
 
 def take_debug(words: list[str]) -> list[str]:

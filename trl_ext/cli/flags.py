@@ -1,6 +1,7 @@
 """Parse the flags of commands with few options, in both spellings, and hint at what a misspelt one was to be."""
 
 import argparse
+import contextlib
 import difflib
 import re
 import sys
@@ -13,13 +14,41 @@ WIDTH = 119  # columns of a help text
 MOST_CHOICES = 16  # that an error lists
 
 
-def end_in_one_line(message: str) -> NoReturn:
+# argparse's numbers have no exponent: it would take -1e-5 for an option.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def end_in_one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Exit with argparse's message in one line, without the usage."""
+    if message.startswith("the following arguments are required: "):
+        message = (
+            f"arguments are missing: `{parser.prog} {' '.join(map(_shown, filter(_is_required, parser._actions)))}`."
+        )
+    named = re.match(r"argument ([\w-]+)", message)
+    action = parser._option_string_actions.get(named[1]) if named else None
     message = re.sub(r"^argument ([\w-]+)(/[\w/-]+)?: ", r"`\1`: ", message)
-    message = message.replace("expected one argument", "it needs a value.")
+    message = message.replace("expected one argument", f"it needs a value{_example(action)}.")
     message = message.replace("expected at least one argument", "it needs one value or more.")
+    message = re.sub(r"Truthy value expected: got (.*?) but .*", r"'\1' is neither True nor False.", message)
     print(f"error: {re.sub(r'invalid (int|float) value: (.*)', _no_number, message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _is_required(action: argparse.Action) -> bool:
+    return action.required
+
+
+def _shown(action: argparse.Action) -> str:
+    """Return an argument as a command line has it, `ADAPTER` or `--output_dir DIR`."""
+    value = str(action.metavar or action.dest.upper())
+    return f"{action.option_strings[0]} {value}" if action.option_strings else value
+
+
+def _example(action: argparse.Action | None) -> str:
+    if action is None or action.type not in (int, float):
+        return ""
+    kind = "a whole number" if action.type is int else "a number"
+    return f", {kind}" if action.default is None else f", {kind} such as {action.default}"
 
 
 def require_choice(action: argparse.Action, value: Any) -> None:
@@ -34,7 +63,13 @@ def require_choice(action: argparse.Action, value: Any) -> None:
 
 
 def _no_number(match: re.Match) -> str:
-    return f"{match[2]} is no {'whole ' if match[1] == 'int' else ''}number."
+    text = f"{match[2]} is no {'whole ' if match[1] == 'int' else ''}number."
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(match[2].strip("'"))
+        return f"{text} Write {int(number)}." if number.is_integer() else text
+    if re.fullmatch(r"'-?\d+,\d+(e-?\d+)?'", match[2]):
+        return f"{text} Write {match[2].strip(chr(39)).replace(',', '.')}."
+    return text
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,9 +79,10 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             f"trl-ext {command}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
         )
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def error(self, message: str) -> NoReturn:
-        end_in_one_line(message)
+        end_in_one_line(self, message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         require_choice(action, value)
@@ -55,7 +91,7 @@ class CommandParser(argparse.ArgumentParser):
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         values, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            raise SystemExit(f"error: {misspelt(unknown, self)} `--help` lists every option.")
+            raise SystemExit(f"error: {not_understood(unknown, self)} `--help` lists every option.")
         return values
 
 
@@ -84,11 +120,27 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return ", ".join(spellings(action)) + value
 
 
+def not_understood(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """Return a sentence for each word of a command line that is no option, or for the first that belongs to none."""
+    options = [word for word in unknown if word.startswith("-")]
+    if options:
+        return misspelt(options, parser)
+    word = unknown[0]
+    name, sign, value = word.partition("=")
+    known = {each.lstrip("-") for action in parser._actions for each in spellings(action)}
+    if name in known:
+        return f"`{word}` lacks the two dashes of an option: write `--{name}{f' {value}' if sign else ''}`."
+    for option in ("config", "from_config"):
+        if option in known and ("/" in word or word.endswith((".yaml", ".yml"))):
+            return f"`{word}` belongs to no option. If it is a recipe, write `--{option} {word}`."
+    return f"`{word}` belongs to no option. Write `--NAME {word}`, or quote a value that holds spaces."
+
+
 def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     """Return a sentence for each unknown option, or word: what it is called today, or else the nearest option."""
     known = [name.lstrip("-") for action in parser._actions for name in spellings(action)]
     sentences = []
-    for word in [word for word in unknown if word.startswith("-")] or unknown:
+    for word in unknown:
         dashes = "--" if word.startswith("-") else ""
         wanted = word.split("=")[0].lstrip("-").replace("-", "_")
         meant = what_it_is_today(wanted, set(known))

@@ -53,8 +53,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f" Did you mean `trl-ext {near[0]}`?" if near else ""
-        print(f"{usage()}\n\nerror: there is no command {command!r}.{meant}", file=sys.stderr)
+        meant = f"Did you mean `trl-ext {near[0]}`?" if near else f"The commands are {', '.join(COMMANDS)}."
+        said = f"there is no command {command!r}. {meant}"
+        if command.startswith("-"):
+            said = f"the command is missing before {command}: write `trl-ext dpo {command} …`, or another command."
+        print(f"{usage()}\n\nerror: {said}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -1,5 +1,6 @@
 """Read the options of the model to start from, and check the models that options name."""
 
+import difflib
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig
 from torch import nn
+from transformers import AutoConfig, AutoModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import demo
@@ -101,7 +104,7 @@ class ModelArguments(ModelConfig):
 
 
 @contextmanager
-def model_errors(model: ModelArguments) -> Iterator[None]:
+def model_errors(model: ModelArguments, path: str) -> Iterator[None]:
     """Within the context, an error of transformers, PEFT or TRL about the model becomes one sentence and a way out."""
     try:
         yield
@@ -113,19 +116,33 @@ def model_errors(model: ModelArguments) -> Iterator[None]:
         if isinstance(error, TypeError):
             cure = "Correct `--model_init_kwargs`, or leave it out."
         elif package == "peft" and re.search("not found in the base model|No modules were targeted", said):
+            asked = model.lora_target_modules
             raise ValueError(
-                f"The model has no modules that `--lora_target_modules` names ({model.lora_target_modules}). Give "
-                "names that it has; all-linear adapts every linear layer."
+                f"The model has no modules that `--lora_target_modules` names "
+                f"({asked if isinstance(asked, str) else ' '.join(asked or ())}). {_linear_layers(path)}all-linear "
+                "adapts every linear layer."
             ) from error
         elif package == "peft" and model.use_peft:
             cure = "Change `--lora_target_modules`; all-linear adapts every linear layer."
         elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
+            said = said.split(". The only possible")[0]  # a line of seven, in four spellings
             cure = f"Leave out `--attn_implementation {attention}`, or give sdpa or eager."
         elif package == "trl" or (isinstance(error, OSError) and package in ("transformers", "huggingface_hub")):
             cure = ""
         else:
             raise
         raise ValueError(f"{said.rstrip('.')}. {cure}".strip()) from error
+
+
+def _linear_layers(path: str) -> str:
+    """Return the names of a model's linear layers as a sentence, from its config; nothing if it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.from_pretrained(path))
+    except Exception:  # of any family's own code: the sentence before it says enough
+        return ""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return f"Its linear layers are {', '.join(sorted(names))}; " if names else ""
 
 
 def require_adapted(model: nn.Module, given: ModelArguments) -> None:
@@ -137,9 +154,11 @@ def require_adapted(model: nn.Module, given: ModelArguments) -> None:
         listed = getattr(given, f"lora_{option}") or ()
         for wanted in () if isinstance(listed, str) else listed:  # PEFT itself refuses a pattern that finds none
             if not any(f".{name}.".endswith(f".{wanted}.") for name in names):
+                last = sorted({name.rpartition(".")[2] for name in names})
+                near = difflib.get_close_matches(wanted, last, n=1)
                 raise ValueError(
-                    f"`--lora_{option}` has {wanted}, and no module of the model is called that. Correct the name, or "
-                    "leave it out."
+                    f"`--lora_{option}` has {wanted}, and no module of the model is called that. "
+                    f"{f'Did you mean {near[0]}?' if near else 'Correct the name, or leave it out.'}"
                 )
 
 

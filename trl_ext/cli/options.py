@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from transformers import TrainingArguments
 
 from ..models.precision import computes_in_bf16
 from ..runs.requirements import check_optimizable, check_startable
-from .flags import is_negation, misspelt
+from .errors import known_cure
+from .flags import is_negation, misspelt, not_understood
 from .parser import OptionParser
-from .recipes import find_config, find_deepspeed, read_recipe
+from .recipes import INSTALLED, RECIPES, find_config, find_deepspeed, read_recipe
 
 
 class Options:
@@ -30,6 +32,7 @@ class Options:
     def make(self, **changes: Any) -> tuple:
         """Make an instance of each of the command's classes, with `changes` on top; `ValueError` if one refuses."""
         values = vars(self.values) | changes
+        _require_mappings(values)
         check_startable(self.values)
         try:
             made = tuple(
@@ -40,14 +43,27 @@ class Options:
             names = [f"`{name}`" for name, value in values.items() if error.filename and value == error.filename]
             raise ValueError(f"{' and '.join(names) or 'A file'} cannot be read: {error}. Give another.") from error
         except json.JSONDecodeError as error:  # of an option that is a mapping
-            names = [f"`{name}`" for name, value in values.items() if value == error.doc]
-            raise ValueError(f"{' and '.join(names) or 'A mapping'} is no JSON: {error}.") from error
+            name = next((name for name, value in values.items() if value == error.doc), "NAME")
+            raise ValueError(
+                f"`{name}` is {error.doc!r}, which is no JSON: {error.msg} at character {error.pos + 1}. Put names in "
+                f"double quotes, and the whole in single ones: `--{name} '{{\"NAME\": VALUE}}'`."
+            ) from error
         except (ValueError, TypeError) as error:  # of the keys of a mapping, too
-            raise ValueError(" ".join(str(error).split())) from error
+            raise ValueError(known_cure(error) or " ".join(str(error).split())) from error
         for each in made:
             if isinstance(each, TrainingArguments):
                 check_optimizable(each)
         return made
+
+
+def _require_mappings(values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for keyword arguments that are no JSON object: transformers reads no other text."""
+    for name, value in values.items():
+        if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
+            raise ValueError(f"`{name}` is {value!r}; it must be a JSON object: `--{name} '{{\"NAME\": VALUE}}'`.")
+    pairs = values.get("optim_args")
+    if isinstance(pairs, str) and not all("=" in pair for pair in pairs.split(",")):
+        raise ValueError(f"`optim_args` is {pairs!r}; it must be `NAME=VALUE`, several with commas between them.")
 
 
 def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None = None) -> Options:
@@ -70,16 +86,35 @@ def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None =
     # The defaults that `--help` shows are those of a run on data of one's own.
     recipe = known.config or (None if own_data or flags != argv else demo)
     if recipe is not None:
-        _apply_recipe(parser, find_config(recipe, parser.command))
+        path = find_config(recipe, parser.command)
+        _require_recipe_of(parser.command, path)
+        _apply_recipe(parser, path)
     if flags == argv:  # what `--help` shows holds on every device
         known, _ = parser.parse_known_args(flags)
         _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"{misspelt(unknown, parser)} `--help_all` lists every option.")
+        raise ValueError(f"{not_understood(unknown, parser)} `--help_all` lists every option.")
     if hasattr(values, "deepspeed"):
         values.deepspeed = find_deepspeed(values.deepspeed)
     return Options(parser, values, argv)
+
+
+def _require_recipe_of(command: str, path: Path) -> None:
+    """Raise `ValueError` for an installed recipe of another command; the critic takes those of PPO."""
+    folder = path.resolve().parent
+    wanted = {"critic": ("critic", "ppo")}.get(command, (command,))
+    if (
+        folder.parent == INSTALLED.resolve()
+        and command in RECIPES
+        and folder.name in RECIPES
+        and folder.name not in wanted
+    ):
+        name = f"{folder.name}/{path.stem}"
+        raise ValueError(
+            f"{name} is a recipe of `trl-ext {folder.name}`, not of `trl-ext {command}`, whose recipes "
+            f"`trl-ext recipes {command}` lists."
+        )
 
 
 def _apply_recipe(parser: OptionParser, path: Path) -> None:
@@ -91,13 +126,23 @@ def _apply_recipe(parser: OptionParser, path: Path) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
     unknown = [key for key in recipe if f"--{key}" not in options or key in ("config", "help", "help_all")]
+    sections = [key for key in unknown if isinstance(recipe[key], dict)]
+    if sections:
+        raise ValueError(
+            f"In the recipe {path}, `{sections[0]}` holds lines of its own: a recipe has no sections. Write each "
+            "`option: value` at the left margin."
+        )
     if unknown:
         raise ValueError(f"In the recipe {path}: {misspelt(unknown, parser)}")
     given: dict[str, Any] = {}
     for key, value in recipe.items():
         action = options[f"--{key}"]
         if action.dest in given:
-            raise ValueError(f"The recipe {path} gives `{action.dest}` twice, under two names; keep one of them.")
+            names = [name for name in recipe if options[f"--{name}"].dest == action.dest]
+            raise ValueError(
+                f"The recipe {path} gives `{action.dest}` twice, as {' and as '.join(f'`{name}`' for name in names)}. "
+                "Keep one of them."
+            )
         try:
             given[action.dest] = recipe_value(action, value)
         except ValueError as error:
@@ -123,6 +168,12 @@ def recipe_value(action: argparse.Action, value: Any) -> Any:
         except ValueError:
             kind = "a whole number" if action.type is int else "a number"
             raise ValueError(f"it must be {kind}.") from None
+    if getattr(action.type, "__name__", "") == "string_to_bool" and not isinstance(value, bool):
+        try:
+            kind_of: Any = action.type
+            return kind_of(str(value))
+        except argparse.ArgumentTypeError:
+            raise ValueError("it must be true or false.") from None
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from .flags import WIDTH, HelpFormatter, end_in_one_line, is_negation, require_choice
+from .flags import NEGATIVE_NUMBER, WIDTH, HelpFormatter, end_in_one_line, is_negation, require_choice
 from .topics import ABSENT, first_of, heading_of, order, text_of, topic_of
 
 
@@ -32,6 +32,7 @@ class OptionParser(TrlParser):
         super().__init__(
             list(dataclasses), formatter_class=HelpFormatter, usage=usage, prog=prog, allow_abbrev=False, **kwargs
         )
+        self._negative_number_matcher = NEGATIVE_NUMBER
         first = self._group(heading_of(command)) if command else self
         first.add_argument(
             "--config", metavar="FILE.yaml", help="Recipe: a YAML file of options, overridden by flags; a path, or an "
@@ -46,7 +47,7 @@ class OptionParser(TrlParser):
         self._action_groups.sort(key=lambda group: order(command, group.title or ""))
 
     def error(self, message: str) -> NoReturn:
-        end_in_one_line(message)
+        end_in_one_line(self, message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         require_choice(action, value)
@@ -85,6 +86,8 @@ class OptionParser(TrlParser):
             # Some of the parents' texts hold a bare "%", which argparse would take for a format.
             action.help = re.sub(r"(?<!%)%(?![%(])", "%%", text_of(self.command, action.dest) or action.help or "")
             kind = getattr(action.type, "__name__", "")
+            if kind == "string_to_bool" and action.nargs is None:  # of `bool | None`; others take no value as True
+                action.nargs, action.const = "?", True
             action.metavar = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL"}.get(kind)
             choices = "{" + ",".join(map(str, action.choices or [])) + "}"
             if action.choices:

@@ -74,8 +74,9 @@ def find_config(name: str | Path, folder: str = "") -> Path:
             if not path.is_absolute() and file.is_file():
                 return file
     files = [file for room in ([folder] if folder else RECIPES) for file in sorted((INSTALLED / room).glob("*.*"))]
-    names = [str(file.relative_to(INSTALLED)) for file in files]
-    near = difflib.get_close_matches(str(installed), names, n=3, cutoff=0.4) or names[:3]
+    root = INSTALLED if folder in ("", *RECIPES) else INSTALLED / folder
+    names = [str(file.relative_to(root).with_suffix("")) for file in files]
+    near = difflib.get_close_matches(str(installed.with_suffix("")), names, n=3, cutoff=0.4) or names[:3]
     listed = " `trl-ext recipes` lists the recipes." if folder in ("", *RECIPES) else ""
     raise ValueError(f"There is no file {name}, here or among the installed ones, such as {', '.join(near)}.{listed}")
 
@@ -84,7 +85,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return option names and values; raise `ValueError` unless the file is YAML of `option: value` lines."""
     recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; it must hold `option: value` lines.")
+        what = "a list" if isinstance(recipe, list) else f"one value ({recipe!r:.40})"
+        raise ValueError(f"The recipe {path} holds {what}; it must hold `option: value` lines.")
     return recipe
 
 
@@ -104,13 +106,35 @@ def find_deepspeed(given: Any) -> Any:
     return str(path)
 
 
+def _require_once(node: Any, path: Path, what: str) -> None:
+    """Raise `ValueError` for a key that a mapping has twice: YAML would take the last in silence."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(
+                f"The {what} {path} has `{key.value}` twice, in lines {lines[key.value]} and {line}. Keep one."
+            )
+        lines[key.value] = line
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file, `{}` if it is empty; raise `ValueError`, which calls it `what`."""
+    text = ""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        _require_once(yaml.compose(text), path, what)
+        return content
     except yaml.MarkedYAMLError as error:
-        at = error.problem_mark
-        where = "" if at is None else f" (line {at.line + 1}, column {at.column + 1})"
-        raise ValueError(f"The {what} {path} is no YAML: {error.problem}{where}.") from error
+        # An open bracket is missed where the next line or the end of the file comes: the mistake is where it begins.
+        at = error.context_mark or error.problem_mark
+        lines = text.splitlines()
+        number = len(lines) if at is None else min(at.line + 1, len(lines))
+        said = str(error.problem).split(", but got")[0]
+        said = "it begins with a tab; indent with spaces" if "'\\t'" in said else said
+        raise ValueError(
+            f"The {what} {path} is no YAML: in line {number}, `{lines[number - 1].strip():.60}`, {said}."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The {what} {path} is no YAML: {' '.join(str(error).split())}") from error

@@ -1,6 +1,8 @@
 """Find the functions of `--reward_funcs`, and try them on a sample, before a model is loaded."""
 
+import ast
 import asyncio
+import difflib
 import importlib.util
 import inspect
 import os
@@ -40,13 +42,15 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
     found = []
     for name in names:
         if name.endswith(".py"):
-            raise ValueError(f"`--reward_funcs {name}` names no function of the file: give `{name}:FUNCTION`.")
+            known = _functions_in(Path(name))
+            way = " or ".join(f"`{name}:{each}`" for each in known[:3]) or f"`{name}:FUNCTION`"
+            raise ValueError(f"`--reward_funcs {name}` names no function of the file: give {way}.")
         place, _, attribute = name.rpartition(":" if ":" in name else ".")
         try:
             function = getattr(_module(place or "trl.rewards"), attribute)
         except Exception as error:  # whatever the user's module does when it is imported
             raise ValueError(
-                f"`--reward_funcs {name}` leads to no function: {type(error).__name__}: {error}. {WAYS}"
+                f"`--reward_funcs {name}` leads to no function: {_reason(error, place, attribute)}"
             ) from error
         home = getattr(function, "__module__", "")
         if home.startswith("trl.rewards") and attribute.startswith("get_"):
@@ -55,11 +59,45 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
                 f"`mine = {attribute}(...)` in my_rewards.py, and give `my_rewards.mine`."
             )
         if not callable(function) or isinstance(function, type):
-            raise ValueError(f"`--reward_funcs {name}` is no function, but of type {type(function).__name__}.")
+            others = ", ".join(_functions_of(_module(place or "trl.rewards"))) or "none"
+            raise ValueError(
+                f"`--reward_funcs {name}` is no function, but of type {type(function).__name__}. Functions there: "
+                f"{others}."
+            )
         if home == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
             raise ValueError(f"`--reward_funcs {name}` needs math_verify: `pip install math-verify`.")
         found.append(function)
     return found
+
+
+def _reason(error: Exception, place: str, attribute: str) -> str:
+    """Return why a name led to no function, and what would."""
+    module = sys.modules.get(str(Path(place).resolve()) if place.endswith(".py") else place)
+    if isinstance(error, AttributeError) and module is not None:
+        known = _functions_of(module)
+        near = difflib.get_close_matches(attribute, known, n=1)
+        ending = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known) or 'none'}."
+        return f"{place} has no {attribute!r}. {ending}"
+    if not place:
+        return f"trl.rewards has no {attribute!r}. {WAYS}"
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # `_module`'s
+        return f"{error}. {WAYS}"
+    if isinstance(error, TypeError) or (isinstance(error, ImportError) and f"{place}.".startswith(f"{error.name}.")):
+        return f"{type(error).__name__}: {error}. {WAYS}"
+    return f"importing {place} fails with {type(error).__name__}: {error}. Mend the file, or install what it needs."
+
+
+def _functions_of(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if inspect.isfunction(value)]
+
+
+def _functions_in(path: Path) -> list[str]:
+    """Return the functions that a file defines, without running it; none if it cannot be read."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return []
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def _module(place: str) -> ModuleType:
@@ -70,7 +108,8 @@ def _module(place: str) -> ModuleType:
         return importlib.import_module(place)
     path = Path(place).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {place}")
+        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1, cutoff=0.8)
+        raise FileNotFoundError(f"there is no file {place}{f', but {near[0]}' if near else ''}")
     name = str(path)  # under its own name it could hide an installed module
     if name not in sys.modules:
         if str(path.parent) not in sys.path:  # for what it imports from beside it

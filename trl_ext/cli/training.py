@@ -15,7 +15,7 @@ from ..report import first_and_last_evaluation, use_brief_progress
 from ..runs.checkpoints import checkpoint_of, require_processes
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
-from .dry_run import dry_run
+from .dry_run import dry_run, require_dry_run
 from .errors import usage_errors
 from .fit import require_fit
 from .launch import launch, launches, require_all
@@ -60,7 +60,7 @@ class TrainingCommand:
         new_adapter = model.adapter(*self.adapter, is_adapter=is_adapter)
         loading = {"peft_config": new_adapter, "quantization_config": model.quantization()}
         splits = self.load(data)
-        with model_errors(model):
+        with model_errors(model, path):
             trainer = self.create(path, args, data, splits, **loading)
         require_adapted(trainer.model, model)
         return trainer
@@ -72,6 +72,7 @@ class TrainingCommand:
             require_free(given)
             if given.dry_run:
                 return dry_run(self.name, given, self.load)
+            require_dry_run(given)
             if launches(given):
                 return launch(self.name, given)
             data, model, args = given.make()

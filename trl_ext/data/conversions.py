@@ -206,7 +206,8 @@ def _pair_up(dataset: Any) -> Dataset:
             pairs.append(others | {"chosen": liked["completion"], "rejected": disliked["completion"]})
     if not pairs:
         raise ValueError(
-            f"None of the {len(prompts)} prompts has a completion of each label: nothing can be compared."
+            f"All completions of each prompt have the same label ({len(prompts)} prompts), so that nothing can be "
+            "compared. Add completions with the other label for the same `prompt`."
         )
     if one_sided:
         logger.warning("Left out %d of %d prompts: their completions have one label only.", one_sided, len(prompts))

@@ -62,6 +62,8 @@ SYNONYMS = {
     "negative rejected_completion bad_answer bad_response worst_answer dispreferred_answer dispreferred_response "
     "response_b answer_b completion_b response_2 answer_2",
 }
+# Of a row without a second answer.
+ONE_ANSWER = {"messages", "conversations", "text", "output", "response", "answer", "completion"}
 # What says nothing of which answer is the better one.
 IN_ORDER = re.compile(r".*_[ab12]$", re.IGNORECASE)
 
@@ -222,11 +224,12 @@ def require(dataset: Dataset | IterableDataset, task: str, name: str = "dataset"
     if any(FORMATS[each].keys() <= found.columns.keys() for each in formats):
         _require_whole_prompts(dataset, task, name)
         return
-    missing = [repr(each) for each in wanted if each not in found.columns and (task == "prompts" or each != "prompt")]
+    needed = [each for each in wanted if task == "prompts" or each != "prompt"]
+    missing = [repr(each) for each in needed if each not in found.columns]
     what = f" (in TRL's terms {found.name})" if found.name else ""
     raise ValueError(
-        f"`{name}` has no column {' and '.join(missing)}; its columns are {found}{what}. {needs} "
-        f"{_way_out(dataset, task)}"
+        f"`{name}` has no column{'s' if len(missing) > 1 else ''} {' and '.join(missing)}; its columns are "
+        f"{found}{what}. {_way_out(dataset, task, needs)}"
     )
 
 
@@ -312,14 +315,15 @@ def require_chat_template(dataset: Dataset | IterableDataset, tokenizer: Any, na
     conversations = [column for column, kind in describe(dataset).columns.items() if kind == CONVERSATION]
     if conversations and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{conversations} of `{name}` hold conversations, and the tokenizer has no chat template to write them as "
-            "text with. Give the tokenizer of a chat model as `processing_class`, set `tokenizer.chat_template`, or "
-            "give columns of text."
+            f"{' and '.join(map(repr, conversations))} of `{name}` hold conversations, and the tokenizer has "
+            "no chat template to write them as text with. Start from a chat model, give columns of text, or set "
+            "`tokenizer.chat_template` and save the tokenizer into the model's folder."
         )
 
 
-def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
-    found, columns = describe(dataset).name, suggest_columns(dataset, task)
+def _way_out(dataset: Dataset | IterableDataset, task: str, needs: str) -> str:
+    known, columns = describe(dataset), suggest_columns(dataset, task)
+    found = known.name
     if columns:
         flag = " ".join(f"{new}={old}" for new, old in columns.items())
         names = {old: new for new, old in columns.items()}
@@ -329,15 +333,20 @@ def _way_out(dataset: Dataset | IterableDataset, task: str) -> str:
         )
         return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`.{order}"
     if found in TASKS[task][1]:
-        return f"`trl_ext.data.conversions.to_{task}(dataset)` makes it so."
+        return f"{needs} `trl_ext.data.conversions.to_{task}(dataset)` makes it so."
     if found == "prompt-completion" and "label" in column_names(dataset):
         return (
             "A `label` of true or false, or 1 or 0, would tell good completions from bad ones: make it so with "
             "`dataset.map`, then pairs with `trl_ext.data.conversions.to_preference(dataset)`."
         )
     example = "prompt=question chosen=good rejected=bad" if task == "preference" else "prompt=question"
+    if task == "preference" and found == "prompt-only" and len(known.columns) == 1:
+        return "These are prompts, without answers to prefer: `trl-ext ppo` trains on them; preferences are pairs."
+    if task == "preference" and (ONE_ANSWER & known.columns.keys()) and "chosen" not in known.columns:
+        return "A row has one answer, and a preference is between two: `trl sft` trains on such rows, DPO on pairs."
     return (
-        f"Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the formats."
+        f"{needs} Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the "
+        "formats."
     )
 
 

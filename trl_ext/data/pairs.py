@@ -59,8 +59,8 @@ def _check_cells(name: str, dataset: Any) -> None:
         value = row[column]
         if not isinstance(value, str) and not _is_conversation(value):
             raise ValueError(
-                f"The column {column!r} of `{name}` holds {type(value).__name__} ({value!r:.60}); it must hold text, "
-                "or a conversation: a list of messages with 'role' and 'content'."
+                f"The column {column!r} of `{name}` holds {type(value).__name__} "
+                f"({value!r:.60}); it must hold text, or a conversation: a list of messages with 'role' and 'content'."
                 + (FROM_SHAREGPT if describe(dataset).columns[column] == SHAREGPT else "")
             )
     text = [column for column in columns if isinstance(row[column], str)]
@@ -83,7 +83,8 @@ def _check_cells(name: str, dataset: Any) -> None:
         if empty:
             raise ValueError(
                 f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(cells)} rows, the first is "
-                f"row {empty[0]}. Drop these rows, for example with `dataset.filter(lambda row: row[{column!r}])`."
+                f"row {empty[0]}{_beside(dataset, column, empty[0])}. Drop these rows from the data, in Python with "
+                f"`dataset.filter(lambda row: row[{column!r}])`."
             )
         if column in NEEDED and conversations:
             for i, messages in enumerate(cells):
@@ -93,6 +94,12 @@ def _check_cells(name: str, dataset: Any) -> None:
             f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
             "it from. Give the prompts in `prompt`, or as the first messages of both `chosen` and `rejected`."
         )
+
+
+def _beside(dataset: Any, column: str, row: int) -> str:
+    """Return a text of the same row: where rows were shuffled, their numbers are not those of the file."""
+    others = dataset[row].items() if isinstance(dataset, Dataset) else ()
+    return next((f", whose {name!r} is {text!r:.60}" for name, text in others if isinstance(text, str) and text), "")
 
 
 def _kind(value: Any) -> str:

@@ -1,5 +1,6 @@
 """`DPOConfigX`: TRL's `DPOConfig`, with packed rows and a label smoothing that works."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -75,7 +76,9 @@ class DPOConfigX(SavingOptions, DPOConfig):
         check_saving(self)
         unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
         if unknown:
-            raise ValueError(f"`loss_type` has unknown values {unknown}. Choose from {', '.join(LOSS_TYPES)}.")
+            near = difflib.get_close_matches(unknown[0], LOSS_TYPES, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"`loss_type` has unknown values {unknown}. Choose from {', '.join(LOSS_TYPES)}.{meant}")
         require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")

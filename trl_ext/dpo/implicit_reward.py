@@ -70,7 +70,7 @@ class ImplicitReward:
         if reference is None and not is_peft_model(policy):
             raise ValueError(
                 "`reference` is None and the policy has no adapter to switch off: give the model that DPO started "
-                "from, in `trl-ext score` with `--ref_model`."
+                "from."
             )
         for model in (policy, reference):
             if model is not None:

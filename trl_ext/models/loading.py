@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from functools import reduce
@@ -61,6 +62,8 @@ def text_config(model: Any, args: Any, name: str = "model", scores: bool = False
             encoder-decoder.
     """
     if not isinstance(model, str):
+        if not scores:
+            refuse_scoring(model.config, f"`{name}`")
         refuse_encoder_decoder(model.config, type(model).__name__)
         return model.config.get_text_config()
     options = source_options(args)
@@ -139,8 +142,8 @@ def check_same_tokens(tokenizer: Any, model: Any, name: str, args: Any) -> None:
         first = min(differing)
         raise ValueError(
             f"`{name}` was trained with another tokenizer than the model: {len(differing)} of {len(common)} ids mean "
-            f"other tokens to it (id {first} is {mine[first]!r} here and {others[first]!r} there). It reads the same "
-            "ids, so give one that shares the tokenizer."
+            f"other tokens to it (id {first} is {mine[first]!r} here and {others[first]!r} there). Give one with the "
+            "model's tokenizer, whose ids it reads, or leave it out."
         )
 
 
@@ -233,11 +236,18 @@ def require_model(path: str, what: str, revision: str | None = None) -> None:
     try:
         PretrainedConfig.get_config_dict(path, revision=revision)
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} ({what}) is no folder here, and no model of that name came from the hub. Give the folder that a "
-            f"model was saved to, or a hub name; one that is not in the hub's cache needs a network. The hub: {reason}"
+            f"{path} ({what}) is no folder here, and no model of that name came from the hub{_of_hub(error)}. Give "
+            f"the folder that a model was saved to, or, where there is a network, download it: `hf download {path}`."
         ) from error
+
+
+def _of_hub(error: OSError) -> str:
+    """Return what stopped the hub, in brackets, where it says more than that there is no network or no such model."""
+    reason = " ".join(str(error).split())
+    if re.search("connect|offline", reason, re.IGNORECASE):
+        return " (it was not reached)"
+    return "" if "not a valid model identifier" in reason else f" ({reason.rstrip('.'):.200})"
 
 
 def near_folder(path: str, revision: str | None = None) -> str | None:
@@ -274,8 +284,8 @@ def require_weights(path: str, what: str) -> None:
                 safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"The weights in {file} ({what}) cannot be read: {error}. The file is incomplete, missing or a "
-                "git-lfs pointer: save or download the model again."
+                f"The weights in {file} ({what}) cannot be read: the file is incomplete, missing or a git-lfs "
+                f"pointer. Save or download the model again. ({error})"
             ) from error
 
 
@@ -320,8 +330,8 @@ def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
                 tokenizer.chat_template = (Path(path) / TEMPLATE).read_text(encoding="utf-8")
             return tokenizer
         raise ValueError(
-            f"The folder {path} ({what}) has no tokenizer. Save it there, `tokenizer.save_pretrained(...)`, or in "
-            "Python give it as `processing_class`."
+            f"The folder {path} ({what}) has no tokenizer. Save it there, that of its base with "
+            f"`AutoTokenizer.from_pretrained(BASE).save_pretrained({path!r})`, or give it as `processing_class`."
         )
     try:
         return AutoTokenizer.from_pretrained(path, **options)

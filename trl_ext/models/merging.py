@@ -42,7 +42,10 @@ def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
     require_model(folder or named, "the adapter to merge", revision)
     config = adapter_config(folder)
     if folder is None or config is None:
-        raise ValueError(f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge.")
+        raise ValueError(
+            f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge. Give the "
+            "`output_dir` of a run with `--use_peft`; a whole model can be used as it is."
+        )
     if config.is_prompt_learning:
         raise ValueError(f"{named} learns virtual tokens ({config.peft_type.value}), which no weight can hold.")
     if getattr(config, "layer_replication", None):

@@ -240,6 +240,4 @@ def read_config(name: str, changed: int) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # a family's own checks raise what they like
         known = "" if Path(name).is_dir() else f", and no built-in shape. {nearest(name)}"
-        raise ValueError(
-            f"{name!r} is no folder or hub name with a config that can be read ({type(error).__name__}){known}."
-        ) from error
+        raise ValueError(f"{name!r} is no folder or hub name with a config that can be read{known}.") from error

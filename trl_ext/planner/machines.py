@@ -93,7 +93,8 @@ def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
     card = find_gpu(gpu)
     if card is None:
         near = difflib.get_close_matches(gpu.lower(), GPUS, n=3, cutoff=0.4)
-        meant = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(GPUS)}."
+        some = ("rtx4090-24gb", "l40s-48gb", "a100-80gb", "h100-80gb", "b200-180gb")
+        meant = f"Did you mean {' or '.join(near)}?" if near else f"It knows {len(GPUS)}, such as {', '.join(some)}."
         raise ValueError(
             f"The planner does not know the GPU {gpu!r}. {meant} For another one name a similar one, and give the "
             "memory with `--gpu_memory` of `trl-ext plan`."

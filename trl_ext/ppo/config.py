@@ -243,11 +243,11 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             raise ValueError(
                 f"A rollout holds {self.local_batch_size} responses per rank (per_device_train_batch_size × "
                 f"gradient_accumulation_steps), which num_mini_batches={self.num_mini_batches} does not divide. "
-                "Change one of the three."
+                f"Set num_mini_batches to {_or(divisors(self.local_batch_size))}, or change one of the other two."
             )
         n, mini_batch = self.num_generations, self.local_mini_batch_size
         if mini_batch % n:
-            able = [each for each in range(1, mini_batch + 1) if mini_batch % each == 0]
+            able = divisors(mini_batch)
             nearest = [max(e for e in able if e < n), *[e for e in able if e > n][:1]]
             raise ValueError(
                 f"`num_generations={n}` does not divide a rank's mini-batch of {mini_batch} responses, in which those "
@@ -257,6 +257,17 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         if self.micro_batch_tokens is not None:
             return mini_batch
         return size_of_parts(self.per_device_train_batch_size, mini_batch, n)
+
+
+def divisors(number: int) -> list[int]:
+    """Return the numbers that divide a number, from 1 to itself."""
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _or(numbers: list[int]) -> str:
+    """Return at most five numbers in words, the largest first to go: "1, 2 or 4"."""
+    *some, last = [str(number) for number in numbers[:5]]
+    return f"{', '.join(some)} or {last}" if some else last
 
 
 class PPOLoopConfig(PPOConfigX):

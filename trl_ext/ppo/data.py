@@ -267,20 +267,30 @@ def check_prompts(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
     )["length"][:]
     if 0 in lengths:
-        row = lengths.index(0)
-        raise ValueError(f"Row {row} of `{name}` has an empty prompt. Remove it, or give it at least one token.")
+        raise ValueError(
+            f"Row {lengths.index(0)} of `{name}` has an empty prompt{_others_empty(lengths)}. Remove such rows "
+            "from the data, or give each at least one token."
+        )
     needed = max(lengths, default=0) + response_length
     small = {limit: most for limit, most in limits.items() if most is not None and needed > most}
     if small:
         tokens = needed - response_length
         fits = " and ".join(f"{limit} of {most}" for limit, most in small.items())
-        cure = "Shorten or remove it, and all that are too long, or lower `response_length`"
+        room = min(small.values()) - tokens
+        lower = f", or lower `response_length` to at most {room}" if room > 0 else ""
+        cure = f"Shorten or remove it, and all that are too long{lower}"
         if all("_tokens" in limit for limit in small):
             cure = f"Set {' and '.join(small)} to at least {needed}; or s{cure[1:]}"
+        prompt = dataset[lengths.index(tokens)].get("prompt")
+        shown = f" It begins {prompt[:40]!r}." if isinstance(prompt, str) else ""
         raise ValueError(
             f"The longest prompt of `{name}`, in row {lengths.index(tokens)}, has {tokens} tokens; with "
-            f"response_length={response_length} it needs {needed} and does not fit {fits}. {cure}."
+            f"response_length={response_length} it needs {needed} and does not fit {fits}. {cure}.{shown}"
         )
+
+
+def _others_empty(lengths: list[int]) -> str:
+    return f", as have {lengths.count(0) - 1} others" if lengths.count(0) > 1 else ""
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> None:

@@ -136,8 +136,9 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
     files = [file, *(_file(folder, split) for split in SPLITS)]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
+        lacks = f"which has no {' and no '.join(missing)}" if Path(folder).is_dir() else "and there is no such folder"
         raise ValueError(
-            f"`rollouts` is {folder}, which has no {' and no '.join(missing)}. Give the folder `{FOLDER}` in the "
+            f"`rollouts` is {folder}, {lacks}. Give the folder `{FOLDER}` in the "
             "output folder of an earlier run, or leave it out to sample."
         )
     then = json.loads(file.read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ from ..runs.credit import CreditOffer
 from ..runs.failures import in_spite_of_errors
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
-from ..runs.requirements import make_folder, require_full_batch
+from ..runs.requirements import make_folder, require_full_batch, require_parts
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import go_on_logging, name_run
@@ -216,6 +216,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
         # 1. Check the arguments before anything is loaded
+        require_parts(processing_class, peft_config, train_dataset, eval_dataset)
         args, given = resolve(
             args,
             model=model,

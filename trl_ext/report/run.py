@@ -1,5 +1,6 @@
 """`Run`: read what a run's folder says about it, while it is running or when it is done."""
 
+import difflib
 import json
 import math
 import time
@@ -155,6 +156,10 @@ def _states(folder: Path) -> list[Path]:
             f"{folder} holds the log of an earlier run only ({there[0]}): the run that {FACTS} is about has not "
             "written one yet. Look again after its next log line, or name another folder."
         )
+    if not folder.is_dir():
+        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("*/")], n=1)
+        meant = f" Did you mean {folder.with_name(near[0])}?" if near else ""
+        raise FileNotFoundError(f"{folder} is no folder.{meant} Give the `output_dir` of a run.")
     raise FileNotFoundError(
         f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
         "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."

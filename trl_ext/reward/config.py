@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from trl import RewardConfig
 
+from ..models.precision import computes_in_bf16
 from ..ranges import check_ranges
 from ..runs.requirements import require_kernel
 from ..runs.saving import SavingOptions, check_saving
@@ -25,6 +26,8 @@ class RewardConfigX(SavingOptions, RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
+            self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         check_ranges(self)
         check_saving(self)

@@ -36,7 +36,7 @@ from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.checkpoints import require_optimizer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
-from ..runs.requirements import make_folder, require_full_batches
+from ..runs.requirements import make_folder, require_full_batches, require_parts
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
@@ -90,8 +90,11 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfigX(f"{name.rstrip('/').split('/')[-1]}-Reward")
+        elif not isinstance(args, RewardConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; RewardTrainerX needs a `RewardConfigX`.")
+        require_parts(processing_class, kwargs.get("peft_config"), train_dataset, eval_dataset)
         take_back(model)
-        text_config(model, args, scores=True)
+        require_one_label(text_config(model, args, scores=True), model)
         if is_fsdp(args.fsdp):
             check_fsdp(args, kwargs.get("quantization_config"), {"model": model})
         if processing_class is None:
@@ -266,6 +269,16 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
 
     def describe(self) -> Training:
         return reward_training(self)
+
+
+def require_one_label(config: Any, model: Any) -> None:
+    """Raise `ValueError` for the path of a classifier of several labels, whose head a reward cannot go on from."""
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if isinstance(model, str) and is_classifier and config.num_labels != 1:
+        raise ValueError(
+            f"{model} is a classifier of {config.num_labels} labels, and a reward model has one. Start from a causal "
+            "language model, or from a reward model."
+        )
 
 
 def _is_tokenised(dataset: Any) -> bool:

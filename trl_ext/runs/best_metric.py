@@ -1,5 +1,6 @@
 """Check the metric by which the best checkpoint is chosen."""
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ def evaluated(evaluate: Callable[..., Any], metric: str | None, *given: Any, **o
             raise
         raise ValueError(str(error.args[0])) from error
     if metric is not None and metric not in metrics and f"eval_{metric}" not in metrics:
+        near = difflib.get_close_matches(metric, metrics, n=1)
         raise ValueError(
             f"`metric_for_best_model` is {metric!r}, and an evaluation has {', '.join(sorted(metrics))}. Set it to "
-            "one of these."
+            f"one of these{f', such as {near[0]}' if near else ''}."
         )
     return metrics
 

@@ -359,7 +359,10 @@ def _newest(run: Path) -> Path:
             return run / name
         faults.append(f"{name}, because {fault}")
     if not faults:
-        raise ValueError(f"There is no checkpoint to resume from in {run}.")
+        raise ValueError(
+            f"There is no checkpoint to resume from in {run}. Leave out `resume_from_checkpoint` to start anew, or "
+            "give the folder of a checkpoint, such as OUTPUT_DIR/checkpoint-100."
+        )
     raise ValueError(
         f"There is no complete checkpoint to resume from in {run}: {'; '.join(faults)}. Start a new run, or give "
         "another checkpoint by its folder."

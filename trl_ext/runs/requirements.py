@@ -1,5 +1,6 @@
 """Check a run before a model is loaded: numbers in their range, installed packages, writable folders."""
 
+import difflib
 import importlib.util
 import os
 import sys
@@ -106,9 +107,11 @@ def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[No
         yield
     except (ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
-        given = f"`{name}={getattr(value, 'value', value)}` with `{name_of_more}={more}`"
+        given = f"`{name}={getattr(value, 'value', value)}`" + (f" with `{name_of_more}={more}`" if more else "")
+        form = '{"NAME": VALUE}' if name_of_more.endswith("_kwargs") else "NAME=VALUE"
+        more_of = "" if isinstance(error, ImportError) else f" with `{name_of_more}`, such as {form}"
         raise ValueError(
-            f"{given} is refused: {reason.rstrip('.')}. Mend that, or choose another `{name}`."
+            f"{given} is refused: {reason.rstrip('.')}. Mend that{more_of}, or choose another `{name}`."
         ) from error
 
 
@@ -138,7 +141,11 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     loggers = [report_to] if isinstance(report_to, str) else list(report_to or ())
     for logger in loggers if loggers not in (["all"], ["none"]) else ():
         if logger not in LOGGERS:
-            raise ValueError(f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.")
+            near = difflib.get_close_matches(logger, LOGGERS, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.{meant}"
+            )
         needed.append((f"`report_to={logger}`", LOGGERS[logger], LOGGERS[logger][0]))
     optimizer = str(getattr(getattr(options, "optim", ""), "value", getattr(options, "optim", "")))
     if optimizer in OF_TORCHAO:
@@ -192,14 +199,34 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
         raise ValueError(f"`{what}` is {folder}, and nothing can be written into {there}. Give another folder.")
 
 
-def make_folder(path: str | Path) -> None:
-    """Make the folder of `output_dir`; raise `ValueError` if no files can be written into it."""
-    require_writable(path)
+def require_parts(processing_class: Any, peft_config: Any, *datasets: Any) -> None:
+    """Raise `ValueError` for arguments of a trainer that are the name of what is wanted, or the rows of it."""
+    if isinstance(processing_class, str):
+        raise ValueError(
+            f"`processing_class` is {processing_class!r}; give the tokenizer itself, "
+            f"`AutoTokenizer.from_pretrained({processing_class!r})`, or leave it out for the model's."
+        )
+    if isinstance(peft_config, dict):
+        raise ValueError("`peft_config` is a dict; give a config of PEFT, `LoraConfig(**peft_config)`.")
+    for dataset in datasets:
+        if isinstance(dataset, list | str):
+            text = f"{dataset!r}" if isinstance(dataset, str) else "a list"
+            way = (
+                "load_dataset('json', data_files=…, split='train')"
+                if isinstance(dataset, str)
+                else "Dataset.from_list(…)"
+            )
+            raise ValueError(f"A dataset is {text}; give a dataset of 🤗 Datasets, such as `{way}`.")
+
+
+def make_folder(path: str | Path, what: str = "output_dir") -> None:
+    """Make a folder, which the option `what` names; raise `ValueError` if no files can be written into it."""
+    require_writable(path, what)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise ValueError(
-            f"`output_dir` is {path}, and nothing can be written there ({error.strerror}). Give another folder."
+            f"`{what}` is {path}, and nothing can be written there ({error.strerror}). Give another folder."
         ) from error

@@ -84,6 +84,9 @@ def arguments() -> CommandParser:
 
 def machine_of(given: argparse.Namespace) -> Hardware:
     sizes = {"memory": given.gpu_memory, "host_memory": given.host_memory}
+    for flag, size in {"gpu_memory": given.gpu_memory, "host_memory": given.host_memory}.items():
+        if size is not None and size <= 0:
+            raise ValueError(f"`--{flag}` is {size:g}; it must be above 0, in GiB.")
     options: dict[str, Any] = {name: size * GIB for name, size in sizes.items() if size is not None}
     options |= {"gpus": given.gpus, "gpus_per_node": given.gpus_per_node}
     return Hardware(**(vars(CPU) | options)) if given.gpu == "cpu" else planner.hardware(given.gpu, **options)
@@ -126,6 +129,8 @@ def options_of(recipe: Path) -> dict[str, Any]:
 
 def answer(given: argparse.Namespace) -> None:
     """Print the plan, or the suggestions; draw the picture."""
+    if given.picture and given.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"`--picture` is {given.picture}; give a name that ends in .png, .svg or .pdf.")
     machine = machine_of(given)
     names, layout = run_of(given, machine)
     if given.suggest:

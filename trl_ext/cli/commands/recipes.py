@@ -65,7 +65,7 @@ def write_schemas(folder: Path, commands: list[str]) -> None:
     from ...runs.requirements import make_folder  # late, with what follows: a list need not wait for torch
     from ..schema import schema_of
 
-    make_folder(folder)
+    make_folder(folder, "--schema")
     for command in commands:
         path = folder / f"recipe-{command}.schema.json"
         path.write_text(json.dumps(schema_of(command), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

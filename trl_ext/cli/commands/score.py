@@ -86,6 +86,11 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
             raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
         path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
     path = require_writer(path, "--model", model.model_revision)
+    if ref_path is None and adapter_config(path) is None:
+        raise ValueError(
+            f"{path} (--model) is a whole model, so `--ref_model` is needed: give the model that DPO started from, "
+            "such as `--ref_model my-sft`. For an adapter the reference is its base."
+        )
     return path, None if ref_path is None else require_writer(ref_path, "--ref_model")
 
 
@@ -107,6 +112,10 @@ def arguments() -> OptionParser:
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
         data, model = read(arguments(), argv).make()
+        if not data.beta > 0:
+            raise ValueError(
+                f"`--beta` is {data.beta}; it must be above 0: give the β that the policy was trained with."
+            )
         require_writable(Path(data.output_file).parent, "output_file")
         paths = paths_of(data, model)  # before any row is read
         scored = score(load(data), build(*paths, data, model))

@@ -91,7 +91,8 @@ def _check_critic(value_model: Any, has_adapter: bool) -> None:
     if not has_adapter:
         raise ValueError(
             "`critic='adapter'` puts the critic's adapter on the actor's base, which has to stay as it is: pass a "
-            "`peft_config`, so that the actor trains an adapter too, or choose `critic='model'` or `critic='head'`."
+            "`peft_config` (`--use_peft`), so that the actor trains an adapter too, or choose `critic='model'` or "
+            "`critic='head'`."
         )
     if value_model is None:
         return

@@ -136,9 +136,8 @@ def check_rewards(answer: Any, name: str, inputs: dict[str, Any]) -> list[float 
 
 
 NEEDED = (
-    "Return a list with one number for each completion, in their order, and `None` where the reward does not apply; a "
-    "tensor or an array of one dimension will do. In place of a number there may be a list with one number for each "
-    "token of `completion_ids`, or {'score': a number, 'tokens': such a list}."
+    "Return a list with one number for each completion, in their order, and `None` where the reward does not apply; "
+    "docs/ppo.md has the forms of rewards for single tokens."
 )
 
 

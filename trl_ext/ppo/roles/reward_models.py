@@ -1,6 +1,7 @@
 """Reward models as sources of scores, on token ids or on text."""
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, groupby, islice
@@ -330,8 +331,9 @@ def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if "ForSequenceClassification" not in architecture:
         raise ValueError(
-            f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train a reward "
-            "model first, for example with `trl-ext reward`."
+            f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train one on "
+            f"pairs first: `trl-ext reward --model {shlex.quote(path)} --dataset_name PAIRS.jsonl --output_dir REWARD`"
+            ", and give REWARD."
         )
     check_single_label(config.num_labels, path)
 
