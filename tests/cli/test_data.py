@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from cli_runs import error_of, plan_line, run_of, toy_run
-from trl_ext.cli.data import DataArguments, PairArguments, load_pairs, load_rows, load_splits
+from trl_ext.cli.data import DataArguments, PairArguments, flags_of, load_pairs, load_rows, load_splits
 from trl_ext.cli.main import main
 from trl_ext.data.conversions import to_preference, to_prompts
 
@@ -114,6 +114,12 @@ def test_columns_of_other_names_are_mapped_by_the_flag_that_the_error_gives(path
     mapped = capsys.readouterr().out
     main(["dpo", *run_of("dpo", paths, output_dir=tmp_path), "--dry_run"])
     assert mapped == capsys.readouterr().out
+
+
+def test_next_command_reads_the_same_rows_as_conversations():
+    given = DataArguments(dataset_name="p.csv", columns=["prompt=q"], apply_chat_template=True)
+    assert flags_of(given) == ["--dataset_name", "p.csv", "--columns", "prompt=q", "--apply_chat_template"]
+    assert "--apply_chat_template" not in flags_of(DataArguments(dataset_name="p.csv"))
 
 
 def test_answers_with_labels_become_pairs_and_pairs_become_prompts(paths, tmp_path, capsys):

@@ -125,6 +125,20 @@ def test_prompt_of_a_dry_run_is_what_the_actor_reads(row, chats, tmp_path, capsy
     assert sample_of(text, "prompt") == list(ids)
 
 
+@pytest.mark.parametrize("name", ["reward", "dpo", "ppo"])
+def test_text_with_the_chat_template_is_read_as_a_conversation(name, chats, tmp_path, capsys):
+    """Reward training, DPO and PPO then read alike; without it, and without a conversation, a note says so."""
+    options = {"output_dir": tmp_path / "out", "per_device_train_batch_size": 4}
+    of_chat = dry(name, chats(ROWS["chat"]), capsys, **options)
+    for model in ("actor", "reward_model"):
+        shutil.rmtree(tmp_path / model)
+    there = chats({part: text.strip() for part, text in ROWS["text"].items()})
+    assert dry(name, there, capsys, "--apply_chat_template", **options) == of_chat
+    as_text = dry(name, there, capsys, **options)
+    assert ("--apply_chat_template" in as_text, "Note:" in of_chat) == (True, False)
+    assert as_text.partition("The first p")[2] != of_chat.partition("The first p")[2]
+
+
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_json_of_a_dry_run_says_what_its_text_says(name, paths, tmp_path, capsys):
     options = {"output_dir": tmp_path / "out", "per_device_train_batch_size": 4, "gpu": "a100"}

@@ -34,6 +34,9 @@ def graded(completions, grade, **kwargs):
 def chat(completions, **kwargs):
     return [len(messages[0]["content"]) for messages in completions]
 
+def quiet(completions, **kwargs):
+    return [float(completion.islower()) for completion in completions]
+
 def mean(completions, **kwargs):
     return [0.5]
 
@@ -156,7 +159,14 @@ ARGS = SimpleNamespace(chat_template_kwargs=None, **UNLIMITED)
             "graded",
             "it needs 'grade', and the dataset has no such column; it has grades, answer.*`--columns grade=gr",
         ),
-        (ROW, "chat", r"'chat' fails on an answer .*: TypeError: string indices .*my_own_rewards.py, line 16"),
+        (
+            ROW,
+            "chat",
+            r"'chat' fails on an answer .*: TypeError: string indices .*my_own_rewards.py, line 16.*"
+            "each of `completions` is a string",
+        ),
+        (ROW, "quiet", None),
+        (CHAT, "quiet", r"each of `completions` is a list of messages: the text .*`completion\[-1\]\['content'\]`"),
         (CHAT, "short", None),
         (CHAT, "chat", None),
         (ROW, "mean", "'mean' returned 1 rewards, but 2 were expected"),

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import extract_prompt, maybe_convert_to_chatml, maybe_extract_prompt, unpair_preference_dataset
 
 from dataset_rows import ANSWER, OTHER, SHAREGPT, USER, dataset, stream
-from trl_ext.data.conversions import to_preference, to_prompts
+from trl_ext.data.conversions import to_conversations, to_preference, to_prompts
 
 
 MORE = [{"role": "user", "content": "why"}]
@@ -82,6 +82,18 @@ def test_text_prompt_beside_conversations_is_what_trl_extracts(make):
 def test_text_prompt_beside_answers_becomes_a_turn():
     (converted,) = to_preference(dataset({"prompt": "what", "chosen": ANSWER, "rejected": OTHER}))
     assert converted == {"prompt": USER, "chosen": ANSWER, "rejected": OTHER}
+
+
+@pytest.mark.parametrize("make", [dataset, stream], ids=["dataset", "stream"])
+def test_text_becomes_turns_and_conversations_stay(make):
+    chat = {"prompt": USER, "chosen": ANSWER, "rejected": OTHER, "source": "a"}
+    text = {name: value if name == "source" else value[0]["content"] for name, value in chat.items()}
+    ids = {"input_ids": [1, 2]}
+    for row, wanted in ((text, chat), (chat, chat), (ids, ids), ({"prompt": text["prompt"]}, {"prompt": USER})):
+        assert rows_of(to_conversations(make(row))) == [wanted]
+    assert to_conversations({"train": make(text)}).keys() == {"train"}
+    with pytest.raises(ValueError, match=r"Pairs of text without `prompt` .*`--columns prompt=NAME`"):
+        to_conversations(make({"chosen": "a b", "rejected": "a c"}))
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p", "completion": "c"}, {"text": "t"}, {"messages": USER + ANSWER}])

@@ -104,7 +104,7 @@ SHORT = {
     "--test_size 4",
     "critic": f"--total_episodes 4 --gradient_accumulation_steps 1 --max_passes 1 {BATCH} --response_length 3 "
     "--test_size 4",
-    "sft": "--max_steps 2 --per_device_train_batch_size 4 --report_to none --bf16 false",
+    "sft": "--max_steps 2 --per_device_train_batch_size 4 --report_to none --use_cpu",
     "score": "--test_size 4",
     "equivalence": "--steps 20",
     "plan": "",

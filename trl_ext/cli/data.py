@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from trl import DatasetMixtureConfig, get_dataset
 
 from ..data import demo
-from ..data.conversions import to_preference
+from ..data.conversions import to_conversations, to_preference
 from ..data.formats import parse_columns
 from ..data.json_values import key_of
 from ..runs.folder import DATA_FILES
@@ -49,6 +49,13 @@ class DataArguments(DatasetMixtureConfig):
             "help": "Columns to rename, new=old: `prompt=question chosen=good rejected=bad`. See docs/datasets.md."
         },
     )
+    apply_chat_template: bool = field(
+        default=False,
+        metadata={
+            "help": "Make conversations of text, for a model that was trained on chats: `prompt` is a turn of the "
+            "user, answers are turns of the assistant. Unset: the model reads text as it is."
+        },
+    )
     train_size: int | None = field(default=None, metadata={"help": "Maximum number of rows to train on. Unset: all."})
     test_size: int | None = field(
         default=None, metadata={"help": "Maximum number of rows to evaluate on. Unset: all."}
@@ -66,7 +73,12 @@ def flags_of(data: DataArguments) -> list[str]:
     names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
     unset = DataArguments()
     flags = [(f"--{name}", getattr(data, name)) for name in names if getattr(data, name) != getattr(unset, name)]
-    return [*(word for flag in flags for word in flag), *(["--columns", *data.columns] if data.columns else [])]
+    chats = ["--apply_chat_template"] if data.apply_chat_template else []
+    return [
+        *(word for flag in flags for word in flag),
+        *(["--columns", *data.columns] if data.columns else []),
+        *chats,
+    ]
 
 
 @dataclass
@@ -96,12 +108,11 @@ def load_splits(
     if args.dataset_train_split not in splits:
         raise _no_split("train", splits, args)
     _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
-    columns = parse_columns(args.columns or ())
-    train = convert(splits[args.dataset_train_split], columns)
+    train = _converted(splits[args.dataset_train_split], args, convert)
     if args.dataset_test_split not in (*splits, "test"):
         raise _no_split("test", splits, args, ", or leave it out")
     if args.dataset_test_split in splits:
-        test = convert(splits[args.dataset_test_split], columns)
+        test = _converted(splits[args.dataset_test_split], args, convert)
     else:
         train, test = _hold_out(train, args)
     return DatasetDict(train=_first(train, args.train_size), test=_first(test, args.test_size))
@@ -121,8 +132,26 @@ def load_rows(args: DataArguments) -> Dataset:
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
             _require_rows(splits[name], f"split {name!r} of {args.source}")
-            return _first(to_preference(splits[name], parse_columns(args.columns or ())), args.test_size)
+            return _first(_converted(splits[name], args, to_preference), args.test_size)
     raise _no_split("test", splits, args)
+
+
+def _converted(rows: Any, args: DataArguments, convert: Callable[[Any, Mapping[str, str]], Any]) -> Any:
+    """Return rows in the format that a trainer reads, as conversations where that is wanted."""
+    rows = convert(rows, parse_columns(args.columns or ()))
+    return to_conversations(rows) if args.apply_chat_template else rows
+
+
+def note_on_text(args: DataArguments, rows: Any, tokenizer: Any) -> str | None:
+    """Return what to know of text that a chat model is to read; `None` for other rows, other models, the demo."""
+    first: dict[str, Any] = next(iter(rows), {})
+    text = first.get("prompt", first.get("chosen"))
+    if not (args.dataset_name or args.datasets) or not isinstance(text, str) or not tokenizer.chat_template:
+        return None
+    return (
+        "Note: the model reads these prompts as they are, since they are text and not conversations. If it was "
+        "trained on chats, add `--apply_chat_template`, in reward training, DPO and PPO alike."
+    )
 
 
 def _no_split(kind: str, splits: Any, args: DataArguments, way_out: str = "") -> ValueError:

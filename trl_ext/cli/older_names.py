@@ -124,7 +124,7 @@ _CURES = {
     "set the environment variable TENSORBOARD_LOGGING_DIR, or a line of it under env: in a recipe": "logging_dir "
     "logging_path tensorboard_dir",
     "conversations are written with the chat template of the model's tokenizer": "template chat_template "
-    "apply_chat_template input_template",
+    "input_template",
     "it has no meaning any more; leave it out": "label_pad_token_id padding_value is_encoder_decoder "
     "use_logits_to_keep force_use_ref_model",
     "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache preprocessing_num_workers",

@@ -124,6 +124,21 @@ def _module(place: str) -> ModuleType:
     return sys.modules[name]
 
 
+def _hint(error: Exception, is_chat: bool) -> str:
+    """Return what to change: how completions look, where the function may have taken them for something else."""
+    if not isinstance(error, AttributeError | LookupError | TypeError):
+        return "A model may answer anything: return a reward, or `None` where it does not apply."
+    if is_chat:
+        return (
+            "The prompts are conversations, so each of `completions` is a list of messages: the text of an answer is "
+            "`completion[-1]['content']`."
+        )
+    return (
+        "The prompts are text, so each of `completions` is a string. A model may answer anything: return a reward, or "
+        "`None` where it does not apply."
+    )
+
+
 def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, args: Any) -> None:
     """
     Ask each function about two made-up answers to the prompt of a row, with its other columns, as a run would.
@@ -163,8 +178,7 @@ def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, a
             file = last.filename if file.startswith("..") else file
             raise ValueError(
                 f"The reward function {name!r} fails on an answer to the first prompt, {ANSWERS[0]!r}: "
-                f"{type(error).__name__}: {error} ({file}, line {last.lineno}). A model may answer anything: "
-                "return a reward, or `None` where it does not apply."
+                f"{type(error).__name__}: {error} ({file}, line {last.lineno}). {_hint(error, is_chat)}"
             ) from error
         try:
             check_rewards(answer, name, inputs)

@@ -1,6 +1,7 @@
 """Run a training command, `trl-ext ppo`, `dpo` or `reward`: parse, check, load, train, evaluate, save, close."""
 
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..report import first_and_last_evaluation, use_brief_progress
 from ..runs.checkpoints import checkpoint_of, require_processes
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running
+from .data import note_on_text
 from .dry_run import dry_run, require_dry_run
 from .errors import usage_errors
 from .fit import require_fit
@@ -63,6 +65,9 @@ class TrainingCommand:
         with model_errors(model, path):
             trainer = self.create(path, args, data, splits, **loading)
         require_adapted(trainer.model, model)
+        note = note_on_text(data, splits["train"], trainer.processing_class)
+        if note and trainer.is_world_process_zero():
+            print(note, file=sys.stderr)
         return trainer
 
     def run(self, argv: list[str] | None = None) -> None:

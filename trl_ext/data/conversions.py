@@ -107,6 +107,32 @@ def to_prompts(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
     return dataset.remove_columns(sorted(names & {*ANSWERS, *labels}))
 
 
+def to_conversations(dataset: Any) -> Any:
+    """
+    Return pairs or prompts of text as conversations, which a chat template writes out: `prompt` becomes a turn of the
+    user, `chosen` and `rejected` turns of the assistant. A dataset of conversations or of token ids stays as it is.
+
+    Raises:
+        ValueError: for pairs of text without `prompt`, which do not say where the answer begins.
+    """
+    if isinstance(dataset, dict):
+        return of_each(dataset, to_conversations)
+    columns = describe(dataset).columns
+    if "prompt" not in columns and columns.get("chosen") == TEXT:
+        raise ValueError(
+            "Pairs of text without `prompt` do not say where the answer begins, so that no conversation can be made "
+            f"of them; the columns are {describe(dataset)}. Give a column `prompt`: `--columns prompt=NAME`."
+        )
+    return dataset.map(_as_turns, remove_columns=column_names(dataset)) if columns.get("prompt") == TEXT else dataset
+
+
+def _as_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """Turn the text of a prompt and of answers into turns of the user and the assistant."""
+    roles = {"prompt": "user"} | dict.fromkeys(("chosen", "rejected", "completion"), "assistant")
+    texts = {name: row[name] for name in roles if isinstance(row.get(name), str)}
+    return dict(row) | {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
+
+
 def _with_roles(dataset: Any) -> Any:
     """Turn conversations in ShareGPT's format into messages with `role` and `content`."""
     columns = describe(dataset).columns
@@ -151,13 +177,11 @@ def _with_system(dataset: Any) -> Any:
         return dataset
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        sides = {name: row[name] for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)}
-        turns = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
-        prompt, system = row["prompt"], row.get(SYSTEM)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if system and messages[0]["role"] != SYSTEM:
-            messages = [{"role": SYSTEM, "content": system}, *messages]
-        return {name: value for name, value in row.items() if name != SYSTEM} | turns | {"prompt": messages}
+        system = row.get(SYSTEM)
+        row = _as_turns({name: value for name, value in row.items() if name != SYSTEM})
+        if system and row["prompt"][0]["role"] != SYSTEM:
+            row["prompt"] = [{"role": SYSTEM, "content": system}, *row["prompt"]]
+        return row
 
     return dataset.map(convert, remove_columns=column_names(dataset))
 

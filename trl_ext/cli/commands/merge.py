@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         print(of_critic(critic, given.adapter))
     print(f"Everything is in {shlex.quote(str(given.output_dir))}")
     if config.task_type != "SEQ_CLS":
-        print(f"  chat    trl-ext chat {shlex.quote(str(given.output_dir))}")
+        merged = shlex.quote(str(given.output_dir))
+        print(f"  chat    trl-ext chat {merged}\n  train   give `--model {merged}` to trl-ext ppo, dpo or reward")
 
 
 def require_empty(folder: Path) -> None:
