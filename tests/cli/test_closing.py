@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from cli_runs import TRAINING, error_of, run_of
+from trl_ext import RewardTrainerX
 from trl_ext.cli import training
 from trl_ext.cli.closing import report_callbacks, resuming, without
 from trl_ext.cli.main import main
@@ -125,6 +126,16 @@ def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys, 
     if ends_by is SystemExit:
         assert end.value.code == 1
         assert said[-3:-1] == ["error: Full.", error.__notes__[0]]
+
+
+def test_ctrl_c_in_the_last_evaluation_leaves_what_was_trained(paths, tmp_path, monkeypatch):
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RewardTrainerX, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(["reward", *run_of("reward", paths, output_dir=tmp_path, **SHORT["reward"] | {"save_strategy": "no"})])
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """
 A run of PPO in two processes under each of several layouts (as in `layout_worker`), and the same run resumed from its
-third step of six, which is the third of four that are taken from the first rollout.
+first step of six. The first rollout gives four, in two passes: the resumed run is within one, and begins another.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import dpo_runs
 import zero_runs
@@ -16,8 +17,7 @@ import zero_runs
 OPTIONS = {
     "max_steps": 6,
     "num_mini_batches": 2,
-    "save_strategy": "steps",
-    "save_steps": 3,
+    "save_strategy": "no",
     "normalize_rewards": True,
     "positive_nll_coef": 0.3,
     "positive_min_score": 0.0,
@@ -27,6 +27,11 @@ OPTIONS = {
     "optim": "adamw_torch",
 }
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+class SavesOnce(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step == 1
 
 
 def trainer_of(folder: Path, output: Path, layout: dict[str, Any]) -> Any:
@@ -49,9 +54,10 @@ def results(trainer: Any) -> dict[str, Any]:
 def run(folder: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
     output = folder / name
     measured = {}
-    for part, checkpoint in (("whole", None), ("resumed", str(output / "checkpoint-3"))):
+    for part, checkpoint in (("whole", None), ("resumed", str(output / "checkpoint-1"))):
         with zero_runs.launched(layout["environment"]):
             trainer = trainer_of(folder, output, layout)
+            trainer.add_callback(SavesOnce())
             trainer.train(resume_from_checkpoint=checkpoint)
             measured[part] = results(trainer) | {"wrapper": type(trainer.model_wrapped).__name__}
             del trainer

@@ -97,8 +97,8 @@ class TrainingCommand:
             trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            trainer.save_model()  # before the evaluation, which may take long and be interrupted
             metrics = self.evaluate(trainer)
-            trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             remove_older_adapters(Path(args.output_dir), begun)

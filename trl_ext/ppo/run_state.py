@@ -81,6 +81,7 @@ class RunState:
         reward_moments: of all scores so far, for `normalize_rewards`.
         ledger: the loss terms of the open logging window.
         rollout: the one that is being learned from.
+        packs: whether its sequences stand in rows without padding; `None` in checkpoints of earlier versions.
         micro_batches: of this pass over the rollout, those of each step of the Trainer.
         passes_over_data: finished passes before this run was resumed.
     """
@@ -92,6 +93,7 @@ class RunState:
     reward_moments: RunningMoments = field(default_factory=RunningMoments)
     ledger: LossLedger = field(default_factory=LossLedger)
     rollout: Rollout | None = None
+    packs: bool | None = None
     micro_batches: list[list[MicroBatch]] = field(default_factory=list)
     passes_over_data: int = 0
 
@@ -100,6 +102,7 @@ class RunState:
         learned_from = self.rollout if is_learning else None
         return {name: getattr(self, name).state_dict() for name in _PARTS} | {
             "rollout": None if learned_from is None else learned_from.tensors(),
+            "packs": self.packs,
             "micro_batches": [
                 [(each.rows, each.num_tokens, each.share, each.num_positive) for each in step]
                 for step in (self.micro_batches if learned_from else ())
@@ -113,6 +116,7 @@ class RunState:
             getattr(self, name).load_state_dict(state[name])
         if state["rollout"] is not None:
             self.rollout = rollout = Rollout(**state["rollout"])
+            self.packs = state.get("packs")
             self.micro_batches = [[MicroBatch(rollout, *each) for each in step] for step in state["micro_batches"]]
         self.passes_over_data = state["passes_over_data"]
 

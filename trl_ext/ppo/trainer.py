@@ -517,11 +517,13 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self._rows_ahead = self._read_ahead(len(self._ahead))
         run, step_of_pass = self.run_state, self._step % self.args.steps_per_generation
         if not self.is_amid_rollout:
-            run.rollout = self._collect_rollout(rows)
+            run.rollout, run.packs = self._collect_rollout(rows), None
         self.phases.enter("learn")
         if step_of_pass == 0:
             over_ranks = (self._sum_over_ranks, self._max_over_ranks, self.accelerator.num_processes)
-            run.micro_batches = draw_micro_batches(run.rollout, self.args, *over_ranks, packs=self._packs(run.rollout))
+            if run.packs is None:  # models that are partitioned are tried out as they score, which this run may not do
+                run.packs = self._packs(run.rollout)
+            run.micro_batches = draw_micro_batches(run.rollout, self.args, *over_ranks, packs=run.packs)
         return run.micro_batches[step_of_pass]
 
     @property
