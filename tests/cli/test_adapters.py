@@ -64,6 +64,17 @@ def test_adapter_goes_on_being_trained_on_its_base(name, paths, adapters, tmp_pa
     assert "This was a dry run" in capsys.readouterr().out
 
 
+def test_critic_of_an_adapter_is_pretrained_and_ppo_goes_on_with_both(paths, adapters, tmp_path, capsys):
+    given = paths | {"actor": adapters["start"]}
+    words = run_of("ppo", given, output_dir=tmp_path / "critic", max_passes=1, test_size=4, **PPO)
+    main(["critic", *words])
+    (words,) = commands_of(capsys.readouterr().out)["next"]
+    assert words[words.index("--model") + 1] == str(adapters["start"])
+    main([*words, "--total_episodes", "4", "--num_ppo_epochs", "1", "--save_strategy", "no"])
+    names = load_file(tmp_path / "critic-ppo" / "adapter_model.safetensors").keys()
+    assert names == load_file(Path(adapters["start"]) / "adapter_model.safetensors").keys()
+
+
 def test_dry_run_plans_the_base_with_an_adapter(paths, adapters, tmp_path, capsys):
     words = ["--output_dir", str(tmp_path), "--dry_run", "--gpu", "a100-80gb"]
     main(["dpo", *run_of("dpo", paths | {"actor": adapters["start"]}), *words])

@@ -208,7 +208,7 @@ def test_cells_of_another_kind_are_named(rows, said, paths, tmp_path, capsys):
 
 def test_share_that_is_none_is_refused_in_one_sentence(paths, tmp_path, capsys):
     words = run_of("dpo", paths, output_dir=tmp_path, test_split_size=2)
-    assert "`test_split_size` is 2; it is a share" in error_of(["dpo", *words], capsys)
+    assert "`test_split_size` is 2.0; it must be a share" in error_of(["dpo", *words], capsys)
 
 
 def test_data_of_other_kinds_that_cannot_be_read_are_named_too(paths, tmp_path, capsys):

@@ -2,13 +2,17 @@
 
 import dataclasses
 import re
+import shutil
+from fnmatch import fnmatch
+from importlib.metadata import version
 
 import pytest
 from trl import RewardConfig
 
+import shipped_texts
 from cli_runs import TRAINING, error_of
-from commands import command
-from trl_ext.cli import kept_help, topics
+from commands import ROOT, command
+from trl_ext.cli import kept_help, shipped, topics
 from trl_ext.cli.commands import plan
 from trl_ext.cli.main import main
 from trl_ext.cli.models import ModelArguments
@@ -62,8 +66,59 @@ def test_help_shows_the_defaults_of_own_data(capsys):
     assert re.search(r"--response_length INT .*\(default: 12\)", capsys.readouterr().out)
 
 
+@pytest.fixture(scope="module")
+def is_pinned():
+    """Whether the packages whose options are shown are those of constraints.txt."""
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    return all(version(name) == pins[name] for name in ("trl", "transformers"))
+
+
+def test_texts_that_come_with_the_package_are_what_would_be_made(is_pinned):
+    """If this fails: python tests/helpers/shipped_texts.py."""
+    files = {path.name: path.read_text() for path in shipped.FOLDER.iterdir()}
+    if files.pop("stamp").strip() != shipped.stamp():
+        assert not is_pinned, "options have changed"
+        assert shipped.shipped("ppo") is None  # nor any other: they are made
+        return
+    assert files == {f"{name}.txt": text for name, text in shipped_texts.texts().items()}
+
+
+def test_stamp_of_the_texts_follows_every_class_with_options_and_no_other_code(tmp_path, monkeypatch):
+    """The mutants change a copy of the package: a help text, a default, a topic, a flag, a recipe; and a function."""
+    shown = {path for files in shipped.SHOWN.values() for path in files.split()}
+    for name in shipped_texts.COMMANDS:
+        for kind in {each for made in command(name).arguments().dataclass_types for each in made.__mro__}:
+            if kind.__module__.split(".")[0] in shipped.SHOWN:
+                file = "/".join(kind.__module__.split(".")[1:]) + ".py"
+                assert any(fnmatch(file, each) for each in shown), file
+    copy = tmp_path / "trl_ext"
+    shutil.copytree(shipped.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(shipped, "PACKAGE", copy)
+    before = shipped.stamp()
+
+    def stamp_with(file, old, new):
+        text = (copy / file).read_text()
+        assert old in text
+        (copy / file).write_text(text.replace(old, new, 1))
+        changed = shipped.stamp()
+        (copy / file).write_text(text)
+        return changed
+
+    for mutant in (
+        ("ppo/options.py", "Initial learning rate", "First learning rate"),
+        ("ppo/options.py", "default=3e-6", "default=3e-5"),
+        ("cli/topics.py", "Loss and reference", "Losses"),
+        ("cli/commands/chat.py", '"--system"', '"--sistem"'),
+    ):
+        assert stamp_with(*mutant) != before, mutant
+    assert stamp_with("cli/data.py", "rows.take(size)", "rows.take(size + 1)") == before
+    (copy / "configs/ppo/mine.yaml").write_text("")
+    assert shipped.stamp() != before
+
+
 def test_help_is_kept_until_code_or_packages_change(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept_help, "shipped", lambda name: None)
     first = help_of("score", capsys)
     (kept,) = (tmp_path / "cache/help").iterdir()
     assert kept.read_text() == first

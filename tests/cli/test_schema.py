@@ -9,7 +9,6 @@ import yaml
 from cli_runs import RECIPES, error_of
 from trl_ext.cli.commands import completion
 from trl_ext.cli.commands.recipes import main
-from trl_ext.cli.main import COMMANDS
 from trl_ext.cli.parser import parser_of
 from trl_ext.cli.recipes import installed_recipes
 from trl_ext.cli.schema import schema_of
@@ -128,8 +127,9 @@ def test_list_names_every_recipe_with_its_hardware(capsys):
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
+    """As it is made: the one that comes with the package is the same, which test_help.py checks."""
     path = tmp_path_factory.mktemp("shell") / "completion.bash"
-    path.write_text(completion.script({name: parser_of(name) for name in COMMANDS}))
+    path.write_text(completion.made())
     return path
 
 
@@ -157,8 +157,8 @@ def test_bash_completes_a_line(script, line, found):
     assert said.stderr == ""
 
 
-def test_zsh_gets_the_same_script_behind_bashcompinit(script):
-    parsers = {"chat": parser_of("chat")}
-    start, _, rest = completion.script(parsers, "zsh").partition("\n")
+def test_zsh_gets_the_same_script_behind_bashcompinit(script, capsys):
+    completion.main(["zsh"])
+    start, _, rest = capsys.readouterr().out.partition("\n")
     assert "bashcompinit" in start
-    assert rest == completion.script(parsers)
+    assert rest == script.read_text()

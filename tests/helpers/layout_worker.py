@@ -2,8 +2,8 @@
 Three steps of PPO and of DPO under each of several layouts, in two processes, and what they measure.
 
 A layout is {"environment": what its launcher sets, "options": of the trainers' configs, "adapter": LoRA or not,
-"only": "ppo" or "dpo" or null, "ppo" and "dpo": more options of one of them}. The models are read from, and the
-trained ones saved to, the folder.
+"only": "ppo" or "dpo" or null, "start": a folder in place of the actor's, "ppo" and "dpo": more options of one of
+them}. The models are read from, and the trained ones saved to, the folder.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from accelerate.state import GradientState
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 import dpo_runs
@@ -37,6 +38,8 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         models["eval_dataset"] = HELD_OUT[algorithm]()
     if layout.get("adapter"):
         models["peft_config"] = LoraConfig(**LORA)
+    if "start" in layout:
+        models["model"] = str(folder / layout["start"])
     if layout.get("quantized"):  # NF4 on a CPU needs such widths
         models |= {"model": str(folder / "wide"), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     with zero_runs.launched(layout["environment"]):
@@ -80,6 +83,11 @@ def run(algorithm: str, folder: Path, name: str, layout: dict[str, Any]) -> dict
         trains = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
         measured["still"] = [key for key in moved if trains[key] and not moved[key]]
         measured["moved though frozen"] = [key for key in moved if moved[key] and not trains[key]]
+        if "start" in layout:
+            measured["start"] = start.weights
+            places = {"given": folder / layout["start"], "left": output} if trainer.is_world_process_zero() else {}
+            measured |= {name: load_file(place / "adapter_model.safetensors") for name, place in places.items()}
+            measured["kl"] = [line["kl/ref"] for line in trainer.state.log_history if "kl/ref" in line]
         measured["best"] = Path(trainer.state.best_model_checkpoint or "").name
         if algorithm == "ppo" and name in WITHOUT_KL:
             measured["without kl"] = without_reference(folder, output, layout)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_layouts
+import four_roles
 import layout_worker
 import layouts
 import tiny
@@ -16,11 +17,13 @@ def prepare(folder: Path) -> dict[str, Any]:
     """Writes the models and the pairs; returns the layouts of ZeRO, as `accelerate launch` starts them."""
     zero_runs.save(folder)
     dpo_layouts.save(folder)
+    four_roles.save_adapter(str(folder / "actor"), folder / "adapter", "CAUSAL_LM", 2)
     started = {
         name: launch(ACCELERATE / f"{name}.yaml", "--num_processes", "2").environment for name in ("zero2", "zero3")
     }
     options = {"max_steps": 2, "micro_batch_tokens": 24}
-    return {name: {"environment": each, "options": options, "only": "ppo"} for name, each in started.items()}
+    runs = {name: {"environment": each, "options": options, "only": "ppo"} for name, each in started.items()}
+    return runs | {"adapter, zero3": runs["zero3"] | {"start": "adapter", "options": {"max_steps": 1}}}
 
 
 def measure(folder: Path, layouts_of_zero: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,8 @@ LINES = {
         ppo … --kl-coeff 0.1
         ppo … --max_prompt_length 512
         ppo … --critic heads
+        ppo … --loss_type grpo
+        ppo … --steps_per_generation 8
         plan --gpuss 4
         plan my-sft
         plan --method qlor
@@ -75,6 +77,11 @@ LINES = {
         dpo … --loss_type sigmod
         dpo … --label_smoothing 0.7
         dpo … --per_device_train_batch_size 0
+        dpo … --max_steps -5
+        dpo … --num_train_epochs 0
+        dpo … --max_length 0
+        dpo … --max_grad_norm -1
+        dpo … --save_total_limit 0
         dpo … --save_steps 0
         dpo … --eval_strategy steps --eval_steps -1
         dpo … --seed -1

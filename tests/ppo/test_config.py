@@ -390,6 +390,7 @@ def test_value_of_another_type_is_refused_by_name(name):
     "options, message",
     [
         ({"temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
+        ({"disable_dropout": False}, "`disable_dropout` is False; it must be True"),
         ({"cliprange_value": 0.0}, "`cliprange_value` is 0.0; it must be above 0, or unset"),
         ({"num_ppo_epochs": 1.5}, "`num_ppo_epochs` is 1.5; it must be an integer of at least 1"),
         ({"vf_coef": math.inf}, "`vf_coef` is inf; it must be 0 or above, and finite"),

@@ -85,6 +85,7 @@ SEEN_ELSEWHERE = {
     "dataset_num_proc": "test_prompts_are_checked_in_several_processes",
     "sft_model_path": "test_models_may_be_named_in_the_config",
     "reward_model_path": "test_models_may_be_named_in_the_config",
+    "disable_dropout": "test_value_out_of_range_is_refused",  # in test_config.py
     "model_adapter_name": "test_named_adapters_are_trained_and_referred_to",
     "ref_adapter_name": "test_named_adapters_are_trained_and_referred_to",
     # In tests/runs

@@ -6,8 +6,6 @@ import pytest
 
 from run_logs import DPO_LOG, PPO_LOG, dpo_line, png_size, write_completions
 from trl_ext.report import (
-    DPO_LINE,
-    PPO_LINE,
     Run,
     Sample,
     accuracy_text,
@@ -19,7 +17,7 @@ from trl_ext.report import (
 from trl_ext.report.machine_panels import stacked
 from trl_ext.report.pictures import HEIGHTS, WIDTH, charts_of, write_picture
 from trl_ext.report.policy_panels import contributions
-from trl_ext.report.progress import brief_line
+from trl_ext.report.progress import DPO_LINE, PPO_LINE, brief_line
 from trl_ext.runs.log import is_tie, series
 
 

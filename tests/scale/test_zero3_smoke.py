@@ -1,6 +1,7 @@
 """PPO under ZeRO-2 and ZeRO-3, as `accelerate launch` starts it; `make proof` has the rest."""
 
 import pytest
+import torch
 
 import tiny
 
@@ -21,6 +22,22 @@ def test_ppo_trains_under_zero(of_two_processes, stage):
     assert run["reward wrapper"] == "DeepSpeedEngine"
     kept = sum((size + 1) // 2 for size in ACTOR) if stage == 3 else sum(ACTOR)
     assert run["elements"]["reference"] == [kept, sum(ACTOR)]
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_from_a_folder_goes_on_being_trained_under_zero3(of_two_processes):
+    """On the base's shares; the reference is the adapter as it was saved, so that the first KL is 0."""
+    run = of_two_processes["adapter, zero3, ppo"]
+    given, left = run["given"], run["left"]
+    assert (run["wrapper"], run["stage"], run["steps"], run["kl"]) == ("DeepSpeedEngine", 3, 1, [0.0])
+    assert (run["still"], run["moved though frozen"]) == ([], [])
+    start = {key: value for key, value in run["start"].items() if ".lora_" in key and ".default." in key}
+    assert {key.replace(".default", ""): value.tolist() for key, value in start.items()} == {
+        key: value.tolist() for key, value in given.items()
+    }
+    assert left.keys() == given.keys()
+    assert not any(torch.equal(left[key], given[key]) for key in given)
 
 
 @pytest.mark.distributed

@@ -274,10 +274,7 @@ def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
     if not isinstance(rows, IterableDataset):
         if len(rows) < 2:
             raise ValueError("There is only one row. At least two are needed: one to train on and one to hold out.")
-        share = args.test_split_size or 0.1
-        if not 0 < share < 1:
-            raise ValueError(f"`test_split_size` is {share:g}; it is a share of the rows, above 0 and below 1.")
-        return _split(rows, share)
+        return _split(rows, 0.1 if args.test_split_size is None else args.test_split_size)
     if args.test_size is None:
         raise ValueError(
             f"A stream has no length to hold out a share of, and no split {args.dataset_test_split!r} was found: give "

@@ -143,7 +143,7 @@ def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     for word in unknown:
         dashes = "--" if word.startswith("-") else ""
         wanted = word.split("=")[0].lstrip("-").replace("-", "_")
-        meant = what_it_is_today(wanted, set(known))
+        meant = what_it_is_today(wanted, set(known)) or getattr(parser, "cures", {}).get(wanted)
         if meant is None:
             near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
             ending = f"; did you mean `{dashes}{near[0]}`?" if near else "."

@@ -1,4 +1,7 @@
-"""Keep the help text of a command in the cache: to make it, torch, transformers and TRL are imported, for seconds."""
+"""
+Print the help text of a command: the one that comes with the package, or one from the cache, where it is kept once it
+is made.
+"""
 
 import contextlib
 import hashlib
@@ -10,28 +13,42 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..data.cache import cache_dir
+from .shipped import shipped
 
 
-FLAGS = ("-h", "--help", "--help_all", "--help-all")
+SHIPPED_FLAGS = ("-h", "--help")
+FLAGS = (*SHIPPED_FLAGS, "--help_all", "--help-all")
 SHOWN_BY = ("trl", "transformers", "torch")  # packages whose options a help text shows
 
 
 def print_help(command: str, flag: str, run: Callable[[list[str]], None]) -> None:
-    """Print what `run` prints for the flag alone, from the cache if neither code nor packages have changed since."""
+    """
+    Print what `run` prints for the flag alone: what comes with the package, if it shows the options that are
+    installed; else from the cache, if neither code nor packages have changed since.
+    """
+    text = shipped(command) if flag in SHIPPED_FLAGS else None
+    print(_from_cache(command, flag, run) if text is None else text, end="")
+
+
+def _from_cache(command: str, flag: str, run: Callable[[list[str]], None]) -> str:
     kept = cache_dir() / "help" / f"{command}-{flag.strip('-').replace('-', '_')}-{stamp()}.txt"
-    try:
-        text = kept.read_text(encoding="utf-8")
-    except OSError:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            try:
-                run([flag])
-            except SystemExit as end:  # argparse's after a help text
-                if end.code:
-                    raise
-        text = printed.getvalue()
-        with contextlib.suppress(OSError):  # a home that cannot be written makes it slow, not wrong
-            _keep(kept, text)
-    print(text, end="")
+    with contextlib.suppress(OSError):
+        return kept.read_text(encoding="utf-8")
+    text = printed_by(run, flag)
+    with contextlib.suppress(OSError):  # a home that cannot be written makes it slow, not wrong
+        _keep(kept, text)
+    return text
+
+
+def printed_by(run: Callable[[list[str]], None], flag: str) -> str:
+    """Return what a command prints for a flag that ends it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            run([flag])
+        except SystemExit as end:  # argparse's after a help text
+            if end.code:
+                raise
+    return printed.getvalue()
 
 
 def stamp() -> str:

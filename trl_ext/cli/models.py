@@ -23,7 +23,7 @@ from .errors import package_of
 from .output import beside
 
 
-TRAIN_ADAPTERS = ("ppo", "dpo")  # the commands that go on training an adapter
+FROM_ADAPTERS = ("ppo", "critic", "dpo")  # the commands that start from an adapter
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ModelArguments(ModelConfig):
         metadata={
             "aliases": ["--model"],
             "help": "Model to start from: a path or a hub name. Unset: SmolLM2-135M. An adapter comes with its base, "
-            "and goes on being trained (ppo, dpo).",
+            "and goes on being trained (ppo, dpo) or answers (critic).",
         },
     )
     dtype: str | None = field(
@@ -183,7 +183,7 @@ def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
     if folder is None:
         return named, False
     merge = f"`{merge_line(named)}`"
-    if command not in TRAIN_ADAPTERS:
+    if command not in FROM_ADAPTERS:
         raise ValueError(
             f"{named} ({option}) is an adapter, and `trl-ext {command}` starts from a whole model. Merge it, {merge}, "
             f"and give `{option} MERGED`."

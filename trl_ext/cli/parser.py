@@ -10,6 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
+from ..ppo.config_checks import MEANINGLESS_IN_PPO
 from .flags import NEGATIVE_NUMBER, WIDTH, HelpFormatter, end_in_one_line, is_negation, require_choice
 from .topics import ABSENT, first_of, heading_of, order, text_of, topic_of
 
@@ -25,6 +26,7 @@ class OptionParser(TrlParser):
     def __init__(self, command: str, dataclasses: Iterable[type], **kwargs: Any):
         self.command = command
         self.hints: dict[str, Any] = {}  # the annotation of each option
+        self.cures = MEANINGLESS_IN_PPO if command in ("ppo", "critic") else {}  # of options that it does not have
         self._hidden: dict[argparse.Action, str | None] = {}
         self._headings: dict[str, Any] = {}
         usage = "%(prog)s [options]"

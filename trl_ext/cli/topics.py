@@ -1,5 +1,8 @@
 """Group the options in `--help` by topic, the ten that matter first."""
 
+from ..ppo.config_checks import MEANINGLESS_IN_PPO
+
+
 # The ten options that most runs touch.
 FIRST = {
     "reward": "config model dataset_name output_dir num_train_epochs learning_rate max_length "
@@ -34,7 +37,7 @@ TOPICS = {
 }
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names.split()}
 # What a command calls by another name, or has no use for: only `--help_all` shows it.
-_OTHERWISE_IN_PPO = "beta loss_type sync_ref_model max_completion_length epsilon num_iterations entropy_coef"
+_OTHERWISE_IN_PPO = "disable_dropout beta max_completion_length epsilon num_iterations entropy_coef"
 OTHERWISE = {
     "ppo": _OTHERWISE_IN_PPO,
     # A recipe of PPO may have them: they say how the actor learns.
@@ -48,7 +51,8 @@ OTHERWISE = {
 }
 # Options that a command does not have, although it shares the class that defines them.
 ABSENT = {
-    "critic": "gpu force profile samples",
+    "ppo": " ".join(MEANINGLESS_IN_PPO),
+    "critic": " ".join(["gpu force profile samples", *MEANINGLESS_IN_PPO]),
     "score": "use_peft use_rslora use_dora lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
     "lora_modules_to_save lora_task_type train_size test_split_size",
 }

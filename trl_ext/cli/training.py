@@ -12,7 +12,8 @@ from datasets import DatasetDict
 
 from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
-from ..report import first_and_last_evaluation, use_brief_progress
+from ..report import first_and_last_evaluation
+from ..report.progress import use_brief_progress
 from ..runs.checkpoints import checkpoint_of, require_processes
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running

@@ -288,7 +288,6 @@ class PPOLoopConfig(PPOConfigX):
             self.max_steps = rollouts * written.optimizer_steps_per_rollout
         self.kl_estimator = written.kl_estimator or ("k2" if written.kl_placement == "loss" else "k1")
         self.beta = 0.0
-        self.disable_dropout = True
         if written.warms_up_critic or written.critic_steps > 1:
             self.ddp_find_unused_parameters = True  # DDP would wait for the actor's gradients
 

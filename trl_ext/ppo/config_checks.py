@@ -13,11 +13,11 @@ from .options import LAM, LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOption
 BEST_METRIC = "eval_reward/score"
 
 # Options of GRPO that mean nothing in PPO, and what to do instead.
-_LOSS = "PPO has one loss, the clipped objective"
+_LOSS = "PPO has one loss, the objective that `policy_objective` names"
 _REWARDS = "PPO does not scale rewards by group; see `normalize_rewards` and `whiten_rewards`"
 _FROZEN = "the reference model of PPO is frozen"
 _ENTROPY = "the entropy bonus of PPO has the fixed coefficient `ent_coef`"
-_ROLLOUT = "the rollout is per_device_train_batch_size × gradient_accumulation_steps × world size"
+_ROLLOUT = "the rollout is `per_device_train_batch_size` × `gradient_accumulation_steps` × world size"
 MEANINGLESS_IN_PPO = {
     "loss_type": _LOSS,
     "importance_sampling_level": _LOSS,

@@ -40,6 +40,7 @@ COUNT_FROM_0 = Range("an integer of at least 0", lambda value: type(value) is in
 TOKEN_ID = Range("an integer of 0 or above, or unset", lambda id_: id_ is None or (id_ == int(id_) and id_ >= 0))
 BAND = Range("two numbers, 0 < low < high", lambda band: len(band) == 2 and 0 < float(band[0]) < float(band[1]))
 FINITE_OR_UNSET = Range("above 0 and finite, or unset", lambda value: value is None or 0 < value < float("inf"))
+WITHOUT_DROPOUT = Range("True: with dropout, ratio and KL would measure its noise", lambda value: value is True)
 PATTERNS = Range(
     "a list of patterns", lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names)
 )
@@ -125,6 +126,9 @@ class ModelOptions:
     )
     ref_adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the actor's adapter to use as the reference model."}
+    )
+    disable_dropout: Annotated[bool, WITHOUT_DROPOUT] = field(
+        default=True, metadata={"help": "Dropout is off in every model; True is the only value."}
     )
 
 

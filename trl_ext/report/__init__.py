@@ -4,7 +4,7 @@ Pages, pictures and tables of a run, made from what the Trainer has logged. Impo
     run                 what a run's folder says of it
     tables              samples before and after, implicit rewards of pairs
     credit              answers whose tokens have the colour of their credit
-    progress            a progress bar with one short line per log
+    progress            a progress bar with one short line per log; it alone imports transformers
     chart               curves with their axes, as data
     drawing             colours; charts drawn with matplotlib
     panel               what the page shows of some log keys
@@ -18,7 +18,6 @@ Pages, pictures and tables of a run, made from what the Trainer has logged. Impo
 """
 
 from .page import write_report
-from .progress import CRITIC_LINE, DPO_LINE, PPO_LINE, REWARD_LINE, use_brief_progress
 from .run import Run, read_run
 from .tables import (
     Sample,
@@ -32,10 +31,6 @@ from .tables import (
 
 
 __all__ = [
-    "CRITIC_LINE",
-    "DPO_LINE",
-    "PPO_LINE",
-    "REWARD_LINE",
     "Run",
     "Sample",
     "accuracy_text",
@@ -45,6 +40,5 @@ __all__ = [
     "print_samples",
     "read_run",
     "samples_markdown",
-    "use_brief_progress",
     "write_report",
 ]

@@ -144,7 +144,8 @@ def finish(axis: Any, ylabel: str, xlabel: str = "") -> None:
     Write the labels, the vertical one above the axes, where it is read whole, and, below them, a legend if anything
     has a name; give the axes the rest of the room.
     """
-    axis.set_title(ylabel, loc="left", fontsize=9, color=COLOURS["muted"])
+    # With a height of its own: matplotlib would look for one, and measure every tick twice.
+    axis.set_title(ylabel, loc="left", y=1.0, fontsize=9, color=COLOURS["muted"])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no exponent above the axes, which hides the label
     axis.set_xlabel(xlabel or "optimizer step")
     if not xlabel:

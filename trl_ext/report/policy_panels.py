@@ -1,7 +1,5 @@
 """The panels of a policy that samples: PPO, GRPO, RLOO."""
 
-import math
-
 from ..ppo.terms import TERMS
 from ..runs.log import Log, Series, reference_kl, scores, series
 from .chart import Band, Chart, Curve
@@ -57,9 +55,13 @@ def contributions(log: Log) -> dict[str, Series]:
     """Return steps and values of each weighted term of the PPO loss, which add up to `loss`; not those always 0."""
     curves = {}
     for term in TERMS:
-        keys = [f"terms/{term.name}", *([f"coef/{term.coefficient}"] if term.coefficient else [])]
-        lines = [line for line in log if all(line.get(key) is not None for key in keys)]
-        values = [term.sign * math.prod(float(line[key]) for key in keys) for line in lines]
+        name, weight = f"terms/{term.name}", f"coef/{term.coefficient}"
+        lines = [line for line in log if line.get(name) is not None]
+        values = [term.sign * float(line[name]) for line in lines]
+        if term.coefficient:
+            weights = [line.get(weight) for line in lines]
+            lines = [line for line, each in zip(lines, weights, strict=True) if each is not None]
+            values = [value * float(each) for value, each in zip(values, weights, strict=True) if each is not None]
         if any(values):
             curves[term.contribution] = ([int(line["step"]) for line in lines], values)
     return curves

@@ -52,7 +52,7 @@ class Run:
         names = {key: None for line in self.log for key, value in line.items() if value is not None}
         return list(dict.fromkeys(key.removeprefix("eval_") for key in names))
 
-    @property
+    @cached_property
     def kind(self) -> str | None:
         """Return the algorithm, as in `trl_ext.runs.log.SIGNS`."""
         return algorithm(self.log)

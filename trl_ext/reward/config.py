@@ -7,7 +7,7 @@ from trl import RewardConfig
 
 from ..models.precision import computes_in_bf16
 from ..ranges import check_ranges
-from ..runs.requirements import require_kernel
+from ..runs.requirements import check_startable, require_kernel
 from ..runs.saving import SavingOptions, check_saving
 
 
@@ -26,6 +26,7 @@ class RewardConfigX(SavingOptions, RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        check_startable(self)
         if getattr(self, "bf16", None) is None:  # TRL would take bfloat16, on a CPU too
             self.bf16: bool | None = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()

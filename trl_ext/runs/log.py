@@ -22,13 +22,18 @@ SIGNS = {
 
 def series(log: Log, key: str) -> Series:
     """Return steps and values of a log key, from the lines that have it; of several lines at one step, the last."""
-    values = {int(line["step"]): float(line[key]) for line in log if line.get(key) is not None}
+    values = {int(line["step"]): float(value) for line in log if (value := line.get(key)) is not None}
     return list(values), list(values.values())
+
+
+def keys_of(log: Log) -> set[str]:
+    """Return every key of a log."""
+    return set().union(*log)
 
 
 def algorithm(log: Log) -> str | None:
     """Return which of `SIGNS` has written a log; `None` for another trainer, or if nothing is logged yet."""
-    keys = {key.removeprefix("eval_") for line in log for key in line}
+    keys = {key.removeprefix("eval_") for key in keys_of(log)}
     return next((name for name, signs in SIGNS.items() if keys.intersection(signs)), None)
 
 
@@ -54,7 +59,8 @@ def reference_kl(log: Log) -> Series:
 
 def memory(log: Log) -> Series:
     """Return the peak memory of any phase, in GiB, from the lines that have it."""
-    lines = [(int(line["step"]), [v for k, v in line.items() if k.startswith("memory/")]) for line in log]
+    keys = [key for key in keys_of(log) if key.startswith("memory/")]
+    lines = [(int(line["step"]), [line[key] for key in keys if key in line]) for line in log]
     values = {step: float(max(peaks)) for step, peaks in lines if peaks}
     return list(values), list(values.values())
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -16,17 +17,37 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import has_length
 
-from ..ranges import COUNT, Range, require
+from ..ranges import COUNT, FRACTION, POSITIVE, SHARE_OR_UNSET, Range, require
 from .folder import is_local
 
 
-# Options by the range that they must be in.
 FROM_0, FROM_0_BELOW_1 = Range("0 or above", lambda x: x >= 0), Range("0 or above and below 1", lambda x: 0 <= x < 1)
+FINITE = Range("0 or above, and finite", lambda x: 0 <= x < math.inf)
+# Options of TRL, transformers, PEFT and the command line by the range that they must be in, where they are set. What
+# transformers does beyond it: it takes `max_steps` of -5 for unset and of 0 for 1, trains nothing in 0 epochs, does
+# not clip below 0, and keeps every checkpoint with `save_total_limit` of 0.
 NUMBERS = {
-    COUNT: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha",
-    FROM_0: "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon seed data_seed "
-    "dataloader_num_workers",
+    COUNT: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
+    "max_length precompute_ref_batch_size ref_model_sync_steps dataset_num_proc vllm_tensor_parallel_size "
+    "vllm_max_model_length eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor "
+    "ddp_bucket_cap_mb ddp_timeout train_size test_size prompt_words",
+    Range("an integer of at least 1, or unset, which keeps all", COUNT.holds): "save_total_limit",
+    Range(
+        "an integer of at least 1, or -1, for as long as the epochs last", lambda x: x == -1 or COUNT.holds(x)
+    ): "max_steps",
+    Range("above 0, and finite", lambda x: 0 < x < math.inf): "num_train_epochs",
+    FINITE: "learning_rate warmup_steps weight_decay adam_epsilon eval_delay neftune_noise_alpha "
+    "center_rewards_coefficient router_aux_loss_coef",
+    Range("0 or above; 0 does not clip", lambda x: x >= 0): "max_grad_norm",
+    FROM_0: "dataloader_num_workers samples num_completions_to_print",
+    Range("0 or above and below 2³²", lambda x: 0 <= x < 2**32): "seed data_seed",
+    POSITIVE: "discopop_tau vllm_server_timeout",
+    FRACTION: "ld_alpha ref_model_mixup_alpha",
+    SHARE_OR_UNSET: "vllm_gpu_memory_utilization",
     FROM_0_BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
+    Range("a share of the rows, above 0 and below 1", lambda x: 0 < x < 1): "test_split_size",
+    Range("from 0 to 8", lambda x: 0 <= x <= 8): "min_gap",
+    Range("a port, from 1 to 65535", lambda x: 1 <= x < 2**16): "vllm_server_port vllm_group_port main_process_port",
 }
 # Logger of `report_to` -> packages of which one is enough.
 _NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune swanlab trackio wandb"
@@ -43,6 +64,12 @@ def check_startable(options: Any) -> None:
     package that an option needs and that is not installed.
     """
     _check_numbers(options)
+    smoothing = getattr(options, "label_smoothing_factor", 0.0)
+    if smoothing:
+        raise ValueError(
+            f"`label_smoothing_factor` is {smoothing}; it belongs to a cross-entropy, which is not trained here. "
+            "Leave it out; DPO has `label_smoothing`."
+        )
     template = getattr(options, "chat_template_path", None)
     if template is not None and is_local(template) and not Path(template).exists():
         raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from ..flags import CommandParser, is_negation, spellings
 from ..recipes import RECIPES, installed_recipes
+from ..shipped import shipped
 
 
 def arguments() -> CommandParser:
@@ -23,22 +24,26 @@ def arguments() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
-    from ..main import COMMANDS  # late, with what follows: `--help` need not wait for torch
+    print(ZSH if given.shell == "zsh" else "", shipped("completion") or made(), sep="", end="")
+
+
+def made() -> str:
+    """Return the script from the parsers of all commands, for which torch is imported."""
+    from ..main import COMMANDS
     from ..parser import parser_of
 
-    print(script({name: parser_of(name) for name in COMMANDS}, given.shell))
+    return script({name: parser_of(name) for name in COMMANDS})
 
 
-def script(parsers: dict[str, argparse.ArgumentParser], shell: str = "bash") -> str:
-    """Return the script for a shell, from the parser of each command."""
+def script(parsers: dict[str, argparse.ArgumentParser]) -> str:
+    """Return the script for bash, from the parser of each command."""
     flags = "\n".join(f'        {name}) words="{" ".join(flags_of(parser))}" ;;' for name, parser in parsers.items())
     values = "\n".join(
         f'        "{name} {flag}") words="{" ".join(words)}" ;;'
         for name, parser in parsers.items()
         for flag, words in values_of(name, parser)
     )
-    start = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else ""
-    return start + SCRIPT.format(commands=" ".join(parsers), flags=flags, values=values)
+    return SCRIPT.format(commands=" ".join(parsers), flags=flags, values=values)
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
@@ -72,4 +77,6 @@ _trl_ext() {{
     esac ;; esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}
-complete -o default -F _trl_ext trl-ext"""
+complete -o default -F _trl_ext trl-ext
+"""
+ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"  # runs what is bash's

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from ... import CriticConfigX, CriticTrainerX
-from ...report import CRITIC_LINE
+from ...report.progress import CRITIC_LINE
 from ..closing import program, without
 from ..models import ModelArguments
 from ..options import Options

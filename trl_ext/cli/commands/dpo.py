@@ -22,7 +22,8 @@ from datasets import DatasetDict
 from ... import DPOConfigX, DPOTrainerX
 from ...models.loading import adapter_config
 from ...models.saved_adapter import adapter_folder
-from ...report import DPO_LINE, accuracy_text, preference_table
+from ...report import accuracy_text, preference_table
+from ...report.progress import DPO_LINE
 from ..closing import program
 from ..data import PairArguments, flags_of, load_pairs, require_steps
 from ..launch import LaunchArguments

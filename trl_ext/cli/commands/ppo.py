@@ -25,7 +25,8 @@ from ... import PPOConfigX, PPOTrainerX
 from ...data import demo
 from ...data.conversions import to_prompts
 from ...models.loading import load_tokenizer, source_options
-from ...report import PPO_LINE, pair_samples, print_samples, samples_markdown
+from ...report import pair_samples, print_samples, samples_markdown
+from ...report.progress import PPO_LINE
 from ..closing import program, without
 from ..data import DataArguments, load_splits
 from ..launch import LaunchArguments

@@ -20,7 +20,7 @@ from datasets import DatasetDict
 from transformers import set_seed
 
 from ... import RewardConfigX, RewardTrainerX, save_base_fingerprint
-from ...report import REWARD_LINE
+from ...report.progress import REWARD_LINE
 from ...statistics import wilson_interval
 from ..closing import program
 from ..data import PairArguments, flags_of, load_pairs, require_steps
