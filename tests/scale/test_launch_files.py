@@ -1,6 +1,7 @@
 """The files in configs/accelerate and configs/deepspeed, as their readers read them, and what contradicts them."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -125,6 +126,18 @@ def test_what_fsdp_cannot_do_is_refused_before_a_model_loads(saved, tmp_path, mo
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda *args, **kwargs: pytest.fail("loaded")))
     with launched(FSDP | environment), pytest.raises(ValueError, match=message):
         BUILD[algorithm](saved, tmp_path, models, max_steps=1)
+
+
+def test_quantized_model_among_reward_funcs_is_refused_under_fsdp(saved, tmp_path):
+    """By the config of its folder."""
+    model = tmp_path / "model"
+    shutil.copytree(saved / "reward_model", model)
+    config = json.loads((model / "config.json").read_text())
+    quantized = config | {"quantization_config": BitsAndBytesConfig(load_in_4bit=True).to_dict()}
+    (model / "config.json").write_text(json.dumps(quantized))
+    models = {"reward_funcs": [lambda completions, **kwargs: [0.0] * len(completions), str(model)]}
+    with launched(FSDP), pytest.raises(ValueError, match=r"`reward_funcs\[1\]` asks for .* FSDP has not been tried"):
+        BUILD["ppo"](saved, tmp_path, models, max_steps=1)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def declared(path: Path) -> str:
     """Return the declarations of a file: docstring, constants, fields of classes, and functions named `arguments`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    kept = [ast.Constant(ast.get_docstring(tree))]
+    kept: list[ast.AST] = [ast.Constant(ast.get_docstring(tree))]
     kept += [node for body in (tree.body, *(each.body for each in classes)) for node in body if _declares(node)]
     return "\n".join(map(ast.unparse, kept))
 

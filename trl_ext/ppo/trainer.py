@@ -216,7 +216,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
         # 1. Check the arguments before anything is loaded
-        require_parts(processing_class, peft_config, train_dataset, eval_dataset)
+        held_out = None if isinstance(eval_dataset, list) else eval_dataset  # rows in a list will do
+        require_parts(processing_class, peft_config, train_dataset, held_out)
         args, given = resolve(
             args,
             model=model,

@@ -98,7 +98,10 @@ def test_rewards_of_tokens_are_kept_beside_their_sum(reward, expected, is_async)
             "returned 2 token rewards for a response of 1 tokens: prompt 'b', response 'd'. Return one",
         ),
         ([[], 1.0], "returned 0 token rewards for a response of 1 tokens"),
-        ([{"score": 1.0}, 1.0], r"returned a dictionary of \['score'\] for completion 0.*'tokens': such a list"),
+        (
+            [{"score": 1.0}, 1.0],
+            r"returned a dictionary of \['score'\] for completion 0\. Return a list with one number",
+        ),
         ([{"score": 1.0, "tokens": [1.0], "more": 1}, 1.0], "returned a dictionary of .*'more'"),
         ([{"score": 1.0, "tokens": 2.0}, 1.0], "returned 2.0, a float, for the tokens of completion 0"),
         ([{"score": None, "tokens": [1.0]}, 1.0], "returned None, a NoneType, for the score of completion 0"),

@@ -142,6 +142,11 @@ def check_given(args: PPOConfigX, given: Given) -> None:
         check_unquantized(args, given.quantization_config, trained_in_full)
     if is_fsdp(args.fsdp):
         frozen = {"ref_model": given.ref_model, "reward_model": given.reward_model}
+        frozen |= {
+            f"reward_funcs[{i}]": each
+            for i, each in enumerate(given.reward_funcs)
+            if isinstance(each, str | PreTrainedModel)
+        }
         check_fsdp(args, given.quantization_config, {"model": given.model} | trained_in_full | frozen)
     # Ranks would wait for each other in turns of a conversation that some of them do not take
     has_turns = bool(given.tools) or given.environment_factory is not None

@@ -21,6 +21,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 CALLED = ("log_extra", "log_metric")
 SHARED = ("trainer_state", *CALLED)
 
+Logged = list[tuple[Callable, tuple, dict]]  # calls of them
+
 
 def patient(function: Callable, name: str, options: RewardCallOptions) -> Callable:
     """
@@ -39,22 +41,23 @@ def patient(function: Callable, name: str, options: RewardCallOptions) -> Callab
     async def asked(**inputs: Any) -> Any:
         step = getattr(inputs.get("trainer_state"), "global_step", "?")
         if at_once is None:
-            return await _tried(ask, inputs, name, step, timeout, retries)
+            return _with_log(await _tried(ask, inputs, name, step, timeout, retries))
         gate = asyncio.Semaphore(at_once)
 
-        async def of_one(part: dict[str, Any]) -> Any:
+        async def of_one(part: dict[str, Any]) -> tuple[Any, Logged]:
             async with gate:
-                answer = as_list(await _tried(ask, part, name, step, timeout, retries))
+                given, logged = await _tried(ask, part, name, step, timeout, retries)
+            answer = as_list(given)
             if not isinstance(answer, list) or len(answer) != 1:
                 raise ValueError(
                     f"With `reward_max_concurrency` the reward function {name!r} is asked for one response at a time, "
                     f"and returned {answer!r:.60}. Return a list with one reward, or leave the option out."
                 )
-            return answer[0]
+            return answer[0], logged
 
         tasks = [asyncio.ensure_future(of_one(part)) for part in _one_by_one(inputs)]
         try:
-            return list(await asyncio.gather(*tasks))
+            return [_with_log(each) for each in await asyncio.gather(*tasks)]  # in the order of the responses
         finally:  # nothing is asked for any more once one has failed
             for task in tasks:
                 task.cancel()
@@ -77,11 +80,11 @@ async def _tried(
     step: Any,
     timeout: float | None,
     retries: int,
-) -> Any:
-    """Return the answer of the first try that gives one within the time; only that one leaves something in the log."""
+) -> tuple[Any, Logged]:
+    """Return the answer of the first try that gives one within the time, and what that one is to leave in the log."""
     pause = FIRST_PAUSE
     for number in range(1, retries + 2):
-        logged: list[tuple[Callable, tuple, dict]] = []
+        logged: Logged = []
         watched = {key: functools.partial(noted, logged, inputs[key]) for key in CALLED if key in inputs}
         limit = asyncio.timeout(timeout)
         try:
@@ -98,13 +101,18 @@ async def _tried(
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         else:
-            for function, args, kwargs in logged:
-                function(*args, **kwargs)
-            return answer
+            return answer, logged
     raise AssertionError  # the last try has returned or raised
 
 
-def noted(logged: list[tuple[Callable, tuple, dict]], function: Callable, *args: Any, **kwargs: Any) -> None:
+def _with_log(answered: tuple[Any, Logged]) -> Any:
+    answer, logged = answered
+    for function, args, kwargs in logged:
+        function(*args, **kwargs)
+    return answer
+
+
+def noted(logged: Logged, function: Callable, *args: Any, **kwargs: Any) -> None:
     """Note a call of `log_extra` or `log_metric`, to be made later."""
     logged.append((function, args, kwargs))
 
