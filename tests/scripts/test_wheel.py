@@ -101,7 +101,8 @@ def test_wheel_holds_code_recipes_page_and_type_marker(built):
     assert "trl_ext/report/page.html" in files
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_ext").rglob("*.py")}
     configs = {f"trl_ext/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
-    assert set(files) == code | configs | {
+    texts = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_ext" / "cli" / "shipped").iterdir()}
+    assert set(files) == code | configs | texts | {
         "trl_ext/py.typed",
         "trl_ext/report/page.html",
         "trl_ext/report/page.js",
