@@ -13,6 +13,7 @@ import tiny
 from fake_vllm import vllm
 from ppo_runs import log_lines, logged, ppo_config, ppo_trainer, returned_by
 from trl_ext.ppo.ahead import RolloutsAhead, rows_ahead
+from trl_ext.ppo.roles.rewards_beside import RewardsBeside
 
 
 pytestmark = pytest.mark.integration
@@ -52,12 +53,11 @@ def test_rollouts_are_sampled_with_the_weights_of_so_many_rollouts_ago(tmp_path,
 @pytest.mark.parametrize("source", [lambda: tiny.tiny_prompts(10), stream], ids=["dataset", "stream"])
 def test_without_learning_all_lags_give_the_same_numbers(tmp_path, source):
     """Over more than two passes over the data: rows, random numbers and the log are those of lag 0."""
-    held_out = {"eval_dataset": tiny.tiny_prompts(2, seed=3)}
     runs = {}
     for lag in (0, 1, 2):
         with vllm() as sampler:
             options = {**SERVER, "learning_rate": 0.0, "rollout_lag": lag, "total_episodes": 28, "num_generations": 2}
-            trainer = ppo_trainer(tmp_path / str(lag), {"train_dataset": source(), **held_out}, **options)
+            trainer = ppo_trainer(tmp_path / str(lag), {"train_dataset": source()}, **options)
             trainer.train()
             runs[lag] = numbers(trainer, [LAG]), sampler.asked, torch.get_rng_state()
     log, asked, state = runs[0]
@@ -197,6 +197,45 @@ def test_error_of_the_server_is_the_runs(tmp_path):
     assert trainer.state.global_step == 2  # the rollout before it was learned from
 
 
+def test_error_of_the_server_is_told_once(tmp_path):
+    """It is back: an evaluation has nothing to do with what a run has left in flight."""
+    with vllm() as sampler:
+        trainer = ppo_trainer(tmp_path, {"eval_dataset": tiny.tiny_prompts(2, seed=3)}, **SERVER, rollout_lag=1)
+
+        def fails():
+            if len(sampler.versions) == 2:
+                raise ConnectionError("the server is gone")
+
+        sampler.delay = fails
+        with pytest.raises(ConnectionError):
+            trainer.train()
+        sampler.delay = lambda: None
+        assert trainer.evaluate()[f"eval_{DIFFERENCE}"] < 1e-4
+
+
+@pytest.mark.parametrize("save_on_signal", [False, True])
+def test_time_in_which_the_trainer_waits_is_logged_as_that(tmp_path, save_on_signal):
+    """Also where it waits to note the step's end, which a signal may have to go back to."""
+    with vllm() as sampler:
+        options = {"rollout_lag": 1, "total_episodes": 12, "save_on_signal": save_on_signal}
+        trainer = ppo_trainer(tmp_path, **SERVER, **options)
+        sampler.delay = lambda: time.sleep(1.0)
+        trainer.train()
+    _, *waits = logged(trainer, "time/server_wait")
+    _, *generating = logged(trainer, "time/generate")
+    assert min(waits) > 0.3
+    assert all(phase >= 0.9 * wait for phase, wait in zip(generating, waits, strict=True))
+
+
+def test_stream_that_workers_read_in_another_order_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ext.ppo.trainer.load_roles", None)
+    shards = IterableDataset.from_generator(
+        lambda of: ({"prompt": text} for text in of), gen_kwargs={"of": ["a", "b"]}
+    )
+    with pytest.raises(ValueError, match=r"2 workers read a stream of 2 shards.*`dataloader_num_workers` to 1 or 0"):
+        ppo_trainer(tmp_path, {"train_dataset": shards}, **SERVER, rollout_lag=1, dataloader_num_workers=2)
+
+
 def test_rows_that_change_when_read_again_are_an_error(tmp_path):
     draws = iter(range(100))
     words = tiny.VOCABULARY[5:]
@@ -287,11 +326,14 @@ def by_token(completion_ids, **kwargs):
 )
 def test_rewards_asked_beside_the_models_are_those_of_asking_in_turn(tmp_path, options):
     """Functions of each kind and a model: log, table of completions and the rollout are the same numbers."""
+    functions = [slow_counts, counts, by_token]  # GRPO asks async ones last
+    if "reward_timeout" in options:  # which makes all of them async, and GRPO's order that of their answers
+        functions = [counts, slow_counts, by_token]
     runs = {}
     for lag in (0, 1):
         with vllm(noise=0.05):
             settings = {**SERVER, "learning_rate": 0.0, "rollout_lag": lag, "log_completions": True}
-            models = {"reward_funcs": [counts, slow_counts, by_token], "reward_model": tiny.tiny_reward_model()}
+            models = {"reward_funcs": functions, "reward_model": tiny.tiny_reward_model()}
             trainer = ppo_trainer(tmp_path / str(lag), models, **(settings | options))
             trainer.train()
         shown = repr(
@@ -332,6 +374,41 @@ def test_reward_function_runs_while_reference_and_critic_score(tmp_path):
         trainer._score_with_models = scoring
         trainer.train()
     assert in_time == [True]
+
+
+def test_what_a_failed_run_has_scored_is_no_part_of_an_evaluation(tmp_path):
+    """The function fails after reference and critic have scored."""
+    fails = [True]
+
+    def broken(completions, **kwargs):
+        if fails:
+            raise ConnectionError("the reward server is down")
+        return [0.5] * len(completions)
+
+    models = {"reward_funcs": broken, "reward_model": None, "eval_dataset": tiny.tiny_prompts(2, seed=3)}
+    with vllm():
+        trainer = ppo_trainer(tmp_path, models, **SERVER, rollout_lag=1, kl_coef=0.0)
+        with pytest.raises(ConnectionError):
+            trainer.train()
+        fails.clear()
+        rollouts = returned_by(trainer, "_collect_held_out")
+        trainer.evaluate()
+    assert [rollout.old_values for rollout in rollouts] == [None]  # an evaluation without a KL asks no critic
+
+
+def test_thread_of_reward_functions_is_on_the_gpu_of_its_process(monkeypatch):
+    """A new thread is on the first GPU, whatever the process has chosen; seen with a stand-in for CUDA."""
+    chosen = threading.local()
+    chosen.device = 1
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(chosen, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(chosen, "device", device))
+    beside = RewardsBeside({0: lambda completions, **kwargs: [float(torch.cuda.current_device())]}, None)
+    (ask,) = beside.asking([None])
+    ask(completions=[""], log_extra=print, log_metric=print)
+    beside.start()
+    (answer,) = beside.answering([None])
+    assert answer() == [1.0]
 
 
 @pytest.mark.parametrize(

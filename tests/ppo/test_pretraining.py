@@ -632,6 +632,14 @@ def test_options_that_cannot_be_are_refused(tmp_path, options, said):
         CriticConfigX(str(tmp_path), **(OPTIONS | options))
 
 
+def test_overlap_of_a_recipe_is_not_read(tmp_path):
+    """With the mask and no correction, which the critic has no use for either."""
+    overlap = {"use_vllm": True, "vllm_mode": "server", "rollout_lag": 1}
+    mask = {"policy_objective": "mask", "vllm_importance_sampling_correction": False}
+    read = pretraining._of_critic(CriticConfigX(str(tmp_path), **(OPTIONS | overlap | mask)))
+    assert (read.rollout_lag, read.policy_objective) == (0, "clip")
+
+
 def test_a_config_of_ppo_is_refused(tmp_path):
     with pytest.raises(TypeError, match="CriticTrainerX needs a `CriticConfigX`"):
         CriticTrainerX(ppo_config(tmp_path))

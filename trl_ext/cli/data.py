@@ -235,12 +235,12 @@ def _refuse_broken_file(path: Path) -> None:
     if path.suffix.lower() == ".csv":
         return
     is_whole = text.lstrip().startswith("[")  # a list, or else a value in each line
-    for number, part in enumerate([text] if is_whole else text.splitlines(), 1):
+    for number, part in enumerate([text] if is_whole else text.split("\n"), 1):
         try:
             json.loads(part or "{}")
         except json.JSONDecodeError as error:
             at: int = error.lineno if is_whole else number
-            shown = text.splitlines()[at - 1].strip() if at <= len(text.splitlines()) else ""
+            shown = text.split("\n")[at - 1].strip()
             raise ValueError(
                 f"{path} is no JSON in line {at}, `{shown:.60}`: {error.msg}. Each line must be one whole object, "
                 '`{"prompt": "…"}`, or the file one list of them.'

@@ -102,14 +102,19 @@ class RolloutsAhead:
             self._queue.popleft()
 
     def wait(self) -> None:
-        """Wait until the server generates nothing; raise what it has answered with."""
+        """Wait until the server generates nothing; raise, once, what it has answered with."""
+        last, self._last = self._last, None
+        if last is not None:
+            self._finish(last)
+
+    def settle(self) -> None:
+        """Wait until the server generates nothing, whatever it answers."""
         if self._last is not None:
-            self._finish(self._last)
+            self._await(self._last)
 
     def forget(self) -> None:
         """Wait until the server generates nothing, and drop what it has been asked for."""
-        if self._last is not None:
-            self._last.done.wait()
+        self.settle()
         self._queue.clear()
         self._last = None
         self.pop_seconds()
@@ -124,10 +129,13 @@ class RolloutsAhead:
         self._waited, self._busy, self._since = 0.0, 0.0, now
         return seconds
 
-    def _finish(self, asked: Asked) -> None:
+    def _await(self, asked: Asked) -> None:
         start = time.perf_counter()
         asked.done.wait()
         self._waited += time.perf_counter() - start
+
+    def _finish(self, asked: Asked) -> None:
+        self._await(asked)
         if asked.error is not None:
             raise asked.error
 
@@ -180,8 +188,7 @@ class RolloutsAhead:
 
     def state_dict(self) -> str:
         """Return the queue as JSON, once the server has answered; what it has failed at is asked for again."""
-        if self._last is not None:
-            self._last.done.wait()
+        self.settle()
         return json.dumps([{name: getattr(each, name) for name in KEPT} for each in self._queue])
 
     def load_state_dict(self, state: str) -> None:
@@ -200,6 +207,16 @@ def check_asked_ahead(lag: int, **given: Any) -> None:
         raise ValueError(
             f"`rollout_lag={lag}` asks the server for whole rollouts ahead, and `{refused[0]}` takes part while one "
             "is sampled. Leave `rollout_lag` at 0."
+        )
+
+
+def check_read_again(lag: int, dataset: Any, workers: int) -> None:
+    """Raise `ValueError` for a stream that workers read in another order than one process does."""
+    shards = getattr(dataset, "num_shards", 1)
+    if lag and workers > 1 and shards > 1 and not has_length(dataset):
+        raise ValueError(
+            f"`rollout_lag={lag}` reads `train_dataset` twice, and {workers} workers read a stream of {shards} shards "
+            "in another order than one process. Set `dataloader_num_workers` to 1 or 0, or `rollout_lag` to 0."
         )
 
 

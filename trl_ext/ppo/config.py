@@ -265,7 +265,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _or(numbers: list[int]) -> str:
-    """Return at most five numbers in words, the largest first to go: "1, 2 or 4"."""
+    """Return the first five numbers in words: "1, 2 or 4"."""
     *some, last = [str(number) for number in numbers[:5]]
     return f"{', '.join(some)} or {last}" if some else last
 

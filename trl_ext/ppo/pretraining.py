@@ -53,7 +53,7 @@ NOT_READ = (
     *("ref_model_quantization", "ref_adapter_name", "kl_controller", "kl_target", "kl_horizon", "kl_band"),
     *("old_kl_coef", "old_kl_target", "target_kl", "positive_nll_coef", "positive_min_score"),
     *("lam", "lam_alpha", "critic_lam", "critic_gate", "critic_warmup_steps", "critic_warmup_until"),
-    *("policy_objective", "critic_steps", "max_steps", "num_sample_generations", "log_completions"),
+    *("policy_objective", "critic_steps", "rollout_lag", "max_steps", "num_sample_generations", "log_completions"),
     *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_on_start", "save_on_signal"),
 )
 # Options of the critic beside the actor's -> what they are without an actor.

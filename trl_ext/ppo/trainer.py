@@ -4,8 +4,8 @@
 Where it differs from TRL 1.12's `PPOTrainer`:
 
 1. It takes `num_ppo_epochs × num_mini_batches` optimizer steps per rollout, as the options say (trl#5645).
-2. The KL to the reference is in the loss by default, with its own coefficient, beside the
-   clipped objective, the value loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
+2. The KL to the reference is in the loss by default, with its own coefficient, beside the clipped objective, the value
+   loss and an entropy bonus. `kl_placement="reward"` is TRL 1.12's placement.
 3. Every term is a mean over the tokens of the whole optimizer batch, so micro-batches and ranks do not change it.
 4. Whitening and every logged metric are over all ranks and real tokens.
 5. The score is the reward of the last real token of a response, unless a reward function or an environment pays
@@ -60,7 +60,7 @@ from ..runs.requirements import make_folder, require_full_batch, require_parts
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import go_on_logging, name_run
-from .ahead import RolloutsAhead, check_asked_ahead, next_rows, rows_ahead
+from .ahead import RolloutsAhead, check_asked_ahead, check_read_again, next_rows, rows_ahead
 from .card import ppo_training
 from .checkpoint import find_checkpoint, known_length, load_run, save_run
 from .coefficients import Coefficients
@@ -239,6 +239,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         check_asked_ahead(
             args.rollout_lag, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
         )
+        check_read_again(args.rollout_lag, train_dataset, args.dataloader_num_workers)
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
         processing_class = own_tokenizer(processing_class, given, args)
         tokenizer = load_tokenizer(processing_class, given.model, args)
@@ -623,7 +624,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             if not self.args.reads_old_policy:
                 rollout.old_logps = rollout.sampling_logps
         scored, self._scored_beside = self._scored_beside, None
-        if scored is not None:
+        if scored is not None and self.model.training:  # an error may have left one to an evaluation
             rollout.old_values, rollout.ref_logps = scored.old_values, scored.ref_logps
             rollout.ref_states = scored.ref_states
             if rollout.old_logps is None:
@@ -734,6 +735,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self.reward_funcs[:] = asked
             with self.phases.part("score: reward"), self._reward_weights.on_device():
                 rewards = calculate()
+            if beside is not None:
+                beside.log()
         finally:
             self.reward_funcs[:] = sources
         if beside is not None and self.accelerator.is_main_process:
@@ -1278,6 +1281,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     def _note_step_end(self) -> None:
         """Keep what a checkpoint has of this rank before a rollout, which a signal may end."""
         if not self.is_amid_rollout:
+            if self._ahead is not None:  # what is kept of it has to be there
+                with self.phases.during("generate"):
+                    self._ahead.settle()
             self._save_rng_state(self._step_end)
             self._tokens_at_step_end = self.state.num_input_tokens_seen
 

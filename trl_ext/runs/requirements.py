@@ -157,7 +157,8 @@ def _check_numbers(options: Any) -> None:
         strategy, value = (getattr(options, f"{what}_{part}", None) for part in ("strategy", "steps"))
         if getattr(strategy, "value", strategy) == "steps" and isinstance(value, int | float) and value <= 0:
             raise ValueError(
-                f"`{what}_steps` is {value}; it must be above 0. For none at all set `{what}_strategy=no`."
+                f"`{what}_steps` is {value}; it must be above 0. For none at all write `--{what}_strategy no`, "
+                f"in Python `{what}_strategy='no'`."
             )
 
 

@@ -88,8 +88,8 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
     path = require_writer(path, "--model", model.model_revision)
     if ref_path is None and adapter_config(path) is None:
         raise ValueError(
-            f"{path} (--model) is a whole model, so `--ref_model` is needed: give the model that DPO started from, "
-            "such as `--ref_model my-sft`. For an adapter the reference is its base."
+            f"{path} (--model) is a whole model, so `--ref_model START` is needed: give the model that DPO "
+            "started from; with the same one twice every reward is 0. For an adapter the reference is its base."
         )
     return path, None if ref_path is None else require_writer(ref_path, "--ref_model")
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import torch
+
 from ..._trl import is_async_callable
 from ...runs.failures import RunError
 from ..options import RewardCallOptions
@@ -126,6 +128,18 @@ def _given_up(name: str, step: Any, tries: int, said: str) -> str:
     )
 
 
+def start_thread(run: Callable[[], None]) -> None:
+    """Start a thread that ends with the program, on the caller's GPU: by itself a thread takes the first one."""
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def on_device() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        run()
+
+    threading.Thread(target=on_device, daemon=True).start()
+
+
 async def _in_thread(function: Callable, **inputs: Any) -> Any:
     """Return what a function returns in a thread of its own, which ends with the program if nobody waits any more."""
     loop = asyncio.get_running_loop()
@@ -145,5 +159,5 @@ async def _in_thread(function: Callable, **inputs: Any) -> Any:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, daemon=True).start()
+    start_thread(run)
     return await result

@@ -89,11 +89,11 @@ def _require_columns(name: str, signature: inspect.Signature, inputs: dict[str, 
     if missing:
         columns = [column for column in inputs if column not in GIVEN]
         near = difflib.get_close_matches(missing[0], columns, n=1)
+        rename = f"Rename one (`--columns {missing[0]}={near[0] if near else 'NAME'}`, in Python `rename_column`)"
         raise ValueError(
             f"The reward function {name!r} cannot be called: it needs {missing[0]!r}, and the dataset has no such "
-            f"column; it has {', '.join(columns) or 'none beside the prompt'}. Rename one (`--columns "
-            f"{missing[0]}={near[0] if near else 'NAME'}`, in Python `dataset.rename_column`), or give the argument a "
-            "default."
+            f"column; it has {', '.join(columns) or 'none beside the prompt'}. "
+            f"{rename if columns else 'Add it to the data'}, or give the argument a default."
         )
 
 

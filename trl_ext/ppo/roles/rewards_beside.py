@@ -2,17 +2,13 @@
 
 import asyncio
 import functools
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from ..._trl import is_async_callable
-from .reward_calls import CALLED, noted
-
-
-Source = Any
+from .reward_calls import CALLED, Logged, noted, start_thread
 
 
 class RewardsBeside:
@@ -31,15 +27,15 @@ class RewardsBeside:
     def __init__(self, functions: dict[int, Callable], loop: asyncio.AbstractEventLoop | None):
         self._functions, self._loop = functions, loop
         self._inputs: dict[int, dict[str, Any]] = {}
-        self._logged: dict[int, list[tuple[Callable, tuple, dict]]] = {i: [] for i in functions}
+        self._logged: dict[int, Logged] = {i: [] for i in functions}
         self._answers: dict[int, Future[Any]] = {}
         self.waited = 0.0
 
-    def asking(self, sources: Sequence[Source]) -> list[Callable]:
+    def asking(self, sources: Sequence[Any]) -> list[Callable]:
         """Return what stands in for all sources in a call of GRPO's that tells the arguments; it scores nothing."""
         return [functools.partial(self._take_inputs, i) for i in range(len(sources))]
 
-    def answering(self, sources: Sequence[Source]) -> list[Source]:
+    def answering(self, sources: Sequence[Any]) -> list[Any]:
         """Return the sources, the functions with stand-ins that wait for their answers."""
         return [functools.partial(self._answer, i) if i in self._functions else each for i, each in enumerate(sources)]
 
@@ -54,7 +50,13 @@ class RewardsBeside:
             else:
                 self._answers[i] = Future()
                 in_thread.append((ask, self._answers[i]))
-        threading.Thread(target=_ask_in_turn, args=(in_thread,), daemon=True).start()
+        start_thread(functools.partial(_ask_in_turn, in_thread))
+
+    def log(self) -> None:
+        """Log what the functions have logged, those of sync ones first, as GRPO asks them."""
+        for i in sorted(self._functions, key=lambda i: is_async_callable(self._functions[i])):
+            for function, args, kwargs in self._logged[i]:
+                function(*args, **kwargs)
 
     def _take_inputs(self, i: int, **inputs: Any) -> list[float]:
         if i in self._functions:
@@ -65,12 +67,9 @@ class RewardsBeside:
     def _answer(self, i: int, **inputs: Any) -> Any:
         start = time.perf_counter()
         try:
-            answer = self._answers[i].result()
+            return self._answers[i].result()
         finally:
             self.waited += time.perf_counter() - start
-        for function, args, kwargs in self._logged[i]:  # in the order of the sources, as without threads
-            function(*args, **kwargs)
-        return answer
 
 
 def _ask_in_turn(asked: list[tuple[Callable[[], Any], Future[Any]]]) -> None:
