@@ -38,7 +38,7 @@ OF_THE_TRAINING = {
     """--accelerator_config {"foo":1}""": "unexpected keyword argument 'foo'",
     "--seed -1": "`seed` is -1; it must be 0 or above",
     "--dataloader_prefetch_factor 2": "--dataloader_prefetch_factor can only be set when data is",
-    "--logging_steps 0": "`logging_steps` is 0.0; it must be above 0. For none at all set `logging_str",
+    "--logging_steps 0": "`logging_steps` is 0.0; it must be above 0. For none at all write `--logging_str",
     "--per_device_train_batch_size 0": "`per_device_train_batch_size` is 0; it must be",
 }
 
