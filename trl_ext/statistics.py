@@ -1,8 +1,11 @@
-"""95% confidence intervals of a proportion and of a mean. Pure: torch only."""
+"""95% confidence intervals of a proportion and of a mean. Pure."""
 
 import math
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes seconds, which a report need not wait for
 
 
 Z = 1.96  # of 95%
@@ -22,7 +25,7 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
     return center - half, center + half
 
 
-def half_width(values: Tensor) -> float:
+def half_width(values: "Tensor") -> float:
     """Return half the width of the 95% interval of the mean of `values` (N,), N > 1: z · std / √N."""
     if len(values) < 2:
         raise ValueError(f"The mean of {len(values)} values has no interval; it takes at least 2.")

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 
+from run_logs import PPO_LOG, run_folder
 from trl_ext.cli.commands import plan
 
 
@@ -38,15 +39,17 @@ def test_fsdp_is_planned(capsys):
     assert "FSDP2, autocast" in capsys.readouterr().out
 
 
-def test_plan_of_a_known_model_and_help_need_neither_torch_nor_the_hub():
+def test_plan_of_a_known_model_report_and_help_need_neither_torch_nor_the_hub(tmp_path):
     """They answer at once, though torch and transformers take seconds to import."""
-    code = """
+    run_folder(tmp_path, PPO_LOG)
+    code = f"""
         from trl_ext.cli.main import main
         for name in ("plan", "report", "chat", "demo", "merge"):
             main([name, "--help"])
         main(["plan", "--model", "8b", "--gpu", "4090", "--suggest"])
+        main(["report", {str(tmp_path)!r}])
         import sys
-        print({"torch", "transformers", "trl", "huggingface_hub"} & sys.modules.keys())
+        print({{"torch", "transformers", "trl", "huggingface_hub"}} & sys.modules.keys())
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert "| lora " in run.stdout

@@ -29,7 +29,7 @@ def without_code(markdown):
     return re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
 
 
-# --- names: `trl_ext/ppo/terms.py::ppo_terms`, `tests/docs/test_docs.py::test_...`
+# --- names: `trl_ext/ppo/losses.py::ppo_terms`, `tests/docs/test_docs.py::test_...`
 
 
 def named(markdown):
@@ -72,9 +72,9 @@ def test_every_formula_of_the_theory_stands_beside_its_function_and_its_test():
 
 
 def test_control_a_name_that_does_not_exist_is_noticed():
-    page = "See `trl_ext/ppo/terms.py::ppo_terms` and `trl_ext/ppo/terms.py::no_such_term`, `tests/none.py::test_x`."
-    assert named(page)[1:] == [("trl_ext/ppo/terms.py", "no_such_term"), ("tests/none.py", "test_x")]
-    names = defined(ROOT / "trl_ext" / "ppo" / "terms.py")
+    page = "See `trl_ext/ppo/losses.py::ppo_terms` and `trl_ext/ppo/losses.py::no_such_term`, `tests/none.py::test_x`."
+    assert named(page)[1:] == [("trl_ext/ppo/losses.py", "no_such_term"), ("tests/none.py", "test_x")]
+    names = defined(ROOT / "trl_ext" / "ppo" / "losses.py")
     assert "ppo_terms" in names
     assert "no_such_term" not in names
 
@@ -183,7 +183,7 @@ def test_site_builds_without_a_warning(tmp_path):
     landing = read(tmp_path / "index.html")
     assert re.findall(r'<script src="([^"]*copybutton[^"]*|[^"]*clipboard[^"]*)"', landing)
     assert not re.findall(r'<(?:script|link)[^>]* (?:src|href)="https?://', landing)
-    names = {"trainers": "PPOTrainerX", "ppo": "ppo.terms.ppo_terms", "dpo": "dpo.losses.dpo_loss"}
+    names = {"trainers": "PPOTrainerX", "ppo": "ppo.losses.ppo_terms", "dpo": "dpo.losses.dpo_loss"}
     for page, name in names.items():
         assert f'id="trl_ext.{name}"' in read(tmp_path / "api" / f"{page}.html")
     assert "<math " in read(tmp_path / "theory.html")

@@ -188,23 +188,23 @@ MISTAKES = [
     ("ppo.losses:masked_tokens", given(cliprange_high=to(None)), "mask_objective_is", {"ranges": (0.2, 0.5)}),
     ("ppo.losses:mask_objective", given(advantages=torch.abs), "mask_objective_is", {"ranges": (0.2,)}),
     ("ppo.losses:mask_objective", instead(masked_late), "ratio_that_overflows", {}),
-    ("ppo.terms:ppo_terms", given(sampling_logps=to(None)), "mask_takes", {}),
-    ("ppo.terms:ppo_terms", given(policy_objective=to("clip")), "mask_takes", {}),
+    ("ppo.losses:ppo_terms", given(sampling_logps=to(None)), "mask_takes", {}),
+    ("ppo.losses:ppo_terms", given(policy_objective=to("clip")), "mask_takes", {}),
     ("ppo.losses:value_loss", doubled, "value_loss_is_half", {}),
     ("ppo.losses:clipped_value_loss", given(cliprange_value=to(9.0)), "clipped_value_loss_equals", {}),
     ("ppo.losses:_clip_around", given(old_values=torch.zeros_like), "clipped_value_loss_equals", {}),
     ("ppo.losses:clipped_values", lambda clipped: lambda *args: ~clipped(*args), "clipped_values_are", {}),
     ("ppo.terms:PPOCoefficients.of", lambda of: lambda *args: abs(of(*args)), "total_adds", {}),
     ("ppo.terms:PPOCoefficients.of", with_kl_for_value, "total_adds", {}),
-    ("ppo.terms:ppo_terms", given(aux_weight=to(1.0)), "micro_batches_add_up", CUT),
-    ("ppo.terms:ppo_terms", over_its_own_tokens, "micro_batches_add_up", CUT),
-    ("ppo.terms:ppo_terms", given(num_positive=to(1.0)), "positive_nll_is", {}),
-    ("ppo.terms:ppo_terms", given(positive=torch.logical_not), "positive_nll_is", {}),
-    ("ppo.terms:ppo_terms", given(importance_sampling_ratio=to(None)), "importance_sampling", {"columns": 7}),
-    ("ppo.terms:ppo_terms", with_a_graph, "only_the_total", {}),
-    ("ppo.terms:masked_sum", instead(lambda values, mask: values.sum()), "terms_equal", {}),
-    ("ppo.terms:old_policy_kl", lambda kl: lambda *args: kl(*args).detach(), "old_kl_has", {}),
-    ("ppo.terms:zero_masked", UNMASKED, "padding_changes", {"garbage": 1e30}),
+    ("ppo.losses:ppo_terms", given(aux_weight=to(1.0)), "micro_batches_add_up", CUT),
+    ("ppo.losses:ppo_terms", over_its_own_tokens, "micro_batches_add_up", CUT),
+    ("ppo.losses:ppo_terms", given(num_positive=to(1.0)), "positive_nll_is", {}),
+    ("ppo.losses:ppo_terms", given(positive=torch.logical_not), "positive_nll_is", {}),
+    ("ppo.losses:ppo_terms", given(importance_sampling_ratio=to(None)), "importance_sampling", {"columns": 7}),
+    ("ppo.losses:ppo_terms", with_a_graph, "only_the_total", {}),
+    ("ppo.losses:masked_sum", instead(lambda values, mask: values.sum()), "terms_equal", {}),
+    ("ppo.losses:old_policy_kl", lambda kl: lambda *args: kl(*args).detach(), "old_kl_has", {}),
+    ("ppo.losses:zero_masked", UNMASKED, "padding_changes", {"garbage": 1e30}),
     ("ppo.optimizer:norms_by_role", given(loss_scale=to(1.0)), "norms_by_role_are", {}),
     ("ppo.optimizer:norms_by_role", given(critic=lambda critic: torch.nn.Identity()), "norms_by_role_are", {}),
     ("ppo.optimizer:StepsByRole._before_step", instead(lambda *args: None), "actor_is_passed_over", {}),
@@ -248,5 +248,10 @@ MISTAKES = [
 @pytest.mark.parametrize("target, mistake, beginning, parameters", MISTAKES)
 def test_mistake_is_noticed(monkeypatch, caplog, target, mistake, beginning, parameters):
     *room, file = target.partition(":")[0].split(".")
-    path = Path(__file__).parents[1].joinpath(*room, f"test_{file}.py")
+    beside = Path(__file__).parents[1].joinpath(*room)
+    # The means and the total of losses.py have their tests in test_terms.py.
+    files = [
+        beside / f"test_{name}.py" for name in dict.fromkeys((file, "terms")) if (beside / f"test_{name}.py").exists()
+    ]
+    path = next(each for each in files if f"def test_{beginning}" in each.read_text())
     assert_noticed(path, beginning, parameters, f"trl_ext.{target}", mistake, monkeypatch, caplog=caplog)

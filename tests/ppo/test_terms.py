@@ -1,4 +1,4 @@
-"""terms.py: the terms against an oracle, their total, and what the reduction promises."""
+"""The table of terms.py, and what losses.py makes of it: terms against an oracle, their total, the reduction."""
 
 import math
 from dataclasses import fields
@@ -8,7 +8,8 @@ import torch
 
 import oracles
 from trl_ext.ppo import kl, losses
-from trl_ext.ppo.terms import TERMS, PPOCoefficients, PPOTerms, ppo_terms, total_in_words
+from trl_ext.ppo.losses import PPOTerms, ppo_terms
+from trl_ext.ppo.terms import TERMS, PPOCoefficients, total_in_words
 
 
 CLIPRANGE, CLIPRANGE_VALUE = 0.2, 0.3

@@ -264,7 +264,9 @@ def test_half_written_log_gives_way_to_the_last_whole_one(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step"')
     assert read_run(tmp_path).step == 1
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("")
-    with pytest.raises(ValueError, match=r"No log can be read: .*trainer_state\.json .*checkpoint-1"):
+    with pytest.raises(
+        ValueError, match=r"No log can be read: (?=.*checkpoint-1/).*trainer_state\.json .*trainer_state\.json "
+    ):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json cannot be read"):

@@ -16,8 +16,8 @@ PPO with a critic, in the order of the data.
     advantages      rewards-to-go, TD errors, generalised advantages
     kl              KL estimators, and the exact KL over the vocabulary
     controllers     how a KL coefficient follows the measured KL
-    losses          ratio, clipped objective, value loss: per token
-    terms           the terms of the loss as one table; their means and their total
+    terms           the terms of the loss as one table, and their coefficients
+    losses          ratio, clipped objective, value loss: per token; the terms' means and their total
     micro_batches   a rollout cut into micro-batches, each with its share of the loss terms
     optimizer       the optimizer's groups, schedules, steps and norms by role
     coefficients    the current weights of the terms

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .config import PPOConfigX
+from .losses import PPOTerms
 from .rollout import Rollout
-from .terms import PPOTerms
 
 
 def require_room(

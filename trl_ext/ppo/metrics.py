@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..masked import AllReduce
 from ..statistics import half_width
-from .terms import WEIGHTED, PPOCoefficients, PPOTerms
+from .losses import PPOTerms
+from .terms import WEIGHTED, PPOCoefficients
 
 
 # The fields that add up over micro-batches and ranks.

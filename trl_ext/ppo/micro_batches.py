@@ -7,9 +7,10 @@ from ..masked import AllReduce, masked_sum, zero_masked
 from ..packing.budget import cut_by_tokens
 from .config import PPOConfigX
 from .kl import estimate_kl
+from .losses import PPOTerms, ppo_terms, value_errors
 from .roles.forward import ActorCriticOutput
 from .rollout import MicroBatch, Rollout
-from .terms import PPOCoefficients, PPOTerms, ppo_terms, value_errors
+from .terms import PPOCoefficients
 
 
 Parts = tuple[Tensor, ...]

@@ -13,7 +13,7 @@ from .drawing import COLOURS
 from .embedded import curves_json, policy, scripts, style
 from .pictures import Shown, charts_of, write_picture
 from .results import choice, result_rows, rows_of, side_by_side
-from .run import Run, read_run, told_apart
+from .run import Run, read_runs
 from .tables import score_text
 
 
@@ -50,11 +50,23 @@ def write_report(
     """
     if not folders:
         raise ValueError("No run was given; name the `output_dir` of at least one.")
+    require_page(path)
+    return write_page(read_runs(folders), page_of(folders) if path is None else Path(path), refresh, picture)
+
+
+def require_page(path: str | Path | None) -> None:
+    """Raise `ValueError` for a path that does not end in .html."""
     if path is not None and Path(path).suffix != ".html":
         raise ValueError(f"{path} is no name of a page; give one that ends in .html, and the picture lies beside it.")
-    places = [Path(folder) for folder in folders]
-    runs = told_apart([read_run(place) for place in places], places)
-    page = Path(path) if path is not None else (places[0] if len(places) == 1 else Path()) / "report.html"
+
+
+def page_of(folders: Sequence[str | Path]) -> Path:
+    """Return where the page of runs goes unless it is said: into the folder of the one, or here for several."""
+    return Path(folders[0] if len(folders) == 1 else ".", "report.html")
+
+
+def write_page(runs: Sequence[Run], page: Path, refresh: int = 0, picture: bool = True) -> Path:
+    """Write the page of runs that have been read, and a PNG of the same name beside it; return the page."""
     page.parent.mkdir(parents=True, exist_ok=True)
     title = " · ".join(run.name for run in runs)
     panels = charts_of(runs)

@@ -133,6 +133,12 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read several runs, as `read_run` does, and tell them apart."""
+    places = [Path(folder) for folder in folders]
+    return told_apart([read_run(place) for place in places], places)
+
+
 def told_apart(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
     """Give each of several runs its colour and, where folders share a name, as much of their paths as it takes."""
     if len(runs) == 1:

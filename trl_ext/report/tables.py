@@ -71,6 +71,8 @@ def read_samples(folder: str | Path, log: Sequence[Mapping[str, Any]]) -> list[S
     for files in (_files(folder, "samples/*.jsonl"), _files(folder, "completions/*.jsonl")):
         if files:
             return [Sample(row["prompt"], row["reference"], row["actor"]) for row in read_rows(files[0])][:SHOWN]
+    if not any((folder / "completions").glob("*.parquet")):
+        return []
     steps = [int(line["step"]) for line in log if any(key.startswith("eval_") for key in line)]
     tables = [_table(folder / "completions", step) for step in steps]
     steps = [step for step, path in zip(steps, tables, strict=True) if is_of_this_run(path, folder)]

@@ -34,13 +34,15 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.watch < 0:
         parser.error(f"`--watch` is {given.watch}; it must be 0, for once, or a number of seconds.")
-    from ...report import read_run, write_report  # late: `--help` need not wait for it
+    from ...report.page import page_of, require_page, write_page  # late: `--help` need not wait for it
+    from ...report.run import read_runs
 
     while True:
         try:
             with usage_errors():
-                page = write_report(given.runs, given.output, refresh=given.watch)
-            runs = [read_run(folder) for folder in given.runs]
+                require_page(given.output)
+                runs = read_runs(given.runs)
+                page = write_page(runs, given.output or page_of(given.runs), refresh=given.watch)
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
         for run in runs:
