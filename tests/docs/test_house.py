@@ -83,7 +83,7 @@ def test_docstring_names_what_the_trainer_overrides(name):
     assert "import" not in docstring
 
 
-ROOMS = "data models packing runs ppo ppo/roles dpo reward planner report callbacks cli".split()
+ROOMS = "data models packing runs ppo ppo/ahead ppo/roles dpo reward planner report callbacks cli".split()
 
 
 @pytest.mark.parametrize("room", ROOMS)

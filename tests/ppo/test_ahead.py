@@ -12,8 +12,9 @@ from datasets import IterableDataset
 import tiny
 from fake_vllm import vllm
 from ppo_runs import log_lines, logged, ppo_config, ppo_trainer, returned_by
-from trl_ext.ppo.ahead import RolloutsAhead, rows_ahead
-from trl_ext.ppo.roles.rewards_beside import RewardsBeside
+from trl_ext.ppo.ahead.beside import RewardsBeside
+from trl_ext.ppo.ahead.rows import rows_ahead
+from trl_ext.ppo.ahead.server import ServerQueue
 
 
 pytestmark = pytest.mark.integration
@@ -174,7 +175,7 @@ def test_second_run_evaluations_and_an_early_end_have_their_own_weights(tmp_path
 
         trainer._close_optimizer_step = ends_early
         trainer.train()
-        assert len(trainer._ahead) == 1  # of three rollouts two were asked for, and one was learned from
+        assert len(trainer._ahead.queue) == 1  # of three rollouts two were asked for, and one was learned from
         trainer._close_optimizer_step = end
         trainer.train()
         assert max(logged(trainer, f"eval_{DIFFERENCE}")) < 1e-4
@@ -404,9 +405,8 @@ def test_thread_of_reward_functions_is_on_the_gpu_of_its_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(chosen, "device", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(chosen, "device", device))
     beside = RewardsBeside({0: lambda completions, **kwargs: [float(torch.cuda.current_device())]}, None)
-    (ask,) = beside.asking([None])
-    ask(completions=[""], log_extra=print, log_metric=print)
-    beside.start()
+    sources = [None]
+    beside.ask(sources, lambda: sources[0](completions=[""], log_extra=print, log_metric=print))
     (answer,) = beside.answering([None])
     assert answer() == [1.0]
 
@@ -430,7 +430,7 @@ def test_error_of_a_reward_function_in_a_thread_is_the_runs(tmp_path, answer, sa
 
 
 def test_control_weights_that_are_sent_while_the_server_generates_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(RolloutsAhead, "wait", lambda self: None)
+    monkeypatch.setattr(ServerQueue, "wait", lambda self: None)
     with vllm() as sampler:
         trainer = ppo_trainer(tmp_path, **SERVER, rollout_lag=1)
         sampler.delay = lambda: time.sleep(0.1 * len(sampler.versions))
@@ -439,7 +439,7 @@ def test_control_weights_that_are_sent_while_the_server_generates_are_noticed(tm
 
 
 def test_control_rows_of_another_rollout_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ext.ppo.trainer.rows_ahead", lambda *args: islice(rows_ahead(*args), 1, None))
+    monkeypatch.setattr("trl_ext.ppo.ahead.rollouts.rows_ahead", lambda *args: islice(rows_ahead(*args), 1, None))
     with vllm():
         trainer = ppo_trainer(tmp_path, **SERVER, rollout_lag=1, num_train_epochs=1, total_episodes=None)
         with pytest.raises(ValueError, match="other rows"):

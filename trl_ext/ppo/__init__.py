@@ -9,7 +9,7 @@ PPO with a critic, in the order of the data.
     run_state       everything that a run changes beside weights, optimizer and random numbers
     data            prompts, and their checks before a model is loaded
     vllm            the precision of the run's vLLM, and whether its server fits the run
-    ahead           rollouts that a vLLM server is asked for before they are due
+    ahead/          rollouts that a vLLM server is asked for before they are due
     rollout         the tensors of one rollout, with their shapes
     rewards         from the reward sources to one reward per token
     returns         from scores to advantages and returns, and their log
@@ -24,8 +24,9 @@ PPO with a critic, in the order of the data.
     metrics         the log of an optimizer step and of an evaluation
     pretraining     the critic's pretraining on responses of a fixed policy
     saved_rollouts  these responses, kept as Parquet
-    evaluation      scores of held-out prompts
+    evaluation      held-out prompts, answered and scored
     guards          checks that stop a run
+    saving          actor and critic, saved and loaded; the end of a step that a signal goes back to
     checkpoint      the part of a checkpoint beside weights, optimizer and random numbers
     display         the run's plan and sample completions
     credit          the tokens of responses with their credit

@@ -1,14 +1,25 @@
-"""Evaluation: the scores of held-out prompts, their rise since the first evaluation, and the KL."""
+"""Evaluation: held-out prompts are answered; their scores, the rise since the first evaluation, and the KL."""
 
+import copy
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from datasets import IterableDataset
+from torch import Tensor, nn
 
+from ..models.rounding import warn_of_casting
+from ..runs.best_metric import evaluated
+from ..runs.requirements import require_full_batch
+from ..runs.trackio_run import go_on_logging
 from .config import PPOConfigX
+from .data import WholeStream, rows_of
+from .display import print_samples
+from .guards import require_room
 from .metrics import held_out_responses, held_out_score, means_of_batches, scores_by_prompt
 from .returns import sequence_kl
 from .rollout import Rollout
@@ -155,3 +166,106 @@ class HeldOut:
             if len(known):
                 metrics["kl/ref"] = [known.mean().item()]
         return metrics
+
+
+class AnswersHeldOut:
+    """A trainer of PPO whose evaluation answers held-out prompts and scores them. Name it before TRL's trainer."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    model: Any
+    run_state: Any
+    phases: Any
+    eval_dataset: Any
+    num_generations_eval: int
+    _tokenizer: Any
+    _metrics: Any
+    _responses: Any
+    _prepare_inputs: Any
+    _generate_and_score_completions: Any
+    _score_with_models: Any
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Answer and score held-out prompts; PPO has no held-out loss."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
+        # Every evaluation draws the same random numbers, so that two of them differ only by the policy.
+        batch = self.run_state.held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(self.args.seed + batch)
+        metrics = self._metrics["eval"]
+        before = {name: len(values) for name, values in metrics.items()}
+        rollout = self._generate_and_score_completions(rows)
+        if self.args.needs_reference:
+            require_room(rollout, self.args, self._tokenizer, ["score_batch_tokens"])
+            self._score_with_models(rollout)
+        said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
+        self.run_state.held_out.add(rollout, rows, self._responses, said)
+        return rollout
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        evaluate: Any = super()._evaluate  # type: ignore[misc]
+        return evaluated(evaluate, self.args.metric_for_best_model, *args, **kwargs)
+
+    @contextmanager
+    def _several_responses(self) -> Iterator[None]:
+        """Within the context, the samplers of held-out prompts repeat each as often as it is answered."""
+        self.num_generations_eval = self.args.num_generations_eval
+        try:
+            yield
+        finally:
+            self.num_generations_eval = 1
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        stream = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
+        return super()._get_dataloader(stream, *args, **kwargs)  # type: ignore[misc]
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._several_responses():
+            return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        if isinstance(test_dataset, IterableDataset):  # GRPO would not repeat the prompts of a stream
+            return self.get_eval_dataloader(test_dataset)
+        with self._several_responses():
+            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_of_casting(self)
+        go_on_logging(self)
+        held_out = self.run_state.held_out
+        held_out.start(self.accelerator.gather)
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
+            with self.phases.during("evaluate"):
+                output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
+        prefix, num_rows = kwargs.get("metric_key_prefix", "eval"), rows_of(dataloader.dataset, self.args)
+        if not held_out.num_batches:
+            require_full_batch(num_rows or 0, "the held-out set", self.args)
+        metrics = self._metrics["eval"] | held_out.metrics(prefix, num_rows)
+        self._metrics["eval"].clear()
+        self._metrics["eval"] |= named_after_set(metrics, prefix)
+        return output
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """
+        Print responses to the prompts of `eval_dataset` with their scores, as TRL 1.12 did.
+
+        Args:
+            sampling: only the first batch.
+        """
+        if self.eval_dataset is None:
+            return
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        was_training, logged = self.model.training, copy.deepcopy(self._metrics["eval"])
+        self.model.eval()
+        try:
+            for dataset in datasets.values():
+                for rows in islice(self.get_eval_dataloader(dataset), 1 if sampling else None):
+                    rollout = self._generate_and_score_completions(rows)
+                    print_samples(rollout, self._tokenizer, self.accelerator, self.state.global_step)
+        finally:
+            self.model.train(was_training)
+            self._metrics["eval"] = logged

@@ -118,6 +118,11 @@ class Rollout:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in values.items() if tensor is not None}
 
+    def take_scores(self, scored: "Rollout") -> None:
+        """Take what the models have said of the same responses before; `old_logps` that are there stay."""
+        self.old_values, self.ref_logps, self.ref_states = scored.old_values, scored.ref_logps, scored.ref_states
+        self.old_logps = scored.old_logps if self.old_logps is None else self.old_logps
+
     def keep_first_logps(self, rows: Tensor, logps: Tensor) -> None:
         """Keep the log-probabilities (b, T) that the first learning pass gives for the sequences at `rows`."""
         if self.first_logps is None:

@@ -13,16 +13,14 @@ Where it differs from TRL 1.12's `PPOTrainer`:
 6. A response ends at an end token unless told otherwise.
 """
 
-import copy
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +30,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -40,44 +37,40 @@ from .. import _trl
 from ..masked import masked_mean, masked_moments
 from ..models.adapter_copies import check_base_is_kept
 from ..models.context import context_limit
-from ..models.fingerprint import save_base_fingerprint
 from ..models.generation import generating_by
-from ..models.loading import adapter_configs, check_known, known_tokens, restore_weights, text_config
+from ..models.loading import adapter_configs, check_known, known_tokens, text_config
 from ..models.precision import below_autocast, compile_nothing
 from ..models.probe import apart_in_float32
-from ..models.rounding import warn_of_casting
 from ..models.sampling import sampling_what_counts, why_not_from_cache
 from ..models.sharding import forget_gradients, is_fsdp, is_partitioned, is_stage3, leave_outputs, unsharded
 from ..models.trainable import take_back
 from ..packing.exactness import why_not_run
-from ..runs.best_metric import check_metric_of_sets, evaluated
+from ..runs.best_metric import check_metric_of_sets
 from ..runs.card import Training, WritesCard
 from ..runs.credit import CreditOffer
 from ..runs.failures import in_spite_of_errors
 from ..runs.final_line import LastLine, in_mode_of
 from ..runs.profiler import Phases
-from ..runs.requirements import make_folder, require_full_batch, require_parts
-from ..runs.saving import SavesWhole
+from ..runs.requirements import make_folder, require_parts
 from ..runs.steps_left import refuse_finished_checkpoints
-from ..runs.trackio_run import go_on_logging, name_run
-from .ahead import RolloutsAhead, check_asked_ahead, check_read_again, next_rows, rows_ahead
+from ..runs.trackio_run import name_run
+from .ahead.beside import RewardsBeside, score_beside
+from .ahead.rollouts import RolloutsAhead, check_ahead
 from .card import ppo_training
-from .checkpoint import find_checkpoint, known_length, load_run, save_run
+from .checkpoint import find_checkpoint, known_length, load_run
 from .coefficients import Coefficients
 from .config import PPOConfigX, PPOLoopConfig
 from .credit import credit_of_responses
 from .data import (
     NO_IDS_TO_COLLATE,
     TokenisedPrompt,
-    WholeStream,
     check_budgets,
     check_datasets,
     is_tokenised,
-    rows_of,
     with_tokenised_prompts,
 )
-from .display import batch_plan, print_samples
-from .evaluation import HeldOut, lengths_and_ends, named_after_set, of_sampling, samples_are_due
+from .display import batch_plan
+from .evaluation import AnswersHeldOut, HeldOut, lengths_and_ends, of_sampling, samples_are_due
 from .guards import (
     naming_the_actor,
     needing_less,
@@ -104,7 +97,7 @@ from .optimizer import (
 from .returns import estimate_returns, rollout_metrics, sequence_kl
 from .rewards import weighted_scores, weighted_tokens
 from .roles import critic as critic_module
-from .roles.adapters import REFERENCE, copy_adapter, restore_adapter, saving_one_adapter
+from .roles.adapters import REFERENCE, copy_adapter
 from .roles.forward import ActorCriticOutput, LogitsHead, without_router_logits
 from .roles.inputs import Given, Model, check_given, check_ids, resolve
 from .roles.join import (
@@ -118,10 +111,10 @@ from .roles.load import Roles, load_roles, load_tokenizer, own_tokenizer
 from .roles.offload import send_to_host
 from .roles.reward_functions import checked, named_apart
 from .roles.reward_models import TokenScorer, check_readable, model_of_text, token_scorer
-from .roles.rewards_beside import RewardsBeside
 from .roles.turn_rewards import TURN_REWARDS, turn_sources
 from .rollout import MicroBatch, Rollout
 from .run_state import CriticWarmup, EarlyStop, RunState
+from .saving import SavesActorAndCritic
 from .vllm import check_vllm, colocated_engines
 
 
@@ -130,7 +123,7 @@ logger = logging.get_logger(__name__)
 PHASES = ("generate", "score", "learn")
 
 
-class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
+class PPOTrainerX(WritesCard, AnswersHeldOut, SavesActorAndCritic, GRPOTrainer):
     """
     Trainer for Proximal Policy Optimization (PPO) with four models: actor, critic, frozen reward, frozen reference.
 
@@ -140,11 +133,11 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     `_set_signature_columns_if_needed`, `_prepare_inputs` (one rollout, mini-batches redrawn every epoch),
     `_generate_and_score_completions`, `_tokenize_prompts`, `_generate`, `_calculate_rewards`,
     `_get_per_token_logps_and_entropies` (GRPO's seam for old log-probabilities), `training_step`, `_compute_loss`,
-    `_clip_grad_norm`, `_get_grad_norm`, `_get_dataloader` (a stream is read whole by every process),
-    `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate`,
-    `evaluation_loop`, `log`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
-    `_load_best_model`; by `SavesWhole`, `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and
-    `_finalize_training`; and, by `WritesCard`, `save_model` and `create_model_card`.
+    `_clip_grad_norm`, `_get_grad_norm`, `log`; by `AnswersHeldOut`, `_get_dataloader` (a stream is read whole by every
+    process), `get_eval_dataloader`, `get_test_dataloader`, `prediction_step`, `_evaluate` and `evaluation_loop`; by
+    `SavesActorAndCritic`, `_save`, `_push_from_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`,
+    `_load_best_model`, `_maybe_log_save_evaluate`, `_save_checkpoint`, `_get_output_dir` and `_finalize_training`;
+    and, by `WritesCard`, `save_model` and `create_model_card`.
 
     Args:
         args ([`PPOConfigX`], *optional*): configuration.
@@ -236,10 +229,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         find_checkpoint(args.resume_from_checkpoint, args, train_dataset)
         check_own(optimizers, args)
         check_given(args, given)
-        check_asked_ahead(
-            args.rollout_lag, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
-        )
-        check_read_again(args.rollout_lag, train_dataset, args.dataloader_num_workers)
+        takes_part = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        check_ahead(args.rollout_lag, train_dataset, args.dataloader_num_workers, **takes_part)
         check_metric_of_sets(args.metric_for_best_model, eval_dataset, example="reward/score")
         processing_class = own_tokenizer(processing_class, given, args)
         tokenizer = load_tokenizer(processing_class, given.model, args)
@@ -306,10 +297,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._leaves_out = False  # nothing is learned in this micro-batch
         self._steps_by_role = StepsByRole()
         self._steps_alone = 0  # that the critic has taken on this mini-batch
-        self._step_end = ""  # a folder with this rank's files of a checkpoint, before a rollout
-        self._tokens_at_step_end = 0
-        self._ahead = RolloutsAhead(self.vllm_generation) if args.rollout_lag else None
-        self._rows_ahead: Iterator[list[dict[str, Any]]] | None = None  # of rollouts that are not asked for yet
+        self._ahead = RolloutsAhead(self) if args.rollout_lag else None
         self.phases = Phases(self.accelerator.device, counts_memory=self.args.skip_memory_metrics)
         self.add_callback(self.phases)
         self.add_callback(LastLine())
@@ -326,7 +314,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._last_loaded_step = -1  # vLLM has the weights of another run
         if self._ahead is not None:
             self._ahead.forget()
-            self._rows_ahead = None
         self.run_state = RunState(
             Coefficients(self.args, aux=self.router_aux_loss_coef),
             HeldOut(self.args.num_generations_eval),
@@ -515,8 +502,8 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             return rows
         if not self.model.training:
             return self._collect_held_out(rows)
-        if self._ahead is not None and self._rows_ahead is None:
-            self._rows_ahead = self._read_ahead(len(self._ahead))
+        if self._ahead is not None:
+            self._ahead.start()
         run, step_of_pass = self.run_state, self._step % self.args.steps_per_generation
         if not self.is_amid_rollout:
             run.rollout, run.packs = self._collect_rollout(rows), None
@@ -531,10 +518,10 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
     @property
     def is_amid_rollout(self) -> bool:
         """Return whether the next micro-batch is of a rollout that has been learned from before."""
-        return self._step % self._batches_of_rollout != 0
+        return self._step % self.batches_of_rollout != 0
 
     @property
-    def _batches_of_rollout(self) -> int:
+    def batches_of_rollout(self) -> int:
         """Return in how many micro-batches a rollout is learned from, over all passes."""
         return self.args.steps_per_generation * self.num_iterations
 
@@ -568,40 +555,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         self._log_speed(rollout)
         return rollout
 
-    def _read_ahead(self, num_asked: int) -> Iterator[list[dict[str, Any]]]:
-        """Return an iterator over the rows of the rollouts to come, without the first `num_asked`."""
-        with torch.random.fork_rng(devices=[]):
-            loader, step = self.get_train_dataloader(), self.state.global_step
-        of_epoch = self.state.max_steps
-        if has_length(loader):
-            of_epoch = max(1, math.ceil(len(loader) / self.args.gradient_accumulation_steps))
-        skipped = 0 if self.args.ignore_data_skip else step % of_epoch * self.args.gradient_accumulation_steps
-        begun = self._step % self._batches_of_rollout
-        rows = rows_ahead(loader, step // of_epoch, skipped, begun, self._batches_of_rollout)
-        return islice(rows, num_asked, None)
-
-    def _ask_ahead(self, ahead: RolloutsAhead) -> int:
-        """
-        Send the server its weights, once it generates nothing, and ask for the rollouts up to the one that is due in
-        `rollout_lag` rollouts. Return how many rollouts there were before this one.
-        """
-        due = self._step // self._batches_of_rollout
-        left = math.ceil(self.state.max_steps / (self.args.optimizer_steps_per_rollout)) - due
-        ahead.wait()
-        if self._last_loaded_step != self.state.global_step:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-        while len(ahead) < min(self.args.rollout_lag + 1, left):
-            assert self._rows_ahead is not None
-            rows = next_rows(self._rows_ahead)
-            if rows is None:
-                break
-            ids, *_ = self._tokenize_prompts([row["prompt"] for row in self._with_prompts(rows)])
-            ask = partial(self.vllm_generation.generate, ids, images=None, num_generations=self.num_generations)
-            ahead.ask(due, ask)
-        return due
-
-    def _with_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def with_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return rows with their prompts in the column `prompt`."""
         if is_tokenised(rows[0]):
             return with_tokenised_prompts(rows, self._tokenizer, self.prompt_collator, self._pad_of_prompts)
@@ -610,7 +564,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         return rows
 
     def _generate_and_score_completions(self, rows: list[dict[str, Any]]) -> Rollout:
-        rows = self._with_prompts(rows)
+        rows = self.with_prompts(rows)
         batch = super()._generate_and_score_completions(rows)
         # GRPO's statistics over groups of one mean nothing.
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -625,10 +579,7 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
                 rollout.old_logps = rollout.sampling_logps
         scored, self._scored_beside = self._scored_beside, None
         if scored is not None and self.model.training:  # an error may have left one to an evaluation
-            rollout.old_values, rollout.ref_logps = scored.old_values, scored.ref_logps
-            rollout.ref_states = scored.ref_states
-            if rollout.old_logps is None:
-                rollout.old_logps = scored.old_logps
+            rollout.take_scores(scored)
         return rollout
 
     def _has_sampling_logps(self, batch: dict[str, Any]) -> bool:
@@ -660,7 +611,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             self._only_what_counts(),
             naming_the_actor(self.state.global_step),
         ):
-            generated = self._take(partial(super()._generate, prompts))
+            generate = partial(super()._generate, prompts)
+            is_asked_ahead = self._ahead is not None and self.model.training
+            generated = self._ahead.take(generate) if is_asked_ahead else generate()
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest = generated
         if self.model.training:
             self.stop_between_phases()
@@ -670,22 +623,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         # Extra fields are passed to the reward functions; a model that shares the tokenizer reads the ids.
         extra_fields = {**extra_fields, "prompt_ids": prompt_ids}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *rest
-
-    def _take(self, generate: Callable[[], tuple]) -> tuple:
-        """Return what `generate` returns, of a rollout that the server was asked for before, if it has been."""
-        ahead = self._ahead if self.model.training else None
-        if ahead is None:
-            return generate()
-        due = self._ask_ahead(ahead)
-        if not len(ahead):  # rows without an end of their own, which a second reading does not have
-            return generate()
-        generated, lag = ahead.take(due, generate)
-        metrics = self._metrics["train"]
-        metrics["sampling/rollout_lag"].append(float(lag))
-        if self.accelerator.is_main_process:
-            for name, seconds in ahead.pop_seconds().items():
-                metrics[f"time/{name}"].append(seconds)
-        return generated
 
     def _own_distribution(self) -> AbstractContextManager[None]:
         """Sample from the distribution that is scored, whatever options came with the actor; vLLM gets every one."""
@@ -727,10 +664,9 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         try:
             if functions and self._ahead is not None and self.model.training:
                 beside = RewardsBeside(functions, getattr(self, "async_loop", None))
-                self.reward_funcs[:] = beside.asking(sources)
-                calculate()
-                beside.start()
-                self._score_beside([row["prompt_ids"] for row in inputs], completion_ids_list)
+                beside.ask(self.reward_funcs, calculate)
+                prompt_ids = [row["prompt_ids"] for row in inputs]
+                self._scored_beside = score_beside(self, prompt_ids, completion_ids_list)
                 asked = beside.answering(asked)
             self.reward_funcs[:] = asked
             with self.phases.part("score: reward"), self._reward_weights.on_device():
@@ -750,29 +686,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         for name, column in zip(self.reward_func_names, rewards.unbind(1), strict=True):
             self._responses[f"rewards/{name}"] = column[own]
         return rewards
-
-    def _score_beside(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
-        """Score a rollout with critic and reference while its rewards are on their way, in GRPO's tensors."""
-        batch: dict[str, Tensor] = {}
-        for name, rows, side in (("prompt", prompt_ids, "left"), ("completion", completion_ids, "right")):
-            ids = [torch.tensor(row) for row in rows]
-            how: dict[str, Any] = {"padding_side": side, "pad_to_multiple_of": self.pad_to_multiple_of}
-            padded = _trl.pad(ids, padding_value=self._tokenizer.pad_token_id, **how)
-            mask = _trl.pad([torch.ones_like(row) for row in ids], padding_value=0, **how)
-            batch |= {f"{name}_ids": padded, f"{name}_mask": mask}
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        if self.mask_truncated_completions:
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            kept = torch.tensor([row[-1] in ends for row in completion_ids], device=self.accelerator.device)
-            batch["completion_mask"] = batch["completion_mask"] * kept.unsqueeze(1).int()
-        no_scores = torch.zeros(len(completion_ids), device=self.accelerator.device)
-        rollout = Rollout.from_grpo(batch, no_scores, self.eos_token_ids)
-        rollout.old_logps = self._logps_of_correction
-        if self.args.policy_objective == "mask" and not self.args.reads_old_policy:
-            rollout.old_logps = torch.zeros(rollout.mask.shape, device=rollout.mask.device)  # what vLLM gave stands in
-        require_room(rollout, self.args, self._tokenizer)
-        self._score_with_models(rollout)
-        self._scored_beside = rollout
 
     def _pay_tokens(self, rewards: Tensor, completion_ids: list[Any]) -> Tensor | None:
         """Return this rank's rewards by token, `None` if every source gave scores alone."""
@@ -1104,91 +1017,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
             if id(parameter) not in of_critic:
                 parameter.grad = None
 
-    # ---- 5. Evaluate ----
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
-        """Answer and score held-out prompts; PPO has no held-out loss."""
-        self._prepare_inputs(inputs)
-        return None, None, None
-
-    def _collect_held_out(self, rows: list[dict[str, Any]]) -> Rollout:
-        # Every evaluation draws the same random numbers, so that two of them differ only by the policy.
-        batch = self.run_state.held_out.num_batches * self.accelerator.num_processes + self.accelerator.process_index
-        torch.manual_seed(self.args.seed + batch)
-        metrics = self._metrics["eval"]
-        before = {name: len(values) for name, values in metrics.items()}
-        rollout = self._generate_and_score_completions(rows)
-        if self.args.needs_reference:
-            require_room(rollout, self.args, self._tokenizer, ["score_batch_tokens"])
-            self._score_with_models(rollout)
-        said = {name: values[-1] for name, values in metrics.items() if len(values) > before.get(name, 0)}
-        self.run_state.held_out.add(rollout, rows, self._responses, said)
-        return rollout
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return evaluated(super()._evaluate, self.args.metric_for_best_model, *args, **kwargs)
-
-    @contextmanager
-    def _several_responses(self) -> Iterator[None]:
-        """Within the context, the samplers of held-out prompts repeat each as often as it is answered."""
-        self.num_generations_eval = self.args.num_generations_eval
-        try:
-            yield
-        finally:
-            self.num_generations_eval = 1
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
-        return super()._get_dataloader(stream, *args, **kwargs)
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._several_responses():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        if isinstance(test_dataset, IterableDataset):  # GRPO would not repeat the prompts of a stream
-            return self.get_eval_dataloader(test_dataset)
-        with self._several_responses():
-            return super().get_test_dataloader(test_dataset)
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        warn_of_casting(self)
-        go_on_logging(self)
-        held_out = self.run_state.held_out
-        held_out.start(self.accelerator.gather)
-        device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training draws as without
-            with self.phases.during("evaluate"):
-                output = super().evaluation_loop(dataloader, *args, **kwargs)
-        prefix, num_rows = kwargs.get("metric_key_prefix", "eval"), rows_of(dataloader.dataset, self.args)
-        if not held_out.num_batches:
-            require_full_batch(num_rows or 0, "the held-out set", self.args)
-        metrics = self._metrics["eval"] | held_out.metrics(prefix, num_rows)
-        self._metrics["eval"].clear()
-        self._metrics["eval"] |= named_after_set(metrics, prefix)
-        return output
-
-    def generate_completions(self, sampling: bool = False) -> None:
-        """
-        Print responses to the prompts of `eval_dataset` with their scores, as TRL 1.12 did.
-
-        Args:
-            sampling: only the first batch.
-        """
-        if self.eval_dataset is None:
-            return
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        was_training, logged = self.model.training, copy.deepcopy(self._metrics["eval"])
-        self.model.eval()
-        try:
-            for dataset in datasets.values():
-                for rows in islice(self.get_eval_dataloader(dataset), 1 if sampling else None):
-                    rollout = self._generate_and_score_completions(rows)
-                    print_samples(rollout, self._tokenizer, self.accelerator, self.state.global_step)
-        finally:
-            self.model.train(was_training)
-            self._metrics["eval"] = logged
-
     # ---- Log ----
 
     def _needing_less(self, phase: str | None) -> str:
@@ -1240,75 +1068,6 @@ class PPOTrainerX(WritesCard, SavesWhole, GRPOTrainer):
         if "learn" in spent:
             tokens = self._sum_over_ranks(rollout.attended.sum().float()).item()
             metrics["tokens_per_second"].append(tokens / sum(spent.values()))
-
-    # ---- Save ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the actor, and the critic in the folder `critic/`."""
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        if state_dict is None:
-            state_dict = self.model.state_dict()
-        actor, critic = critic_module.split_state_dict(self.model, self.critic, state_dict)
-        with saving_one_adapter(self.model):
-            super()._save(output_dir, actor)
-        folder = Path(output_dir) / critic_module.FOLDER
-        if self.args.should_save and critic:
-            self.critic.save_pretrained(folder, critic)
-        if self.args.should_save and is_peft_model(self.model):
-            folders = [output_dir, Path(output_dir) / self.model.active_adapter, folder]
-            config = self.model.config
-            save_base_fingerprint(folders, _trl.get_config_model_id(config), getattr(config, "_commit_hash", None))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push the critic's folder with the model's files of a checkpoint, which the Trainer pushes."""
-        critic = Path(checkpoint_folder) / critic_module.FOLDER
-        pushes = not self._saves_now and self.args.hub_strategy != HubStrategy.END
-        if pushes and self.is_world_process_zero() and critic.is_dir():
-            is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not is_busy:  # as the Trainer decides
-                shutil.copytree(critic, Path(self.args.output_dir) / critic_module.FOLDER, dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random numbers, and everything else of the run on this rank, as they were at the step's end."""
-        if self._has_left_step:
-            shutil.copytree(self._step_end, output_dir, dirs_exist_ok=True)
-        else:
-            super()._save_rng_state(output_dir)
-            save_run(self, output_dir)
-        self.accelerator.wait_for_everyone()  # the Trainer's own state comes last, after that of every rank
-
-    def _note_step_end(self) -> None:
-        """Keep what a checkpoint has of this rank before a rollout, which a signal may end."""
-        if not self.is_amid_rollout:
-            if self._ahead is not None:  # what is kept of it has to be there
-                with self.phases.during("generate"):
-                    self._ahead.settle()
-            self._save_rng_state(self._step_end)
-            self._tokens_at_step_end = self.state.num_input_tokens_seen
-
-    def _back_to_step_end(self) -> None:
-        self._has_left_step = self._has_stepped
-        if self._has_stepped:
-            self.state.num_input_tokens_seen = self._tokens_at_step_end
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the actor from its own files, the critic from its folder."""
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        if is_peft_model(self.model):  # the Trainer would mistake the critic's adapter for one of the actor's
-            name = self.model.active_adapter
-            restore_adapter(self.model, folder if name == "default" else folder / name)
-        else:
-            restore_weights(self.model, folder, but_not=critic_module.ATTRIBUTE)
-        self.critic.restore(folder / critic_module.FOLDER)
-
-    def _load_best_model(self) -> None:
-        self._last_loaded_step = -1  # vLLM has the last weights, not the best
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # the checkpoint holds the whole engine, the critic too
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def describe(self) -> Training:
         return ppo_training(self)

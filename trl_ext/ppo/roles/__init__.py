@@ -12,7 +12,6 @@ The four models of PPO: actor, critic, reference, reward.
     reward_forms       the token ids in which a reward model reads an answer
     reward_functions   checks of reward functions and of their answers
     reward_calls       how long, how often and how many at once they are asked
-    rewards_beside     reward functions, asked while reference and critic score
     turn_rewards       environments that pay for the turns of the model
     offload            frozen models in host memory while nothing reads them
     padding            left-padded rows, read as without padding

@@ -1,6 +1,5 @@
 """
-Ask a vLLM server for rollouts before they are due, with `rollout_lag`: it generates while the ones before are scored
-and learned from. The rows of a rollout are known before the Trainer hands them out by a second reading of the data.
+What a vLLM server has been asked for and has not handed over yet.
 
 Only the request itself runs in another thread, on the main process. All else, and every collective, stays where TRL
 has it: the prompts are gathered and the answers are broadcast by its own code, around `vllm_client.generate`.
@@ -11,18 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain, count, islice
+from collections.abc import Callable
 from typing import Any
-
-import torch
-from transformers.trainer_utils import has_length
 
 
 logger = logging.getLogger(__name__)
 
-Rows = list[dict[str, Any]]
 KEPT = ("version", "request", "answer")  # of a rollout in a checkpoint
 NOTHING: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
 
@@ -47,7 +40,7 @@ class Asked:
         self.done = threading.Event()
 
 
-class RolloutsAhead:
+class ServerQueue:
     """
     The rollouts that a server has been asked for and that are not learned from yet, in order. Every process counts
     them; the main one has the requests and the answers.
@@ -198,72 +191,3 @@ class RolloutsAhead:
             asked.request, asked.answer = kept["request"], kept["answer"]
             asked.done.set()
             self._queue.append(asked)
-
-
-def check_asked_ahead(lag: int, **given: Any) -> None:
-    """Raise `ValueError` for a `rollout_lag` beside what samples in a dialogue, by the trainer's arguments."""
-    refused = [name for name, value in given.items() if value]
-    if lag and refused:
-        raise ValueError(
-            f"`rollout_lag={lag}` asks the server for whole rollouts ahead, and `{refused[0]}` takes part while one "
-            "is sampled. Leave `rollout_lag` at 0."
-        )
-
-
-def check_read_again(lag: int, dataset: Any, workers: int) -> None:
-    """Raise `ValueError` for a stream that workers read in another order than one process does."""
-    shards = getattr(dataset, "num_shards", 1)
-    if lag and workers > 1 and shards > 1 and not has_length(dataset):
-        raise ValueError(
-            f"`rollout_lag={lag}` reads `train_dataset` twice, and {workers} workers read a stream of {shards} shards "
-            "in another order than one process. Set `dataloader_num_workers` to 1 or 0, or `rollout_lag` to 0."
-        )
-
-
-def rows_ahead(loader: Any, epoch: int, skipped: int, begun: int, every: int) -> Iterator[Rows]:
-    """
-    Yield this process's rows of each rollout that the Trainer has not begun, over all epochs to come.
-
-    Args:
-        loader: a data loader for this reading alone. It is not iterated itself: an iterator of accelerate's tells the
-            Trainer where the data ends, and one of torch's draws a random number.
-        epoch: the Trainer's, from 0.
-        skipped: batches of this epoch that it has passed over.
-        begun: batches that it has had of the rollout that is being learned from; 0 between two rollouts.
-        every: batches in which it hands out the rows of a rollout, each with all of them.
-    """
-    first = islice(_batches(loader, epoch), skipped, None)
-    batches = chain(first, chain.from_iterable(_later_epochs(loader, epoch + 1)))
-    for read in islice(batches, -begun % every, None, every):
-        yield read()
-
-
-def _later_epochs(loader: Any, first: int) -> Iterator[Iterator[Callable[[], Rows]]]:
-    for epoch in count(first):
-        batches = _batches(loader, epoch)
-        one = next(batches, None)
-        if one is None:
-            return
-        yield chain([one], batches)
-
-
-def _batches(loader: Any, epoch: int) -> Iterator[Callable[[], Rows]]:
-    """Yield, for each batch of an epoch, what reads its rows."""
-    loader.set_epoch(epoch)
-    if has_length(loader.dataset):
-        for indices in loader.batch_sampler:
-            yield partial(_read, loader, indices)
-        return
-    stream = iter(loader.dataset)
-    while len(rows := list(islice(stream, loader.batch_size))) == loader.batch_size:
-        yield partial(loader.collate_fn, rows)
-
-
-def _read(loader: Any, indices: list[int]) -> Rows:
-    return loader.collate_fn([loader.dataset[index] for index in indices])
-
-
-def next_rows(rows: Iterator[Rows]) -> Rows | None:
-    """Return the rows of the next rollout, `None` after the last; what a dataset draws changes no random number."""
-    with torch.random.fork_rng(devices=[]):
-        return next(rows, None)
