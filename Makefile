@@ -74,7 +74,8 @@ test-newest: ## run the tests with the newest versions of all but torch, in .ven
 
 test-vllm: $(VLLM_STAMP) ## sample with a real vLLM on the CPU, write the table of docs/vllm.md; by hand
 	PATH="$(abspath $(VLLM_BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-		$(VLLM_BIN)/python -m pytest -m vllm --durations=5 tests/ppo/test_vllm_engine.py $(ARGS)
+		$(VLLM_BIN)/python -m pytest -m vllm --durations=5 tests/ppo/test_vllm_engine.py \
+		tests/benchmarks/test_bench_overlap.py $(ARGS)
 	$(VLLM_BIN)/python tests/helpers/vllm_rows.py
 
 check: $(STAMP) ## format, lint, types, layers, house rules and pinned versions

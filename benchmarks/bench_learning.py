@@ -36,7 +36,6 @@ from typing import Any
 from bench_learning_setup import TASKS, Job, make_start, start_of
 from bench_ppo import QUIET
 from bench_ppo_setup import BASELINE, python_of
-from matplotlib.figure import Figure
 
 from trl_ext.data.demo import cache_dir
 
@@ -284,6 +283,8 @@ def of_alphas(tasks: Iterable[str], starts: dict[str, Path], runs: Runs) -> str:
 
 def draw(reported: dict[str, dict[str, list[Run]]], path: Path) -> None:
     """Draw the mean held-out score over samples, with its 95% interval, a panel for each task."""
+    from matplotlib.figure import Figure  # bench_overlap.py runs where it is not installed
+
     figure = Figure(figsize=(11, 4 * math.ceil(len(reported) / 2)), layout="constrained")
     axes = figure.subplots(math.ceil(len(reported) / 2), 2, squeeze=False).flat
     colors = {trainer: f"C{i}" for i, trainer in enumerate(TRAINERS)}
