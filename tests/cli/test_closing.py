@@ -138,6 +138,33 @@ def test_ctrl_c_in_the_last_evaluation_leaves_what_was_trained(paths, tmp_path, 
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_signal_while_the_trained_model_is_saved_lets_it_be_saved(paths, tmp_path, monkeypatch, capfd):
+    """Without checkpoints it is all that there is of the run."""
+    save = RewardTrainerX.save_model
+
+    def send(trainer, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(RewardTrainerX, "save_model", send)
+    unsaved = SHORT["reward"] | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    with pytest.raises(SystemExit) as end:
+        main(["reward", *run_of("reward", paths, output_dir=tmp_path, **unsaved)])
+    assert end.value.code == 143
+    said = capfd.readouterr().err
+    assert "SIGTERM: the run ends as soon as its model is saved. Once more ends it now." in said
+    assert f"The run was done. The model is in {tmp_path}; it was not evaluated." in said
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_results_that_cannot_be_written_are_named_and_the_model_is_there(paths, tmp_path, capsys):
+    (tmp_path / "metrics.json").mkdir()
+    said = error_of(["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"] | {"max_steps": 1})], capsys)
+    assert "error: What comes after the model, which is saved, was not written: IsADirectoryError, Is a dir" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_last_lines_of_dpo_look_at_it_and_talk_to_it(paths, tmp_path, capsys):
     output = tmp_path / "a run"
     main(["dpo", *run_of("dpo", paths, max_steps=1, per_device_train_batch_size=4, output_dir=output)])

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
+import tiny
 from dpo_runs import dpo_run, dpo_trainer, tiny_pairs
 from ppo_runs import ppo_run, run_to_best_checkpoint
 from reward_runs import reward_trainer
-from trl_ext import RewardConfigX
+from trl_ext import RewardConfigX, RewardTrainerX
 from trl_ext.runs import checkpoints, saving
 from trl_ext.runs.checkpoints import MANIFEST, begin, checkpoint_of, complete, fault_of, numbered, rotate
 
@@ -155,6 +157,70 @@ def test_each_broken_file_is_named_and_the_checkpoint_passed_over(run, tmp_path,
             checkpoint_of(str(copy / "checkpoint-2"), copy)
         assert "\n" not in str(refused.value)
         shutil.rmtree(copy)
+
+
+@contextlib.contextmanager
+def as_another_user():
+    """Within the context, files that their owner alone may read are refused: root may read any."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+@pytest.mark.parametrize("what", [".", "weights.txt"])
+def test_checkpoint_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch, caplog, what):
+    monkeypatch.chdir(tmp_path)  # below folders that another user may not enter
+    for step in (1, 2):
+        write(Path("run"), step, "")
+    for path in (Path("."), *Path("run").glob("**/*")):
+        path.chmod(0o755)
+    (Path("run/checkpoint-2") / what).chmod(0)
+    with as_another_user():
+        assert checkpoint_of(True, "run").name == "checkpoint-1"
+        name = "trainer_state.json" if what == "." else what
+        with pytest.raises(ValueError, match=rf"checkpoint-2, and its {name} cannot be read \(PermissionError\)"):
+            checkpoint_of("run/checkpoint-2", "run")
+    (Path("run/checkpoint-2") / what).chmod(0o755)
+
+
+def test_manifest_that_lists_nothing_makes_nothing_complete(tmp_path):
+    checkpoint = write(tmp_path, 1, "")
+    (checkpoint / MANIFEST).write_text('{"version": 1, "files": {}}')
+    assert fault_of(checkpoint) == f"its {MANIFEST} does not list trainer_state.json"
+
+
+def test_no_checkpoint_is_asked_for_by_false(tmp_path):
+    assert [checkpoint_of(given, tmp_path) for given in (None, False, "False", "false", "")] == [None] * 5
+
+
+def test_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
+    """Before, a reward model went on from DPO's policy with a head of random numbers."""
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    dpo_run(tmp_path / "dpo", max_steps=1, **saves)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    dpo_run(tmp_path / "lora", models={"peft_config": adapter}, max_steps=1, **saves)
+    whole, lora = (str(tmp_path / name / "checkpoint-1") for name in ("dpo", "lora"))
+
+    def said(trainer, checkpoint):
+        with pytest.raises(ValueError, match="checkpoint-1") as refused:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        return str(refused.value)
+
+    args = RewardConfigX(str(tmp_path / "reward"), use_cpu=True, bf16=False, report_to="none")
+    reward = RewardTrainerX(
+        tiny.tiny_reward_model(), args, train_dataset=tiny_pairs(), processing_class=tiny.tiny_tokenizer()
+    )
+    assert "was saved by DPO, and this run is reward training. Give" in said(reward, whole)
+    assert "trains the whole model, and" in said(dpo_trainer(tmp_path / "1"), lora)
+    assert "trains an adapter, and" in said(dpo_trainer(tmp_path / "2", models={"peft_config": adapter}), whole)
+    other = dpo_trainer(
+        tmp_path / "3", models={"peft_config": LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])}
+    )
+    assert "checkpoint-1 has lora_alpha=8; that of this run has lora_alpha=4. Resume" in said(other, lora)
 
 
 def test_control_unchecked_the_broken_one_is_taken(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import tiny
 from dpo_runs import dpo_trainer, tiny_pairs
 from ppo_runs import ppo_trainer
 from reward_runs import reward_trainer
-from trl_ext.runs import checkpoints
+from trl_ext.runs import checkpoints, failures, saving
 from trl_ext.runs.checkpoints import MANIFEST, SAVING, checkpoint_of, fault_of, numbered
 from trl_ext.runs.failures import RunError, about_the_disk, is_of_the_disk, is_out_of_memory
 
@@ -108,20 +109,22 @@ def test_model_that_could_not_be_saved_at_the_end_says_so(tmp_path):
         pytest.raises(RunError, match=r"The model was not saved: .*File too large") as failed,
     ):
         trainer.save_model()
-    assert failed.value.__notes__[0].startswith("checkpoint-1 is complete")
+    assert failed.value.__notes__[0].startswith("checkpoint-1 is complete, and has the model after the last step")
 
 
 @pytest.mark.parametrize(
     "error, cure",
     {
-        OSError(28, "No space left on device"): "GiB free, of about",
-        OSError(122, "Disk quota exceeded"): "GiB free, of about",
+        OSError(28, "No space left on device"): "GiB free: free some",
+        OSError(122, "Disk quota exceeded"): "GiB free: free some",
         OSError(30, "Read-only file system"): "is not mounted read-only",
         OSError(13, "Permission denied", "/out/x"): "this user may write to",
         OSError(116, "Stale file handle"): "a disk that is no longer mounted",
-        OSError(5, "Input/output error"): "can be written, or give another",
-        Exception("Error while serializing: I/O error: No space left on device (os error 28)"): "GiB free, of about",
-        RuntimeError("[enforce fail at x] PytorchStreamWriter failed writing file data/0"): "can be written",
+        OSError(5, "Input/output error"): "can be written (",
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"): "GiB free: free some",
+        RuntimeError("[enforce fail at x] PytorchStreamWriter failed writing file data/0"): "can be written (",
+        # of a disk without a byte left
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"): "can be written (",
     }.items(),
 )
 def test_each_cause_has_its_cure(tmp_path, error, cure):
@@ -139,6 +142,15 @@ def test_other_errors_keep_their_words_and_say_what_is_saved(tmp_path):
     with pytest.raises(KeyError, match="mine") as failed:
         trainer.train()
     assert failed.value.__notes__[0].startswith("checkpoint-1 is complete")
+
+
+def test_model_that_does_not_fit_on_the_disk_says_how_much_it_needs(tmp_path, monkeypatch):
+    trainer = dpo_trainer(tmp_path, save_strategy="no")
+    monkeypatch.setattr(failures.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(saving, "_expected_size", lambda *_, only_model: 2**33 if only_model else 2**35)
+    with pytest.raises(RunError, match=r"The model .* has 1\.00 GiB free, of about 8\.00 that are needed: free some"):
+        with trainer._writing("The model", tmp_path):
+            raise OSError(28, "No space left on device")
 
 
 # --- folders that cannot be renamed

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end a step, save and stop; the run that goes on from there is the run that never stopped."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -234,6 +235,7 @@ def test_option_saves_stops_and_puts_the_handlers_back(tmp_path, monkeypatch, mu
     put_back = {number: signal.getsignal(number) for number in own} == own
     for number, handler in own.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
     is_right = (code, fault_of(tmp_path / "checkpoint-2"), put_back) == (143, None, True)
     assert is_right is (mutant is None)
 
@@ -267,24 +269,59 @@ def test_workers_of_the_data_loader_outlive_a_signal_to_the_group(tmp_path, monk
         assert fault_of(tmp_path / "checkpoint-2") is None
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    return now
+def wait_in_python():
+    while True:
+        time.sleep(0.01)
 
 
-def test_second_signal_ends_the_process_unless_it_is_the_first_one_passed_on(clock, monkeypatch):
+def wait_in_c():
+    """One call, of half a minute, in which no handler in Python runs; as a collective whose partner is gone."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)
+
+
+def watched(wait, begun):
+    with SignalWatch(speaks=False):
+        begun.set()
+        wait()
+
+
+@pytest.mark.parametrize("wait", [wait_in_python, wait_in_c])
+def test_second_signal_ends_the_process_at_once_unless_it_is_the_first_one_passed_on(monkeypatch, wait):
+    monkeypatch.setattr(signals, "AGAIN", 0.3)
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    run = fork.Process(target=watched, args=(wait, begun))
+    run.start()
+    assert begun.wait(5)
+    time.sleep(0.05)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(run.pid, number)
+        time.sleep(0.02)
+    assert run.is_alive()
+    time.sleep(0.4)
+    os.kill(run.pid, signal.SIGINT)
+    run.join(3)
+    ended = run.exitcode
+    run.kill()
+    assert ended == 130
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["right", "control: it writes into the pipe"])
+def test_signal_to_a_forked_process_does_not_count(monkeypatch, mistaken):
+    monkeypatch.setattr(signals, "AGAIN", 0.0)
     ended = []
     monkeypatch.setattr(signals.os, "_exit", ended.append)
-    with SignalWatch(speaks=False) as watch:
-        for at, number in ((0.0, signal.SIGTERM), (1.0, signal.SIGTERM), (1.9, signal.SIGINT)):
-            clock[0] = at
-            os.kill(os.getpid(), number)
-        assert (watch.received, ended) == (signal.SIGTERM, [])
-        clock[0] = 2.5
-        os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [130]
+    with SignalWatch(speaks=False):
+        if mistaken:
+            monkeypatch.setattr(signals, "_pipes", set())
+        child = os.fork()
+        if child == 0:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        time.sleep(0.1)
+    assert (ended != []) is mistaken
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

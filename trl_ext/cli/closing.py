@@ -14,7 +14,7 @@ from .. import ReportCallback
 from ..runs.checkpoints import fault_of, numbered
 from ..runs.failures import RunError
 from ..runs.folder import is_of_this_run
-from ..runs.signals import StoppedBySignal
+from ..runs.signals import SignalWatch, StoppedBySignal
 from ..runs.steps_left import has_steps_left
 from .errors import is_debugging, usage_errors
 from .options import Options
@@ -61,6 +61,20 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
         if in_words:
             raise SystemExit(1) from error
         raise
+
+
+@contextmanager
+def saving_last(args: Any) -> Iterator[None]:
+    """Within the context, which saves the trained model, a signal waits until that is done, and then ends the run."""
+    if not args.save_on_signal:
+        yield
+        return
+    with SignalWatch(speaks=args.process_index == 0, then="the run ends as soon as its model is saved") as watch:
+        yield
+    if watch.received:
+        if args.process_index == 0:
+            print(f"The run was done. The model is in {args.output_dir}; it was not evaluated.", file=sys.stderr)
+        raise SystemExit(128 + watch.received)
 
 
 def resuming(command: str, output: str | Path, argv: Sequence[str]) -> str | None:

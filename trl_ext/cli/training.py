@@ -14,9 +14,10 @@ from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
 from ..report import first_and_last_evaluation
 from ..report.progress import use_brief_progress
-from ..runs.checkpoints import checkpoint_of, require_processes
+from ..runs.checkpoints import checkpoint_of, require_same_run
+from ..runs.failures import writing
 from ..runs.steps_left import require_steps_left
-from .closing import closing_lines, report_callbacks, running
+from .closing import closing_lines, report_callbacks, running, saving_last
 from .data import note_on_text
 from .dry_run import dry_run, require_dry_run
 from .errors import usage_errors
@@ -86,7 +87,7 @@ class TrainingCommand:
             checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
             require_steps_left(checkpoint, args.max_steps)
             if checkpoint is not None:
-                require_processes(checkpoint, args)
+                require_same_run(checkpoint, args)
             args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         require_fit(self.name, data, model, args)
         with usage_errors():
@@ -98,18 +99,26 @@ class TrainingCommand:
             trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-            trainer.save_model()  # before the evaluation, which may take long and be interrupted
+            with saving_last(args):
+                trainer.save_model()  # before the evaluation, which may take long and be interrupted
             metrics = self.evaluate(trainer)
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            remove_older_adapters(Path(args.output_dir), begun)
-            (Path(args.output_dir) / "metrics.json").write_text(plain_file(metrics), encoding="utf-8")
-            self.report(trainer, metrics, data, model)
-        trainer.create_model_card(dataset_name=data.dataset_name)
+            with writing("What comes after the model, which is saved,", Path(args.output_dir)):
+                self._write_results(trainer, metrics, data, model, begun)
         if args.push_to_hub:
             trainer.push_to_hub(dataset_name=data.dataset_name)
         if trainer.is_world_process_zero():
             print(closing_lines(self.name, args.output_dir, given.argv, **self.further(given, data, model, args)))
+
+    def _write_results(
+        self, trainer: Any, metrics: dict[str, Any], data: Any, model: ModelArguments, begun: float
+    ) -> None:
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            output = Path(trainer.args.output_dir)
+            remove_older_adapters(output, begun)
+            (output / "metrics.json").write_text(plain_file(metrics), encoding="utf-8")
+            self.report(trainer, metrics, data, model)
+        trainer.create_model_card(dataset_name=data.dataset_name)
 
 
 def before_and_after(trainer: Any, key: str) -> dict[str, dict[str, Any]]:

@@ -37,6 +37,7 @@ class DPOConfigX(SavingOptions, DPOConfig):
     `label_smoothing` also holds for `loss_type="sigmoid"` (conservative DPO), as in TRL up to 0.24.
     """
 
+    ALGORITHM: ClassVar[str] = "DPO"
     TOPIC: ClassVar[str] = "Packing, the reference, and samples at evaluations"
 
     packing: bool = field(

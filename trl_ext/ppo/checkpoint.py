@@ -16,7 +16,7 @@ from transformers import logging
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..data.json_values import plain
-from ..runs.checkpoints import absent_optimizer, checkpoint_of, require_processes
+from ..runs.checkpoints import absent_optimizer, checkpoint_of, require_same_run
 from ..runs.folder import write_whole
 from ..runs.steps_left import require_steps_left
 from .config import PPOConfigX
@@ -77,7 +77,7 @@ def find_checkpoint(checkpoint: str | bool | None, args: PPOConfigX, prompts: An
     folder = checkpoint_of(checkpoint, args.output_dir)
     if folder is None:
         return None
-    require_processes(folder, args)
+    require_same_run(folder, args)
     absent = _absent(folder, args)
     if absent:
         raise ValueError(

@@ -75,6 +75,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             that means nothing in PPO. "Set" means different from the default.
     """
 
+    ALGORITHM: ClassVar[str] = "PPO"
     STATE_BY_PROCESS: ClassVar[bool] = True
 
     def __post_init__(self):

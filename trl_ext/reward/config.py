@@ -15,6 +15,7 @@ from ..runs.saving import SavingOptions, check_saving
 class RewardConfigX(SavingOptions, RewardConfig):
     """Options of [`RewardTrainerX`]: all of TRL's `RewardConfig`, with the same names and meanings, and more."""
 
+    ALGORITHM: ClassVar[str] = "reward training"
     TOPIC: ClassVar[str] = "Packing"
 
     packing: bool = field(

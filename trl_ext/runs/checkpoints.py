@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from safetensors import safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -43,6 +43,11 @@ SMALL = 2**30  # bytes; larger files have a sha256 with "full" only
 READERS = 8  # files that are read at once; each takes a core, at about 1 GB/s
 # Errors of renaming that copying would meet, too.
 NO_COPY_EITHER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EIO)
+# Files of which a checkpoint has one, of a run that trains an adapter, and of one that trains the whole model.
+ADAPTER_WEIGHTS = "adapter_model.*"
+WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# What of an adapter's config decides its weights' shapes and what they are multiplied by.
+OF_AN_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -58,7 +63,7 @@ def begin(staged: Path) -> None:
     staged.mkdir(parents=True, exist_ok=True)  # a network disk may keep what is open elsewhere
 
 
-def complete(staged: Path, digest: str, by: dict[str, int] | None = None) -> Path:
+def complete(staged: Path, digest: str, by: dict[str, Any] | None = None) -> Path:
     """
     Sync a checkpoint that is written, list its files, and move it into the run's folder; return its new place.
 
@@ -205,6 +210,14 @@ def fault_of(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     Args:
         share: (i, n): of the files whose content is compared, read every n-th, from the i-th on.
     """
+    try:
+        return _fault_of(checkpoint, share)
+    except OSError as error:  # another user's, or of a disk that fails
+        name = os.path.relpath(error.filename or checkpoint, checkpoint)
+        return f"its {name} cannot be read ({type(error).__name__})"
+
+
+def _fault_of(checkpoint: Path, share: tuple[int, int]) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / STATE).is_file():
@@ -218,6 +231,8 @@ def fault_of(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         digests = {name: entry["sha256"] for name, entry in files.items() if "sha256" in entry}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    if STATE not in sizes:
+        return f"its {MANIFEST} does not list {STATE}"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -255,13 +270,14 @@ def _faults_to_be_seen(checkpoint: Path) -> Iterator[str]:
             yield f"its {path.relative_to(checkpoint).as_posix()} cannot be read ({type(error).__name__})"
 
 
-# ---- The processes ----
+# ---- The run ----
 
 
-def written_by(args: Any) -> dict[str, int]:
-    """Return what a manifest says of a run: its processes, and the rows of an optimizer step over all of them."""
+def written_by(args: Any) -> dict[str, Any]:
+    """Return what a manifest says of a run: what it is, its processes, and the rows of a step over all of them."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"processes": args.world_size, "rows_per_step": rows}
+    algorithm = getattr(args, "ALGORITHM", None)  # TRL's own configs have none
+    return {"algorithm": algorithm, "processes": args.world_size, "rows_per_step": rows}
 
 
 def processes_of(checkpoint: Path) -> int | None:
@@ -269,12 +285,19 @@ def processes_of(checkpoint: Path) -> int | None:
     return _manifest(checkpoint).get("processes")
 
 
-def require_processes(checkpoint: Path, args: Any) -> None:
+def require_same_run(checkpoint: Path, args: Any) -> None:
     """
-    Raise `ValueError` if a run of other processes than these cannot go on from a checkpoint with the same rows: where
-    each has a state or a share of the weights of its own, or an optimizer step would have more rows, or fewer.
+    Raise `ValueError` for the checkpoint of another algorithm, or if a run of other processes than these cannot go on
+    from it with the same rows: where each has a state or a share of the weights of its own, or an optimizer step would
+    have more rows, or fewer.
     """
     saved, now = _manifest(checkpoint), written_by(args)
+    before, here = (each.get("algorithm") for each in (saved, now))
+    if None not in (before, here) and before != here:
+        raise ValueError(
+            f"{checkpoint} was saved by {before}, and this run is {here}. Give a checkpoint of {here}, or start a "
+            "new run from this one's model (`model`)."
+        )
     if saved.get("processes") in (None, args.world_size):
         return
     said = f"{checkpoint} was saved by a run of {saved['processes']} processes, and this one has {args.world_size}."
@@ -313,7 +336,7 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
     Raises:
         ValueError: when the checkpoint is not complete, with the file, or none is.
     """
-    if not given:
+    if not given or str(given).lower() == "false":
         return None
     if str(given).lower() != "true":
         folder = Path(str(given))
@@ -389,6 +412,41 @@ def _agreed(found: str | None) -> str | None:
 
 def _over_ranks(found: list[Any]) -> list[Any]:
     return gather_object(found) if PartialState().num_processes > 1 else found
+
+
+# ---- What it trains ----
+
+
+def require_trained(checkpoint: Path, model: Any, args: Any) -> None:
+    """
+    Raise `ValueError` if a checkpoint has no weights of the kind that a run trains, an adapter or the whole model, or
+    an adapter of another shape.
+    """
+    adapters = getattr(model, "peft_config", None) if is_peft_model(model) else None
+    if args.deepspeed_plugin is None and not args.fsdp:  # whose weights have other names
+        names = (ADAPTER_WEIGHTS,) if adapters else WHOLE_WEIGHTS
+        folders = [checkpoint, *(checkpoint / name for name in adapters or ())]
+        if not any(list(folder.glob(name)) for folder in folders for name in names):
+            this, other = ("an adapter", "the whole model") if adapters else ("the whole model", "an adapter")
+            raise ValueError(
+                f"This run trains {this}, and {checkpoint} has none of its files ({' or '.join(names)}): they are "
+                f"gone, or it is of a run that trains {other}. Resume it with the options of the run that saved it "
+                "(`use_peft`, in Python `peft_config`), or give another checkpoint."
+            )
+    path = checkpoint / "adapter_config.json"
+    if adapters and "default" in adapters and path.is_file():
+        saved, now = json.loads(path.read_text(encoding="utf-8")), adapters["default"].to_dict()
+        differing = [name for name in OF_AN_ADAPTER if _unordered(saved.get(name)) != _unordered(now.get(name))]
+        if differing:
+            before, here = (", ".join(f"{name}={each.get(name)}" for name in differing) for each in (saved, now))
+            raise ValueError(
+                f"The adapter saved in {checkpoint} has {before}; that of this run has {here}. Resume with the same "
+                "adapter."
+            )
+
+
+def _unordered(value: Any) -> Any:
+    return set(value) if isinstance(value, list | tuple | set) else value
 
 
 # ---- The optimizer ----

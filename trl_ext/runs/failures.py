@@ -19,8 +19,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 LIMITED = (errno.EFBIG,)
-# How torch's and safetensors' own writers speak of a file that they could not write; the first names no error number.
-_WRITERS = re.compile(r"PytorchStreamWriter failed|file write failed|iostream error|os error (\d+)", re.IGNORECASE)
+# How torch's and safetensors' own writers speak of a file that they could not write; only the last names an error
+# number. Torch's second is of a disk that is full.
+_WRITERS = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|file write failed|iostream error|os error (\d+)",
+    re.IGNORECASE,
+)
 
 
 class RunError(RuntimeError):
@@ -44,7 +48,7 @@ def about_the_disk(error: BaseException, folder: Path, needed: int) -> str:
 
     Args:
         folder: where was written.
-        needed: about how many bytes were to be written in all.
+        needed: about how many bytes were still to be written; 0 if that is not known.
     """
     number = _number(error)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
@@ -52,8 +56,9 @@ def about_the_disk(error: BaseException, folder: Path, needed: int) -> str:
     said = os.strerror(number) if number else str(error).splitlines()[0]
     file = getattr(error, "filename", None)
     what = f"{type(error).__name__}, {said}" + (f": {file}" if file else "")
+    has_free = f"{there} has {free / GIB:.2f} GiB free"
     if number in FULL or free < needed:
-        cure = f"{there} has {free / GIB:.2f} GiB free, of about {needed / GIB:.2f} that are needed: free some"
+        cure = has_free + (f", of about {needed / GIB:.2f} that are needed" if needed else "") + ": free some"
     elif number in REFUSED:
         cure = f"See that this user may write to {folder}, and that it is not mounted read-only"
     elif number in LIMITED:
@@ -61,8 +66,19 @@ def about_the_disk(error: BaseException, folder: Path, needed: int) -> str:
     elif number in GONE:
         cure = f"See that {folder} is there, such as a disk that is no longer mounted"
     else:
-        cure = f"See that {folder} can be written"
+        cure = f"See that {folder} can be written ({has_free})"
     return f"{what}. {cure}, or give another `output_dir`."
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Within the context, an error of the disk is a `RunError`: what was not written, why, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunError) or not is_of_the_disk(error):
+            raise
+        raise RunError(f"{what} was not written: {about_the_disk(error, folder, 0)}") from error
 
 
 def _number(error: BaseException) -> int | None:

@@ -26,7 +26,8 @@ from .checkpoints import (
     delete_all_but,
     leave_unfinished,
     processes_of,
-    require_processes,
+    require_same_run,
+    require_trained,
     rotate,
     size_of,
     written_by,
@@ -34,6 +35,7 @@ from .checkpoints import (
 from .failures import RunError, about_memory, about_the_disk, is_of_the_disk, is_out_of_memory
 from .folder import STATE
 from .signals import SignalWatch, StopAmidStep, StoppedBySignal, start_worker
+from .steps_left import has_steps_left
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ OTHER_PROCESSES = (
 @dataclass
 class SavingOptions:
     TOPIC: ClassVar[str] = "Checkpoints"
+    ALGORITHM: ClassVar[str]
     STATE_BY_PROCESS: ClassVar[bool] = False  # whether each process saves a state that no other can go on from
 
     checkpoint_digest: Annotated[str, one_of(*DIGESTS)] = field(
@@ -107,7 +110,8 @@ class SavesWhole:
         self._saved_at, self._resumed_from, self._has_stepped, self._passed_step = None, checkpoint, False, -1
         self._last_complete = checkpoint
         if checkpoint is not None:
-            require_processes(checkpoint, self.args)
+            require_same_run(checkpoint, self.args)
+            require_trained(checkpoint, self.model, self.args)
             if self.args.process_index == 0 and processes_of(checkpoint) not in (None, self.args.world_size):
                 logger.warning(OTHER_PROCESSES, checkpoint, processes_of(checkpoint), self.args.world_size)
         self._warn_of_space(self._size_of_one(), "A checkpoint")
@@ -235,6 +239,8 @@ class SavesWhole:
             return "No checkpoint of this run is saved: it has to start again."
         if self.args.save_only_model:
             return f"The model of {last.name} is saved in {last}; with `save_only_model` no run goes on from it."
+        if not has_steps_left(last):
+            return f"{last.name} is complete, and has the model after the last step: {last}."
         return f"{last.name} is complete: `resume_from_checkpoint={str(last)!r}` goes on from there."
 
     @contextmanager
@@ -246,7 +252,8 @@ class SavesWhole:
             if isinstance(error, RunError) or not is_of_the_disk(error):
                 raise
             is_checkpoint = folder.parent.name == SAVING
-            needed = max(0, self._size_of_one() - size_of(folder)) if is_checkpoint else 0
+            in_all = self._size_of_one() if is_checkpoint else _expected_size(self.model, only_model=True)
+            needed = max(0, in_all - size_of(folder)) if is_checkpoint else in_all
             said = about_the_disk(error, folder.parents[1] if is_checkpoint else folder, needed)
             if is_checkpoint and self.args.should_save:
                 leave_unfinished(folder)

@@ -16,6 +16,8 @@ from typing import Any
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 # Within so many seconds, a second signal is the same one: a launcher passes on what its processes have got, too.
 AGAIN = 2.0
+END = 0  # in a watch's pipe, where the other numbers are those of signals
+_pipes: set[int] = set()  # of watches that are on
 
 
 class StoppedBySignal(SystemExit):
@@ -41,16 +43,20 @@ class SignalWatch:
     Within the context, the first SIGTERM or SIGINT is noted in `received` and the second ends the process at once. The
     handlers that were there are put back.
 
+    A handler in Python waits until a call of C code returns, which a collective without a partner may not do for half
+    an hour. So a thread waits for the second signal, of which C code writes into a pipe as it comes.
+
     Args:
         speaks: whether this process says what it does, such as the first of several.
+        then: what the first signal leads to.
     """
 
-    def __init__(self, speaks: bool):
-        self.speaks = speaks
+    def __init__(self, speaks: bool, then: str = "the run stops after this step and saves"):
+        self.speaks, self.then = speaks, then
         self.received: int | None = None
-        self._at = 0.0
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe, self._pipe_before = -1, -1
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is not threading.main_thread():
@@ -59,11 +65,20 @@ class SignalWatch:
                 "or leave it out."
             )
         self._before = {caught: signal.signal(caught, self._note) for caught in CAUGHT}
+        reads, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        _pipes.add(self._pipe)
+        self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=_await_second, args=(reads,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._pipe_before)
+        _pipes.discard(self._pipe)
+        os.write(self._pipe, bytes([END]))
+        os.close(self._pipe)
         for caught, handler in self._before.items():
             signal.signal(caught, signal.SIG_DFL if handler is None else handler)
 
@@ -71,16 +86,35 @@ class SignalWatch:
         if os.getpid() != self._process:
             return _in_forked_child(number)
         if self.received is None:
-            self.received, self._at = number, time.monotonic()
+            self.received = number
             if self.speaks:  # unlike `print`, this may interrupt a `print`
                 name = signal.Signals(number).name
                 with suppress(OSError):
-                    os.write(
-                        2, f"\n{name}: the run stops after this step and saves. Once more ends it now.\n".encode()
-                    )
+                    os.write(2, f"\n{name}: {self.then}. Once more ends it now.\n".encode())
             _leave_broken_pipes()
-        elif time.monotonic() - self._at >= AGAIN:
-            os._exit(128 + number)  # process 1 of a container would live on with the usual handler
+
+
+def _await_second(pipe: int) -> None:
+    """Read the numbers of signals as they come, and end the process at the second; end at the watch's end."""
+    first: float | None = None
+    while True:
+        for number in os.read(pipe, 64):
+            if number == END:
+                os.close(pipe)
+                return
+            if number in CAUGHT:
+                first = time.monotonic() if first is None else first
+                if time.monotonic() - first >= AGAIN:
+                    os._exit(128 + number)  # process 1 of a container would live on with the usual handler
+
+
+def _leave_pipe() -> None:
+    """In a forked process, do not write into its parent's pipe that a signal has come."""
+    if _pipes:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_pipe)
 
 
 def _in_forked_child(number: int) -> None:
