@@ -263,6 +263,30 @@ def test_scored_rows_are_json_whatever_they_hold(paths, tmp_path):
         assert row == rows[0] | plain | {"weight": None}
 
 
+def test_scores_are_not_written_over_unasked(paths, tmp_path, capsys):
+    words = ["score", "--model", paths["actor"], "--ref_model", paths["long"], "--dataset_name", paths["pairs"]]
+    words += ["--test_size", "2", "--use_cpu", "--output_file"]
+    file = tmp_path / "s.jsonl"
+    file.write_text("mine")
+    (tmp_path / "s-2.jsonl").write_text("")
+    said = error_of([*words, str(file)], capsys)
+    assert said.startswith(f"error: {file} (`--output_file`) is there already. Give another file, `--output_file ")
+    assert f"`--output_file {tmp_path / 's-3.jsonl'}`, or write over it with `--overwrite`." in said
+    assert f"`output_file` is {tmp_path}, a folder. Give a file" in error_of([*words, str(tmp_path)], capsys)
+    assert file.read_text() == "mine"
+    main([*words, str(file), "--overwrite"])
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_configuration_of_a_file_here_is_refused(rows, tmp_path):
+    rows.to_json(str(tmp_path / "p.jsonl"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name, kind in (("p.jsonl", "a file"), ("saved", "a saved set")):
+        given = DataArguments(dataset_name=str(tmp_path / name), dataset_config="default")
+        with pytest.raises(ValueError, match=f"`dataset_config` is 'default', and .*{name} is {kind} here: only"):
+            load_splits(given, None, to_preference)
+
+
 def test_names_of_files_may_be_in_capitals(paths, tmp_path, capsys):
     (tmp_path / "PAIRS.JSONL").write_text(Path(paths["pairs"]).read_text())
     main(["dpo", *run_of("dpo", paths | {"pairs": str(tmp_path / "PAIRS.JSONL")}, output_dir=tmp_path), "--dry_run"])

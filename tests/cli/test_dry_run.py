@@ -147,6 +147,7 @@ def test_json_of_a_dry_run_says_what_its_text_says(name, paths, tmp_path, capsys
     assert found["batches"] == plan_line(text)
     assert f"; {found['optimizer_steps']} optimizer steps" in text
     assert found["rows"] == {"train": 36, "test": 4}
+    assert found["data"] == paths["pairs" if name == "dpo" else "prompts"]
     memory = found["memory"]
     assert f"It fits: {memory['needed_gib']:.1f} of {memory['of_gib']:.1f} GiB on each GPU" in text
     assert (memory["fits"], memory["planned"]) == (True, True)
@@ -155,6 +156,12 @@ def test_json_of_a_dry_run_says_what_its_text_says(name, paths, tmp_path, capsys
         assert sample["ids"] == sample_of(text, part)
         assert repr(sample["text"]) in text
     assert set(found["sample"]["parts"]) == ({"prompt", "chosen", "rejected"} if name == "dpo" else {"prompt"})
+
+
+def test_recipe_that_leaves_its_data_empty_is_told_whose_rows_are_read(paths, recipe, capsys):
+    main(["dpo", "--config", recipe(f"model: {paths['actor']}\ndataset_name:\n"), "--dry_run"])
+    said = "Note: the rows are embedded movie reviews (Hutto & Gilbert 2014), since no data are named."
+    assert said in capsys.readouterr().out
 
 
 def test_pair_that_is_too_long_is_named_in_a_dry_run(paths, tmp_path, capsys):

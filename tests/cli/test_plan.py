@@ -1,6 +1,7 @@
 """`trl-ext plan` ends in one sentence, whatever goes wrong on the way."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,27 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     assert said == f"error: {recipe} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
     plan.main(["--from_config", str(recipe), "--trainer", "dpo"])
     assert "GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--episodes -5", "`--episodes` is -5; it must be above 0"),
+        ("--episodes nan", "`--episodes` is nan; it must be above 0"),
+        ("--optimizer adamw_8bits", "`optimizer` is 'adamw_8bits', .* Did you mean adamw_8bit or "),
+    ],
+)
+def test_value_that_can_only_be_a_mistake_is_refused(flags, said):
+    assert re.match(f"error: {said}", ended_with("--model", "135m", *flags.split()))
+
+
+def test_plan_for_a_cpu_speaks_of_processes(capsys):
+    plan.main("--model 135m --gpu cpu --gpu_memory 4".split())
+    text = capsys.readouterr().out
+    assert re.search(
+        r"at \S+ GiB on the process:.* tokens/s on 1 process\. 100,000 responses: \S+ process-hours", text, re.S
+    )
+    assert "GPU" not in text
 
 
 def test_fsdp_is_planned(capsys):

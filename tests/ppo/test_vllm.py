@@ -129,7 +129,8 @@ def test_of_four_roles_on_one_base_the_actor_is_sent(tmp_path, mode, start):
 )
 def test_engine_computes_in_the_dtype_of_the_trainer(tmp_path, weights, options, dtype):
     """Also where it is not loaded yet; the folder's weights are bfloat16, which TRL loads as float32."""
-    args = ppo_config(tmp_path, use_cpu=True, use_vllm=True, **options)
+    args = ppo_config(tmp_path, use_cpu=True, use_vllm=True)
+    vars(args).update(options)  # float16 is refused on a CPU
     model = tiny.tiny_actor().to(torch.bfloat16 if weights == "a folder" else weights)
     if weights == "a folder":
         model.save_pretrained(tmp_path / "saved")

@@ -12,7 +12,7 @@ import tiny
 from dpo_runs import dpo_config, dpo_trainer, tiny_pairs
 from ppo_runs import ppo_config
 from reward_runs import reward_trainer
-from trl_ext import DPOTrainerX, PPOTrainerX, RewardConfigX
+from trl_ext import DPOTrainerX, PPOTrainerX, RewardConfigX, RewardTrainerX
 from trl_ext.runs import requirements
 from trl_ext.runs.requirements import check_startable, make_folder, require_writable
 
@@ -41,6 +41,7 @@ CONFIGS = {"dpo": dpo_config, "ppo": ppo_config, "reward": lambda folder, **opti
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0; it must be 0 or above; 0 does not clip"),
         ({"seed": 2**32}, "`seed` is 4294967296; it must"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1; .* DPO has `label_smoothing`"),
+        ({"fp16": True}, "`fp16` needs a GPU: on a CPU accelerate leaves it off"),
         ({"report_to": "wandbb"}, "`report_to` has 'wandbb'; it may have .*wandb"),
         ({"report_to": ["tensorboard", "x"]}, "`report_to` has 'x'"),
     ],
@@ -145,6 +146,18 @@ def test_output_folder_that_cannot_be_written_is_refused(kind, folders):
     for output in (folders / "file", folders / "file" / "out"):
         with pytest.raises(ValueError, match=r"`output_dir` is .*, and (that|.*file) is a file\. Give a folder"):
             trainer_of(kind, tiny.save_tiny(folders / "whole")["actor"], output)
+
+
+@pytest.mark.filterwarnings("ignore:`pad_token`", "ignore:`eos_token`")  # TRL's, that the option is deprecated
+@pytest.mark.parametrize("name, kind", [("pad_token", "dpo"), ("pad_token", "reward"), ("eos_token", "reward")])
+def test_token_that_the_tokenizer_lacks_is_refused_before_a_model_is_loaded(name, kind, tmp_path):
+    tiny.save_tiny(tmp_path)
+    (tmp_path / "actor" / "model.safetensors").write_bytes(b"")  # which could not be loaded
+    trainer = {"dpo": DPOTrainerX, "reward": RewardTrainerX}[kind]
+    for token, said in (("<paad>", r"Did you mean '<pad>'\? Without the option its own is used"), ("no", "It has '<")):
+        args = CONFIGS[kind](tmp_path / "out", **{name: token})
+        with pytest.raises(ValueError, match=rf"`{name}` is '{token}', and .* has no such token\. {said}"):
+            trainer(str(tmp_path / "actor"), args=args, train_dataset=tiny_pairs())
 
 
 def reward(folder, given, **options):

@@ -142,11 +142,13 @@ def _converted(rows: Any, args: DataArguments, convert: Callable[[Any, Mapping[s
     return to_conversations(rows) if args.apply_chat_template else rows
 
 
-def note_on_text(args: DataArguments, rows: Any, tokenizer: Any) -> str | None:
-    """Return what to know of text that a chat model is to read; `None` for other rows, other models, the demo."""
+def note_on_data(args: DataArguments, rows: Any, tokenizer: Any) -> str | None:
+    """Return that no data are named, or what to know of text that a chat model is to read; `None` for other rows."""
+    if not (args.dataset_name or args.datasets):
+        return f"Note: the rows are {args.source}, since no data are named. `--dataset_name` names your own."
     first: dict[str, Any] = next(iter(rows), {})
     text = first.get("prompt", first.get("chosen"))
-    if not (args.dataset_name or args.datasets) or not isinstance(text, str) or not tokenizer.chat_template:
+    if not isinstance(text, str) or not tokenizer.chat_template:
         return None
     return (
         "Note: the model reads these prompts as they are, since they are text and not conversations. If it was "
@@ -192,6 +194,13 @@ def _read(args: DataArguments) -> DatasetDict:
         return get_dataset(DatasetMixtureConfig(args.datasets, args.streaming or args.dataset_streaming))
     name, streaming = str(args.dataset_name), args.dataset_streaming or args.streaming
     path = Path(name)
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # what `save_to_disk` writes
+    if args.dataset_config is not None and (path.is_file() or is_saved):
+        kind = "a file" if path.is_file() else "a saved set"
+        raise ValueError(
+            f"`dataset_config` is {args.dataset_config!r}, and {name} is {kind} here: only a dataset of the hub has "
+            "configurations. Leave `--dataset_config` out."
+        )
     if path.is_file() or path.suffix.lower() in DATA_FILES:
         _check_file(path)
         rows = load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
@@ -199,7 +208,7 @@ def _read(args: DataArguments) -> DatasetDict:
         return rows
     if any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is the folder of a model. Give a file with rows, or the folder of a dataset.")
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `save_to_disk` writes
+    if is_saved:
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     return load_dataset(name, args.dataset_config, streaming=streaming)

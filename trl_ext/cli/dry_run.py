@@ -28,7 +28,7 @@ from ..runs.checkpoints import checkpoint_of
 from ..runs.folder import is_local
 from ..runs.requirements import require_writable
 from ..runs.steps_left import require_steps_left
-from .data import note_on_text, require_steps
+from .data import note_on_data, require_steps
 from .fit import plan_run
 from .launch import deepspeed_file, processes, require_count
 from .models import path_of, require_judge, require_judges
@@ -71,12 +71,13 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
     plan_text, of_memory = memory(command, options, given, count, longest)
     if not given.json:
         print(text, plan_text, "\n".join([heading, *token_lines(parts, tokenizer)]), sep="\n\n", end="\n\n")
-        note = note_on_text(data, rows, tokenizer)
+        note = note_on_data(data, rows, tokenizer)
         if note:
             print(note, end="\n\n")
         print("This was a dry run: leave out --dry_run to train.")
         return
-    found = {"command": command, "model": path, "output_dir": args.output_dir, "processes": count}
+    found = {"command": command, "model": path, "data": data.source, "output_dir": args.output_dir}
+    found |= {"processes": count}
     found |= {"rows": {"train": size, "test": held_out}, "optimizer_steps": steps, "batches": text}
     found |= {"memory": of_memory, "sample": {"heading": heading, "parts": token_facts(parts, tokenizer)}}
     print(json.dumps(found, indent=2, ensure_ascii=False))

@@ -18,7 +18,7 @@ from ..runs.checkpoints import checkpoint_of, require_same_run
 from ..runs.failures import writing
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, report_callbacks, running, saving_last
-from .data import note_on_text
+from .data import note_on_data
 from .dry_run import dry_run, require_dry_run
 from .errors import usage_errors
 from .fit import require_fit
@@ -67,7 +67,7 @@ class TrainingCommand:
         with model_errors(model, path):
             trainer = self.create(path, args, data, splits, **loading)
         require_adapted(trainer.model, model)
-        note = note_on_text(data, splits["train"], trainer.processing_class)
+        note = note_on_data(data, splits["train"], trainer.processing_class)
         if note and trainer.is_world_process_zero():
             print(note, file=sys.stderr)
         return trainer

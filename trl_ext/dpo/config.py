@@ -10,7 +10,7 @@ from ..models.precision import computes_in_bf16
 from ..models.quantization import QUANTIZATIONS
 from ..models.sharding import check_batch_fields
 from ..ranges import COUNT, POSITIVE, Range, check_ranges, one_of, require
-from ..runs.requirements import check_startable, require_kernel
+from ..runs.requirements import check_startable, require_device
 from ..runs.saving import SavingOptions, check_saving
 
 
@@ -83,7 +83,7 @@ class DPOConfigX(SavingOptions, DPOConfig):
         require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")
-        require_kernel(self)
+        require_device(self)
         needed = "above 0: the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start"
         require(self, "beta", POSITIVE.holds(self.beta), needed)
         if self.neftune_noise_alpha is not None and self.disable_dropout:

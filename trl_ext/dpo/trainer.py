@@ -151,6 +151,7 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
         config = loading.text_config(model, args)
         if processing_class is None:  # TRL loads it, unchecked
             loading.load_tokenizer(path, **loading.source_options(args))
+        loading.require_tokens(args, loading.tokenizer_of(model, processing_class, args))
         make_folder(args.output_dir)
         name_run(args)
         if isinstance(ref_model, str):

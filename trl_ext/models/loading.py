@@ -126,6 +126,27 @@ def tokenizer_of(model: Any, processing_class: Any, args: Any) -> Any:
         return None
 
 
+def require_tokens(args: Any, tokenizer: Any) -> None:
+    """
+    Raise `ValueError` for an `eos_token` or `pad_token` that a tokenizer does not have, unless it gets the tokens of a
+    chat template.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    if tokenizer is None or getattr(args, "chat_template_path", None) is not None:
+        return
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name, None)
+        if token is None or token in tokenizer.get_vocab():
+            continue
+        known = list(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+        near = difflib.get_close_matches(token, known, n=1)
+        meant = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(map(repr, known[:8]))}."
+        raise ValueError(
+            f"`{name}` is {token!r}, and the model's tokenizer has no such token. {meant} Without the option its own "
+            "is used."
+        )
+
+
 # Two tokenizers differ if more than this share of their ids mean other tokens; below it, tokens were renamed.
 RENAMED = 0.01
 

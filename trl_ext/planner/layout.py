@@ -1,5 +1,6 @@
 """The layout of a run, which is planned, and the hardware that it is to fit."""
 
+import difflib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -103,7 +104,7 @@ class Layout:
         '"fp32"; "autocast": float32 weights, computation in bfloat16; "bf16": weights and computation in bfloat16, '
         "as with adapters or DeepSpeed.",
     )
-    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = says("adamw_torch_fused", "transformers' `optim`.")
+    optimizer: str = says("adamw_torch_fused", "transformers' `optim`.")
     zero_stage: Annotated[int, one_of(0, 1, 2, 3)] = says(
         0, "DeepSpeed's ZeRO stage. 0: no DeepSpeed, but DDP if there are several GPUs."
     )
@@ -143,6 +144,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.optimizer not in OPTIMIZERS:
+            near = difflib.get_close_matches(self.optimizer, OPTIMIZERS, n=3)
+            meant = (
+                f"Did you mean {' or '.join(near)}?" if near else "There are adamw_torch_fused, adamw_8bit and more."
+            )
+            raise ValueError(
+                f"`optimizer` is {self.optimizer!r}, and transformers has no `optim` of that name. {meant}"
+            )
         if self.trainer == "ppo":
             self._fill_budgets()
         if self.trainer == "reward" and {self.critic, self.reward, self.reference} != {"none"}:

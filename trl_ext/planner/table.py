@@ -87,7 +87,7 @@ def markdown(headers: list[str], rows: Iterable[list[str]]) -> str:
 def verdict(planned: Plan) -> str:
     """Return whether it fits, with what was added for the device."""
     hardware = planned.hardware
-    where = "the process" if hardware.is_cpu else "each GPU"
+    where = place(hardware)
     added = host = ""
     if not hardware.is_cpu:
         host = f" {host_text(hardware, planned.host)}"
@@ -100,6 +100,11 @@ def verdict(planned: Plan) -> str:
         f"{word}: {planned.needed / GIB:.1f} of {hardware.memory / GIB:.1f} GiB on {where}{added}, most when "
         f"{planned.peak.moment} ({planned.peak.name}).{host}"
     )
+
+
+def place(hardware: Hardware) -> str:
+    """Return whose memory is counted."""
+    return "the process" if hardware.is_cpu else "each GPU"
 
 
 def host_text(hardware: Hardware, needed: float | None = None) -> str:
@@ -120,7 +125,7 @@ def change_text(found: list[Change], failed: Plan) -> str:
     after = plan(failed.names, found[-1].layout, failed.hardware)
     lines = [f"- {change.setting} ({change.cost})" for change in found]
     opening = "The smallest change that makes it fit" if len(found) == 1 else "It fits with these changes together"
-    return "\n".join([f"{opening}, at {after.needed / GIB:.1f} GiB on each GPU:", *lines])
+    return "\n".join([f"{opening}, at {after.needed / GIB:.1f} GiB on {place(failed.hardware)}:", *lines])
 
 
 def speed_text(planned: Plan, sequences: float) -> str:
@@ -130,11 +135,13 @@ def speed_text(planned: Plan, sequences: float) -> str:
     if planned.layout.trainer == "ppo":
         unit, what = "a rollout", "responses"
         phases = f" (generate {estimate.generate:.1f}, score {estimate.score:.1f}, learn {estimate.learn:.1f})"
-    gpus = f"{estimate.gpus} GPU{'s' if estimate.gpus > 1 else ''}"
+    device = "process" if planned.hardware.is_cpu else "GPU"
+    plural = "" if estimate.gpus == 1 else "es" if planned.hardware.is_cpu else "s"
     return (
         f"Estimated: {estimate.seconds:.1f} s for {unit} of {estimate.sequences:,.0f}{phases}; "
-        f"{estimate.tokens_per_second:,.0f} tokens/s on {gpus}. {sequences:,.0f} {what}: "
-        f"{estimate.gpu_hours(sequences):,.1f} GPU-hours.\n{assumed(planned.layout.trainer)}"
+        f"{estimate.tokens_per_second:,.0f} tokens/s on {estimate.gpus} {device}{plural}. "
+        f"{sequences:,.0f} {what}: {estimate.gpu_hours(sequences):,.1f} {device}-hours.\n"
+        f"{assumed(planned.layout.trainer)}"
     )
 
 

@@ -14,7 +14,7 @@ from ..models.precision import computes_in_bf16
 from ..models.sharding import check_batch_fields, check_own_sections, check_passes_of_a_step
 from ..packing.budget import size_of_parts
 from ..ranges import check_ranges, default_of
-from ..runs.requirements import check_startable, require_kernel
+from ..runs.requirements import check_startable, require_device
 from ..runs.saving import SavingOptions, check_saving
 from .config_checks import BEST_METRIC, check_engine, check_options, check_sampling
 from .options import (
@@ -95,7 +95,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         check_own_sections(self.deepspeed_plugin, optimizer=unread, scheduler=self.of_scheduler)
         check_engine(self)
         check_passes_of_a_step(self.deepspeed_plugin, self.micro_batch_tokens)
-        require_kernel(self)
+        require_device(self)
 
     def _take_grpo_names(self) -> None:
         """Let GRPO's name set an option that is at its default; raise `ValueError` for two different values."""

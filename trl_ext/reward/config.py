@@ -7,7 +7,7 @@ from trl import RewardConfig
 
 from ..models.precision import computes_in_bf16
 from ..ranges import check_ranges
-from ..runs.requirements import check_startable, require_kernel
+from ..runs.requirements import check_startable, require_device
 from ..runs.saving import SavingOptions, check_saving
 
 
@@ -33,4 +33,4 @@ class RewardConfigX(SavingOptions, RewardConfig):
         super().__post_init__()
         check_ranges(self)
         check_saving(self)
-        require_kernel(self)
+        require_device(self)

@@ -20,6 +20,7 @@ from ..models.loading import (
     is_quantized,
     known_tokens,
     load_tokenizer,
+    require_tokens,
     source_options,
     text_config,
 )
@@ -100,6 +101,7 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
         if processing_class is None:
             path = model if isinstance(model, str) else model.config._name_or_path
             processing_class = load_tokenizer(path, **source_options(args))
+        require_tokens(args, processing_class)
         # What is not tokenised yet; how it is written only if TRL does not change the tokenizer first.
         sees_text = args.chat_template_path is None and args.eos_token is None
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}

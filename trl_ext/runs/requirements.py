@@ -106,11 +106,19 @@ def check_optimizable(args: Any) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
-    require_kernel(args)
+    require_device(args)
 
 
-def require_kernel(args: Any) -> None:
-    """Raise `ValueError` if an optimizer of bitsandbytes cannot step on the run's device, as older ones on a CPU."""
+def require_device(args: Any) -> None:
+    """
+    Raise `ValueError` for what the run's device cannot do: float16 on a CPU, where accelerate leaves it off without a
+    word, and an optimizer of bitsandbytes that cannot step there, as older ones on a CPU.
+    """
+    if args.fp16 and args.device.type == "cpu" and not args.deepspeed:
+        raise ValueError(
+            "`fp16` needs a GPU: on a CPU accelerate leaves it off, and the run would compute in float32. Leave it "
+            "out."
+        )
     name = args.optim.value
     is_other = name in OF_TORCHAO or "galore" in name  # GaLore's is built around a model
     if args.deepspeed or is_other or not any(part in name for part in OF_BITSANDBYTES):

@@ -12,6 +12,7 @@ layout, and flags override it. Memory is in GiB, lengths are in tokens.
 """
 
 import argparse
+import math
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def answer(given: argparse.Namespace) -> None:
     """Print the plan, or the suggestions; draw the picture."""
     if given.picture and given.picture.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"`--picture` is {given.picture}; give a name that ends in .png, .svg or .pdf.")
+    if not 0 < given.episodes < math.inf:
+        raise ValueError(f"`--episodes` is {given.episodes:g}; it must be above 0, a number of responses or pairs.")
     machine = machine_of(given)
     names, layout = run_of(given, machine)
     if given.suggest:

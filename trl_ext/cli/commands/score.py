@@ -9,6 +9,8 @@ The pairs are those of `trl-ext dpo`; if the data have several splits, `dataset_
 gets every row with `chosen_reward`, `rejected_reward` and their difference `margin`, as JSON lines.
 """
 
+import itertools
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +52,7 @@ class ScoreArguments(DataArguments):
     beta: float = field(default=0.1, metadata={"help": "β used in training, above 0."})
     batch_size: int = field(default=16, metadata={"help": "Number of sequences in a forward pass."})
     output_file: str = field(default="scores.jsonl", metadata={"help": "File for the scored pairs."})
+    overwrite: bool = field(default=False, metadata={"help": "Write over the file that `--output_file` names."})
     use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
 
 
@@ -105,6 +108,19 @@ def score(rows: Dataset, reward: ImplicitReward) -> list[dict[str, Any]]:
     ]
 
 
+def require_free(file: Path, overwrite: bool) -> None:
+    """Raise `ValueError` for an output file that cannot be written, or that is there and not to be written over."""
+    require_writable(file.parent, "output_file")
+    if file.is_dir():
+        raise ValueError(f"`output_file` is {file}, a folder. Give a file, such as {file / 'scores.jsonl'}.")
+    if file.exists() and not overwrite:
+        free = next(path for n in itertools.count(2) if not (path := file.with_stem(f"{file.stem}-{n}")).exists())
+        raise ValueError(
+            f"{file} (`--output_file`) is there already. Give another file, `--output_file {shlex.quote(str(free))}`, "
+            "or write over it with `--overwrite`."
+        )
+
+
 def arguments() -> OptionParser:
     return OptionParser("score", (ScoreArguments, ModelArguments), description=__doc__)
 
@@ -116,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"`--beta` is {data.beta}; it must be above 0: give the β that the policy was trained with."
             )
-        require_writable(Path(data.output_file).parent, "output_file")
+        require_free(Path(data.output_file), data.overwrite)
         paths = paths_of(data, model)  # before any row is read
         scored = score(load(data), build(*paths, data, model))
     output = Path(data.output_file)
