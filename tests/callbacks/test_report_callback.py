@@ -68,7 +68,16 @@ def test_any_trainer_gets_its_page(tmp_path, trainer_of, kind, model):
 
 
 def test_what_is_trained_and_how_is_counted_from_the_run(tmp_path, undrawn):
-    trainer = with_report(trl_runs.sft_trainer(tmp_path, seed=7), seconds=3600)  # at the end, and never before
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((tmp_path / "trainer_state.json").is_file())
+
+    trainer = trl_runs.sft_trainer(tmp_path, seed=7)
+    trainer.add_callback(Look())
+    with_report(trainer, seconds=3600)  # the page at the end, and never before; the log at its first line
+    assert seen == [False, True]
     assert read_run(tmp_path).step == trainer.state.global_step == 2
     known = json.loads((tmp_path / "run.json").read_text())
     parameters = sum(p.numel() for p in tiny.tiny_actor().parameters())

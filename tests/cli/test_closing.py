@@ -1,10 +1,12 @@
 """The last lines of a run: its evaluations, and the commands to look at it, to resume it, to go on, to talk to it."""
 
 import json
+import math
 import os
 import shlex
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
@@ -14,7 +16,8 @@ from trl_ext import RewardTrainerX
 from trl_ext.cli import training
 from trl_ext.cli.closing import report_callbacks, resuming, without
 from trl_ext.cli.main import main
-from trl_ext.report import read_run
+from trl_ext.ppo.roles.reward_functions import check_rewards
+from trl_ext.report import first_and_last_evaluation, read_run
 from trl_ext.runs.failures import RunError
 
 
@@ -35,7 +38,7 @@ class StopAfter(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == self.step and self.error is not None:
-            raise self.error
+            raise self.error() if callable(self.error) else self.error
         control.should_training_stop |= state.global_step == self.step
 
 
@@ -126,6 +129,27 @@ def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys, 
     if ends_by is SystemExit:
         assert end.value.code == 1
         assert said[-3:-1] == ["error: Full.", error.__notes__[0]]
+
+
+@pytest.mark.parametrize("answer, said", [([math.nan], "The reward 'mine' is nan"), (None, "'mine' returned None")])
+def test_wrong_answer_amid_a_run_is_a_sentence_and_the_way_on(paths, tmp_path, stop_after, capsys, answer, said):
+    """It would be a traceback, or leave out what is saved."""
+    stop_after(2, lambda: check_rewards(answer, "mine", {}))
+    with pytest.raises(SystemExit) as end:
+        main(["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"] | {"max_steps": 3})])
+    lines = end.value.code.splitlines()
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+    assert lines[1].startswith("checkpoint-2 is complete")
+    assert lines[2].endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-2'}")
+
+
+def test_evaluation_without_the_metric_says_so():
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(log_history=[{"eval_loss": 1.0, "step": 2}]), evaluate=lambda: None
+    )
+    with pytest.raises(ValueError, match=r"gave no eval_reward/score: no source of the reward applied"):
+        first_and_last_evaluation(trainer, "eval_reward/score")
 
 
 def test_ctrl_c_in_the_last_evaluation_leaves_what_was_trained(paths, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
 import four_roles
@@ -150,15 +151,18 @@ def test_colocated_engine_is_started_in_that_dtype(tmp_path):
     "server, options, said",
     [
         ({"model": "other"}, {}, "vocab_size is 65 there and 64 here, num_hidden_layers is 3 there and 2 here"),
+        ({"model": "qwen"}, {}, "model_type is qwen2 there and llama here\\. Restart"),
         ({"dtype": "torch.bfloat16"}, {}, "computes in bfloat16 and the run in float32.*`--dtype float32`"),
         ({"max_model_len": 40}, {"response_length": 40}, "takes 40 tokens.*`response_length` is 40"),
     ],
-    ids=["model", "dtype", "length"],
+    ids=["model", "family", "dtype", "length"],
 )
 def test_server_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, server, options, said):
     monkeypatch.setattr("trl_ext.ppo.trainer.load_roles", None)
     monkeypatch.chdir(tmp_path)
     tiny.tiny_config(vocab_size=65, num_hidden_layers=3).save_pretrained("other")
+    same = {name: value for name, value in tiny.tiny_config().to_dict().items() if name != "model_type"}
+    Qwen2Config(**same).save_pretrained("qwen")
     with vllm(server=server) as sampler, pytest.raises(ValueError, match=f"{said}.*`trl-ext serve RECIPE`"):
         ppo_trainer(tmp_path, use_vllm=True, vllm_mode="server", **options)
     assert sampler.calls == ["connect"]

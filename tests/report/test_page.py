@@ -336,6 +336,12 @@ def test_page_has_the_suffix_of_a_page(tmp_path, name):
 def test_folder_without_a_log_says_what_is_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no log of a run"):
         read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"begun": 200.0, "beats": True}))
+    with pytest.raises(FileNotFoundError, match=r"has written no log yet\. Look again after its next log line\."):
+        read_run(tmp_path)
+    os.utime(tmp_path / "run.json", (300, 300))  # as a run that was killed leaves it
+    with pytest.raises(FileNotFoundError, match=r"no log yet\. It has stopped, before its first log line: start it"):
+        read_run(tmp_path)
     with pytest.raises(ValueError, match="No run was given"):
         write_report([])
 

@@ -77,6 +77,7 @@ PHASES = {
     "generation": 4,
     "the reward": 4,
     "reading the values": 4,
+    "the reward, whose server is away": 4,
 }
 
 
@@ -89,6 +90,8 @@ def test_signal_ends_the_step_and_saves(whole, tmp_path, monkeypatch, phase):
         def send(*args, **kwargs):
             if trainer.state.global_step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if phase.endswith("is away"):
+                    raise ConnectionError
             return method(*args, **kwargs)
 
         return send
@@ -96,8 +99,8 @@ def test_signal_ends_the_step_and_saves(whole, tmp_path, monkeypatch, phase):
     if phase == "learning":
         trainer.add_callback(Sends(2))
     else:
-        names = {"generation": "_generate_single_turn", "the reward": "_calculate_rewards"}
-        name = names.get(phase, "_score_with_models")
+        names = {"generation": "_generate_single_turn", "reading the values": "_score_with_models"}
+        name = names.get(phase, "_calculate_rewards")
         monkeypatch.setattr(trainer, name, sending(getattr(trainer, name)))
     step = PHASES[phase]
     stopped = stop(trainer, step)

@@ -60,7 +60,7 @@ class ReportCallback(TrainerCallback):
         self.credit = credit
         self._known: dict[str, Any] = {}
         self._last = 0.0
-        self._has_ended = False
+        self._has_ended = self._has_logged = False
         self._begun = time.time()  # before other callbacks write their first tables
         self._started = time.monotonic()
         self._ends_beat = threading.Event()
@@ -68,7 +68,7 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._has_ended:
             self._begun = time.time()
-        self._has_ended = False
+        self._has_ended = self._has_logged = False
         before = series(state.log_history, "time/elapsed")[1]  # of a resumed run
         self._started = time.monotonic() - (before[-1] if before else 0.0)
         if not state.is_world_process_zero:
@@ -95,6 +95,9 @@ class ReportCallback(TrainerCallback):
             state.log_history[-1]["time/elapsed"] = round(time.monotonic() - self._started, 3)
         if not self._has_ended and self.seconds and time.monotonic() - self._last >= self.seconds:
             self._write(args, state, finished=False)
+        elif self._known and self.seconds and not self._has_logged:
+            self._write_log(args, state)  # for whoever looks before the first page, and should the run be killed
+        self._has_logged = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._has_ended = True
@@ -126,11 +129,15 @@ class ReportCallback(TrainerCallback):
         with in_spite_of_errors("The report"):
             write_whole(folder / FACTS, lambda part: part.write_text(text, encoding="utf-8"))
 
+    def _write_log(self, args: Any, state: Any) -> None:
+        with in_spite_of_errors("The log"):
+            write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
+
     def _write(self, args: Any, state: Any, finished: bool) -> None:
         if not state.is_world_process_zero:
             return
+        self._write_log(args, state)
         with in_spite_of_errors("The report"):
-            write_whole(Path(args.output_dir) / STATE, lambda part: state.save_to_json(str(part)))
             if self.read_credit is not None:
                 path = Path(args.output_dir) / CREDIT / "last.jsonl"  # only one: a long run writes many pages
                 write_credit(path, state.global_step, self.read_credit())

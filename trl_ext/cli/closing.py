@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
     Within the context, a wrong option or a failure from outside ends the training in a few sentences; a run cut short
     says how to go on.
     """
+    begun = time.time()
     try:
         with usage_errors():
             yield
@@ -48,8 +50,15 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
         if args.process_index == 0:
             print(f"{stop} {_how_to_go_on(command, given, args, stop)}", file=sys.stderr)
         raise
-    except SystemExit:  # an option is wrong, and no checkpoint would help
-        raise
+    except SystemExit as end:
+        # A wrong option; but after a checkpoint of this run, such as an answer of a reward function.
+        can_go_on = end.__cause__ is not None and args.process_index == 0 and not args.save_only_model
+        last = last_checkpoint(args.output_dir) if can_go_on else None
+        if last is None or last.stat().st_mtime < begun or not has_steps_left(last):
+            raise
+        said = [str(end.code), *getattr(end.__cause__, "__notes__", [])]
+        said.append(f"To go on from the last checkpoint: {_command_from(last, command, given.argv)}")
+        raise SystemExit("\n".join(said)) from end.__cause__
     except BaseException as error:
         can_go_on = args.process_index == 0 and not args.save_only_model
         again = resuming(command, args.output_dir, given.argv) if can_go_on else None
@@ -79,10 +88,15 @@ def saving_last(args: Any) -> Iterator[None]:
 
 def resuming(command: str, output: str | Path, argv: Sequence[str]) -> str | None:
     """Return the command that goes on from the run's last checkpoint; `None` without one, or if the run is done."""
+    last = last_checkpoint(output)
+    return _command_from(last, command, argv) if last is not None and has_steps_left(last) else None
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """Return the last complete checkpoint of the last run in a folder."""
     steps = {Path(output) / name: step for name, step in numbered(Path(output)).items()}
     newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
-    last = next((path for path in newest_first if is_of_this_run(path, output) and fault_of(path) is None), None)
-    return _command_from(last, command, argv) if last is not None and has_steps_left(last) else None
+    return next((path for path in newest_first if is_of_this_run(path, output) and fault_of(path) is None), None)
 
 
 def _how_to_go_on(command: str, given: Options, args: Any, stop: StoppedBySignal) -> str:

@@ -38,7 +38,7 @@ def usage_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, ImportError) as error:  # an extra that is not installed is one, too
+    except (ValueError, ImportError, FloatingPointError) as error:  # an extra that is not installed is one, too
         cure = known_cure(error)
         if package_of(error) == PACKAGE:
             cure = str(error)

@@ -533,7 +533,8 @@ class PPOTrainerX(WritesCard, AnswersHeldOut, SavesActorAndCritic, GRPOTrainer):
             self.generate_completions(sampling=True)
         with self.phases.during("score"):
             # 2. Generate responses and score them
-            rollout = self._generate_and_score_completions(rows)
+            with self.leaving_failed_step():
+                rollout = self._generate_and_score_completions(rows)
             require_room(rollout, self.args, self._tokenizer)
             self.stop_between_phases()
             # 3. Score them with critic and reference

@@ -13,7 +13,10 @@ from ..models.loading import read_config, text_config
 
 
 # What has to be equal in a server's model and the run's, which sends it weights.
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 SERVE = "`trl-ext serve RECIPE` starts a server that fits."
 
 

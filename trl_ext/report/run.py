@@ -128,7 +128,7 @@ def read_run(folder: str | Path) -> Run:
         credit=read_credit(folder),
         heard=max(written),
         silent_after=_silent_after(written, len(log), begun_at(folder), known.get("every") or 0.0),
-        stopped="stopped" in known or (bool(known.get("beats")) and not _lives(folder / FACTS)),
+        stopped=_has_stopped(known, folder),
         source=source.relative_to(folder).as_posix(),
     )
 
@@ -160,16 +160,24 @@ def _states(folder: Path) -> list[Path]:
     if there:
         raise FileNotFoundError(
             f"{folder} holds the log of an earlier run only ({there[0]}): the run that {FACTS} is about has not "
-            "written one yet. Look again after its next log line, or name another folder."
+            f"written one yet. {_when_to_look(folder)}, or name another folder."
         )
     if not folder.is_dir():
         near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("*/")], n=1)
         meant = f" Did you mean {folder.with_name(near[0])}?" if near else ""
         raise FileNotFoundError(f"{folder} is no folder.{meant} Give the `output_dir` of a run.")
+    if (folder / FACTS).is_file():
+        raise FileNotFoundError(f"The run in {folder} has written no log yet. {_when_to_look(folder)}.")
     raise FileNotFoundError(
         f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
         "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."
     )
+
+
+def _when_to_look(folder: Path) -> str:
+    if _has_stopped(read_facts(folder), folder):
+        return "It has stopped, before its first log line: start it again"
+    return "Look again after its next log line"
 
 
 def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:
@@ -184,6 +192,11 @@ def _silent_after(written: Sequence[float], lines: int, begun: float | None, eve
     between = every or (times[-1] - times[0]) / (len(times) - 1)
     of_line = 0.0 if begun is None else (times[-1] - begun) / max(1, lines)
     return max(QUIET, 20 * of_line, 3 * between)
+
+
+def _has_stopped(known: dict[str, Any], folder: Path) -> bool:
+    """Return whether a signal has ended the run of which `run.json` has said this, or its process no longer lives."""
+    return "stopped" in known or (bool(known.get("beats")) and not _lives(folder / FACTS))
 
 
 def _lives(facts: Path) -> bool:

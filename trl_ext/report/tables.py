@@ -220,5 +220,10 @@ def first_and_last_evaluation(trainer: Any, key: str) -> tuple[dict[str, Any] | 
 
     if not held_out() or held_out()[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
+    if not held_out():
+        raise ValueError(
+            f"The evaluation after the last step gave no {key}: no source of the reward applied to a held-out answer. "
+            "See that a reward function returns a number for some of them."
+        )
     first, last = held_out()[0], held_out()[-1]
     return (first if first["step"] == 0 and first is not last else None), last

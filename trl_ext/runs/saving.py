@@ -156,6 +156,20 @@ class SavesWhole:
         if self._signal():
             raise StopAmidStep
 
+    @contextmanager
+    def leaving_failed_step(self) -> Iterator[None]:
+        """Within the context, an error after a signal, such as of a server that is away, still ends the run saved."""
+        try:
+            yield
+        except StopAmidStep:
+            raise
+        except Exception as error:
+            # Of several processes, the others may wait for this one.
+            if self._signals is None or not self._signals.received or self.args.world_size > 1:
+                raise
+            logger.warning("The step is left, as a signal asks, after %s: %s", type(error).__name__, error)
+            raise StopAmidStep from error
+
     def _note_step_end(self) -> None:
         """Note what `_back_to_step_end` needs, where a step may be left."""
 

@@ -125,6 +125,21 @@ def test_token_reward_that_is_not_finite_is_an_error_that_names_the_token(reward
         ask(function_that_returns([1.0, reward], is_async), is_async)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_function_that_raises_is_named_with_the_option_that_asks_again(is_async):
+    def fail(**kwargs):
+        raise ConnectionError("refused")
+
+    async def fail_later(**kwargs):
+        fail()
+
+    asked = checked(fail_later if is_async else fail, "judge")
+    with pytest.raises(ConnectionError, match="refused") as failed:
+        asyncio.run(asked(completions=["a"])) if is_async else asked(completions=["a"])
+    assert failed.value.__notes__[0].startswith("The reward function 'judge' raised this at step ?. If what it asks")
+    assert "`reward_max_retries` asks it again" in failed.value.__notes__[0]
+
+
 def test_reward_function_must_accept_its_arguments():
     def narrow(completions):
         return [0.0] * len(completions)

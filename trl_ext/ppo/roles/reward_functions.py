@@ -5,12 +5,14 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from ..._trl import is_async_callable
+from ...runs.failures import RunError
 
 
 logger = logging.getLogger(__name__)
@@ -41,17 +43,36 @@ def checked(function: Callable, name: str) -> Callable:
         @functools.wraps(function)
         async def asked(*args, **kwargs):
             check_signature(function, asked.__name__, kwargs)
-            return scores_of(await function(*args, **kwargs), kwargs)
+            with _saying_who_failed(asked.__name__, kwargs):
+                answer = await function(*args, **kwargs)
+            return scores_of(answer, kwargs)
 
     else:
 
         @functools.wraps(function)
         def asked(*args, **kwargs):
             check_signature(function, asked.__name__, kwargs)
-            return scores_of(function(*args, **kwargs), kwargs)
+            with _saying_who_failed(asked.__name__, kwargs):
+                answer = function(*args, **kwargs)
+            return scores_of(answer, kwargs)
 
     asked.__name__ = name  # GRPO logs it under this name
     return asked
+
+
+@contextmanager
+def _saying_who_failed(name: str, inputs: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except RunError:  # after the last of several tries, which it says
+        raise
+    except Exception as error:
+        step = getattr(inputs.get("trainer_state"), "global_step", "?")
+        error.add_note(
+            f"The reward function {name!r} raised this at step {step}. If what it asks may be away for a while, "
+            "`reward_max_retries` asks it again."
+        )
+        raise
 
 
 def check_signature(function: Callable, name: str, inputs: dict[str, Any], complete: bool = True) -> None:
