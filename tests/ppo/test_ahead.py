@@ -1,6 +1,8 @@
 """Rollouts that a vLLM server is asked for before they are due, with the stand-in as the server."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from itertools import islice
@@ -8,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from datasets import IterableDataset
+from safetensors.torch import load_file
 
 import tiny
 from fake_vllm import vllm
@@ -15,6 +18,7 @@ from ppo_runs import log_lines, logged, ppo_config, ppo_trainer, returned_by
 from trl_ext.ppo.ahead.beside import RewardsBeside
 from trl_ext.ppo.ahead.rows import rows_ahead
 from trl_ext.ppo.ahead.server import ServerQueue
+from trl_ext.runs.signals import StoppedBySignal
 
 
 pytestmark = pytest.mark.integration
@@ -156,6 +160,118 @@ def test_resumed_run_goes_on_with_what_was_in_flight(tmp_path, lag, stops_at, so
     assert resumed_sampler.asked == sampler.asked[asked:]
     assert numbers(trainer)[:-1] == numbers(whole)[:-1]
     assert logged(trainer, LAG) == logged(whole, LAG)
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["in time", "too late"])
+@pytest.mark.parametrize("comes", ["while the rollout before is learned from", "while the trainer waits"])
+def test_signal_saves_what_is_in_flight_or_says_that_it_is_asked_for_again(
+    tmp_path, monkeypatch, caplog, comes, answers
+):
+    """The third request, of four, is answered after the signal: at once, or not before the run has ended."""
+    monkeypatch.setattr("trl_ext.ppo.ahead.rollouts.AFTER_SIGNAL", 20.0 if answers else 0.3)
+    options = {**SERVER, "rollout_lag": 1, "total_episodes": 16, "save_on_signal": True}
+    with vllm() as sampler:
+        whole = ppo_trainer(tmp_path / "whole", **options)
+        whole.train()
+    sent, ended, overslept = threading.Event(), threading.Event(), []
+    with vllm() as stopped_sampler:
+        trainer = ppo_trainer(tmp_path, **options)
+        is_waiting, note, step = comes == "while the trainer waits", trainer._note_step_end, trainer.training_step
+
+        def noting():
+            if trainer.state.global_step == 4 and is_waiting:
+                sent.set()
+            note()
+
+        def learning(*args):
+            if trainer.state.global_step == 3 and not is_waiting:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sent.set()
+            return step(*args)
+
+        def in_flight():
+            if len(stopped_sampler.versions) == 3:
+                assert sent.wait(20)
+                if is_waiting:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if not answers:
+                    overslept.append(ended.wait(20))
+
+        trainer._note_step_end, trainer.training_step, stopped_sampler.delay = noting, learning, in_flight
+        try:
+            with pytest.raises(StoppedBySignal) as stop:
+                trainer.train()
+            assert not overslept
+        finally:
+            ended.set()
+    assert stop.value.checkpoint == tmp_path / "checkpoint-4"
+    kept = 3 if answers else 2
+    said = "Of 1 rollouts that vLLM was asked for ahead, 1 cannot be saved: the 0.3 s that a save waits after a signal"
+    assert (said in caplog.text) is not answers
+    with vllm(begun=kept) as resumed_sampler:
+        resumed = ppo_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed_sampler.asked == sampler.asked[kept:]
+    assert logged(resumed, LAG) == [0.0, 1.0, 1.0 if answers else 0.0, 1.0]
+    assert (numbers(resumed)[:-1] == numbers(whole)[:-1]) is answers
+
+
+def test_what_the_server_has_failed_at_is_asked_for_again_after_resuming(tmp_path, caplog):
+    options = {**SERVER, "rollout_lag": 1, "total_episodes": 16, "save_strategy": "steps", "save_steps": 4}
+    with vllm() as sampler:
+        trainer = ppo_trainer(tmp_path, **options)
+
+        def fails():
+            if len(sampler.versions) == 3:
+                raise ConnectionError("the server is gone")
+
+        sampler.delay = fails
+        with pytest.raises(ConnectionError, match="the server is gone"):
+            trainer.train()
+    assert "Of 1 rollouts that vLLM was asked for ahead, 1 cannot be saved: the server has failed" in caplog.text
+    with vllm(begun=2) as resumed_sampler:
+        resumed = ppo_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed_sampler.asked[0] == sampler.asked[2]
+    assert logged(resumed, LAG) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_steps_that_are_left_out_ask_for_the_same(tmp_path):
+    """With `target_kl`: the rollout's other steps pass, and the next one's rows and weights are as without a lag."""
+    runs = {}
+    for lag in (0, 1):
+        with vllm() as sampler:
+            options = {"rollout_lag": lag, "total_episodes": 16, "num_ppo_epochs": 3, "target_kl": 1e-9}
+            trainer = ppo_trainer(tmp_path / str(lag), **SERVER, **options)
+            trainer.train()
+            runs[lag] = sampler.asked, sampler.versions
+        assert sum(logged(trainer, "policy/steps_left_out")) >= 4
+    assert runs[1][0] == runs[0][0]
+    assert (runs[0][1], runs[1][1]) == ([0, 1, 2, 3], [0, 0, 1, 2])
+
+
+def test_first_evaluation_and_the_best_model_have_their_own_weights(tmp_path):
+    """A reward that falls with every step makes the first checkpoint the best one."""
+
+    def falls(completions, trainer_state, **kwargs):
+        return [float(-trainer_state.global_step)] * len(completions)
+
+    models = {"reward_funcs": falls, "reward_model": None, "eval_dataset": tiny.tiny_prompts(2, seed=3)}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward/score", "greater_is_better": True}
+    when = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    with vllm() as sampler:
+        options = {"rollout_lag": 1, "total_episodes": 12, "eval_on_start": True, "num_generations_eval": 1}
+        trainer = ppo_trainer(tmp_path, models, **SERVER, **options, **best, **when)
+        trainer.train()
+        assert trainer.state.best_global_step == 2
+        trainer.evaluate()
+        sent = dict(sampler.model.named_parameters())
+    assert sampler.versions == [0, 0, 0, 1, 1, 2, 3, 4]  # of evaluations the first, fourth, seventh and the two last
+    assert max(logged(trainer, f"eval_{DIFFERENCE}")) < 1e-4
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved
+    for name, tensor in saved.items():
+        assert torch.equal(sent[name], tensor), name
 
 
 def test_second_run_evaluations_and_an_early_end_have_their_own_weights(tmp_path):
@@ -395,6 +511,40 @@ def test_what_a_failed_run_has_scored_is_no_part_of_an_evaluation(tmp_path):
         rollouts = returned_by(trainer, "_collect_held_out")
         trainer.evaluate()
     assert [rollout.old_values for rollout in rollouts] == [None]  # an evaluation without a KL asks no critic
+
+
+@pytest.mark.parametrize("fails", ["a function", "the critic"])
+def test_reward_functions_that_have_not_begun_are_not_asked_once_the_run_has_failed(tmp_path, fails):
+    asked, failed, before = [], threading.Event(), set(threading.enumerate())
+
+    def first(completions, **kwargs):
+        asked.append("first")
+        if fails == "a function":
+            raise ConnectionError("the reward server is down")
+        assert failed.wait(20)
+        return [0.5] * len(completions)
+
+    def second(completions, **kwargs):
+        asked.append("second")
+        return [0.5] * len(completions)
+
+    async def third(completions, **kwargs):
+        await asyncio.sleep(0.0 if fails == "a function" else 20.0)
+        asked.append("third")
+        return [0.5] * len(completions)
+
+    models = {"reward_funcs": [first, second, third], "reward_model": None}
+    with vllm():
+        trainer = ppo_trainer(tmp_path, models, **SERVER, rollout_lag=1)
+        if fails == "the critic":
+            next(trainer.critic.parameters()).data.fill_(torch.nan)
+        with pytest.raises(ConnectionError if fails == "a function" else FloatingPointError):
+            trainer.train()
+        failed.set()
+        for thread in set(threading.enumerate()) - before - {trainer.async_loop_thread}:
+            thread.join(20)
+    assert "second" not in asked
+    assert ("third" in asked) is (fails == "a function")
 
 
 def test_thread_of_reward_functions_is_on_the_gpu_of_its_process(monkeypatch):

@@ -182,7 +182,7 @@ def save_run(trainer: Any, checkpoint: str | Path) -> None:
         "shown": json.dumps(plain(_shown(trainer), not_finite=float)),
     }
     if trainer._ahead is not None:
-        state["ahead"] = trainer._ahead.queue.state_dict()
+        state["ahead"] = trainer._ahead.state_dict()
     write_whole(path_of_state(checkpoint, trainer.args), functools.partial(torch.save, state))
 
 
@@ -197,7 +197,7 @@ def load_run(trainer: Any, checkpoint: Path) -> None:
             "not from its old position."
         )
     if trainer._ahead is not None:
-        trainer._ahead.queue.load_state_dict(state.get("ahead", "[]"))
+        trainer._ahead.load_state_dict(state.get("ahead", "[]"))
     elif "ahead" in state:
         logger.warning(
             "What was asked of vLLM ahead, with `rollout_lag`, is dropped, and sampled again when it is due."

@@ -76,7 +76,7 @@ class SavesActorAndCritic(SavesWhole):
         if not self.is_amid_rollout:
             if self._ahead is not None:  # what is kept of it has to be there
                 with self.phases.during("generate"):
-                    self._ahead.queue.settle()
+                    self._ahead.settle()
             self._save_rng_state(self._step_end)
             self._tokens_at_step_end = self.state.num_input_tokens_seen
 

@@ -527,6 +527,7 @@ class PPOTrainerX(WritesCard, AnswersHeldOut, SavesActorAndCritic, GRPOTrainer):
 
     def _collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         # 1. Move the KL coefficients by the last rollout
+        self.stop_between_phases()
         run = self.run_state
         run.coefficients.close_rollout()
         if self.eval_dataset is not None and samples_are_due(self.args, self.state.global_step, self.state.max_steps):
@@ -676,6 +677,8 @@ class PPOTrainerX(WritesCard, AnswersHeldOut, SavesActorAndCritic, GRPOTrainer):
                 beside.log()
         finally:
             self.reward_funcs[:] = sources
+            if beside is not None:
+                beside.cancel()
         if beside is not None and self.accelerator.is_main_process:
             self._metrics["train"]["time/reward_wait"].append(beside.waited)
         start = self.accelerator.process_index * len(prompts)

@@ -151,6 +151,11 @@ class SavesWhole:
         mine = torch.tensor([self._signals.received or 0], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
 
+    @property
+    def age_of_signal(self) -> float:
+        """Return the seconds since this process has got a signal, 0 if it has got none."""
+        return 0.0 if self._signals is None else self._signals.age
+
     def stop_between_phases(self) -> None:
         """Leave the step if a signal has come to any rank; nothing of it may be learned yet."""
         if self._signal():

@@ -54,9 +54,15 @@ class SignalWatch:
     def __init__(self, speaks: bool, then: str = "the run stops after this step and saves"):
         self.speaks, self.then = speaks, then
         self.received: int | None = None
+        self._at = 0.0
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._pipe, self._pipe_before = -1, -1
+
+    @property
+    def age(self) -> float:
+        """Return the seconds since the first signal, 0 before it."""
+        return 0.0 if self.received is None else time.monotonic() - self._at
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is not threading.main_thread():
@@ -86,7 +92,7 @@ class SignalWatch:
         if os.getpid() != self._process:
             return _in_forked_child(number)
         if self.received is None:
-            self.received = number
+            self.received, self._at = number, time.monotonic()
             if self.speaks:  # unlike `print`, this may interrupt a `print`
                 name = signal.Signals(number).name
                 with suppress(OSError):

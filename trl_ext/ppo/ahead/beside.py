@@ -61,6 +61,11 @@ class RewardsBeside:
         """Return the sources, the functions with stand-ins that wait for their answers."""
         return [partial(self._answer, i) if i in self._functions else each for i, each in enumerate(sources)]
 
+    def cancel(self) -> None:
+        """Ask no function that has not begun, and end async ones: the run has failed. What has answered stays."""
+        for answer in self._answers.values():
+            answer.cancel()
+
     def log(self) -> None:
         """Log what the functions have logged, those of sync ones first, as GRPO asks them."""
         for i in sorted(self._functions, key=lambda i: is_async_callable(self._functions[i])):
@@ -83,10 +88,13 @@ class RewardsBeside:
 
 def _ask_in_turn(asked: list[tuple[Callable[[], Any], Future[Any]]]) -> None:
     for ask, answer in asked:
+        if not answer.set_running_or_notify_cancel():
+            return
         try:
             answer.set_result(ask())
         except BaseException as error:
             answer.set_exception(error)
+            return  # as GRPO, which would not ask the others
 
 
 def score_beside(trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Rollout:

@@ -1,5 +1,6 @@
 """Ask for rollouts before they are due, and hand them over when they are."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +12,11 @@ from transformers.trainer_utils import has_length
 
 from .rows import Rows, next_rows, rows_ahead
 from .server import ServerQueue
+
+
+logger = logging.getLogger(__name__)
+
+AFTER_SIGNAL = 10.0  # seconds that a save waits for the server, counted from the signal; torchrun kills after 30
 
 
 class RolloutsAhead:
@@ -60,6 +66,31 @@ class RolloutsAhead:
             for name, seconds in self.queue.pop_seconds().items():
                 metrics[f"time/{name}"].append(seconds)
         return generated
+
+    def settle(self) -> None:
+        """Wait until the server has answered; after a signal so long that there is time left for a save."""
+        self.queue.settle(lambda: self.trainer.age_of_signal >= AFTER_SIGNAL)
+
+    def state_dict(self) -> str:
+        """
+        Return as JSON what is asked for and answered. What is not is asked for again by the run that is resumed, with
+        the weights that it has then.
+        """
+        self.settle()
+        trainer, asked = self.trainer, len(self.queue)
+        mine = torch.tensor([self.queue.answered()], device=trainer.accelerator.device)
+        answered = int(trainer.accelerator.gather(mine).max())  # only the main process has answers
+        if answered < asked and trainer.accelerator.is_main_process:
+            signalled = f"the {AFTER_SIGNAL:g} s that a save waits after a signal were over"
+            logger.warning(
+                "Of %d rollouts that vLLM was asked for ahead, %d cannot be saved: %s. A run that is resumed asks for "
+                "them again, with the weights that it has then.",
+                *(asked, asked - answered, signalled if self.queue.is_generating else "the server has failed"),
+            )
+        return self.queue.state_dict(answered)
+
+    def load_state_dict(self, state: str) -> None:
+        self.queue.load_state_dict(state)
 
     def _ask(self) -> int:
         """

@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 
 logger = logging.getLogger(__name__)
 
 KEPT = ("version", "request", "answer")  # of a rollout in a checkpoint
+LOOKS_UP = 0.2  # seconds after which who waits for the server sees whether to go on waiting
 NOTHING: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
 
 
@@ -71,6 +73,10 @@ class ServerQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def is_generating(self) -> bool:
+        return self._last is not None and not self._last.done.is_set()
+
     # ---- Ask ----
 
     def ask(self, version: int, generate: Callable[[], Any]) -> None:
@@ -100,10 +106,10 @@ class ServerQueue:
         if last is not None:
             self._finish(last)
 
-    def settle(self) -> None:
-        """Wait until the server generates nothing, whatever it answers."""
+    def settle(self, gives_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until the server generates nothing, whatever it answers, or until `gives_up` returns true."""
         if self._last is not None:
-            self._await(self._last)
+            self._await(self._last, gives_up)
 
     def forget(self) -> None:
         """Wait until the server generates nothing, and drop what it has been asked for."""
@@ -122,9 +128,10 @@ class ServerQueue:
         self._waited, self._busy, self._since = 0.0, 0.0, now
         return seconds
 
-    def _await(self, asked: Asked) -> None:
+    def _await(self, asked: Asked, gives_up: Callable[[], bool] = lambda: False) -> None:
         start = time.perf_counter()
-        asked.done.wait()
+        while not asked.done.wait(LOOKS_UP) and not gives_up():
+            pass
         self._waited += time.perf_counter() - start
 
     def _finish(self, asked: Asked) -> None:
@@ -141,8 +148,8 @@ class ServerQueue:
             due = self._queue[0]
             if due.request == request:
                 self._finish(due)
-                if due.answer is not None:
-                    return due.answer
+                assert due.answer is not None
+                return due.answer
             self._say_why(due, request)
             due.version = self._due
         self.wait()
@@ -174,18 +181,24 @@ class ServerQueue:
                 "when it is read a second time, as `rollout_lag` does. Make it give the same ones in the same order, "
                 "or set `rollout_lag=0`."
             )
-        why = f"it was asked for with other {', '.join(others)}" if others else "the server had not answered"
-        logger.warning("A rollout that was asked for ahead is sampled again, with the current weights: %s.", why)
+        logger.warning(
+            "A rollout that was asked for ahead is sampled again, with the current weights: it was asked for with "
+            "other %s.",
+            ", ".join(others),
+        )
 
     # ---- Save ----
 
-    def state_dict(self) -> str:
-        """Return the queue as JSON, once the server has answered; what it has failed at is asked for again."""
-        self.settle()
-        return json.dumps([{name: getattr(each, name) for name in KEPT} for each in self._queue])
+    def answered(self) -> int:
+        """Return how many rollouts have an answer before the first that has none; 0 but on the main process."""
+        return next((i for i, each in enumerate(self._queue) if each.answer is None), len(self._queue))
+
+    def state_dict(self, first: int) -> str:
+        """Return the first rollouts of the queue as JSON."""
+        return json.dumps([{name: getattr(each, name) for name in KEPT} for each in islice(self._queue, first)])
 
     def load_state_dict(self, state: str) -> None:
-        """Go on from a checkpoint."""
+        """Go on from what `state_dict` has returned."""
         for kept in json.loads(state):
             asked = Asked(kept["version"], is_restored=True)
             asked.request, asked.answer = kept["request"], kept["answer"]
