@@ -415,6 +415,10 @@ def test_hardware_that_does_not_exist_is_an_error():
         Hardware(gpus=0)
     with pytest.raises(ValueError, match=r"does not know the GPU 'rtx4091'\. Did you mean rtx4090-24gb"):
         planner.hardware("rtx4091")
+    with pytest.raises(ValueError, match=r"'8xH100' is several GPUs: name one, 'h100', .* `--gpus 8`"):
+        planner.hardware("8xH100")
+    with pytest.raises(ValueError, match=r"does not know the GPU '64gb'\. It knows "):
+        planner.hardware("64gb")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +440,11 @@ def test_hardware_that_does_not_exist_is_an_error():
         ("b200", "b200-180gb"),
         ("24GB", "rtx3090-24gb"),
         ("80 gb", "a100-80gb"),
+        ("4070 super", "rtx4070-12gb"),
+        ("4070 ti super", "rtx4070tisuper-16gb"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "rtx4080-16gb"),
+        ("3090 ti", "rtx3090ti-24gb"),
+        ("H800", "h800-80gb"),
         ("4091", None),
         ("25gb", None),
     ],
@@ -496,3 +505,19 @@ def test_models_of_their_own_sizes_count_as_such(tmp_path):
     assert planned.models.reward.hidden == load_config(str(tmp_path)).hidden_size == 16
     assert planned.models.critic.hidden == 1536
     assert planned.models.reference.parameters == planned.models.actor.parameters
+
+
+def test_models_that_no_gpu_holds_whole_are_sharded_while_they_sample():
+    """Under ZeRO-3 alone the whole model is gathered for a rollout, so neither change helps without the other."""
+    roles = {"method": "lora", "critic": "head", "reward": "none", "reference": "adapter", "compute": "bf16"}
+    failed = plan("gpt-oss-120b", Layout(**roles, rollout=16, accumulation=16), planner.hardware("h200", gpus=8))
+    (change,) = smallest_change(failed)
+    assert not failed.fits
+    assert change.setting == "ZeRO-3 with ds3_gather_for_generation: false"
+
+
+def test_suggestions_under_fsdp_name_it():
+    start = Layout(fsdp=True, rollout=16, accumulation=16)
+    table = planner.suggestion_table(planner.suggest("1.5b", start, planner.hardware("4090", gpus=4)))
+    engines = {row.split("|")[3].strip() for row in table.split("\n\n")[0].splitlines()[2:]}
+    assert engines == {"FSDP2"}

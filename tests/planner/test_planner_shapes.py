@@ -136,6 +136,13 @@ def test_score_heads_and_adapters_of_the_catalogue_are_those_of_real_models(name
         ("openai/gpt-oss-20b", "gpt-oss-20b"),
         ("allenai/OLMo-2-1124-7B-SFT", "olmo-2-7b"),
         ("phi4", "phi-4"),
+        ("qwen3:8b", "qwen3-8b"),
+        ("llama-70b", "llama-3.1-70b"),
+        ("Qwen/Qwen2.5-Coder-7B-Instruct", "qwen2.5-7b"),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3-30b-a3b"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+        ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral-small-24b"),
+        ("HuggingFaceH4/zephyr-7b-beta", "mistral-7b"),
         ("someone/qwen3-8b-of-mine", None),
         ("9b", None),
     ],
@@ -283,7 +290,9 @@ def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
 )
 def test_config_that_cannot_be_read_is_refused_in_one_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    known = {"meta-llama/llama3.1-80b": "The nearest are llama-3.1-8b, ", "xyzzy": "There are 8b, "}
+    known = {"meta-llama/llama3.1-80b": "The nearest are llama-3.1-70b, ", "xyzzy": "There are 8b, "}
+    known |= {"google/gemma-2-9b-it": "The nearest are gemma-3-12b, ", "9b": "The nearest are qwen3-8b, llama-3.1-8b"}
+    known |= {"llama-8": "The nearest are llama-3.1-8b"}
     for name, hint in ({str(tmp_path): r"that can be read\.$"} | known).items():
         with pytest.raises(ValueError, match=rf"is no folder or hub name with a config .*{hint}"):
             model_shape(name)

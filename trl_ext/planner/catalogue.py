@@ -12,6 +12,7 @@ Mistral Small 3.1.
 """
 
 import difflib
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -151,25 +152,26 @@ ALIASES = {
     "smollm3-3b": "smollm3",
     "qwen2.5-0.5b": "0.5b qwen2-0.5b",
     "qwen2.5-1.5b": "1.5b qwen2-1.5b",
-    "qwen2.5-7b": "7b qwen2-7b deepseek-r1-distill-qwen-7b",
+    "qwen2.5-7b": "7b qwen-7b qwen2-7b deepseek-r1-distill-qwen-7b",
     "qwen2.5-14b": "deepseek-r1-distill-qwen-14b",
     "qwen2.5-32b": "qwq-32b deepseek-r1-distill-qwen-32b",
     "qwen2.5-72b": "72b qwen2-72b",
     "qwen3-0.6b": "0.6b",
     "qwen3-1.7b": "1.7b",
-    "qwen3-4b": "4b",
-    "qwen3-14b": "14b",
-    "qwen3-32b": "32b",
-    "qwen3-30b-a3b": "30b-a3b",
+    "qwen3-4b": "4b qwen-4b",
+    "qwen3-8b": "qwen-8b",
+    "qwen3-14b": "14b qwen-14b",
+    "qwen3-32b": "32b qwen-32b",
+    "qwen3-30b-a3b": "30b-a3b qwen3-coder-30b-a3b",
     "qwen3-235b-a22b": "235b 235b-a22b",
     "llama-7b": "llama-2-7b",
     "llama-13b": "13b llama-2-13b",
     "llama-33b": "33b llama-30b",
     "llama-65b": "65b",
-    "llama-3.2-1b": "1b",
-    "llama-3.2-3b": "3b",
-    "llama-3.1-8b": "8b llama-3-8b deepseek-r1-distill-llama-8b",
-    "llama-3.1-70b": "70b llama-3-70b llama-3.3-70b deepseek-r1-distill-llama-70b",
+    "llama-3.2-1b": "1b llama-1b",
+    "llama-3.2-3b": "3b llama-3b",
+    "llama-3.1-8b": "8b llama-8b llama-3-8b deepseek-r1-distill-llama-8b",
+    "llama-3.1-70b": "70b llama-70b llama-3-70b llama-3.3-70b deepseek-r1-distill-llama-70b",
     "llama-3.1-405b": "405b",
     "gemma-3-12b": "12b",
     "gemma-3-27b": "27b",
@@ -177,21 +179,25 @@ ALIASES = {
     "gemma-4-e4b": "e4b",
     "gemma-4-26b-a4b": "gemma-4-26b 26b-a4b",
     "gemma-4-31b": "31b",
-    "mistral-small-24b": "24b mistral-small",
+    "mistral-7b": "mistral zephyr-7b zephyr-7b-beta",
+    "mistral-small-24b": "24b mistral-small mistral-small-3.1-24b mistral-small-3.2-24b",
     "mixtral-8x7b": "mixtral 8x7b 47b",
     "mixtral-8x22b": "8x22b 141b",
     "olmo-2-7b": "olmo-2-1124-7b",
     "olmo-2-13b": "olmo-2-1124-13b",
-    "gpt-oss-20b": "20b",
+    "gpt-oss-20b": "20b gpt-oss",
     "gpt-oss-120b": "120b",
-    "deepseek-v3": "671b deepseek-r1",
+    "deepseek-v3": "671b deepseek-r1 deepseek-v3.1",
 }
+# Qwen2.5's models for code and mathematics have the sizes of the others.
+_SAME = re.compile(r"(?<=qwen2\.5)[-_ ](coder|math)(?=[-_ ])")
+_SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z])")
 _TUNED = re.compile(r"([-_ ](instruct|chat|base|it|pt|hf|dpo|sft|thinking|reasoning|plus|\d{4}|v0\.\d))+$")
 
 
 def _squeezed(name: str) -> str:
     """Return a name as it is compared: of `meta-llama/Llama-3.1-8B` what "llama3.1 8b" has, too."""
-    return re.sub(r"[-_ ]", "", name).removeprefix("meta")
+    return re.sub(r"[-_ :]", "", name).removeprefix("meta")
 
 
 _NAMES = {_squeezed(name): name for name in SHAPES}
@@ -203,15 +209,36 @@ def find(name: str) -> str | None:
     Return the entry of `SHAPES` that a name means: its own, an alias or a hub name, of which what follows the last "/"
     counts, in any case, with or without hyphens, and without an ending such as "-Instruct"; `None` without one.
     """
-    word = name.lower().rstrip("/").split("/")[-1]
+    word = _SAME.sub("", name.lower().rstrip("/").split("/")[-1])
     return next((_NAMES[key] for each in (word, _TUNED.sub("", word)) if (key := _squeezed(each)) in _NAMES), None)
 
 
 def nearest(name: str) -> str:
-    """Return the known names that are most like one that is not, for errors; a few examples if none is."""
-    word = _squeezed(name.lower().rstrip("/").split("/")[-1])
+    """
+    Return the known names that are most like one that is not, for errors: those of its family, if that is known, whose
+    size is nearest; without a size those that are written alike, and a few examples if none is.
+    """
+    said = name.lower().rstrip("/").split("/")[-1]
+    size, family = _size(said), _family(said)
+    sizes = {known: its for known in SHAPES if (its := _size(known)) is not None}
+    of_family = [known for known in sizes if _family(known) == family] or list(sizes)
+    if size is not None:
+        by_size = sorted(of_family, key=lambda known: abs(math.log(sizes[known] / size)))
+        return f"The nearest are {', '.join(by_size[:3])}"
+    word = _squeezed(said)
     near = dict.fromkeys(_NAMES[key] for key in difflib.get_close_matches(word, _NAMES, n=3))
     return f"The nearest are {', '.join(near)}" if near else "There are 8b, qwen3-14b, gemma-3-4b and more"
+
+
+def _size(name: str) -> float | None:
+    """Return the billions of parameters that a name has in it."""
+    found = _SIZE.search(name)
+    return None if found is None or not float(found[1]) else float(found[1]) / (1000 if found[2] == "m" else 1)
+
+
+def _family(name: str) -> str:
+    """Return the letters that a name begins with."""
+    return re.match("[a-z]*", name.removeprefix("meta-"))[0]  # type: ignore[index]
 
 
 def load_config(name: str) -> "PretrainedConfig":

@@ -81,6 +81,9 @@ def _engines(layout: Layout, hardware: Hardware) -> Iterator[Proposal]:
         yield "ZeRO-2", "none beside DDP; weights in bfloat16, with float32 masters", {"zero_stage": 2} | compute
     if hardware.gpus > 1 and stage < 3:
         yield "ZeRO-3", "half as much communication again", {"zero_stage": 3} | compute
+        if layout.trainer == "ppo" and not layout.vllm_share:
+            apart = {"zero_stage": 3, "gather_for_generation": False} | compute
+            yield "ZeRO-3 with ds3_gather_for_generation: false", "weights are gathered for every token", apart
     offload = {"zero_stage": max(stage, 2), "offload_optimizer": True} | compute
     yield f"ZeRO-{max(stage, 2)} with the optimizer offloaded", "AdamW runs on the host's CPU", offload
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True} | compute

@@ -16,16 +16,21 @@ CARDS = """
     rtx4060-8gb       8    30   272   16   32
     rtx3070-8gb       8    41   448   32   32
     rtx3080-10gb     10    60   760   32   32
+    rtx2080ti-11gb   11    54   616   16   32
     rtx3060-12gb     12    25   360   16   32
+    rtx3080ti-12gb   12    68   912   32   32
     rtx4070-12gb     12    58   504   32   32
+    rtx4070ti-12gb   12    80   504   32   32
     rtx5070-12gb     12    62   672   64   32
     rtx4060ti-16gb   16    44   288   16   64
+    rtx4070tisuper-16gb 16 88   672   32   64
     rtx4080-16gb     16    98   717   32   64
     rtx5060ti-16gb   16    47   448   32   64
     rtx5070ti-16gb   16    88   896   64   64
     rtx5080-16gb     16   113   960   64   64
     t4-16gb          15    65   320   16   12
     rtx3090-24gb     24    71   936   32   64
+    rtx3090ti-24gb   24    80  1008   32   64
     rtx4090-24gb     24   165  1008   32   64
     a10g-24gb        22    70   600   32   32
     a10-24gb         24   125   600   32   32
@@ -39,7 +44,9 @@ CARDS = """
     rtx6000ada-48gb  48   364   960   32   96
     l40s-48gb        48   362   864   32   64
     a100-80gb        80   312  2039  300  144
+    a800-80gb        80   312  2039  200  144
     h100-80gb        80   989  3350  450  256
+    h800-80gb        80   989  3350  200  256
     h100nvl-94gb     94   835  3900  300  256
     h20-96gb         96   148  4000  450  256
     gh200-96gb       96   989  4000  450  480
@@ -60,7 +67,7 @@ GPUS: dict[str, dict[str, float]] = {
 CPU = Hardware(memory=16 * GIB, flops=1e11, bandwidth=2e10, context=0, fragmentation=0, is_cpu=True)
 # What stands in the name of a card beside its model and memory.
 _BESIDE = re.compile(
-    r"nvidia|geforce|tesla|rtx|super|blackwell|generation|server|workstation|edition|pcie|sxm\d?|hbm\d\w?|gb|[^a-z0-9]"
+    r"nvidia|geforce|tesla|rtx|blackwell|generation|server|workstation|edition|pcie|sxm\d?|hbm\d\w?|gb|[^a-z0-9]"
 )
 
 
@@ -77,11 +84,11 @@ def find_gpu(name: str) -> str | None:
     if re.fullmatch(r"\d+ ?gi?b", name.lower()):
         ending = f"-{re.sub('[^0-9]', '', name)}gb"
         return next((card for card in GPUS if card.endswith(ending)), None)
-    wanted = _squeezed(name)
-    for card in reversed(GPUS):
-        model, _, memory = card.rpartition("-")
-        if wanted in (_squeezed(model), _squeezed(model + memory)):
-            return card
+    for wanted in (_squeezed(name), _squeezed(name).replace("super", "")):  # most are little faster than those without
+        for card in reversed(GPUS):
+            model, _, memory = card.rpartition("-")
+            if wanted in (_squeezed(model), _squeezed(model + memory)):
+                return card
     return None
 
 
@@ -92,7 +99,15 @@ def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
     """
     card = find_gpu(gpu)
     if card is None:
+        several = re.fullmatch(r"(\d+) ?[x×*] ?(.+)", gpu.strip().lower())
+        if several and find_gpu(several[2]):
+            raise ValueError(
+                f"{gpu!r} is several GPUs: name one, {several[2]!r}, and give their number, `--gpus {several[1]}` of "
+                "`trl-ext plan`."
+            )
         near = difflib.get_close_matches(gpu.lower(), GPUS, n=3, cutoff=0.4)
+        if re.fullmatch(r"[\d.]+ ?gi?b?", gpu.strip().lower()):  # by a memory that no card of the table has
+            near = []
         some = ("rtx4090-24gb", "l40s-48gb", "a100-80gb", "h100-80gb", "b200-180gb")
         meant = f"Did you mean {' or '.join(near)}?" if near else f"It knows {len(GPUS)}, such as {', '.join(some)}."
         raise ValueError(

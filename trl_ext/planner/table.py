@@ -170,7 +170,7 @@ def suggestion_table(plans: list[Plan]) -> str:
     for planned, rate in sorted(rates, key=lambda pair: (pair[0].layout.offload_optimizer, -pair[1])):
         layout = planned.layout
         roles = f"{layout.critic} / {layout.reward} / {layout.reference}" if is_ppo else layout.reference
-        engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "none"
+        engine = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "FSDP2" if layout.fsdp else "none"
         engine += " +offload" if layout.offload_optimizer else ""
         batch = f"{layout.micro_batch} × {layout.accumulation}"
         if is_ppo:
