@@ -21,6 +21,7 @@ from reward_runs import reward_trainer
 from trl_ext import RewardConfigX, RewardTrainerX
 from trl_ext.runs import checkpoints, saving
 from trl_ext.runs.checkpoints import MANIFEST, begin, checkpoint_of, complete, fault_of, numbered, rotate
+from trl_ext.runs.failures import RunError
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -324,7 +325,7 @@ def test_each_machine_compares_all_of_its_files(tmp_path, monkeypatch, mistaken)
         local = rank if mistaken else rank - 2
         state = SimpleNamespace(process_index=rank, local_process_index=local, num_processes=1)
         monkeypatch.setattr(checkpoints, "PartialState", lambda state=state: state)
-        found.append(checkpoints._agreed_fault(checkpoint))
+        found.append(checkpoints.agreed_fault(checkpoint))
     assert (found != [None, None]) is not mistaken
 
 
@@ -380,6 +381,26 @@ def test_kill_at_the_end_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, m
     assert set(numbered(output)) == {"checkpoint-1"}
     halves = [copy for copy in copies for name in numbered(copy) if is_partial(copy / name)]
     assert (halves != []) is mistaken
+
+
+class Breaks(TrainerCallback):
+    """Cuts the first checkpoint when the second is there."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            BREAKS["cut"](Path(args.output_dir) / "checkpoint-1" / "model.safetensors")
+
+
+def test_newest_checkpoint_is_not_deleted_for_the_best_if_that_is_broken(tmp_path, monkeypatch):
+    best = {"metric_for_best_model": "constant", "greater_is_better": True, "load_best_model_at_end": True}
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = dpo_trainer(tmp_path, save_total_limit=1, models={"eval_dataset": tiny_pairs()}, **saves, **best)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"eval_constant": 0})
+    trainer.add_callback(Breaks())
+    with pytest.raises(RunError, match=r"checkpoint-1, cannot be loaded, because its model.* The run was done") as end:
+        trainer.train()
+    assert end.value.__notes__[0].startswith("checkpoint-2 is complete")
+    assert set(numbered(tmp_path)) == {"checkpoint-1", "checkpoint-2"}
 
 
 def is_partial(checkpoint):

@@ -123,6 +123,7 @@ def test_model_that_could_not_be_saved_at_the_end_says_so(tmp_path):
         OSError(5, "Input/output error"): "can be written (",
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"): "GiB free: free some",
         RuntimeError("[enforce fail at x] PytorchStreamWriter failed writing file data/0"): "can be written (",
+        RuntimeError("Parent directory /out/_saving/checkpoint-2 does not exist."): "a disk that is no longer mounted",
         # of a disk without a byte left
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"): "can be written (",
     }.items(),

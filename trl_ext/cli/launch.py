@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..runs.signals import CAUGHT
+from .errors import is_debugging
 from .options import Options
 from .recipes import find_config, read_yaml
 
@@ -93,7 +94,9 @@ def launch(command: str, given: Options) -> None:
         codes = {failure.exitcode for failure in error.failures.values()}
         if codes <= STOPPED:  # by a signal to the processes alone
             raise SystemExit(max(codes)) from None
-        raise
+        if is_debugging():
+            raise
+        raise SystemExit(str(error)) from error  # the processes have said why; this says which failed first
 
 
 def require_all(args: Any) -> None:

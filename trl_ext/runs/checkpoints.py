@@ -341,7 +341,7 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
     if str(given).lower() != "true":
         folder = Path(str(given))
         _recover(folder.parent)
-        fault = _agreed_fault(folder)
+        fault = agreed_fault(folder)
         if fault is not None:
             raise ValueError(
                 f"`resume_from_checkpoint` is {folder}, and {fault}. Give another folder checkpoint-N, or True for "
@@ -375,7 +375,7 @@ def _newest(run: Path) -> Path:
     for name in sorted(there, key=lambda name: there[name], reverse=True):
         is_older = (run / name).is_dir() and not is_of_this_run(run / name, run)
         fault = _agreed("it is of an earlier run in this folder" if is_older else None)
-        fault = fault or _agreed_fault(run / name)
+        fault = fault or agreed_fault(run / name)
         if fault is None:
             if faults and PartialState().is_main_process:
                 logger.warning("Resuming from %s. Passed over: %s.", name, "; ".join(faults))
@@ -400,7 +400,7 @@ def _recover(run: Path) -> None:
     state.wait_for_everyone()
 
 
-def _agreed_fault(checkpoint: Path) -> str | None:
+def agreed_fault(checkpoint: Path) -> str | None:
     """Return the first fault that any rank sees. The ranks of a machine share the reading; each may have its disk."""
     readers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return _agreed(fault_of(checkpoint, (PartialState().local_process_index % readers, readers)))

@@ -21,8 +21,10 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 LIMITED = (errno.EFBIG,)
 # How torch's and safetensors' own writers speak of a file that they could not write; only the last names an error
 # number. Torch's second is of a disk that is full.
+_NO_FOLDER = r"Parent directory .* does not exist"
 _WRITERS = re.compile(
-    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|file write failed|iostream error|os error (\d+)",
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|file write failed|iostream error|os error (\d+)|"
+    + _NO_FOLDER,
     re.IGNORECASE,
 )
 
@@ -84,6 +86,8 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
+    if re.search(_NO_FOLDER, str(error)):
+        return errno.ENOENT
     found = _WRITERS.search(str(error))
     return int(found[1]) if found and found[1] else None
 

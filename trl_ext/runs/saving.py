@@ -20,6 +20,7 @@ from ..ranges import SWITCH, one_of
 from .checkpoints import (
     DIGESTS,
     SAVING,
+    agreed_fault,
     begin,
     checkpoint_of,
     complete,
@@ -337,6 +338,10 @@ class SavesWhole:
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         best = self.state.best_model_checkpoint
+        if best is not None and self.args.load_best_model_at_end:
+            fault = agreed_fault(Path(best))
+            if fault is not None:  # before the newest one is deleted
+                raise RunError(f"The best checkpoint, {best}, cannot be loaded, because {fault}. The run was done.")
         if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
             # The Trainer is about to delete them where they are, file by file.
             delete_all_but(best, Path(self._get_output_dir(trial)))
