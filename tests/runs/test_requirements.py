@@ -3,9 +3,11 @@
 import math
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
 
 import tiny
@@ -86,6 +88,44 @@ def test_optimizer_without_a_kernel_for_the_device_is_refused(config, tmp_path, 
         ValueError, match=r"`optim=lion_8bit` cannot run on cpu with bitsandbytes .*choose `adafactor`"
     ):
         config(tmp_path, optim="lion_8bit", use_cpu=True, bf16=False)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "reward"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": Path("my-sft")}, r"`model` is a \w+Path \(.*\); give the path as text, 'my-sft'\."),
+        ({"model": 5}, r"`model` is a int \(5\); give a model, or its path\."),
+        ({"processing_class": "my-sft"}, r"`processing_class` is 'my-sft'; give the tokenizer itself"),
+        ({"peft_config": {"r": 8}}, r"`peft_config` is a dict; give .*LoraConfig\(\*\*peft_config\)"),
+        ({"peft_config": "lora"}, r"`peft_config` is 'lora'; give a config of PEFT"),
+        ({"train_dataset": "rows.jsonl"}, r"A dataset is 'rows.jsonl'; give .*load_dataset"),
+        ({"train_dataset": [{"prompt": "good"}]}, r"A dataset is a list; give .*Dataset\.from_list"),
+        (
+            {"train_dataset": DatasetDict(train=tiny_pairs())},
+            r"is a DatasetDict of 'train'; give .* `dataset\['train'\]`",
+        ),
+        ({"eval_dataset": {"near": "rows.jsonl"}}, r"A dataset is 'rows.jsonl'; give .*load_dataset"),
+    ],
+    ids=str,
+)
+def test_argument_of_a_trainer_of_another_kind_is_refused(kind, given, said, tmp_path):
+    trainer = {"dpo": DPOTrainerX, "ppo": PPOTrainerX, "reward": RewardTrainerX}[kind]
+    rewards = {"reward_funcs": lambda **_: []} if kind == "ppo" else {}
+    usual = {"args": CONFIGS[kind](tmp_path), "model": "nowhere", "train_dataset": tiny_pairs()} | rewards
+    with pytest.raises(ValueError, match=said):
+        trainer(**usual | given)
+
+
+def test_models_in_each_others_place_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`model` is None; give a model"):
+        DPOTrainerX(None, train_dataset=tiny_pairs())
+    with pytest.raises(ValueError, match=r"`ref_model` is a DPOConfigX; give it by name, `args=…`"):
+        DPOTrainerX("nowhere", dpo_config(tmp_path), train_dataset=tiny_pairs())
+    with pytest.raises(ValueError, match=r"is a LlamaForCausalLM, which writes text\. Give .*num_labels=1\)"):
+        RewardTrainerX(tiny.tiny_actor(), train_dataset=tiny_pairs())
+    assert RewardConfigX(tmp_path).bf16 is False  # on a CPU; TRL's own default is True
+    assert RewardConfigX(tmp_path, bf16=True, use_cpu=True).bf16 is True
 
 
 def test_one_of_two_packages_is_enough_and_quantised_loading_is_asked_for_too(monkeypatch):

@@ -53,7 +53,7 @@ from ..runs.credit import CreditOffer
 from ..runs.failures import in_spite_of_errors
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
 from ..runs.profiler import Phases
-from ..runs.requirements import make_folder, require_full_batches, require_parts
+from ..runs.requirements import make_folder, require_full_batches, require_kind, require_parts
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.tables import show_table, write_rows
@@ -133,7 +133,9 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
         **kwargs: Any,
     ):
         # 1. What is given, checked before anything is loaded
-        _require_kind(model)
+        require_kind(model)
+        if ref_model is not None:
+            require_kind(ref_model, "ref_model")
         path = model if isinstance(model, str) else model.config._name_or_path
         require_parts(processing_class, kwargs.get("peft_config"), train_dataset, eval_dataset)
         if args is None:
@@ -579,10 +581,3 @@ class DPOTrainerX(WritesCard, SavesWhole, DPOTrainer):
 
     def describe(self) -> Training:
         return dpo_training(self)
-
-
-def _require_kind(model: Any) -> None:
-    """Raise `ValueError` for anything but a model or a path."""
-    if not isinstance(model, str | nn.Module):
-        what = "None" if model is None else f"a {type(model).__name__}"
-        raise ValueError(f"`model` is {what}; give a model, or its path.")

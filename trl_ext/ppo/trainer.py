@@ -209,7 +209,8 @@ class PPOTrainerX(WritesCard, AnswersHeldOut, SavesActorAndCritic, GRPOTrainer):
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
         # 1. Check the arguments before anything is loaded
-        held_out = None if isinstance(eval_dataset, list) else eval_dataset  # rows in a list will do
+        sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        held_out = None if any(isinstance(each, list) for each in sets) else eval_dataset  # rows in a list will do
         require_parts(processing_class, peft_config, train_dataset, held_out)
         args, given = resolve(
             args,

@@ -37,7 +37,7 @@ from ..runs.best_metric import evaluated
 from ..runs.card import Training, WritesCard
 from ..runs.checkpoints import require_optimizer
 from ..runs.final_line import LastLine, in_mode_of, whole_run_loss
-from ..runs.requirements import make_folder, require_full_batches, require_parts
+from ..runs.requirements import make_folder, require_full_batches, require_kind, require_parts
 from ..runs.saving import SavesWhole
 from ..runs.steps_left import refuse_finished_checkpoints
 from ..runs.trackio_run import name_run
@@ -88,6 +88,12 @@ class RewardTrainerX(WritesCard, SavesWhole, RewardTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
+        require_kind(model)
+        if type(model).__name__.endswith("ForCausalLM"):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, which writes text. Give its path, or "
+                "`AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)`."
+            )
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfigX(f"{name.rstrip('/').split('/')[-1]}-Reward")

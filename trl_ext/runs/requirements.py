@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import has_length
 
 from ..ranges import COUNT, FRACTION, POSITIVE, SHARE_OR_UNSET, Range, require
@@ -235,6 +236,19 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
         raise ValueError(f"`{what}` is {folder}, and nothing can be written into {there}. Give another folder.")
 
 
+def require_kind(model: Any, name: str = "model") -> None:
+    """Raise `ValueError` for anything but a model or a path as text, given to a trainer as `name`."""
+    if isinstance(model, str | nn.Module):
+        return
+    what = "None" if model is None else f"a {type(model).__name__} ({model!r:.60})"
+    way = "give a model, or its path"
+    if isinstance(model, os.PathLike):
+        way = f"give the path as text, {os.fspath(model)!r}"
+    elif isinstance(model, TrainingArguments):
+        what, way = f"a {type(model).__name__}", "give it by name, `args=…`"
+    raise ValueError(f"`{name}` is {what}; {way}.")
+
+
 def require_parts(processing_class: Any, peft_config: Any, *datasets: Any) -> None:
     """Raise `ValueError` for arguments of a trainer that are the name of what is wanted, or the rows of it."""
     if isinstance(processing_class, str):
@@ -244,7 +258,18 @@ def require_parts(processing_class: Any, peft_config: Any, *datasets: Any) -> No
         )
     if isinstance(peft_config, dict):
         raise ValueError("`peft_config` is a dict; give a config of PEFT, `LoraConfig(**peft_config)`.")
-    for dataset in datasets:
+    if not (peft_config is None or isinstance(peft_config, PeftConfig)):
+        raise ValueError(f"`peft_config` is {peft_config!r:.60}; give a config of PEFT, such as `LoraConfig(r=16)`.")
+    train, *held_out = datasets
+    if isinstance(train, dict):
+        splits = ", ".join(map(repr, train))
+        raise ValueError(
+            f"`train_dataset` is a {type(train).__name__} of {splits}; give one of its splits, `dataset['train']`."
+        )
+    for dataset in [
+        train,
+        *(set_ for sets in held_out for set_ in (sets.values() if isinstance(sets, dict) else [sets])),
+    ]:
         if isinstance(dataset, list | str):
             text = f"{dataset!r}" if isinstance(dataset, str) else "a list"
             way = (

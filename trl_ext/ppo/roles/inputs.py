@@ -24,6 +24,7 @@ from ...models.loading import (
 from ...models.saved_adapter import SavedAdapter, saved_adapter
 from ...models.sharding import check_fsdp, check_unquantized, is_fsdp, is_stage3
 from ...models.trainable import check_trainable
+from ...runs.requirements import require_kind
 from ..config import PPOConfigX
 from .adapter_checks import check_adapters
 from .critic import check_pretrained, check_value_checkpoint, check_value_model, is_value_head
@@ -168,8 +169,8 @@ def _check_kinds(given: Given) -> None:
             "environment has a `get_reward` or a `get_turn_rewards`, or set `reward_model_path`."
         )
     for name, model in {"model": given.model, "ref_model": given.ref_model, "value_model": given.value_model}.items():
-        if model is not None and not isinstance(model, str | nn.Module):
-            raise ValueError(f"`{name}` is a {type(model).__name__} ({model!r:.60}); give a model, or its path.")
+        if model is not None:
+            require_kind(model, name)
     for source in given.reward_funcs:
         if not (isinstance(source, str) or callable(source)):
             raise ValueError(
