@@ -1,5 +1,6 @@
 """Ranges of options, written beside each: `lam: Annotated[float, FRACTION] = field(default=0.95)`; and their check."""
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ class Range(NamedTuple):
 
     needed: str
     condition: Callable[[Any], bool]
+    choices: tuple[Any, ...] = ()  # the values, where they are few
 
     def holds(self, value: Any) -> bool:
         """Return whether the range has a value; it has none of another type."""
@@ -36,20 +38,24 @@ NUMBER_OR_UNSET = Range("a number, or unset", lambda value: value is None or val
 
 def one_of(*choices: Any) -> Range:
     """Return the range of an option that is one of a few values."""
-    return Range(f"one of {choices}", lambda value: value in choices)
+    return Range(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices, choices)
 
 
 def check_ranges(options: Any) -> None:
     """Raise `ValueError` for the first option of a config that is outside the range in its annotation."""
     config_class: Any = type(options)
     for name, allowed in _ranges(config_class):
-        require(options, name, allowed.holds(getattr(options, name)), allowed.needed)
+        require(options, name, allowed.holds(getattr(options, name)), allowed.needed, allowed.choices)
 
 
-def require(options: Any, name: str, holds: bool, needed: str) -> None:
-    """Raise `ValueError`, with the value of the option `name`, unless `holds`."""
-    if not holds:
-        raise ValueError(f"`{name}` is {getattr(options, name)!r}; it must be {needed}.")
+def require(options: Any, name: str, holds: bool, needed: str, choices: tuple[Any, ...] = ()) -> None:
+    """Raise `ValueError`, with the value of the option `name` and the nearest of the choices, unless `holds`."""
+    if holds:
+        return
+    value = getattr(options, name)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    meant = f" Did you mean `{name}={near[0]!r}`?" if near else ""
+    raise ValueError(f"`{name}` is {value!r}; it must be {needed}.{meant}")
 
 
 def default_of(config_class: type, name: str) -> Any:

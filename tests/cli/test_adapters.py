@@ -89,8 +89,8 @@ def test_adapter_in_place_of_a_model_is_told_to_be_merged(name, paths, adapters,
     words += ["--output_dir", str(tmp_path / "out"), "--use_peft"]
     for more in ([], ["--dry_run"]):
         said = error_of([*words, *more], capsys)
-        assert said.startswith(f"error: {adapters['start']} (--model) is an adapter")
-        assert f"`trl-ext merge {adapters['start']} --output_dir MERGED`" in said
+        assert said.startswith(f"error: '{adapters['start']}' (`--model`) is an adapter")
+        assert f"`trl-ext merge {adapters['start']} --output_dir {adapters['start']}-merged`" in said
         assert said.count("\n") == 0
 
 
@@ -101,7 +101,7 @@ def test_adapter_is_scored_and_talked_to_without_a_tokenizer_of_its_own(
     shutil.copytree(adapters["start"], bare, ignore=shutil.ignore_patterns("*token*"))
     margins = []
     for folder in (bare, adapters["start"]):
-        output = tmp_path / "scores.jsonl"
+        output = tmp_path / f"scores-{len(margins)}.jsonl"
         main(["score", "--model", str(folder), "--dataset_name", paths["pairs"], "--output_file", str(output)])
         margins.append([json.loads(line)["margin"] for line in output.read_text().splitlines()])
     assert margins[0] == margins[1]
@@ -247,7 +247,7 @@ def test_what_cannot_be_merged_is_said_in_a_line(adapters, tmp_path, capsys):
     cases = {
         (adapters["start"], "full"): "full` is not empty. Give a new folder",
         (adapters["base"], "new"): "holds no adapter (there is no adapter_config.json), so there is nothing to merge",
-        ("nowhere/at/all", "new"): "There is no folder nowhere/at/all (the adapter to merge)",
+        ("nowhere/at/all", "new"): "There is no folder 'nowhere/at/all' (`trl-ext merge`)",
     }
     for (adapter, output), message in cases.items():
         said = error_of(["merge", str(adapter), "--output_dir", str(tmp_path / output)], capsys)

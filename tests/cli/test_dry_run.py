@@ -178,7 +178,7 @@ def test_dry_run_without_a_gpu_plans_for_this_machine(paths, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"per_device_train_batch_size": 64}, "has 36 prompts and a rollout takes 64"),
+        ({"per_device_train_batch_size": 64}, "has 36 prompts, and a rollout takes 64"),
         ({"reward_model_path": "outputs/none", "nproc": 0}, "`--nproc` is 0; it must be at least 1"),
         ({"response_length": 4000}, "does not fit the model's context"),
     ],

@@ -152,8 +152,11 @@ def test_stamp_follows_the_sources_and_the_packages(tmp_path, monkeypatch):
         (["dpo", "--lerning_rate", "1"], "there is no option `--lerning_rate`; did you mean `--learning_rate`?"),
         (["ppo", "--kl-coeff=1"], "there is no option `--kl-coeff`; today it is `--kl_coef`."),
         (["reward", "--xyzzyx"], "there is no option `--xyzzyx`. `--help_all` lists every option."),
-        (["dpo", "--beta", "-1"], "`beta` is -1.0"),
-        (["ppo", "--config", "ppo/dmeo"], "There is no file ppo/dmeo, here or among the installed ones, such as ppo"),
+        (["dpo", "--beta", "-1"], "`--beta` is -1.0"),
+        (
+            ["ppo", "--config", "ppo/dmeo"],
+            "installed ones. Did you mean `--config ppo/demo`?",
+        ),
         (["plan", "--gpuss", "4"], "there is no option `--gpuss`; did you mean `--gpus`?"),
         (["plan", "--model", "nosuch"], "'nosuch' is no folder or hub name"),
         (["report", "out", "--wach", "3"], "there is no option `--wach`; did you mean `--watch`?"),

@@ -51,7 +51,7 @@ def test_command_launches_once(monkeypatch):
     assert not launches(asked())
     assert launches(asked("--nproc", "2"))
     assert launches(asked("--accelerate_config", "zero3"))
-    with pytest.raises(ValueError, match="need `--accelerate_config`"):
+    with pytest.raises(ValueError, match="`--machine_rank` is for several machines or processes"):
         launches(asked("--machine_rank", "0"))
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert not launches(asked("--nproc", "2"))

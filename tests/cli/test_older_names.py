@@ -37,7 +37,7 @@ def test_every_name_of_today_is_an_option_and_no_older_one_is_everywhere(known):
     ("line", "said"),
     [
         ("dpo --max_prompt_length 5", "`--max_prompt_length`; today it is `--max_length` (it holds for prompt and"),
-        ("ppo --max_prompt_length 5", "`--max_prompt_length`; prompts are not cut; leave long ones out of the data."),
+        ("ppo --max_prompt_length 5", "`--max_prompt_length`; leave it out: prompts are never cut"),
         ("dpo --torch_dtype auto", "`--torch_dtype`; today it is `--dtype`."),
         ("ppo --torch-dtype auto", "`--torch-dtype`; today it is `--dtype`."),
         ("reward --lora_rank 8", "`--lora_rank`; today it is `--lora_r`."),

@@ -60,7 +60,7 @@ def test_unknown_options_are_errors(recipe, demo):
         toy_run(["--config", recipe("learning_rat: 1\n")], demo)
     with pytest.raises(ValueError, match="no option `--learning_rat`; did you mean `--learning_rate`"):
         toy_run(["--learning_rat", "1"], demo)  # argparse would complete the abbreviation
-    with pytest.raises(ValueError, match="holds a list; it must hold"):
+    with pytest.raises(ValueError, match="holds a list, whose first item is `- size`; it must hold"):
         toy_run(["--config", recipe("- size\n")], demo)
 
 

@@ -27,7 +27,7 @@ def test_folder_of_another_run_is_refused_with_the_ways_out(name, left, paths, t
     words = [name, *run_of("ppo" if name == "critic" else name, paths, output_dir=output)]
     for more in ([], ["--dry_run"]):
         said = error_of([*words, *more], capsys)
-        assert f"{output} holds a run already. Give another folder, such as `--output_dir {output}-3`" in said
+        assert f"'{output}' holds a run already. Give another folder, such as `--output_dir {output}-3`" in said
         assert "`--overwrite`" in said
         assert ("`--resume_from_checkpoint True`" in said) == left.startswith("checkpoint")
     assert [path.name for path in output.iterdir()] == [left.split("/")[0]]
@@ -66,7 +66,7 @@ def test_checkpoint_of_another_run_does_not_give_this_folder_away(paths, tmp_pat
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "trainer_state.json").write_text("{}")
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path / "two"), "--resume_from_checkpoint"]
-    assert "two holds a run already" in error_of([*words, str(tmp_path / "one/checkpoint-2")], capsys)
+    assert "two' holds a run already" in error_of([*words, str(tmp_path / "one/checkpoint-2")], capsys)
     assert "holds a run already" not in error_of([*words, str(tmp_path / "two/checkpoint-2")], capsys)
 
 

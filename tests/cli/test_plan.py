@@ -30,7 +30,10 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model_name_or_path: smollm2-135m-instruct\n")
     said = ended_with("--from_config", recipe)
-    assert said == f"error: {recipe} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
+    assert said == (
+        f"error: The recipe '{recipe}' is in no folder of the name ppo, dpo or reward: say whose it is, such as "
+        "`--trainer ppo`."
+    )
     plan.main(["--from_config", str(recipe), "--trainer", "dpo"])
     assert "GiB" in capsys.readouterr().out
 
@@ -40,7 +43,7 @@ def test_recipe_in_another_folder_needs_the_trainer(tmp_path, capsys):
     [
         ("--episodes -5", "`--episodes` is -5; it must be above 0"),
         ("--episodes nan", "`--episodes` is nan; it must be above 0"),
-        ("--optimizer adamw_8bits", "`optimizer` is 'adamw_8bits', .* Did you mean adamw_8bit or "),
+        ("--optimizer adamw_8bits", "`--optimizer` is 'adamw_8bits', .* Did you mean adamw_8bit or "),
     ],
 )
 def test_value_that_can_only_be_a_mistake_is_refused(flags, said):

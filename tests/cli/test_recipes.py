@@ -48,7 +48,7 @@ def test_own_file_goes_before_an_installed_one(tmp_path, monkeypatch):
     Path("dpo").mkdir()
     Path("dpo/demo.yaml").write_text("beta: 1\n")
     assert find_config("dpo/demo.yaml") == Path("dpo/demo.yaml")
-    with pytest.raises(ValueError, match=r"There is no file /nowhere/dpo/demo\.yaml"):
+    with pytest.raises(ValueError, match=r"There is no file '/nowhere/dpo/demo\.yaml'"):
         find_config("/nowhere/dpo/demo.yaml")
 
 

@@ -120,13 +120,13 @@ def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
     [
         (
             "my_own_rewards.long",
-            "`--reward_funcs my_own_rewards.long` leads to no function: my_own_rewards has no 'long'",
+            "`--reward_funcs my_own_rewards.long` leads to no function: 'my_own_rewards' has no 'long'",
         ),
         (
             "nowhere.short",
             "`--reward_funcs nowhere.short` leads to no function: ModuleNotFoundError: No module named 'nowhere'",
         ),
-        ("short", "`--reward_funcs short` leads to no function: .*`trl.rewards`, such as `accuracy_reward`"),
+        ("short", "`--reward_funcs short` leads to no function: .*`trl.rewards`, `--reward_funcs accuracy_reward`"),
         ("my_own_rewards.limit", "`--reward_funcs my_own_rewards.limit` is no function, but of type int"),
         ("my_own_rewards.Kind", "`--reward_funcs my_own_rewards.Kind` is no function, but of type type"),
         (
@@ -134,10 +134,16 @@ def test_dry_run_plans_without_a_reward_model(folder, paths, capsys):
             "`--reward_funcs broken.short` leads to no function: importing broken fails with SyntaxError",
         ),
         ("broken.py:short", "leads to no function: importing broken.py fails with SyntaxError: "),
-        ("none.py:short", "leads to no function: there is no file none.py. Give `file.py:function`"),
+        (
+            "none.py:short",
+            "leads to no function: .* no file 'none.py'. Write `--reward_funcs my_rewards.py:right`",
+        ),
         ("..short", "`--reward_funcs ..short` leads to no function: TypeError"),
         ("accuracy_reward", "`--reward_funcs accuracy_reward` needs math_verify: `pip install math-verify`"),
-        ("get_soft_overlong_punishment", r"is none. Call it in a file of your own, `mine = get_soft_overlong_pun"),
+        (
+            "get_soft_overlong_punishment",
+            "Call it in a file of your own: `echo .*mine = get_soft_overlong_pun",
+        ),
     ],
 )
 def test_name_that_leads_to_no_function_is_refused(folder, name, words):
@@ -199,7 +205,7 @@ def test_trial_waits_no_longer_than_the_run_would(folder):
         ("--reward_funcs my_own_rewards.mean", "'mean' returned 1 rewards"),
         ("--reward_funcs my_own_rewards.mean --dry_run", "'mean' returned 1 rewards"),
         ("--reward_funcs nowhere.short --dataset_name missing.jsonl", "`--reward_funcs nowhere.short` leads to no"),
-        ("", "There is no reward at all: give `--reward_model_path`, the output folder of `trl-ext reward`"),
+        ("", "There is no reward at all: give `--reward_model_path FOLDER`, the output folder of `trl-ext reward`"),
     ],
 )
 def test_command_refuses_it_before_a_model_is_loaded(folder, paths, capsys, monkeypatch, more, words):
@@ -211,6 +217,6 @@ def test_weights_are_counted_before_a_model_is_loaded(folder, paths, capsys):
     more = ["--reward_funcs", "my_own_rewards.short", "--reward_weights", "1", "2", "3"]
     said = error_of(["ppo", *run_of("ppo", paths, output_dir="out"), *more], capsys)
     assert (
-        "`reward_weights` has 3 numbers for 2 rewards. Give one for each, in this order: the reward model, short."
-        in said
+        "`--reward_weights` has 3 numbers for 2 rewards. Give one for each, such as `--reward_weights 1.0 1.0`, in "
+        "this order: the reward model, short." in said
     )

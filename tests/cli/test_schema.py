@@ -119,7 +119,7 @@ def test_list_names_every_recipe_with_its_hardware(capsys):
     assert found["ppo/8b_qlora_24gb"]["memory"] == "10.0 of 24 GiB"
     main(["dpo"])
     assert "ppo/" not in capsys.readouterr().out.replace("trl_ext", "")
-    assert "'sft' has no recipes; ppo, critic, dpo, reward have." in error_of(["recipes", "sft"], capsys)
+    assert "There are no recipes of 'sft': write `trl-ext recipes`" in error_of(["recipes", "sft"], capsys)
 
 
 # --- the shell

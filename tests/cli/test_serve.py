@@ -101,4 +101,4 @@ def test_what_cannot_be_served_is_one_sentence(paths, recipe, capsys, behind, sa
 
 
 def test_recipe_that_is_not_there_is_named(capsys):
-    assert "There is no file ppo/dmeo" in error_of(["serve", "ppo/dmeo", "--dry_run"], capsys)
+    assert "There is no file 'ppo/dmeo'" in error_of(["serve", "ppo/dmeo", "--dry_run"], capsys)

@@ -21,7 +21,10 @@ def test_loss_types_divergences_and_truncations_are_trls():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loss_type": "sigmoyd"}, r"`loss_type` has unknown values \['sigmoyd'\]\. Choose from sigmoid, "),
+        (
+            {"loss_type": "sigmoyd"},
+            r"`loss_type` has unknown values \['sigmoyd'\]\. Did you mean `loss_type='sigmoid'`",
+        ),
         ({"loss_type": ["sigmoid", "rpo"]}, r"`loss_type` has unknown values \['rpo'\]"),
         ({"f_divergence_type": "kl"}, "`f_divergence_type` is 'kl'; it must be one of"),
         ({"truncation_mode": "middle"}, "`truncation_mode` is 'middle'; it must be one of"),

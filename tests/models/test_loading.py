@@ -210,7 +210,7 @@ def test_misspelt_folder_is_named_before_the_hub_is_asked(tmp_path, monkeypatch,
     for module, asks in ((saved_adapter, "find_adapter_config_file"), (loading.PretrainedConfig, "get_config_dict")):
         monkeypatch.setattr(module, asks, None)
     assert saved_adapter.adapter_folder(name) is None
-    with pytest.raises(ValueError, match=r"There is no folder .*my-sfft \(--model\)\. Did you mean my-sft"):
+    with pytest.raises(ValueError, match=r"no folder .*my-sfft' \(`--model`\)\. Did you mean `--model my-sft`"):
         loading.require_model(name, "--model")
 
 

@@ -218,7 +218,7 @@ REFUSED = {
     "no base": (lambda paths, to: (copied(paths, to, base_model_name_or_path=None), {}), "does not say what it was"),
     "a base that is gone": (
         lambda paths, to: (copied(paths, to, base_model_name_or_path="/gone/far/away"), {}),
-        r"There is no folder /gone/far/away \(the base of the adapter .*write where the base is into",
+        r"There is no folder '/gone/far/away' \(the base of the adapter .*write where the base is into",
     ),
     "an adapter as its base": (
         lambda paths, to: (copied(paths, to, base_model_name_or_path=paths["start"]), {}),

@@ -413,7 +413,7 @@ def test_parts_that_do_not_go_together_are_errors(options, message):
 def test_hardware_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="must be above 0"):
         Hardware(gpus=0)
-    with pytest.raises(ValueError, match=r"does not know the GPU 'rtx4091'\. Did you mean rtx4090-24gb"):
+    with pytest.raises(ValueError, match=r"does not know the GPU 'rtx4091'\. Did you mean `--gpu rtx4090-24gb`"):
         planner.hardware("rtx4091")
     with pytest.raises(ValueError, match=r"'8xH100' is several GPUs: name one, 'h100', .* `--gpus 8`"):
         planner.hardware("8xH100")

@@ -290,9 +290,9 @@ def test_adapter_on_modules_that_there_are_not_is_refused_in_one_sentence():
 )
 def test_config_that_cannot_be_read_is_refused_in_one_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    known = {"meta-llama/llama3.1-80b": "The nearest are llama-3.1-70b, ", "xyzzy": "There are 8b, "}
-    known |= {"google/gemma-2-9b-it": "The nearest are gemma-3-12b, ", "9b": "The nearest are qwen3-8b, llama-3.1-8b"}
-    known |= {"llama-8": "The nearest are llama-3.1-8b"}
+    known = {"meta-llama/llama3.1-80b": "Did you mean `--model llama-3.1-70b`", "xyzzy": "For example: `--model 8b`"}
+    known |= {"google/gemma-2-9b-it": "mean `--model gemma-3-12b`", "9b": "mean `--model qwen3-8b`.*llama-3.1-8b"}
+    known |= {"llama-8": "Did you mean `--model llama-3.1-8b`"}
     for name, hint in ({str(tmp_path): r"that can be read\.$"} | known).items():
         with pytest.raises(ValueError, match=rf"is no folder or hub name with a config .*{hint}"):
             model_shape(name)

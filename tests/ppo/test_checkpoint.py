@@ -350,7 +350,7 @@ def test_patience_of_early_stopping_is_restored_by_the_trainers_option(tmp_path)
 
 def test_folder_without_checkpoints(tmp_path):
     trainer = trainer_of(tmp_path)
-    with pytest.raises(ValueError, match=f"There is no checkpoint to resume from in {tmp_path}"):
+    with pytest.raises(ValueError, match=f"There is no checkpoint to resume from in '{tmp_path}'"):
         trainer.train(resume_from_checkpoint=True)
 
 

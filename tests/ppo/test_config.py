@@ -229,7 +229,7 @@ def test_batch_arithmetic(monkeypatch, per_device, accumulation, world, mini_bat
 
 
 def test_mini_batches_that_do_not_divide_the_rollout_are_an_error():
-    with pytest.raises(ValueError, match=r"8 responses per rank .*num_mini_batches=3 does not divide"):
+    with pytest.raises(ValueError, match=r"8 responses per rank .*`num_mini_batches=3` does not divide"):
         config(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=3)
 
 

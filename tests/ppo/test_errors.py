@@ -75,7 +75,7 @@ BEFORE_LOADING = {
     "ids of padding": ({"train_dataset": prompts(input_ids=[[7], [0, 0], [7], [7]])}, "Row 1 of `train_dataset`"),
     "long prompt": (
         {"train_dataset": prompts(prompt=["cat", "cat", "cat", LONG])},
-        "prompt of `train_dataset`, in row 3, has 123 tokens; .*_length=6 it needs 129 and does not fit .* 128",
+        "prompt of `train_dataset`, in row 3, has 123 tokens; .*_length=6` it needs 129 and does not fit .* 128",
     ),
     "prompt beyond a budget of tokens": (
         {"train_dataset": prompts(prompt=["cat", "cat cat", "cat cat cat", "cat"]), "micro_batch_tokens": 7},
@@ -109,7 +109,10 @@ BEFORE_LOADING = {
         {"train_dataset": prompts(text=["cat"] * 4).to_iterable_dataset()},
         r"`train_dataset` has no column 'prompt'; its columns are 'text'",
     ),
-    "few prompts": ({"train_dataset": tiny.tiny_prompts(3)}, "has 3 prompts and a rollout takes 4"),
+    "few prompts": (
+        {"train_dataset": tiny.tiny_prompts(3)},
+        "has 3 prompts, and a rollout takes 4: .* set `per_device_train_batch_size=1`",
+    ),
     "collator": (
         {"data_collator": DataCollatorWithPadding(tiny.tiny_tokenizer())},
         "`data_collator` collates tokenised prompts, and `train_dataset` has no column `input_ids`",

@@ -328,7 +328,7 @@ def test_silence_is_measured_by_what_is_usual(tmp_path):
 @pytest.mark.parametrize("name", ["x.png", "report", "report.htm"])
 def test_page_has_the_suffix_of_a_page(tmp_path, name):
     folder = run_folder(tmp_path / "run", PPO_LOG)
-    with pytest.raises(ValueError, match=rf"{name} is no name of a page; give one that ends in \.html"):
+    with pytest.raises(ValueError, match=rf"{name}' is no name of a page, which ends in \.html"):
         write_report([folder], tmp_path / name)
     assert not (tmp_path / name).exists()
 
@@ -490,7 +490,7 @@ def test_script_says_what_is_wrong(tmp_path, capsys):
     run_folder(tmp_path / "run", PPO_LOG)
     for words, said in (
         ([tmp_path / "half"], r"error: No log can be read: .*half/trainer_state\.json"),
-        ([tmp_path / "run", "--output", tmp_path / "x.png"], r"error: .*x\.png is no name of a page"),
+        ([tmp_path / "run", "--output", tmp_path / "x.png"], r"error: .*x\.png' is no name of a page"),
         ([tmp_path], "error: .* holds no log of a run"),
     ):
         with pytest.raises(SystemExit, match=said):

@@ -154,7 +154,7 @@ def test_each_broken_file_is_named_and_the_checkpoint_passed_over(run, tmp_path,
             assert checkpoint_of(True, copy).name == "checkpoint-2"
             continue
         assert checkpoint_of(True, copy).name == "checkpoint-1"
-        with pytest.raises(ValueError, match=rf"checkpoint-2, and it.* {file}.*\. Give another folder") as refused:
+        with pytest.raises(ValueError, match=rf"checkpoint-2', and it.* {file}.*\. Give another folder") as refused:
             checkpoint_of(str(copy / "checkpoint-2"), copy)
         assert "\n" not in str(refused.value)
         shutil.rmtree(copy)
@@ -183,7 +183,7 @@ def test_checkpoint_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch, c
     with as_another_user():
         assert checkpoint_of(True, "run").name == "checkpoint-1"
         name = "trainer_state.json" if what == "." else what
-        with pytest.raises(ValueError, match=rf"checkpoint-2, and its {name} cannot be read \(PermissionError\)"):
+        with pytest.raises(ValueError, match=rf"checkpoint-2', and its {name} cannot be read \(PermissionError\)"):
             checkpoint_of("run/checkpoint-2", "run")
     (Path("run/checkpoint-2") / what).chmod(0o755)
 

@@ -39,7 +39,7 @@ CONFIGS = {"dpo": dpo_config, "ppo": ppo_config, "reward": lambda folder, **opti
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0; it must be above 0"),
         ({"max_steps": -5}, "`max_steps` is -5; it must be an integer of at least 1, or -1"),
         ({"max_steps": 0}, "`max_steps` is 0; it must"),
-        ({"save_total_limit": 0}, "`save_total_limit` is 0; it must be an integer of at least 1, or unset"),
+        ({"save_total_limit": 0}, "`save_total_limit` is 0; it must be an integer of at least 1, such as 2, or unset"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0; it must be 0 or above; 0 does not clip"),
         ({"seed": 2**32}, "`seed` is 4294967296; it must"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1; .* DPO has `label_smoothing`"),
@@ -163,14 +163,14 @@ def trainer_of(kind, model, output):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("bare", r"bare \(model\) has no tokenizer\. Save it there"),
-        ("empty", r"empty \(model\) holds no model: there is no config\.json"),
-        ("gguf", r"gguf \(model\) holds its weights as GGUF\. Convert them once: .*gguf_file='m\.gguf'"),
-        ("gguf/m.gguf", r"m\.gguf \(model\) holds its weights as GGUF"),
-        ("broken", r"The config of .*broken \(model\) cannot be read: "),
-        ("broken/config.json", r"config\.json \(model\) is a file\. Give the folder"),
-        ("adapter", r"The adapter in .*adapter does not say what it was trained on\. Write"),
-        ("nowhere", r"There is no folder .*nowhere \(model\)"),
+        ("bare", r"bare' \(`model`\) has no tokenizer\. Save that of BASE"),
+        ("empty", r"empty' \(`model`\) holds no model: there is no config\.json"),
+        ("gguf", r"gguf' \(`model`\) holds its weights as GGUF\. Convert them once: .*gguf_file='m\.gguf'"),
+        ("gguf/m.gguf", r"m\.gguf' \(`model`\) holds its weights as GGUF"),
+        ("broken", r"The config of .*broken' \(`model`\) cannot be read: "),
+        ("broken/config.json", r"config\.json' \(`model`\) is a file\. Give the folder"),
+        ("adapter", r"The adapter in .*adapter' does not say what it was trained on\. Write"),
+        ("nowhere", r"There is no folder .*nowhere' \(`model`\)"),
     ],
 )
 def test_folder_that_is_no_model_is_refused_with_the_cure(kind, name, said, folders):
@@ -184,7 +184,7 @@ def test_folder_that_is_no_model_is_refused_with_the_cure(kind, name, said, fold
 def test_output_folder_that_cannot_be_written_is_refused(kind, folders):
     (folders / "file").write_text("")
     for output in (folders / "file", folders / "file" / "out"):
-        with pytest.raises(ValueError, match=r"`output_dir` is .*, and (that|.*file) is a file\. Give a folder"):
+        with pytest.raises(ValueError, match=r"`output_dir` is .*, and (that|.*file') is a file\. Give a folder"):
             trainer_of(kind, tiny.save_tiny(folders / "whole")["actor"], output)
 
 

@@ -6,6 +6,7 @@ The command line: `trl-ext COMMAND`, and `scripts/COMMAND.py`, which is the same
     parser            the options of commands that train or score, by topic
     flags             the flags of the other commands; hints at what a misspelt one was to be
     errors            one sentence instead of a traceback
+    wording           says it as it is typed: `beta` is `--beta`, a dataset is its file
     shipped           the help texts that come with the package
     kept_help         prints a help text, and the cache of the others
     topics            groups options for `--help`

@@ -44,7 +44,7 @@ def running(command: str, given: Options, args: Any) -> Iterator[None]:
     """
     begun = time.time()
     try:
-        with usage_errors():
+        with usage_errors(given.wording):
             yield
     except StoppedBySignal as stop:
         if args.process_index == 0:

@@ -20,6 +20,9 @@ from ..runs.folder import DATA_FILES
 from .errors import PACKAGE, package_of
 
 
+SHOWN = 4  # files that an error names
+
+
 @dataclass
 class DataArguments(DatasetMixtureConfig):
     """Which rows to train on and which to hold out. TRL's mixture, `datasets`, goes before `dataset_name`."""
@@ -107,7 +110,7 @@ def load_splits(
     splits = _load(args)
     if args.dataset_train_split not in splits:
         raise _no_split("train", splits, args)
-    _require_rows(splits[args.dataset_train_split], f"split {args.dataset_train_split!r} of {args.source}")
+    _require_rows(splits[args.dataset_train_split], args.dataset_train_split, args)
     train = _converted(splits[args.dataset_train_split], args, convert)
     if args.dataset_test_split not in (*splits, "test"):
         raise _no_split("test", splits, args, ", or leave it out")
@@ -121,7 +124,7 @@ def load_splits(
 def require_steps(rows: Any, max_steps: int) -> None:
     """Raise `ValueError` for a stream without `max_steps`: nothing says how many steps an epoch has."""
     if isinstance(rows, IterableDataset) and max_steps <= 0:
-        raise ValueError("A stream has no length: give `--max_steps`.")
+        raise ValueError("A stream has no length: give the number of steps, such as `--max_steps 1000`.")
 
 
 def load_rows(args: DataArguments) -> Dataset:
@@ -131,7 +134,7 @@ def load_rows(args: DataArguments) -> Dataset:
         raise _no_split("test", splits, args, ", or leave it out")
     for name in (args.dataset_test_split, args.dataset_train_split):
         if name in splits:
-            _require_rows(splits[name], f"split {name!r} of {args.source}")
+            _require_rows(splits[name], name, args)
             return _first(_converted(splits[name], args, to_preference), args.test_size)
     raise _no_split("test", splits, args)
 
@@ -158,9 +161,11 @@ def note_on_data(args: DataArguments, rows: Any, tokenizer: Any) -> str | None:
 
 def _no_split(kind: str, splits: Any, args: DataArguments, way_out: str = "") -> ValueError:
     option = f"dataset_{kind}_split"
-    given = getattr(args, option)
+    given, names = getattr(args, option), [*map(str, splits)]
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0)[0]
     return ValueError(
-        f"{args.source} has no split {given!r} but {list(splits)}; choose one with `--{option}`{way_out}."
+        f"{args.source!r} has no split {given!r}, but {', '.join(map(repr, names))}: write `--{option} {near}`"
+        f"{way_out}."
     )
 
 
@@ -171,21 +176,47 @@ def _load(args: DataArguments) -> DatasetDict:
         if package_of(error) == PACKAGE:
             raise
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a heading alone
-            raise ValueError(f"{args.source} holds no rows.") from error
+            raise ValueError(f"{args.source!r} holds no rows. {_row_for(args)}") from error
         _refuse_broken_file(Path(str(args.dataset_name)))
-        raise ValueError(f"{args.source} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"{args.source!r} cannot be read: {_reason(error, args)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, args: DataArguments) -> str:
     """Return what went wrong at the bottom, in one line: `datasets` says no more than that something did."""
+    name = str(args.dataset_name)
     if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
-        return f"it is a folder without a file of {', '.join(DATA_FILES)}, and not one that `save_to_disk` wrote."
+        return (
+            f"it is a folder without a file of {', '.join(DATA_FILES)}, and not one that `save_to_disk` wrote. Give "
+            f"a file{_such_as(name)}."
+        )
     if type(error).__name__ in ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled"):
         asked = "which was not reached" if "not" not in type(error).__name__.lower() else "which has none of that name"
-        return f"it is no file or folder here, and did not come from the hub, {asked}. Correct the name."
+        return (
+            f"it is no file or folder here, and did not come from the hub, {asked}. Where there is a "
+            f"network: `hf download --repo-type dataset {shlex.quote(name)}`. Or give a file{_such_as(name)}."
+        )
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _such_as(name: str) -> str:
+    """Return, in a sentence, the files of data in this folder, that with the most similar name first."""
+    files = sorted(
+        str(each) for each in Path().glob("*.*") if each.suffix.lower() in DATA_FILES and each.stat().st_size
+    )
+    near = difflib.get_close_matches(name, files, n=1)
+    if near or len(files) == 1:
+        return f", such as `--dataset_name {shlex.quote((near or files)[0])}`"
+    more = ", …" if len(files) > SHOWN else ""
+    listed = f"; of the files here: {', '.join(map(repr, files[:SHOWN]))}{more}" if files else ""
+    return f", `--dataset_name FILE`{listed}"
+
+
+def _row_for(args: DataArguments) -> str:
+    """Return how the rows of a command look."""
+    answers = ', "chosen": "…", "rejected": "…"' if hasattr(args, "min_gap") or hasattr(args, "beta") else ""
+    return f'Write one row in each line, as JSON: `{{"prompt": "…"{answers}}}`.'
 
 
 def _read(args: DataArguments) -> DatasetDict:
@@ -202,30 +233,45 @@ def _read(args: DataArguments) -> DatasetDict:
             "configurations. Leave `--dataset_config` out."
         )
     if path.is_file() or path.suffix.lower() in DATA_FILES:
-        _check_file(path)
+        _check_file(path, args)
         rows = load_dataset(DATA_FILES[path.suffix.lower()], data_files=str(path), streaming=streaming)
         _require_commas(path, rows)
         return rows
     if any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{name} is the folder of a model. Give a file with rows, or the folder of a dataset.")
+        raise ValueError(
+            f"{name!r} is the folder of a model: as such it is `--model {shlex.quote(name)}`. Give the folder of a "
+            f"dataset, or a file with rows{_such_as(name)}."
+        )
     if is_saved:
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     return load_dataset(name, args.dataset_config, streaming=streaming)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, args: DataArguments) -> None:
     """Raise `ValueError` for a file that does not exist, of a kind that is not read, or empty."""
     if not path.is_file():
         names = [str(other) for other in path.parent.glob("*.*") if other.suffix.lower() in DATA_FILES]
         near = difflib.get_close_matches(str(path), names, n=1, cutoff=0)
-        meant = f" The nearest is {near[0]}." if near else ""
-        raise ValueError(f"There is no file {path}.{meant}")
-    if path.suffix.lower() not in DATA_FILES:
-        raise ValueError(f"{path} has an unknown extension. Known ones are {', '.join(DATA_FILES)}.")
+        meant = f"Did you mean `--dataset_name {shlex.quote(near[0])}`?" if near else "Give the path of a file."
+        raise ValueError(f"There is no file {str(path)!r}. {meant}")
     with path.open("rb") as file:
-        if not file.read(4096).strip():
-            raise ValueError(f"The file {path} is empty.")
+        begin = file.read(4096)
+    if not begin.strip():
+        raise ValueError(f"The file {str(path)!r} is empty. {_row_for(args)}")
+    if path.suffix.lower() in DATA_FILES:
+        return
+    known, better = f"{str(path)!r} is no file of {', '.join(DATA_FILES)}.", str(path.with_suffix(".csv"))
+    kinds = {"excel": path.suffix.lower() in (".xlsx", ".xls"), "csv": b"\t" in begin.split(b"\n")[0]}
+    kind = next((kind for kind, holds in kinds.items() if holds), None)
+    if kind is None:
+        raise ValueError(f"{known} {_row_for(args)}")
+    sign = ", sep='\\t'" if kind == "csv" else ""
+    code = f"import pandas; pandas.read_{kind}({str(path)!r}{sign}).to_csv({better!r}, index=False)"
+    raise ValueError(
+        f'{known} Write it as CSV, with the names of the columns in the first line: `python -c "{code}"`, and give '
+        f"`--dataset_name {shlex.quote(better)}`."
+    )
 
 
 def _refuse_broken_file(path: Path) -> None:
@@ -238,8 +284,9 @@ def _refuse_broken_file(path: Path) -> None:
         line = error.object[: error.start].count(b"\n") + 1
         better = path.with_stem(f"{path.stem}-utf8")
         raise ValueError(
-            f"{path} is not in UTF-8: line {line} has the byte {error.object[error.start]:#x}. A file from Excel may "
-            f"be in cp1252: `iconv -f cp1252 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(better))}`."
+            f"{str(path)!r} is not in UTF-8: line {line} has the byte {error.object[error.start]:#x}. A file from "
+            f"Excel may be in cp1252: `iconv -f cp1252 -t utf-8 {shlex.quote(str(path))} > "
+            f"{shlex.quote(str(better))}`, and give `--dataset_name {shlex.quote(str(better))}`."
         ) from error
     if path.suffix.lower() == ".csv":
         return
@@ -251,8 +298,8 @@ def _refuse_broken_file(path: Path) -> None:
             at: int = error.lineno if is_whole else number
             shown = text.split("\n")[at - 1].strip()
             raise ValueError(
-                f"{path} is no JSON in line {at}, `{shown:.60}`: {error.msg}. Each line must be one whole object, "
-                '`{"prompt": "…"}`, or the file one list of them.'
+                f"{str(path)!r} is no JSON in line {at}, `{shown:.60}`: {error.msg}. Each line must be one whole "
+                'object, `{"prompt": "…"}`, or the file one list of them.'
             ) from error
 
 
@@ -264,30 +311,34 @@ def _require_commas(path: Path, rows: Any) -> None:
         better = path.with_stem(f"{path.stem}-commas")
         code = f"import pandas; pandas.read_csv({str(path)!r}, sep={sign!r}).to_csv({str(better)!r}, index=False)"
         raise ValueError(
-            f"{path} has one column, {names[0]!r}: what separates its columns is {sign!r} and no comma. Write it with "
-            f'commas, `python -c "{code}"`, and give `--dataset_name {better}`.'
+            f"{str(path)!r} has one column, {names[0]!r}: what separates its columns is {sign!r} and no comma. Write "
+            f'it with commas, `python -c "{code}"`, and give `--dataset_name {shlex.quote(str(better))}`.'
         )
 
 
-def _require_rows(rows: Any, name: str) -> None:
+def _require_rows(rows: Any, name: str, args: DataArguments) -> None:
     try:
         first = next(iter(rows), None)
     except Exception as error:  # a stream is read here for the first time
-        raise ValueError(f"The {name} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"The split {name!r} of {args.source!r} cannot be read: {_reason(error, args)}") from error
     if first is None:
-        raise ValueError(f"The {name} holds no rows.")
+        raise ValueError(f"The split {name!r} of {args.source!r} holds no rows. {_row_for(args)}")
 
 
 def _hold_out(rows: Any, args: DataArguments) -> tuple[Any, Any]:
     """Divide a dataset with one split into rows to train on and rows to evaluate on."""
     if not isinstance(rows, IterableDataset):
         if len(rows) < 2:
-            raise ValueError("There is only one row. At least two are needed: one to train on and one to hold out.")
+            raise ValueError(
+                f"{args.source!r} has only one row. At least two are needed, one to train on and one to hold out: add "
+                "rows to it."
+            )
         return _split(rows, 0.1 if args.test_split_size is None else args.test_split_size)
     if args.test_size is None:
         raise ValueError(
             f"A stream has no length to hold out a share of, and no split {args.dataset_test_split!r} was found: give "
-            "`--test_size`, the number of rows to hold out, or `--dataset_test_split`."
+            "`--test_size 100`, say, the number of rows to hold out, or the name of a split as "
+            "`--dataset_test_split`."
         )
     return rows.skip(args.test_size), rows.take(args.test_size)
 

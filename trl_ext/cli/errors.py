@@ -1,7 +1,7 @@
 """End a command with one sentence instead of a traceback, where this package raised the error or knows the cure."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,16 +25,16 @@ KNOWN = {
     "No module named 'mpi4py'": "`deepspeed` needs processes that a launcher has started: add `--nproc`, the number "
     "of GPUs, also for one.",
     "only works in distributed training": "`fsdp` needs several processes: add `--nproc`, the number of GPUs.",
-    "`args.metric_for_best_model` must be provided": "`save_strategy=best` needs `--metric_for_best_model`, such as "
-    "eval_loss.",
+    "`args.metric_for_best_model` must be provided": "`save_strategy=best` needs a metric: add "
+    "`--metric_for_best_model eval_loss`, for PPO `--metric_for_best_model eval_reward/score`.",
 }
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
+def usage_errors(wording: Callable[[str], str] = str) -> Iterator[None]:
     """
     Within the context, an error that this package raises ends the command with its text, without a traceback, and so
-    does one of another package whose cure is `KNOWN`.
+    does one of another package whose cure is `KNOWN`; `wording` says it as the command's user does, who types options.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def usage_errors() -> Iterator[None]:
             cure = str(error)
         if cure is None or is_debugging():
             raise
-        raise SystemExit(f"error: {cure}") from error
+        raise SystemExit(f"error: {wording(cure)}") from error
 
 
 def known_cure(error: BaseException) -> str | None:

@@ -4,10 +4,14 @@ import argparse
 import contextlib
 import difflib
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ..runs.folder import DATA_FILES
 from .older_names import what_it_is_today
+from .recipes import is_recipe
 
 
 WIDTH = 119  # columns of a help text
@@ -26,11 +30,14 @@ def end_in_one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         )
     named = re.match(r"argument ([\w-]+)", message)
     action = parser._option_string_actions.get(named[1]) if named else None
-    message = re.sub(r"^argument ([\w-]+)(/[\w/-]+)?: ", r"`\1`: ", message)
-    message = message.replace("expected one argument", f"it needs a value{_example(action)}.")
-    message = message.replace("expected at least one argument", "it needs one value or more.")
-    message = re.sub(r"Truthy value expected: got (.*?) but .*", r"'\1' is neither True nor False.", message)
-    print(f"error: {re.sub(r'invalid (int|float) value: (.*)', _no_number, message)}", file=sys.stderr)
+    message = re.sub(r"^argument (-[\w-]+)(/[\w/-]+)?: ", r"`\1`: ", message)
+    message = re.sub(r"^argument (\w+): ", "", message)  # one by its place
+    message = message.replace("expected one argument", f"it needs a value.{_example(action)}")
+    message = message.replace("expected at least one argument", f"it needs one value or more.{_example(action)}")
+    either = f"Write `{named[1]} True` or `{named[1]} False`." if named else ""
+    message = re.sub(r"Truthy value expected: got (.*?) but .*", rf"'\1' is neither True nor False. {either}", message)
+    message = re.sub(r"invalid (int|float) value: (.*)", lambda match: f"{_no_number(match, action)}", message)
+    print(f"error: {message.strip()}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -45,31 +52,40 @@ def _shown(action: argparse.Action) -> str:
 
 
 def _example(action: argparse.Action | None) -> str:
-    if action is None or action.type not in (int, float):
+    """Return what can be typed: a choice, or the default."""
+    if action is None:
         return ""
-    kind = "a whole number" if action.type is int else "a number"
-    return f", {kind}" if action.default is None else f", {kind} such as {action.default}"
+    value = action.default if action.default is not None or not action.choices else next(iter(action.choices))
+    if value in (None, argparse.SUPPRESS, []) or isinstance(value, bool):
+        kinds: dict[Any, str] = {int: " It is a whole number.", float: " It is a number."}
+        return kinds.get(action.type, "")
+    words = shlex.join(map(str, value if isinstance(value, list) else [value]))
+    return f" For example: `{action.option_strings[0]} {words}`."
 
 
-def require_choice(action: argparse.Action, value: Any) -> None:
+def require_choice(prog: str, action: argparse.Action, value: Any) -> None:
     """Raise argparse's error for a value that is none of the choices, with the nearest; many are not listed."""
     if action.choices is None or value in action.choices:
         return
     choices = [str(choice) for choice in action.choices]
     near = difflib.get_close_matches(str(value), choices, n=1)
     listed = ", ".join(choices) if len(choices) <= MOST_CHOICES else f"{len(choices)}, which `--help_all` lists"
-    meant = f" Did you mean {near[0]}?" if near else ""
-    raise argparse.ArgumentError(action, f"invalid choice: {value!r}.{meant} It may be one of {listed}.")
+    before = action.option_strings[0] if action.option_strings else prog
+    usual = action.default if action.default in action.choices else choices[0]
+    meant = f" Did you mean `{before} {near[0]}`?" if near else f" For example: `{before} {usual}`."
+    raise argparse.ArgumentError(action, f"{value!r} is no choice.{meant} It may be one of {listed}.")
 
 
-def _no_number(match: re.Match) -> str:
+def _no_number(match: re.Match, action: argparse.Action | None) -> str:
+    given, flag = match[2].strip("'"), action.option_strings[0] if action and action.option_strings else ""
     text = f"{match[2]} is no {'whole ' if match[1] == 'int' else ''}number."
     with contextlib.suppress(ValueError, OverflowError):
-        number = float(match[2].strip("'"))
-        return f"{text} Write {int(number)}." if number.is_integer() else text
-    if re.fullmatch(r"'-?\d+,\d+(e-?\d+)?'", match[2]):
-        return f"{text} Write {match[2].strip(chr(39)).replace(',', '.')}."
-    return text
+        number = float(given)
+        whole = int(number) if number.is_integer() else round(number)
+        return f"{text} Write `{flag} {whole}`."
+    if re.fullmatch(r"-?\d+,\d+(e-?\d+)?", given):
+        return f"{text} Write `{flag} {given.replace(',', '.')}`."
+    return f"{text}{_example(action)}"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -85,13 +101,13 @@ class CommandParser(argparse.ArgumentParser):
         end_in_one_line(self, message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        require_choice(action, value)
+        require_choice(self.prog, action, value)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         values, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            raise SystemExit(f"error: {not_understood(unknown, self)} `--help` lists every option.")
+            raise SystemExit(f"error: {not_understood(unknown, self, words)} `--help` lists every option.")
         return values
 
 
@@ -120,8 +136,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return ", ".join(spellings(action)) + value
 
 
-def not_understood(unknown: list[str], parser: argparse.ArgumentParser) -> str:
-    """Return a sentence for each word of a command line that is no option, or for the first that belongs to none."""
+def not_understood(unknown: list[str], parser: argparse.ArgumentParser, argv: list[str]) -> str:
+    """Return a sentence for each word of `argv` that is no option, or for the first that belongs to none."""
     options = [word for word in unknown if word.startswith("-")]
     if options:
         return misspelt(options, parser)
@@ -130,10 +146,21 @@ def not_understood(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     known = {each.lstrip("-") for action in parser._actions for each in spellings(action)}
     if name in known:
         return f"`{word}` lacks the two dashes of an option: write `--{name}{f' {value}' if sign else ''}`."
-    for option in ("config", "from_config"):
-        if option in known and ("/" in word or word.endswith((".yaml", ".yml"))):
-            return f"`{word}` belongs to no option. If it is a recipe, write `--{option} {word}`."
-    return f"`{word}` belongs to no option. Write `--NAME {word}`, or quote a value that holds spaces."
+    kinds = {
+        "recipe": (("config", "from_config"), word.endswith((".yaml", ".yml")) or is_recipe(word)),
+        "dataset": (("dataset_name",), Path(word).suffix in DATA_FILES),
+        "model": (("model",), Path(word).is_dir() or "/" in word or "dataset_name" not in known),
+    }
+    for kind, (names, is_likely) in kinds.items():
+        option = next((each for each in names if each in known), None)
+        if option is not None and is_likely:
+            return f"`{word}` belongs to no option. If it is a {kind}, write `--{option} {word}`."
+    at = argv.index(word)
+    start = max((i for i in range(at) if argv[i].startswith("--")), default=None)
+    flag, values = ("--NAME", [word]) if start is None else (argv[start], [*argv[start + 1 : at], word])
+    following = next((i for i in range(at, len(argv)) if argv[i].startswith("-")), len(argv))
+    whole = shlex.join([flag, " ".join([*values, *argv[at + 1 : following]])])
+    return f"`{word}` belongs to no option. Quote a value that holds spaces: `{whole}`, or leave it out."
 
 
 def misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> str:

@@ -71,14 +71,19 @@ def launches(given: Options) -> bool:
     asked = given.nproc is not None or given.accelerate_config is not None
     require_count(given)
     if not asked and any(getattr(given, name) is not None for name in OF_ACCELERATE):
-        raise ValueError("`--machine_rank` and the other options of several machines need `--accelerate_config`.")
+        named = next(name for name in OF_ACCELERATE if getattr(given, name) is not None)
+        raise ValueError(
+            f"`--{named}` is for several machines or processes, and this run has one. Leave it out, or start several: "
+            "`--nproc 2` on this machine, on several `--accelerate_config`, such as zero3_4nodes, or a file of your "
+            "own."
+        )
     is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ  # by torchrun, accelerate
     return asked and not is_launched
 
 
 def require_count(given: Options) -> None:
     if given.nproc is not None and given.nproc < 1:
-        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1.")
+        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1, the number of GPUs to use.")
 
 
 def launch(command: str, given: Options) -> None:
@@ -128,7 +133,7 @@ def accelerate_flags(given: Options) -> list[str]:
 def accelerate_file(given: Options) -> tuple[Path, dict[str, Any]]:
     """Return the file that the processes are started with, and its content."""
     usual = "ddp" if (given.nproc or 1) > 1 else "single"
-    file = find_config(given.accelerate_config or usual, "accelerate")
+    file = find_config(given.accelerate_config or usual, "accelerate", "--accelerate_config")
     return file, read_yaml(file, "accelerate file")
 
 

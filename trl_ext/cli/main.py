@@ -27,6 +27,21 @@ COMMANDS = {
     "completion": "print a script that completes commands, options and values in the shell",
 }
 
+# What other programs call a command, or what is no command here.
+MEANT = {
+    "merge": "convert export fuse",
+    "chat": "generate infer inference predict talk",
+    "score": "eval evaluate test",
+    "plan": "estimate memory",
+    "report": "log plot dashboard",
+    "reward": "rm reward-model reward_model",
+    "ppo` or `trl-ext dpo": "train rlhf rl run",
+}
+OTHERS = {
+    "sft": "Supervised fine-tuning is TRL's: `trl sft`.",
+    "grpo": "GRPO is TRL's: `trl grpo`; with a critic it is `trl-ext ppo`.",
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command of `argv`, the words behind `trl-ext`; an unknown one exits with status 2."""
@@ -53,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"Did you mean `trl-ext {near[0]}`?" if near else f"The commands are {', '.join(COMMANDS)}."
+        near = near or [name for name, others in MEANT.items() if command.lower() in others.split()]
+        meant = f"The commands are {', '.join(COMMANDS)}; `trl-ext --help` says what each does."
+        what = f" ({COMMANDS[near[0]]})" if near and near[0] in COMMANDS else ""
+        meant = OTHERS.get(command.lower(), f"Did you mean `trl-ext {near[0]}`{what}?" if near else meant)
         said = f"there is no command {command!r}. {meant}"
         if command.startswith("-"):
             said = f"the command is missing before {command}: write `trl-ext dpo {command} …`, or another command."

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import demo
-from ..models.loading import merge_line, require_model, require_weights
+from ..models.loading import adapter_config, merge_line, merged_beside, require_model, require_weights
 from ..models.precision import computes_in_bf16
 from ..models.saved_adapter import adapter_folder
 from .errors import package_of
@@ -116,17 +116,21 @@ def model_errors(model: ModelArguments, path: str) -> Iterator[None]:
         if isinstance(error, TypeError):
             cure = "Correct `--model_init_kwargs`, or leave it out."
         elif package == "peft" and re.search("not found in the base model|No modules were targeted", said):
-            asked = model.lora_target_modules
+            asked = model.lora_target_modules or []
+            asked = [asked] if isinstance(asked, str) else asked
+            names = _linear_layers(path)
+            near = [near for each in asked for near in difflib.get_close_matches(each, names, n=1)]
+            meant = f"Did you mean `lora_target_modules={near}`? " if near else ""
+            linear = f"Its linear layers are {', '.join(names)}. " if names else ""
             raise ValueError(
-                f"The model has no modules that `--lora_target_modules` names "
-                f"({asked if isinstance(asked, str) else ' '.join(asked or ())}). {_linear_layers(path)}all-linear "
-                "adapts every linear layer."
+                f"The model has no modules that `lora_target_modules` names ({' '.join(asked)}). {meant}{linear}"
+                "`lora_target_modules=all-linear` adapts them all."
             ) from error
         elif package == "peft" and model.use_peft:
-            cure = "Change `--lora_target_modules`; all-linear adapts every linear layer."
+            cure = "Write `--lora_target_modules all-linear`, which adapts every linear layer."
         elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
             said = said.split(". The only possible")[0]  # a line of seven, in four spellings
-            cure = f"Leave out `--attn_implementation {attention}`, or give sdpa or eager."
+            cure = f"Write `--attn_implementation sdpa`, or eager, in place of {attention}."
         elif package == "trl" or (isinstance(error, OSError) and package in ("transformers", "huggingface_hub")):
             cure = ""
         else:
@@ -134,15 +138,14 @@ def model_errors(model: ModelArguments, path: str) -> Iterator[None]:
         raise ValueError(f"{said.rstrip('.')}. {cure}".strip()) from error
 
 
-def _linear_layers(path: str) -> str:
-    """Return the names of a model's linear layers as a sentence, from its config; nothing if it cannot be built so."""
+def _linear_layers(path: str) -> list[str]:
+    """Return the names of a model's linear layers, from its config; none if it cannot be built so."""
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(AutoConfig.from_pretrained(path))
     except Exception:  # of any family's own code: the sentence before it says enough
-        return ""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return f"Its linear layers are {', '.join(sorted(names))}; " if names else ""
+        return []
+    return sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)})
 
 
 def require_adapted(model: nn.Module, given: ModelArguments) -> None:
@@ -158,7 +161,7 @@ def require_adapted(model: nn.Module, given: ModelArguments) -> None:
                 near = difflib.get_close_matches(wanted, last, n=1)
                 raise ValueError(
                     f"`--lora_{option}` has {wanted}, and no module of the model is called that. "
-                    f"{f'Did you mean {near[0]}?' if near else 'Correct the name, or leave it out.'}"
+                    f"{f'Did you mean `--lora_{option} {near[0]}`?' if near else 'Correct the name, or leave it out.'}"
                 )
 
 
@@ -176,23 +179,26 @@ def path_of(model: ModelArguments, args: Any, command: str) -> tuple[str, bool]:
     require_weights(folder or named, option)
     if Path(args.output_dir).resolve() == Path(folder or named).resolve():
         raise ValueError(
-            f"`--output_dir` is {args.output_dir}, the folder of the model to start from ({option}), whose files "
+            f"`--output_dir {args.output_dir}` is the folder of the model to start from (`{option}`), whose files "
             "would be written over. Give another folder, such as "
             f"`--output_dir {shlex.quote(beside(args.output_dir, command))}`."
         )
     if folder is None:
         return named, False
-    merge = f"`{merge_line(named)}`"
+    merge, base = f"`{merge_line(named)}`, and give `{option} {merged_beside(named)}`", ""
+    config = adapter_config(folder)
+    if config is not None and not config.base_model_name_or_path:
+        base = " BASE is the model that it was trained on, which its adapter_config.json does not name."
     if command not in FROM_ADAPTERS:
         raise ValueError(
-            f"{named} ({option}) is an adapter, and `trl-ext {command}` starts from a whole model. Merge it, {merge}, "
-            f"and give `{option} MERGED`."
+            f"{named!r} (`{option}`) is an adapter, and `trl-ext {command}` starts from a whole model. Merge it: "
+            f"{merge}.{base}"
         )
     if model.use_peft:
         raise ValueError(
-            f"{named} ({option}) is an adapter, which goes on being trained, and `use_peft` asks for a new one. "
-            f"Leave `--use_peft` out (`--use_peft False` where a recipe has it); or, for a new adapter on top, merge "
-            f"this one first, {merge}, and give `{option} MERGED`."
+            f"{named!r} (`{option}`) is an adapter, which goes on being trained, and `use_peft` asks for a new one. "
+            f"Leave `use_peft` out, or set `use_peft=False`; or, for a new adapter on top, merge this one first: "
+            f"{merge}.{base}"
         )
     return folder, True
 
@@ -206,8 +212,8 @@ def require_judges(args: Any, data: Any) -> None:
         return
     if args.reward_model_path is None and not data.reward_funcs:
         raise ValueError(
-            "There is no reward at all: give `--reward_model_path`, the output folder of `trl-ext reward` or a hub "
-            "name, or `--reward_funcs`, such as `my_rewards.py:right`, or both."
+            "There is no reward at all: give `--reward_model_path FOLDER`, the output folder of `trl-ext reward` or a "
+            "hub name, or `--reward_funcs my_rewards.py:right`, the function `right` of a file, or both."
         )
     require_judge("--reward_model_path", args.reward_model_path)
     require_judge("--value_model", data.value_model)

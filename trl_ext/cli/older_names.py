@@ -117,10 +117,10 @@ MEANINGS = {"num_mini_batches": "the number of mini-batches in a rollout"}
 
 # What to do without an option, or where the command at hand has none -> the names of such options.
 _CURES = {
-    "prompts are not cut; leave long ones out of the data": "max_prompt_length prompt_max_len cutoff_len "
-    "max_seq_length max_length truncation_mode",
-    "the reference is the model that training starts from; in Python a trainer takes another one": "ref_model "
-    "ref_model_path ref_model_name_or_path",
+    "leave it out: prompts are never cut, and one that is too long for the model is named": "max_prompt_length "
+    "prompt_max_len cutoff_len max_seq_length max_length truncation_mode",
+    "leave it out: the reference is the model that training starts from": "ref_model ref_model_path "
+    "ref_model_name_or_path",
     "set the environment variable TENSORBOARD_LOGGING_DIR, or a line of it under env: in a recipe": "logging_dir "
     "logging_path tensorboard_dir",
     "conversations are written with the chat template of the model's tokenizer": "template chat_template "
@@ -128,7 +128,7 @@ _CURES = {
     "it has no meaning any more; leave it out": "label_pad_token_id padding_value is_encoder_decoder "
     "use_logits_to_keep force_use_ref_model",
     "it has no meaning here; leave it out": "optimize_cuda_cache optimize_device_cache preprocessing_num_workers",
-    "start several processes with `nproc` or `accelerate_config`": "actor_num_nodes actor_num_gpus_per_node num_gpus "
+    "start several processes with `nproc`, one for each GPU": "actor_num_nodes actor_num_gpus_per_node num_gpus "
     "num_nodes",
     "the command says it: `trl-ext dpo`, `trl-ext ppo` or `trl-ext reward`": "stage",
     "the tokenizer is that of the model": "tokenizer_name tokenizer_name_or_path",

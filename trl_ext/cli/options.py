@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,40 @@ from .errors import known_cure
 from .flags import is_negation, misspelt, not_understood
 from .parser import OptionParser
 from .recipes import INSTALLED, RECIPES, find_config, find_deepspeed, read_recipe
+from .wording import Wording
 
 
 class Options:
-    """Option names and values of a command, and its words; no config is made of them yet, no device is touched."""
+    """
+    Option names and values of a command, and its words; no config is made of them yet, no device is touched. Of a
+    recipe of the user's own also its `keys`, the options that it sets.
+    """
 
-    def __init__(self, parser: OptionParser, values: argparse.Namespace, argv: list[str]):
-        self.parser, self.values, self.argv = parser, values, argv
+    def __init__(
+        self,
+        parser: OptionParser,
+        values: argparse.Namespace,
+        argv: list[str],
+        recipe: Path | None = None,
+        keys: Collection[str] = (),
+    ):
+        self.parser, self.values, self.argv, self.recipe, self.keys = parser, values, argv, recipe, keys
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.values, name)
+
+    @property
+    def wording(self) -> Wording:
+        """Return how the command says an error about these options."""
+        typed = {word.partition("=")[0] for word in self.argv}
+        actions = [action for action in self.parser._actions if not typed & {*action.option_strings}]
+        return Wording(
+            self.parser,
+            data=getattr(self.values, "dataset_name", None),
+            is_renamed=bool(getattr(self.values, "columns", None)),
+            recipe=self.recipe,
+            from_recipe={action.dest for action in actions} & {*self.keys},
+        )
 
     def make(self, **changes: Any) -> tuple:
         """Make an instance of each of the command's classes, with `changes` on top; `ValueError` if one refuses."""
@@ -46,7 +72,7 @@ class Options:
             name = next((name for name, value in values.items() if value == error.doc), "NAME")
             raise ValueError(
                 f"`{name}` is {error.doc!r}, which is no JSON: {error.msg} at character {error.pos + 1}. Put names in "
-                f"double quotes, and the whole in single ones: `--{name} '{{\"NAME\": VALUE}}'`."
+                f"double quotes, and the whole in single ones, such as {_as_json(name, '')}."
             ) from error
         except (ValueError, TypeError) as error:  # of the keys of a mapping, too
             raise ValueError(known_cure(error) or " ".join(str(error).split())) from error
@@ -60,10 +86,37 @@ def _require_mappings(values: Mapping[str, Any]) -> None:
     """Raise `ValueError` for keyword arguments that are no JSON object: transformers reads no other text."""
     for name, value in values.items():
         if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
-            raise ValueError(f"`{name}` is {value!r}; it must be a JSON object: `--{name} '{{\"NAME\": VALUE}}'`.")
+            raise ValueError(f"`{name}` is {value!r}; it must be a JSON object: {_as_json(name, value)}.")
     pairs = values.get("optim_args")
     if isinstance(pairs, str) and not all("=" in pair for pair in pairs.split(",")):
-        raise ValueError(f"`optim_args` is {pairs!r}; it must be `NAME=VALUE`, several with commas between them.")
+        bare = next(pair for pair in pairs.split(",") if "=" not in pair)
+        raise ValueError(
+            f"`optim_args` is {pairs!r}, with no value for {bare!r}: write `--optim_args {bare}=0.9`, say; several "
+            "have commas between them."
+        )
+
+
+# Of options that are JSON, what they may hold.
+EXAMPLES = {
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "model_init_kwargs": {"attn_implementation": "sdpa"},
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+def _as_json(name: str, given: str) -> str:
+    """Return what to type for an option that is JSON: what was given, where that is `NAME=VALUE`, or an example."""
+    pairs = dict(re.findall(r"(\w+)=([^,\s]+)", given))
+    values = {key: _value_of(text) for key, text in pairs.items()} or EXAMPLES.get(name)
+    return f"`--{name} {shlex.quote(json.dumps(values))}`" if values else f'`--{name} \'{{"NAME": "value"}}\'`'
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None = None) -> Options:
@@ -85,19 +138,21 @@ def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None =
     own_data = getattr(known, "dataset_name", None) is not None or getattr(known, "datasets", None)
     # The defaults that `--help` shows are those of a run on data of one's own.
     recipe = known.config or (None if own_data or flags != argv else demo)
+    path, keys = None, []
     if recipe is not None:
         path = find_config(recipe, parser.command)
         _require_recipe_of(parser.command, path)
-        _apply_recipe(parser, path)
+        keys = _apply_recipe(parser, path)
     if flags == argv:  # what `--help` shows holds on every device
         known, _ = parser.parse_known_args(flags)
         _follow_the_device(parser, known)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"{not_understood(unknown, parser)} `--help_all` lists every option.")
+        raise ValueError(f"{not_understood(unknown, parser, argv)} `--help_all` lists every option.")
     if hasattr(values, "deepspeed"):
         values.deepspeed = find_deepspeed(values.deepspeed)
-    return Options(parser, values, argv)
+    is_own = path is not None and INSTALLED.resolve() not in path.resolve().parents
+    return Options(parser, values, argv, path if is_own else None, keys if is_own else ())
 
 
 def _require_recipe_of(command: str, path: Path) -> None:
@@ -111,18 +166,26 @@ def _require_recipe_of(command: str, path: Path) -> None:
         and folder.name not in wanted
     ):
         name = f"{folder.name}/{path.stem}"
+        own = INSTALLED / wanted[0] / path.name
+        own = own if own.is_file() else min((INSTALLED / wanted[0]).glob("*.yaml"))
         raise ValueError(
-            f"{name} is a recipe of `trl-ext {folder.name}`, not of `trl-ext {command}`, whose recipes "
-            f"`trl-ext recipes {command}` lists."
+            f"The recipe {name!r} is one of `trl-ext {folder.name}`: write `trl-ext {folder.name} --config {name}`, "
+            f"or for this command `--config {wanted[0]}/{own.stem}`. `trl-ext recipes {wanted[0]}` lists its recipes."
         )
 
 
-def _apply_recipe(parser: OptionParser, path: Path) -> None:
-    """Set the parser's defaults from a YAML mapping; a key is any name of a flag, `model` or `model_name_or_path`."""
+def _apply_recipe(parser: OptionParser, path: Path) -> list[str]:
+    """
+    Set the parser's defaults from a YAML mapping, and return which; a key is any name of a flag, `model` or
+    `model_name_or_path`.
+    """
     recipe = read_recipe(path)
     environment = recipe.pop("env", None) or {}
     if not isinstance(environment, dict):
-        raise ValueError(f"In the recipe {path}, `env` is {environment!r}; it must hold `NAME: value` lines.")
+        raise ValueError(
+            f"In the recipe {path}, `env` is {environment!r}; it must hold lines `NAME: value`, "
+            "indented, such as `  HF_HOME: /data/hub`."
+        )
     os.environ.update({name: str(value) for name, value in environment.items()})
     options = {name: action for action in parser._actions for name in action.option_strings if not is_negation(name)}
     unknown = [key for key in recipe if f"--{key}" not in options or key in ("config", "help", "help_all")]
@@ -146,8 +209,16 @@ def _apply_recipe(parser: OptionParser, path: Path) -> None:
         try:
             given[action.dest] = recipe_value(action, value)
         except ValueError as error:
-            raise ValueError(f"In the recipe {path}, `{key}` is {value!r}; {error}") from error
+            raise ValueError(f"In the recipe {path}, `{key}` is {value!r}; {error}{_line_for(key, action)}") from error
     parser.set_defaults_with_config(**given)
+    return list(given)
+
+
+def _line_for(key: str, action: argparse.Action) -> str:
+    """Return a line of a recipe that an option may have, in a sentence."""
+    is_switch = getattr(action.type, "__name__", "") == "string_to_bool"
+    value = "true" if is_switch else next(iter(action.choices)) if action.choices else action.default
+    return f" For example: `{key}: {value}`." if isinstance(value, str | int | float) else ""
 
 
 def recipe_value(action: argparse.Action, value: Any) -> Any:

@@ -21,8 +21,8 @@ def require_free(given: Options) -> None:
     has_checkpoint = any(folder.glob(f"checkpoint-*/{STATE}"))
     resume = "; or go on from its last checkpoint with `--resume_from_checkpoint True`" if has_checkpoint else ""
     raise ValueError(
-        f"{folder} holds a run already. Give another folder, such as `--output_dir {shlex.quote(free)}`, or write "
-        f"over it with `--overwrite`{resume}."
+        f"{str(folder)!r} holds a run already. Give another folder, such as `--output_dir {shlex.quote(free)}`, or "
+        f"write over it with `--overwrite`{resume}."
     )
 
 

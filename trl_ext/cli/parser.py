@@ -52,7 +52,7 @@ class OptionParser(TrlParser):
         end_in_one_line(self, message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        require_choice(action, value)
+        require_choice(self.prog, action, value)
 
     def show_all(self) -> None:
         for action, text in self._hidden.items():

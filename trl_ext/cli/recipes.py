@@ -59,10 +59,15 @@ def recipe_of(path: Path) -> Recipe:
     )
 
 
-def find_config(name: str | Path, folder: str = "") -> Path:
+def is_recipe(name: str) -> bool:
+    """Return whether a word looks like the name of an installed recipe: `ppo/demo`."""
+    return name.removeprefix("configs/").split("/")[0] in RECIPES and "/" in name
+
+
+def find_config(name: str | Path, folder: str = "", option: str = "--config") -> Path:
     """
     Return the path of a recipe, an accelerate file or a DeepSpeed file: a path, or the name of an installed one such
-    as `dpo/demo`, or zero3 in the `folder` accelerate. `ValueError` when there is none, with the nearest names.
+    as `dpo/demo`, or zero3 in the `folder` accelerate. `ValueError` when there is none, with what to give as `option`.
     """
     path = Path(name)
     if path.is_file():
@@ -76,17 +81,25 @@ def find_config(name: str | Path, folder: str = "") -> Path:
     files = [file for room in ([folder] if folder else RECIPES) for file in sorted((INSTALLED / room).glob("*.*"))]
     root = INSTALLED if folder in ("", *RECIPES) else INSTALLED / folder
     names = [str(file.relative_to(root).with_suffix("")) for file in files]
-    near = difflib.get_close_matches(str(installed.with_suffix("")), names, n=3, cutoff=0.4) or names[:3]
-    listed = " `trl-ext recipes` lists the recipes." if folder in ("", *RECIPES) else ""
-    raise ValueError(f"There is no file {name}, here or among the installed ones, such as {', '.join(near)}.{listed}")
+    near = difflib.get_close_matches(str(installed.with_suffix("")), names, n=3, cutoff=0.4)
+    first, *others = near or names[:3]
+    meant = f"Did you mean `{option} {first}`?" if near else f"For example: `{option} {first}`."
+    more = f" Others: {', '.join(others)}." if others else ""
+    listed = " `trl-ext recipes` lists all." if folder in ("", *RECIPES) else ""
+    raise ValueError(f"There is no file {str(name)!r}, here or among the installed ones. {meant}{more}{listed}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return option names and values; raise `ValueError` unless the file is YAML of `option: value` lines."""
     recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
-        what = "a list" if isinstance(recipe, list) else f"one value ({recipe!r:.40})"
-        raise ValueError(f"The recipe {path} holds {what}; it must hold `option: value` lines.")
+        what, meant = f"one value ({recipe!r:.40})", "such as `learning_rate: 1e-6`"
+        if isinstance(recipe, list):
+            what = f"a list, whose first item is `- {recipe[0]}`"
+            meant = f"without dashes before them, {meant}"
+        elif isinstance(recipe, str) and len(recipe.split()) == 2:
+            meant = f"with a colon: `{': '.join(recipe.split())}`"
+        raise ValueError(f"The recipe {path} holds {what}; it must hold lines `option: value`, {meant}.")
     return recipe
 
 
@@ -98,7 +111,7 @@ def find_deepspeed(given: Any) -> Any:
     is_name = isinstance(given, str) and re.fullmatch(r"[\w./-]+", given) is not None
     if not is_name or not (given.endswith(".json") or (INSTALLED / "deepspeed" / f"{given}.json").is_file()):
         return given
-    path = find_config(given, "deepspeed")
+    path = find_config(given, "deepspeed", "--deepspeed")
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,6 +131,17 @@ def _require_once(node: Any, path: Path, what: str) -> None:
         lines[key.value] = line
 
 
+# What the YAML parser says -> what to do.
+OF_YAML = {
+    "'\\t'": "it begins with a tab. Write it without: options begin at the left margin, and what belongs to one "
+    "behind spaces",
+    "expected ',' or ']'": "a bracket is open. Close it with `]`, or leave `[` out where there is one value",
+    "expected ',' or '}'": "a brace is open. Close it with `}`",
+    "end of stream": "a quote is open. Close it",
+    "mapping values are not allowed": "there is a colon too many. Put a value with a colon in quotes",
+}
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file, `{}` if it is empty; raise `ValueError`, which calls it `what`."""
     text = ""
@@ -132,7 +156,7 @@ def read_yaml(path: Path, what: str) -> Any:
         lines = text.splitlines()
         number = len(lines) if at is None else min(at.line + 1, len(lines))
         said = str(error.problem).split(", but got")[0]
-        said = "it begins with a tab; indent with spaces" if "'\\t'" in said else said
+        said = next((cure for problem, cure in OF_YAML.items() if problem in said), said)
         raise ValueError(
             f"The {what} {path} is no YAML: in line {number}, `{lines[number - 1].strip():.60}`, {said}."
         ) from error

@@ -23,11 +23,13 @@ from ..ppo.roles.reward_functions import check_rewards, check_signature
 from ..runs.failures import RunError
 
 
+# Values of the arguments that TRL's makers of reward functions need, as examples.
+OF_TRL = {"max_completion_len": 256, "soft_punish_cache": 64, "ngram_size": 3, "max_penalty": -1.0}
 # Two answers, so that a function that gives one number for all of them is seen.
 ANSWERS = ("The answer is 4.", "I do not know.")
 WAYS = (
-    "Give `file.py:function`, `module.function` of a module that Python finds from this folder, or a name in "
-    "`trl.rewards`, such as `accuracy_reward`."
+    "Write `--reward_funcs my_rewards.py:right`, the function `right` of a file; `--reward_funcs my_rewards.right`, "
+    "of a module that Python finds from this folder; or a name in `trl.rewards`, `--reward_funcs accuracy_reward`."
 )
 
 
@@ -43,8 +45,11 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
     for name in names:
         if name.endswith(".py"):
             known = _functions_in(Path(name))
-            way = " or ".join(f"`{name}:{each}`" for each in known[:3]) or f"`{name}:FUNCTION`"
-            raise ValueError(f"`--reward_funcs {name}` names no function of the file: give {way}.")
+            first, *others = known or ["FUNCTION"]
+            more = f" The file has {', '.join(others)} too." if others else ""
+            raise ValueError(
+                f"`--reward_funcs {name}` names no function of the file: write `--reward_funcs {name}:{first}`.{more}"
+            )
         place, _, attribute = name.rpartition(":" if ":" in name else ".")
         try:
             function = getattr(_module(place or "trl.rewards"), attribute)
@@ -54,15 +59,18 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
             ) from error
         home = getattr(function, "__module__", "")
         if home.startswith("trl.rewards") and attribute.startswith("get_"):
+            needed = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+            given = ", ".join(f"{each.name}={OF_TRL.get(each.name, '…')}" for each in needed)
             raise ValueError(
-                f"`--reward_funcs {name}` makes a reward function and is none. Call it in a file of your own, "
-                f"`mine = {attribute}(...)` in my_rewards.py, and give `my_rewards.mine`."
+                f"`--reward_funcs {name}` makes a reward function and is none. Call it in a file of your own: `echo "
+                f'"from trl.rewards import {attribute}; mine = {attribute}({given})" > my_rewards.py`, and give '
+                "`--reward_funcs my_rewards.py:mine`."
             )
         if not callable(function) or isinstance(function, type):
-            others = ", ".join(_functions_of(_module(place or "trl.rewards"))) or "none"
+            there = ", ".join(_functions_of(_module(place or "trl.rewards"))) or "none"
             raise ValueError(
                 f"`--reward_funcs {name}` is no function, but of type {type(function).__name__}. Functions there: "
-                f"{others}."
+                f"{there}."
             )
         if home == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
             raise ValueError(f"`--reward_funcs {name}` needs math_verify: `pip install math-verify`.")
@@ -76,12 +84,16 @@ def _reason(error: Exception, place: str, attribute: str) -> str:
     if isinstance(error, AttributeError) and module is not None:
         known = _functions_of(module)
         near = difflib.get_close_matches(attribute, known, n=1)
-        ending = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known) or 'none'}."
-        return f"{place} has no {attribute!r}. {ending}"
+        written = f"`--reward_funcs {place}{':' if place.endswith('.py') else '.'}{(near or known or ['NAME'])[0]}`"
+        way = f"Did you mean {written}?" if near else f"It has {', '.join(known) or 'none'}. Write {written}, say."
+        return f"{place!r} has no {attribute!r}. {way}"
     if not place:
         return f"trl.rewards has no {attribute!r}. {WAYS}"
     if isinstance(error, FileNotFoundError) and error.errno is None:  # `_module`'s
-        return f"{error}. {WAYS}"
+        files = [each.name for each in Path(place).parent.glob("*.py")]
+        near = difflib.get_close_matches(Path(place).name, files, n=1, cutoff=0.8)
+        meant = f"Did you mean `--reward_funcs {Path(place).with_name(near[0])}:{attribute}`?" if near else WAYS
+        return f"{error}. {meant}"
     if isinstance(error, TypeError) or (isinstance(error, ImportError) and f"{place}.".startswith(f"{error.name}.")):
         return f"{type(error).__name__}: {error}. {WAYS}"
     return f"importing {place} fails with {type(error).__name__}: {error}. Mend the file, or install what it needs."
@@ -108,8 +120,7 @@ def _module(place: str) -> ModuleType:
         return importlib.import_module(place)
     path = Path(place).resolve()
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1, cutoff=0.8)
-        raise FileNotFoundError(f"there is no file {place}{f', but {near[0]}' if near else ''}")
+        raise FileNotFoundError(f"there is no file {place!r}")
     name = str(path)  # under its own name it could hide an installed module
     if name not in sys.modules:
         if str(path.parent) not in sys.path:  # for what it imports from beside it

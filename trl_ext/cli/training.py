@@ -76,6 +76,7 @@ class TrainingCommand:
         begun = time.time()
         with usage_errors():
             given = self.options(argv)
+        with usage_errors(given.wording):
             require_free(given)
             if given.dry_run:
                 return dry_run(self.name, given, self.load)
@@ -90,7 +91,7 @@ class TrainingCommand:
                 require_same_run(checkpoint, args)
             args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         require_fit(self.name, data, model, args)
-        with usage_errors():
+        with usage_errors(given.wording):
             trainer = self.build(data, model, args)
         use_brief_progress(trainer, self.line)
         for callback in report_callbacks(data.source):

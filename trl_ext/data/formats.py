@@ -11,6 +11,7 @@ knows, [`require`] says what is wrong with a dataset that a trainer cannot use, 
 import difflib
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -130,7 +131,10 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         new, sign, old = (part.strip() for part in pair.partition("="))
         if not (new and sign and old):
-            raise ValueError(f"{pair!r} maps no column: write `new=old`, for example `prompt=question`.")
+            raise ValueError(
+                f"{pair!r} maps no column: write `--columns {new or 'prompt'}=NAME`, with the name that the column "
+                "has in the data."
+            )
         if new in columns or old in columns.values():
             raise ValueError(
                 f"{pair!r} maps {new if new in columns else old!r} a second time; give each column one name."
@@ -154,17 +158,16 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
         return of_each(dataset, lambda each: rename(each, columns))
     dataset, columns = _with_joined(dataset, columns)
     names = column_names(dataset)
+    listed = f"the columns are {', '.join(map(repr, sorted(names)))}"
     if columns and not set(columns.values()) & set(names) and set(columns) <= set(names):
-        right = " ".join(f"{old}={new}" for new, old in columns.items())
-        raise ValueError(
-            f"The columns are mapped the wrong way round: it is new=old, `--columns {right}`; the dataset has "
-            f"{sorted(names)}."
-        )
+        right = _with_prompt({old: new for new, old in columns.items()}, names)
+        raise ValueError(f"The columns are mapped the wrong way round: it is new=old, {_flag_of(right)}; {listed}.")
     for new, old in columns.items():
         if old not in names:
-            nearest = difflib.get_close_matches(old, names, n=1, cutoff=0)
-            hint = f" The nearest is {nearest[0]!r}." if nearest else ""
-            raise ValueError(f"There is no column {old!r} to become {new!r}; the columns are {sorted(names)}.{hint}")
+            near = {each: difflib.get_close_matches(each, names, n=1, cutoff=0.6) for each in columns.values()}
+            right = _with_prompt({each: (near[was] or ["NAME"])[0] for each, was in columns.items()}, names)
+            meant = f"Did you mean {_flag_of(right)}?" if near[old] else f"Write {_flag_of(right)}."
+            raise ValueError(f"There is no column {old!r} to become {new!r}; {listed}. {meant}")
         if new in names and new != old and new not in columns.values():
             raise ValueError(
                 f"{old!r} cannot become {new!r}: the dataset has a column {new!r} already. Give that another name too,"
@@ -172,6 +175,18 @@ def rename(dataset: Any, columns: Mapping[str, str]) -> Any:
             )
     changes = {old: new for new, old in columns.items() if old != new}
     return dataset.rename_columns(changes) if changes else dataset
+
+
+def _with_prompt(columns: dict[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return a mapping, with the column that is likely the prompt where the data would have none."""
+    free = [name for name in names if name not in columns.values()]
+    prompt = None if "prompt" in columns or "prompt" in names else _nearest("prompt", free)
+    return columns if prompt is None else {"prompt": prompt, **columns}
+
+
+def _flag_of(columns: Mapping[str, str]) -> str:
+    """Return the flag that renames columns, to be shown."""
+    return f"`--columns {' '.join(shlex.quote(f'{new}={old}') for new, old in columns.items())}`"
 
 
 def _with_joined(dataset: Any, columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
@@ -325,13 +340,12 @@ def _way_out(dataset: Dataset | IterableDataset, task: str, needs: str) -> str:
     known, columns = describe(dataset), suggest_columns(dataset, task)
     found = known.name
     if columns:
-        flag = " ".join(f"{new}={old}" for new, old in columns.items())
         names = {old: new for new, old in columns.items()}
         chosen = columns.get("chosen", "")
         order = (
             f" Make sure first that {chosen!r} is the better answer in every row." if IN_ORDER.match(chosen) else ""
         )
-        return f"Map the columns: `--columns {flag}`, in Python `dataset.rename_columns({names})`.{order}"
+        return f"Map the columns: {_flag_of(columns)}, in Python `dataset.rename_columns({names})`.{order}"
     if found in TASKS[task][1]:
         return f"{needs} `trl_ext.data.conversions.to_{task}(dataset)` makes it so."
     if found == "prompt-completion" and "label" in column_names(dataset):

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .formats import CONVERSATION, SHAREGPT, describe, require, require_chat_template, warn_of_unread
+from .formats import CELLS, CONVERSATION, SHAREGPT, describe, require, require_chat_template, warn_of_unread
 from .rendering import check_pairs
 
 
@@ -60,7 +60,9 @@ def _check_cells(name: str, dataset: Any) -> None:
         if not isinstance(value, str) and not _is_conversation(value):
             raise ValueError(
                 f"The column {column!r} of `{name}` holds {type(value).__name__} "
-                f"({value!r:.60}); it must hold text, or a conversation: a list of messages with 'role' and 'content'."
+                f"({value!r:.60}); it must hold text, or a conversation: a list of messages with 'role' and "
+                f"'content'. "
+                f"{_other_column(dataset, column)}"
                 + (FROM_SHAREGPT if describe(dataset).columns[column] == SHAREGPT else "")
             )
     text = [column for column in columns if isinstance(row[column], str)]
@@ -83,7 +85,7 @@ def _check_cells(name: str, dataset: Any) -> None:
         if empty:
             raise ValueError(
                 f"The column {column!r} of `{name}` is empty in {len(empty)} of {len(cells)} rows, the first is "
-                f"row {empty[0]}{_beside(dataset, column, empty[0])}. Drop these rows from the data, in Python with "
+                f"row {empty[0]}{_beside(dataset, column, empty[0])}. Drop these rows: "
                 f"`dataset.filter(lambda row: row[{column!r}])`."
             )
         if column in NEEDED and conversations:
@@ -94,6 +96,15 @@ def _check_cells(name: str, dataset: Any) -> None:
             f"`{name}` has no column 'prompt', and the conversations of its first row have no turn in common to take "
             "it from. Give the prompts in `prompt`, or as the first messages of both `chosen` and `rejected`."
         )
+
+
+def _other_column(dataset: Any, column: str) -> str:
+    """Return what to do about a column of something else than answers: which other column may hold them."""
+    columns = describe(dataset).columns
+    other = next((name for name, kind in columns.items() if kind in CELLS and name not in (*OPTIONAL, *NEEDED)), None)
+    if other is None:
+        return f'Write the text into it, such as `{{"{column}": "The capital is Paris."}}`.'
+    return f"If {other!r} holds it, map that: `--columns old_{column}={column} {column}={other}`."
 
 
 def _beside(dataset: Any, column: str, row: int) -> str:

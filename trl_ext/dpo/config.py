@@ -78,13 +78,13 @@ class DPOConfigX(SavingOptions, DPOConfig):
         unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
         if unknown:
             near = difflib.get_close_matches(unknown[0], LOSS_TYPES, n=1)
-            meant = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"`loss_type` has unknown values {unknown}. Choose from {', '.join(LOSS_TYPES)}.{meant}")
+            meant = f" Did you mean `loss_type={near[0]!r}`?" if near else ""
+            raise ValueError(f"`loss_type` has unknown values {unknown}.{meant} It may be {', '.join(LOSS_TYPES)}.")
         require(self, "f_divergence_type", self.f_divergence_type in DIVERGENCES, f"one of {DIVERGENCES}")
         require(self, "truncation_mode", self.truncation_mode in TRUNCATIONS, f"one of {TRUNCATIONS}")
         check_batch_fields(self, "`gradient_accumulation_steps`")
         require_device(self)
-        needed = "above 0: the implicit reward β·log(π_θ/π_ref) needs a β > 0. 0.1 is the usual start"
+        needed = "above 0: the implicit reward β·log(π_θ/π_ref) needs a β > 0"
         require(self, "beta", POSITIVE.holds(self.beta), needed)
         if self.neftune_noise_alpha is not None and self.disable_dropout:
             raise ValueError(

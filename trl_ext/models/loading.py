@@ -16,12 +16,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..runs.folder import is_local
+from ..runs.folder import DATA_FILES, is_local
 
 
 # What may be meant by an adapter in place of a model.
 WAYS_OUT = {
-    "ref_model": "In Python pass `AutoPeftModelForCausalLM.from_pretrained(...)`",
+    "ref_model": "Load it with `AutoPeftModelForCausalLM.from_pretrained(...)`",
     "value_model": "Set `critic='adapter'` to put it on the base of an actor that trains an adapter too",
     "reward model": "Give it as `reward_model`, and the actor a `peft_config`, to put it on the actor's base",
 }
@@ -70,7 +70,7 @@ def text_config(model: Any, args: Any, name: str = "model", scores: bool = False
     require_model(model, name, options.get("revision"))
     config = read_config(model, name, **options)
     if not scores:
-        refuse_scoring(config, model)
+        refuse_scoring(config, f"{model!r} ({shown(name)})", model, name)
     refuse_encoder_decoder(config, model)
     return config.get_text_config()
 
@@ -81,15 +81,19 @@ def read_config(path: str, name: str, **options: Any) -> Any:
         return AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # of transformers, of the family's own checks, of the hub
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config of {path} ({name}) cannot be read: {reason:.400}") from error
+        raise ValueError(f"The config of {path!r} ({shown(name)}) cannot be read: {reason:.400}") from error
 
 
-def refuse_scoring(config: Any, name: str) -> None:
-    """Raise `ValueError` for a model trained to score text: as a language model it would get a new head."""
+def refuse_scoring(config: Any, name: str, path: str = "", option: str = "") -> None:
+    """
+    Raise `ValueError` for a model trained to score text, called `name`: as a language model it would get a new head.
+    Where it is the model of a `path`, given as `option`, models beside it that write are named.
+    """
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        reward = f"`--reward_model_path {shlex.quote(path)}` of `trl-ext ppo`" if path else "the `reward_model` of PPO"
         raise ValueError(
-            f"{name} holds a {config.architectures[0]}, which scores text and cannot write it. Give a causal language "
-            "model; this one may be the `reward_model` of PPO."
+            f"{name} holds a {config.architectures[0]}, which scores text and cannot write it: it may be {reward}. "
+            f"Give a causal language model here{such_as(path, option)}."
         )
 
 
@@ -218,17 +222,33 @@ def check_no_adapter(path: str, name: str) -> None:
         return
     if config.task_type == "SEQ_CLS" and name in ("model", "ref_model"):
         raise ValueError(
-            f"The folder {path} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text, not writes it. "
+            f"The folder {path!r} (`{name}`) holds an adapter of task type SEQ_CLS, which scores text, not writes it. "
             "Give it as `reward_model`, and a causal language model, or its adapter, here."
         )
-    merge = f"merge it, `{merge_line(path)}`, and give MERGED"
+    merge = f"merge it, `{merge_line(path)}`, and give {merged_beside(path)}"
     way_out = f"{WAYS_OUT[name]}, or {merge}" if name in WAYS_OUT else merge.capitalize()
-    raise ValueError(f"The folder {path} ({name}) holds an adapter without its base model. {way_out}.")
+    raise ValueError(f"The folder {path!r} ({shown(name)}) holds an adapter without its base model. {way_out}.")
+
+
+def merged_beside(adapter: str) -> str:
+    """Return the folder that `merge_line` writes, as a word of a command line."""
+    return shlex.quote(f"{adapter.rstrip('/')}-merged")
 
 
 def merge_line(adapter: str) -> str:
-    """Return the command that merges an adapter, to be shown."""
-    return f"trl-ext merge {shlex.quote(adapter)} --output_dir MERGED"
+    """Return the command that merges an adapter, to be shown; where it names no base, one before it names that."""
+    config = adapter_config(adapter)
+    named = config is None or config.base_model_name_or_path
+    before = "" if named else f"{base_line(adapter)} && "
+    return f"{before}trl-ext merge {shlex.quote(adapter)} --output_dir {merged_beside(adapter)}"
+
+
+def base_line(adapter: str) -> str:
+    """Return the command that names an adapter's base in its config, to be shown."""
+    return (
+        f'python -c "from peft import PeftConfig; config = PeftConfig.from_pretrained({adapter!r}); '
+        f"config.base_model_name_or_path = 'BASE'; config.save_pretrained({adapter!r})\""
+    )
 
 
 def require_model(path: str, what: str, revision: str | None = None) -> None:
@@ -239,27 +259,35 @@ def require_model(path: str, what: str, revision: str | None = None) -> None:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ValueError(
-                f"{path} ({what}) holds no model: there is no config.json and no adapter_config.json in it. Give the "
-                "folder that a model was saved to."
+                f"{path!r} ({shown(what)}) holds no model: there is no config.json and no adapter_config.json in it. "
+                f"Give the folder that a model was saved to{such_as(path, what)}."
             )
         return
     if Path(path).is_file():
-        raise ValueError(f"{path} ({what}) is a file. Give the folder that a model was saved to.")
+        is_data = Path(path).suffix in DATA_FILES and Path(path).name not in CONFIGS
+        data = f" If it is data, write `--dataset_name {shlex.quote(path)}`." if is_data else ""
+        raise ValueError(
+            f"{path!r} ({shown(what)}) is a file.{data} Give the folder that a model was saved to"
+            f"{such_as(path, what)}."
+        )
     near = near_folder(path, revision)
+    meant = f" Did you mean {_as_given(near, what)}, which is here?" if near else ""
     if is_local(path):
-        meant = f" Did you mean {near}?" if near else ""
-        raise ValueError(f"There is no folder {path} ({what}).{meant} Give the folder that a model was saved to.")
+        kind = "an adapter" if what.endswith("merge") else "a model"
+        way = "" if near else f" Give the folder that {kind} was saved to{such_as(path, what)}."
+        raise ValueError(f"There is no folder {path!r} ({shown(what)}).{meant}{way}")
     if near is not None:
         raise ValueError(
-            f"There is no folder {path} ({what}). Did you mean {near}, which is here? For the hub's model of the name "
-            f"{path}, download it first: `hf download {path}`."
+            f"There is no folder {path!r} ({shown(what)}).{meant} For the hub's model of the name {path}, download it "
+            f"first: `hf download {path}`."
         )
     try:
         PretrainedConfig.get_config_dict(path, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"{path} ({what}) is no folder here, and no model of that name came from the hub{_of_hub(error)}. Give "
-            f"the folder that a model was saved to, or, where there is a network, download it: `hf download {path}`."
+            f"{path!r} ({shown(what)}) is no folder here, and no model of that name came from the "
+            f"hub{_of_hub(error)}. Give the folder that a model was saved to{such_as(path, what)}, or, where there is "
+            f"a network, download it: `hf download {path}`."
         ) from error
 
 
@@ -286,6 +314,45 @@ def near_folder(path: str, revision: str | None = None) -> str | None:
     return str(place / nearest[0]) if nearest else None
 
 
+def shown(what: str) -> str:
+    """Return an argument as errors name it: its code, in backticks, or words."""
+    return f"`{what}`" if what.isidentifier() or what.startswith(("--", "trl-ext")) else what
+
+
+def _as_given(folder: str, what: str) -> str:
+    """Return a folder as it is to be given as `what`: `--model my-sft`, `model='my-sft'`, or alone."""
+    if what.startswith(("--", "trl-ext")):
+        return f"`{what} {shlex.quote(folder)}`"
+    return f"`{what}={folder!r}`" if what.isidentifier() else repr(folder)
+
+
+def such_as(path: str, what: str) -> str:
+    """
+    Return, in a sentence, what may be given as `what` of the folder that a path is or would be in, or below the path,
+    the most similar name first; nothing where there is nothing.
+    """
+    places = [place for place in (Path(path), *Path(path).parents) if place.is_dir()][:2]
+    found = {str(each) for place in places for each in _models_in(place, what)} - {path, str(Path(path))}
+    first, *others = sorted(found, key=lambda name: (-difflib.SequenceMatcher(None, name, path).ratio(), name)) or [""]
+    if not first:
+        return ""
+    more = f" (or {' or '.join(map(repr, others[:2]))})" if others else ""
+    return f", such as {_as_given(first, what)}{more}"
+
+
+def _models_in(place: Path, what: str) -> list[Path]:
+    """Return the folders in a folder that may be given as `what`: adapters to merge, reward models, or what writes."""
+    wanted = CONFIGS[1] if what.endswith("merge") else CONFIGS[0]
+    try:
+        found = [each for each in place.iterdir() if (each / wanted).is_file()]
+        if wanted == CONFIGS[1]:
+            return found
+        configs = {each: (each / wanted).read_text(encoding="utf-8") for each in found if has_tokenizer(str(each))}
+    except (OSError, UnicodeDecodeError):  # what cannot be read is not offered
+        return []
+    return [each for each, text in configs.items() if ("ForSequenceClassification" in text) is ("reward" in what)]
+
+
 def require_weights(path: str, what: str) -> None:
     """Raise `ValueError` if weights in a folder are missing, cut off or no safetensors; only headers are read."""
     folder = Path(path)
@@ -294,8 +361,8 @@ def require_weights(path: str, what: str) -> None:
     wanted = {file.name for pattern in WEIGHTS for file in folder.glob(pattern)}
     if not wanted:
         raise ValueError(
-            f"The folder {path} ({what}) holds a config and no weights: there is no {', '.join(WEIGHTS)} in it. Give "
-            "the folder that a model was saved to whole."
+            f"The folder {path!r} ({shown(what)}) holds a config and no weights: there is no {', '.join(WEIGHTS)} in "
+            f"it. Give the folder that a model was saved to whole{such_as(path, what)}."
         )
     for index in folder.glob("*.safetensors.index.json"):
         wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -304,9 +371,16 @@ def require_weights(path: str, what: str) -> None:
             if file.suffix == ".safetensors":
                 safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
+            is_pointer = file.is_file() and file.read_bytes()[:11] == b"version htt"
+            cure = "It is a pointer of git-lfs: run `git lfs pull` in that folder."
+            if not is_pointer:
+                fault = "is incomplete" if file.is_file() else "is missing"
+                cure = (
+                    f"The file {fault}: copy it again from where the model came from, a hub's with `hf download NAME "
+                    f"--local-dir {shlex.quote(path)}`, or save it again with `model.save_pretrained({path!r})`."
+                )
             raise ValueError(
-                f"The weights in {file} ({what}) cannot be read: the file is incomplete, missing or a git-lfs "
-                f"pointer. Save or download the model again. ({error})"
+                f"The weights in {str(file)!r} ({shown(what)}) cannot be read ({error}). {cure}"
             ) from error
 
 
@@ -318,7 +392,7 @@ def _require_no_gguf(path: str, what: str) -> None:
     if gguf is None or any(file.suffix in (".safetensors", ".bin") for file in files):
         return
     raise ValueError(
-        f"{path} ({what}) holds its weights as GGUF. Convert them once: "
+        f"{path!r} ({shown(what)}) holds its weights as GGUF. Convert them once: "
         f"`AutoModelForCausalLM.from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r})`, the same with "
         "AutoTokenizer, and `save_pretrained(...)` of both into a folder to give here."
     )
@@ -351,11 +425,13 @@ def load_tokenizer(path: str, what: str = "model", **options: Any) -> Any:
                 tokenizer.chat_template = (Path(path) / TEMPLATE).read_text(encoding="utf-8")
             return tokenizer
         raise ValueError(
-            f"The folder {path} ({what}) has no tokenizer. Save it there, that of its base with "
-            f"`AutoTokenizer.from_pretrained(BASE).save_pretrained({path!r})`, or give it as `processing_class`."
+            f"The folder {path!r} ({shown(what)}) has no tokenizer. Save that of BASE, the model that it was trained "
+            'from, into it: `python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('BASE').save_pretrained({path!r})\"`, in Python `processing_class="
+            "AutoTokenizer.from_pretrained('BASE')`."
         )
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # of transformers, tokenizers, sentencepiece, the hub: each raises its own
         reason = " ".join(str(error).split())
-        raise ValueError(f"The tokenizer of {path} ({what}) cannot be read: {reason:.400}") from error
+        raise ValueError(f"The tokenizer of {path!r} ({shown(what)}) cannot be read: {reason:.400}") from error

@@ -1,5 +1,6 @@
 """Make a whole model of a saved adapter and its base."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,19 @@ FROM_4_BITS = (
 def adapter_to_merge(named: str, revision: str | None) -> tuple[str, Any]:
     """Return the folder and config of an adapter; `ValueError` for anything that cannot be merged."""
     folder = adapter_folder(named, revision)
-    require_model(folder or named, "the adapter to merge", revision)
+    require_model(folder or named, "trl-ext merge", revision)
     config = adapter_config(folder)
     if folder is None or config is None:
         raise ValueError(
-            f"{named} holds no adapter (there is no adapter_config.json), so there is nothing to merge. Give the "
-            "`output_dir` of a run with `--use_peft`; a whole model can be used as it is."
+            f"{named!r} holds no adapter (there is no adapter_config.json), so there is nothing to merge. Give the "
+            f"output folder of a run with `--use_peft`; a whole model can be used as it is: `--model "
+            f"{shlex.quote(named)}`."
         )
     if config.is_prompt_learning:
         raise ValueError(f"{named} learns virtual tokens ({config.peft_type.value}), which no weight can hold.")
     if getattr(config, "layer_replication", None):
         raise ValueError(f"{named} reads layers of its base several times (`layer_replication`): it cannot be merged.")
-    require_weights(folder, "the adapter to merge")
+    require_weights(folder, "trl-ext merge")
     require_base(folder, config)
     return folder, config
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,19 @@ from .fingerprint import base_fingerprint, weights_fingerprint
 from .loading import (
     TEMPLATE,
     adapter_config,
+    base_line,
     has_tokenizer,
     init_kwargs,
     is_quantized,
     load_tokenizer,
     merge_line,
+    merged_beside,
     near_folder,
     read_config,
     refuse_scoring,
     require_model,
     require_weights,
+    shown,
     source_options,
 )
 
@@ -58,12 +62,18 @@ def require_writer(path: str, name: str, revision: str | None = None) -> str:
     require_weights(folder or path, name)
     adapter = adapter_config(folder)
     if folder is None or adapter is None:
-        refuse_scoring(read_config(path, name, revision=revision), f"{path} ({name})")
+        refuse_scoring(read_config(path, name, revision=revision), f"{path!r} ({shown(name)})", path, name)
         return path
     if adapter.task_type == "SEQ_CLS":
-        raise ValueError(f"{path} ({name}) holds a reward model's adapter, which scores text and cannot write it.")
+        raise ValueError(
+            f"{path!r} ({shown(name)}) holds a reward model's adapter, which scores text and cannot write it: it may "
+            f"be `--reward_model_path {shlex.quote(path)}` of `trl-ext ppo`. Give a causal language model here, or "
+            "its adapter."
+        )
     require_base(folder, adapter)
-    require_writer(str(adapter.base_model_name_or_path), f"the base of the adapter {path}, {name}", adapter.revision)
+    require_writer(
+        str(adapter.base_model_name_or_path), f"the base of the adapter {path}, {shown(name)}", adapter.revision
+    )
     return folder
 
 
@@ -123,17 +133,17 @@ def saved_adapter(model: Any, args: Any, peft_config: PeftConfig | None = None) 
         return None
     if peft_config is not None:
         raise ValueError(
-            f"{model} is an adapter, which goes on being trained, and `peft_config` asks for a new one. Leave "
-            f"`peft_config` out; or, for a new adapter on top, merge this one first: `{merge_line(model)}`."
+            f"{model!r} (`model`) is an adapter, which goes on being trained, and `peft_config` asks for a new one. "
+            f"Leave `peft_config` out; or, for a new adapter on top, merge this one first: `{merge_line(model)}`."
         )
     if config.is_prompt_learning:
         raise ValueError(
-            f"{model} (`model`) learns virtual tokens ({config.peft_type.value}), which PEFT does not go on training "
-            "once they are saved. Give a model, or an adapter that changes weights, such as LoRA."
+            f"{model!r} (`model`) learns virtual tokens ({config.peft_type.value}), which PEFT does not go on "
+            "training once they are saved. Give a model, or an adapter that changes weights, such as LoRA."
         )
     if config.task_type == "SEQ_CLS":
         raise ValueError(
-            f"{model} (`model`) holds an adapter of task type SEQ_CLS, which scores text and cannot write it. Give "
+            f"{model!r} (`model`) holds an adapter of task type SEQ_CLS, which scores text and cannot write it. Give "
             "it as `reward_model` or `value_model`, and a causal language model, or its adapter, here."
         )
     require_weights(folder, "model")
@@ -146,13 +156,14 @@ def require_base(folder: str, config: PeftConfig) -> None:
     base, revision = config.base_model_name_or_path, config.revision
     if not base:
         raise ValueError(
-            f"The adapter in {folder} does not say what it was trained on. Write the base's path or hub name into "
-            "its adapter_config.json, as `base_model_name_or_path`."
+            f"The adapter in {folder!r} does not say what it was trained on. Write BASE, that model's folder or hub "
+            f"name, into its adapter_config.json: `{base_line(folder)}`."
         )
     if adapter_folder(base, revision) is not None:
         raise ValueError(
             f"The base of the adapter {folder} is {base}, an adapter itself. Merge that one first: "
-            f"`{merge_line(base)}`, and write MERGED into {folder}/adapter_config.json, as `base_model_name_or_path`."
+            f"`{merge_line(base)}`, and write {merged_beside(base)} into {folder}/adapter_config.json, as "
+            "`base_model_name_or_path`."
         )
     try:
         require_model(base, f"the base of the adapter {folder}, named in its adapter_config.json", revision)

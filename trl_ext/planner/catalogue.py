@@ -215,19 +215,20 @@ def find(name: str) -> str | None:
 
 def nearest(name: str) -> str:
     """
-    Return the known names that are most like one that is not, for errors: those of its family, if that is known, whose
-    size is nearest; without a size those that are written alike, and a few examples if none is.
+    Return what to give for a model that is not known: the names of its family, if that is known, whose size is
+    nearest; without a size those that are written alike, and a few examples if none is.
     """
     said = name.lower().rstrip("/").split("/")[-1]
     size, family = _size(said), _family(said)
     sizes = {known: its for known in SHAPES if (its := _size(known)) is not None}
     of_family = [known for known in sizes if _family(known) == family] or list(sizes)
     if size is not None:
-        by_size = sorted(of_family, key=lambda known: abs(math.log(sizes[known] / size)))
-        return f"The nearest are {', '.join(by_size[:3])}"
-    word = _squeezed(said)
-    near = dict.fromkeys(_NAMES[key] for key in difflib.get_close_matches(word, _NAMES, n=3))
-    return f"The nearest are {', '.join(near)}" if near else "There are 8b, qwen3-14b, gemma-3-4b and more"
+        near = sorted(of_family, key=lambda known: abs(math.log(sizes[known] / size)))[:3]
+    else:
+        near = list(dict.fromkeys(_NAMES[key] for key in difflib.get_close_matches(_squeezed(said), _NAMES, n=3)))
+    first, *others = near or ("8b", "qwen3-14b", "gemma-3-4b")
+    more = f" Others: {', '.join(others)}." if others else ""
+    return f"{'Did you mean' if near else 'For example:'} `--model {first}`{'?' if near else '.'}{more}"
 
 
 def _size(name: str) -> float | None:
@@ -266,5 +267,5 @@ def read_config(name: str, changed: int) -> "PretrainedConfig":
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # a family's own checks raise what they like
-        known = "" if Path(name).is_dir() else f", and no built-in shape. {nearest(name)}"
-        raise ValueError(f"{name!r} is no folder or hub name with a config that can be read{known}.") from error
+        known = "." if Path(name).is_dir() else f", and no built-in shape. {nearest(name)}"
+        raise ValueError(f"{name!r} is no folder or hub name with a config that can be read{known}") from error

@@ -109,10 +109,12 @@ def hardware(gpu: str = "a100-80gb", **options: float) -> Hardware:
         if re.fullmatch(r"[\d.]+ ?gi?b?", gpu.strip().lower()):  # by a memory that no card of the table has
             near = []
         some = ("rtx4090-24gb", "l40s-48gb", "a100-80gb", "h100-80gb", "b200-180gb")
-        meant = f"Did you mean {' or '.join(near)}?" if near else f"It knows {len(GPUS)}, such as {', '.join(some)}."
+        first, *others = near or some
+        meant = f"Did you mean `--gpu {first}`?" if near else f"It knows {len(GPUS)}: write `--gpu {first}`, say."
+        more = f" Others: {', '.join(others)}." if others else ""
         raise ValueError(
-            f"The planner does not know the GPU {gpu!r}. {meant} For another one name a similar one, and give the "
-            "memory with `--gpu_memory` of `trl-ext plan`."
+            f"The planner does not know the GPU {gpu!r}. {meant}{more} For a card with other memory: `trl-ext plan "
+            f"--gpu {first} --gpu_memory 8`."
         )
     machine = Hardware(**(GPUS[card] | {"name": card} | options))  # type: ignore[arg-type]
     return replace(machine, host_for_each=0.0) if "host_memory" in options else machine.with_gpus(machine.gpus)

@@ -242,9 +242,9 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
         """
         if self.local_batch_size % self.num_mini_batches:
             raise ValueError(
-                f"A rollout holds {self.local_batch_size} responses per rank (per_device_train_batch_size × "
-                f"gradient_accumulation_steps), which num_mini_batches={self.num_mini_batches} does not divide. "
-                f"Set num_mini_batches to {_or(divisors(self.local_batch_size))}, or change one of the other two."
+                f"A rollout holds {self.local_batch_size} responses per rank (`per_device_train_batch_size` × "
+                f"`gradient_accumulation_steps`), which `num_mini_batches={self.num_mini_batches}` does not divide. "
+                f"Set `num_mini_batches` to {_or(divisors(self.local_batch_size))}, or change one of the other two."
             )
         n, mini_batch = self.num_generations, self.local_mini_batch_size
         if mini_batch % n:
@@ -253,7 +253,7 @@ class PPOConfigX(  # a dataclass has the fields of its last base first, so `--he
             raise ValueError(
                 f"`num_generations={n}` does not divide a rank's mini-batch of {mini_batch} responses, in which those "
                 f"to a prompt stay together. The nearest that do: {', '.join(map(str, nearest))}; or change "
-                "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches."
+                "`per_device_train_batch_size`, `gradient_accumulation_steps` or `num_mini_batches`."
             )
         if self.micro_batch_tokens is not None:
             return mini_batch

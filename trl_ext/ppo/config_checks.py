@@ -13,11 +13,14 @@ from .options import LAM, LOSS_KL_ESTIMATORS, REWARD_KL_ESTIMATORS, CriticOption
 BEST_METRIC = "eval_reward/score"
 
 # Options of GRPO that mean nothing in PPO, and what to do instead.
-_LOSS = "PPO has one loss, the objective that `policy_objective` names"
-_REWARDS = "PPO does not scale rewards by group; see `normalize_rewards` and `whiten_rewards`"
-_FROZEN = "the reference model of PPO is frozen"
-_ENTROPY = "the entropy bonus of PPO has the fixed coefficient `ent_coef`"
-_ROLLOUT = "the rollout is `per_device_train_batch_size` × `gradient_accumulation_steps` × world size"
+_LOSS = "leave it out: PPO has one loss, whose form is `policy_objective`, clip or mask"
+_REWARDS = "leave it out: PPO does not scale rewards by group, but with `normalize_rewards` or `whiten_rewards`"
+_FROZEN = "leave it out: the reference model of PPO is frozen"
+_ENTROPY = "set `ent_coef` instead, the fixed coefficient of PPO's entropy bonus"
+_ROLLOUT = (
+    "set `gradient_accumulation_steps` instead: a rollout is `per_device_train_batch_size` × "
+    "`gradient_accumulation_steps` × the number of processes"
+)
 MEANINGLESS_IN_PPO = {
     "loss_type": _LOSS,
     "importance_sampling_level": _LOSS,
@@ -29,7 +32,7 @@ MEANINGLESS_IN_PPO = {
     "vespo_lambda_neg": _LOSS,
     "off_policy_mask_threshold": f"{_LOSS}; see `target_kl` for an early stop",
     "top_entropy_quantile": _LOSS,
-    "use_bias_correction_kl": "the KL term of PPO is chosen by `kl_estimator` and `kl_placement`",
+    "use_bias_correction_kl": "leave it out: the KL term of PPO is that of `kl_estimator` and `kl_placement`",
     "scale_rewards": _REWARDS,
     "multi_objective_aggregation": _REWARDS,
     "sync_ref_model": _FROZEN,

@@ -209,10 +209,22 @@ def check_datasets(
         check_prompts(dataset, name, tokenizer, limits, *options, pad_id=pad_id, known=known)
     if isinstance(train_dataset, Dataset) and len(train_dataset) < args.num_prompts:
         raise ValueError(
-            f"`train_dataset` has {len(train_dataset)} prompts and a rollout takes {args.num_prompts} "
-            "(per_device_train_batch_size × gradient_accumulation_steps × world size / num_generations). Add prompts "
-            "or lower it."
+            f"`train_dataset` has {len(train_dataset)} prompts, and a rollout takes {args.num_prompts}: "
+            "`per_device_train_batch_size` × `gradient_accumulation_steps` × processes / `num_generations`. Add "
+            f"prompts, or {_smaller_rollout(len(train_dataset), args)}."
         )
+
+
+def _smaller_rollout(prompts: int, args: PPOConfigX) -> str:
+    """Return what to set for a rollout of at most so many prompts."""
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    whole = args.num_mini_batches * args.num_generations  # what divides the responses of a rank
+    for name, size in (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", steps)):
+        others = batch * steps // size
+        fitting = [n for n in range(1, size) if n * args.num_prompts <= prompts * size and n * others % whole == 0]
+        if fitting:
+            return f"set `{name}={fitting[-1]}`"
+    return "lower one of them"
 
 
 def named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -267,9 +279,10 @@ def check_prompts(
         length, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Checking the prompts of {name}"
     )["length"][:]
     if 0 in lengths:
+        column = "prompt" if "prompt" in dataset.column_names else "input_ids"
         raise ValueError(
-            f"Row {lengths.index(0)} of `{name}` has an empty prompt{_others_empty(lengths)}. Remove such rows "
-            "from the data, or give each at least one token."
+            f"Row {lengths.index(0)} of `{name}` has an empty prompt{_others_empty(lengths)}. Drop such rows: "
+            f"`dataset.filter(lambda row: row[{column!r}])`."
         )
     needed = max(lengths, default=0) + response_length
     small = {limit: most for limit, most in limits.items() if most is not None and needed > most}
@@ -285,7 +298,7 @@ def check_prompts(
         shown = f" It begins {prompt[:40]!r}." if isinstance(prompt, str) else ""
         raise ValueError(
             f"The longest prompt of `{name}`, in row {lengths.index(tokens)}, has {tokens} tokens; with "
-            f"response_length={response_length} it needs {needed} and does not fit {fits}. {cure}.{shown}"
+            f"`response_length={response_length}` it needs {needed} and does not fit {fits}. {cure}.{shown}"
         )
 
 

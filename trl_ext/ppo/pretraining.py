@@ -115,7 +115,7 @@ class CriticConfigX(PPOConfigX):
         if self.resume_from_checkpoint:
             raise ValueError(
                 "The critic's pretraining writes no checkpoints to resume from. Its responses are kept: give the "
-                f"folder `{FOLDER}` of the output folder as `rollouts`."
+                f"folder {FOLDER!r} of the output folder as `rollouts`."
             )
 
 

@@ -138,8 +138,9 @@ def require_same(folder: str | Path, now: dict[str, Any]) -> None:
     if missing:
         lacks = f"which has no {' and no '.join(missing)}" if Path(folder).is_dir() else "and there is no such folder"
         raise ValueError(
-            f"`rollouts` is {folder}, {lacks}. Give the folder `{FOLDER}` in the "
-            "output folder of an earlier run, or leave it out to sample."
+            f"`rollouts` is {str(folder)!r}, {lacks}. Give the folder {FOLDER!r} in the "
+            f"output folder of an earlier run, such as `rollouts='outputs/critic/{FOLDER}'`, or leave it out to "
+            "sample."
         )
     then = json.loads(file.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file

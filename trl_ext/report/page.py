@@ -1,6 +1,7 @@
 """Write one self-contained HTML page about one run or several: it loads nothing, and runs its own script only."""
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def write_report(
         FileNotFoundError: for a folder without a log.
     """
     if not folders:
-        raise ValueError("No run was given; name the `output_dir` of at least one.")
+        raise ValueError("No run was given; name the output folder of at least one.")
     require_page(path)
     return write_page(read_runs(folders), page_of(folders) if path is None else Path(path), refresh, picture)
 
@@ -57,7 +58,10 @@ def write_report(
 def require_page(path: str | Path | None) -> None:
     """Raise `ValueError` for a path that does not end in .html."""
     if path is not None and Path(path).suffix != ".html":
-        raise ValueError(f"{path} is no name of a page; give one that ends in .html, and the picture lies beside it.")
+        raise ValueError(
+            f"{str(path)!r} is no name of a page, which ends in .html: write `--output "
+            f"{shlex.quote(str(Path(path).with_suffix('.html')))}`; the picture, a .png, lies beside it."
+        )
 
 
 def page_of(folders: Sequence[str | Path]) -> Path:

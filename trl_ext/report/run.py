@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,18 +160,18 @@ def _states(folder: Path) -> list[Path]:
         return paths
     if there:
         raise FileNotFoundError(
-            f"{folder} holds the log of an earlier run only ({there[0]}): the run that {FACTS} is about has not "
-            f"written one yet. {_when_to_look(folder)}, or name another folder."
+            f"{str(folder)!r} holds the log of an earlier run only ({there[0]}): the run that {FACTS} is about has "
+            f"not written one yet. {_when_to_look(folder)}, or name another folder."
         )
     if not folder.is_dir():
         near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("*/")], n=1)
-        meant = f" Did you mean {folder.with_name(near[0])}?" if near else ""
-        raise FileNotFoundError(f"{folder} is no folder.{meant} Give the `output_dir` of a run.")
+        meant = f"Did you mean {str(folder.with_name(near[0]))!r}?" if near else _give_run(folder.parent)
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. {meant}")
     if (folder / FACTS).is_file():
-        raise FileNotFoundError(f"The run in {folder} has written no log yet. {_when_to_look(folder)}.")
+        raise FileNotFoundError(f"The run in {str(folder)!r} has written no log yet. {_when_to_look(folder)}.")
     raise FileNotFoundError(
-        f"{folder} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. Give the `output_dir` of a "
-        "run; one that is still running has a log after its first checkpoint, or at once with `ReportCallback`."
+        f"{str(folder)!r} holds no log of a run: neither {STATE} nor checkpoint-*/{STATE}. {_give_run(folder.parent)} "
+        "A run that has just begun has a log after its first checkpoint, or at once with `ReportCallback`."
     )
 
 
@@ -178,6 +179,16 @@ def _when_to_look(folder: Path) -> str:
     if _has_stopped(read_facts(folder), folder):
         return "It has stopped, before its first log line: start it again"
     return "Look again after its next log line"
+
+
+def _give_run(place: Path) -> str:
+    """Return, as a sentence, what to give for a run: the first output folder in a place that has a log."""
+    logs = sorted(
+        [*place.glob(f"*/{STATE}"), *place.glob(f"*/checkpoint-*/{STATE}"), *place.glob(f"outputs/*/{STATE}")]
+    )
+    folders = [each.parent.parent if each.parent.name.startswith("checkpoint-") else each.parent for each in logs]
+    named = f"`trl-ext report {shlex.quote(str(folders[0]))}`" if folders else "`trl-ext report outputs/ppo-demo`"
+    return f"Give the output folder of a run, what its `--output_dir` was, such as {named}."
 
 
 def _silent_after(written: Sequence[float], lines: int, begun: float | None, every: float) -> float:

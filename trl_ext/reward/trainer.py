@@ -22,6 +22,7 @@ from ..models.loading import (
     load_tokenizer,
     require_tokens,
     source_options,
+    such_as,
     text_config,
 )
 from ..models.noise import has_noise
@@ -284,8 +285,8 @@ def require_one_label(config: Any, model: Any) -> None:
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if isinstance(model, str) and is_classifier and config.num_labels != 1:
         raise ValueError(
-            f"{model} is a classifier of {config.num_labels} labels, and a reward model has one. Start from a causal "
-            "language model, or from a reward model."
+            f"{model!r} (`model`) is a classifier of {config.num_labels} labels, and a reward model has one. Start "
+            f"from a causal language model, which gets a head for scores{such_as(model, 'model')}."
         )
 
 

@@ -314,8 +314,8 @@ def require_same_run(checkpoint: Path, args: Any) -> None:
     if saved["rows_per_step"] != now["rows_per_step"]:
         raise ValueError(
             f"{said} An optimizer step had {saved['rows_per_step']} rows and would have {now['rows_per_step']}, so "
-            "that the run would go on at another place in the data. Keep per_device_train_batch_size × "
-            f"gradient_accumulation_steps × processes at {saved['rows_per_step']}, or launch it with "
+            "that the run would go on at another place in the data. Keep `per_device_train_batch_size` × "
+            f"`gradient_accumulation_steps` × processes at {saved['rows_per_step']}, or launch it with "
             f"{saved['processes']}."
         )
 
@@ -344,8 +344,8 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
         fault = agreed_fault(folder)
         if fault is not None:
             raise ValueError(
-                f"`resume_from_checkpoint` is {folder}, and {fault}. Give another folder checkpoint-N, or True for "
-                "the newest complete one in the output folder."
+                f"`resume_from_checkpoint` is {str(folder)!r}, and {fault}. Give another folder checkpoint-N, or "
+                "`resume_from_checkpoint=True` for the newest complete one in the output folder."
             )
     else:
         folder = _newest(Path(output_dir))
@@ -383,8 +383,8 @@ def _newest(run: Path) -> Path:
         faults.append(f"{name}, because {fault}")
     if not faults:
         raise ValueError(
-            f"There is no checkpoint to resume from in {run}. Leave out `resume_from_checkpoint` to start anew, or "
-            "give the folder of a checkpoint, such as OUTPUT_DIR/checkpoint-100."
+            f"There is no checkpoint to resume from in {str(run)!r}. Leave `resume_from_checkpoint` out to start "
+            f"anew, or give a checkpoint's folder, such as `resume_from_checkpoint={str(run / 'checkpoint-100')!r}`."
         )
     raise ValueError(
         f"There is no complete checkpoint to resume from in {run}: {'; '.join(faults)}. Start a new run, or give "

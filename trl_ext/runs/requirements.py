@@ -32,7 +32,7 @@ NUMBERS = {
     "max_length precompute_ref_batch_size ref_model_sync_steps dataset_num_proc vllm_tensor_parallel_size "
     "vllm_max_model_length eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor "
     "ddp_bucket_cap_mb ddp_timeout train_size test_size prompt_words",
-    Range("an integer of at least 1, or unset, which keeps all", COUNT.holds): "save_total_limit",
+    Range("an integer of at least 1, such as 2, or unset, which keeps all", COUNT.holds): "save_total_limit",
     Range(
         "an integer of at least 1, or -1, for as long as the epochs last", lambda x: x == -1 or COUNT.holds(x)
     ): "max_steps",
@@ -46,7 +46,10 @@ NUMBERS = {
     FRACTION: "ld_alpha ref_model_mixup_alpha",
     SHARE_OR_UNSET: "vllm_gpu_memory_utilization",
     FROM_0_BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
-    Range("a share of the rows, above 0 and below 1", lambda x: 0 < x < 1): "test_split_size",
+    Range(
+        "a share of the rows, above 0 and below 1, such as `test_split_size=0.1`; a number of rows is `test_size`",
+        lambda x: 0 < x < 1,
+    ): "test_split_size",
     Range("from 0 to 8", lambda x: 0 <= x <= 8): "min_gap",
     Range("a port, from 1 to 65535", lambda x: 1 <= x < 2**16): "vllm_server_port vllm_group_port main_process_port",
 }
@@ -54,6 +57,15 @@ NUMBERS = {
 _NAMED = "clearml codecarbon comet_ml dagshub dvclive kubeflow mlflow neptune swanlab trackio wandb"
 LOGGERS: dict[str, tuple[str, ...]] = {name: (name,) for name in _NAMED.split()}
 LOGGERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
+# Schedule -> arguments that it may have, of which it lacks one or has another.
+NEEDED_BY: dict[Any, dict[str, Any]] = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 100},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0},
+}
+USUAL = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}  # what needs nothing else
 # Parts of the names of bitsandbytes' optimizers; PyTorch's own of 4 and 8 bits come from torchao.
 OF_BITSANDBYTES = ("8bit", "bnb", "paged", "lion", "ademamix")
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
@@ -144,11 +156,11 @@ def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[No
     except (ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         given = f"`{name}={getattr(value, 'value', value)}`" + (f" with `{name_of_more}={more}`" if more else "")
-        form = '{"NAME": VALUE}' if name_of_more.endswith("_kwargs") else "NAME=VALUE"
-        more_of = "" if isinstance(error, ImportError) else f" with `{name_of_more}`, such as {form}"
-        raise ValueError(
-            f"{given} is refused: {reason.rstrip('.')}. Mend that{more_of}, or choose another `{name}`."
-        ) from error
+        needed = NEEDED_BY.get(getattr(value, "value", value))
+        asked = set(more) if isinstance(more, dict) else {None}
+        usual = next((kind for kind, known in NEEDED_BY.items() if asked <= known.keys()), USUAL[name])
+        cure = f"Give `{name_of_more}={needed}`" if needed else f"Leave `{name_of_more}` out" if more else "Mend that"
+        raise ValueError(f"{given} is refused: {reason.rstrip('.')}. {cure}, or choose `{name}={usual}`.") from error
 
 
 def is_installed(package: str) -> bool:
@@ -179,7 +191,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     for logger in loggers if loggers not in (["all"], ["none"]) else ():
         if logger not in LOGGERS:
             near = difflib.get_close_matches(logger, LOGGERS, n=1)
-            meant = f" Did you mean {near[0]}?" if near else ""
+            meant = f" Did you mean `report_to={near[0]}`?" if near else ""
             raise ValueError(
                 f"`report_to` has {logger!r}; it may have {', '.join(LOGGERS)}, or be none or all.{meant}"
             )
@@ -230,10 +242,17 @@ def require_writable(path: str | Path, what: str = "output_dir") -> None:
     folder = Path(path)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir():
-        named = "that" if there == folder.absolute() else there
-        raise ValueError(f"`{what}` is {folder}, and {named} is a file. Give a folder, or one that is yet to be made.")
+        named = "that" if there == folder.absolute() else repr(str(there))
+        file = next(each for each in (folder, *folder.parents) if each.exists())
+        free = f"{file.with_suffix('')}-out"
+        raise ValueError(
+            f"`{what}` is {str(folder)!r}, and {named} is a file. Give a folder, or one that is yet to be made, such "
+            f"as `{what}={free!r}`."
+        )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"`{what}` is {folder}, and nothing can be written into {there}. Give another folder.")
+        raise ValueError(
+            f"`{what}` is {str(folder)!r}, and nothing can be written into {str(there)!r}. Give another folder."
+        )
 
 
 def require_kind(model: Any, name: str = "model") -> None:
@@ -289,5 +308,5 @@ def make_folder(path: str | Path, what: str = "output_dir") -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"`{what}` is {path}, and nothing can be written there ({error.strerror}). Give another folder."
+            f"`{what}` is {str(path)!r}, and nothing can be written there ({error.strerror}). Give another folder."
         ) from error

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     from ...models.saved_adapter import load_writer, require_writer
 
     with usage_errors():
-        path = require_writer(given.model, "the model to talk to")
+        path = require_writer(given.model, "trl-ext chat")
         tokenizer = load_tokenizer(path)
         model = load_writer(path, dtype="bfloat16" if computes_in_bf16() else "float32")
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer)

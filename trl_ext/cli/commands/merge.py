@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import usage_errors
 from ..flags import CommandParser
+from ..wording import Wording
 
 
 def arguments() -> CommandParser:
@@ -33,14 +34,15 @@ def arguments() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = arguments().parse_args(argv)
+    parser = arguments()
+    given = parser.parse_args(argv)
     import torch  # late, with what follows: `--help` need not wait for it
 
     from ...models.merging import FROM_4_BITS, adapter_to_merge, in_4_bits, kept_in, merge_adapter, save_merged
 
-    with usage_errors():
-        folder, config = adapter_to_merge(given.adapter, given.revision)
+    with usage_errors(Wording(parser)):
         require_empty(given.output_dir)
+        folder, config = adapter_to_merge(given.adapter, given.revision)
         wanted = None if given.load_in_4bit is None else given.load_in_4bit.lower() == "true"
         bits = in_4_bits(folder, wanted)
         code = bool(given.trust_remote_code)
@@ -62,10 +64,14 @@ def main(argv: list[str] | None = None) -> None:
 def require_empty(folder: Path) -> None:
     """Raise `ValueError` for a folder that holds something, or cannot be written."""
     from ...runs.requirements import require_writable
+    from ..output import beside
 
     require_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"`--output_dir {folder}` is not empty. Give a new folder, or empty this one.")
+        raise ValueError(
+            f"`--output_dir {folder}` is not empty. Give a new folder, such as `--output_dir "
+            f"{shlex.quote(beside(folder, 'merged'))}`."
+        )
 
 
 def of_critic(critic: Path, actor: str) -> str:

@@ -13,6 +13,7 @@ layout, and flags override it. Memory is in GiB, lengths are in tokens.
 
 import argparse
 import math
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ...planner import CPU, GIB, Hardware, Layout, ModelNames
 from ..errors import is_debugging, usage_errors
 from ..flags import CommandParser
 from ..recipes import find_config, find_deepspeed, read_recipe
+from ..wording import Wording
 
 
 FIRST = "The 10 options that matter first"
@@ -98,11 +100,12 @@ def run_of(given: argparse.Namespace, machine: Hardware) -> tuple[ModelNames, La
     flags = {f.name: getattr(given, f.name) for f in fields(Layout) if getattr(given, f.name) is not None}
     names = ModelNames(given.model or START_MODEL)
     if given.from_config:
-        recipe = find_config(given.from_config)
+        recipe = find_config(given.from_config, option="--from_config")
         trainer = flags.get("trainer") or recipe.resolve().parent.name
         if trainer not in ("ppo", "dpo", "reward"):
             raise ValueError(
-                f"{given.from_config} is in no folder `ppo`, `dpo` or `reward`: say which it is with `--trainer`."
+                f"The recipe {given.from_config!r} is in no folder of the name ppo, dpo or reward: say whose it is, "
+                "such as `--trainer ppo`."
             )
         options = options_of(recipe)
         names = planner.names_from_options(options)
@@ -131,7 +134,10 @@ def options_of(recipe: Path) -> dict[str, Any]:
 def answer(given: argparse.Namespace) -> None:
     """Print the plan, or the suggestions; draw the picture."""
     if given.picture and given.picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"`--picture` is {given.picture}; give a name that ends in .png, .svg or .pdf.")
+        raise ValueError(
+            f"`--picture` is {given.picture}; give a name that ends in .png, .svg or .pdf, such as `--picture "
+            f"{shlex.quote(str(given.picture.with_suffix('.png')))}`."
+        )
     if not 0 < given.episodes < math.inf:
         raise ValueError(f"`--episodes` is {given.episodes:g}; it must be above 0, a number of responses or pairs.")
     machine = machine_of(given)
@@ -149,9 +155,10 @@ def answer(given: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = arguments().parse_args(argv)
+    parser = arguments()
+    given = parser.parse_args(argv)
     try:
-        with usage_errors():
+        with usage_errors(Wording(parser)):
             answer(given)
     except Exception as error:  # a config may be anybody's, and reading it may raise anything
         if is_debugging():

@@ -10,6 +10,7 @@ A recipe starts by its name, `trl-ext ppo --config ppo/demo`; flags override it.
 of the file that is named last.
 """
 
+import difflib
 import json
 import textwrap
 from dataclasses import asdict
@@ -35,11 +36,19 @@ def main(argv: list[str] | None = None) -> None:
         commands = given.commands or list(RECIPES)
         unknown = [command for command in commands if command not in RECIPES]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} has no recipes; {', '.join(RECIPES)} have.")
+            raise ValueError(
+                f"There are no recipes of {unknown[0]!r}: write `trl-ext recipes` for all, or with one or more of "
+                f"{', '.join(RECIPES)}, such as `trl-ext recipes {near_command(unknown[0])}`."
+            )
         if given.schema is not None:
             return write_schemas(given.schema, commands)
     recipes = installed_recipes(*commands)
     print(json.dumps([asdict(each) for each in recipes], indent=2) if given.json else "\n\n".join(map(text, recipes)))
+
+
+def near_command(word: str) -> str:
+    """Return the command with recipes whose name is like a word, or the first."""
+    return (difflib.get_close_matches(word, RECIPES, n=1) or RECIPES)[0]
 
 
 def text(recipe: Recipe) -> str:

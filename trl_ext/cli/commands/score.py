@@ -86,12 +86,15 @@ def paths_of(data: ScoreArguments, model: ModelArguments) -> tuple[str, str | No
     path, ref_path = model.model_name_or_path, data.ref_model
     if path is None:
         if not Path(DEMO_POLICY).exists():
-            raise ValueError(f"The demo's policy is not in {DEMO_POLICY}: run `trl-ext dpo` first, or give `--model`.")
+            raise ValueError(
+                "There is no policy to score with: give the output folder of `trl-ext dpo` and the model that it "
+                "started from, `--model out --ref_model my-sft`; or make the demo's first, with `trl-ext dpo`."
+            )
         path, ref_path = DEMO_POLICY, ref_path or str(demo.smollm2())
     path = require_writer(path, "--model", model.model_revision)
     if ref_path is None and adapter_config(path) is None:
         raise ValueError(
-            f"{path} (--model) is a whole model, so `--ref_model START` is needed: give the model that DPO "
+            f"{path!r} (`--model`) is a whole model, so `--ref_model START` is needed: give the model that DPO "
             "started from; with the same one twice every reward is 0. For an adapter the reference is its base."
         )
     return path, None if ref_path is None else require_writer(ref_path, "--ref_model")
@@ -127,7 +130,9 @@ def arguments() -> OptionParser:
 
 def main(argv: list[str] | None = None) -> None:
     with usage_errors():
-        data, model = read(arguments(), argv).make()
+        given = read(arguments(), argv)
+    with usage_errors(given.wording):
+        data, model = given.make()
         if not data.beta > 0:
             raise ValueError(
                 f"`--beta` is {data.beta}; it must be above 0: give the β that the policy was trained with."

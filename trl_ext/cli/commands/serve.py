@@ -13,10 +13,15 @@ in the recipe the server listens on this machine alone, because whoever reaches 
 import os
 import shlex
 import sys
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..errors import usage_errors
 from ..flags import CommandParser
+
+
+if TYPE_CHECKING:
+    from ..options import Options
 
 
 def arguments() -> CommandParser:
@@ -31,10 +36,13 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     given, flags = arguments().parse_known_args(words[:cut])
-    from ..._trl import require_vllm  # late, with what it imports: `--help` need not wait for it
+    from ..._trl import require_vllm  # late, with what they import: `--help` need not wait for it
+    from . import ppo
 
-    with usage_errors():
-        model, options = server_of(given.recipe, flags)
+    with usage_errors(lambda text: text.replace("--config ", "")):
+        ppo_run = ppo.COMMAND.options(["--config", given.recipe, *flags])
+    with usage_errors(ppo_run.wording):
+        model, options = server_of(ppo_run)
     options += words[cut + 1 :]
     print(f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.join([model, *options])}", flush=True)
     if given.dry_run:
@@ -47,14 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     os.execv(sys.executable, server)
 
 
-def server_of(recipe: str, flags: list[str]) -> tuple[str, list[str]]:
-    """Return model and flags of the `vllm serve` that fits the run that `trl-ext ppo` makes of a recipe and flags."""
+def server_of(given: "Options") -> tuple[str, list[str]]:
+    """Return model and flags of the `vllm serve` that fits the run that `trl-ext ppo` makes of these options."""
     from ...ppo.roles.inputs import resolve
     from ...ppo.vllm import dtype_name, engine_dtype, server_url
     from ..models import path_of
-    from . import ppo
 
-    _, model, args = ppo.COMMAND.options(["--config", recipe, *flags]).make(deepspeed=None)
+    _, model, args = given.make(deepspeed=None)
     path, is_adapter = path_of(model, args, "ppo")
     args.model_init_kwargs = model.init_kwargs(args.use_cpu, is_adapter) | (args.model_init_kwargs or {})
     args, actor = resolve(args, model=path, reward_funcs=None)  # of an adapter its base, into which it is merged

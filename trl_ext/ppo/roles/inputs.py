@@ -185,8 +185,8 @@ def _check_weights(weights: list[float] | None, given: Given) -> None:
     names += [source if isinstance(source, str) else get_callable_name(source) for source in given.reward_funcs]
     if weights is not None and len(weights) != len(names):
         raise ValueError(
-            f"`reward_weights` has {len(weights)} numbers for {len(names)} rewards. Give one for each, in this order: "
-            f"{', '.join(names)}."
+            f"`reward_weights` has {len(weights)} numbers for {len(names)} rewards. Give one for each, such as "
+            f"`reward_weights={[1.0] * len(names)}`, in this order: {', '.join(names)}."
         )
 
 

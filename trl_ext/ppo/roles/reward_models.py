@@ -330,10 +330,11 @@ def check_reward_checkpoint(path: str, trust_remote_code: bool = False) -> None:
     config = read_config(path, "reward model", trust_remote_code=trust_remote_code)
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if "ForSequenceClassification" not in architecture:
+        reward = f"{path.rstrip('/')}-reward"
         raise ValueError(
             f"The reward model {path!r} holds a {architecture}, whose score head would be untrained. Train one on "
-            f"pairs first: `trl-ext reward --model {shlex.quote(path)} --dataset_name PAIRS.jsonl --output_dir REWARD`"
-            ", and give REWARD."
+            f"pairs first: `trl-ext reward --model {shlex.quote(path)} --dataset_name PAIRS.jsonl --output_dir "
+            f"{shlex.quote(reward)}`, and give `reward_model_path={reward!r}`."
         )
     check_single_label(config.num_labels, path)
 
