@@ -284,6 +284,11 @@ def test_scores_are_not_written_over_unasked(paths, tmp_path, capsys):
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_empty_name_of_data_is_refused(paths, tmp_path, capsys):
+    said = error_of(["dpo", *run_of("dpo", paths | {"pairs": ""}, output_dir=tmp_path), "--dry_run"], capsys)
+    assert said.startswith("error: `dataset_name` is empty. Name a file, ")
+
+
 def test_configuration_of_a_file_here_is_refused(rows, tmp_path):
     rows.to_json(str(tmp_path / "p.jsonl"))
     rows.save_to_disk(str(tmp_path / "saved"))

@@ -29,7 +29,8 @@ def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_pat
     name = path.parent.name
     paths = paths | {"actor": paths["long"], "prompts": paths["many"], "reward_model": "outputs/not-there"}
     recipe = ["--config", f"{name}/{path.stem}", "--gpu", "a100", "--nproc", "4"]
-    targets = ["--lora_target_modules", "all-linear"]  # one recipe names layers that the tiny model has not
+    # One recipe names layers that the tiny model has not.
+    targets = ["--lora_target_modules", "all-linear"] if "use_peft: true" in path.read_text() else []
     functions = ["--reward_funcs", "ppo_runs.response_lengths"] if "reward_funcs" in path.read_text() else []
     text = dry(name, paths, capsys, *recipe, *targets, *functions, output_dir="out")
     assert "× 4 process(es)" in plan_line(text)

@@ -26,6 +26,7 @@ OF_THE_MODEL = {
     "--attn_implementation none/of-the-hub": "Write `--attn_implementation sdpa`, or eager, in place of none/",
     "--dtype foo": "'foo' is no choice",
     "--pad_token nothing": "`--pad_token` is 'nothing', and the model's tokenizer has no such token",
+    "--lora_r=8": "`--lora_r` is an option of an adapter, and none is made: every weight would be trained.",
     """--model_init_kwargs {"foo":1}""": "Correct `--model_init_kwargs`, or leave it out.",
 }
 OF_THE_TRAINING = {

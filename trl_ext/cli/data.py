@@ -170,6 +170,11 @@ def _no_split(kind: str, splits: Any, args: DataArguments, way_out: str = "") ->
 
 
 def _load(args: DataArguments) -> DatasetDict:
+    if not args.datasets and not args.dataset_name:
+        raise ValueError(
+            "`dataset_name` is empty. Name a file, a folder or a dataset of the hub, or leave it out for the embedded "
+            "movie reviews."
+        )
     try:
         return _read(args)
     except Exception as error:  # of datasets, pyarrow, pandas and the hub: each raises its own

@@ -149,6 +149,12 @@ def read(parser: OptionParser, argv: list[str] | None = None, demo: str | None =
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{not_understood(unknown, parser, argv)} `--help_all` lists every option.")
+    of_adapter = next((word.split("=")[0] for word in argv if word.startswith(("--lora_", "--lora-"))), None)
+    if of_adapter is not None and not getattr(values, "use_peft", True):
+        raise ValueError(
+            f"`{of_adapter}` is an option of an adapter, and none is made: every weight would be trained. Add "
+            "`--use_peft`, or leave it out."
+        )
     if hasattr(values, "deepspeed"):
         values.deepspeed = find_deepspeed(values.deepspeed)
     is_own = path is not None and INSTALLED.resolve() not in path.resolve().parents

@@ -145,8 +145,8 @@ def _hint(error: Exception, is_chat: bool) -> str:
             "`completion[-1]['content']`."
         )
     return (
-        "The prompts are text, so each of `completions` is a string. A model may answer anything: return a reward, or "
-        "`None` where it does not apply."
+        "The prompts are text, so each of `completions` is a string; with `--apply_chat_template` it is a list of "
+        "messages. A model may answer anything: return a reward, or `None` where it does not apply."
     )
 
 
