@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from cli_runs import TRAINING, error_of, run_of
 from trl_ext import RewardTrainerX
@@ -117,17 +117,43 @@ def test_run_that_ctrl_c_has_stopped_ends_as_if_it_had_not_been(name, paths, tmp
         assert (tmp_path / "a run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize("error, ends_by", [(KeyboardInterrupt(), KeyboardInterrupt), (RunError("Full."), SystemExit)])
-def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys, error, ends_by):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", TRAINING)
+def test_signal_while_models_load_ends_the_command_in_one_line(name, number, paths, tmp_path, monkeypatch, capfd):
+    """An output folder that was there stays; a new one, into which nothing is written yet, goes."""
+    load, own = PreTrainedModel.from_pretrained.__func__, signal.getsignal(number)
+
+    def send(cls, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(send))
+    (tmp_path / "old").mkdir()
+    for output in (tmp_path / "old", tmp_path / "new"):
+        with pytest.raises(SystemExit) as end:
+            main([name, *run_of(name, paths, output_dir=output, **SHORT[name])])
+        said = capfd.readouterr().err
+        assert end.value.code == 128 + number
+        assert said.splitlines()[-1] == f"Stopped by {number.name} before the run had begun: start it again."
+        assert "Traceback" not in said
+        assert signal.getsignal(number) == own
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"]
+    assert not any((tmp_path / "old").iterdir())
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (RunError("Full."), 1)])
+def test_interrupted_run_says_how_to_go_on(paths, tmp_path, stop_after, capsys, error, code):
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT["dpo"])]
     stop_after(1, error)
-    with pytest.raises(ends_by) as end:
+    with pytest.raises(SystemExit) as end:
         main(words)
+    assert end.value.code == code
     said = capsys.readouterr().err.splitlines()
     lines = [line for line in said if line.startswith("To go on from the last chec")]
     assert lines[0].endswith(f"--resume_from_checkpoint {tmp_path / 'checkpoint-1'}")
-    if ends_by is SystemExit:
-        assert end.value.code == 1
+    if code == 130:
+        assert said[-1] == "Stopped by SIGINT."
+    else:
         assert said[-3:-1] == ["error: Full.", error.__notes__[0]]
 
 
@@ -157,7 +183,7 @@ def test_ctrl_c_in_the_last_evaluation_leaves_what_was_trained(paths, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RewardTrainerX, "evaluate", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(["reward", *run_of("reward", paths, output_dir=tmp_path, **SHORT["reward"] | {"save_strategy": "no"})])
     assert (tmp_path / "model.safetensors").is_file()
 

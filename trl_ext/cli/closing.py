@@ -5,8 +5,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,7 +16,7 @@ from .. import ReportCallback
 from ..runs.checkpoints import fault_of, numbered
 from ..runs.failures import RunError
 from ..runs.folder import is_of_this_run
-from ..runs.signals import SignalWatch, StoppedBySignal
+from ..runs.signals import SignalWatch, StoppedBySignal, ended_by_signals
 from ..runs.steps_left import has_steps_left
 from .errors import is_debugging, usage_errors
 from .options import Options
@@ -34,6 +35,29 @@ def closing_lines(command: str, output: str | Path, argv: Sequence[str], **other
     again = resuming(command, output, argv) if has_steps_left(output) else None
     lines |= ({"resume": again} if again else {}) | others
     return "\n".join([f"Everything is in {quoted}", *(f"  {name:7} {text}" for name, text in lines.items())])
+
+
+@contextmanager
+def preparing(output_dir: str | None) -> Iterator[None]:
+    """
+    Within the context, which makes a run ready, SIGTERM or Ctrl-C ends the command in one line. An output folder that
+    it has made, and that is empty, goes.
+    """
+    folder = Path(output_dir or "trainer_output")
+    is_new = not folder.exists()
+    received: list[int] = []
+    try:
+        with ended_by_signals() as received:
+            yield
+    except BaseException:  # an interrupted library may raise what it likes
+        if not received or is_debugging():
+            raise
+        if is_new:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"Stopped by {Signals(received[0]).name} before the run had begun: start it again.", file=sys.stderr)
+        raise SystemExit(128 + received[0]) from None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..noise import leave_out_noise
-from .errors import take_debug
+from .errors import is_debugging, take_debug
 from .kept_help import FLAGS, print_help
 
 
@@ -56,16 +56,21 @@ def main(argv: list[str] | None = None) -> None:
     elif command in COMMANDS:
         leave_out_noise()
         rest = take_debug(rest)
-        run = import_module(f".commands.{command}", __package__).main
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of several processes, torchrun names the one that failed first
-            from torch.distributed.elastic.multiprocessing.errors import record
-
-            run = record(run)
         try:
+            run = import_module(f".commands.{command}", __package__).main
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names the process that failed first
+                from torch.distributed.elastic.multiprocessing.errors import record
+
+                run = record(run)
             run(rest)
         except SystemExit as stopped:  # after `--help`
             if stopped.code:
                 raise
+        except KeyboardInterrupt:
+            if is_debugging():
+                raise
+            print("Stopped by SIGINT.", file=sys.stderr)
+            raise SystemExit(130) from None
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         near = near or [name for name, others in MEANT.items() if command.lower() in others.split()]

@@ -17,7 +17,7 @@ from ..report.progress import use_brief_progress
 from ..runs.checkpoints import checkpoint_of, require_same_run
 from ..runs.failures import writing
 from ..runs.steps_left import require_steps_left
-from .closing import closing_lines, report_callbacks, running, saving_last
+from .closing import closing_lines, preparing, report_callbacks, running, saving_last
 from .data import note_on_data
 from .dry_run import dry_run, require_dry_run
 from .errors import usage_errors
@@ -83,21 +83,23 @@ class TrainingCommand:
             require_dry_run(given)
             if launches(given):
                 return launch(self.name, given)
-            data, model, args = given.make()
-            require_all(args)
-            checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
-            require_steps_left(checkpoint, args.max_steps)
-            if checkpoint is not None:
-                require_same_run(checkpoint, args)
-            args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-        require_fit(self.name, data, model, args)
-        with usage_errors(given.wording):
-            trainer = self.build(data, model, args)
-        use_brief_progress(trainer, self.line)
-        for callback in report_callbacks(data.source):
-            trainer.add_callback(callback)
-        if data.profile:
-            trainer.add_callback(ProfileCallback(trainer))
+        with preparing(given.output_dir):
+            with usage_errors(given.wording):
+                data, model, args = given.make()
+                require_all(args)
+                checkpoint = checkpoint_of(args.resume_from_checkpoint, args.output_dir)
+                require_steps_left(checkpoint, args.max_steps)
+                if checkpoint is not None:
+                    require_same_run(checkpoint, args)
+                args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+            require_fit(self.name, data, model, args)
+            with usage_errors(given.wording):
+                trainer = self.build(data, model, args)
+            use_brief_progress(trainer, self.line)
+            for callback in report_callbacks(data.source):
+                trainer.add_callback(callback)
+            if data.profile:
+                trainer.add_callback(ProfileCallback(trainer))
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             with saving_last(args):

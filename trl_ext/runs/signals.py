@@ -6,8 +6,8 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -121,6 +121,38 @@ def _leave_pipe() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_pipe)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[list[int]]:
+    """
+    Within the context, in which there is nothing to save yet, the first SIGTERM or SIGINT is a `KeyboardInterrupt`, a
+    later one ends the process. The list that is yielded holds the first. Outside the main thread nothing changes.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    process, at = os.getpid(), [0.0]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            return _in_forked_child(number)
+        if not received:
+            received.append(number)
+            at[0] = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - at[0] >= AGAIN:
+            os._exit(128 + number)
+
+    before = {caught: signal.signal(caught, end) for caught in CAUGHT}
+    try:
+        yield received
+        if received:  # where no exception can leave, as in `__del__`
+            raise KeyboardInterrupt
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, signal.SIG_DFL if handler is None else handler)
 
 
 def _in_forked_child(number: int) -> None:
