@@ -140,6 +140,7 @@ LINES = {
         chat my-reward
         merge my-sft --output_dir merged
         merge my-adapter --output_dir my-sft
+        merge my-adapter --output_dir merged
         score --dataset_name pairs.jsonl
         score --model my-sft --dataset_name pairs.jsonl
         score --model my-sft --ref_model my-sft --dataset_name pairs.jsonl --beta 0

@@ -55,7 +55,9 @@ def _example(action: argparse.Action | None) -> str:
     """Return what can be typed: a choice, or the default."""
     if action is None:
         return ""
-    value = action.default if action.default is not None or not action.choices else next(iter(action.choices))
+    value = action.default
+    if value is None and action.choices and len([*action.choices]) <= MOST_CHOICES:
+        return f" It may be one of {', '.join(map(str, action.choices))}."
     if value in (None, argparse.SUPPRESS, []) or isinstance(value, bool):
         kinds: dict[Any, str] = {int: " It is a whole number.", float: " It is a number."}
         return kinds.get(action.type, "")
@@ -71,8 +73,9 @@ def require_choice(prog: str, action: argparse.Action, value: Any) -> None:
     near = difflib.get_close_matches(str(value), choices, n=1)
     listed = ", ".join(choices) if len(choices) <= MOST_CHOICES else f"{len(choices)}, which `--help_all` lists"
     before = action.option_strings[0] if action.option_strings else prog
-    usual = action.default if action.default in action.choices else choices[0]
-    meant = f" Did you mean `{before} {near[0]}`?" if near else f" For example: `{before} {usual}`."
+    usual = action.default if action.option_strings else choices[0]  # unset, it may depend on other options
+    example = f" For example: `{before} {usual}`." if usual in action.choices else ""
+    meant = f" Did you mean `{before} {near[0]}`?" if near else example
     raise argparse.ArgumentError(action, f"{value!r} is no choice.{meant} It may be one of {listed}.")
 
 

@@ -83,7 +83,7 @@ def launches(given: Options) -> bool:
 
 def require_count(given: Options) -> None:
     if given.nproc is not None and given.nproc < 1:
-        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1, the number of GPUs to use.")
+        raise ValueError(f"`--nproc` is {given.nproc}; it must be at least 1, a number of GPUs, such as `--nproc 2`.")
 
 
 def launch(command: str, given: Options) -> None:

@@ -159,7 +159,7 @@ def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[No
         needed = NEEDED_BY.get(getattr(value, "value", value))
         asked = set(more) if isinstance(more, dict) else {None}
         usual = next((kind for kind, known in NEEDED_BY.items() if asked <= known.keys()), USUAL[name])
-        cure = f"Give `{name_of_more}={needed}`" if needed else f"Leave `{name_of_more}` out" if more else "Mend that"
+        cure = f"Give `{name_of_more}={needed}`" if needed else f"Leave `{name_of_more}` out" if more else "Do that"
         raise ValueError(f"{given} is refused: {reason.rstrip('.')}. {cure}, or choose `{name}={usual}`.") from error
 
 

@@ -89,7 +89,7 @@ def machine_of(given: argparse.Namespace) -> Hardware:
     sizes = {"memory": given.gpu_memory, "host_memory": given.host_memory}
     for flag, size in {"gpu_memory": given.gpu_memory, "host_memory": given.host_memory}.items():
         if size is not None and size <= 0:
-            raise ValueError(f"`--{flag}` is {size:g}; it must be above 0, in GiB.")
+            raise ValueError(f"`--{flag}` is {size:g}; it must be above 0, in GiB, such as `--{flag} 24`.")
     options: dict[str, Any] = {name: size * GIB for name, size in sizes.items() if size is not None}
     options |= {"gpus": given.gpus, "gpus_per_node": given.gpus_per_node}
     return Hardware(**(vars(CPU) | options)) if given.gpu == "cpu" else planner.hardware(given.gpu, **options)
