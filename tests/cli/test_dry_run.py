@@ -190,3 +190,11 @@ def test_dry_run_refuses_what_the_trainer_would(options, said, paths, tmp_path, 
     assert "PPO plan:" not in capsys.readouterr().out  # what cannot be has no plan
     with pytest.raises(SystemExit, match="error: There is no reward at all"):
         main(["ppo", "--model", paths["actor"], "--dataset_name", paths["prompts"], "--dry_run"])
+
+
+def test_plan_is_of_the_engine_that_the_accelerate_file_names(paths, capsys):
+    launch = {"gpu": "a100-80gb", "nproc": 2, "accelerate_config": "fsdp2"}
+    main(["dpo", *run_of("dpo", paths, **launch), "--dry_run"])
+    assert "\nFSDP2, " in capsys.readouterr().out
+    main(["dpo", *run_of("dpo", paths, **launch), "--dry_run", "--use_peft", "--load_in_4bit"])
+    assert "Memory: not planned: FSDP has not been tried with quantised weights" in capsys.readouterr().out

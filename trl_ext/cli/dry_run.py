@@ -30,7 +30,7 @@ from ..runs.requirements import require_writable
 from ..runs.steps_left import require_steps_left
 from .data import note_on_data, require_steps
 from .fit import plan_run
-from .launch import deepspeed_file, processes, require_count
+from .launch import deepspeed_file, is_sharded_by_fsdp, processes, require_count
 from .models import path_of, require_judge, require_judges
 from .options import Options
 from .reward_functions import reward_functions, try_on
@@ -68,6 +68,7 @@ def dry_run(command: str, given: Options, load: Callable[[Any], DatasetDict]) ->
             steps, text = batches(command, args, size, count)
             require_steps_left(checkpoint, steps)
     options = vars(given.values) | vars(args) | {"deepspeed": deepspeed_file(given)}
+    options |= {"fsdp": True} if is_sharded_by_fsdp(given) else {}
     plan_text, of_memory = memory(command, options, given, count, longest)
     if not given.json:
         print(text, plan_text, "\n".join([heading, *token_lines(parts, tokenizer)]), sep="\n\n", end="\n\n")

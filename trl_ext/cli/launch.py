@@ -151,6 +151,11 @@ def processes(given: Options) -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_sharded_by_fsdp(given: Options) -> bool:
+    """Return whether the run's accelerate file has FSDP shard it."""
+    return given.accelerate_config is not None and accelerate_file(given)[1].get("distributed_type") == "FSDP"
+
+
 def deepspeed_file(given: Options) -> str | None:
     """Return the DeepSpeed file of the run, its own or that of its accelerate file."""
     named = deepspeed_of(accelerate_file(given)[1]) if given.accelerate_config is not None else None
