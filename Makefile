@@ -25,7 +25,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell echo $(VLLM) | cat - pyproject.tom
 RUN := PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --durations=10
 
-.PHONY: help setup demo test test-newest test-vllm check proof measure parity families gpu notebooks docs format wheel clean
+.PHONY: help setup demo test test-newest test-oldest test-vllm check proof measure parity families gpu notebooks docs format wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,9 @@ test: $(STAMP) ## run the tests, all but the tiers proof, measure, parity, vllm 
 test-newest: ## run the tests with the newest versions of all but torch, in .venv-newest; by hand
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
+test-oldest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest; by hand
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 test-vllm: $(VLLM_STAMP) ## sample with a real vLLM on the CPU, write the table of docs/vllm.md; by hand
 	PATH="$(abspath $(VLLM_BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(VLLM_BIN)/python -m pytest -m vllm --durations=5 tests/ppo/test_vllm_engine.py \
@@ -114,4 +117,4 @@ wheel: $(STAMP) ## build the package into dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) .venv-newest $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

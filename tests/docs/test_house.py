@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import overrides
 import trl_ext
@@ -38,8 +39,8 @@ def declared(*groups: str) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 
-def pins() -> dict[str, Requirement]:
-    lines = [line.split("#")[0].strip() for line in read("constraints.txt").splitlines()]
+def pins(path: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = [line.split("#")[0].strip() for line in read(path).splitlines()]
     return {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(None, lines))}
 
 
@@ -140,6 +141,17 @@ def test_constraints_pin_every_dependency():
         assert name in pinned, f"{name} is not pinned in constraints.txt"
         version = pinned_version(pinned[name])
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes the pin {version}"
+
+
+def test_oldest_constraints_are_the_lower_bounds():
+    """`make test-oldest` runs on what pyproject.toml promises; two more hold back what the oldest cannot stand."""
+    bounds = {}
+    for name, requirement in declared(*PROJECT["optional-dependencies"]).items():
+        (bounds[name],) = (Version(each.version) for each in requirement.specifier if each.operator == ">=")
+    oldest = {name: Version(pinned_version(pin)) for name, pin in pins("constraints-oldest.txt").items()}
+    assert oldest.pop("click")
+    assert oldest.pop("pyparsing")
+    assert oldest == bounds
 
 
 # --- scripts, README.md, CONTRIBUTING.md, Makefile, CI

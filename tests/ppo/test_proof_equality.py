@@ -9,7 +9,7 @@ import ppo_runs
 import tiny
 from trl_ext import PPOConfigX, PPOTrainerX
 from trl_ext.models import scoring_head
-from trl_ext.ppo import terms
+from trl_ext.ppo import losses
 from trl_ext.ppo.roles import join
 from trl_ext.ppo.rollout import MicroBatch, Rollout
 
@@ -212,7 +212,7 @@ def test_control_another_policy_term_is_not_grpo(tmp_path, monkeypatch, mistake)
         rollout.mask = rollout.attended
     elif mistake == "one-sided clip":
         monkeypatch.setattr(
-            terms, "clip_objective", lambda ratio, advantages, e, *_: ratio.clamp(max=1 + e) * advantages
+            losses, "clip_objective", lambda ratio, advantages, e, *_: ratio.clamp(max=1 + e) * advantages
         )
     loss, by_name = loss_and_gradients(trainer, rollout)
     by_name = {name: gradient for name, gradient in by_name.items() if not name.startswith("critic.")}

@@ -178,8 +178,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _synced(path: Path, digest: str) -> dict[str, Any]:
-    """Write a file through to the disk; return its entry in the manifest."""
+    """Write a file through to the disk; return its entry in the manifest. `OSError` for one that was cut."""
     _sync(path)
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip and not zipfile.is_zipfile(path):  # torch 2.9 says nothing when the last bytes could not be written
+        raise OSError(f"{path.name} was not written to its end")
     size = path.stat().st_size
     return {"size": size, "sha256": _sha256(path)} if digest == "full" or size <= SMALL else {"size": size}
 
