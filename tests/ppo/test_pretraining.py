@@ -693,7 +693,7 @@ def test_step_that_leaves_no_number_is_an_error(paths, tmp_path):
 
 
 def test_fewer_responses_than_a_batch_are_an_error(pretrained, paths, tmp_path):
-    with pytest.raises(ValueError, match="`train_dataset` has 8 prompts and a rollout takes 16"):
+    with pytest.raises(ValueError, match="`train_dataset` has 8 prompts, and a rollout takes 16"):
         critic_trainer(tmp_path, paths, rollouts=str(pretrained().folder / "rollouts"), per_device_train_batch_size=8)
 
 

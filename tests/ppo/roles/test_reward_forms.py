@@ -291,7 +291,7 @@ def test_prompts_beyond_the_reward_models_positions_are_refused_before_training(
     config = GPT2Config(vocab_size=len(own), n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1)
     config.pad_token_id = 0
     models = {"reward_model": save_judge(tmp_path / "judge", own, GPT2ForSequenceClassification, config)}
-    with pytest.raises(ValueError, match=r"response_length=60 .* the reward model 'judge''s context of 31"):
+    with pytest.raises(ValueError, match=r"response_length=60` .* the reward model 'judge''s context of 31"):
         ppo_trainer(tmp_path, models, response_length=60)
     trainer = ppo_trainer(tmp_path, models | {"train_dataset": Dataset.from_dict({"prompt": ["a b"] * 8})})
     with pytest.raises(ValueError, match="'judge' reads 32 tokens, and a prompt with its answer has"):
