@@ -81,13 +81,22 @@ def test_adapter_of_the_run_that_is_written_over_is_not_taken_for_the_new_model(
     assert adapter_config(str(tmp_path / "out")) is not None
 
 
-@pytest.mark.parametrize("rise, words", [(0.05, "it rose by 0.050 ± 0.010"), (-0.05, "it fell by 0.050 ± 0.010")])
-def test_score_that_fell_is_said_to_have_fallen(rise, words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "rise, words",
+    [
+        (0.05, "it rose by 0.050 ± 0.010 (95%). KL to the reference: 0.00 nats"),
+        (-0.05, "it fell by 0.050 ± 0.010 (95%). KL"),
+        (-0.01, "it fell by 0.010 ± 0.010 (95%), not distinguishable from 0. KL"),
+    ],
+)
+def test_score_that_fell_is_said_to_have_fallen_and_a_move_within_its_interval_not_to_be_seen(
+    rise, words, tmp_path, capsys
+):
     class Trainer:
         class args:
             output_dir, log_completions = str(tmp_path), False
 
-    after = {"eval_reward/rise": rise, "eval_reward/rise_ci95": 0.01, "eval_kl/ref": 1.0, "eval_reward/score": 1.0}
+    after = {"eval_reward/rise": rise, "eval_reward/rise_ci95": 0.01, "eval_kl/ref": -1e-4, "eval_reward/score": 1.0}
     report(Trainer, {"before": {"eval_reward/score": 1.0 - rise}, "after": after}, None)
     assert words in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ from cli_runs import error_of, flags, run_of
 from trl_ext.cli.commands import ppo
 from trl_ext.cli.main import main
 from trl_ext.cli.reward_functions import reward_functions, try_on
+from trl_ext.report.run import read_run
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -79,12 +80,15 @@ def without_judge(paths, **options):
 
 
 @pytest.mark.parametrize("with_model", [False, True])
-def test_run_learns_from_functions_by_their_weights_and_logs_each(folder, paths, with_model):
+def test_run_learns_from_functions_by_their_weights_and_logs_each(folder, paths, capsys, with_model):
     options = {"output_dir": "out", "total_episodes": 8, "per_device_train_batch_size": 8, "test_size": 4}
     arguments = run_of("ppo", paths, **options) if with_model else without_judge(paths, **options)
     weights = ["0.25", "0.5", "2.0"][0 if with_model else 1 :]
     functions = ["--reward_funcs", "my_own_rewards.short", "rewards/json.py:right", "--reward_weights", *weights]
     main(["ppo", *arguments, *functions])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Alarm: ")]
+    assert said == [f"Alarm: {alarm}." for alarm in read_run("out").alarms]
+    assert said[-1].startswith("Alarm: `completions/clipped_ratio` is ")
     after = json.loads((folder / "out/metrics.json").read_text())["after"]
     found = {name.split("/")[1]: after[name] for name in after if re.fullmatch("eval_rewards/.*/mean", name)}
     names = [*(["reward_model"] if with_model else []), "short", "right"]
@@ -190,6 +194,27 @@ def test_function_is_tried_on_two_answers_to_a_prompt(folder, row, name, words):
     else:
         with pytest.raises(ValueError, match=words):
             try_on(functions, row, tokenizer, ARGS)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "is_said"),
+    [
+        (CHAT, "short", True),
+        (CHAT, "right", True),
+        (CHAT, "chat", False),
+        (CHAT, "watched", False),
+        (CHAT, "tokens", False),
+        (ROW, "right", False),
+        (CHAT, "think_format_reward", False),
+    ],
+)
+def test_one_reward_for_both_answers_of_a_chat_is_noted(folder, capsys, row, name, is_said):
+    names = [name if name.startswith("think") else f"my_own_rewards.py:{name}"]
+    try_on(reward_functions(names), row, tiny.tiny_tokenizer(), ARGS)
+    said = capsys.readouterr().err
+    assert ("'The answer is 4.' (16 characters)" in said) == is_said
+    assert (f"The reward function {name!r} gives" in said) == is_said
+    assert ("`completion[-1]['content']`" in said) == is_said
 
 
 def test_trial_waits_no_longer_than_the_run_would(folder):

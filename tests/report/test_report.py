@@ -79,12 +79,12 @@ def test_preference_table_shows_each_evaluation_in_a_column():
         "| pairs | 128 | 128 |",
         "| loss, nats | 0.5000 | 0.5000 |",
         "| implicit reward of chosen, mean ± std | +0.000 ± 0.125 | +0.500 ± 0.125 |",
-        "| implicit reward of rejected, mean ± std | -0.000 ± 0.250 | -0.500 ± 0.250 |",
+        "| implicit reward of rejected, mean ± std | +0.000 ± 0.250 | -0.500 ± 0.250 |",
         "| margin, mean | +0.000 | +1.000 |",
         "| margin, 10%, 50%, 90% of pairs | +0.000, +0.000, +0.000 | +1.000, +1.000, +1.000 |",
         "| Bradley-Terry calibration error |  | 0.250 |",
         "| log π_θ − log π_ref of chosen, nats | +0.00 | +5.00 |",
-        "| log π_θ − log π_ref of rejected, nats | -0.00 | -5.00 |",
+        "| log π_θ − log π_ref of rejected, nats | +0.00 | -5.00 |",
     ]
     assert accuracy_text(DPO_LOG[2]) == accuracy_text(DPO_LOG[3])  # with `eval_` and without
 

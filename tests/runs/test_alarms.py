@@ -79,6 +79,24 @@ def test_a_kl_above_its_band_sounds_for_ppo_and_not_for_dpo():
     assert keys(log_of(HEALTHY_DPO, kl__ref=50.0)) == []
 
 
+@pytest.mark.parametrize(
+    ("size", "changes", "sounds"),
+    [
+        (3, {"rewards__polite__std": 0.0}, True),
+        (3, {"rewards__polite__std": 3e-8, "rewards__polite__mean": 0.99}, True),  # rounding of equal numbers
+        (2, {"rewards__polite__std": 0.0}, False),
+        (12, {"rewards__polite__std": [0.3] * 7 + [0.0] * 5}, True),
+        (12, {"rewards__polite__std": [0.0] * 11 + [0.3]}, False),
+        (12, {"rewards__polite__std": [0.0] * 11 + [math.nan]}, False),
+    ],
+)
+def test_reward_source_that_tells_no_response_from_another_sounds(size, changes, sounds):
+    other = {"rewards__judge__std": 1.0}
+    found = alarms(log_of(HEALTHY_PPO, size, **changes | other))
+    assert [alarm.key for alarm in found if alarm.key.startswith("rewards/")] == ["rewards/polite/std"] * sounds
+    assert all("`completion[-1]['content']`" in alarm.advice for alarm in found if alarm.key.startswith("rewards/"))
+
+
 def test_collapsed_entropy_drifting_lengths_and_broken_numbers_sound():
     assert keys(log_of(HEALTHY_PPO, terms__entropy=[2.0] + [0.1] * 11)) == ["terms/entropy"]
     for late in (25.0, 4.0):

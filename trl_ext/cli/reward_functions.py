@@ -152,7 +152,8 @@ def _hint(error: Exception, is_chat: bool) -> str:
 
 def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, args: Any) -> None:
     """
-    Ask each function about two made-up answers to the prompt of a row, with its other columns, as a run would.
+    Ask each function about two made-up answers to the prompt of a row, with its other columns, as a run would. Of one
+    that gives both the same reward, where prompts are conversations, a line on stderr says what completions are.
 
     Raises:
         ValueError: for a function that needs a column that there is not, raises an error, or returns anything but
@@ -192,6 +193,24 @@ def try_on(functions: Sequence[Callable], row: dict[str, Any], tokenizer: Any, a
                 f"{type(error).__name__}: {error} ({file}, line {last.lineno}). {_hint(error, is_chat)}"
             ) from error
         try:
-            check_rewards(answer, name, inputs)
+            rewards = check_rewards(answer, name, inputs)
         except FloatingPointError as error:  # which ends a run; here nothing has begun
             raise ValueError(str(error)) from error
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        first, second = rewards
+        if is_chat and is_first and isinstance(first, float) and first == second and not _is_of_trl(function):
+            print(_note_on_one_reward(name, first), file=sys.stderr)
+
+
+def _is_of_trl(function: Callable) -> bool:
+    """Return whether a function is one of TRL's, which read messages."""
+    return getattr(function, "__module__", "").startswith("trl.rewards")
+
+
+def _note_on_one_reward(name: str, reward: Any) -> str:
+    given = " and ".join(f"{text!r} ({len(text)} characters)" for text in ANSWERS)
+    return (
+        f"The reward function {name!r} gives two made-up answers, {given}, the same reward, {reward}. That is right "
+        "if it looks for something that neither has. The prompts are conversations, so each of `completions` is a "
+        "list of messages, of which `len(completion)` counts 1: the text of an answer is `completion[-1]['content']`."
+    )

@@ -14,6 +14,7 @@ from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
 from ..report import first_and_last_evaluation
 from ..report.progress import use_brief_progress
+from ..report.run import read_run
 from ..runs.checkpoints import checkpoint_of, require_same_run
 from ..runs.failures import writing
 from ..runs.steps_left import require_steps_left
@@ -121,6 +122,8 @@ class TrainingCommand:
             remove_older_adapters(output, begun)
             (output / "metrics.json").write_text(plain_file(metrics), encoding="utf-8")
             self.report(trainer, metrics, data, model)
+            for alarm in read_run(output).alarms:  # those of the report
+                print(f"Alarm: {alarm}.")
         trainer.create_model_card(dataset_name=data.dataset_name)
 
 

@@ -9,30 +9,30 @@ from ..runs.log import is_tie
 
 # Log key -> its name in the line, and its format. A line shows the keys that are logged.
 PPO_LINE = {
-    "reward/score": ("reward", "+.3f"),
-    "eval_reward/score": ("held-out reward", "+.3f"),
+    "reward/score": ("reward", "+z.3f"),
+    "eval_reward/score": ("held-out reward", "+z.3f"),
     "eval_reward/score_ci95": ("±", ".3f"),
-    "kl/ref": ("KL", ".3f"),
-    "eval_kl/ref": ("KL", ".3f"),
+    "kl/ref": ("KL", "z.3f"),
+    "eval_kl/ref": ("KL", "z.3f"),
     "coef/kl": ("kl_coef", ".3g"),
-    "loss": ("loss", "+.4f"),
-    "value/explained_variance": ("explained variance", ".2f"),
+    "loss": ("loss", "+z.4f"),
+    "value/explained_variance": ("explained variance", "z.2f"),
     "completions/mean_length": ("tokens", ".1f"),
 }
 DPO_LINE = {
     "loss": ("loss", ".4f"),
     "preference/accuracy": ("accuracy", ".3f"),
-    "rewards/margins": ("margin", "+.3f"),
-    "logps/chosen_drift": ("chosen drift", "+.2f"),
-    "logps/rejected_drift": ("rejected drift", "+.2f"),
+    "rewards/margins": ("margin", "+z.3f"),
+    "logps/chosen_drift": ("chosen drift", "+z.2f"),
+    "logps/rejected_drift": ("rejected drift", "+z.2f"),
     "eval_loss": ("held-out loss", ".4f"),
     "eval_preference/accuracy": ("held-out accuracy", ".3f"),
-    "eval_rewards/margins": ("margin", "+.3f"),
+    "eval_rewards/margins": ("margin", "+z.3f"),
 }
 CRITIC_LINE = {
     "loss": ("value loss", ".4f"),
     "eval_loss": ("held-out value loss", ".4f"),
-    "eval_value/explained_variance_mc": ("held-out explained variance", "+.3f"),
+    "eval_value/explained_variance_mc": ("held-out explained variance", "+z.3f"),
 }
 REWARD_LINE = {
     "loss": ("loss", ".4f"),

@@ -16,13 +16,13 @@ def result_rows(run: Run) -> list[list[str]]:
         rows = preference_rows([evaluations[0], evaluations[-1]])
     else:
         for label, points, form in (
-            ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+.3f}"),
+            ("score on held-out prompts", series(run.log, "eval_reward/score"), "{:+z.3f}"),
             ("95% half-width of the score", series(run.log, "eval_reward/score_ci95"), "{:.3f}"),
-            ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+.3f}"),
+            ("rise, paired by prompt", series(run.log, "eval_reward/rise"), "{:+z.3f}"),
             ("95% half-width of the rise", series(run.log, "eval_reward/rise_ci95"), "{:.3f}"),
-            ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:.2f}"),
-            ("score in training", scores(run.log), "{:+.3f}"),
-            ("KL in training, nats per sequence", reference_kl(run.log), "{:.2f}"),
+            ("held-out KL, nats per sequence", series(run.log, "eval_kl/ref"), "{:z.2f}"),
+            ("score in training", scores(run.log), "{:+z.3f}"),
+            ("KL in training, nats per sequence", reference_kl(run.log), "{:z.2f}"),
             ("held-out accuracy", series(run.log, accuracy or ""), "{:.1%}"),
             ("held-out loss", series(run.log, "eval_loss"), "{:.4f}"),
             ("loss", series(run.log, "loss"), "{:.4f}"),
@@ -75,7 +75,7 @@ def choice(runs: Sequence[Run]) -> list[str]:
     for name, reached in goals.items():
         if len(reached) < 2:
             continue
-        form = "{:.1%}" if name == "held-out accuracy" else "{:+.3f}"
+        form = "{:.1%}" if name == "held-out accuracy" else "{:+z.3f}"
         best, value, low, high = max(reached, key=lambda each: each[1])
         interval = f" (95%: {form.format(low)} to {form.format(high)})" if low < high else ""
         text = f"Highest {name} in the last evaluation: {best.name}, {form.format(value)}{interval}."

@@ -17,21 +17,21 @@ PREFERENCE_ROWS = {
     "pairs": (("preference/pairs",), "{:.0f}"),
     "chosen is the likelier completion": (("preference/ranking_accuracy",), "{:.1%}"),
     "loss, nats": (("loss",), "{:.4f}"),
-    "implicit reward of chosen, mean ± std": (("rewards/chosen", "rewards/chosen_std"), "{:+.3f} ± {:.3f}"),
-    "implicit reward of rejected, mean ± std": (("rewards/rejected", "rewards/rejected_std"), "{:+.3f} ± {:.3f}"),
+    "implicit reward of chosen, mean ± std": (("rewards/chosen", "rewards/chosen_std"), "{:+z.3f} ± {:.3f}"),
+    "implicit reward of rejected, mean ± std": (("rewards/rejected", "rewards/rejected_std"), "{:+z.3f} ± {:.3f}"),
     "chosen with a reward below 0": (("rewards/chosen_below_zero",), "{:.1%}"),
     "rejected with a reward below 0": (("rewards/rejected_below_zero",), "{:.1%}"),
-    "margin, mean": (("rewards/margins",), "{:+.3f}"),
+    "margin, mean": (("rewards/margins",), "{:+z.3f}"),
     "margin, 10%, 50%, 90% of pairs": (
         ("rewards/margins_p10", "rewards/margins_p50", "rewards/margins_p90"),
-        "{:+.3f}, {:+.3f}, {:+.3f}",
+        "{:+z.3f}, {:+z.3f}, {:+z.3f}",
     ),
     "gradient weight, mean": (("preference/gradient_weight",), "{:.3f}"),
     "Bradley-Terry calibration error": (("preference/calibration_error",), "{:.3f}"),
-    "½ (log π_θ − log π_ref)², near the reference its KL": (("kl/ref",), "{:.2f}"),
-    "log π_θ − log π_ref of chosen, nats": (("logps/chosen_drift",), "{:+.2f}"),
-    "log π_θ − log π_ref of rejected, nats": (("logps/rejected_drift",), "{:+.2f}"),
-    "correlation of margin and length difference": (("preference/length_correlation",), "{:+.2f}"),
+    "½ (log π_θ − log π_ref)², near the reference its KL": (("kl/ref",), "{:z.2f}"),
+    "log π_θ − log π_ref of chosen, nats": (("logps/chosen_drift",), "{:+z.2f}"),
+    "log π_θ − log π_ref of rejected, nats": (("logps/rejected_drift",), "{:+z.2f}"),
+    "correlation of margin and length difference": (("preference/length_correlation",), "{:+z.2f}"),
 }
 ACCURACY = "preference/accuracy"
 
@@ -123,9 +123,9 @@ def pair_samples(folder: str | Path, first_step: int, last_step: int) -> list[Sa
 
 def _completions(path: Path) -> dict[str, tuple[str, float]]:
     """Return completion and sum of rewards by prompt; of several completions, the last."""
-    from datasets import Dataset
+    from pyarrow import parquet
 
-    table = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    table = parquet.read_table(path).to_pylist()
     known = {"step", "prompt", "completion", "advantage"}
     return {
         _text(row["prompt"]): (

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from ..statistics import wilson_interval
 from .convergence import first_not_finite, mean
-from .log import Log, algorithm, held_out_accuracy, is_tie, reference_kl, series
+from .log import Log, algorithm, held_out_accuracy, is_tie, keys_of, reference_kl, series
 
 
 LATELY = 5  # values of a key that are averaged
+SEVERAL = 3  # log lines, after which a reward source that has not moved is an alarm
 FEW = 100  # pairs, of which fewer make a calibration error that says little
 
 
@@ -83,7 +84,8 @@ def alarms(log: Log, kl_high: float = 2.0) -> list[Alarm]:
     kind = algorithm(log)
     checks: list[Callable[[Log], Alarm | None]] = [_not_finite]
     if kind in ("ppo", "grpo"):
-        checks += [lambda log: _far_from_the_reference(log, kl_high), _collapsed, _lengths_drift, _past_its_best]
+        checks += [lambda log: _far_from_the_reference(log, kl_high), _constant_source, _collapsed, _lengths_drift]
+        checks.append(_past_its_best)
     if kind in ("dpo", "reward"):
         checks += [_overfitted, _worse_than_chance, _learns_length]
     checks += [*RULES.get(kind or "", ()), *FOR_ALL]
@@ -109,6 +111,21 @@ def _far_from_the_reference(log: Log, high: float) -> Alarm | None:
         return None
     advice = "raise its coefficient or let a controller do so; read samples, as a high reward may now be hacked"
     return Alarm("kl/ref", f"is {mean(values):.3g} nats per sequence lately, above {high:g}", advice)
+
+
+def _constant_source(log: Log) -> Alarm | None:
+    """Alarm if a reward source has given all responses of several log lines one reward."""
+    for key in sorted(key for key in keys_of(log) if key.startswith("rewards/") and key.endswith("/std")):
+        values = series(log, key)[1][-LATELY:]
+        means = series(log, key.removesuffix("std") + "mean")[1][-LATELY:]
+        size = max(1.0, *map(abs, means)) if means else 1.0
+        if len(values) >= SEVERAL and all(value <= 1e-6 * size for value in values):
+            advice = (
+                "this source tells no response from another. Where prompts are conversations, a completion is a list "
+                "of messages, whose text is `completion[-1]['content']`"
+            )
+            return Alarm(key, f"is 0 in the last {len(values)} log lines", advice)
+    return None
 
 
 def _collapsed(log: Log) -> Alarm | None:

@@ -19,7 +19,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:  # as Text: "[/INST]" is no markup
-        shown = [f"{cell:+.2f}" if isinstance(cell, float) else cell for cell in row]
+        shown = [f"{cell:+z.2f}" if isinstance(cell, float) else cell for cell in row]
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in shown))
     console = Console(record=file is not None)
     console.print(table)

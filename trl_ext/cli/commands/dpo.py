@@ -59,8 +59,8 @@ def report(trainer: DPOTrainerX, columns: dict[str, Any], *_: Any) -> None:
     after = columns["after"]
     print(
         f"Held-out pairs in the right order: {accuracies}, of "
-        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+.3f}; log π/π_ref "
-        f"{after['eval_logps/chosen_drift']:+.2f} of chosen, {after['eval_logps/rejected_drift']:+.2f} of rejected "
+        f"{after['eval_preference/pairs']:.0f}. Margin {after['eval_rewards/margins']:+z.3f}; log π/π_ref "
+        f"{after['eval_logps/chosen_drift']:+z.2f} of chosen, {after['eval_logps/rejected_drift']:+z.2f} of rejected "
         "completions."
     )
 

@@ -90,9 +90,11 @@ def report(trainer: PPOTrainerX, columns: dict[str, Any], data: PPOArguments, *_
     rise, half_width, kl = (after.get(f"eval_{key}", float("nan")) for key in keys)
     scores = ", ".join(f"{metrics['eval_reward/score']:+.3f} {when}" for when, metrics in columns.items())
     interval = f" ± {half_width:.3f} (95%)" if math.isfinite(half_width) else ""  # one prompt has none
-    moved = f"; it {'fell' if rise < 0 else 'rose'} by {abs(rise):.3f}{interval}" if rise else "; it has not changed"
+    unseen = ", not distinguishable from 0" if abs(rise) <= half_width < math.inf else ""
+    way = "fell" if rise < 0 else "rose"
+    moved = f"; it {way} by {abs(rise):.3f}{interval}{unseen}" if rise else "; it has not changed"
     rose = moved if "before" in columns and math.isfinite(rise) else ""
-    print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:.2f} nats per sequence.")
+    print(f"Held-out score: {scores}{rose}. KL to the reference: {kl:z.2f} nats per sequence.")
 
 
 def further(given: Options, data: PPOArguments, model: ModelArguments, args: PPOConfigX) -> dict[str, str]:
