@@ -7,6 +7,7 @@ import json
 import math
 import random
 
+import matplotlib.font_manager  # noqa: F401  # it looks for fonts with processes, for which `Here` cannot stand in
 import pytest
 import torch
 
