@@ -25,7 +25,12 @@ def test_chat_answers_as_the_model_generates(paths, monkeypatch, capsys):
     ids = model.generate(**batch, max_new_tokens=5, do_sample=False)[0, batch["input_ids"].size(1) :]
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert expected.strip()
-    assert expected in talk(monkeypatch, capsys, paths["actor"], "good film")
+    printed = talk(monkeypatch, capsys, paths["actor"], "good film")
+    assert expected in printed
+    assert printed.startswith(
+        f"{paths['actor']}: `--max_new_tokens 5`, `--temperature 0`, always the likeliest token."
+    )
+    assert printed.endswith("[cut off after 5 tokens: `--max_new_tokens`]\n")
 
 
 @pytest.fixture
@@ -53,6 +58,6 @@ def test_chat_ends_where_the_model_ends(tmp_path, monkeypatch, capsys, asked):
     model.generation_config.eos_token_id = list(range(3, 64))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    talk(monkeypatch, capsys, tmp_path, "one", "two")
+    assert "cut off" not in talk(monkeypatch, capsys, tmp_path, "one", "two")
     answer = asked[1][1]["content"]
     assert len(tokenizer(answer)["input_ids"]) <= 1

@@ -202,7 +202,7 @@ def test_signal_while_the_trained_model_is_saved_lets_it_be_saved(paths, tmp_pat
         main(["reward", *run_of("reward", paths, output_dir=tmp_path, **unsaved)])
     assert end.value.code == 143
     said = capfd.readouterr().err
-    assert "SIGTERM: the run ends as soon as its model is saved. Once more ends it now." in said
+    assert "SIGTERM: the run ends as soon as its model is saved. Once more, after 2 seconds, ends it now." in said
     assert f"The run was done. The model is in {tmp_path}; it was not evaluated." in said
     assert (tmp_path / "model.safetensors").is_file()
 

@@ -33,7 +33,7 @@ def test_every_recipe_runs_dry_on_hardware_that_is_not_here(path, paths, tmp_pat
     targets = ["--lora_target_modules", "all-linear"] if "use_peft: true" in path.read_text() else []
     functions = ["--reward_funcs", "ppo_runs.response_lengths"] if "reward_funcs" in path.read_text() else []
     text = dry(name, paths, capsys, *recipe, *targets, *functions, output_dir="out")
-    assert "× 4 process(es)" in plan_line(text)
+    assert "× 4 processes)" in plan_line(text)
     assert "It fits" in text
     assert "This was a dry run" in text
     assert list(tmp_path.iterdir()) == []

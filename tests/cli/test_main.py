@@ -40,6 +40,7 @@ def test_version_is_the_packages(capsys):
 def test_misspelt_command_is_an_error_that_names_the_right_one(capsys):
     said = error_of(["rewrad"], capsys)
     assert "there is no command 'rewrad'. Did you mean `trl-ext reward` (" in said
+    assert said.startswith("error: ")
     assert "Did you mean" not in error_of(["xyzzy"], capsys)
 
 

@@ -37,6 +37,8 @@ def test_run_is_written_over_or_resumed_when_asked_and_other_folders_are_free(pa
     (tmp_path / "notes.txt").write_text("mine")
     words = ["dpo", *run_of("dpo", paths, output_dir=tmp_path, **SHORT)]
     main(words)
+    plan = "DPO plan: 4 pairs per optimizer step (4 × 1 accumulated × 1 process); 1 optimizer step over "
+    assert plan in capsys.readouterr().out
     monkeypatch.setattr(training.TrainingCommand, "build", lambda *_: (_ for _ in ()).throw(SystemExit("begins")))
     assert "holds a run already" in error_of(words, capsys)
     longer = [*words, "--max_steps", "2", "--resume_from_checkpoint", "True"]

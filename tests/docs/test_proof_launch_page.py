@@ -114,7 +114,7 @@ def test_command_trains(command, folder, tmp_path):
     (printed,) = finish(start(command, folder, output, log, *more), logs=[log])
     check(output, "ppo" if "ppo.py" in command else "dpo")
     if "ppo.py" in command:
-        assert "(4 × 2 process(es))" in printed
+        assert "(4 × 2 processes)" in printed
 
 
 def test_two_machines_train_one_model(folder, tmp_path):
@@ -125,4 +125,4 @@ def test_two_machines_train_one_model(folder, tmp_path):
     both = [start(command, folder, output, log, *more) for command, log in zip(here, logs, strict=True)]
     printed = finish(*both, logs=logs)
     check(output, "ppo")
-    assert all("(4 × 2 process(es))" in each for each in printed)
+    assert all("(4 × 2 processes)" in each for each in printed)

@@ -120,8 +120,8 @@ def test_plan_is_printed_and_kept(tmp_path, capsys, options, steps, rollouts):
     assert trainer.state.global_step == steps
     plan = re.search(r"PPO plan: (.*)", capsys.readouterr().out)[1]
     assert plan == (
-        "4 prompts per rollout (4 × 1 process(es)), 1 mini-batch(es) of 4, micro-batches of 2 per process, "
-        f"2 epoch(s); {steps} optimizer steps, 2 per rollout; {rollouts} rollouts, {4 * rollouts} episodes."
+        "4 prompts per rollout (4 × 1 process), 1 mini-batch of 4, micro-batches of 2 per process, "
+        f"2 epochs; {steps} optimizer steps, 2 per rollout; {rollouts} rollouts, {4 * rollouts} episodes."
     )
     assert len(logged(trainer, "reward/score")) == rollouts
 

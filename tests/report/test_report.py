@@ -1,8 +1,11 @@
 """Pictures and tables of a run: what they compute, against independent arithmetic, and that they are written."""
 
+import re
 import sys
 
 import pytest
+from tqdm.auto import tqdm
+from transformers import TrainerState
 
 from run_logs import DPO_LOG, PPO_LOG, dpo_line, png_size, write_completions
 from trl_ext.report import (
@@ -17,8 +20,9 @@ from trl_ext.report import (
 from trl_ext.report.machine_panels import stacked
 from trl_ext.report.pictures import HEIGHTS, WIDTH, charts_of, write_picture
 from trl_ext.report.policy_panels import contributions
-from trl_ext.report.progress import DPO_LINE, PPO_LINE, brief_line
+from trl_ext.report.progress import DPO_LINE, PPO_LINE, BriefProgress, brief_line
 from trl_ext.runs.log import is_tie, series
+from trl_ext.runs.tables import counted
 
 
 def test_contributions_add_up_to_the_loss():
@@ -133,3 +137,29 @@ def test_brief_line_says_ties_as_the_summary_does():
     assert brief_line(DPO_LOG[0], DPO_LINE).startswith(
         "held-out loss 0.5000  held-out accuracy all ties  margin +0.000"
     )
+
+
+def test_line_of_an_evaluation_clears_its_bar_first_and_has_no_zero_below_0(capsys):
+    progress = BriefProgress(PPO_LINE)
+    progress.prediction_bar = tqdm(total=1)
+    assert "0/1" in capsys.readouterr().err
+    state = TrainerState(global_step=1, max_steps=1)
+    progress.on_log(None, state, None, {"eval_kl/ref": -1e-9})
+    said = capsys.readouterr()
+    assert said.out == "step 1/1  KL 0.000\n"
+    assert re.match(r"\r +\r", said.err)
+    progress.prediction_bar.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "process", "1 process"),
+        (0, "process", "0 processes"),
+        (2, "mini-batch", "2 mini-batches"),
+        (2, "epoch", "2 epochs"),
+        (1, "optimizer step", "1 optimizer step"),
+    ],
+)
+def test_number_has_its_noun_in_the_singular_or_plural(number, noun, text):
+    assert counted(number, noun) == text

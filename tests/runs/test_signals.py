@@ -360,7 +360,8 @@ def test_reader_that_the_same_signal_ends_does_not_end_the_run(monkeypatch, read
     if reader == "lives":
         with open(read, "rb") as pipe:
             assert pipe.read() == (
-                b"\nSIGINT: the run stops after this step and saves. Once more ends it now.\na line of the log\n"
+                b"\nSIGINT: the run stops after this step and saves. Once more, after 2 seconds, ends it now.\n"
+                b"a line of the log\n"
             )
 
 

@@ -57,7 +57,7 @@ def test_checkpoint_without_its_optimizer_is_refused(kind, tmp_path):
 def test_finished_checkpoint_is_refused_before_a_model_is_loaded(tmp_path):
     ppo_trainer(tmp_path, total_episodes=4, num_ppo_epochs=1, save_strategy="epoch").train()
     nothing = {"model": str(tmp_path / "nothing"), "reward_model": str(tmp_path / "nothing")}
-    with pytest.raises(ValueError, match="has taken 1 optimizer steps, and this one ends after 1"):
+    with pytest.raises(ValueError, match="has taken 1 optimizer step, and this one ends after 1"):
         ppo_trainer(tmp_path, nothing, total_episodes=4, num_ppo_epochs=1, resume_from_checkpoint="True")
 
 

@@ -28,6 +28,7 @@ from ..runs.checkpoints import checkpoint_of
 from ..runs.folder import is_local
 from ..runs.requirements import require_writable
 from ..runs.steps_left import require_steps_left
+from ..runs.tables import counted
 from .data import note_on_data, require_steps
 from .fit import plan_run
 from .launch import deepspeed_file, is_sharded_by_fsdp, processes, require_count
@@ -131,10 +132,11 @@ def batches(command: str, args: Any, rows: int | None, count: int) -> tuple[int,
     if steps <= 0:
         per_epoch = math.ceil(math.ceil((rows or 0) / (per_device * count)) / accumulated)
         steps = math.ceil(args.num_train_epochs * per_epoch)
-    of = f"{rows} pairs" if rows is not None else "a stream of pairs"
+    of = counted(rows, "pair") if rows is not None else "a stream of pairs"
     return steps, (
-        f"{command.upper()} plan: {per_device * accumulated * count} pairs per optimizer step ({per_device} × "
-        f"{accumulated} accumulated × {count} process(es)); {steps} optimizer steps over {of}."
+        f"{command.upper()} plan: {counted(per_device * accumulated * count, 'pair')} per optimizer step "
+        f"({per_device} × {accumulated} accumulated × {counted(count, 'process')}); "
+        f"{counted(steps, 'optimizer step')} over {of}."
     )
 
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         said = f"there is no command {command!r}. {meant}"
         if command.startswith("-"):
             said = f"the command is missing before {command}: write `trl-ext dpo {command} …`, or another command."
-        print(f"{usage()}\n\nerror: {said}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2)
 
 

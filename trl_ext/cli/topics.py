@@ -21,6 +21,7 @@ FIRST = {
 TOPICS = {
     "Loss and reference": "beta loss_type loss_weights label_smoothing max_length truncation_mode "
     "precompute_ref_log_probs sync_ref_model center_rewards_coefficient",
+    "Rewards": "reward_weights",
     "Generation": "generation_kwargs chat_template_kwargs use_vllm vllm_mode "
     "vllm_server_base_url vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode",
     "Model": "model_name_or_path dtype attn_implementation model_revision trust_remote_code",
@@ -71,6 +72,8 @@ TEXTS = {
     "ppo": {
         "generation_kwargs": "Options of transformers' GenerationConfig, or vLLM's SamplingParams, that do not change "
         'what is sampled, such as `{"use_cache": false}`.',
+        "reward_weights": "A weight for each reward, the reward model's first, then those of `--reward_funcs` in "
+        "their order. Unset: 1 for each.",
         "gradient_accumulation_steps": "Times `per_device_train_batch_size`, this is the number of "
         "responses of a rollout on each process. `num_mini_batches` splits them into optimizer steps.",
     },

@@ -12,6 +12,7 @@ from datasets import DatasetDict
 
 from ..callbacks import ProfileCallback
 from ..data.json_values import plain_file
+from ..ppo.checkpoint import known_length
 from ..report import first_and_last_evaluation
 from ..report.progress import use_brief_progress
 from ..report.run import read_run
@@ -20,7 +21,7 @@ from ..runs.failures import writing
 from ..runs.steps_left import require_steps_left
 from .closing import closing_lines, preparing, report_callbacks, running, saving_last
 from .data import note_on_data
-from .dry_run import dry_run, require_dry_run
+from .dry_run import batches, dry_run, require_dry_run
 from .errors import usage_errors
 from .fit import require_fit
 from .launch import launch, launches, require_all
@@ -101,6 +102,8 @@ class TrainingCommand:
                 trainer.add_callback(callback)
             if data.profile:
                 trainer.add_callback(ProfileCallback(trainer))
+        if self.name in ("dpo", "reward") and trainer.is_world_process_zero():  # the others print their own
+            print(batches(self.name, args, known_length(trainer.train_dataset), args.world_size)[1])
         with running(self.name, given, args):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             with saving_last(args):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -295,7 +295,7 @@ def _of_hub(error: OSError) -> str:
     """Return what stopped the hub, in brackets, where it says more than that there is no network or no such model."""
     reason = " ".join(str(error).split())
     if re.search("connect|offline", reason, re.IGNORECASE):
-        return " (it was not reached)"
+        return " (`HF_HUB_OFFLINE` forbids it)" if is_offline_mode() else " (it was not reached)"
     return "" if "not a valid model identifier" in reason else f" ({reason.rstrip('.'):.200})"
 
 

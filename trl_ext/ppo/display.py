@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from ..runs.tables import show_table
+from ..runs.tables import counted, show_table
 from .config import PPOConfigX
 from .rollout import Rollout
 
@@ -15,17 +15,18 @@ def batch_plan(args: PPOConfigX, num_prompts: int | None) -> str:
     """Return the arithmetic of a run in words; `args` is the loop's, and a stream has no `num_prompts`."""
     steps = planned_steps(args, num_prompts)
     rollouts = math.ceil(steps / args.optimizer_steps_per_rollout)
-    prompts, n = f"{args.num_prompts} prompts", args.num_generations
+    prompts, n = counted(args.num_prompts, "prompt"), args.num_generations
     if n > 1:
         prompts += f" with {n} responses each"
     micro_batches = f"{args.per_device_train_batch_size}"
     if args.micro_batch_tokens is not None:
         micro_batches = f"up to {args.micro_batch_tokens} tokens"
     return (
-        f"PPO plan: {prompts} per rollout ({args.local_batch_size} × {args.world_size} process(es)), "
-        f"{args.num_mini_batches} mini-batch(es) of {args.mini_batch_size}, micro-batches of "
-        f"{micro_batches} per process, {args.num_ppo_epochs} epoch(s); {steps} optimizer steps, "
-        f"{args.optimizer_steps_per_rollout} per rollout; {rollouts} rollouts, {rollouts * args.batch_size} episodes."
+        f"PPO plan: {prompts} per rollout ({args.local_batch_size} × {counted(args.world_size, 'process')}), "
+        f"{counted(args.num_mini_batches, 'mini-batch')} of {args.mini_batch_size}, micro-batches of "
+        f"{micro_batches} per process, {counted(args.num_ppo_epochs, 'epoch')}; {counted(steps, 'optimizer step')}, "
+        f"{args.optimizer_steps_per_rollout} per rollout; {counted(rollouts, 'rollout')}, "
+        f"{counted(rollouts * args.batch_size, 'episode')}."
     )
 
 
@@ -38,8 +39,9 @@ def pretraining_plan(args: PPOConfigX, responses: int, held_out: int) -> str:
     """Return the arithmetic of the critic's pretraining in words; `args` is the loop's of a `CriticConfigX`."""
     steps, passes = steps_of_pass(args, responses), args.max_passes
     return (
-        f"Critic plan: {responses} responses to learn from, {held_out} held out; up to {passes} passes of {steps} "
-        f"optimizer steps, each over {args.mini_batch_size} responses in {args.world_size} process(es)."
+        f"Critic plan: {counted(responses, 'response')} to learn from, {held_out} held out; up to "
+        f"{counted(passes, 'pass')} of {counted(steps, 'optimizer step')}, each over "
+        f"{counted(args.mini_batch_size, 'response')} in {counted(args.world_size, 'process')}."
     )
 
 

@@ -1,5 +1,6 @@
 """Write one short line per log beside the progress bar, instead of a dictionary of forty metrics."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
@@ -54,7 +55,9 @@ class BriefProgress(ProgressCallback):
         text = brief_line(logs or {}, self.line)
         if state.is_world_process_zero and text:
             text = f"step {state.global_step}/{state.max_steps}  {text}"
-            print(text, flush=True) if self.training_bar is None else self.training_bar.write(text)
+            bars = [bar for bar in (self.prediction_bar, self.training_bar) if bar is not None]
+            with bars[0].external_write_mode() if bars else nullcontext():  # which clears all of them
+                print(text, flush=True)
 
 
 def brief_line(logs: dict[str, Any], line: dict[str, tuple[str, str]]) -> str:

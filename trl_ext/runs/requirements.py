@@ -20,6 +20,7 @@ from transformers.trainer_utils import has_length
 
 from ..ranges import COUNT, FRACTION, POSITIVE, SHARE_OR_UNSET, Range, require
 from .folder import is_local
+from .tables import counted
 
 
 FROM_0, FROM_0_BELOW_1 = Range("0 or above", lambda x: x >= 0), Range("0 or above and below 1", lambda x: 0 <= x < 1)
@@ -219,7 +220,7 @@ def require_full_batch(rows: int, name: str, args: Any, option: str = "per_devic
     needed = size * processes if drops else 1
     if rows < needed:
         raise ValueError(
-            f"{name} has {rows} rows, and with `{option}={size}` on {processes} process(es) and "
+            f"{name} has {rows} rows, and with `{option}={size}` on {counted(processes, 'process')} and "
             f"`dataloader_drop_last={drops}` a batch needs {needed}. Add rows, lower `{option}`, or keep a last batch "
             "that is not full with `dataloader_drop_last=False`."
         )

@@ -96,7 +96,7 @@ class SignalWatch:
             if self.speaks:  # unlike `print`, this may interrupt a `print`
                 name = signal.Signals(number).name
                 with suppress(OSError):
-                    os.write(2, f"\n{name}: {self.then}. Once more ends it now.\n".encode())
+                    os.write(2, f"\n{name}: {self.then}. Once more, after {AGAIN:g} seconds, ends it now.\n".encode())
             _leave_broken_pipes()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .folder import STATE
+from .tables import counted
 
 
 class StepsLeft(TrainerCallback):
@@ -53,6 +54,6 @@ def steps_of(folder: str | Path) -> tuple[int, int]:
 
 def _nothing_left(what: str, taken: int, all_steps: int) -> str:
     return (
-        f"{what} has taken {taken} optimizer steps, and this one ends after {all_steps}. To train for longer, raise "
-        "`max_steps` or `num_train_epochs`, in PPO `total_episodes`."
+        f"{what} has taken {counted(taken, 'optimizer step')}, and this one ends after {all_steps}. To train "
+        "for longer, raise `max_steps` or `num_train_epochs`, in PPO `total_episodes`."
     )

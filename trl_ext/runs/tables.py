@@ -13,6 +13,12 @@ from ..data.json_values import plain_line
 from .folder import write_whole
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 step, 2 steps, 2 passes, 2 mini-batches."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "batch")) else "s"
+    return f"{number} {noun}{ending}"
+
+
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], file: Path | None = None) -> None:
     """Print a table, also into a file. A cell is a number, shown with two decimals, a text, or rich's `Text`."""
     table = Table(title=title, show_lines=True)

@@ -9,6 +9,7 @@ forgets what was said.
 """
 
 import copy
+from typing import Any
 
 from ..errors import usage_errors
 from ..flags import CommandParser
@@ -36,6 +37,18 @@ def main(argv: list[str] | None = None) -> None:
     from ...models.precision import computes_in_bf16
     from ...models.saved_adapter import load_writer, require_writer
 
+    class Streamer(TextStreamer):
+        """Prints an answer as it comes, and keeps its tokens."""
+
+        ids: list[int]
+
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt:
+                self.ids = []
+            else:
+                self.ids += value.flatten().tolist()
+            super().put(value)
+
     with usage_errors():
         path = require_writer(given.model, "trl-ext chat")
         tokenizer = load_tokenizer(path)
@@ -48,16 +61,20 @@ def main(argv: list[str] | None = None) -> None:
     settings.update(max_new_tokens=given.max_new_tokens, eos_token_id=sorted(ends) or None, **sampling)
     start = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(start)
+    how = f"`--temperature {given.temperature:g}`" + ("" if given.temperature > 0 else ", always the likeliest token")
+    print(f"{given.model}: `--max_new_tokens {given.max_new_tokens}`, {how}.")
     print("Say something; an empty line ends it, /new starts over.")
     for said in iter(read_line, ""):
         if said == "/new":
             messages = list(start)
             continue
         messages.append({"role": "user", "content": said})
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         asked = messages if tokenizer.chat_template else said
         answer = writer(asked, generation_config=settings, streamer=streamer, return_full_text=False)
         messages.append({"role": "assistant", "content": answer[0]["generated_text"]})
+        if len(streamer.ids) >= given.max_new_tokens and streamer.ids[-1] not in ends:
+            print(f"[cut off after {given.max_new_tokens} tokens: `--max_new_tokens`]")
 
 
 def read_line() -> str:
