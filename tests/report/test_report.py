@@ -120,6 +120,11 @@ def test_tables_keep_what_models_write_out_of_their_markup(capsys):
     printed = capsys.readouterr().out
     assert "[bold]" in printed
     assert "+1.00" in printed
+    print_samples([Sample("a", "the answer", "the answer", -0.001, 0.0)])
+    printed = capsys.readouterr().out
+    assert printed.count("the answer") == 1
+    assert "(the same)" in printed
+    assert "-0.00" not in printed
 
 
 def test_brief_line_shows_what_the_log_has():

@@ -147,7 +147,8 @@ def print_samples(samples: Sequence[Sample], title: str = "Held-out prompts, bef
     for sample in samples:
         colour = "green" if (sample.score_after or 0) > (sample.score_before or 0) else "red"
         scores = Text(score_text(sample.score_before)), Text(score_text(sample.score_after), style=colour)
-        rows.append([Text(sample.prompt, style="bold"), sample.before, scores[0], sample.after, scores[1]])
+        after = "(the same)" if sample.after == sample.before else sample.after
+        rows.append([Text(sample.prompt, style="bold"), sample.before, scores[0], after, scores[1]])
     show_table(title, ("prompt", "before", "score", "after", "score"), rows)
 
 
@@ -161,7 +162,7 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
 
 
 def score_text(score: float | None) -> str:
-    return "" if score is None else f"{score:+.2f}"
+    return "" if score is None else f"{score:+z.2f}"
 
 
 def _cell(text: str) -> str:
