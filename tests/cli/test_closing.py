@@ -104,7 +104,7 @@ def test_run_that_ctrl_c_has_stopped_ends_as_if_it_had_not_been(name, paths, tmp
     short |= {"num_mini_batches": 2, "max_steps": -1, "total_episodes": 8} if name == "ppo" else {}
     main([name, *run_of(name, paths, output_dir=tmp_path / "whole", **short)])
     with monkeypatch.context() as patch:
-        patch.setattr(training, "report_callbacks", lambda data: [*report_callbacks(data), Interrupts()])
+        patch.setattr(training, "report_callbacks", lambda facts: [*report_callbacks(facts), Interrupts()])
         with pytest.raises(SystemExit) as end:
             main([name, *run_of(name, paths, output_dir=tmp_path / "a run", **short)])
     assert end.value.code == 130

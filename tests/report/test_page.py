@@ -18,6 +18,7 @@ from trl_ext.report import Run, read_run, write_report
 from trl_ext.report.chart import Curve, running_mean
 from trl_ext.report.credit import Credit
 from trl_ext.report.drawing import COLOURS
+from trl_ext.report.machine_panels import seconds
 from trl_ext.report.page import render
 from trl_ext.report.pictures import OF_KIND, OTHER, charts_of, panels_of
 from trl_ext.report.policy_panels import POLICY
@@ -88,13 +89,15 @@ def test_page_of_a_ppo_run_shows_all_that_its_log_has(tmp_path):
         0.05,
     )
     log = [line | extra if "reward/score" in line else line for line in PPO_LOG]
+    assert not seconds([Run("short", log)]).curves  # the area of one point cannot be seen
+    log.append({"step": 3, "time/generate": 0.05, "time/learn": 0.05})
     page = write_report([run_folder(tmp_path / "my-run", log)]).read_text(encoding="utf-8")
     assert headings(page) == [panel.title for panel in POLICY]
     (idle,) = (panel for panel in curves_of(page)["panels"] if panel["title"] == "Idle time")
     assert [curve["label"] for curve in idle["charts"][0]["curves"]] == ["server idle", "waits for server"]
     text = text_of(page)
     assert "my-run" in text
-    assert "Not yet : 1 rollouts are logged" in text
+    assert "Not yet : 1 log line has a reward" in text
     assert "first last score on held-out prompts +0.000 +1.000" in text
     assert "No alarms." in text
 
@@ -450,6 +453,7 @@ def test_curves_know_tokens_and_hours_of_a_step():
     "scores, said",
     [
         ((1.0, 0.5, -0.5), "a, +1.000 (95%: +0.600 to +1.400). The intervals of b overlap with it"),
+        ((1.0, 1.0, -0.5), "a, b, +1.000 (95%: +0.600 to +1.400). No other interval reaches it."),
         ((0.0, 2.0, 0.5), "b, +2.000 (95%: +1.600 to +2.400). No other interval reaches it."),
     ],
 )

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from trl.trainer import dpo_trainer as trl_dpo
@@ -21,6 +22,7 @@ from dpo_runs import TRLS, dpo_run, dpo_trainer, tiny_model, tiny_pairs
 from ppo_runs import ppo_run, ppo_trainer
 from reward_runs import reward_trainer
 from trl_ext import ReportCallback
+from trl_ext.data.conversions import to_conversations
 from trl_ext.dpo.card import FORMULAS, SMOOTHED
 from trl_ext.runs.card import Metric, _cell, _table, hub_name
 
@@ -425,13 +427,30 @@ def test_card_of_a_reward_model_says_what_was_trained(tmp_path):
     trainer.create_model_card(dataset_name="pairs.jsonl")
     card = read(tmp_path)
     assert "−log σ(s(x, y_w) − s(x, y_l)) + 0.01 · (s(x, y_w) + s(x, y_l))²" in section(card, "The loss")
-    assert table(card, "held out")["pairs in the right order"] == ["", f"{metrics['eval_accuracy']:.1%}"]
+    assert table(card, "held out")["pairs in the right order"] == [f"{metrics['eval_accuracy']:.1%}"]
+    assert "This is a reward model: it scores answers.\n" in card
+    assert "\n\n\n" not in card
+    assert "rewarder(text)[0]" in python_of(card, "Quick start")
     assert facts(card)["trained by"] == "`trl_ext.RewardTrainerX`"
     assert "bradley1952rank" in card
     assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "text-classification"
     assert same_weights(load(card, tmp_path)["model"], trainer.model)
     trainer.create_model_card()
     assert read(tmp_path).count("## The loss") == 1
+
+
+def test_quick_start_of_a_reward_model_of_chats_scores_what_it_reads(tmp_path):
+    pairs = to_conversations(Dataset.from_list([{"prompt": "two three", "chosen": "happy", "rejected": "sad"}] * 4))
+    trainer = reward_trainer(tmp_path, pairs, None, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    code = python_of(read(tmp_path), "Quick start")
+    known = {}
+    exec(re.sub('model="[^"]*"', f'model="{tmp_path}"', code).replace('device_map="auto"', 'device="cpu"'), known)
+    ids = trainer.processing_class.apply_chat_template(known["chat"], return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        score = trainer.model(**ids).logits.sigmoid().item()  # the pipeline gives one label as a probability
+    assert known["output"]["score"] == pytest.approx(score, abs=1e-4)
 
 
 # --- the picture

@@ -100,7 +100,7 @@ def test_a_number_that_is_not_finite_is_divergence(key, value):
 
 def test_two_windows_are_needed_to_see_convergence():
     rewards, kls = saturating(40), [1.0] * 40
-    assert "39 rollouts" in verdict(ppo_log(rewards[:39], kls[:39])).reason
+    assert "39 log lines" in verdict(ppo_log(rewards[:39], kls[:39])).reason
     assert verdict(ppo_log(rewards, kls), window=10).status == "converged"
 
 
@@ -113,9 +113,11 @@ def test_without_a_kl_no_verdict():
 
 
 def test_preference_converges_above_three_quarters_of_held_out_pairs():
-    assert verdict(dpo_log([0.5, 0.76])).status == "converged"
-    assert verdict(dpo_log([0.5, 0.75])).status == "not yet"
-    assert verdict(dpo_log([0.5, 0.76]), min_accuracy=0.8).status == "not yet"
+    assert verdict(dpo_log([0.5, 0.8])).status == "converged"
+    assert verdict(dpo_log([0.5, 0.75], pairs=10**6)).status == "not yet"
+    assert verdict(dpo_log([0.5, 0.76])).status == "not yet"  # the interval begins below
+    assert verdict(dpo_log([0.5, 0.76], pairs=10_000)).status == "converged"
+    assert verdict(dpo_log([0.5, 0.8]), min_accuracy=0.8).status == "not yet"
     assert "76.0% (95% interval 71.8% to 80.2%)" in verdict(dpo_log([0.5, 0.76])).reason
 
 
@@ -147,7 +149,9 @@ def test_accuracy_of_pairs_nobody_has_counted_is_not_called_divergence():
     "accuracy, pairs, status, words",
     [
         (0.0, 1, "not yet", "0.0% (95% interval 0.0% to 79.3%)"),
-        (1.0, 1, "not yet", "too few pairs"),
+        (1.0, 1, "not yet", "of more pairs the interval may lie above 75%"),
+        (1.0, 4, "not yet", "100.0% (95% interval 51.0% to 100.0%)"),
+        (1.0, 16, "converged", "above 75%"),
         (0.25, 400, "diverging", "worse than chance"),
         (0.8, 400, "converged", "80.0% (95% interval 75.8% to 83.6%)"),
     ],
@@ -206,9 +210,7 @@ def test_criteria_outside_their_range_are_refused(wrong, match):
         verdict([], **wrong)
 
 
-def test_few_pairs_in_the_right_order_are_not_told_from_chance():
-    few = dpo_log([0.5, 0.8], pairs=10)  # 55% to 100%, and with 5 pairs 45% to 100%
-    assert verdict(few).status == "converged"
-    said = verdict(dpo_log([0.5, 0.8], pairs=5))
+def test_few_pairs_in_the_right_order_are_no_success_yet():
+    said = verdict(dpo_log([0.5, 0.8], pairs=10))  # 55% to 100%
     assert said.status == "not yet"
-    assert "too few pairs to tell it from chance" in said.reason
+    assert "80.0% (95% interval 55.2% to 104.8%)" in said.reason

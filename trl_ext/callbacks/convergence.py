@@ -17,8 +17,8 @@ class ConvergenceCallback(TrainerCallback):
     Args:
         stop_when: statuses that end the training: "converged", "diverging", or both.
         kl_band: nats per sequence.
-        window: rollouts over which the KL is averaged and the reward must be flat.
-        min_accuracy: share of held-out pairs, 0.5 to 1.
+        window: log lines over which the KL is averaged and the reward must be flat.
+        min_accuracy: share of held-out pairs above which its 95% interval must lie, 0.5 to 1.
 
     Attributes:
         verdict: the last one; `None` before the first log line.

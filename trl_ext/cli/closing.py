@@ -155,10 +155,10 @@ def without(argv: Sequence[str], *options: str) -> list[str]:
     return kept
 
 
-def report_callbacks(data: str) -> list[TrainerCallback]:
-    """Return the callback that writes the report; none, and a note, without the extra that draws it."""
+def report_callbacks(facts: dict[str, str]) -> list[TrainerCallback]:
+    """Return the callback that writes a report with `facts`; none, and a note, without the extra that draws it."""
     try:
-        return [ReportCallback(facts={"data": data})]
+        return [ReportCallback(facts=facts)]
     except ImportError as error:
         print(f"There will be no report: {error}", file=sys.stderr)
         return []

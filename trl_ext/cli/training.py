@@ -98,7 +98,10 @@ class TrainingCommand:
             with usage_errors(given.wording):
                 trainer = self.build(data, model, args)
             use_brief_progress(trainer, self.line)
-            for callback in report_callbacks(data.source):
+            facts = {"data": data.source}
+            if rewards := getattr(trainer, "reward_func_names", None):
+                facts["rewards"] = ", ".join(rewards)
+            for callback in report_callbacks(facts):
                 trainer.add_callback(callback)
             if data.profile:
                 trainer.add_callback(ProfileCallback(trainer))

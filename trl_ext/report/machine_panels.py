@@ -35,6 +35,8 @@ def seconds(runs: Runs) -> Chart:
     logged = {phase: series(run.log, f"time/{phase}") for phase in PHASES}
     known = {phase: dict(zip(*points, strict=True)) for phase, points in logged.items() if points[1]}
     steps = [step for step in next(iter(known.values())) if all(step in column for column in known.values())]
+    if len(steps) < 2:  # an area of one point is not to be seen
+        return Chart("seconds per rollout", [], bottom=0)
     points = {phase: (steps, [column[step] for step in steps]) for phase, column in known.items()}
     return Chart("seconds per rollout", stacked(points, PHASES, run.name), bottom=0)
 

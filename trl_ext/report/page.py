@@ -21,7 +21,7 @@ from .tables import score_text
 TEMPLATE = Path(__file__).with_name("page.html")
 NAMES = {"ppo": "PPO", "grpo": "GRPO or RLOO", "dpo": "DPO", "reward": "reward model", "critic": "value pretraining"}
 SHOWN_FACTS = (
-    *("algorithm", "model", "architecture", "parameters", "trained"),
+    *("algorithm", "model", "architecture", "parameters", "trained", "rewards"),
     *("training data", "held-out data", "hardware"),
 )
 # Options that decide most, in the order of the page; all others that were changed are listed below.

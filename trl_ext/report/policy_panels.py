@@ -174,7 +174,7 @@ POLICY = (
         "Explained variance of the critic",
         (
             lines(
-                ("value/explained_variance", ""),
+                ("value/explained_variance", "the critic"),
                 ylabel="1 − Var(R − V) / Var(R)",
                 evaluations=False,
                 level=(0.0, "a constant"),

@@ -33,7 +33,9 @@ def result_rows(run: Run) -> list[list[str]]:
     rows += _first_and_last("tokens per second", series(run.log, "tokens_per_second"), "{:,.0f}")
     steps, peaks = memory(run.log)
     rows += _first_and_last("GiB at most held, of one process", (steps[-1:], [max(peaks)] if peaks else []), "{:.2f}")
-    return rows + _first_and_last("seconds of training", series(run.log, "train_runtime"), "{:.0f}")
+    return rows + _first_and_last(
+        "seconds of training, since it was last started", series(run.log, "train_runtime"), "{:.0f}"
+    )
 
 
 def side_by_side(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -76,16 +78,17 @@ def choice(runs: Sequence[Run]) -> list[str]:
         if len(reached) < 2:
             continue
         form = "{:.1%}" if name == "held-out accuracy" else "{:+z.3f}"
-        best, value, low, high = max(reached, key=lambda each: each[1])
+        _, value, low, high = max(reached, key=lambda each: each[1])
         interval = f" (95%: {form.format(low)} to {form.format(high)})" if low < high else ""
-        text = f"Highest {name} in the last evaluation: {best.name}, {form.format(value)}{interval}."
-        close = [run.name for run, _, _, its_high in reached if run is not best and its_high >= low]
-        if low < high:
-            text += (
-                f" The intervals of {', '.join(close)} overlap with it: they are not told apart."
-                if close
-                else " No other interval reaches it."
-            )
+        first = [run for run, its_value, _, _ in reached if its_value == value]
+        names = ", ".join(run.name for run in first)
+        text = f"Highest {name} in the last evaluation: {names}, {form.format(value)}{interval}."
+        others = [each for each in reached if each[1] != value]
+        close = [run.name for run, _, _, its_high in others if its_high >= low]
+        if low < high and close:
+            text += f" The intervals of {', '.join(close)} overlap with it: they are not told apart."
+        elif low < high and others:
+            text += " No other interval reaches it."
         sentences.append(text)
     return sentences
 

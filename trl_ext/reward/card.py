@@ -3,6 +3,7 @@
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from trl import is_conversational
 
 from ..runs.card import OUYANG, Metric, Training, loading_lines
 
@@ -21,6 +22,21 @@ METRICS = (
     Metric("margin", "margin of the scores", "{:+.3f}"),
     Metric("loss", "loss, nats", "{:.4f}"),
 )
+WORDS = {
+    "This model was trained with Reward.": "This is a reward model: it scores answers.",
+    "pipeline(model=": 'pipeline("text-classification", model=',  # a folder does not say its task
+}
+# The quick start of TRL's card scores a plain text, which a reward model of chats has not learnt from.
+CHATS = {
+    'text = "The capital of France is Paris."\n': (
+        'chat = [{"role": "user", "content": "What is the capital of France?"}, '
+        '{"role": "assistant", "content": "Paris."}]\n'
+    ),
+    "output = rewarder(text)[0]": (
+        "text = rewarder.tokenizer.apply_chat_template(chat, tokenize=False)\n"
+        "output = rewarder(text, add_special_tokens=False)[0]"
+    ),
+}
 LOSS = """The optimizer minimised the negative log-likelihood of Bradley and Terry's model of preferences,
 
 `loss = −log σ(s(x, y_w) − s(x, y_l){margin}){centering}`
@@ -44,4 +60,11 @@ def reward_training(trainer: Any) -> Training:
         loading=loading_lines("AutoModelForSequenceClassification", is_peft_model(trainer.model), "num_labels=1"),
         citations=(BRADLEY, OUYANG),
         task="text-classification",
+        rewording=WORDS | (CHATS if _reads_chats(trainer.train_dataset) else {}),
     )
+
+
+def _reads_chats(rows: Any) -> bool:
+    """Return whether the pairs are conversations; TRL keeps their columns beside the tokens."""
+    first: dict[str, Any] = next(iter(rows), {})
+    return {"chosen", "rejected"} <= set(first) and is_conversational(first)

@@ -6,9 +6,10 @@ trainer and its log. TRL writes a new card each time, so no section is ever in i
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class Training:
     loading: str  # Python lines that load what was trained from the folder `folder`
     citations: Sequence[str] = ()  # BibTeX entries beside those of TRL's own card
     task: str = "text-generation"  # the hub's name
+    rewording: Mapping[str, str] = field(default_factory=dict)  # what TRL's own card says -> what it should say
 
 
 def card_name(trainer: Any) -> str:
@@ -110,6 +112,9 @@ def complete_card(trainer: Any, training: Training, dataset_name: str | None = N
     repository = getattr(trainer, "hub_model_id", None) or str(without_place(trainer.args.output_dir))
     card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base_name(trainer.model)}`")
     card.text = card.text.replace('="None"', f'="{repository}"')
+    card.text = re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", card.text)  # where TRL's template has no badge to show
+    for theirs, ours in training.rewording.items():
+        card.text = card.text.replace(theirs, ours)
     before, heading, citations = card.text.partition("## Citations")
     more = "".join(f"\n```bibtex\n{entry}\n```\n" for entry in training.citations)
     cited = f"{citations.rstrip()}\n" + (f"\nCite the methods used as:\n{more}" if more else "")
@@ -175,6 +180,9 @@ def _table(title: str, log: Sequence[Mapping[str, Any]], metrics: Sequence[Metri
         return ""
     steps = [line["step"] for lines in known.values() for line in lines]
     heads = (min(steps), max(steps))
+    if heads[0] == heads[1]:
+        rows = [f"| {title} | step {heads[0]} |", "|---|---:|"]
+        return "\n".join([*rows, *(f"| {m.name} | {_cell(lines[-1], m, prefix)} |" for m, lines in known.items())])
     rows = [f"| {title} | step {heads[0]} | step {heads[1]} |", "|---|---:|---:|"]
     for metric, lines in known.items():
         cells = [

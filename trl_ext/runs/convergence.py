@@ -2,9 +2,9 @@
 Tell whether a run has converged, is diverging, or neither yet: a pure function of what it has logged.
 
 The criteria are those of Zhang 2025 §6.2 (docs/theory.md): for PPO a KL to the reference of 0.5 to 2 nats per
-sequence, with a reward that no longer rises; for DPO more than 75% of held-out pairs in the right order. Added here: a
-curve is rising or falling if the slope of a straight line through the last `window` points differs from 0 at 95%, and
-flat if not.
+sequence, with a reward that no longer rises; for DPO more than 75% of held-out pairs in the right order. Added here:
+the whole 95% interval of that share lies above 75%, so a handful of pairs shows nothing; and a curve is rising or
+falling if the slope of a straight line through the last `window` points differs from 0 at 95%, and flat if not.
 """
 
 import math
@@ -19,7 +19,7 @@ from .log import Log, algorithm, held_out_accuracy, is_tie, reference_kl, scores
 CONVERGED, DIVERGING, NOT_YET = "converged", "diverging", "not yet"
 KL_BAND = (0.5, 2.0)  # nats per sequence
 MIN_ACCURACY = 0.75
-WINDOW = 20  # rollouts
+WINDOW = 20  # log lines with a reward: rollouts, if `logging_steps` averages none of them
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def verdict(
     Args:
         log: `state.log_history` of PPOTrainerX, GRPOTrainer, RLOOTrainer, DPOTrainerX, DPOTrainer or RewardTrainer.
         kl_band: KL(π_θ ‖ π_ref) in nats per sequence between which a policy has learnt and is still held.
-        window: rollouts over which KL is averaged and the reward must be flat. At least 4.
-        min_accuracy: share of held-out pairs to be in the right order.
+        window: log lines over which KL is averaged and the reward must be flat. At least 4.
+        min_accuracy: share of held-out pairs in the right order above which the 95% interval must lie, where a count
+            of pairs or an interval is logged; otherwise the share alone.
 
     Raises:
         ValueError: for arguments outside their ranges.
@@ -84,7 +85,7 @@ def check_criteria(kl_band: Sequence[float], window: int, min_accuracy: float) -
     if len(kl_band) != 2 or not 0 <= kl_band[0] < kl_band[1]:
         raise ValueError(f"`kl_band` is {kl_band!r}; it must be two numbers of nats per sequence, 0 <= low < high.")
     if window < 4:
-        raise ValueError(f"`window` is {window}; a trend needs at least 4 rollouts to be told from noise.")
+        raise ValueError(f"`window` is {window}; a trend needs at least 4 log lines to be told from noise.")
     if not 0.5 <= min_accuracy < 1:
         raise ValueError(f"`min_accuracy` is {min_accuracy}; it must be from 0.5, which is chance, to below 1.")
 
@@ -99,23 +100,24 @@ def policy_verdict(log: Log, kl_band: Sequence[float] = KL_BAND, window: int = W
     if len(kls) >= window and kl > high and drift.is_up:
         return Verdict(DIVERGING, f"the KL is {kl:.3g} nats, above {high:g}, and grows")
     if len(rewards) < 2 * window:
-        return Verdict(NOT_YET, f"{len(rewards)} rollouts are logged; convergence takes {2 * window} to be seen")
+        lines = "1 log line has" if len(rewards) == 1 else f"{len(rewards)} log lines have"
+        return Verdict(NOT_YET, f"{lines} a reward; convergence takes {2 * window} to be seen")
     gain, reward = difference(rewards[:window], rewards[-window:]), trend(rewards[-window:])
-    if gain.rise < -2 * gain.half_width:  # looked at after every rollout, so a rare chance is not rare enough
-        return Verdict(DIVERGING, f"the reward is {-gain.rise:.3g} below that of the first {window} rollouts")
+    if gain.rise < -2 * gain.half_width:  # looked at after every log line, so a rare chance is not rare enough
+        return Verdict(DIVERGING, f"the reward is {-gain.rise:.3g} below that of the first {window} log lines")
     outside = "above" if kl > high else "below" if kl < low else ""
     if outside:
         return Verdict(NOT_YET, f"the KL is {kl:.3g} nats, {outside} the band of {low:g} to {high:g}")
     if reward.is_down:
-        return Verdict(NOT_YET, f"the reward falls, by {-reward.rise:.3g} over the last {window} rollouts")
+        return Verdict(NOT_YET, f"the reward falls, by {-reward.rise:.3g} over the last {window} log lines")
     if reward.is_up:
-        return Verdict(NOT_YET, f"the reward still rises, by {reward.rise:.3g} over the last {window} rollouts")
+        return Verdict(NOT_YET, f"the reward still rises, by {reward.rise:.3g} over the last {window} log lines")
     if not gain.is_up:
         return Verdict(NOT_YET, "the reward is where it began: no rise can be told from noise")
     return Verdict(
         CONVERGED,
         f"the KL is {kl:.3g} nats, within {low:g} to {high:g}, and the reward, up by {gain.rise:.3g}, is flat over "
-        f"the last {window} rollouts",
+        f"the last {window} log lines",
     )
 
 
@@ -132,14 +134,14 @@ def preference_verdict(log: Log, min_accuracy: float = MIN_ACCURACY) -> Verdict:
     share = f"{accuracy:.1%}{interval} of held-out pairs are in the right order"
     if high < 0.5 and low < high:  # of how many pairs is known
         return Verdict(DIVERGING, f"{share}: worse than chance")
-    if accuracy > min_accuracy and low <= 0.5 and low < high:
-        return Verdict(NOT_YET, f"{share}, of too few pairs to tell it from chance")
+    if low > min_accuracy:
+        return Verdict(CONVERGED, f"{share}, above {min_accuracy:.0%}")
     if accuracy > min_accuracy:
-        return Verdict(CONVERGED, f"{share}; {min_accuracy:.0%} is asked for")
+        return Verdict(NOT_YET, f"{share}; of more pairs the interval may lie above {min_accuracy:.0%}")
     losses = series(log, "eval_loss")[1]
     if len(losses) > 1 and losses[-1] > losses[0]:
         return Verdict(DIVERGING, f"{share}, and the held-out loss has risen from {losses[0]:.3f} to {losses[-1]:.3f}")
-    return Verdict(NOT_YET, f"{share}; {min_accuracy:.0%} is asked for")
+    return Verdict(NOT_YET, f"{share}; more than {min_accuracy:.0%} would be a success")
 
 
 def accuracy_interval(line: Mapping[str, Any], accuracy: float) -> tuple[float, float]:
