@@ -154,7 +154,7 @@ def test_each_broken_file_is_named_and_the_checkpoint_passed_over(run, tmp_path,
             assert checkpoint_of(True, copy).name == "checkpoint-2"
             continue
         assert checkpoint_of(True, copy).name == "checkpoint-1"
-        with pytest.raises(ValueError, match=rf"checkpoint-2', and it.* {file}.*\. Give another folder") as refused:
+        with pytest.raises(ValueError, match=rf"checkpoint-2', and it.* {file}.*\. Beside it is") as refused:
             checkpoint_of(str(copy / "checkpoint-2"), copy)
         assert "\n" not in str(refused.value)
         shutil.rmtree(copy)

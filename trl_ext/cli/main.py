@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import sys
 from importlib import import_module
 
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         meant = OTHERS.get(command.lower(), f"Did you mean `trl-ext {near[0]}`{what}?" if near else meant)
         said = f"there is no command {command!r}. {meant}"
         if command.startswith("-"):
-            said = f"the command is missing before {command}: write `trl-ext dpo {command} …`, or another command."
+            of_recipe = [word.split("/")[0] for word in (command, *rest) if word.split("/")[0] in COMMANDS]
+            meant = f"`trl-ext {of_recipe[0] if of_recipe else 'dpo'} {shlex.join([command, *rest])}`"
+            said = f"the command is missing before {command}: write {meant}" + ("." if of_recipe else ", or another.")
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -130,7 +130,7 @@ def model_errors(model: ModelArguments, path: str) -> Iterator[None]:
             cure = "Write `--lora_target_modules all-linear`, which adapts every linear layer."
         elif package == "transformers" and attention and re.search("attn|attention|kernel", said, re.IGNORECASE):
             said = said.split(". The only possible")[0]  # a line of seven, in four spellings
-            cure = f"Write `--attn_implementation sdpa`, or eager, in place of {attention}."
+            cure = f"In place of {attention} write `--attn_implementation sdpa`, eager or flash_attention_2."
         elif package == "trl" or (isinstance(error, OSError) and package in ("transformers", "huggingface_hub")):
             cure = ""
         else:

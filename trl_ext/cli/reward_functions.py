@@ -63,8 +63,8 @@ def reward_functions(names: Sequence[str]) -> list[Callable]:
             given = ", ".join(f"{each.name}={OF_TRL.get(each.name, '…')}" for each in needed)
             raise ValueError(
                 f"`--reward_funcs {name}` makes a reward function and is none. Call it in a file of your own: `echo "
-                f'"from trl.rewards import {attribute}; mine = {attribute}({given})" > my_rewards.py`, and give '
-                "`--reward_funcs my_rewards.py:mine`."
+                f'"from trl.rewards import {attribute}; mine = {attribute}({given})" > made_rewards.py`, and give '
+                "`--reward_funcs made_rewards.py:mine`."
             )
         if not callable(function) or isinstance(function, type):
             there = ", ".join(_functions_of(_module(place or "trl.rewards"))) or "none"

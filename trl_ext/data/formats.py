@@ -357,7 +357,10 @@ def _way_out(dataset: Dataset | IterableDataset, task: str, needs: str) -> str:
     if task == "preference" and found == "prompt-only" and len(known.columns) == 1:
         return "These are prompts, without answers to prefer: `trl-ext ppo` trains on them; preferences are pairs."
     if task == "preference" and (ONE_ANSWER & known.columns.keys()) and "chosen" not in known.columns:
-        return "A row has one answer, and a preference is between two: `trl sft` trains on such rows, DPO on pairs."
+        return (
+            "A row has one answer, and a preference is between two: give each row a better one, 'chosen', and a worse "
+            "one, 'rejected'. On one answer each, with columns 'prompt' and 'completion', `trl sft` trains."
+        )
     return (
         f"{needs} Map what it has, as in `--columns {example}` or `dataset.rename_columns`; docs/datasets.md has the "
         "formats."

@@ -347,9 +347,12 @@ def checkpoint_of(given: str | bool | None, output_dir: str | Path) -> Path | No
         _recover(folder.parent)
         fault = agreed_fault(folder)
         if fault is not None:
+            others = [f"`resume_from_checkpoint={str(folder.with_name(name))!r}`" for name in numbered(folder.parent)]
+            others = [other for other in sorted(others) if repr(str(folder)) not in other]
+            there = f"Beside it is {' and '.join(others)}. " if others else ""
             raise ValueError(
-                f"`resume_from_checkpoint` is {str(folder)!r}, and {fault}. Give another folder checkpoint-N, or "
-                "`resume_from_checkpoint=True` for the newest complete one in the output folder."
+                f"`resume_from_checkpoint` is {str(folder)!r}, and {fault}. {there}`resume_from_checkpoint=True` "
+                "takes the newest complete one in `output_dir`; without the option the run starts anew."
             )
     else:
         folder = _newest(Path(output_dir))
@@ -387,8 +390,8 @@ def _newest(run: Path) -> Path:
         faults.append(f"{name}, because {fault}")
     if not faults:
         raise ValueError(
-            f"There is no checkpoint to resume from in {str(run)!r}. Leave `resume_from_checkpoint` out to start "
-            f"anew, or give a checkpoint's folder, such as `resume_from_checkpoint={str(run / 'checkpoint-100')!r}`."
+            f"There is no checkpoint to resume from in {str(run)!r}. Give the `output_dir` of the run to go on "
+            "with, or leave `resume_from_checkpoint` out to start anew."
         )
     raise ValueError(
         f"There is no complete checkpoint to resume from in {run}: {'; '.join(faults)}. Start a new run, or give "

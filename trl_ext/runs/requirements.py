@@ -161,6 +161,7 @@ def _refusal(name: str, value: Any, name_of_more: str, more: Any) -> Iterator[No
         asked = set(more) if isinstance(more, dict) else {None}
         usual = next((kind for kind, known in NEEDED_BY.items() if asked <= known.keys()), USUAL[name])
         cure = f"Give `{name_of_more}={needed}`" if needed else f"Leave `{name_of_more}` out" if more else "Do that"
+        cure += " and give `optim_target_modules=all-linear`" if cure == "Do that" and "galore" in str(given) else ""
         raise ValueError(f"{given} is refused: {reason.rstrip('.')}. {cure}, or choose `{name}={usual}`.") from error
 
 
@@ -208,7 +209,7 @@ def _needed(options: Any) -> list[tuple[str, tuple[str, ...], str]]:
     if getattr(options, "deepspeed", None):
         needed.append(("`deepspeed`", ("deepspeed",), "'trl-ext[deepspeed]'"))
     if getattr(options, "attn_implementation", None) == "flash_attention_2":
-        needed.append(("`attn_implementation=flash_attention_2`", ("flash_attn", "kernels"), "flash-attn"))
+        needed.append(("`attn_implementation=flash_attention_2`", ("flash_attn", "kernels"), "kernels"))
     if getattr(options, "use_liger_kernel", False):
         needed.append(("`use_liger_kernel`", ("liger_kernel",), "liger-kernel"))
     return needed
