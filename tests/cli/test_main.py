@@ -142,3 +142,13 @@ def test_demo_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"needs gguf, matplotlib, jinja2, uplot: pip install 'trl-ext\[demo\]'"):
         demo.main([])
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [(["--config", "ppo/demo"], "ppo"), (["--output_dir", "reward"], "dpo"), (["--config", "mine.yaml"], "dpo")],
+)
+def test_missing_command_is_that_of_the_recipe(words, command, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"write `trl-ext {command} {' '.join(words)}`" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from importlib import import_module
+from itertools import pairwise
 
 from .. import __version__
 from ..noise import leave_out_noise
@@ -80,9 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         meant = OTHERS.get(command.lower(), f"Did you mean `trl-ext {near[0]}`{what}?" if near else meant)
         said = f"there is no command {command!r}. {meant}"
         if command.startswith("-"):
-            of_recipe = [word.split("/")[0] for word in (command, *rest) if word.split("/")[0] in COMMANDS]
-            meant = f"`trl-ext {of_recipe[0] if of_recipe else 'dpo'} {shlex.join([command, *rest])}`"
-            said = f"the command is missing before {command}: write {meant}" + ("." if of_recipe else ", or another.")
+            words = [command, *rest]
+            recipe = next((after for before, after in pairwise(words) if before == "--config"), "").partition("/")[0]
+            meant = f"`trl-ext {recipe if recipe in COMMANDS else 'dpo'} {shlex.join(words)}`"
+            ending = "." if recipe in COMMANDS else ", or another command."
+            said = f"the command is missing before {command}: write {meant}{ending}"
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2)
 
